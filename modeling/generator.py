@@ -1,0 +1,211 @@
+"""The AliTok generator: a decoder-only transformer over [class, code 0, …, code T-1].
+
+Shape suffixes: B images, T codes, N positions in this call, D hidden size, H heads, h head size,
+V codebook size. Attribute names are the keys of the published state dicts.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from modeling.errors import InputError
+from modeling.rotary import rotary_table, rotate, token_layout
+
+
+@dataclass
+class GeneratorConfig:
+    """Sizes and dropout of a generator; the defaults are AliTok-B."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    codebook_size: int = 4096
+    image_seq_len: int = 273  # T
+    condition_num_classes: int = 1000
+    dropout: float = 0.1  # after the attention's projection and after the MLP
+    attn_drop: float = 0.1  # of attention weights
+    tok_dropout: float = 0.1  # of input embeddings
+    class_label_dropout: float = 0.1  # share of training images that are shown without class
+    use_checkpoint: bool = False  # recompute activations in the backward pass
+
+    def __post_init__(self):
+        grid, prefix = token_layout(self.image_seq_len)
+        if prefix > grid + 1:
+            raise InputError(
+                f"model.generator.image_seq_len={self.image_seq_len} is no g²+g+1 or g²+g: "
+                f"for a {grid}x{grid} grid give {grid * grid + grid + 1}"
+            )
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise InputError(
+                f"model.generator.hidden_size={self.hidden_size} is no multiple of 4 x "
+                f"num_attention_heads={self.num_attention_heads} (rotary positions need it)"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def no_class(self) -> int:
+        """The label that stands for "no class" (row 5097 of the published embedding)."""
+        return self.condition_num_classes
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, preallocated: (layers, B, H, 1 + T, h)."""
+
+    def __init__(self, model: "Generator", batch: int):
+        config = model.config
+        # The last code is never an input, so 1 + T - 1 positions are ever written.
+        shape = (
+            config.num_hidden_layers,
+            batch,
+            config.num_attention_heads,
+            config.image_seq_len,
+            config.head_size,
+        )
+        weight = model.output.weight
+        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.empty_like(self.keys)
+        self.filled = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, H, N, h) after what is filled; return all keys and values up to there."""
+        end = self.filled + k.shape[2]
+        self.keys[layer, :, :, self.filled : end] = k
+        self.values[layer, :, :, self.filled : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class RMSNorm(nn.Module):
+    """Normalise in float32, cast back, then scale (the order that the weights were trained with)."""
+
+    def __init__(self, size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal attention with per-head RMSNorm of q and k and rotary positions."""
+
+    def __init__(self, config: GeneratorConfig, layer: int):
+        super().__init__()
+        self.layer = layer  # its place in the cache
+        self.heads = config.num_attention_heads
+        self.attn_drop = config.attn_drop
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.q_norm = RMSNorm(config.head_size)
+        self.k_norm = RMSNorm(config.head_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.proj_drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, table: Tensor, cache: Optional[KVCache] = None) -> Tensor:
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, h)
+        q = rotate(self.q_norm(q), table).type_as(v)
+        k = rotate(self.k_norm(k), table).type_as(v)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.attn_drop if self.training else 0.0, is_causal=N > 1
+        )
+        return self.proj_drop(self.proj(y.transpose(1, 2).reshape(B, N, D)))
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) · w3 x); the hidden layer is ⌊8D/3⌋ rounded up to a multiple of 256."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        size = config.hidden_size
+        hidden = -(-(8 * size // 3) // 256) * 256
+        self.w1 = nn.Linear(size, hidden, bias=False)  # gate
+        self.w3 = nn.Linear(size, hidden, bias=False)  # up
+        self.w2 = nn.Linear(hidden, size, bias=False)  # down
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm1(x)), then x + MLP(norm2(x)); (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: GeneratorConfig, layer: int):
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size)
+        self.attn = Attention(config, layer)
+        self.norm2 = RMSNorm(config.hidden_size)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, table: Tensor, cache: Optional[KVCache] = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), table, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+class Generator(nn.Module):
+    """Predicts code i from the class and codes 0…i-1."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        self.config = config
+        # Rows: the codes, one that nothing uses, the classes, "no class".
+        rows = config.codebook_size + 1 + config.condition_num_classes + 1
+        self.embeddings = nn.Embedding(rows, config.hidden_size)
+        self.tok_drop = nn.Dropout(config.tok_dropout)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.codebook_size)
+        table = rotary_table(config.image_seq_len, config.head_size)
+        self.register_buffer("rotary", table, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.output.weight)  # starts from the uniform distribution
+
+    def embed_class(self, labels: Tensor) -> Tensor:
+        """Labels (B,) in 0…classes, the last being "no class" -> embeddings (B, 1, D)."""
+        return self.embeddings(labels + self.config.codebook_size + 1).unsqueeze(1)
+
+    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Codes (B, N), N <= T, and labels (B,) -> logits (B, 1 + N, V); output i is of code i."""
+        x = torch.cat([self.embed_class(labels), self.embeddings(codes)], 1)  # (B, 1 + N, D)
+        x = self.tok_drop(x)
+        table = self.rotary[: x.shape[1]]
+        for block in self.blocks:
+            if self.config.use_checkpoint and self.training:
+                x = checkpoint(block, x, table, use_reentrant=False)
+            else:
+                x = block(x, table)
+        return self.output(self.norm(x))
+
+    def step(self, x: Tensor, cache: KVCache) -> Tensor:
+        """Embeddings (B, 1, D) of the next position -> logits (B, V), float32; the cache grows."""
+        table = self.rotary[cache.filled : cache.filled + 1]
+        for block in self.blocks:
+            x = block(x, table, cache)
+        cache.filled += 1
+        return self.output(self.norm(x))[:, 0].float()
+
+
+def next_code_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy (nats a code) and top-1 accuracy of logits (B, T, V) for codes (B, T)."""
+    logits = logits.float().flatten(0, 1)
+    target = codes.flatten()
+    return F.cross_entropy(logits, target), (logits.argmax(1) == target).float().mean()

@@ -1,0 +1,45 @@
+"""Rotary positions of the generator: a line of prefix tokens, then a grid of image tokens."""
+
+import math
+
+import torch
+from torch import Tensor
+
+BASE = 10000.0
+
+
+def token_layout(seq_len: int) -> tuple[int, int]:
+    """Grid g and prefix K of T = K + g² tokens, where K is g or g + 1 (273 -> 16, 17)."""
+    grid = math.isqrt(seq_len)
+    while grid * grid + grid > seq_len:
+        grid -= 1
+    return grid, seq_len - grid * grid
+
+
+def rotary_table(seq_len: int, head_size: int) -> Tensor:
+    """Cosine and sine of every position: (1 + seq_len, head_size / 2, 2), float32.
+
+    Row 0 (the class) is all zeros, cos and sin alike, so that the class token's q and k vanish:
+    odd, but the published weights were trained so. Rows 1…K rotate by 0…K-1 with all frequencies;
+    image token (r, c) uses half of the pairs for K + r and half for K + c.
+    """
+    grid, prefix = token_layout(seq_len)
+    pairs = head_size // 2
+
+    def angles(positions: Tensor, count: int) -> Tensor:  # (len(positions), count)
+        return positions[:, None] * BASE ** (-torch.arange(count) / count)
+
+    line = angles(torch.arange(prefix), pairs)  # (K, pairs)
+    axis = angles(prefix + torch.arange(grid), pairs // 2)  # (g, pairs / 2)
+    rows = axis.repeat_interleave(grid, 0)  # (g², pairs / 2)
+    columns = axis.repeat(grid, 1)
+    angle = torch.cat([line, torch.cat([rows, columns], 1)])  # (T, pairs)
+    table = torch.stack([angle.cos(), angle.sin()], -1)
+    return torch.cat([torch.zeros(1, pairs, 2), table])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate interleaved pairs: x (B, H, T, h), table (T, h / 2, 2) -> (B, H, T, h), float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, T, h / 2)
+    cos, sin = table.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)

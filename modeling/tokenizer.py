@@ -1,0 +1,239 @@
+"""The AliTok tokenizer: images to codes that are predictable from left to right, and back.
+
+One set of classes makes both training stages. Stage 1 decodes causally and reads the prefix tokens
+through a second head; stage 2, the published format, decodes bidirectionally with buffer tokens.
+
+Shape suffixes: B images, g grid (patches a side), K prefix tokens, T = K + g² tokens, D width.
+Attribute names are the keys of the published state dicts.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from modeling.errors import InputError
+from modeling.layers import Block
+from modeling.quantizer import VectorQuantizer
+
+
+@dataclass
+class TokenizerConfig:
+    """Sizes of a tokenizer; the defaults are the published inference model."""
+
+    codebook_size: int = 4096
+    token_size: int = 32  # channels of a code vector
+    num_latent_tokens: Optional[int] = None  # T; None stands for g² + g + 1 (K = g + 1)
+    image_size: int = 256
+    patch_size: int = 16
+    encoder_width: int = 768
+    encoder_layers: int = 12
+    encoder_heads: int = 12
+    decoder_width: int = 1024
+    decoder_layers: int = 24
+    decoder_heads: int = 16
+    num_buffer_tokens: int = 32  # learned tokens before the codes in the decoder; stage 1: one
+    causal: bool = False  # the decoder's attention; stage 1: true
+    prefix_head: bool = False  # the auxiliary head over the prefix tokens; stage 1: true
+    clustering: bool = False  # codebook clustering while training; stage 1: true
+    exact_attention: bool = True  # attention in float32 whatever the autocast type
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise InputError(
+                f"image size {self.image_size} is no multiple of the patch size {self.patch_size}: "
+                f"choose a model.vq_model.image_size that model.vq_model.patch_size divides"
+            )
+        for part in ("encoder", "decoder"):
+            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
+            if width % heads:
+                raise InputError(
+                    f"model.vq_model.{part}_width={width} is no multiple of {part}_heads={heads}"
+                )
+        if self.num_latent_tokens is None:
+            self.num_latent_tokens = self.grid**2 + self.grid + 1
+        if self.num_prefix_tokens not in (self.grid, self.grid + 1):
+            raise InputError(
+                f"model.vq_model.num_latent_tokens={self.num_latent_tokens} does not fit a "
+                f"{self.grid}x{self.grid} grid: give {self.grid**2 + self.grid + 1} (with the "
+                f"corner token, as published) or {self.grid**2 + self.grid}"
+            )
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.num_latent_tokens - self.grid**2
+
+
+class TokenizerOutput(NamedTuple):
+    """What a training step needs of one forward pass; images and strip are in [0, 1]."""
+
+    images: Tensor  # (B, 3, S, S) reconstructions
+    strip: Optional[Tensor]  # (B, 3, patch, K·patch), what the prefix tokens alone show
+    latents: Tensor  # (B, T, token_size) float32, before quantization
+    codes: Tensor  # (B, T) int64
+    quantizer_loss: Tensor  # scalar
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, recompute: bool) -> Tensor:
+    """Apply the blocks in turn, keeping only their inputs for the backward pass if `recompute`."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+    return x
+
+
+class Encoder(nn.Module):
+    """Patches and learned latents through bidirectional blocks; the latents come out."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        width = config.encoder_width
+        self.recompute = False  # gradient checkpointing
+        self.patch_embed = nn.Conv2d(3, width, config.patch_size, config.patch_size)
+        self.positional_embedding = nn.Parameter(torch.empty(config.grid**2, width))
+        self.latent_token_positional_embedding = nn.Parameter(
+            torch.empty(config.num_latent_tokens, width)
+        )
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = nn.ModuleList(
+            Block(width, config.encoder_heads, causal=False, exact=config.exact_attention)
+            for _ in range(config.encoder_layers)
+        )
+        self.ln_post = nn.LayerNorm(width)
+        self.conv_out = nn.Conv2d(width, config.token_size, 1)
+
+    def forward(self, images: Tensor, latent_tokens: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] and latent tokens (T, D) -> (B, T, token_size)."""
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, g², D), row-major
+        patches = patches + self.positional_embedding
+        latents = latent_tokens + self.latent_token_positional_embedding
+        latents = latents.expand(len(images), -1, -1)  # (B, T, D)
+        x = self.ln_pre(torch.cat([patches, latents], 1))  # (B, g² + T, D)
+        x = run_blocks(self.transformer, x, self.recompute and self.training)
+        x = self.ln_post(x[:, patches.shape[1] :])  # (B, T, D)
+        x = self.conv_out(x.transpose(1, 2).unsqueeze(2))  # (B, token_size, 1, T)
+        return x.squeeze(2).transpose(1, 2)
+
+
+class Decoder(nn.Module):
+    """Code vectors to pixels: causal (stage 1) or bidirectional with buffer tokens (stage 2)."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        width, patch = config.decoder_width, config.patch_size
+        self.patch, self.grid = patch, config.grid
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.recompute = False  # gradient checkpointing
+        self.decoder_embed = nn.Linear(config.token_size, width)
+        # Published name; it holds the buffer tokens and has nothing to do with classes.
+        self.class_embedding = nn.Parameter(torch.empty(config.num_buffer_tokens, width))
+        self.latent_token_positional_embedding = nn.Parameter(
+            torch.empty(config.num_buffer_tokens + config.num_latent_tokens, width)
+        )
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = nn.ModuleList(
+            Block(width, config.decoder_heads, config.causal, config.exact_attention)
+            for _ in range(config.decoder_layers)
+        )
+        self.ln_post = nn.LayerNorm(width)
+        # Lists of one layer: the published keys are `ffn.0.*`.
+        self.ffn = nn.Sequential(nn.Conv2d(width, 3 * patch * patch, 1))
+        self.conv_out = nn.Conv2d(3, 3, 1)
+        if config.prefix_head:
+            self.ffn_aux = nn.Sequential(nn.Conv2d(width, 3 * patch * patch, 1))
+            self.conv_out_aux = nn.Conv2d(3, 3, 1)
+
+    def forward(self, vectors: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        """Vectors (B, T, token_size) -> images (B, 3, S, S) and, with a prefix head, the strip."""
+        x = self.decoder_embed(vectors)  # (B, T, D)
+        buffers = self.class_embedding.to(x.dtype).expand(len(x), -1, -1)
+        x = torch.cat([buffers, x], 1) + self.latent_token_positional_embedding
+        x = self.ln_pre(x)
+        x = run_blocks(self.transformer, x, self.recompute and self.training)
+        x = self.ln_post(x[:, buffers.shape[1] :])  # (B, T, D)
+        prefix, image = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        images = self.to_pixels(image, self.grid, self.ffn, self.conv_out)
+        if not hasattr(self, "ffn_aux"):
+            return images, None
+        return images, self.to_pixels(prefix, 1, self.ffn_aux, self.conv_out_aux)
+
+    def to_pixels(self, x: Tensor, rows: int, ffn: nn.Module, conv_out: nn.Module) -> Tensor:
+        """Tokens (B, rows·columns, D) -> one patch each: (B, 3, rows·p, columns·p) in [0, 1]."""
+        x = ffn(rearrange(x, "b (r c) d -> b d r c", r=rows))
+        x = rearrange(x, "b (p q ch) r c -> b ch (r p) (c q)", p=self.patch, q=self.patch)
+        return conv_out(x).float().sigmoid()
+
+
+class Tokenizer(nn.Module):
+    """Encoder, quantizer and decoder. `with_decoder=False` leaves the decoder out (encoding only)."""
+
+    def __init__(self, config: TokenizerConfig, with_decoder: bool = True):
+        super().__init__()
+        self.config = config
+        self.latent_tokens = nn.Parameter(
+            torch.empty(config.num_latent_tokens, config.encoder_width)
+        )
+        self.encoder = Encoder(config)
+        self.quantize = VectorQuantizer(
+            config.codebook_size, config.token_size, clustering=config.clustering
+        )
+        self.decoder = Decoder(config) if with_decoder else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, 0.0, 0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        # Learned tokens and positions: unit length on average, whatever the width.
+        width_of = self.config.encoder_width**-0.5
+        learned = [
+            self.latent_tokens,
+            self.encoder.positional_embedding,
+            self.encoder.latent_token_positional_embedding,
+        ]
+        for parameter in learned:
+            nn.init.normal_(parameter, std=width_of)
+        if self.decoder is not None:
+            width_of = self.config.decoder_width**-0.5
+            nn.init.normal_(self.decoder.class_embedding, std=width_of)
+            nn.init.normal_(self.decoder.latent_token_positional_embedding, std=width_of)
+
+    def freeze_encoder(self) -> None:
+        """Stage 2: encoder, latent tokens and codebook keep their values; the decoder trains."""
+        self.latent_tokens.requires_grad_(False)
+        self.encoder.requires_grad_(False)
+        self.quantize.requires_grad_(False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S), float in [0, 1] -> codes (B, T), int64."""
+        return self.quantize.nearest(self.encoder(images, self.latent_tokens))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, T), int64 -> images (B, 3, S, S), float32 in [0, 1]."""
+        return self.decoder(self.quantize.embedding(codes))[0]
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """One training pass over images (B, 3, S, S) in [0, 1]."""
+        latents = self.encoder(images, self.latent_tokens).float()  # (B, T, token_size)
+        vectors, codes, quantizer_loss = self.quantize(latents)
+        reconstructions, strip = self.decoder(vectors)
+        return TokenizerOutput(reconstructions, strip, latents, codes, quantizer_loss)
+
+
+def prefix_target(images: Tensor, config: TokenizerConfig) -> Tensor:
+    """What the prefix tokens' strip should show: (B, 3, S, S) -> (B, 3, patch, K·patch).
+
+    [top-left patch | first row of patches]; without the corner token (K = g) the row alone.
+    """
+    row = images[:, :, : config.patch_size]
+    if config.num_prefix_tokens == config.grid:
+        return row
+    return torch.cat([row[..., : config.patch_size], row], 3)

@@ -1,0 +1,53 @@
+"""Shared pieces of the tests: the published figures and the weights that reach them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.golden.fill import fill_value
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden():
+    """Load one file of published figures: golden("generator_small.npz")."""
+
+    def load(name):
+        path = GOLDEN / name
+        return json.loads(path.read_text()) if name.endswith(".json") else np.load(path)
+
+    return load
+
+
+@pytest.fixture
+def fill():
+    """Give a model the deterministic weights behind the published figures, in eval mode."""
+
+    def apply(model):
+        state = {
+            name: torch.from_numpy(fill_value(name, tuple(tensor.shape), 1))
+            for name, tensor in model.state_dict().items()
+        }
+        if "quantize.embed_prob" in state:
+            state["quantize.embed_prob"].zero_()
+        model.load_state_dict(state)
+        return model.eval()
+
+    return apply

@@ -1,0 +1,117 @@
+"""Every figure of the published models, from deterministic weights, in float32 on a CPU."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modeling.generator import Generator, GeneratorConfig, next_code_loss
+from modeling.sampling import sample_codes
+from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
+from tests.golden.fill import generator_inputs, images
+
+STAGE1 = dict(causal=True, num_buffer_tokens=1, prefix_head=True, clustering=True)
+SHALLOW = dict(encoder_layers=2, decoder_layers=2)
+TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+
+
+def close(actual, expected, tolerance=1e-4):
+    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=0, atol=tolerance)
+
+
+def state_dict_of(model):
+    return {k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in model.items()}
+
+
+@pytest.mark.parametrize(
+    "name, build",
+    [
+        ("tokenizer", lambda: Tokenizer(TokenizerConfig())),
+        ("tokenizer_stage1", lambda: Tokenizer(TokenizerConfig(**STAGE1))),
+        ("alitok_b", lambda: Generator(GeneratorConfig())),
+        ("alitok_l", lambda: Generator(GeneratorConfig(hidden_size=1024))),
+        ("alitok_xl", lambda: Generator(GeneratorConfig(hidden_size=1280, num_hidden_layers=32))),
+    ],
+)
+def test_state_dict_has_published_names_and_shapes(golden, name, build):
+    with torch.device("meta"):
+        model = build()
+    assert state_dict_of(model.state_dict()) == golden("state_dicts.json")[name]
+
+
+def test_inference_tokenizer(golden, fill):
+    expected = golden("tokenizer_small.npz")
+    model = fill(Tokenizer(TokenizerConfig(**SHALLOW)))
+    x = torch.from_numpy(images(2, 256, 1))
+    with torch.no_grad():
+        out = model(x)
+        codes = model.encode(x)
+        recon = model.decode(codes)
+    close(out.latents.transpose(1, 2)[..., ::16], expected["latent"])
+    assert (codes.numpy() == expected["codes"]).all()
+    assert (out.codes == codes).all()
+    close(recon[..., ::8, ::8], expected["recon"])
+    close(recon.mean((2, 3)), expected["recon_mean"])
+    close(out.quantizer_loss, expected["quantizer_loss"])
+
+
+def test_stage1_tokenizer_losses_and_clustering(golden, fill):
+    expected = golden("tokenizer_stage1_small.npz")
+    config = TokenizerConfig(**STAGE1, **SHALLOW)
+    model = fill(Tokenizer(config)).train()
+    x = torch.from_numpy(images(2, 256, 1))
+    before = model.quantize.embedding.weight.detach().clone()
+    out = model(x)
+    model.quantize.cluster(out.latents.flatten(0, 1))
+    assert (out.codes.numpy() == expected["codes"]).all()
+    close(out.images[..., ::8, ::8], expected["recon"])
+    close(out.strip[..., ::4, ::4], expected["aux"])
+    close(out.quantizer_loss, expected["quantizer_loss"])
+    mse = F.mse_loss(out.images, x)
+    strip_mse = F.mse_loss(out.strip, prefix_target(x, config))
+    close(mse, expected["mse"])
+    close(strip_mse, expected["aux_mse"])
+    close(mse + 10 * 17 / 256 * strip_mse, expected["reconstruction_loss"])
+    after = model.quantize.embedding.weight.detach()
+    close(after[::64], expected["embedding_after"])
+    close(model.quantize.embed_prob[::16], expected["embed_prob_after"], 1e-7)
+    moved = ((after - before).abs().sum(1) > 1e-6).sum()
+    assert moved == expected["embedding_moved"]
+
+
+@pytest.fixture
+def generator(fill):
+    return fill(Generator(GeneratorConfig(**TINY)))
+
+
+def test_generator_logits_and_loss(golden, generator):
+    expected = golden("generator_small.npz")
+    ids, labels = (torch.from_numpy(a) for a in generator_inputs(1))
+    assert (ids.numpy() == expected["ids"]).all()
+    with torch.no_grad():
+        logits = generator(ids, labels)
+    assert logits.shape == (2, 274, 4096)
+    close(logits[:, expected["logits_pos"], ::8], expected["logits"])
+    loss, accuracy = next_code_loss(logits[:, :-1], ids)
+    close(loss, expected["loss"])
+    close(accuracy, expected["correct"])
+
+
+@pytest.mark.parametrize("scale, power", [(16, 1.8), (6, 0.7), (0, 1)])
+def test_greedy_generation(golden, generator, scale, power):
+    labels = torch.tensor([3, 977])
+    codes = sample_codes(generator, labels, torch.full((2, 273), 0.5), scale, power, 1e-5)
+    assert (codes.numpy() == golden("generator_small.npz")[f"greedy_{scale}_{power}"]).all()
+
+
+def test_cached_logits_equal_uncached(generator):
+    from modeling.generator import KVCache
+
+    ids, labels = (torch.from_numpy(a) for a in generator_inputs(1))
+    with torch.inference_mode():
+        whole = generator(ids[:, :-1], labels)
+        cache = KVCache(generator, 2)
+        x = generator.embed_class(labels)
+        for t in range(273):
+            close(generator.step(x, cache), whole[:, t].numpy())
+            x = generator.embeddings(ids[:, t : t + 1])

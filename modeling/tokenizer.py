@@ -53,8 +53,6 @@ class TokenizerConfig:
                 raise InputError(
                     f"model.vq_model.{part}_width={width} is no multiple of {part}_heads={heads}"
                 )
-        if self.num_latent_tokens is None:
-            self.num_latent_tokens = self.grid**2 + self.grid + 1
         if self.num_prefix_tokens not in (self.grid, self.grid + 1):
             raise InputError(
                 f"model.vq_model.num_latent_tokens={self.num_latent_tokens} does not fit a "
@@ -67,8 +65,14 @@ class TokenizerConfig:
         return self.image_size // self.patch_size
 
     @property
+    def num_tokens(self) -> int:
+        """T, the codes of an image."""
+        return self.num_latent_tokens or self.grid**2 + self.grid + 1
+
+    @property
     def num_prefix_tokens(self) -> int:
-        return self.num_latent_tokens - self.grid**2
+        """K."""
+        return self.num_tokens - self.grid**2
 
 
 class TokenizerOutput(NamedTuple):
@@ -97,9 +101,7 @@ class Encoder(nn.Module):
         self.recompute = False  # gradient checkpointing
         self.patch_embed = nn.Conv2d(3, width, config.patch_size, config.patch_size)
         self.positional_embedding = nn.Parameter(torch.empty(config.grid**2, width))
-        self.latent_token_positional_embedding = nn.Parameter(
-            torch.empty(config.num_latent_tokens, width)
-        )
+        self.latent_token_positional_embedding = nn.Parameter(torch.empty(config.num_tokens, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.ModuleList(
             Block(width, config.encoder_heads, causal=False, exact=config.exact_attention)
@@ -134,7 +136,7 @@ class Decoder(nn.Module):
         # Published name; it holds the buffer tokens and has nothing to do with classes.
         self.class_embedding = nn.Parameter(torch.empty(config.num_buffer_tokens, width))
         self.latent_token_positional_embedding = nn.Parameter(
-            torch.empty(config.num_buffer_tokens + config.num_latent_tokens, width)
+            torch.empty(config.num_buffer_tokens + config.num_tokens, width)
         )
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.ModuleList(
@@ -176,9 +178,7 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig, with_decoder: bool = True):
         super().__init__()
         self.config = config
-        self.latent_tokens = nn.Parameter(
-            torch.empty(config.num_latent_tokens, config.encoder_width)
-        )
+        self.latent_tokens = nn.Parameter(torch.empty(config.num_tokens, config.encoder_width))
         self.encoder = Encoder(config)
         self.quantize = VectorQuantizer(
             config.codebook_size, config.token_size, clustering=config.clustering
@@ -192,19 +192,21 @@ class Tokenizer(nn.Module):
                 nn.init.trunc_normal_(module.weight, 0.0, 0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
-        # Learned tokens and positions: unit length on average, whatever the width.
-        width_of = self.config.encoder_width**-0.5
-        learned = [
-            self.latent_tokens,
-            self.encoder.positional_embedding,
-            self.encoder.latent_token_positional_embedding,
-        ]
-        for parameter in learned:
-            nn.init.normal_(parameter, std=width_of)
+        encoder, grid, width = self.encoder, self.config.grid, self.config.encoder_width
+        nn.init.normal_(self.latent_tokens, std=width**-0.5)
+        # No source gives the positions' start; ours lets every latent look at its own patch from
+        # the first step, instead of spending thousands of steps on finding it.
+        patches = nn.init.normal_(encoder.positional_embedding, std=2 * width**-0.5)
+        own = torch.cat([patches[:grid], patches])  # the prefix shows the first row …
+        if self.config.num_prefix_tokens > grid:
+            own = torch.cat([patches[:1], own])  # … after the corner
+        latents = nn.init.normal_(encoder.latent_token_positional_embedding, std=0.5 * width**-0.5)
+        with torch.no_grad():
+            latents.add_(own)
         if self.decoder is not None:
-            width_of = self.config.decoder_width**-0.5
-            nn.init.normal_(self.decoder.class_embedding, std=width_of)
-            nn.init.normal_(self.decoder.latent_token_positional_embedding, std=width_of)
+            width = self.config.decoder_width
+            nn.init.normal_(self.decoder.class_embedding, std=width**-0.5)
+            nn.init.normal_(self.decoder.latent_token_positional_embedding, std=width**-0.5)
 
     def freeze_encoder(self) -> None:
         """Stage 2: encoder, latent tokens and codebook keep their values; the decoder trains."""

@@ -2,8 +2,8 @@
 
 import os
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 import torch
 from safetensors import SafetensorError
@@ -124,4 +124,3 @@ def load_tensors(
             f"give the matching config or weights"
         )
     model.load_state_dict(given, strict=False)  # strictness was checked above, with reasons
-

@@ -3,6 +3,8 @@
 Attribute names are the keys of the published state dict.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ class Discriminator(nn.Module):
                 nn.GroupNorm(32, after),
                 nn.LeakyReLU(0.1),
             )
-            for before, after in zip(widths, widths[1:])
+            for before, after in itertools.pairwise(widths)
         )
         self.pool = nn.AdaptiveMaxPool2d(16)
         self.to_logits = nn.Sequential(

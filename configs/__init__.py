@@ -1,0 +1,1 @@
+"""YAML presets and the one schema they obey (`configs.schema`)."""

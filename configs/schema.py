@@ -1,0 +1,326 @@
+"""The typed schema of every program's options, and the reading of `config=FILE option=value …`.
+
+Option names are those of the published configs; a name that is not listed here stops the program
+before anything is built. Plain dataclasses come out, and go into the models as they are.
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Optional, TypeVar, get_args, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from modeling.errors import InputError
+from modeling.generator import GeneratorConfig
+from modeling.tokenizer import TokenizerConfig
+
+T = TypeVar("T")
+
+
+# ---------------------------------------------------------------------- both trainers
+@dataclass
+class OptimizerParams:
+    """AdamW. The tokenizer's phases set its learning rate; there this one is not read."""
+
+    learning_rate: float = 4e-4
+    beta1: float = 0.9
+    beta2: float = 0.96
+    weight_decay: float = 0.03
+
+
+@dataclass
+class Optimizer:
+    params: OptimizerParams = field(default_factory=OptimizerParams)
+
+
+@dataclass
+class Training:
+    gradient_accumulation_steps: int = 1
+    per_gpu_batch_size: int = 128
+    mixed_precision: str = "auto"  # auto (bf16 on CUDA, else no), no, bf16, fp16
+    enable_tf32: bool = True
+    enable_wandb: bool = False  # WANDB_MODE=offline or disabled are honoured
+    use_ema: bool = False
+    ema_decay: float = 0.9999
+    compile: bool = False  # torch.compile of the trained model
+    seed: int = 42
+    max_train_steps: int = 500_000
+    max_grad_norm: float = 1.0  # 0 switches clipping off
+
+    def __post_init__(self):
+        choices = ("auto", "no", "bf16", "fp16")
+        if self.mixed_precision not in choices:
+            raise InputError(
+                f"training.mixed_precision={self.mixed_precision}: choose one of "
+                f"{', '.join(choices)}"
+            )
+        for name in ("gradient_accumulation_steps", "per_gpu_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"training.{name}={getattr(self, name)}: give 1 or more")
+
+
+@dataclass
+class Experiment:
+    """Where a run lives and how often it reports; every period is in steps, 0 is never."""
+
+    project: str = "alitok"
+    name: str = "alitok"
+    output_dir: str = "output/alitok"
+    # True: go on from the newest checkpoint; False: refuse a used folder; a path: start from that.
+    resume: Any = True
+    save_every: int = 10_000
+    keep_checkpoints: int = 2
+    eval_every: int = 10_000
+    generate_every: int = 10_000
+    log_every: int = 100
+    log_grad_norm_every: int = 100
+    max_train_examples: Optional[int] = None  # use only the first so many images
+
+    def __post_init__(self):
+        if not isinstance(self.resume, (bool, str)):
+            raise InputError(f"experiment.resume={self.resume}: give True, False or a path")
+
+
+# ---------------------------------------------------------------------- generator
+@dataclass
+class GeneratorExperiment(Experiment):
+    generator_checkpoint: Optional[str] = None  # the weights to sample from
+    tokenizer_checkpoint: str = "weights/AliTok.pth"
+    num_fid_samples: int = 50_000
+    per_proc_batch_size: int = 125  # images sampled together, one fixed chunk of indices
+    save_png: bool = True
+
+
+@dataclass
+class GeneratorOptions(GeneratorConfig):
+    """`model.generator`: the architecture, then how to sample from it."""
+
+    codebook_size: int = "${model.vq_model.codebook_size}"  # type: ignore[assignment]
+    randomize_temperature: float = 1.0  # of sampling
+    guidance_scale: float = 16.0  # 0 or 1: no guidance
+    guidance_scale_pow: float = 1.8
+    seed: int = 42  # of sampling
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.randomize_temperature <= 0:
+            raise InputError(
+                f"model.generator.randomize_temperature={self.randomize_temperature}: give more "
+                f"than 0 (1e-5 takes the most likely code)"
+            )
+
+
+@dataclass
+class GeneratorModels:
+    vq_model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    generator: GeneratorOptions = field(default_factory=GeneratorOptions)
+
+    def __post_init__(self):
+        given, needed = self.generator.image_seq_len, self.vq_model.num_tokens
+        if given != needed:
+            raise InputError(
+                f"model.generator.image_seq_len={given}, but the tokenizer makes {needed} codes an "
+                f"image (model.vq_model): give the same number"
+            )
+
+
+@dataclass
+class TokenDataParams:
+    pretokenization: str = "cache_alitok"  # the token cache to train on
+    val_pretokenization: Optional[str] = None  # a held-out cache for eval_every
+    num_workers_per_gpu: int = 4
+
+
+@dataclass
+class TokenData:
+    params: TokenDataParams = field(default_factory=TokenDataParams)
+
+
+@dataclass
+class SchedulerParams:
+    learning_rate: float = "${optimizer.params.learning_rate}"  # type: ignore[assignment]
+    warmup_steps: int = 62_500
+    end_lr: float = 1e-5
+
+
+@dataclass
+class Scheduler:
+    scheduler: str = "cosine"
+    params: SchedulerParams = field(default_factory=SchedulerParams)
+
+    def __post_init__(self):
+        if self.scheduler not in ("cosine", "constant"):
+            raise InputError(f"lr_scheduler.scheduler={self.scheduler}: choose cosine or constant")
+
+
+@dataclass
+class GeneratorRun:
+    """Options of train_ar.py and sample_imagenet.py."""
+
+    experiment: GeneratorExperiment = field(default_factory=GeneratorExperiment)
+    model: GeneratorModels = field(default_factory=GeneratorModels)
+    dataset: TokenData = field(default_factory=TokenData)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: Scheduler = field(default_factory=Scheduler)
+    training: Training = field(default_factory=Training)
+
+
+# ---------------------------------------------------------------------- tokenizer
+@dataclass
+class TokenizerExperiment(Experiment):
+    stage1_checkpoint: Optional[str] = None  # stage 2 takes encoder and codebook from it
+
+
+@dataclass
+class TokenizerModels:
+    stage: int = 1
+    vq_model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    # Stage 2's decoder starts from stage 1's (all but the buffer tokens and positions), as the
+    # published code in effect does, or from scratch, as the paper says.
+    decoder_init: str = "stage1"
+
+    def __post_init__(self):
+        if self.stage not in (1, 2):
+            raise InputError(f"model.stage={self.stage}: give 1 or 2")
+        if self.decoder_init not in ("stage1", "scratch"):
+            raise InputError(f"model.decoder_init={self.decoder_init}: give stage1 or scratch")
+        if self.stage == 2 and (self.vq_model.prefix_head or self.vq_model.clustering):
+            raise InputError(
+                "stage 2 trains neither a prefix head nor the codebook: leave "
+                "model.vq_model.prefix_head and clustering out of its config"
+            )
+
+
+@dataclass
+class ImageDataParams:
+    train_dir: str = "imagenet/train"  # one folder a class
+    val_dir: Optional[str] = None  # held-out images for eval_every and previews
+    resize: Optional[int] = None  # shorter side before the random crop; None: the image size
+    random_flip: bool = True
+    num_workers_per_gpu: int = 8
+
+
+@dataclass
+class ImageData:
+    params: ImageDataParams = field(default_factory=ImageDataParams)
+
+
+@dataclass
+class Phase:
+    """A stretch of tokenizer training; a term of weight 0 is not computed."""
+
+    name: str = "main"
+    steps: int = 0
+    learning_rate: float = 1e-4
+    end_lr: Optional[float] = None  # None: constant
+    shape: str = "cosine"  # of the way from learning_rate to end_lr: cosine or linear
+    perceptual_weight: float = 0.0  # ConvNeXt-S logits
+    lpips_weight: float = 0.0
+    gan_weight: float = 0.0  # of -mean(D(fake)); > 0 alternates tokenizer and discriminator steps
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise InputError(f"phase {self.name}: steps={self.steps}; give 1 or more")
+        if self.shape not in ("cosine", "linear"):
+            raise InputError(f"phase {self.name}: shape={self.shape}; choose cosine or linear")
+
+
+@dataclass
+class Losses:
+    aux_weight: float = 10.0  # of the strip's MSE, times K / g²
+    quantizer_weight: float = 1.0
+    pretrained: bool = True  # false: random networks, for tests only
+
+
+@dataclass
+class TokenizerOptimizerParams:
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    warmup_steps: int = 10_000
+
+
+@dataclass
+class TokenizerOptimizer:
+    params: TokenizerOptimizerParams = field(default_factory=TokenizerOptimizerParams)
+
+
+@dataclass
+class TokenizerRun:
+    """Options of train_tokenizer."""
+
+    experiment: TokenizerExperiment = field(default_factory=TokenizerExperiment)
+    model: TokenizerModels = field(default_factory=TokenizerModels)
+    dataset: ImageData = field(default_factory=ImageData)
+    optimizer: TokenizerOptimizer = field(default_factory=TokenizerOptimizer)
+    losses: Losses = field(default_factory=Losses)
+    phases: list[Phase] = field(default_factory=list)
+    training: Training = field(default_factory=lambda: Training(per_gpu_batch_size=48))
+
+    def __post_init__(self):
+        if not self.phases:
+            raise InputError("no phases: list at least one, with its steps, in the config")
+
+
+# ---------------------------------------------------------------------- reading
+def load(schema: type[T], argv: list[str]) -> T:
+    """Options of one program: schema defaults, then `config=FILE`, then `section.option=value` …
+
+    Raises InputError for a missing file, a misspelt option (with the nearest name), a value of the
+    wrong type or a combination that does not hold together.
+    """
+    pairs = []
+    for argument in argv:
+        key, equals, value = argument.lstrip("-").partition("=")
+        if not equals:
+            raise InputError(f"'{argument}' is no option=value; write config=FILE option=value …")
+        pairs.append((key, value))
+    files = [value for key, value in pairs if key == "config"]
+    if len(files) != 1:
+        raise InputError("give one config=FILE, for example config=configs/alitok_b.yaml")
+    if not Path(files[0]).is_file():
+        raise InputError(f"no config file {files[0]}; the presets are in configs/")
+    try:
+        from_file = OmegaConf.load(files[0])
+        from_command = OmegaConf.from_dotlist([f"{k}={v}" for k, v in pairs if k != "config"])
+        if not OmegaConf.is_dict(from_file):
+            raise InputError(f"{files[0]} holds no options")
+        check_names(schema, from_file, files[0])
+        check_names(schema, from_command, "the command line")
+        merged = OmegaConf.merge(OmegaConf.structured(schema), from_file, from_command)
+        return OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, YAMLError) as e:
+        reason = " ".join(line.strip() for line in str(e).splitlines()[:2])
+        raise InputError(f"config {files[0]}: {reason}") from e
+
+
+def check_names(schema: type, config: Any, source: str, prefix: str = "") -> None:
+    """Refuse names that the schema lacks, saying which is nearest."""
+    hints = get_type_hints(schema)
+    names = [f.name for f in fields(schema)]
+    for key in config:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1, 0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(names)}"
+            raise InputError(f"{source}: there is no option {prefix}{key}; {hint}")
+        value = config._get_node(key)
+        if is_dataclass(hints[key]) and OmegaConf.is_dict(value):
+            check_names(hints[key], value, source, f"{prefix}{key}.")
+        elif OmegaConf.is_list(value) and get_args(hints[key]):
+            for i in range(len(value)):
+                item = value._get_node(i)
+                if OmegaConf.is_dict(item):
+                    check_names(get_args(hints[key])[0], item, source, f"{prefix}{key}[{i}].")
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Options as plain nested dicts, for trackers and comparisons."""
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+
+
+def save(config: Any, path: str | Path) -> None:
+    """Write the options of a run, resolved, as YAML that `load` reads again."""
+    OmegaConf.save(OmegaConf.structured(config), path)

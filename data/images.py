@@ -1,0 +1,130 @@
+"""Folders of images: listing, loading, the crops of pretokenization and training's augmentation."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import functional as TF
+
+from modeling.errors import InputError
+from training.randomness import generator_for
+
+VIEWS = {"center_flip": 2, "five_crop": 5, "ten_crop": 10}  # crops an image, by kind
+
+
+def list_images(root: str | Path) -> tuple[list[tuple[str, int]], list[str]]:
+    """(path, class) of every image under root/CLASS/, sorted, and the sorted class names."""
+    try:
+        folder = ImageFolder(str(root))
+    except FileNotFoundError as e:
+        if not Path(root).is_dir():
+            raise InputError(f"no image folder {root}; give one with a folder a class") from e
+        reason = str(e).split(". Supported")[0].rstrip(".").split("\n")[0]
+        raise InputError(
+            f"{root} is no image folder: {reason}; put images into one folder a class"
+        ) from e
+    return folder.samples, folder.classes
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Any image as 8-bit RGB, as torchvision's own loader converts it (EXIF rotation is ignored)."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"unreadable image {path}: {e}; repair or remove it") from e
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop to size x size pixels: halve with BOX while twice as large, then BICUBIC."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    resized = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def crops(image: Image.Image, size: int, kind: str) -> list[Image.Image]:
+    """The views of pretokenization, each size x size pixels.
+
+    center_flip: the centre crop and its mirror image. five_crop: four corners and the centre of a
+    centre crop to ⌊1.1·size⌋. ten_crop: these and their mirror images, in torchvision's order.
+    """
+    if kind == "center_flip":
+        view = center_crop(image, size)
+        return [view, TF.hflip(view)]
+    larger = center_crop(image, int(size * 1.1))
+    cut = TF.five_crop if kind == "five_crop" else TF.ten_crop
+    return list(cut(larger, size))
+
+
+def random_crop(
+    image: Image.Image, size: int, resize: int, flip: bool, rng: np.random.Generator
+) -> Image.Image:
+    """Training's augmentation: shorter side to `resize` (bilinear), random crop, random mirror."""
+    image = TF.resize(image, resize, TF.InterpolationMode.BILINEAR)
+    left = int(rng.integers(image.width - size + 1))
+    top = int(rng.integers(image.height - size + 1))
+    image = image.crop((left, top, left + size, top + size))
+    if flip and rng.random() < 0.5:
+        image = TF.hflip(image)
+    return image
+
+
+def to_uint8(image: Image.Image) -> Tensor:
+    """(3, H, W), uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [0, 1]."""
+    return images.float() / 255
+
+
+class TrainImages(Dataset):
+    """Augmented images by (epoch, index): (3, size, size), uint8, a pure function of its key."""
+
+    def __init__(self, paths: list[str], size: int, resize: int, flip: bool, seed: int):
+        self.paths, self.size, self.resize, self.flip, self.seed = paths, size, resize, flip, seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        epoch, index = key
+        rng = generator_for(self.seed, epoch, index)
+        image = load_image(self.paths[index])
+        return to_uint8(random_crop(image, self.size, self.resize, self.flip, rng))
+
+
+class CroppedImages(Dataset):
+    """The fixed views of image i: (views, 3, size, size), uint8."""
+
+    def __init__(self, paths: list[str], size: int, kind: str):
+        self.paths, self.size, self.kind = paths, size, kind
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        views = crops(load_image(self.paths[index]), self.size, self.kind)
+        return torch.stack([to_uint8(view) for view in views])
+
+
+class CenterImages(Dataset):
+    """The centre crop of image i, for evaluation: (3, size, size), uint8."""
+
+    def __init__(self, paths: list[str], size: int):
+        self.paths, self.size = paths, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return to_uint8(center_crop(load_image(self.paths[index]), self.size))

@@ -1,0 +1,81 @@
+"""Work cut into numbered parts, each written once, whole or not at all, by whichever rank."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modeling.errors import InputError
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is either absent or complete, even if the machine stops."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder (new files, renames) durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_settings(path: Path, settings: dict[str, Any], remedy: str) -> None:
+    """Write `settings` as JSON, or compare with what an earlier run wrote there.
+
+    Raises InputError that names the differing entries and the remedy.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(settings, indent=1).encode())
+        return
+    try:
+        earlier = json.loads(path.read_text())
+    except ValueError as e:
+        raise InputError(f"{path} is damaged; {remedy}") from e
+    differing = [
+        f"{key} ({earlier.get(key)} there, {settings.get(key)} now)"
+        for key in sorted(earlier.keys() | settings.keys())
+        if earlier.get(key) != settings.get(key)
+    ]
+    if differing:
+        raise InputError(
+            f"{path.parent} holds work of other settings: {', '.join(differing)}; {remedy}"
+        )
+
+
+class Parts:
+    """A folder of numbered .npz parts. A part that exists is complete."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.count = folder, count
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.npz"
+
+    def missing(self, rank: int, world: int) -> list[int]:
+        """The parts that this rank has still to make; the others' are elsewhere in the line."""
+        left = [i for i in range(self.count) if not self.path(i).exists()]
+        return left[rank::world]
+
+    def write(self, number: int, **arrays: np.ndarray) -> None:
+        partial = self.path(number).with_suffix(".partial")
+        with open(partial, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path(number))
+
+    def read(self, number: int, name: str) -> np.ndarray:
+        with np.load(self.path(number), allow_pickle=False) as arrays:
+            return arrays[name]

@@ -1,0 +1,1 @@
+"""What only the quickstart needs: the digits as image folders, and the report at its end."""

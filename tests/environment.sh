@@ -1,0 +1,12 @@
+# Sourced by quickstart.sh and tests/run.sh: use the active virtual environment or .venv, made here
+# if need be, and install the given requirements where they changed since the last time.
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+    [ -d .venv ] || python3 -m venv .venv
+    source .venv/bin/activate
+fi
+stamp="$VIRTUAL_ENV/.installed-$1"
+if ! cat requirements.txt "$1" | cmp -s - "$stamp"; then
+    echo "installing $1 into $VIRTUAL_ENV"
+    python -m pip install -q -r "$1"
+    cat requirements.txt "$1" > "$stamp"
+fi

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The whole test suite: `bash tests/run.sh`; further arguments go to pytest (-m 'not slow': 5 minutes).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tests/environment.sh requirements-dev.txt
+ruff check .
+ruff format --check .
+python -m pytest "$@"

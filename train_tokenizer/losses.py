@@ -1,0 +1,54 @@
+"""The tokenizer's loss: named terms, each computed only when its weight is not 0."""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs.schema import Losses, Phase
+from modeling.tokenizer import TokenizerConfig, TokenizerOutput, prefix_target
+from train_tokenizer.discriminator import Discriminator, generator_loss
+from train_tokenizer.perceptual import LPIPS, ConvNeXtLogits
+
+# The published generator term is -mean(D(fake)) × 0.1 × 0.05; a phase's gan_weight is the product.
+
+
+class FrozenNetworks:
+    """The perceptual networks that at least one phase needs, on the training device."""
+
+    def __init__(self, phases: list[Phase], pretrained: bool, device: torch.device):
+        self.convnext: Optional[ConvNeXtLogits] = None
+        self.lpips: Optional[LPIPS] = None
+        if any(p.perceptual_weight for p in phases):
+            self.convnext = ConvNeXtLogits(pretrained).to(device)
+        if any(p.lpips_weight for p in phases):
+            self.lpips = LPIPS(pretrained).to(device)
+
+
+def tokenizer_terms(
+    out: TokenizerOutput,
+    images: Tensor,
+    config: TokenizerConfig,
+    stage: int,
+    phase: Phase,
+    losses: Losses,
+    networks: FrozenNetworks,
+    discriminator: Optional[Discriminator],
+) -> dict[str, tuple[float, Tensor]]:
+    """(weight, value) of every term of one step, on images in [0, 1], in float32."""
+    terms = {"mse": (1.0, F.mse_loss(out.images, images))}
+    if out.strip is not None:
+        # As many patches of weight as the strip has, next to the image's g².
+        weight = losses.aux_weight * config.num_prefix_tokens / config.grid**2
+        terms["aux"] = (weight, F.mse_loss(out.strip, prefix_target(images, config)))
+    if stage == 1:
+        terms["quantizer"] = (losses.quantizer_weight, out.quantizer_loss)
+    if phase.perceptual_weight:
+        value = networks.convnext.distance(out.images, images)
+        terms["perceptual"] = (phase.perceptual_weight, value)
+    if phase.lpips_weight:
+        terms["lpips"] = (phase.lpips_weight, networks.lpips.distance(out.images, images))
+    if phase.gan_weight:
+        terms["gan"] = (phase.gan_weight, generator_loss(discriminator(out.images)))
+    return terms

@@ -1,0 +1,1 @@
+"""Pieces that both trainers share: runtime, checkpoints, learning rates, randomness, logs."""

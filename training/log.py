@@ -1,0 +1,111 @@
+"""What a person watches: a progress bar, a line a window, metrics.jsonl, PNGs and wandb."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from configs.schema import Experiment
+from modeling.errors import InputError
+
+
+class RunLog:
+    """Reports of one run, from the main process only; on the others every call does nothing."""
+
+    def __init__(self, accelerator: Accelerator, experiment: Experiment, config: dict[str, Any],
+                 first_step: int, total_steps: int):  # fmt: skip
+        self.accelerator = accelerator
+        self.main = accelerator.is_main_process
+        self.folder = Path(experiment.output_dir)
+        if accelerator.log_with:
+            try:
+                accelerator.init_trackers(
+                    experiment.project,
+                    config=config,
+                    init_kwargs={"wandb": {"name": experiment.name, "dir": str(self.folder)}},
+                )
+            except Exception as e:  # wandb's errors share no base class
+                reason = str(e).strip().splitlines()[0]
+                raise InputError(
+                    f"wandb did not start ({reason}); run `wandb login`, set WANDB_MODE=offline or "
+                    f"training.enable_wandb=False"
+                ) from e
+        if self.main:
+            self._cut(first_step)
+            self.file = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115
+        self.bar = tqdm(
+            total=total_steps, initial=first_step - 1, unit="step", disable=not self.main
+        )
+
+    def _cut(self, first_step: int) -> None:
+        """Drop records of steps that a resumed run will make again."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] < first_step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def say(self, text: str) -> None:
+        if self.main:
+            tqdm.write(f"{time.strftime('%H:%M:%S')} {text}")
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One record: a line on screen, a line in metrics.jsonl, and wandb."""
+        if not self.main:
+            return
+        shown = " ".join(f"{k} {v:.4g}" for k, v in values.items())
+        self.say(f"step {step} {shown}")
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        self.accelerator.log(values, step=step)
+
+    def images(self, step: int, name: str, images: Tensor, per_row: int) -> None:
+        """A grid of images (N, 3, H, W) in [0, 1] as NAME-STEP.png and to wandb."""
+        if not self.main:
+            return
+        grid = make_grid(images.float().cpu(), nrow=per_row, padding=2, pad_value=1.0)
+        picture = to_pil_image((grid.clamp(0, 1) * 255).to(torch.uint8))
+        folder = self.folder / "previews"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"{name}-{step:08d}.png")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.log_images({name: [picture]}, step=step)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.accelerator.end_training()
+
+
+class Window:
+    """Means since the last report, kept on the device: no transfer in a step that does not log."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.started, self.waited = time.perf_counter(), 0.0
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def close(self, accelerator: Accelerator, images: int) -> dict[str, float]:
+        """Means over the window and all ranks, images/s in all, share of time spent on data."""
+        names = sorted(self.sums)
+        means = torch.stack([self.sums[n] / self.counts[n] for n in names])
+        means = accelerator.reduce(means, "mean").tolist()
+        seconds = time.perf_counter() - self.started
+        result = dict(zip(names, means))
+        result["images/s"] = images / seconds
+        result["data wait"] = self.waited / seconds
+        self.__init__()
+        return result

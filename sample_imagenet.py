@@ -65,6 +65,9 @@ def main(argv: list[str]) -> None:
         "png": experiment.save_png,
     }
     remedy = "remove it, or give another experiment.output_dir"
+    if final.exists() and not (output / "sampling.json").exists():
+        raise InputError(f"{final} is in the way and none of ours: {remedy}")
+    processes.wait_for_everyone()
     if processes.is_main_process:
         check_settings(output / "sampling.json", settings, remedy)
     processes.wait_for_everyone()

@@ -3,7 +3,7 @@
 The same command goes on after an interruption.
 """
 
-import time
+import math
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from modeling.sampling import sample_codes
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors, write_state_dict
 from training import checkpoint
-from training.log import RunLog, Window
+from training.log import RunLog, Window, due
 from training.randomness import image_uniforms, seed_step
 from training.runtime import run, start_training
 from training.schedule import generator_lr
@@ -162,15 +162,14 @@ def main(argv: list[str]) -> None:
         lr = generator_lr(step, total_steps, options.lr_scheduler)
         seed_step(training.seed, accelerator.process_index, step)
         for _ in range(accumulation):
-            waiting = time.perf_counter()
-            codes, labels = (x.to(device, non_blocking=True) for x in next(batches))
-            window.waited += time.perf_counter() - waiting
+            with window.waiting():
+                codes, labels = (x.to(device, non_blocking=True) for x in next(batches))
             with accelerator.accumulate(model):
                 logits = model(codes[:, :-1], labels)
                 loss, accuracy = next_code_loss(logits, codes)
                 accelerator.backward(loss)
             window.add(loss=loss, accuracy=accuracy)
-        log_now = due(step, experiment.log_every) or step == total_steps
+        window.images += global_batch
         if training.max_grad_norm:
             norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
             if due(step, experiment.log_grad_norm_every):
@@ -183,42 +182,35 @@ def main(argv: list[str]) -> None:
             ema.update_parameters(generator)
         log.bar.update()
 
-        if log_now:
-            done = (step - first_step) % max(experiment.log_every, 1) + 1
-            values = window.close(accelerator, done * global_batch)
-            if not torch.isfinite(torch.tensor(values["loss"])):
+        last = step == total_steps
+        if last or due(step, experiment.log_every):
+            values = window.close(accelerator)
+            if not math.isfinite(values["loss"]):
                 raise InputError(
                     f"the loss is not finite at step {step}: start again from an older checkpoint "
                     f"with a lower learning rate"
                 )
             log.metrics(step, {"lr": lr, **values})
-        shown = ema.module if ema is not None else generator  # what is evaluated and sampled
-        last = step == total_steps
-        if held_out is not None and (due(step, experiment.eval_every) or last):
-            values = evaluate(accelerator, shown, held_out, batch)
-            log.metrics(step, {f"val/{k}": v for k, v in values.items()})
-            if values["loss"] < best:
-                best = values["loss"]
-                if accelerator.is_main_process:
-                    write_state_dict(shown.state_dict(), run_dir / "generator_best.bin")
-        if tokenizer is not None and (due(step, experiment.generate_every) or last):
-            log.images(
-                step, "samples", sample_grid(accelerator, shown, tokenizer, options), GRID_CLASSES
-            )
-        if due(step, experiment.save_every) or last:
-            save(step)
-        if log_now:
-            window = Window()  # so that what was just done is in no window's time
+        with window.paused():
+            shown = ema.module if ema is not None else generator  # what is evaluated and sampled
+            if held_out is not None and (last or due(step, experiment.eval_every)):
+                values = evaluate(accelerator, shown, held_out, batch)
+                log.metrics(step, {f"val/{k}": v for k, v in values.items()})
+                if values["loss"] < best:
+                    best = values["loss"]
+                    if accelerator.is_main_process:
+                        write_state_dict(shown.state_dict(), run_dir / "generator_best.bin")
+            if tokenizer is not None and (last or due(step, experiment.generate_every)):
+                grid = sample_grid(accelerator, shown, tokenizer, options)
+                log.images(step, "samples", grid, GRID_CLASSES)
+            if last or due(step, experiment.save_every):
+                save(step)
     if accelerator.is_main_process:
         write_state_dict(generator.state_dict(), run_dir / "generator.bin")
         if ema is not None:
             write_state_dict(ema.module.state_dict(), run_dir / "generator_ema.bin")
     log.say(f"done; weights in {run_dir / 'generator.bin'}")
     log.close()
-
-
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 @torch.no_grad()

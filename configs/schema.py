@@ -7,7 +7,7 @@ before anything is built. Plain dataclasses come out, and go into the models as 
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Optional, TypeVar, get_args, get_type_hints
+from typing import Any, Optional, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -60,6 +60,8 @@ class Training:
         for name in ("gradient_accumulation_steps", "per_gpu_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"training.{name}={getattr(self, name)}: give 1 or more")
+        if self.seed < 0:
+            raise InputError(f"training.seed={self.seed}: give 0 or more")
 
 
 @dataclass
@@ -82,6 +84,11 @@ class Experiment:
     def __post_init__(self):
         if not isinstance(self.resume, (bool, str)):
             raise InputError(f"experiment.resume={self.resume}: give True, False or a path")
+        if self.keep_checkpoints < 2:
+            raise InputError(
+                f"experiment.keep_checkpoints={self.keep_checkpoints}: give 2 or more, so that one "
+                f"is left when the newest is damaged"
+            )
 
 
 # ---------------------------------------------------------------------- generator
@@ -106,6 +113,8 @@ class GeneratorOptions(GeneratorConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.seed < 0:
+            raise InputError(f"model.generator.seed={self.seed}: give 0 or more")
         if self.randomize_temperature <= 0:
             raise InputError(
                 f"model.generator.randomize_temperature={self.randomize_temperature}: give more "
@@ -292,7 +301,7 @@ def load(schema: type[T], argv: list[str]) -> T:
         check_names(schema, from_command, "the command line")
         merged = OmegaConf.merge(OmegaConf.structured(schema), from_file, from_command)
         return OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError) as e:
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as e:
         reason = " ".join(line.strip() for line in str(e).splitlines()[:2])
         raise InputError(f"config {files[0]}: {reason}") from e
 
@@ -309,7 +318,9 @@ def check_names(schema: type, config: Any, source: str, prefix: str = "") -> Non
         value = config._get_node(key)
         if is_dataclass(hints[key]) and OmegaConf.is_dict(value):
             check_names(hints[key], value, source, f"{prefix}{key}.")
-        elif OmegaConf.is_list(value) and get_args(hints[key]):
+        elif get_origin(hints[key]) is list:
+            if not OmegaConf.is_list(value):
+                raise InputError(f"{source}: {prefix}{key} is a list; give all of it: [{{…}}, …]")
             for i in range(len(value)):
                 item = value._get_node(i)
                 if OmegaConf.is_dict(item):

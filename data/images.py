@@ -20,7 +20,7 @@ def list_images(root: str | Path) -> tuple[list[tuple[str, int]], list[str]]:
     """(path, class) of every image under root/CLASS/, sorted, and the sorted class names."""
     try:
         folder = ImageFolder(str(root))
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         if not Path(root).is_dir():
             raise InputError(f"no image folder {root}; give one with a folder a class") from e
         reason = str(e).split(". Supported")[0].rstrip(".").split("\n")[0]

@@ -39,8 +39,8 @@ def check_settings(path: Path, settings: dict[str, Any], remedy: str) -> None:
         write_whole(path, json.dumps(settings, indent=1).encode())
         return
     try:
-        earlier = json.loads(path.read_text())
-    except ValueError as e:
+        earlier = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as e:
         raise InputError(f"{path} is damaged; {remedy}") from e
     differing = [
         f"{key} ({earlier.get(key)} there, {settings.get(key)} now)"

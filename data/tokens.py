@@ -5,7 +5,7 @@ Layout of a store with N images, V views an image and T codes a view (all intege
     manifest.json       what is described below; written last, so a folder with it is complete
     codes-00000.bin …   uint16, (images of this shard, V, T), C order, no header
     labels.bin          int32, (N,): class of image i
-    paths.txt           UTF-8, line i: path of image i, relative to the image folder
+    paths.txt           UTF-8 as far as the file names are; line i: path of image i, relative to the image folder
 
 manifest.json holds `format` ("alitok-tokens"), `version`, `images` N, `views` V, `tokens` T,
 `codebook_size`, `image_size` (pixels), `crops` (kind of views; `data.images.crops` gives their
@@ -63,7 +63,11 @@ class TokenWriter:
         self._shard = None
 
     def append(self, codes: np.ndarray) -> None:
-        """Add codes (n, views, tokens) of the next n images."""
+        """Add codes (n, views, tokens), below `codebook_size`, of the next n images."""
+        if codes.shape[1:] != (self.views, self.tokens) or codes.max() >= self.codebook_size:
+            raise ValueError(
+                f"codes of shape {codes.shape}, up to {codes.max()}, do not fit the store"
+            )
         codes = np.ascontiguousarray(codes, dtype="<u2")
         while len(codes):
             room = IMAGES_PER_SHARD - self.images % IMAGES_PER_SHARD
@@ -81,11 +85,19 @@ class TokenWriter:
     ) -> None:
         """Write labels and paths, then the manifest with `about` and all checksums."""
         self._close()
-        if self.images != len(labels):
-            raise ValueError(f"{self.images} images written, {len(labels)} labels given")
+        if not self.images == len(labels) == len(paths):
+            raise ValueError(
+                f"{self.images} images written, {len(labels)} labels and {len(paths)} paths given"
+            )
         for name, content in (
             ("labels.bin", np.asarray(labels, "<i4").tobytes()),
-            ("paths.txt", "".join(p + "\n" for p in paths).encode()),
+            # Names that are no UTF-8 keep their bytes; a line break in a name becomes a blank.
+            (
+                "paths.txt",
+                "".join(p.replace("\n", " ") + "\n" for p in paths).encode(
+                    errors="surrogateescape"
+                ),
+            ),
         ):
             (self.folder / name).write_bytes(content)
             self._record(self.folder / name)
@@ -133,27 +145,30 @@ class TokenStore:
             self.tokens, self.classes = self.manifest["tokens"], self.manifest["classes"]
             self.per_shard = self.manifest["images_per_shard"]
             files = [(f["name"], f["bytes"]) for f in self.manifest["files"]]
-        except (ValueError, KeyError, TypeError) as e:
+            for name, size in files:
+                self._check_file(name, size)
+            self.labels = np.memmap(self.folder / "labels.bin", "<i4", "r")
+            self._shards = [
+                np.memmap(self.folder / name, "<u2", "r").reshape(-1, self.views, self.tokens)
+                for name, _ in files
+                if name.startswith("codes-")
+            ]
+        except InputError:
+            raise  # it is a ValueError too, but says better what is wrong
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(f"{path} is damaged ({e!r}); make the cache again") from e
-        for name, size in files:
-            if Path(name).name != name:
-                raise InputError(f"{path} names a file outside its folder: {name}")
-            file = self.folder / name
-            if not file.is_file() or file.stat().st_size != size:
-                found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-                raise InputError(
-                    f"{file} is damaged: {found}, {size} bytes expected; make it again"
-                )
-        self.labels = np.memmap(self.folder / "labels.bin", "<i4", "r")
-        self._shards = [
-            np.memmap(self.folder / name, "<u2", "r").reshape(-1, self.views, self.tokens)
-            for name, _ in files
-            if name.startswith("codes-")
-        ]
         if sum(map(len, self._shards)) != self.images or len(self.labels) != self.images:
             raise InputError(
                 f"{path} does not add up to {self.images} images; make the cache again"
             )
+
+    def _check_file(self, name: str, size: int) -> None:
+        if Path(name).name != name:
+            raise InputError(f"{self.folder / MANIFEST} names a file outside its folder: {name}")
+        file = self.folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+            raise InputError(f"{file} is damaged: {found}, {size} bytes expected; make it again")
 
     def codes(self, image: int, view: int) -> np.ndarray:
         """Codes (T,), int64, of one view; touches nothing else of the shard."""

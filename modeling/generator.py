@@ -33,6 +33,9 @@ class GeneratorConfig:
     use_checkpoint: bool = False  # recompute activations in the backward pass
 
     def __post_init__(self):
+        for name in ("image_seq_len", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.generator.{name}={getattr(self, name)}: give 1 or more")
         grid, prefix = token_layout(self.image_seq_len)
         if prefix > grid + 1:
             raise InputError(

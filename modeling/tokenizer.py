@@ -42,6 +42,9 @@ class TokenizerConfig:
     exact_attention: bool = True  # attention in float32 whatever the autocast type
 
     def __post_init__(self):
+        for name in ("image_size", "patch_size", "encoder_heads", "decoder_heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.vq_model.{name}={getattr(self, name)}: give 1 or more")
         if self.image_size % self.patch_size:
             raise InputError(
                 f"image size {self.image_size} is no multiple of the patch size {self.patch_size}: "

@@ -1,12 +1,10 @@
 """Reading and writing weight files: tensors only, strictly by name and shape."""
 
 import os
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,8 +26,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"  # older files (VGG's, LPIPS's) cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as e:  # a damaged pickle raises almost anything
         reason = str(e).strip().splitlines()[0][:100] if str(e).strip() else type(e).__name__
         raise InputError(
             f"{path} is no file of plain tensors, or is damaged; fetch or export it again ({reason})"
@@ -63,7 +63,7 @@ def describe(state: dict[str, Tensor]) -> str:
         numbers = {k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)}
         return len(numbers)
 
-    if "blocks.0.attn.qkv.weight" in state and "embeddings.weight" in state:
+    if {"blocks.0.attn.qkv.weight", "embeddings.weight", "output.weight"} <= state.keys():
         size = state["embeddings.weight"].shape[1]
         name = {(768, 24): "AliTok-B, ", (1024, 24): "AliTok-L, ", (1280, 32): "AliTok-XL, "}
         layers = depth("blocks.")

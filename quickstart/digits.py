@@ -24,7 +24,7 @@ def write_digits(folder: Path) -> None:
         for i in indices:
             target = folder / split / str(digits.target[i]) / f"{i:04d}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(pixels[i]).resize((32, 32), Image.Resampling.BICUBIC)
+            image = Image.fromarray(pixels[i]).resize((32, 32), Image.Resampling.BILINEAR)
             image.save(target)
 
 

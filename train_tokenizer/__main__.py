@@ -5,7 +5,7 @@ checkpoint and trains a bidirectional decoder. One command runs all phases of a 
 command goes on after an interruption.
 """
 
-import time
+import math
 from pathlib import Path
 
 import torch
@@ -24,12 +24,12 @@ from modeling.weights import load_tensors, write_state_dict
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training import checkpoint
-from training.log import RunLog, Window
+from training.log import RunLog, Window, due
 from training.randomness import seed_step
 from training.runtime import run, start_training
 from training.schedule import phase_at, tokenizer_lr
 
-PREVIEWS = 16  # images in a preview
+PREVIEWS, PER_ROW = 16, 8  # images in a preview, and pictures (before | after) in its row
 STAGE1_ONLY = ("decoder.ffn_aux", "decoder.conv_out_aux", "quantize.embed_prob")
 BUFFERS_AND_POSITIONS = ("decoder.class_embedding", "decoder.latent_token_positional_embedding")
 
@@ -159,9 +159,9 @@ def main(argv: list[str]) -> None:
         train_critic = bool(phase.gan_weight) and within % 2 == 0  # the first such step is ours
         latents = []
         for _ in range(accumulation):
-            waiting = time.perf_counter()
-            images = to_float(next(batches).to(device, non_blocking=True))
-            window.waited += time.perf_counter() - waiting
+            with window.waiting():
+                images = to_float(next(batches).to(device, non_blocking=True))
+            window.images += batch * world
             if train_critic:
                 with torch.no_grad(), accelerator.autocast():
                     fake = tokenizer(images).images
@@ -200,10 +200,9 @@ def main(argv: list[str]) -> None:
         log.bar.update()
 
         last = step == total_steps
-        if due(step, experiment.log_every) or last:
-            done = (step - first_step) % max(experiment.log_every, 1) + 1
-            values = window.close(accelerator, done * batch * world * accumulation)
-            if not all(map(torch.isfinite, map(torch.tensor, values.values()))):
+        if last or due(step, experiment.log_every):
+            values = window.close(accelerator)
+            if not math.isfinite(sum(values.values())):
                 raise InputError(
                     f"the loss is not finite at step {step} ({values}): start again from an older "
                     f"checkpoint with a lower learning rate"
@@ -211,21 +210,17 @@ def main(argv: list[str]) -> None:
             use, perplexity = codebook_use(accelerator.reduce(code_counts, "sum"))
             code_counts.zero_()
             log.metrics(step, {"lr": lr, **values, "codes used": use, "perplexity": perplexity})
-        if held_out and (due(step, experiment.eval_every) or last):
-            values, before, after = evaluate(accelerator, tokenizer, held_out, batch)
-            log.metrics(step, {f"val/{k}": v for k, v in values.items()})
-            log.images(step, "reconstruction", interleave(before, after), 2 * 4)
-        if due(step, experiment.save_every) or last:
-            save(step)
-            window = Window()
+        with window.paused():
+            if held_out and (last or due(step, experiment.eval_every)):
+                values, before, after = evaluate(accelerator, tokenizer, held_out, batch)
+                log.metrics(step, {f"val/{k}": v for k, v in values.items()})
+                log.images(step, "reconstruction", interleave(before, after), PER_ROW)
+            if last or due(step, experiment.save_every):
+                save(step)
     if accelerator.is_main_process:
         write_state_dict(tokenizer.state_dict(), run_dir / "tokenizer.pth")
     log.say(f"done; weights in {run_dir / 'tokenizer.pth'}")
     log.close()
-
-
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def evaluate(

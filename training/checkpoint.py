@@ -31,7 +31,7 @@ def save(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write one checkpoint and remove all but the newest `keep`.
+    """Write one checkpoint, then remove later ones and all but the newest `keep`.
 
     `weights` become NAME.safetensors, usable on their own; `state` (optimizers and plain values)
     becomes state.pt.
@@ -55,21 +55,27 @@ def save(
     shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
     os.rename(aside, final)
     sync_folder(folder)
-    for old in all_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+    # Later steps are of a run that was left: this one went on from an earlier checkpoint.
+    found = all_checkpoints(run_dir)
+    place = found.index(final)
+    for other in found[: max(place + 1 - keep, 0)] + found[place + 1 :]:
+        shutil.rmtree(other)
     return final
 
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first, whether valid or not."""
     found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(p for p in found if NAME.fullmatch(p.name) and p.is_dir())
+    folders = [p for p in found if NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(folders, key=lambda p: int(NAME.fullmatch(p.name)[1]))
 
 
 def problem(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         entries = json.loads((path / MANIFEST).read_text())["files"]
+        if not entries:
+            return "its manifest names no files"
         for entry in entries:
             name = entry["name"]
             if Path(name).name != name:

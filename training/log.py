@@ -1,7 +1,10 @@
 """What a person watches: a progress bar, a line a window, metrics.jsonl, PNGs and wandb."""
 
 import json
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,19 @@ from tqdm import tqdm
 
 from configs.schema import Experiment
 from modeling.errors import InputError
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens at this one."""
+    return every > 0 and step % every == 0
+
+
+def step_of(record: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for a line that a kill cut short."""
+    try:
+        return json.loads(record)["step"]
+    except ValueError:
+        return math.inf
 
 
 class RunLog:
@@ -49,7 +65,7 @@ class RunLog:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             lines = path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] < first_step]
+            kept = [line for line in lines if step_of(line) < first_step]
             path.write_text("".join(line + "\n" for line in kept))
 
     def say(self, text: str) -> None:
@@ -80,7 +96,10 @@ class RunLog:
                 tracker.log_images({name: [picture]}, step=step)
 
     def close(self) -> None:
+        """End the run's trackers and the progress bar."""
         self.bar.close()
+        if self.main:
+            self.file.close()
         self.accelerator.end_training()
 
 
@@ -90,7 +109,9 @@ class Window:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.started, self.waited = time.perf_counter(), 0.0
+        self.images = 0  # of all ranks
+        self.waited = 0.0  # seconds spent waiting for data
+        self.started = time.perf_counter()
 
     def add(self, **values: Tensor) -> None:
         for name, value in values.items():
@@ -98,14 +119,31 @@ class Window:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def close(self, accelerator: Accelerator, images: int) -> dict[str, float]:
-        """Means over the window and all ranks, images/s in all, share of time spent on data."""
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around evaluation, previews and saving: their time is no training time."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def close(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over the window and all ranks, images/s in all, share of time spent on data.
+
+        The window starts anew.
+        """
         names = sorted(self.sums)
         means = torch.stack([self.sums[n] / self.counts[n] for n in names])
         means = accelerator.reduce(means, "mean").tolist()
         seconds = time.perf_counter() - self.started
         result = dict(zip(names, means))
-        result["images/s"] = images / seconds
+        result["images/s"] = self.images / seconds
         result["data wait"] = self.waited / seconds
         self.__init__()
         return result

@@ -6,12 +6,12 @@ import torch
 
 def generator_for(seed: int, *key: int) -> np.random.Generator:
     """The stream of one purpose: a pure function of the seed and, say, (epoch, index)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *key])))
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
 
 
 def seed_step(seed: int, rank: int, step: int) -> None:
     """Seed torch's generators (dropout) for one step of one rank."""
-    state = np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)
+    state = np.random.SeedSequence(seed, spawn_key=(rank, step)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 
 

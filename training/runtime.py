@@ -41,7 +41,9 @@ def start_processes(device: str | None = None) -> PartialState:
         raise InputError(f"device {device}: choose cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device is usable here: leave out the device or choose cpu")
-    return PartialState(cpu=device == "cpu", timeout=TIMEOUT)
+    # Told to use the CPU, accelerate joins several processes with gloo; left alone it does not.
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    return PartialState(cpu=cpu, timeout=TIMEOUT)
 
 
 def precision(training: Training) -> str:
@@ -54,6 +56,7 @@ def precision(training: Training) -> str:
 def start_training(training: Training) -> Accelerator:
     """The accelerator of a training program, with the run's seed and matmul precision."""
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
         mixed_precision=precision(training),
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         log_with="wandb" if training.enable_wandb else None,

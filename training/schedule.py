@@ -26,10 +26,11 @@ def generator_lr(step: int, total: int, options: Scheduler) -> float:
 
 def phase_at(phases: list[Phase], step: int) -> tuple[Phase, int]:
     """The phase of step 1…total and the step's number within it, from 1."""
+    within = step
     for phase in phases:
-        if step <= phase.steps:
-            return phase, step
-        step -= phase.steps
+        if within <= phase.steps:
+            return phase, within
+        within -= phase.steps
     raise InputError(f"step {step} lies beyond the last phase")
 
 

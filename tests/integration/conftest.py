@@ -1,0 +1,182 @@
+"""Runs the real commands, in subprocesses, on a miniature of everything."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+VQ_MODEL = """
+    codebook_size: 32
+    token_size: 4
+    image_size: 16
+    patch_size: 4
+    encoder_width: 16
+    encoder_layers: 1
+    encoder_heads: 2
+    decoder_width: 16
+    decoder_layers: 1
+    decoder_heads: 2
+"""
+STAGE1 = f"""
+model:
+  stage: 1
+  vq_model: {VQ_MODEL}
+    num_buffer_tokens: 1
+    causal: true
+    prefix_head: true
+    clustering: true
+optimizer: {{params: {{warmup_steps: 2}}}}
+phases: [{{name: mse, steps: 6, learning_rate: 1.0e-3}}]
+dataset: {{params: {{num_workers_per_gpu: 0}}}}
+experiment: {{log_every: 1, eval_every: 3, save_every: 3}}
+training: {{per_gpu_batch_size: 4}}
+"""
+STAGE2 = f"""
+model:
+  stage: 2
+  vq_model: {VQ_MODEL}
+    num_buffer_tokens: 2
+optimizer: {{params: {{warmup_steps: 2}}}}
+phases: [{{name: mse, steps: 4, learning_rate: 1.0e-3}}]
+dataset: {{params: {{num_workers_per_gpu: 0}}}}
+experiment: {{log_every: 1, eval_every: 3, save_every: 3}}
+training: {{per_gpu_batch_size: 4}}
+"""
+GENERATOR = f"""
+model:
+  vq_model: {VQ_MODEL}
+    num_buffer_tokens: 2
+  generator:
+    hidden_size: 32
+    num_hidden_layers: 2
+    num_attention_heads: 2
+    image_seq_len: 21
+    condition_num_classes: 3
+    guidance_scale: 2.0
+dataset: {{params: {{num_workers_per_gpu: 0}}}}
+optimizer: {{params: {{learning_rate: 1.0e-2}}}}
+lr_scheduler: {{params: {{warmup_steps: 2}}}}
+experiment: {{log_every: 1, eval_every: 3, generate_every: 3, save_every: 3, per_proc_batch_size: 3}}
+training: {{per_gpu_batch_size: 4, max_train_steps: 6}}
+"""
+
+
+def command(program, *arguments, ranks=1, launcher="plain"):
+    """The command line of one of the project's programs under one of the three launchers."""
+    target = ["-m", program] if "." not in program or program.startswith("train_tok") else [program]
+    arguments = [str(a) for a in arguments]
+    if launcher == "plain":
+        return [sys.executable, *target, *arguments]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    if launcher == "torchrun":
+        options = [f"--nproc_per_node={ranks}", f"--master_port={port}"]
+        return [sys.executable, "-m", "torch.distributed.run", *options, *target, *arguments]
+    # One process: on a CPU, accelerate's launcher starts more through MPI only.
+    options = ["--cpu", "--num_processes=1", f"--main_process_port={port}"]
+    options += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*launch, *options, *target, *arguments]
+
+
+def execute(*args, check=True, env=None, **kwargs):
+    """Run a program to its end; its output comes back, and is shown where it fails."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    done = subprocess.run(
+        command(*args, **kwargs), cwd=ROOT, env=variables, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    if check and done.returncode:
+        pytest.fail(f"{' '.join(map(str, args))} exited {done.returncode}:\n{done.stderr[-3000:]}")
+    return done
+
+
+class Workspace:
+    """A miniature image folder, configs, and what the programs make of them, made when asked."""
+
+    def __init__(self, root):
+        self.root = root
+        rng = np.random.default_rng(0)
+        for split, count in (("train", 14), ("val", 5)):
+            for i in range(count):
+                path = root / split / f"class{i % 3}" / f"{i:02d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                small = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+                Image.fromarray(small).resize((23, 20), Image.Resampling.BICUBIC).save(path)
+        for name, text in (("stage1", STAGE1), ("stage2", STAGE2), ("generator", GENERATOR)):
+            (root / f"{name}.yaml").write_text(text)
+
+    def stage1(self, output, *options, **kwargs):
+        return execute(
+            "train_tokenizer", f"config={self.root}/stage1.yaml", f"experiment.output_dir={output}",
+            f"dataset.params.train_dir={self.root}/train",
+            f"dataset.params.val_dir={self.root}/val", *options, **kwargs,
+        )  # fmt: skip
+
+    def stage2(self, output, stage1, *options, **kwargs):
+        return execute(
+            "train_tokenizer", f"config={self.root}/stage2.yaml", f"experiment.output_dir={output}",
+            f"dataset.params.train_dir={self.root}/train",
+            f"dataset.params.val_dir={self.root}/val",
+            f"experiment.stage1_checkpoint={stage1}", *options, **kwargs,
+        )  # fmt: skip
+
+    def pretokenize(self, cache, *options, split="train", **kwargs):
+        return execute(
+            "pretokenization.py", "--config", self.root / "generator.yaml", "--img_size", 16,
+            "--batch_size", 3, "--data_path", self.root / split, "--cached_path", cache,
+            "--tokenizer_checkpoint", self.tokenizer, "--num_workers", 1, "--ten_crop", *options,
+            **kwargs,
+        )  # fmt: skip
+
+    def train_ar(self, output, *options, **kwargs):
+        return execute(
+            "train_ar.py", f"config={self.root}/generator.yaml", f"experiment.output_dir={output}",
+            f"experiment.tokenizer_checkpoint={self.tokenizer}",
+            f"dataset.params.pretokenization={self.cache}",
+            f"dataset.params.val_pretokenization={self.cache}", *options, **kwargs,
+        )  # fmt: skip
+
+    def sample(self, output, *options, **kwargs):
+        return execute(
+            "sample_imagenet.py", f"config={self.root}/generator.yaml",
+            f"experiment.output_dir={output}",
+            f"experiment.generator_checkpoint={self.generator}",
+            f"experiment.tokenizer_checkpoint={self.tokenizer}", *options, **kwargs,
+        )  # fmt: skip
+
+    @property
+    def stage1_run(self):
+        return self.made("run1", self.stage1)
+
+    @property
+    def tokenizer(self):
+        run = self.made("run2", lambda output: self.stage2(output, self.stage1_run))
+        return run / "tokenizer.pth"
+
+    @property
+    def cache(self):
+        return self.made("cache", self.pretokenize)
+
+    @property
+    def generator(self):
+        return self.made("run_ar", self.train_ar) / "generator.bin"
+
+    def made(self, name, make):
+        path = self.root / name
+        if not path.exists():
+            make(path)
+        return path
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    return Workspace(tmp_path_factory.mktemp("workspace"))

@@ -1,0 +1,376 @@
+from pathlib import Path
+
+import pytest
+
+from configs.schema import GeneratorRun, TokenizerRun, as_dict, load, save
+from modeling.errors import InputError
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+PRESETS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+B = f"config={CONFIGS}/alitok_b.yaml"
+STAGE1 = f"config={CONFIGS}/tokenizer_stage1.yaml"
+
+
+def schema_of(preset):
+    return TokenizerRun if preset.startswith(("tokenizer_", "digits_stage")) else GeneratorRun
+
+
+def refusal(schema, *argv):
+    with pytest.raises(InputError) as caught:
+        load(schema, list(argv))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def written(tmp_path, text):
+    path = tmp_path / "own.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return f"config={path}"
+
+
+def option(options, name):
+    for part in name.split("."):
+        options = getattr(options, part)
+    return options
+
+
+# ---------------------------------------------------------------------- presets
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_fits_its_schema(preset):
+    assert isinstance(load(schema_of(preset), [f"config={CONFIGS / preset}"]), schema_of(preset))
+
+
+@pytest.mark.parametrize(
+    "preset, hidden, layers, scale, power, seed, batch, steps",
+    [
+        ("alitok_b", 768, 24, 16.0, 1.8, 42, 128, 500_000),
+        ("alitok_l", 1024, 24, 6.0, 0.7, 42, 64, 500_000),
+        ("alitok_xl", 1280, 32, 13.0, 1.4, 2, 32, 250_000),
+    ],
+)
+def test_generator_presets_hold_the_published_figures(
+    preset, hidden, layers, scale, power, seed, batch, steps
+):
+    options = load(GeneratorRun, [f"config={CONFIGS}/{preset}.yaml"])
+    model, training = options.model.generator, options.training
+    assert (model.hidden_size, model.num_hidden_layers) == (hidden, layers)
+    assert (model.num_attention_heads, model.image_seq_len) == (16, 273)
+    assert (model.codebook_size, model.condition_num_classes) == (4096, 1000)
+    assert (model.guidance_scale, model.guidance_scale_pow) == (scale, power)
+    assert (model.seed, model.randomize_temperature) == (seed, 1.0)
+    assert (training.per_gpu_batch_size, training.max_train_steps) == (batch, steps)
+    assert options.experiment.output_dir == f"output/{preset}"
+
+
+@pytest.mark.parametrize("preset", ["alitok_b", "alitok_l", "alitok_xl"])
+def test_generator_presets_hold_the_published_recipe(preset):
+    options = load(GeneratorRun, [f"config={CONFIGS}/{preset}.yaml"])
+    optimizer, schedule = options.optimizer.params, options.lr_scheduler
+    assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2) == (4e-4, 0.9, 0.96)
+    assert optimizer.weight_decay == 0.03 and options.training.max_grad_norm == 1.0
+    assert (schedule.params.learning_rate, schedule.params.end_lr) == (4e-4, 1e-5)
+    assert (schedule.scheduler, schedule.params.warmup_steps) == ("cosine", 62_500)
+    model = options.model.generator
+    assert model.dropout == model.attn_drop == model.tok_dropout == model.class_label_dropout == 0.1
+    assert options.dataset.params.pretokenization == "cache_alitok"
+    assert options.experiment.num_fid_samples == 50_000
+    assert options.experiment.tokenizer_checkpoint == "weights/AliTok.pth"
+
+
+@pytest.mark.parametrize("stage, main_steps", [(1, 200_000), (2, 150_000)])
+def test_tokenizer_presets_hold_the_published_phases(stage, main_steps):
+    options = load(TokenizerRun, [f"config={CONFIGS}/tokenizer_stage{stage}.yaml"])
+    figures = [
+        (p.steps, p.learning_rate, p.end_lr, p.perceptual_weight, p.lpips_weight, p.gan_weight)
+        for p in options.phases
+    ]
+    assert figures == [
+        (50_000, 1e-4, None, 0.1, 1.0, 0.0),
+        (main_steps, 1e-4, 2e-5, 1.0, 0.0, 0.0),
+        (100_000, 2e-5, 2e-6, 1.0, 0.0, 0.005),  # 0.1 × 0.05
+    ]
+    optimizer = options.optimizer.params
+    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.999, 0.01)
+    assert (optimizer.warmup_steps, options.training.per_gpu_batch_size) == (10_000, 48)
+
+
+def test_stage_presets_build_the_two_tokenizers():
+    first, second = (
+        load(TokenizerRun, [f"config={CONFIGS}/tokenizer_stage{stage}.yaml"]).model
+        for stage in (1, 2)
+    )
+    vq = first.vq_model
+    assert (vq.causal, vq.prefix_head, vq.clustering, vq.num_buffer_tokens) == (True, True, True, 1)
+    vq = second.vq_model
+    assert (vq.causal, vq.prefix_head, vq.clustering) == (False, False, False)
+    assert (vq.num_buffer_tokens, second.decoder_init) == (32, "stage1")
+
+
+def test_digits_presets_are_of_one_tokenizer():
+    stage1, stage2, generator = (
+        load(schema_of(name), [f"config={CONFIGS / name}"]).model.vq_model
+        for name in ("digits_stage1.yaml", "digits_stage2.yaml", "digits_generator.yaml")
+    )
+    assert stage2 == generator
+    for name in ("codebook_size", "token_size", "image_size", "patch_size", "encoder_width"):
+        assert getattr(stage1, name) == getattr(stage2, name)
+
+
+# ---------------------------------------------------------------------- names
+PUBLISHED = {
+    "experiment.project": "p",
+    "experiment.name": "n",
+    "experiment.output_dir": "output/o",
+    "experiment.generator_checkpoint": "weights/alitok_b.bin",
+    "experiment.resume": False,
+    "experiment.save_every": 11,
+    "experiment.eval_every": 12,
+    "experiment.generate_every": 13,
+    "experiment.log_every": 14,
+    "experiment.log_grad_norm_every": 15,
+    "experiment.max_train_examples": 16,
+    "model.vq_model.codebook_size": 64,
+    "model.vq_model.token_size": 17,
+    "model.vq_model.num_latent_tokens": 272,
+    "model.generator.hidden_size": 128,
+    "model.generator.num_hidden_layers": 18,
+    "model.generator.num_attention_heads": 4,
+    "model.generator.dropout": 0.21,
+    "model.generator.attn_drop": 0.22,
+    "model.generator.tok_dropout": 0.23,
+    "model.generator.class_label_dropout": 0.24,
+    "model.generator.image_seq_len": 272,
+    "model.generator.condition_num_classes": 19,
+    "model.generator.randomize_temperature": 0.25,
+    "model.generator.guidance_scale": 2.6,
+    "model.generator.guidance_scale_pow": 2.7,
+    "model.generator.use_checkpoint": True,
+    "model.generator.seed": 20,
+    "dataset.params.pretokenization": "c",
+    "dataset.params.num_workers_per_gpu": 21,
+    "optimizer.params.learning_rate": 0.28,
+    "optimizer.params.beta1": 0.29,
+    "optimizer.params.beta2": 0.31,
+    "optimizer.params.weight_decay": 0.32,
+    "lr_scheduler.scheduler": "constant",
+    "lr_scheduler.params.learning_rate": 0.33,
+    "lr_scheduler.params.warmup_steps": 22,
+    "lr_scheduler.params.end_lr": 0.34,
+    "training.gradient_accumulation_steps": 23,
+    "training.per_gpu_batch_size": 24,
+    "training.mixed_precision": "bf16",
+    "training.enable_tf32": False,
+    "training.enable_wandb": True,
+    "training.use_ema": True,
+    "training.seed": 25,
+    "training.max_train_steps": 26,
+    "training.max_grad_norm": 0.35,
+}
+
+
+def test_every_published_option_arrives_from_the_command_line():
+    options = load(GeneratorRun, [B, *(f"{name}={value}" for name, value in PUBLISHED.items())])
+    assert {name: option(options, name) for name in PUBLISHED} == PUBLISHED
+
+
+@pytest.mark.parametrize(
+    "schema, config, name",
+    [
+        (TokenizerRun, STAGE1, "experiment.tokenizer_checkpoint"),
+        (GeneratorRun, B, "dataset.params.train_dir"),
+    ],
+)
+def test_options_of_the_other_program_are_refused(schema, config, name):
+    assert f"there is no option {name};" in refusal(schema, config, f"{name}=x")
+
+
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ("expriment", "experiment"),
+        ("experiment.output", "experiment.output_dir"),
+        ("model.generator.hiden_size", "model.generator.hidden_size"),
+        ("lr_scheduler.params.warmup_step", "lr_scheduler.params.warmup_steps"),
+    ],
+)
+def test_misspelt_option_is_answered_with_the_nearest(tmp_path, wrong, right):
+    message = refusal(GeneratorRun, B, f"{wrong}=1")
+    assert message == f"the command line: there is no option {wrong}; did you mean {right}?"
+    keys = wrong.split(".")
+    config = written(tmp_path, "{" + ": {".join(keys) + ": 1" + "}" * len(keys))
+    assert f"{tmp_path}/own.yaml: there is no option {wrong}; did" in refusal(GeneratorRun, config)
+
+
+def test_misspelt_option_of_a_phase_is_answered_with_the_nearest(tmp_path):
+    phases = "phases: [{steps: 3}, {steps: 3, lpips_wieght: 1.0}]"
+    message = refusal(TokenizerRun, written(tmp_path, phases))
+    assert "no option phases[1].lpips_wieght; did you mean phases[1].lpips_weight?" in message
+    message = refusal(TokenizerRun, STAGE1, "phases=[{stepz: 3}]")
+    assert "no option phases[0].stepz; did you mean phases[0].steps?" in message
+
+
+def test_name_that_resembles_nothing_is_answered_with_all_names():
+    message = refusal(GeneratorRun, B, "zzz=1")
+    assert "there are experiment, model, dataset, optimizer, lr_scheduler, training" in message
+
+
+# ---------------------------------------------------------------------- values
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "training.seed=1.5",
+        "training.max_train_steps=many",
+        "training.enable_wandb=maybe",
+        "optimizer.params.learning_rate=abc",
+        "model.generator.hidden_size=null",
+        "experiment.name={a: 1}",
+    ],
+)
+def test_value_of_the_wrong_type_is_refused_by_name(argument):
+    assert argument.split("=")[0] in refusal(GeneratorRun, B, argument)
+
+
+@pytest.mark.parametrize("argument", ["model=3", "model.generator=[1]", "experiment=null"])
+def test_value_in_place_of_a_section_is_refused(argument):
+    assert "alitok_b.yaml" in refusal(GeneratorRun, B, argument)
+
+
+@pytest.mark.parametrize("argument", ["experiment.name=[", "experiment.name=${nothing}"])
+def test_value_that_cannot_be_read_is_refused(argument):
+    assert "alitok_b.yaml" in refusal(GeneratorRun, B, argument)
+
+
+@pytest.mark.parametrize(
+    "schema, argument, remedy",
+    [
+        (GeneratorRun, "training.mixed_precision=fp8", "auto, no, bf16, fp16"),
+        (GeneratorRun, "training.per_gpu_batch_size=0", "1 or more"),
+        (GeneratorRun, "training.gradient_accumulation_steps=-1", "1 or more"),
+        (GeneratorRun, "lr_scheduler.scheduler=poly", "cosine or constant"),
+        (GeneratorRun, "model.generator.randomize_temperature=0", "more than 0"),
+        (GeneratorRun, "model.generator.image_seq_len=-4", "1 or more"),
+        (GeneratorRun, "model.generator.num_attention_heads=0", "1 or more"),
+        (GeneratorRun, "model.vq_model.patch_size=0", "1 or more"),
+        (GeneratorRun, "experiment.resume=3", "True, False or a path"),
+        (GeneratorRun, "experiment.resume=null", "True, False or a path"),
+        (TokenizerRun, "model.stage=3", "1 or 2"),
+        (TokenizerRun, "model.decoder_init=random", "stage1 or scratch"),
+        (TokenizerRun, "model.vq_model.encoder_heads=0", "1 or more"),
+    ],
+)
+def test_value_out_of_its_choices_is_refused_with_them(schema, argument, remedy):
+    message = refusal(schema, B if schema is GeneratorRun else STAGE1, argument)
+    assert argument.split("=")[0] in message and remedy in message
+
+
+@pytest.mark.parametrize(
+    "phase, remedy",
+    [("{name: late, steps: 0}", "1 or more"), ("{name: late, steps: 1, shape: s}", "cosine or")],
+)
+def test_bad_value_of_a_phase_names_the_phase(phase, remedy):
+    message = refusal(TokenizerRun, STAGE1, f"phases=[{phase}]")
+    assert "phase late" in message and remedy in message
+
+
+@pytest.mark.parametrize("argument", ["phases[0].steps=3", "phases.0.steps=3", "phases=3"])
+def test_phases_given_piecemeal_are_refused_with_the_remedy(argument):
+    assert "phases is a list; give all of it" in refusal(TokenizerRun, STAGE1, argument)
+
+
+def test_phases_of_the_command_line_replace_those_of_the_file():
+    options = load(TokenizerRun, [STAGE1, "phases=[{name: only, steps: 3}]"])
+    assert [(p.name, p.steps) for p in options.phases] == [("only", 3)]
+
+
+def test_tokenizer_run_without_phases_is_refused():
+    assert "no phases" in refusal(TokenizerRun, STAGE1, "phases=[]")
+
+
+@pytest.mark.parametrize("head", ["prefix_head", "clustering"])
+def test_stage_2_with_a_part_of_stage_1_is_refused(head):
+    config = f"config={CONFIGS}/tokenizer_stage2.yaml"
+    assert head in refusal(TokenizerRun, config, f"model.vq_model.{head}=True")
+
+
+def test_sequence_length_that_is_not_the_tokenizers_is_refused():
+    message = refusal(GeneratorRun, B, "model.generator.image_seq_len=272")
+    assert "model.generator.image_seq_len=272" in message and "273 codes" in message
+
+
+def test_image_size_that_the_patch_does_not_divide_is_refused():
+    message = refusal(TokenizerRun, STAGE1, "model.vq_model.image_size=100")
+    assert "100" in message and "model.vq_model.patch_size" in message
+
+
+@pytest.mark.parametrize(
+    "text, value", [("False", False), ("true", True), ("output/run", "output/run")]
+)
+def test_resume_is_a_flag_or_a_path(text, value):
+    resume = load(GeneratorRun, [B, f"experiment.resume={text}"]).experiment.resume
+    assert resume == value and type(resume) is type(value)
+
+
+# ---------------------------------------------------------------------- defaults that follow others
+def test_scheduler_learning_rate_follows_the_optimizers():
+    options = load(GeneratorRun, [B, "optimizer.params.learning_rate=1e-3"])
+    assert options.lr_scheduler.params.learning_rate == 1e-3
+
+
+def test_scheduler_learning_rate_may_be_given():
+    options = load(GeneratorRun, [B, "lr_scheduler.params.learning_rate=1e-3"])
+    assert options.lr_scheduler.params.learning_rate == 1e-3
+    assert options.optimizer.params.learning_rate == 4e-4
+
+
+def test_generator_predicts_as_many_codes_as_the_tokenizer_has():
+    options = load(GeneratorRun, [B, "model.vq_model.codebook_size=64"])
+    assert options.model.generator.codebook_size == 64
+
+
+def test_command_line_overrules_the_file_which_overrules_the_defaults(tmp_path):
+    config = written(tmp_path, "training: {seed: 5, max_train_steps: 7}")
+    training = load(GeneratorRun, [config, "training.seed=6"]).training
+    assert (training.seed, training.max_train_steps, training.max_grad_norm) == (6, 7, 1.0)
+
+
+# ---------------------------------------------------------------------- arguments and files
+def test_argument_without_equals_sign_is_refused():
+    assert "'experiment.name' is no option=value" in refusal(GeneratorRun, B, "experiment.name")
+
+
+def test_value_may_contain_an_equals_sign():
+    assert load(GeneratorRun, [B, "experiment.name=a=b"]).experiment.name == "a=b"
+
+
+def test_leading_dashes_are_accepted():
+    assert load(GeneratorRun, [f"--{B}", "--training.seed=6"]).training.seed == 6
+
+
+@pytest.mark.parametrize("argv", [[], [B, B]])
+def test_not_exactly_one_config_is_refused_with_an_example(argv):
+    assert "give one config=FILE, for example config=configs/" in refusal(GeneratorRun, *argv)
+
+
+def test_missing_config_is_named(tmp_path):
+    message = refusal(GeneratorRun, f"config={tmp_path}/none.yaml")
+    assert f"no config file {tmp_path}/none.yaml" in message and "configs/" in message
+
+
+@pytest.mark.parametrize("text", ["a: [1\nb: }", b"\x80\x02weights", "5", "- a\n- b\n", "hello"])
+def test_file_that_is_no_config_is_named(tmp_path, text):
+    assert f"{tmp_path}/own.yaml" in refusal(GeneratorRun, written(tmp_path, text))
+
+
+# ---------------------------------------------------------------------- saving
+@pytest.mark.parametrize("preset", PRESETS)
+def test_saved_options_load_again_as_they_were(tmp_path, preset):
+    argv = [f"config={CONFIGS / preset}", "experiment.resume=False", "experiment.name=other"]
+    options = load(schema_of(preset), argv)
+    save(options, tmp_path / "config.yaml")
+    assert load(schema_of(preset), [f"config={tmp_path}/config.yaml"]) == options
+
+
+def test_options_as_dict_are_plain_and_resolved():
+    plain = as_dict(load(GeneratorRun, [B]))
+    assert type(plain["lr_scheduler"]["params"]) is dict
+    assert plain["lr_scheduler"]["params"]["learning_rate"] == 4e-4

@@ -1,0 +1,297 @@
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from PIL import __version__ as pillow_version
+from torchvision.datasets.folder import pil_loader
+
+from data.images import (
+    VIEWS,
+    CenterImages,
+    CroppedImages,
+    TrainImages,
+    center_crop,
+    crops,
+    list_images,
+    load_image,
+    random_crop,
+    to_float,
+    to_uint8,
+)
+from modeling.errors import InputError
+from tests.golden.fill import photo
+from training.randomness import generator_for
+
+SIZES = [(500, 375), (375, 500)]
+
+
+def sha(image):
+    return hashlib.sha256(np.asarray(image).tobytes()).hexdigest()[:16]
+
+
+def noise(width, height, mode="RGB"):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def same(a, b):
+    return a.size == b.size and a.mode == b.mode and a.tobytes() == b.tobytes()
+
+
+# ---------------------------------------------------------------------- crops
+@pytest.mark.parametrize("width, height", SIZES)
+def test_ten_crop_pixels_are_the_published_ones(golden, width, height):
+    figures = golden("ten_crop.json")
+    expected = figures[f"{width}x{height}"]
+    image = photo(width, height)
+    versions = f"Pillow {pillow_version} here, {figures['pillow']} made the figures"
+    assert sha(image) == expected["source_sha"], versions
+    assert [sha(view) for view in crops(image, 256, "ten_crop")] == expected["ten"], versions
+
+
+@pytest.mark.parametrize("width, height", SIZES)
+def test_centre_crop_pixels_are_the_published_ones(golden, width, height):
+    expected = golden("ten_crop.json")[f"{width}x{height}"]["center"]
+    assert sha(center_crop(photo(width, height), 256)) == expected
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_number_and_size_of_views(kind):
+    views = crops(noise(50, 40), 32, kind)
+    assert [view.size for view in views] == [(32, 32)] * VIEWS[kind]
+
+
+def test_five_crop_is_the_first_half_of_ten_crop():
+    image = noise(50, 40)
+    five, ten = crops(image, 32, "five_crop"), crops(image, 32, "ten_crop")
+    assert all(same(a, b) for a, b in zip(five, ten[:5]))
+
+
+def test_last_five_of_ten_crop_are_mirrored_views_of_the_same_image():
+    # 20 and not 32: with an odd margin the centres of image and mirror are a pixel apart.
+    ten = crops(noise(50, 40), 20, "ten_crop")
+    assert not any(same(view, ImageOps.mirror(view)) for view in ten)
+    # The mirrored image is cut, so its left corner is the right corner mirrored.
+    for mirrored, original in zip(ten[5:], (1, 0, 3, 2, 4)):
+        assert same(mirrored, ImageOps.mirror(ten[original]))
+
+
+def test_center_flip_is_the_centre_crop_and_its_mirror():
+    image = noise(50, 40)
+    view, mirrored = crops(image, 32, "center_flip")
+    assert same(view, center_crop(image, 32))
+    assert same(mirrored, ImageOps.mirror(view)) and not same(mirrored, view)
+
+
+def test_centre_crop_halves_large_images_with_box():
+    image = noise(16, 16)
+    halved = np.asarray(image).astype(float).reshape(8, 2, 8, 2, 3).mean((1, 3))
+    assert np.abs(np.asarray(center_crop(image, 8)) - halved).max() <= 1  # rounded twice
+
+
+@pytest.mark.parametrize("width, height", [(5, 9), (8, 8), (17, 16), (33, 80)])
+def test_centre_crop_of_any_size_is_square(width, height):
+    assert center_crop(noise(width, height), 8).size == (8, 8)
+
+
+def test_cropped_images_stacks_the_views(tmp_path):
+    noise(50, 40).save(tmp_path / "a.png")
+    views = CroppedImages([str(tmp_path / "a.png")], 32, "ten_crop")[0]
+    assert views.shape == (10, 3, 32, 32) and views.dtype == torch.uint8
+    for view, crop in zip(views, crops(noise(50, 40), 32, "ten_crop")):
+        assert (view.permute(1, 2, 0).numpy() == np.asarray(crop)).all()
+
+
+def test_center_images_are_the_centre_crops(tmp_path):
+    noise(50, 40).save(tmp_path / "a.png")
+    view = CenterImages([str(tmp_path / "a.png")], 32)[0]
+    assert (view.permute(1, 2, 0).numpy() == np.asarray(center_crop(noise(50, 40), 32))).all()
+
+
+def test_to_float_maps_0_and_255_to_0_and_1():
+    assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx(
+        [0.0, 0.2, 1.0]
+    )
+
+
+# ---------------------------------------------------------------------- folders
+def test_classes_and_paths_are_sorted(tmp_path):
+    for name in ("b/2.png", "b/1.png", "a/3.png", "C/4.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        noise(4, 4).save(tmp_path / name)
+    samples, classes = list_images(tmp_path)
+    assert classes == ["C", "a", "b"]
+    found = [(Path(path).relative_to(tmp_path).as_posix(), label) for path, label in samples]
+    assert found == [("C/4.png", 0), ("a/3.png", 1), ("b/1.png", 2), ("b/2.png", 2)]
+
+
+def no_folder(root):
+    pass
+
+
+def empty_folder(root):
+    root.mkdir()
+
+
+def images_without_class_folders(root):
+    root.mkdir()
+    noise(4, 4).save(root / "a.png")
+
+
+def class_folder_without_images(root):
+    (root / "full").mkdir(parents=True)
+    noise(4, 4).save(root / "full" / "a.png")
+    (root / "hollow").mkdir()
+    (root / "hollow" / "notes.txt").write_text("no image")
+
+
+def a_file(root):
+    root.write_text("no folder")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        no_folder,
+        empty_folder,
+        images_without_class_folders,
+        class_folder_without_images,
+        a_file,
+    ],
+)
+def test_unusable_folder_is_named(tmp_path, make):
+    root = tmp_path / "photos"
+    make(root)
+    with pytest.raises(InputError) as error:
+        list_images(root)
+    assert str(root) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_class_folder_without_images_is_named(tmp_path):
+    class_folder_without_images(tmp_path / "photos")
+    with pytest.raises(InputError, match="hollow"):
+        list_images(tmp_path / "photos")
+
+
+# ---------------------------------------------------------------------- loading
+def with_transparency(image):
+    image = image.convert("P")
+    image.info["transparency"] = 3
+    return image
+
+
+def bytes_of(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def rotated_by_exif():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: show it turned by 90 degrees
+    return bytes_of(noise(12, 8), "JPEG", exif=exif)
+
+
+IMAGES = {
+    "rgb": bytes_of(noise(12, 8), "PNG"),
+    "grey": bytes_of(noise(12, 8, "L"), "PNG"),
+    "grey jpeg": bytes_of(noise(12, 8, "L"), "JPEG"),
+    "grey with alpha": bytes_of(noise(12, 8, "LA"), "PNG"),
+    "black and white": bytes_of(noise(12, 8, "1"), "PNG"),
+    "cmyk": bytes_of(noise(12, 8, "CMYK"), "JPEG"),
+    "palette": bytes_of(noise(12, 8, "P"), "PNG"),
+    "transparent palette": bytes_of(with_transparency(noise(12, 8)), "PNG"),
+    "rgba": bytes_of(noise(12, 8, "RGBA"), "PNG"),
+    "exif rotated": rotated_by_exif(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("name", IMAGES)
+def test_any_image_becomes_rgb_as_torchvision_converts_it(tmp_path, name):
+    path = tmp_path / "image"
+    path.write_bytes(IMAGES[name])
+    image = load_image(path)
+    assert image.mode == "RGB" and image.size == (12, 8)
+    assert same(image, pil_loader(path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no image at all",
+        bytes_of(noise(64, 64), "JPEG")[:900],
+        bytes_of(noise(64, 64), "PNG")[:900],
+    ],
+    ids=["zero bytes", "garbage", "truncated jpeg", "truncated png"],
+)
+def test_unreadable_image_is_named(tmp_path, content):
+    path = tmp_path / "broken.JPEG"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        load_image(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------- augmentation
+@pytest.fixture
+def photos(tmp_path):
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for path in paths:
+        noise(24, 16).save(path)  # all the same, so that only the draw can tell them apart
+    return paths
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(photos):
+    keys = [(epoch, index) for epoch in range(4) for index in range(3)]
+    one, other = (TrainImages(photos, 8, 12, True, seed=5) for _ in range(2))
+    forwards = {key: one[key] for key in keys}
+    for key in reversed(keys):
+        assert torch.equal(other[key], forwards[key])
+
+
+def test_augmentation_differs_between_epochs(photos):
+    dataset = TrainImages(photos, 8, 12, True, seed=5)
+    assert len({dataset[epoch, 0].numpy().tobytes() for epoch in range(20)}) > 5
+
+
+def test_augmentation_differs_between_images(photos):
+    dataset = TrainImages(photos, 8, 12, True, seed=5)
+    assert any(not torch.equal(dataset[e, 0], dataset[e, 1]) for e in range(4))
+
+
+def test_augmentation_differs_between_seeds(photos):
+    one, other = TrainImages(photos, 8, 12, True, 5), TrainImages(photos, 8, 12, True, 6)
+    assert any(not torch.equal(one[e, 0], other[e, 0]) for e in range(4))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_images_are_mirrored_only_when_asked(tmp_path, flip):
+    image = noise(8, 8)
+    image.save(tmp_path / "a.png")
+    dataset = TrainImages([str(tmp_path / "a.png")], 8, 8, flip, seed=0)
+    seen = {dataset[epoch, 0].numpy().tobytes() for epoch in range(20)}
+    expected = [image, ImageOps.mirror(image)] if flip else [image]
+    assert seen == {to_uint8(view).numpy().tobytes() for view in expected}
+
+
+def drawn_crops(image, size, resize):
+    return {
+        random_crop(image, size, resize, False, generator_for(0, i)).tobytes() for i in range(40)
+    }
+
+
+def test_random_crop_reaches_every_offset():
+    image = noise(10, 8)
+    assert drawn_crops(image, 8, 8) == {image.crop((x, 0, x + 8, 8)).tobytes() for x in range(3)}
+
+
+def test_random_crop_cuts_the_image_whose_shorter_side_was_resized():
+    image = noise(21, 16)
+    resized = image.resize((10, 8), Image.Resampling.BILINEAR)
+    assert drawn_crops(image, 8, 8) == {resized.crop((x, 0, x + 8, 8)).tobytes() for x in range(3)}

@@ -1,0 +1,121 @@
+import json
+
+import numpy as np
+import pytest
+
+from data import parts as module
+from data.parts import Parts, check_settings, write_whole
+from modeling.errors import InputError
+
+SETTINGS = {"tokenizer": "abc", "images": 10, "crops": "ten_crop"}
+
+
+def fail(*_, **__):
+    raise OSError("disk full")
+
+
+def test_part_reads_back_as_written(tmp_path):
+    parts = Parts(tmp_path, 3)
+    parts.write(1, codes=np.arange(6), labels=np.ones(2))
+    assert (parts.read(1, "codes") == np.arange(6)).all()
+    assert (parts.read(1, "labels") == 1).all()
+
+
+def test_part_whose_writing_failed_is_absent(tmp_path, monkeypatch):
+    parts = Parts(tmp_path, 2)
+
+    def half(file, **_):
+        file.write(b"half")
+        fail()
+
+    monkeypatch.setattr(module.np, "savez", half)
+    with pytest.raises(OSError):
+        parts.write(0, codes=np.arange(6))
+    assert not parts.path(0).exists() and parts.missing(0, 1) == [0, 1]
+
+
+def test_part_not_yet_renamed_is_absent_and_can_be_written_again(tmp_path, monkeypatch):
+    parts = Parts(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", fail)
+        with pytest.raises(OSError):
+            parts.write(0, codes=np.zeros(6))
+    assert parts.missing(0, 1) == [0]
+    parts.write(0, codes=np.arange(6))
+    assert (parts.read(0, "codes") == np.arange(6)).all() and parts.missing(0, 1) == []
+
+
+def test_parts_hold_no_pickled_objects(tmp_path):
+    parts = Parts(tmp_path, 1)
+    parts.write(0, codes=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="pickle"):
+        parts.read(0, "codes")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_missing_parts_are_split_over_ranks_without_overlap(tmp_path, world):
+    parts = Parts(tmp_path, 7)
+    shares = [parts.missing(rank, world) for rank in range(world)]
+    assert sorted(number for share in shares for number in share) == list(range(7))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_finished_parts_are_skipped_and_the_rest_split_anew(tmp_path):
+    parts = Parts(tmp_path, 6)
+    for number in (0, 2, 4):  # all that the first of two ranks had
+        parts.write(number, codes=np.zeros(1))
+    shares = [parts.missing(rank, 2) for rank in range(2)]
+    assert sorted(shares[0] + shares[1]) == [1, 3, 5] and all(shares)
+
+
+def test_write_whole_leaves_the_old_content_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+    monkeypatch.setattr(module.os, "fsync", fail)
+    with pytest.raises(OSError):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_settings_are_written_where_there_are_none(tmp_path):
+    path = tmp_path / "work" / "settings.json"
+    check_settings(path, SETTINGS, "remove it")
+    assert json.loads(path.read_text()) == SETTINGS
+
+
+def test_equal_settings_are_accepted_and_left_alone(tmp_path):
+    path = tmp_path / "settings.json"
+    check_settings(path, SETTINGS, "remove it")
+    before = path.stat().st_mtime_ns
+    check_settings(path, dict(reversed(SETTINGS.items())), "remove it")
+    assert path.stat().st_mtime_ns == before
+
+
+def test_differing_settings_are_refused_naming_entries_values_and_remedy(tmp_path):
+    path = tmp_path / "settings.json"
+    check_settings(path, SETTINGS, "remove it")
+    with pytest.raises(InputError) as error:
+        check_settings(path, {**SETTINGS, "images": 11}, "remove it")
+    message = str(error.value)
+    assert "images (10 there, 11 now)" in message and "remove it" in message
+    assert str(tmp_path) in message and "crops" not in message
+    assert json.loads(path.read_text()) == SETTINGS
+
+
+@pytest.mark.parametrize(
+    "now", [{**SETTINGS, "dtype": "bf16"}, {k: SETTINGS[k] for k in ("tokenizer", "images")}]
+)
+def test_an_entry_that_only_one_side_has_is_refused(tmp_path, now):
+    path = tmp_path / "settings.json"
+    check_settings(path, SETTINGS, "remove it")
+    with pytest.raises(InputError, match=r"dtype \(None there|crops \(ten_crop there, None"):
+        check_settings(path, now, "remove it")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"tokenizer": "ab', b"\xff\xff"])
+def test_damaged_settings_are_named(tmp_path, content):
+    path = tmp_path / "settings.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        check_settings(path, SETTINGS, "remove it")
+    assert str(path) in str(error.value) and "remove it" in str(error.value)

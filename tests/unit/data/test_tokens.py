@@ -1,0 +1,370 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data import tokens
+from data.tokens import AllTokens, TokenStore, TokenWriter, TrainTokens, fingerprint
+from modeling.errors import InputError
+
+IMAGES, VIEWS, TOKENS, CODEBOOK = 10, 3, 5, 4096
+LABELS = [i % 2 for i in range(IMAGES)]
+PATHS = [f"{'cat' if i % 2 == 0 else 'dög'}/{i:02d}.png" for i in range(IMAGES)]
+CLASSES = ["cat", "dög"]
+ABOUT = {"tokenizer": "0123456789abcdef", "image_size": 32, "crops": "five_crop"}
+SHARDS = ["codes-00000.bin", "codes-00001.bin", "codes-00002.bin"]
+
+
+def random_codes(images=IMAGES, codebook=CODEBOOK):
+    return np.random.default_rng(0).integers(0, codebook, (images, VIEWS, TOKENS))
+
+
+def write(folder, codes, codebook=CODEBOOK, pieces=(3, 8)):
+    folder.mkdir()
+    writer = TokenWriter(folder, *codes.shape[1:], codebook)
+    for piece in np.split(codes, pieces):
+        writer.append(piece)
+    labels, paths = LABELS[: len(codes)], PATHS[: len(codes)]
+    writer.finish(labels, paths, CLASSES, ABOUT)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(tokens, "IMAGES_PER_SHARD", 4)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A store of three shards, of 4, 4 and 2 images."""
+    return write(tmp_path / "cache", random_codes())
+
+
+def edit_manifest(cache, **changes):
+    path = cache / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# ---------------------------------------------------------------------- what is on disk
+def test_every_view_reads_back_as_written(cache):
+    store, codes = TokenStore(cache), random_codes()
+    assert (store.images, store.views, store.tokens) == (IMAGES, VIEWS, TOKENS)
+    for image in range(IMAGES):
+        for view in range(VIEWS):
+            row = store.codes(image, view)
+            assert row.dtype == np.int64 and (row == codes[image, view]).all()
+
+
+def test_labels_and_classes_read_back_as_written(cache):
+    store = TokenStore(cache)
+    assert store.labels.tolist() == LABELS and store.classes == CLASSES
+
+
+def test_shards_are_headerless_little_endian_uint16_in_order_of_images(cache):
+    codes = random_codes()
+    for name, part in zip(SHARDS, (codes[:4], codes[4:8], codes[8:])):
+        expected = b"".join(int(code).to_bytes(2, "little") for code in part.flatten())
+        assert (cache / name).read_bytes() == expected
+
+
+def test_a_store_holds_nothing_but_what_is_documented(cache):
+    expected = {*SHARDS, "labels.bin", "paths.txt", "manifest.json"}
+    assert {path.name for path in cache.iterdir()} == expected
+
+
+def test_labels_are_little_endian_int32(cache):
+    expected = b"".join(label.to_bytes(4, "little") for label in LABELS)
+    assert (cache / "labels.bin").read_bytes() == expected
+
+
+def test_paths_are_utf8_lines(cache):
+    assert (cache / "paths.txt").read_bytes().decode("utf-8") == "\n".join(PATHS) + "\n"
+
+
+def test_manifest_holds_what_is_documented(cache):
+    manifest = json.loads((cache / "manifest.json").read_text())
+    files = manifest.pop("files")
+    assert manifest == {
+        "format": "alitok-tokens",
+        "version": 1,
+        "images": IMAGES,
+        "views": VIEWS,
+        "tokens": TOKENS,
+        "codebook_size": CODEBOOK,
+        "images_per_shard": 4,
+        "classes": CLASSES,
+        **ABOUT,
+    }
+    assert [entry["name"] for entry in files] == [*SHARDS, "labels.bin", "paths.txt"]
+
+
+def test_manifest_holds_size_and_sha256_of_every_other_file(cache):
+    for entry in json.loads((cache / "manifest.json").read_text())["files"]:
+        content = (cache / entry["name"]).read_bytes()
+        assert entry["bytes"] == len(content)
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_bytes_do_not_depend_on_how_codes_come_in(tmp_path):
+    one = write(tmp_path / "one", random_codes(), pieces=())
+    many = write(tmp_path / "many", random_codes(), pieces=range(1, IMAGES))
+    for path in one.iterdir():
+        assert path.read_bytes() == (many / path.name).read_bytes()
+
+
+def test_a_last_full_shard_is_followed_by_no_empty_one(tmp_path):
+    cache = write(tmp_path / "cache", random_codes(8), pieces=(5,))
+    assert sorted(path.name for path in cache.glob("codes-*")) == SHARDS[:2]
+    assert (TokenStore(cache).codes(7, 2) == random_codes(8)[7, 2]).all()
+
+
+def test_store_is_at_most_one_percent_larger_than_two_bytes_a_code(tmp_path, monkeypatch):
+    monkeypatch.undo()  # shards of their real size
+    codes = np.zeros((2000, 10, 273), np.uint16)
+    writer = TokenWriter(tmp_path, 10, 273, CODEBOOK)
+    writer.append(codes)
+    classes = [f"n{i:08d}" for i in range(1000)]
+    paths = [f"{classes[i // 2]}/{classes[i // 2]}_{i:05d}.JPEG" for i in range(2000)]
+    writer.finish([i // 2 for i in range(2000)], paths, classes, ABOUT)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1.01 * 2 * codes.size
+
+
+def test_largest_codebook_of_16_bits_reads_back(tmp_path):
+    codes = np.full((2, VIEWS, TOKENS), 65_535)
+    cache = write(tmp_path / "cache", codes, codebook=65_536, pieces=())
+    TokenStore(cache).verify()
+    assert (TokenStore(cache).codes(1, 1) == 65_535).all()
+
+
+def test_codebook_beyond_16_bits_is_refused(tmp_path):
+    with pytest.raises(InputError, match="65537"):
+        TokenWriter(tmp_path, VIEWS, TOKENS, 65_537)
+
+
+def test_finishing_with_another_number_of_labels_fails_and_leaves_no_manifest(tmp_path):
+    writer = TokenWriter(tmp_path, VIEWS, TOKENS, CODEBOOK)
+    writer.append(random_codes())
+    with pytest.raises(ValueError, match="10 images written, 9 labels"):
+        writer.finish(LABELS[:9], PATHS[:9], CLASSES, ABOUT)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+# ---------------------------------------------------------------------- damage
+def refused(cache, named):
+    """Opening fails with one line that names `named`."""
+    with pytest.raises(InputError) as error:
+        TokenStore(cache)
+    assert str(named) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing_store_is_named(tmp_path):
+    refused(tmp_path / "nowhere", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", [*SHARDS, "labels.bin", "paths.txt"])
+def test_truncated_file_is_named(cache, name):
+    content = (cache / name).read_bytes()
+    (cache / name).write_bytes(content[:-2])
+    refused(cache, cache / name)
+
+
+@pytest.mark.parametrize("name", [*SHARDS, "labels.bin", "paths.txt"])
+def test_missing_file_is_named(cache, name):
+    (cache / name).unlink()
+    refused(cache, cache / name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"\xff\xfe", b'{"format": "alitok-tokens", "version": 1}'],
+    ids=["empty", "list", "no text", "few entries"],
+)
+def test_damaged_manifest_is_named(cache, content):
+    (cache / "manifest.json").write_bytes(content)
+    refused(cache, cache / "manifest.json")
+
+
+def test_truncated_manifest_is_named(cache):
+    content = (cache / "manifest.json").read_bytes()
+    (cache / "manifest.json").write_bytes(content[: len(content) // 2])
+    refused(cache, cache / "manifest.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"images": IMAGES + 1},
+        {"views": 4},
+        {"views": "3"},
+        {"files": []},
+        {"files": [{"name": 5, "bytes": 0, "sha256": ""}]},
+    ],
+    ids=str,
+)
+def test_manifest_that_does_not_fit_the_files_is_named(cache, changes):
+    edit_manifest(cache, **changes)
+    refused(cache, cache / "manifest.json")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/hostname", "sub/x"])
+def test_manifest_cannot_name_a_file_outside_its_folder(cache, name):
+    (cache.parent / "x").write_bytes(b"12")
+    files = json.loads((cache / "manifest.json").read_text())["files"]
+    edit_manifest(cache, files=[*files, {"name": name, "bytes": 2, "sha256": "0"}])
+    assert name in refused(cache, cache / "manifest.json")
+
+
+@pytest.mark.parametrize("changes", [{"version": 2}, {"format": "other"}], ids=str)
+def test_other_format_is_named_as_such(cache, changes):
+    edit_manifest(cache, **changes)
+    message = refused(cache, cache / "manifest.json")
+    assert "another format" in message and "damaged" not in message
+
+
+def test_verify_accepts_a_whole_store(cache):
+    TokenStore(cache).verify()
+
+
+@pytest.mark.parametrize("name", [*SHARDS, "labels.bin", "paths.txt"])
+def test_verify_finds_one_flipped_bit(cache, name):
+    content = bytearray((cache / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (cache / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        TokenStore(cache).verify()
+    assert str(cache / name) in str(error.value)
+
+
+def test_verify_finds_codes_beyond_the_codebook(tmp_path):
+    codes = random_codes(codebook=64)
+    codes[9, 2, 4] = 64
+    cache = write(tmp_path / "cache", codes, codebook=65)
+    edit_manifest(cache, codebook_size=64)
+    with pytest.raises(InputError) as error:
+        TokenStore(cache).verify()
+    assert str(cache) in str(error.value) and "beyond 63" in str(error.value)
+
+
+def test_writer_refuses_codes_beyond_the_codebook_or_of_another_shape(tmp_path):
+    codes = random_codes(codebook=64)
+    with pytest.raises(ValueError, match="do not fit"):
+        write(tmp_path / "a", codes, codebook=int(codes.max()))
+    writer = TokenWriter(tmp_path, codes.shape[1], codes.shape[2] + 1, 64)
+    with pytest.raises(ValueError, match="do not fit"):
+        writer.append(codes)
+
+
+# ---------------------------------------------------------------------- of which tokenizer
+def test_check_accepts_the_tokenizer_that_wrote_it(cache):
+    TokenStore(cache).check(CODEBOOK, TOKENS, ABOUT["tokenizer"])
+
+
+def test_check_without_a_fingerprint_compares_sizes_alone(cache):
+    TokenStore(cache).check(CODEBOOK, TOKENS)
+
+
+@pytest.mark.parametrize(
+    "asked, named",
+    [
+        ((8192, TOKENS, ABOUT["tokenizer"]), "codebook size 4096 there, 8192 here"),
+        ((CODEBOOK, 6, ABOUT["tokenizer"]), "codes an image 5 there, 6 here"),
+        ((CODEBOOK, TOKENS, "f" * 16), "tokenizer 0123456789abcdef there, f+ here"),
+    ],
+)
+def test_check_refuses_another_tokenizer_and_says_what_differs(cache, asked, named):
+    with pytest.raises(InputError, match=named) as error:
+        TokenStore(cache).check(*asked)
+    assert str(cache) in str(error.value)
+
+
+STATE = {
+    "encoder.conv_out.weight": torch.ones(2, 3),
+    "latent_tokens": torch.ones(4, 2),
+    "quantize.embedding.weight": torch.ones(8, 2),
+    "quantize.embed_prob": torch.ones(8),
+    "decoder.ffn.0.weight": torch.ones(5),
+}
+DECIDING = ["encoder.conv_out.weight", "latent_tokens", "quantize.embedding.weight"]
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_fingerprint_changes_with_what_decides_the_codes(name):
+    changed = STATE[name].clone()
+    changed.view(-1)[-1] += 1e-6
+    assert fingerprint({**STATE, name: changed}) != fingerprint(STATE)
+
+
+def test_fingerprint_ignores_decoder_and_clustering():
+    alone = {name: STATE[name] for name in DECIDING}
+    assert fingerprint(alone) == fingerprint(STATE)
+
+
+def test_fingerprint_ignores_the_order_of_entries():
+    assert fingerprint(dict(reversed(STATE.items()))) == fingerprint(STATE)
+
+
+# ---------------------------------------------------------------------- training
+NO_CLASS = 99
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """A store whose codes tell image and view: all codes of a view are VIEWS·image + view."""
+    rows = np.arange(IMAGES * VIEWS).reshape(IMAGES, VIEWS, 1)
+    return TokenStore(write(tmp_path / "numbered", np.repeat(rows, TOKENS, 2)))
+
+
+def test_draws_are_a_function_of_seed_epoch_and_index(numbered):
+    keys = [(epoch, index) for epoch in range(5) for index in range(IMAGES)]
+    one, other = (TrainTokens(numbered, 7, 0.5, NO_CLASS) for _ in range(2))
+    forwards = {key: one[key] for key in keys}
+    for key in reversed(keys):
+        codes, label = other[key]
+        assert torch.equal(codes, forwards[key][0]) and label == forwards[key][1]
+
+
+def test_seeds_draw_other_views(numbered):
+    drawn = [
+        [TrainTokens(numbered, seed, 0.0, NO_CLASS)[0, i][0][0].item() for i in range(IMAGES)]
+        for seed in (1, 2)
+    ]
+    assert drawn[0] != drawn[1]
+
+
+def test_codes_are_one_whole_view_of_the_image_asked_for(numbered):
+    dataset = TrainTokens(numbered, 7, 0.0, NO_CLASS)
+    for index in range(IMAGES):
+        codes, label = dataset[0, index]
+        assert codes.shape == (TOKENS,) and codes.dtype == torch.int64
+        assert len(codes.unique()) == 1 and codes[0] // VIEWS == index
+        assert label == LABELS[index]
+
+
+def test_every_view_is_drawn_over_the_epochs(numbered):
+    dataset = TrainTokens(numbered, 7, 0.0, NO_CLASS)
+    for index in range(IMAGES):
+        views = {dataset[epoch, index][0][0].item() % VIEWS for epoch in range(40)}
+        assert views == set(range(VIEWS))
+
+
+def test_class_is_dropped_at_the_given_rate(numbered):
+    dataset = TrainTokens(numbered, 7, 0.1, NO_CLASS)
+    labels = [dataset[epoch, i][1] for epoch in range(300) for i in range(IMAGES)]
+    share = labels.count(NO_CLASS) / len(labels)
+    assert abs(share - 0.1) < 3 * (0.1 * 0.9 / len(labels)) ** 0.5
+    assert set(labels) == {0, 1, NO_CLASS}
+
+
+def test_class_is_never_dropped_at_rate_0(numbered):
+    dataset = TrainTokens(numbered, 7, 0.0, NO_CLASS)
+    assert all(dataset[e, i][1] == LABELS[i] for e in range(30) for i in range(IMAGES))
+
+
+def test_validation_walks_every_view_of_every_image_in_order(numbered):
+    dataset = AllTokens(numbered)
+    items = [dataset[i] for i in range(len(dataset))]
+    assert [codes[0].item() for codes, _ in items] == list(range(IMAGES * VIEWS))
+    assert [label for _, label in items] == [label for label in LABELS for _ in range(VIEWS)]

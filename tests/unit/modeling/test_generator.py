@@ -1,0 +1,228 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from modeling.errors import InputError
+from modeling.generator import Generator, GeneratorConfig, KVCache, RMSNorm, next_code_loss
+from modeling.rotary import rotary_table, rotate, token_layout
+
+TINY = GeneratorConfig(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    codebook_size=16,
+    image_seq_len=21,
+    condition_num_classes=3,
+)
+UNDROPPED = dict(dropout=0.0, attn_drop=0.0, tok_dropout=0.0)
+
+
+def config(**changes):
+    return dataclasses.replace(TINY, **changes)
+
+
+def inputs(batch=2, length=21):
+    return torch.randint(16, (batch, length)), torch.arange(batch)
+
+
+# ---------------------------------------------------------------------- layout and positions
+@pytest.mark.parametrize(
+    "tokens, grid, prefix",
+    [(273, 16, 17), (272, 16, 16), (73, 8, 9), (72, 8, 8), (32 * 32 + 33, 32, 33), (1056, 32, 32)],
+)
+def test_layout_of_known_sizes(tokens, grid, prefix):
+    assert token_layout(tokens) == (grid, prefix)
+
+
+def test_layout_is_unambiguous_for_every_grid():
+    for grid in range(1, 65):
+        for prefix in (grid, grid + 1):
+            assert token_layout(grid**2 + prefix) == (grid, prefix)
+
+
+def test_class_position_is_all_zeros_cosine_and_sine_alike():
+    table = rotary_table(273, 48)
+    assert table.shape == (274, 24, 2)
+    assert not table[0].any()
+    assert table[1:].square().sum(-1).allclose(torch.ones(273, 24))
+
+
+def test_prefix_tokens_rotate_by_their_place_with_all_frequencies():
+    table = rotary_table(21, 16)
+    for place in range(5):
+        for pair in range(8):
+            angle = place * 10000 ** (-pair / 8)
+            expected = torch.tensor([math.cos(angle), math.sin(angle)])
+            torch.testing.assert_close(table[1 + place, pair], expected)
+
+
+def test_image_tokens_rotate_by_their_row_and_then_by_their_column():
+    table = rotary_table(21, 16)
+    for row in range(4):
+        for column in range(4):
+            for pair in range(4):
+                got = table[1 + 5 + 4 * row + column]
+                for axis, offset in ((row, 0), (column, 4)):
+                    angle = (5 + axis) * 10000 ** (-pair / 4)
+                    expected = torch.tensor([math.cos(angle), math.sin(angle)])
+                    torch.testing.assert_close(got[offset + pair], expected)
+
+
+def test_rotation_takes_neighbouring_channels_as_a_pair():
+    angle = torch.tensor([0.3, 1.1])
+    table = torch.stack([angle.cos(), angle.sin()], -1)[None]  # (1, 2, 2)
+    x = torch.tensor([[[[2.0, 0.0, 0.0, 1.0]]]])
+    expected = [2 * math.cos(0.3), 2 * math.sin(0.3), -math.sin(1.1), math.cos(1.1)]
+    torch.testing.assert_close(rotate(x, table), torch.tensor([[[expected]]]))
+
+
+# ---------------------------------------------------------------------- configuration
+@pytest.mark.parametrize("tokens, remedy", [(274, 273), (256, 241), (22, 21)])
+def test_sequence_length_that_fits_no_grid_is_refused_with_one_that_does(tokens, remedy):
+    with pytest.raises(InputError) as caught:
+        config(image_seq_len=tokens)
+    assert f"model.generator.image_seq_len={tokens}" in str(caught.value)
+    assert f"give {remedy}" in str(caught.value)
+
+
+def test_heads_that_do_not_fit_the_hidden_size_are_refused_by_name():
+    with pytest.raises(InputError) as caught:
+        config(hidden_size=36, num_attention_heads=2)
+    assert "model.generator.hidden_size=36" in str(caught.value)
+    assert "num_attention_heads=2" in str(caught.value)
+
+
+# ---------------------------------------------------------------------- the model
+@pytest.mark.parametrize("changed", [0, 7, 19])
+def test_output_i_sees_only_the_class_and_the_codes_before_i(fill, changed):
+    model = fill(Generator(TINY))
+    codes, labels = inputs()
+    with torch.no_grad():
+        before = model(codes, labels)
+        codes[:, changed] = (codes[:, changed] + 1) % 16
+        differs = (model(codes, labels) != before).any(2)
+    assert not differs[:, : changed + 1].any()
+    assert differs[:, changed + 1 :].all()
+
+
+def test_every_output_sees_the_class(fill):
+    model = fill(Generator(TINY))
+    codes, labels = inputs()
+    with torch.no_grad():
+        differs = (model(codes, labels) != model(codes, labels + 1)).any(2)
+    assert differs.all()
+
+
+def test_embedding_rows_are_codes_then_one_unused_then_classes_then_no_class():
+    model = Generator(TINY)
+    rows = model.embeddings.weight
+    assert len(rows) == 16 + 1 + 3 + 1
+    assert torch.equal(model.embed_class(torch.tensor([0]))[0, 0], rows[16 + 1])
+    assert torch.equal(model.embed_class(torch.tensor([TINY.no_class]))[0, 0], rows[-1])
+
+
+def test_no_class_of_the_published_models_is_row_5097():
+    with torch.device("meta"):
+        model = Generator(GeneratorConfig(num_hidden_layers=0))
+    assert len(model.embeddings.weight) == 5098
+    assert model.config.no_class + model.config.codebook_size + 1 == 5097
+
+
+def test_untrained_model_predicts_every_code_alike():
+    model = Generator(TINY).train()
+    codes, labels = inputs()
+    logits = model(codes, labels)
+    assert not logits.any()
+    assert next_code_loss(logits[:, :-1], codes)[0].item() == pytest.approx(math.log(16))
+
+
+def test_other_weights_start_at_a_standard_deviation_of_002():
+    model = Generator(config(hidden_size=128))
+    for weight in (model.embeddings.weight, model.blocks[0].attn.qkv.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not model.blocks[0].attn.qkv.bias.any()
+
+
+def test_rms_norm_casts_back_before_it_scales():
+    norm = RMSNorm(4)
+    norm.weight.data.fill_(1 + 2**-10)  # lost if the product were cast to bfloat16
+    out = norm(torch.tensor([3.0, 3.0, 3.0, 3.0], dtype=torch.bfloat16))
+    assert out.dtype == torch.float32
+    assert torch.equal(out, norm.weight)
+
+
+@pytest.mark.parametrize("where", list(UNDROPPED))
+def test_every_dropout_acts_while_training_and_only_then(fill, where):
+    model = fill(Generator(config(**{**UNDROPPED, where: 0.5})))
+    codes, labels = inputs()
+    assert torch.equal(model(codes, labels), model(codes, labels))
+    model.train()
+    assert not torch.equal(model(codes, labels), model(codes, labels))
+
+
+def test_bfloat16_autocast_stays_near_float32(fill):
+    model = fill(Generator(TINY))
+    codes, labels = inputs()
+    with torch.no_grad():
+        exact = model(codes, labels)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(codes, labels)
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), exact, atol=0.1, rtol=0.1)
+
+
+def test_cached_step_under_bfloat16_autocast_stays_near_float32(fill):
+    model = fill(Generator(TINY))
+    codes, labels = inputs()
+    cache = KVCache(model, 2)
+    with torch.inference_mode():
+        exact = model(codes[:, :2], labels)
+        with torch.autocast("cpu", torch.bfloat16):
+            for t, x in enumerate([model.embed_class(labels), model.embeddings(codes[:, :1])]):
+                logits = model.step(x, cache)
+                torch.testing.assert_close(logits, exact[:, t], atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("tokens", [20, 21])
+def test_cached_steps_equal_one_pass_in_both_layouts(fill, tokens):
+    model = fill(Generator(config(image_seq_len=tokens)))
+    codes, labels = inputs(length=tokens)
+    cache = KVCache(model, 2)
+    with torch.inference_mode():
+        whole = model(codes, labels)
+        x = model.embed_class(labels)
+        for t in range(tokens):
+            torch.testing.assert_close(model.step(x, cache), whole[:, t], atol=1e-5, rtol=1e-4)
+            x = model.embeddings(codes[:, t : t + 1])
+
+
+# ---------------------------------------------------------------------- gradient checkpointing
+def gradients(fill, use_checkpoint):
+    model = fill(Generator(config(use_checkpoint=use_checkpoint))).train()
+    passes = []
+    model.blocks[0].norm1.register_forward_pre_hook(lambda *_: passes.append(1))
+    torch.manual_seed(1)  # the same dropout
+    codes, labels = inputs()
+    next_code_loss(model(codes, labels)[:, :-1], codes)[0].backward()
+    return {name: p.grad for name, p in model.named_parameters()}, len(passes)
+
+
+def test_use_checkpoint_leaves_the_gradients_as_they_are_dropout_included(fill):
+    plain, _ = gradients(fill, False)
+    for name, gradient in gradients(fill, True)[0].items():
+        torch.testing.assert_close(gradient, plain[name], msg=name)
+
+
+def test_use_checkpoint_runs_each_block_again_in_the_backward_pass(fill):
+    assert [gradients(fill, flag)[1] for flag in (False, True)] == [1, 2]
+
+
+# ---------------------------------------------------------------------- loss
+def test_loss_and_accuracy_by_hand():
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
+    loss, accuracy = next_code_loss(logits, torch.tensor([[0, 0]]))
+    expected = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(1))) / 2
+    assert loss.item() == pytest.approx(expected)
+    assert accuracy.item() == 0.5

@@ -1,0 +1,248 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modeling.errors import InputError
+from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
+
+TINY = TokenizerConfig(
+    codebook_size=16,
+    token_size=4,
+    image_size=32,
+    patch_size=8,
+    encoder_width=16,
+    encoder_layers=2,
+    encoder_heads=2,
+    decoder_width=24,
+    decoder_layers=2,
+    decoder_heads=3,
+    num_buffer_tokens=3,
+)
+STAGE1 = dict(causal=True, num_buffer_tokens=1, prefix_head=True, clustering=True)
+GRID, PREFIX, TOKENS = 4, 5, 21  # of TINY
+
+
+def config(**changes):
+    return dataclasses.replace(TINY, **changes)
+
+
+def refusal(**changes):
+    with pytest.raises(InputError) as caught:
+        config(**changes)
+    return str(caught.value)
+
+
+def patches(images, patch=TINY.patch_size):
+    """(B, 3, S, S) -> (B, g², values of a patch), row-major."""
+    return F.unfold(images, patch, stride=patch).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------- configuration
+def test_patch_that_does_not_divide_the_image_is_refused_by_name():
+    message = refusal(image_size=33)
+    assert "33" in message and "patch size 8" in message
+    assert "choose a model.vq_model.image_size" in message
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_heads_that_do_not_divide_the_width_are_refused_by_name(part):
+    message = refusal(**{f"{part}_width": 16, f"{part}_heads": 3})
+    assert f"model.vq_model.{part}_width=16" in message and f"{part}_heads=3" in message
+
+
+@pytest.mark.parametrize("tokens", [16, 19, 22, 273])
+def test_number_of_latent_tokens_that_fits_no_layout_is_refused_with_those_that_do(tokens):
+    message = refusal(num_latent_tokens=tokens)
+    assert f"model.vq_model.num_latent_tokens={tokens}" in message
+    assert "4x4" in message and "give 21 " in message and "or 20" in message
+
+
+def test_default_config_is_the_published_model():
+    published = TokenizerConfig()
+    assert (published.grid, published.num_prefix_tokens, published.num_tokens) == (16, 17, 273)
+    assert (published.codebook_size, published.token_size) == (4096, 32)
+    assert (published.num_buffer_tokens, published.causal) == (32, False)
+    assert published.exact_attention
+
+
+# ---------------------------------------------------------------------- layouts and sizes
+@pytest.mark.parametrize("given, prefix, tokens", [(None, 5, 21), (21, 5, 21), (20, 4, 20)])
+def test_prefix_is_the_grid_side_and_by_default_a_corner_token(given, prefix, tokens):
+    layout = config(num_latent_tokens=given)
+    assert (layout.num_prefix_tokens, layout.num_tokens) == (prefix, tokens)
+
+
+def test_prefix_target_is_the_corner_patch_then_the_first_row_of_patches():
+    images = torch.rand(2, 3, 32, 32)
+    target = prefix_target(images, TINY)
+    assert target.shape == (2, 3, 8, 40)
+    assert torch.equal(target[..., :8], images[:, :, :8, :8])
+    assert torch.equal(target[..., 8:], images[:, :, :8, :])
+
+
+def test_prefix_target_without_corner_token_is_the_first_row_of_patches():
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(prefix_target(images, config(num_latent_tokens=20)), images[:, :, :8])
+
+
+@pytest.mark.parametrize("size, patch", [(32, 4), (64, 16), (24, 8)])
+@pytest.mark.parametrize("corner", [0, 1])
+def test_other_sizes_run_end_to_end(size, patch, corner):
+    grid = size // patch
+    prefix = grid + corner
+    sizes = dict(image_size=size, patch_size=patch, num_latent_tokens=grid**2 + prefix)
+    layout = config(**sizes, **STAGE1)
+    model = Tokenizer(layout)
+    images = torch.rand(2, 3, size, size)
+    out = model(images)
+    assert out.images.shape == images.shape
+    assert out.strip.shape == prefix_target(images, layout).shape == (2, 3, patch, prefix * patch)
+    assert out.latents.shape == (2, grid**2 + prefix, 4)
+    assert model.decode(model.encode(images)).shape == images.shape
+
+
+def test_training_pass_encodes_and_decodes_as_inference_does(fill):
+    model = fill(Tokenizer(TINY))
+    images = torch.rand(2, 3, 32, 32)
+    out = model(images)
+    assert torch.equal(out.codes, model.encode(images))
+    torch.testing.assert_close(out.images, model.decode(out.codes))
+
+
+def test_image_tokens_show_their_own_patch_in_row_major_order(fill):
+    model = Tokenizer(config(decoder_layers=0))  # no block mixes tokens: a code is one patch
+    fill(model)
+    codes = torch.zeros(1, TOKENS, dtype=torch.int64)
+    before = patches(model.decode(codes))
+    codes[:, PREFIX + 6] = 3
+    changed = (patches(model.decode(codes)) != before).any(2)[0]
+    assert changed.nonzero().flatten().tolist() == [6]
+
+
+# ---------------------------------------------------------------------- decoders
+def changed_patches(model, t):
+    """Which patches of the image change when code t does."""
+    codes = torch.zeros(1, TOKENS, dtype=torch.int64)
+    with torch.no_grad():
+        before = patches(model.decode(codes))
+        codes[:, t] = 5
+        return (patches(model.decode(codes)) != before).any(2)[0]
+
+
+@pytest.mark.parametrize("t", [0, PREFIX - 1, PREFIX, PREFIX + 6, TOKENS - 1])
+def test_stage1_decoder_shows_a_code_in_its_own_and_later_patches_only(t, fill):
+    model = fill(Tokenizer(config(**STAGE1))).eval()
+    first = max(t - PREFIX, 0)
+    changed = changed_patches(model, t)
+    assert not changed[:first].any()
+    assert changed[first:].all()
+
+
+@pytest.mark.parametrize("t", [0, PREFIX + 6, TOKENS - 1])
+def test_stage2_decoder_shows_every_code_in_every_patch(t, fill):
+    assert changed_patches(fill(Tokenizer(TINY)).eval(), t).all()
+
+
+def test_strip_depends_on_the_prefix_tokens_alone(fill):
+    model = fill(Tokenizer(config(**STAGE1))).eval()
+    codes = torch.zeros(1, TOKENS, dtype=torch.int64)
+    vectors = model.quantize.embedding(codes).detach().requires_grad_()
+    model.decoder(vectors)[1].sum().backward()
+    seen = vectors.grad[0].abs().sum(1) > 0
+    assert seen[:PREFIX].all() and not seen[PREFIX:].any()
+
+
+def test_stage2_has_no_strip():
+    assert Tokenizer(TINY)(torch.rand(1, 3, 32, 32)).strip is None
+
+
+def test_every_buffer_token_reaches_the_image(fill):
+    model = fill(Tokenizer(TINY))
+    model.decode(torch.zeros(1, TOKENS, dtype=torch.int64)).sum().backward()
+    assert (model.decoder.class_embedding.grad.abs().sum(1) > 0).tolist() == [True] * 3
+
+
+# ---------------------------------------------------------------------- training
+def gradients(model, images):
+    model.zero_grad()
+    out = model(images)
+    (out.images.square().mean() + out.strip.square().mean() + out.quantizer_loss).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_recomputing_activations_leaves_the_gradients_as_they_are(part, fill):
+    model = fill(Tokenizer(config(**STAGE1))).train()
+    images = torch.rand(2, 3, 32, 32)
+    plain = gradients(model, images)
+    getattr(model, part).recompute = True
+    for name, gradient in gradients(model, images).items():
+        torch.testing.assert_close(gradient, plain[name], msg=name)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("recompute, passes", [(False, 1), (True, 2)])
+def test_recompute_runs_each_block_again_in_the_backward_pass(part, recompute, passes):
+    model = Tokenizer(config(**STAGE1)).train()
+    getattr(model, part).recompute = recompute
+    calls = []
+    # Its first layer: the second pass stops as soon as it has what the gradient needs.
+    first = getattr(model, part).transformer[0].ln_1
+    first.register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients(model, torch.rand(1, 3, 32, 32))
+    assert len(calls) == passes
+
+
+def test_freezing_the_encoder_leaves_exactly_the_decoder_to_train():
+    model = Tokenizer(TINY)
+    model.freeze_encoder()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"decoder.{name}" for name, _ in model.decoder.named_parameters()}
+
+
+def test_without_decoder_the_codes_are_the_same(fill):
+    model = fill(Tokenizer(TINY))
+    encoding = Tokenizer(TINY, with_decoder=False)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
+    encoding.load_state_dict(state)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(encoding.encode(images), model.encode(images))
+    assert model.encode(images).unique().numel() > 1
+
+
+@pytest.mark.parametrize("exact, dtype", [(True, torch.float32), (False, torch.bfloat16)])
+def test_exact_attention_runs_in_float32_whatever_the_autocast_type(monkeypatch, exact, dtype):
+    seen = []
+    attention = F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        out = attention(q, k, v, **options)
+        seen.append({q.dtype, k.dtype, v.dtype, out.dtype})
+        return out
+
+    monkeypatch.setattr("modeling.layers.F.scaled_dot_product_attention", spy)
+    model = Tokenizer(config(exact_attention=exact))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.rand(1, 3, 32, 32))
+    assert seen == [{dtype}] * 4  # two layers each
+    assert out.images.dtype == out.latents.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------- initial values
+@pytest.mark.parametrize("tokens, own", [(21, [0, 0, 1, 2, 3]), (20, [0, 1, 2, 3])])
+def test_initial_positions_align_every_latent_with_its_patch(tokens, own):
+    encoder = Tokenizer(config(num_latent_tokens=tokens, encoder_width=128)).encoder
+    similarity = encoder.latent_token_positional_embedding @ encoder.positional_embedding.T
+    assert similarity.argmax(1).tolist() == own + list(range(GRID**2))
+
+
+def test_weights_start_small_and_biases_at_zero():
+    model = Tokenizer(config(encoder_width=128, token_size=32))
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            assert not module.bias.any(), name
+    weight = model.encoder.transformer[0].mlp.c_fc.weight
+    assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.quantize.embedding.weight.std().item() == pytest.approx(0.02, rel=0.2)

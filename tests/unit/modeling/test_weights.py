@@ -1,0 +1,299 @@
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from modeling.errors import InputError
+from modeling.generator import Generator, GeneratorConfig
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights import (
+    describe,
+    load_tensors,
+    load_weights,
+    read_state_dict,
+    write_state_dict,
+)
+from train_tokenizer.discriminator import Discriminator
+
+FORMATS = ["weights.pth", "weights.bin", "weights.safetensors"]
+STAGE1 = dict(causal=True, num_buffer_tokens=1, prefix_head=True, clustering=True)
+
+
+def tensors():
+    return {
+        "a.weight": torch.randn(3, 4),
+        "a.bias": torch.randn(3).bfloat16(),
+        "count": torch.tensor(7),
+    }
+
+
+def refusal(path):
+    with pytest.raises(InputError) as caught:
+        read_state_dict(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------------- files
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_written_is_read_again(tmp_path, name):
+    given = tensors()
+    write_state_dict(given, tmp_path / "new" / "folder" / name)
+    got = read_state_dict(tmp_path / "new" / "folder" / name)
+    assert got.keys() == given.keys()
+    for key in given:
+        assert torch.equal(got[key], given[key]) and got[key].dtype == given[key].dtype
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_writing_leaves_the_file_alone_and_whole(tmp_path, name):
+    write_state_dict(tensors(), tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name, writer", [("w.pth", "torch.save"), ("w.safetensors", "save_file")])
+def test_failed_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch, name, writer):
+    def run_out_of_disk(state, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    write_state_dict(tensors(), tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    monkeypatch.setattr(f"modeling.weights.{writer}", run_out_of_disk)
+    with pytest.raises(OSError):
+        write_state_dict(tensors(), tmp_path / name)
+    assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_slice_is_written_without_the_tensor_it_is_of(tmp_path, name):
+    write_state_dict({"a": torch.zeros(100_000)[:10]}, tmp_path / name)
+    assert (tmp_path / name).stat().st_size < 10_000
+
+
+def test_tensors_that_share_memory_are_written_as_safetensors(tmp_path):
+    shared = torch.randn(4)
+    write_state_dict({"a": shared, "b": shared}, tmp_path / "w.safetensors")
+    assert torch.equal(read_state_dict(tmp_path / "w.safetensors")["b"], shared)
+
+
+def test_parameters_are_read_as_plain_tensors(tmp_path):
+    write_state_dict({"a": nn.Parameter(torch.ones(2))}, tmp_path / "w.pth")
+    assert not read_state_dict(tmp_path / "w.pth")["a"].requires_grad
+
+
+def test_files_in_the_format_before_pytorch_16_are_read(tmp_path):
+    # torchvision's VGG and the LPIPS heads are published in it.
+    torch.save(tensors(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert read_state_dict(tmp_path / "old.pth").keys() == tensors().keys()
+
+
+# ---------------------------------------------------------------------- bad files
+@pytest.mark.parametrize("name", FORMATS)
+def test_missing_file_is_named_with_the_remedy(tmp_path, name):
+    message = refusal(tmp_path / name)
+    assert "no weights at" in message and "weights/README.md" in message
+
+
+def test_folder_is_no_weights_file(tmp_path):
+    assert "no weights at" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+@pytest.mark.parametrize("name", [*FORMATS, "old.pth"])
+def test_truncated_file_is_refused(tmp_path, name, share):
+    if name == "old.pth":
+        torch.save(tensors(), tmp_path / name, _use_new_zipfile_serialization=False)
+    else:
+        write_state_dict(tensors(), tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
+    assert "damaged; fetch or export it again" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        b"<!DOCTYPE html>",
+        b"PK\x03\x04junk",
+        b"h\xff\x80\x02",
+        bytes(range(256)),
+    ],
+)
+def test_file_of_another_kind_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert "no file of plain tensors" in refusal(tmp_path / name)
+
+
+class Exploit:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def dump(content, path):
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+def save_old(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # what the exploit opens
+@pytest.mark.parametrize("write", [torch.save, save_old, dump])
+def test_code_in_a_file_is_refused_and_never_run(tmp_path, write):
+    mark = tmp_path / "executed"
+    write({"a": torch.ones(2), "b": Exploit(mark)}, tmp_path / "w.pth")
+    assert "no file of plain tensors" in refusal(tmp_path / "w.pth")
+    assert not mark.exists()
+    if write is not dump:  # it would have worked
+        torch.load(tmp_path / "w.pth", weights_only=False)
+        assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"model": {"a": torch.ones(2)}}, {"a": torch.ones(2), "epoch": 3}, [torch.ones(2)]],
+)
+def test_anything_but_a_flat_dict_of_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    assert "no flat dict of tensors" in refusal(tmp_path / "w.pth")
+
+
+# ---------------------------------------------------------------------- descriptions
+def on_meta(build):
+    with torch.device("meta"):
+        return build()
+
+
+def shapes_of(model):
+    """The state dict of a model of any size, in a few bytes."""
+    return {k: torch.zeros(()).expand(v.shape) for k, v in model.state_dict().items()}
+
+
+MODELS = {
+    "AliTok-B, hidden size 768, 24 layers, 4096 codes": lambda: Generator(GeneratorConfig()),
+    "AliTok-L, hidden size 1024, 24 layers, 4096 codes": lambda: Generator(
+        GeneratorConfig(hidden_size=1024)
+    ),
+    "AliTok-XL, hidden size 1280, 32 layers, 4096 codes": lambda: Generator(
+        GeneratorConfig(hidden_size=1280, num_hidden_layers=32)
+    ),
+    "a generator (hidden size 64, 2 layers, 16 codes": lambda: Generator(
+        GeneratorConfig(64, num_hidden_layers=2, num_attention_heads=4, codebook_size=16)
+    ),
+    "a stage-2 tokenizer (273 tokens, 4096 codes, 12 encoder and 24 decoder": lambda: Tokenizer(
+        TokenizerConfig()
+    ),
+    "a stage-1 tokenizer (273 tokens, 4096 codes, 12 encoder and 24 decoder": lambda: Tokenizer(
+        TokenizerConfig(**STAGE1)
+    ),
+    "a discriminator": Discriminator,
+    "something else (2 tensors, the first is weight": lambda: nn.Linear(2, 2),
+}
+
+
+@pytest.mark.parametrize("expected", MODELS)
+def test_description_tells_what_a_file_is(expected):
+    assert expected in describe(shapes_of(on_meta(MODELS[expected])))
+
+
+def test_empty_file_is_described():
+    assert "0 tensors" in describe({})
+
+
+# ---------------------------------------------------------------------- loading
+def misfit(model, state):
+    with pytest.raises(InputError) as caught:
+        load_tensors(model, state, "some/file.bin")
+    message = str(caught.value)
+    assert message.startswith("some/file.bin does not fit the configured") and "\n" not in message
+    return message
+
+
+def test_generator_given_to_the_tokenizer_is_recognised():
+    b = shapes_of(on_meta(lambda: Generator(GeneratorConfig())))
+    message = misfit(on_meta(lambda: Tokenizer(TokenizerConfig())), b)
+    assert "configured tokenizer" in message and "missing: latent_tokens" in message
+    assert "unknown: embeddings.weight" in message
+    assert "seems to be a generator (AliTok-B" in message
+
+
+def test_tokenizer_given_to_the_generator_is_recognised():
+    state = shapes_of(on_meta(lambda: Tokenizer(TokenizerConfig())))
+    message = misfit(on_meta(lambda: Generator(GeneratorConfig())), state)
+    assert "configured generator" in message and "seems to be a stage-2 tokenizer" in message
+
+
+def test_generator_of_another_size_is_recognised_with_the_shapes():
+    xl = shapes_of(on_meta(MODELS["AliTok-XL, hidden size 1280, 32 layers, 4096 codes"]))
+    message = misfit(on_meta(lambda: Generator(GeneratorConfig())), xl)
+    assert "embeddings.weight (5098, 1280) instead of (5098, 768)" in message
+    assert "unknown: blocks.24." in message and "seems to be a generator (AliTok-XL" in message
+
+
+def test_stage1_tokenizer_given_for_inference_is_recognised():
+    state = shapes_of(on_meta(lambda: Tokenizer(TokenizerConfig(**STAGE1))))
+    message = misfit(on_meta(lambda: Tokenizer(TokenizerConfig())), state)
+    assert "decoder.class_embedding (1, 1024) instead of (32, 1024)" in message
+    assert "seems to be a stage-1 tokenizer" in message
+
+
+def test_generator_without_its_output_layer_is_refused_by_key():
+    state = shapes_of(on_meta(lambda: Generator(GeneratorConfig())))
+    del state["output.weight"]
+    message = misfit(on_meta(lambda: Generator(GeneratorConfig())), state)
+    assert "1 missing: output.weight." in message
+
+
+def test_long_lists_of_keys_are_cut_after_three():
+    message = misfit(nn.Linear(2, 2), {f"k{i}": torch.ones(1) for i in range(9)})
+    assert "9 unknown: k0, k1, k2, …" in message and "k3" not in message
+
+
+def test_misfit_of_a_file_names_the_file(tmp_path):
+    b = shapes_of(on_meta(lambda: Generator(GeneratorConfig())))
+    torch.save(b, tmp_path / "AliTok.pth")
+    with pytest.raises(InputError) as caught:
+        load_weights(on_meta(lambda: Tokenizer(TokenizerConfig())), tmp_path / "AliTok.pth")
+    assert str(tmp_path / "AliTok.pth") in str(caught.value)
+    assert "AliTok-B" in str(caught.value)
+
+
+def test_misfit_leaves_the_model_as_it_was():
+    model = nn.Linear(2, 2)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    misfit(model, {"weight": torch.ones(2, 2)})
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_matching_weights_are_loaded():
+    model = nn.Linear(2, 2)
+    load_tensors(model, {"weight": torch.ones(2, 2), "bias": torch.full((2,), 3.0)}, "file")
+    assert (model.weight == 1).all() and (model.bias == 3).all()
+
+
+def test_half_precision_weights_are_loaded_in_the_type_of_the_model():
+    model = nn.Linear(2, 2)
+    state = {k: torch.ones_like(v).bfloat16() for k, v in model.state_dict().items()}
+    load_tensors(model, state, "file")
+    assert model.weight.dtype == torch.float32 and (model.weight == 1).all()
+
+
+def test_only_named_entries_may_be_extra_or_missing():
+    model = nn.Linear(2, 2)
+    bias = model.bias.detach().clone()
+    state = {"weight": torch.ones(2, 2), "aux.weight": torch.ones(5)}
+    load_tensors(model, state, "file", ignore=("aux.",), keep=("bias",))
+    assert (model.weight == 1).all() and torch.equal(model.bias, bias)
+    with pytest.raises(InputError, match="1 missing: bias"):
+        load_tensors(model, state, "file", ignore=("aux.",))
+    with pytest.raises(InputError, match=r"1 unknown: aux\.weight"):
+        load_tensors(model, state, "file", keep=("bias",))

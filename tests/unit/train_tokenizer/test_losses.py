@@ -1,0 +1,164 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from configs.schema import Losses, Phase
+from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
+from train_tokenizer import losses
+from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
+
+SIZES = dict(
+    codebook_size=16,
+    token_size=4,
+    image_size=32,
+    patch_size=8,
+    encoder_width=16,
+    encoder_layers=1,
+    encoder_heads=2,
+    decoder_width=16,
+    decoder_layers=1,
+    decoder_heads=2,
+)
+STAGE1 = dict(causal=True, num_buffer_tokens=1, prefix_head=True, clustering=True)
+PLAIN = Phase(steps=1)
+
+
+class Network:
+    """Stands for a frozen network; remembers what it compared."""
+
+    def __init__(self, value):
+        self.value, self.calls = value, []
+
+    def distance(self, images, targets):
+        self.calls.append((images, targets))
+        return self.value
+
+
+class Networks:
+    def __init__(self, convnext=None, lpips=None):
+        self.convnext, self.lpips = convnext, lpips
+
+
+def terms_of(config, stage, phase=PLAIN, weights=None, networks=None, discriminator=None):
+    """Terms of one step, with its images and the output that they are of."""
+    images = torch.rand(2, 3, 32, 32)
+    out = Tokenizer(config)(images)
+    weights = weights or Losses()
+    networks = networks or Networks()  # without any: a term that asks for one fails
+    return (
+        tokenizer_terms(out, images, config, stage, phase, weights, networks, discriminator),
+        images,
+        out,
+    )
+
+
+def stage1(**changes):
+    return TokenizerConfig(**SIZES, **STAGE1, **changes)
+
+
+def stage2():
+    return TokenizerConfig(**SIZES)
+
+
+# ---------------------------------------------------------------------- which terms
+def test_stage1_has_strip_and_quantizer_terms():
+    assert set(terms_of(stage1(), 1)[0]) == {"mse", "aux", "quantizer"}
+
+
+def test_stage2_has_neither_strip_nor_quantizer_term():
+    assert set(terms_of(stage2(), 2)[0]) == {"mse"}
+
+
+@pytest.mark.parametrize(
+    "weight, term",
+    [("perceptual_weight", "perceptual"), ("lpips_weight", "lpips"), ("gan_weight", "gan")],
+)
+def test_term_of_a_phase_is_there_only_with_a_weight(weight, term):
+    network = Network(torch.tensor(3.0))
+    phase = Phase(steps=1, **{weight: 0.25})
+    given, *_ = terms_of(
+        stage2(), 2, phase, None, Networks(network, network), lambda x: x.mean((1, 2, 3))
+    )
+    assert set(given) == {"mse", term} and given[term][0] == 0.25
+
+
+def test_terms_of_weight_zero_call_no_network():
+    network = Network(torch.tensor(3.0))
+
+    def discriminator(images):
+        raise AssertionError("called")
+
+    terms_of(stage1(), 1, PLAIN, None, Networks(network, network), discriminator)
+    assert network.calls == []
+
+
+# ---------------------------------------------------------------------- weights
+@pytest.mark.parametrize("tokens, prefix", [(None, 5), (20, 4)])
+def test_aux_weight_is_ten_times_the_prefix_over_the_image_tokens(tokens, prefix):
+    terms, *_ = terms_of(stage1(num_latent_tokens=tokens), 1)
+    assert terms["aux"][0] == pytest.approx(10 * prefix / 16)
+
+
+def test_published_aux_weight_is_170_over_256():
+    config = TokenizerConfig(encoder_layers=0, decoder_layers=0, **STAGE1)
+    images = torch.zeros(1, 3, 256, 256)
+    out = losses.TokenizerOutput(images, torch.zeros(1, 3, 16, 272), images, images, images.sum())
+    terms = tokenizer_terms(out, images, config, 1, PLAIN, Losses(), Networks(), None)
+    assert terms["aux"][0] == pytest.approx(170 / 256)
+
+
+def test_weights_of_the_config_are_used():
+    terms, *_ = terms_of(stage1(), 1, PLAIN, Losses(aux_weight=4.0, quantizer_weight=0.5))
+    assert terms["aux"][0] == pytest.approx(4 * 5 / 16)
+    assert terms["quantizer"][0] == 0.5
+    assert terms["mse"][0] == 1.0
+
+
+# ---------------------------------------------------------------------- values
+def test_values_are_those_of_the_output():
+    terms, images, out = terms_of(stage1(), 1)
+    assert torch.equal(terms["mse"][1], F.mse_loss(out.images, images))
+    assert torch.equal(terms["aux"][1], F.mse_loss(out.strip, prefix_target(images, stage1())))
+    assert terms["quantizer"][1] is out.quantizer_loss
+
+
+def test_perceptual_terms_compare_the_reconstruction_with_the_image():
+    convnext, lpips = Network(torch.tensor(3.0)), Network(torch.tensor(5.0))
+    phase = Phase(steps=1, perceptual_weight=0.1, lpips_weight=1.0)
+    terms, images, out = terms_of(stage2(), 2, phase, None, Networks(convnext, lpips))
+    assert (terms["perceptual"][1].item(), terms["lpips"][1].item()) == (3.0, 5.0)
+    for network in (convnext, lpips):
+        [(compared, target)] = network.calls
+        assert compared is out.images and target is images
+
+
+def test_gan_term_rewards_what_the_discriminator_takes_for_real():
+    phase = Phase(steps=1, gan_weight=0.005)
+    terms, _, out = terms_of(stage2(), 2, phase, None, None, lambda x: x.mean((1, 2, 3)))
+    torch.testing.assert_close(terms["gan"][1], -out.images.mean())
+
+
+def test_every_parameter_but_the_codebooks_share_gets_a_gradient_in_stage1():
+    config = stage1()
+    model, images = Tokenizer(config), torch.rand(2, 3, 32, 32)
+    terms = tokenizer_terms(model(images), images, config, 1, PLAIN, Losses(), Networks(), None)
+    sum(weight * value for weight, value in terms.values()).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert without == []
+
+
+# ---------------------------------------------------------------------- networks
+@pytest.mark.parametrize(
+    "phases, built",
+    [
+        ([PLAIN], set()),
+        ([PLAIN, Phase(steps=1, perceptual_weight=0.1)], {"convnext"}),
+        ([Phase(steps=1, lpips_weight=1.0), PLAIN], {"lpips"}),
+        ([Phase(steps=1, gan_weight=1.0)], set()),
+    ],
+)
+def test_only_networks_that_a_phase_needs_are_built(monkeypatch, phases, built):
+    monkeypatch.setattr(losses, "ConvNeXtLogits", lambda pretrained: torch.nn.Identity())
+    monkeypatch.setattr(losses, "LPIPS", lambda pretrained: torch.nn.Identity())
+    networks = FrozenNetworks(phases, False, torch.device("cpu"))
+    assert {name for name in ("convnext", "lpips") if getattr(networks, name)} == built

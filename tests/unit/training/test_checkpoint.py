@@ -1,0 +1,282 @@
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling.errors import InputError
+from training import checkpoint
+
+
+def save(run_dir, step, keep=10):
+    """A checkpoint whose every tensor tells its step."""
+    weights = {name: {"w": torch.full((2, 3), float(step))} for name in ("generator", "ema")}
+    state = {"step": step, "best": 0.5, "optimizer": {"state": {0: {"m": torch.arange(3) * step}}}}
+    return checkpoint.save(run_dir, step, weights, state, keep)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run with checkpoints of steps 1, 2 and 3."""
+    for step in (1, 2, 3):
+        save(tmp_path / "run", step)
+    return tmp_path / "run"
+
+
+def folder(run_dir, step):
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def steps(run_dir):
+    return [int(path.name.removeprefix("step-")) for path in checkpoint.all_checkpoints(run_dir)]
+
+
+def altered(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x80
+    path.write_bytes(content)
+
+
+def truncated(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def missing(path):
+    path.unlink()
+
+
+def replace_file(path, name, content):
+    """Change a file of a checkpoint and rewrite the manifest so that it holds."""
+    (path / name).write_bytes(content)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        if entry["name"] == name:
+            entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.problem(path) is None
+
+
+# ---------------------------------------------------------------------- saving
+def test_weights_and_state_read_back_as_saved(tmp_path):
+    path = save(tmp_path, 7)
+    for name in ("generator", "ema"):
+        weights = checkpoint.load_weights_of(path, name)
+        assert list(weights) == ["w"] and torch.equal(weights["w"], torch.full((2, 3), 7.0))
+    state = checkpoint.load_state(path)
+    moments = state["optimizer"]["state"][0].pop("m")
+    assert torch.equal(moments, torch.tensor([0, 7, 14]))
+    assert state == {"step": 7, "best": 0.5, "optimizer": {"state": {0: {}}}}
+
+
+def test_manifest_names_every_other_file_with_size_and_sha256(tmp_path):
+    path = save(tmp_path, 7)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["step"] == 7
+    expected = [
+        {"name": n, "bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()}
+        for n, c in ((f.name, f.read_bytes()) for f in sorted(path.iterdir()))
+        if n != "manifest.json"
+    ]
+    names = [entry["name"] for entry in manifest["files"]]
+    assert names == ["ema.safetensors", "generator.safetensors", "state.pt"]
+    assert manifest["files"] == expected
+
+
+def test_newest_checkpoints_are_kept(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, step, keep=2)
+    assert steps(tmp_path) == [4, 5]
+
+
+def test_going_on_from_an_earlier_step_drops_the_later_ones(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    assert save(tmp_path, 15, keep=2).is_dir()
+    assert steps(tmp_path) == [10, 15]
+
+
+def test_oldest_is_removed_only_after_the_new_one_is_whole(run_dir, monkeypatch):
+    remove, found = checkpoint.shutil.rmtree, {}
+
+    def watch(path, **options):
+        found[Path(path).name] = checkpoint.problem(folder(run_dir, 4))
+        remove(path, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", watch)
+    save(run_dir, 4, keep=2)
+    assert found["step-00000001"] is None and found["step-00000002"] is None
+    assert steps(run_dir) == [3, 4]
+
+
+@pytest.mark.parametrize("broken", ["torch.save", "os.fsync", "os.rename"])
+def test_failed_save_leaves_the_earlier_checkpoints(run_dir, monkeypatch, broken):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    module, name = broken.split(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(checkpoint, module), name, fail)
+        with pytest.raises(OSError):
+            save(run_dir, 4, keep=1)
+    assert steps(run_dir) == [1, 2, 3]
+    assert checkpoint.choose(run_dir, True) == (folder(run_dir, 3), [])
+
+
+def test_save_after_a_failed_one_starts_afresh(run_dir):
+    partial = run_dir / "checkpoints" / "step-00000004.partial"
+    partial.mkdir()
+    (partial / "left.safetensors").write_bytes(b"half")
+    path = save(run_dir, 4)
+    assert not partial.exists() and not (path / "left.safetensors").exists()
+    assert checkpoint.problem(path) is None
+
+
+def test_saving_a_damaged_step_again_makes_it_whole(run_dir):
+    truncated(folder(run_dir, 3) / "state.pt")
+    save(run_dir, 3)
+    assert checkpoint.choose(run_dir, True) == (folder(run_dir, 3), [])
+
+
+# ---------------------------------------------------------------------- choosing
+def test_a_run_without_checkpoints_starts_from_the_beginning(tmp_path):
+    assert checkpoint.choose(tmp_path, True) == (None, [])
+    assert checkpoint.choose(tmp_path, False) == (None, [])
+
+
+def test_the_newest_is_chosen(run_dir):
+    assert checkpoint.choose(run_dir, True) == (folder(run_dir, 3), [])
+
+
+@pytest.mark.parametrize("name", ["step-00000009.partial", "step-00000009x", "step-9", "xstep"])
+def test_other_names_are_no_checkpoints(run_dir, name):
+    os.rename(folder(run_dir, 3), run_dir / "checkpoints" / name)
+    assert checkpoint.choose(run_dir, True) == (folder(run_dir, 2), [])
+
+
+@pytest.mark.parametrize("name", ["generator.safetensors", "state.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", [altered, truncated, missing])
+def test_a_damaged_newest_is_named_and_the_one_before_chosen(run_dir, damage, name):
+    damage(folder(run_dir, 3) / name)
+    chosen, warnings = checkpoint.choose(run_dir, True)
+    assert chosen == folder(run_dir, 2)
+    assert len(warnings) == 1 and str(folder(run_dir, 3)) in warnings[0]
+
+
+def test_a_run_of_damaged_checkpoints_is_refused(run_dir):
+    for step in (1, 2, 3):
+        altered(folder(run_dir, step) / "state.pt")
+    with pytest.raises(InputError) as error:
+        checkpoint.choose(run_dir, True)
+    assert str(run_dir) in str(error.value) and "state.pt" in str(error.value)
+
+
+def test_resume_false_refuses_a_used_folder(run_dir):
+    with pytest.raises(InputError, match=r"step-00000003.*resume=False") as error:
+        checkpoint.choose(run_dir, False)
+    assert str(run_dir) in str(error.value)
+
+
+def test_resume_from_another_run_takes_its_newest_whole_one(run_dir, tmp_path):
+    missing(folder(run_dir, 3) / "manifest.json")
+    chosen, warnings = checkpoint.choose(tmp_path / "new", str(run_dir))
+    assert chosen == folder(run_dir, 2) and len(warnings) == 1
+
+
+def test_resume_from_a_checkpoint_takes_that_one(run_dir):
+    assert checkpoint.choose(run_dir, str(folder(run_dir, 1))) == (folder(run_dir, 1), [])
+
+
+def test_resume_from_a_damaged_checkpoint_takes_no_other(run_dir):
+    altered(folder(run_dir, 2) / "state.pt")
+    with pytest.raises(InputError) as error:
+        checkpoint.choose(run_dir, str(folder(run_dir, 2)))
+    assert str(folder(run_dir, 2)) in str(error.value)
+
+
+def test_resume_from_nowhere_is_named(run_dir):
+    with pytest.raises(InputError, match=r"resume=nowhere"):
+        checkpoint.choose(run_dir, "nowhere")
+
+
+def test_resume_from_a_folder_without_checkpoints_is_named(run_dir, tmp_path):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError) as error:
+        checkpoint.choose(run_dir, str(tmp_path / "empty"))
+    assert str(tmp_path / "empty") in str(error.value)
+
+
+# ---------------------------------------------------------------------- untrusted files
+class Payload:
+    """Pickled, this makes a folder wherever it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_the_state_is_refused_and_not_run(run_dir, tmp_path, zipped):
+    marker, path = tmp_path / "marker", folder(run_dir, 3)
+    if zipped:
+        torch.save({"step": 3, "x": Payload(marker)}, tmp_path / "payload")
+        content = (tmp_path / "payload").read_bytes()
+    else:
+        content = pickle.dumps(Payload(marker), protocol=2)
+        pickle.loads(content)  # it would work
+        marker.rmdir()
+    replace_file(path, "state.pt", content)
+    with pytest.raises(InputError, match=r"state\.pt"):
+        checkpoint.load_state(path)
+    assert not marker.exists()
+
+
+def test_code_in_the_weights_is_refused_and_not_run(run_dir, tmp_path):
+    marker, path = tmp_path / "marker", folder(run_dir, 3)
+    replace_file(path, "generator.safetensors", pickle.dumps(Payload(marker), protocol=2))
+    with pytest.raises(InputError, match=r"generator\.safetensors"):
+        checkpoint.load_weights_of(path, "generator")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_manifest_that_names_a_file_outside_does_not_hold(run_dir, absolute):
+    path = folder(run_dir, 3)
+    outside = path.parent / "outside"
+    outside.write_bytes(b"secret")
+    name = str(outside) if absolute else "../outside"
+    sha = hashlib.sha256(b"secret").hexdigest()
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"].append({"name": name, "bytes": 6, "sha256": sha})
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert name in checkpoint.problem(path)
+    assert checkpoint.choose(run_dir, True)[0] == folder(run_dir, 2)
+
+
+# ---------------------------------------------------------------------- weights of a run
+def test_weights_of_a_run_are_those_of_its_newest_whole_checkpoint(run_dir):
+    altered(folder(run_dir, 3) / "generator.safetensors")
+    assert checkpoint.weights_file(run_dir, "ema") == folder(run_dir, 2) / "ema.safetensors"
+    assert torch.equal(checkpoint.read_weights(run_dir, "ema")["w"], torch.full((2, 3), 2.0))
+
+
+def test_a_weights_file_stands_for_itself(run_dir):
+    file = folder(run_dir, 1) / "generator.safetensors"
+    assert checkpoint.weights_file(str(file), "ema") == file
+
+
+def test_a_folder_without_checkpoints_has_no_weights(tmp_path):
+    with pytest.raises(InputError) as error:
+        checkpoint.weights_file(tmp_path, "generator")
+    assert str(tmp_path) in str(error.value)
+
+
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(InputError) as error:
+        checkpoint.read_weights(tmp_path / "none.bin", "generator")
+    assert str(tmp_path / "none.bin") in str(error.value)

@@ -1,0 +1,168 @@
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from configs.schema import Experiment
+from training.log import RunLog, Window, due
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def open_log(accelerator, tmp_path):
+    opened = []
+
+    def start(first_step=1):
+        log = RunLog(accelerator, Experiment(output_dir=str(tmp_path)), {}, first_step, 100)
+        opened.append(log)
+        return log
+
+    yield start
+    for log in opened:
+        log.file.close()
+        log.close()
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------- metrics.jsonl
+def test_metrics_are_one_record_a_call_and_on_disk_at_once(open_log, tmp_path):
+    log = open_log()
+    log.metrics(1, {"loss": 2.5, "lr": 1e-4})
+    log.metrics(1, {"val/loss": 3.0})
+    assert records(tmp_path) == [
+        {"step": 1, "loss": 2.5, "lr": 1e-4},
+        {"step": 1, "val/loss": 3.0},
+    ]
+
+
+def write_steps(log, steps):
+    for step in steps:
+        log.metrics(step, {"loss": float(step)})
+
+
+def test_records_that_a_resumed_run_makes_again_are_dropped(open_log, tmp_path):
+    write_steps(open_log(), range(1, 9))
+    resumed = open_log(first_step=5)
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4]
+    write_steps(resumed, [5])
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_records_before_the_resumed_step_are_untouched(open_log, tmp_path):
+    write_steps(open_log(), range(1, 5))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    open_log(first_step=5)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_record_cut_short_by_a_kill_is_dropped(open_log, tmp_path):
+    write_steps(open_log(), range(1, 4))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    open_log(first_step=4)
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3]
+
+
+# ---------------------------------------------------------------------- previews
+def test_images_become_one_png_of_the_right_size(open_log, tmp_path):
+    open_log().images(12, "samples", torch.rand(7, 3, 8, 10), per_row=4)
+    picture = Image.open(tmp_path / "previews" / "samples-00000012.png")
+    # Four to a row, so two rows; two pixels of margin around each.
+    assert picture.size == (4 * 12 + 2, 2 * 10 + 2) and picture.mode == "RGB"
+
+
+def test_images_stand_in_reading_order_with_their_colours(open_log, tmp_path):
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    images = colours[:, :, None, None].expand(3, 3, 8, 10)
+    open_log().images(1, "samples", images, per_row=2)
+    picture = np.asarray(Image.open(tmp_path / "previews" / "samples-00000001.png"))
+    centres = [picture[6, 7], picture[6, 19], picture[16, 7]]
+    assert (np.stack(centres) == colours.numpy() * 255).all()
+
+
+def test_values_beyond_the_unit_interval_are_clamped(open_log, tmp_path):
+    images = torch.stack([torch.full((3, 8, 8), -0.5), torch.full((3, 8, 8), 1.5)])
+    open_log().images(1, "samples", images, per_row=2)
+    picture = np.asarray(Image.open(tmp_path / "previews" / "samples-00000001.png"))
+    assert (picture[6, 6] == 0).all() and (picture[6, 16] == 255).all()
+
+
+# ---------------------------------------------------------------------- windows
+def test_window_gives_the_mean_of_what_was_added(accelerator):
+    window = Window()
+    for loss in (1.0, 2.0, 6.0):
+        window.add(loss=torch.tensor(loss), accuracy=torch.tensor(0.5))
+    values = window.close(accelerator)
+    assert values["loss"] == 3.0 and values["accuracy"] == 0.5
+
+
+def test_window_divides_by_the_steps_that_had_the_value(accelerator):
+    window = Window()
+    for loss in (1.0, 3.0):
+        window.add(loss=torch.tensor(loss))
+    window.add(grad_norm=torch.tensor(4.0))
+    values = window.close(accelerator)
+    assert values["loss"] == 2.0 and values["grad_norm"] == 4.0
+
+
+def test_window_starts_anew_once_closed(accelerator):
+    window = Window()
+    window.add(loss=torch.tensor(1.0))
+    window.images += 1000
+    window.close(accelerator)
+    window.add(loss=torch.tensor(5.0))
+    values = window.close(accelerator)
+    assert values["loss"] == 5.0 and values["images/s"] == 0
+
+
+def test_window_keeps_no_graph():
+    window = Window()
+    window.add(loss=torch.ones((), requires_grad=True) * 2)
+    assert not window.sums["loss"].requires_grad
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands until it is set."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_window_gives_rate_and_share_of_waiting(accelerator, clock):
+    window = Window()
+    with window.waiting():
+        clock[0] += 1
+    clock[0] += 3
+    window.images += 20
+    window.add(loss=torch.tensor(1.0))
+    values = window.close(accelerator)
+    assert values["images/s"] == 5.0 and values["data wait"] == 0.25
+
+
+def test_paused_time_does_not_count(accelerator, clock):
+    window = Window()
+    clock[0] += 4
+    with window.paused():
+        clock[0] += 100
+    window.images += 20
+    window.add(loss=torch.tensor(1.0))
+    assert window.close(accelerator)["images/s"] == 5.0
+
+
+@pytest.mark.parametrize(
+    "step, every, expected", [(10, 5, True), (11, 5, False), (5, 10, False), (10, 0, False)]
+)
+def test_due(step, every, expected):
+    assert due(step, every) is expected

@@ -1,0 +1,69 @@
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from training.randomness import generator_for, image_uniforms, seed_step
+
+
+def test_uniforms_of_an_image_do_not_depend_on_what_is_drawn_with_it():
+    whole = image_uniforms(42, range(12), 7)
+    for size in (1, 5, 12):
+        parts = [image_uniforms(42, range(i, min(i + size, 12)), 7) for i in range(0, 12, size)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_uniforms_of_a_strided_share_are_those_of_the_whole():
+    assert torch.equal(
+        image_uniforms(42, range(1, 12, 3), 7), image_uniforms(42, range(12), 7)[1::3]
+    )
+
+
+def test_more_steps_only_lengthen_the_uniforms():
+    assert torch.equal(image_uniforms(42, range(4), 9)[:, :6], image_uniforms(42, range(4), 6))
+
+
+def test_uniforms_differ_between_images_and_seeds():
+    rows = torch.cat([image_uniforms(seed, range(50), 7) for seed in (2, 42)])
+    assert len(rows.unique(dim=0)) == 100
+
+
+def test_uniforms_are_float32_in_the_unit_interval_and_spread_over_it():
+    values = image_uniforms(42, range(200), 273)
+    assert values.dtype == torch.float32 and values.shape == (200, 273)
+    assert values.min() >= 0 and values.max() < 1
+    assert abs(values.mean() - 0.5) < 3 / (12 * values.numel()) ** 0.5
+
+
+def test_uniforms_leave_torchs_generator_alone():
+    before = torch.get_rng_state()
+    image_uniforms(42, range(3), 7)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_streams_of_different_keys_differ():
+    keys = list(product(range(3), range(1, 4), range(1, 4)))
+    draws = {generator_for(*key).random(4).tobytes() for key in keys}
+    assert len(draws) == len(keys)
+
+
+def test_stream_is_a_function_of_seed_and_key():
+    assert (generator_for(1, 2, 3).random(4) == generator_for(1, 2, 3).random(4)).all()
+    assert isinstance(generator_for(1, 2, 3), np.random.Generator)
+
+
+def draw(seed, rank, step):
+    seed_step(seed, rank, step)
+    return torch.rand(4).tolist()
+
+
+def test_a_step_draws_the_same_whatever_was_drawn_before():
+    first = draw(42, 1, 5)
+    torch.rand(100)
+    assert draw(42, 1, 5) == first
+
+
+@pytest.mark.parametrize("other", [(43, 1, 5), (42, 0, 5), (42, 1, 6), (42, 5, 1)])
+def test_other_seed_rank_or_step_draws_otherwise(other):
+    assert draw(*other) != draw(42, 1, 5)

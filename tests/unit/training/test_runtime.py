@@ -1,0 +1,85 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.schema import Training
+from modeling.errors import InputError
+from training.runtime import precision, start_processes
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Run the body of a program's `main(argv)`; returns its exit status and stderr's lines."""
+
+    def start(body, *argv):
+        lines = ["def main(argv):", *(f"    {line}" for line in body.splitlines())]
+        lines += [
+            "if __name__ == '__main__':",
+            "    from training.runtime import run",
+            "    run(main)",
+        ]
+        script = tmp_path / "program.py"
+        script.write_text("\n".join(lines))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment.pop("RANK", None)
+        # Into a file: a worker that outlives its parent for a moment would hold a pipe open.
+        with open(tmp_path / "stderr", "w") as stderr:
+            command = [sys.executable, str(script), *argv]
+            status = subprocess.run(command, env=environment, stderr=stderr, timeout=60).returncode
+        return status, (tmp_path / "stderr").read_text().splitlines()
+
+    return start
+
+
+def test_a_users_mistake_is_one_line_and_status_2(program):
+    body = (
+        "from modeling.errors import InputError\nraise InputError(f'no folder {argv[0]}; make it')"
+    )
+    assert program(body, "photos") == (2, ["error: no folder photos; make it"])
+
+
+def test_a_bug_keeps_its_traceback_and_exits_with_1(program):
+    status, lines = program("raise ValueError('a bug')")
+    assert status == 1 and lines[0].startswith("Traceback") and lines[-1] == "ValueError: a bug"
+
+
+def test_a_mistake_found_by_a_dataloaders_worker_is_one_line_too(program, tmp_path):
+    # Weights as the items, to save the time of importing torchvision.
+    body = (
+        "from torch.utils.data import DataLoader\n"
+        "from modeling.weights import read_state_dict\n"
+        "list(DataLoader(argv, batch_size=None, collate_fn=read_state_dict, num_workers=1))"
+    )
+    status, lines = program(body, str(tmp_path / "none.bin"))
+    assert status == 2 and len(lines) == 1
+    assert lines[0].startswith(f"error: no weights at {tmp_path / 'none.bin'}: put the ")
+
+
+def test_success_is_status_0_and_says_nothing(program):
+    assert program("pass") == (0, [])
+
+
+def test_unknown_device_is_named():
+    with pytest.raises(InputError, match="tpu"):
+        start_processes("tpu")
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="CUDA"):
+        start_processes("cuda")
+
+
+@pytest.mark.parametrize(
+    "asked, cuda, expected",
+    [("auto", True, "bf16"), ("auto", False, "no"), ("fp16", True, "fp16"), ("no", True, "no")],
+)
+def test_precision(monkeypatch, asked, cuda, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert precision(Training(mixed_precision=asked)) == expected

@@ -1,0 +1,101 @@
+import pytest
+
+from configs.schema import Phase, Scheduler, SchedulerParams
+from modeling.errors import InputError
+from training.schedule import generator_lr, phase_at, tokenizer_lr
+
+PARAMS = SchedulerParams(learning_rate=4e-4, warmup_steps=62_500, end_lr=1e-5)
+PHASES = [
+    Phase("warm start", 50, 1e-4),
+    Phase("main", 200, 1e-4, 2e-5),
+    Phase("adversarial", 100, 2e-5, 2e-6, "linear"),
+]
+
+
+def exactly(value):
+    return pytest.approx(value, rel=1e-9, abs=0)
+
+
+# ---------------------------------------------------------------------- generator
+@pytest.mark.parametrize(
+    "step, lr",
+    [(1, 6.4e-9), (31_250, 2e-4), (62_500, 4e-4), (281_250, 2.05e-4), (500_000, 1e-5)],
+)
+def test_generator_lr_of_the_published_schedule(step, lr):
+    assert generator_lr(step, 500_000, Scheduler("cosine", PARAMS)) == exactly(lr)
+
+
+def test_generator_lr_falls_along_a_half_cosine():
+    quarter = generator_lr(62_500 + 437_500 // 4, 500_000, Scheduler("cosine", PARAMS))
+    assert quarter == exactly(1e-5 + 3.9e-4 * (0.5 + 0.5 * 0.5**0.5))
+
+
+@pytest.mark.parametrize("step, lr", [(31_250, 2e-4), (62_500, 4e-4), (500_000, 4e-4)])
+def test_constant_generator_lr_warms_up_and_stays(step, lr):
+    assert generator_lr(step, 500_000, Scheduler("constant", PARAMS)) == exactly(lr)
+
+
+def test_generator_lr_without_warm_up_starts_at_the_peak():
+    options = Scheduler("cosine", SchedulerParams(4e-4, 0, 1e-5))
+    assert generator_lr(1, 1_000_000, options) == pytest.approx(4e-4, rel=1e-6)
+
+
+def test_generator_lr_of_a_run_that_is_all_warm_up():
+    assert generator_lr(10, 10, Scheduler("cosine", SchedulerParams(4e-4, 10, 1e-5))) == 4e-4
+
+
+# ---------------------------------------------------------------------- tokenizer
+@pytest.mark.parametrize(
+    "step, name, within",
+    [
+        (1, "warm start", 1),
+        (50, "warm start", 50),
+        (51, "main", 1),
+        (250, "main", 200),
+        (251, "adversarial", 1),
+        (350, "adversarial", 100),
+    ],
+)
+def test_phase_and_step_within_it(step, name, within):
+    phase, number = phase_at(PHASES, step)
+    assert (phase.name, number) == (name, within)
+
+
+def test_there_is_no_phase_beyond_the_last():
+    with pytest.raises(InputError, match="351"):
+        phase_at(PHASES, 351)
+
+
+@pytest.mark.parametrize("step", [1, 25, 50])
+def test_tokenizer_lr_of_a_phase_without_end_is_constant(step):
+    assert tokenizer_lr(PHASES, step, 0) == 1e-4
+
+
+@pytest.mark.parametrize(
+    "step, lr",
+    [
+        (51, 1e-4 - 8e-5 * 0.5 * (1 - 0.9998766324816606)),  # cos(π / 200)
+        (150, 6e-5),
+        (250, 2e-5),
+    ],
+)
+def test_tokenizer_lr_falls_along_a_half_cosine(step, lr):
+    assert tokenizer_lr(PHASES, step, 0) == exactly(lr)
+
+
+@pytest.mark.parametrize("step, lr", [(251, 2e-5 - 1.8e-7), (275, 1.55e-5), (350, 2e-6)])
+def test_tokenizer_lr_falls_along_a_line(step, lr):
+    assert tokenizer_lr(PHASES, step, 0) == exactly(lr)
+
+
+@pytest.mark.parametrize("step, share", [(1, 0.1), (5, 0.5), (10, 1.0), (11, 1.0)])
+def test_tokenizer_lr_warms_up_from_the_start(step, share):
+    assert tokenizer_lr(PHASES, step, 10) == exactly(share * 1e-4)
+
+
+def test_warm_up_longer_than_a_phase_goes_on_in_the_next():
+    assert tokenizer_lr(PHASES, 250, 1000) == exactly(0.25 * 2e-5)
+
+
+def test_a_new_phase_is_not_warmed_up_again():
+    assert tokenizer_lr(PHASES, 251, 10) == tokenizer_lr(PHASES, 251, 0)

@@ -22,6 +22,7 @@ from modeling.sampling import sample_codes
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors, write_state_dict
 from training import checkpoint
+from training.guard import FiniteGuard
 from training.log import RunLog, Window, due
 from training.randomness import image_uniforms, seed_step
 from training.runtime import run, start_training
@@ -156,7 +157,7 @@ def main(argv: list[str]) -> None:
         accelerator.wait_for_everyone()
 
     model.train()
-    window = Window()
+    window, guard = Window(), FiniteGuard(device)
     batches = iter(loader)
     for step in range(first_step, total_steps + 1):
         lr = generator_lr(step, total_steps, options.lr_scheduler)
@@ -170,10 +171,12 @@ def main(argv: list[str]) -> None:
                 accelerator.backward(loss)
             window.add(loss=loss, accuracy=accuracy)
         window.images += global_batch
-        if training.max_grad_norm:
-            norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-            if due(step, experiment.log_grad_norm_every):
-                window.add(grad_norm=norm)
+        # Clipping by infinity only measures.
+        norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)
+        if due(step, experiment.log_grad_norm_every):
+            window.add(grad_norm=norm)
+        if accelerator.scaler is None:
+            guard.watch(step, norm, {"loss": loss}, optimizer.optimizer)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -184,12 +187,8 @@ def main(argv: list[str]) -> None:
 
         last = step == total_steps
         if last or due(step, experiment.log_every):
+            guard.raise_if_bad(accelerator)
             values = window.close(accelerator)
-            if not math.isfinite(values["loss"]):
-                raise InputError(
-                    f"the loss is not finite at step {step}: start again from an older checkpoint "
-                    f"with a lower learning rate"
-                )
             log.metrics(step, {"lr": lr, **values})
         with window.paused():
             shown = ema.module if ema is not None else generator  # what is evaluated and sampled

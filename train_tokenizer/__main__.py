@@ -24,6 +24,7 @@ from modeling.weights import load_tensors, write_state_dict
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training import checkpoint
+from training.guard import FiniteGuard
 from training.log import RunLog, Window, due
 from training.randomness import seed_step
 from training.runtime import run, start_training
@@ -149,7 +150,7 @@ def main(argv: list[str]) -> None:
         accelerator.wait_for_everyone()
 
     model.train()
-    window = Window()
+    window, guard = Window(), FiniteGuard(device)
     code_counts = torch.zeros(config.codebook_size, device=device)
     batches = iter(loader)
     for step in range(first_step, total_steps + 1):
@@ -169,7 +170,8 @@ def main(argv: list[str]) -> None:
                     real_logits, fake_logits = critic(torch.cat([images, fake])).chunk(2)
                     loss = hinge_loss(real_logits, fake_logits)
                     accelerator.backward(loss)
-                window.add(critic=loss, real=real_logits.mean(), fake=fake_logits.mean())
+                values = {"critic": loss, "real": real_logits.mean(), "fake": fake_logits.mean()}
+                window.add(**values)
                 continue
             with accelerator.accumulate(model):
                 out = model(images)
@@ -181,7 +183,8 @@ def main(argv: list[str]) -> None:
                 accelerator.backward(loss)
             latents.append(out.latents.detach().flatten(0, 1))
             code_counts += torch.bincount(out.codes.flatten(), minlength=len(code_counts))
-            window.add(loss=loss, **{name: value for name, (_, value) in terms.items()})
+            values = {"loss": loss, **{name: value for name, (_, value) in terms.items()}}
+            window.add(**values)
 
         active, active_optimizer = (
             (critic, critic_optimizer) if train_critic else (model, optimizer)
@@ -189,8 +192,10 @@ def main(argv: list[str]) -> None:
         if config.clustering and not train_critic:
             # Between backward and step, as published: the optimizer then moves the moved codes.
             tokenizer.quantize.cluster(torch.cat(latents))
-        if training.max_grad_norm:
-            accelerator.clip_grad_norm_(active.parameters(), training.max_grad_norm)
+        # Clipping by infinity only measures.
+        norm = accelerator.clip_grad_norm_(active.parameters(), training.max_grad_norm or math.inf)
+        if accelerator.scaler is None:
+            guard.watch(step, norm, values, active_optimizer.optimizer)
         for group in active_optimizer.param_groups:
             group["lr"] = lr
         active_optimizer.step()
@@ -201,12 +206,8 @@ def main(argv: list[str]) -> None:
 
         last = step == total_steps
         if last or due(step, experiment.log_every):
+            guard.raise_if_bad(accelerator)
             values = window.close(accelerator)
-            if not math.isfinite(sum(values.values())):
-                raise InputError(
-                    f"the loss is not finite at step {step} ({values}): start again from an older "
-                    f"checkpoint with a lower learning rate"
-                )
             use, perplexity = codebook_use(accelerator.reduce(code_counts, "sum"))
             code_counts.zero_()
             log.metrics(step, {"lr": lr, **values, "codes used": use, "perplexity": perplexity})

@@ -153,7 +153,9 @@ def main(argv: list[str]) -> None:
                 state["averaged"] = ema.n_averaged.item()
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
-            checkpoint.save(run_dir, step, weights, state, experiment.keep_checkpoints)
+            checkpoint.save(
+                run_dir, step, weights, state, experiment.keep_checkpoints, experiment.keep_every
+            )
         accelerator.wait_for_everyone()
 
     model.train()

@@ -75,6 +75,7 @@ class Experiment:
     resume: Any = True
     save_every: int = 10_000
     keep_checkpoints: int = 2
+    keep_every: int = 0  # checkpoints of these steps stay for good
     eval_every: int = 10_000
     generate_every: int = 10_000
     log_every: int = 100

@@ -146,7 +146,9 @@ def main(argv: list[str]) -> None:
                 state["critic_optimizer"] = critic_optimizer.state_dict()
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
-            checkpoint.save(run_dir, step, weights, state, experiment.keep_checkpoints)
+            checkpoint.save(
+                run_dir, step, weights, state, experiment.keep_checkpoints, experiment.keep_every
+            )
         accelerator.wait_for_everyone()
 
     model.train()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from data.parts import sync_folder, write_whole
 from modeling.errors import InputError
@@ -30,44 +31,88 @@ def save(
     weights: dict[str, dict[str, torch.Tensor]],
     state: dict[str, Any],
     keep: int,
+    keep_every: int = 0,
 ) -> Path:
     """Write one checkpoint, then remove later ones and all but the newest `keep`.
 
     `weights` become NAME.safetensors, usable on their own; `state` (optimizers and plain values)
-    becomes state.pt.
+    becomes state.pt. Steps that `keep_every` divides stay for good. Raises InputError, with the
+    earlier checkpoints untouched, where the disk is full or not writable.
     """
     folder = run_dir / "checkpoints"
     final = folder / f"step-{step:08d}"
     aside = folder / f"{final.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for name, tensors in weights.items():
-        write_state_dict(tensors, aside / f"{name}.safetensors")
-    torch.save(state, aside / "state.pt")
-    entries = []
-    for file in sorted(aside.iterdir()):
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        entries.append({"name": file.name, "bytes": file.stat().st_size, "sha256": digest})
-    write_whole(aside / MANIFEST, json.dumps({"step": step, "files": entries}, indent=1).encode())
-    sync_folder(aside)
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-    os.rename(aside, final)
-    sync_folder(folder)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        needed, free = size_of([weights, state]), shutil.disk_usage(folder).free
+        if needed > free:
+            raise InputError(
+                f"no room for the checkpoint of step {step} in {folder}: {needed / 1e9:.2f} GB "
+                f"needed, {free / 1e9:.2f} GB free; make room and run the same command again"
+            )
+        write_files(aside, step, weights, state)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+        os.rename(aside, final)
+        sync_folder(folder)
+    except InputError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    except (OSError, RuntimeError, SafetensorError) as e:  # each writer has its own for a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise InputError(
+            f"the checkpoint of step {step} could not be written to {folder} ({first_line(e)}); the "
+            f"earlier ones are whole: make room or rights and run the same command again"
+        ) from e
     # Later steps are of a run that was left: this one went on from an earlier checkpoint.
     found = all_checkpoints(run_dir)
     place = found.index(final)
     for other in found[: max(place + 1 - keep, 0)] + found[place + 1 :]:
-        shutil.rmtree(other)
+        if other in found[place + 1 :] or not (keep_every and step_of(other) % keep_every == 0):
+            shutil.rmtree(other)
     return final
+
+
+def write_files(
+    folder: Path, step: int, weights: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]
+) -> None:
+    """The files of a checkpoint, synced, and last of all their manifest."""
+    for name, tensors in weights.items():
+        write_state_dict(tensors, folder / f"{name}.safetensors")
+    torch.save(state, folder / "state.pt")
+    entries = []
+    for file in sorted(folder.iterdir()):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        entries.append({"name": file.name, "bytes": file.stat().st_size, "sha256": digest})
+    write_whole(folder / MANIFEST, json.dumps({"step": step, "files": entries}, indent=1).encode())
+    sync_folder(folder)
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size()
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return sum(map(size_of, tree)) if isinstance(tree, (list, tuple)) else 0
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def step_of(path: Path) -> int:
+    return int(NAME.fullmatch(path.name)[1])
 
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first, whether valid or not."""
     found = (run_dir / "checkpoints").glob("step-*")
     folders = [p for p in found if NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(folders, key=lambda p: int(NAME.fullmatch(p.name)[1]))
+    return sorted(folders, key=step_of)
 
 
 def problem(path: Path) -> str | None:

@@ -73,9 +73,10 @@ def test_image_tokens_rotate_by_their_row_and_then_by_their_column():
 def test_rotation_takes_neighbouring_channels_as_a_pair():
     angle = torch.tensor([0.3, 1.1])
     table = torch.stack([angle.cos(), angle.sin()], -1)[None]  # (1, 2, 2)
-    x = torch.tensor([[[[2.0, 0.0, 0.0, 1.0]]]])
-    expected = [2 * math.cos(0.3), 2 * math.sin(0.3), -math.sin(1.1), math.cos(1.1)]
-    torch.testing.assert_close(rotate(x, table), torch.tensor([[[expected]]]))
+    x = torch.tensor([[[[2.0, 0.0, 0.0, 1.0], [0.0, 3.0, 4.0, 0.0]]]])
+    first = [2 * math.cos(0.3), 2 * math.sin(0.3), -math.sin(1.1), math.cos(1.1)]
+    second = [-3 * math.sin(0.3), 3 * math.cos(0.3), 4 * math.cos(1.1), 4 * math.sin(1.1)]
+    torch.testing.assert_close(rotate(x, table), torch.tensor([[[first, second]]]))
 
 
 # ---------------------------------------------------------------------- configuration

@@ -193,5 +193,5 @@ def test_convnext_distance_is_the_mean_square_of_the_logits_difference(convnext)
 def test_convnext_reads_224_pixels_normalised_as_torchvisions_weights_want(convnext, monkeypatch):
     monkeypatch.setattr(convnext, "network", nn.Identity())
     wanted = ConvNeXt_Small_Weights.IMAGENET1K_V1.transforms(resize_size=224, crop_size=224)
-    images = torch.rand(2, 3, 64, 64)
+    images = torch.rand(2, 3, 300, 300)
     torch.testing.assert_close(convnext(images), wanted(images))

@@ -120,9 +120,9 @@ def test_failed_save_leaves_the_earlier_checkpoints(run_dir, monkeypatch, broken
     module, name = broken.split(".")
     with monkeypatch.context() as patch:
         patch.setattr(getattr(checkpoint, module), name, fail)
-        with pytest.raises(OSError):
+        with pytest.raises(InputError, match=r"step 4 could not be written .*disk full"):
             save(run_dir, 4, keep=1)
-    assert steps(run_dir) == [1, 2, 3]
+    assert steps(run_dir) == [1, 2, 3] and not list(run_dir.rglob("*.partial"))
     assert checkpoint.choose(run_dir, True) == (folder(run_dir, 3), [])
 
 
@@ -280,3 +280,25 @@ def test_missing_weights_are_named(tmp_path):
     with pytest.raises(InputError) as error:
         checkpoint.read_weights(tmp_path / "none.bin", "generator")
     assert str(tmp_path / "none.bin") in str(error.value)
+
+
+# ---------------------------------------------------------------------- disks
+def test_steps_of_keep_every_stay(tmp_path):
+    for step in range(1, 8):
+        weights = {"generator": {"w": torch.ones(1)}}
+        checkpoint.save(tmp_path, step, weights, {"step": step}, keep=2, keep_every=3)
+    assert steps(tmp_path) == [3, 6, 7]
+
+
+def test_no_room_is_said_before_anything_is_written(run_dir, monkeypatch):
+    usage = checkpoint.shutil.disk_usage(run_dir)._replace(free=50)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(checkpoint, "write_files", lambda *a: pytest.fail("wrote"))
+    with pytest.raises(InputError, match=r"no room for the checkpoint of step 4 .* 0\.00 GB free"):
+        save(run_dir, 4)
+    assert steps(run_dir) == [1, 2, 3] and not list(run_dir.rglob("*.partial"))
+
+
+def test_size_counts_every_tensor():
+    tree = {"a": torch.zeros(3), "b": [{"c": torch.zeros(2, dtype=torch.int64)}, 7, "text"]}
+    assert checkpoint.size_of(tree) == 12 + 16

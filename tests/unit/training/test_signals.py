@@ -1,0 +1,26 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PROGRAM = """
+import os, signal
+from training.signals import StopSignal
+stop = StopSignal()
+assert not stop.agreed()
+os.kill(os.getpid(), signal.{name})
+assert stop.agreed()
+print("saved", flush=True)
+os.kill(os.getpid(), signal.{name})
+print("never")
+"""
+
+
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGUSR1", 138)])
+def test_first_signal_asks_and_the_second_ends(name, status):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(name=name)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "saved\n" and done.returncode == status, done.stderr

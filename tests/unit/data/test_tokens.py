@@ -89,9 +89,11 @@ def test_manifest_holds_what_is_documented(cache):
     assert manifest == {
         "format": "alitok-tokens",
         "version": 1,
+        "layout": "packed",
         "images": IMAGES,
         "views": VIEWS,
         "tokens": TOKENS,
+        "codes_dtype": "uint16",
         "codebook_size": CODEBOOK,
         "images_per_shard": 4,
         "classes": CLASSES,

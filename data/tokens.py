@@ -107,10 +107,9 @@ class TokenWriter:
 
     def append(self, codes: np.ndarray) -> None:
         """Add codes (n, views, tokens), below `codebook_size`, of the next n images."""
-        if codes.shape[1:] != (self.views, self.tokens) or codes.max() >= self.codebook_size:
-            raise ValueError(
-                f"codes of shape {codes.shape}, up to {codes.max()}, do not fit the store"
-            )
+        highest = codes.max(initial=0)
+        if codes.shape[1:] != (self.views, self.tokens) or highest >= self.codebook_size:
+            raise ValueError(f"codes of shape {codes.shape}, up to {highest}, do not fit the store")
         codes = np.ascontiguousarray(codes, dtype="<u2")
         while len(codes):
             room = IMAGES_PER_SHARD - self.images % IMAGES_PER_SHARD
@@ -288,12 +287,14 @@ class NpzStore(TokenCache):
         self.classes = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
         self._files, labels = [], []
         for label, name in enumerate(self.classes):
-            files = sorted(f for f in os.listdir(self.folder / name) if f.endswith(".npz"))
-            self._files += [f"{name}/{file}" for file in files]
-            labels += [label] * len(files)
+            for folder, _, files in sorted(os.walk(self.folder / name)):
+                self._files += [
+                    os.path.join(folder, f) for f in sorted(files) if f.endswith(".npz")
+                ]
+            labels += [label] * (len(self._files) - len(labels))
         self.labels, self.images = np.array(labels, np.int32), len(labels)
         if not self.images:
-            raise InputError(f"no token cache at {folder}: make one with pretokenization.py")
+            raise InputError(f"no token cache at {self.folder}: make one with pretokenization.py")
         expected = self.manifest.get("images", self.images)
         if self.images != expected:
             raise InputError(
@@ -303,7 +304,7 @@ class NpzStore(TokenCache):
         self.views, self.tokens = self._read(0).shape  # … but that of the first from here on
 
     def _read(self, image: int) -> np.ndarray:
-        file = self.folder / self._files[image]
+        file = self._files[image]
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 codes = arrays["codes"]
@@ -316,7 +317,7 @@ class NpzStore(TokenCache):
                 f"expected, as in the other files; make it again"
             )
         if codes.min() < 0 or (self.codebook_size and codes.max() >= self.codebook_size):
-            self.refuse_codes(self._files[image])
+            self.refuse_codes(f"image {image}, {file},")
         return codes
 
     def codes(self, image: int, view: int) -> np.ndarray:

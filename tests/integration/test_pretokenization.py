@@ -316,7 +316,7 @@ def test_damaged_part_of_a_stopped_run_is_named(runs, tmp_path):
     runs.ok(tmp_path / "cache", data=data)
 
 
-KILLS = 20
+KILLS = 12
 
 
 @pytest.mark.parametrize("layout", ["packed", "npz"])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 import configs.schema
 from configs.schema import GeneratorRun, OptimizerParams
 from data.order import SampleOrder
-from data.tokens import AllTokens, TokenStore, TrainTokens, fingerprint
+from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_tokens
 from modeling.errors import InputError
 from modeling.generator import Attention, Generator, SwiGLU, next_code_loss
 from modeling.sampling import sample_codes
@@ -56,9 +56,9 @@ def adamw(model: Generator, params: OptimizerParams) -> torch.optim.AdamW:
     )
 
 
-def open_cache(path: str, options: GeneratorRun, tokenizer: str | None) -> TokenStore:
+def open_cache(path: str, options: GeneratorRun, tokenizer: str | None) -> TokenCache:
     """A token cache that fits the configured models and, where it is known, the tokenizer."""
-    store = TokenStore(path)
+    store = open_tokens(path)
     model = options.model
     store.check(model.vq_model.codebook_size, model.vq_model.num_tokens, tokenizer)
     classes = model.generator.condition_num_classes
@@ -216,7 +216,7 @@ def main(argv: list[str]) -> None:
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, store: TokenStore, batch: int
+    accelerator: Accelerator, model: nn.Module, store: TokenCache, batch: int
 ) -> dict[str, float]:
     """Loss (nats a code) and top-1 accuracy over every view of a held-out cache."""
     dataset = AllTokens(store)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,18 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A full disk, or a folder that may not be written, is said in one line (InputError)."""
+    try:
+        yield
+    except OSError as e:
+        raise InputError(
+            f"cannot write to {e.filename or folder}: {e.strerror or e}; what is finished stays: make "
+            f"room, or the folder writable, and give the same command again"
+        ) from e
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder (new files, renames) durable."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -27,6 +42,15 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def differing(earlier: dict[str, Any], settings: dict[str, Any]) -> str:
+    """The entries in which two settings differ, with both values; empty where they agree."""
+    return ", ".join(
+        f"{key} ({earlier.get(key)} there, {settings.get(key)} now)"
+        for key in sorted(earlier.keys() | settings.keys())
+        if earlier.get(key) != settings.get(key)
+    )
 
 
 def check_settings(path: Path, settings: dict[str, Any], remedy: str) -> None:
@@ -42,15 +66,9 @@ def check_settings(path: Path, settings: dict[str, Any], remedy: str) -> None:
         earlier = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as e:
         raise InputError(f"{path} is damaged; {remedy}") from e
-    differing = [
-        f"{key} ({earlier.get(key)} there, {settings.get(key)} now)"
-        for key in sorted(earlier.keys() | settings.keys())
-        if earlier.get(key) != settings.get(key)
-    ]
-    if differing:
-        raise InputError(
-            f"{path.parent} holds work of other settings: {', '.join(differing)}; {remedy}"
-        )
+    changed = differing(earlier, settings)
+    if changed:
+        raise InputError(f"{path.parent} holds work of other settings: {changed}; {remedy}")
 
 
 class Parts:
@@ -77,5 +95,10 @@ class Parts:
         os.replace(partial, self.path(number))
 
     def read(self, number: int, name: str) -> np.ndarray:
-        with np.load(self.path(number), allow_pickle=False) as arrays:
-            return arrays[name]
+        try:
+            with np.load(self.path(number), allow_pickle=False) as arrays:
+                return arrays[name]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+            raise InputError(
+                f"{self.path(number)} is damaged ({e}); remove it and give the same command again"
+            ) from e

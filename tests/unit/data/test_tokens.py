@@ -1,12 +1,25 @@
 import hashlib
 import json
+import os
+import pickle
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from data import tokens
-from data.tokens import AllTokens, TokenStore, TokenWriter, TrainTokens, fingerprint
+from data.tokens import (
+    AllTokens,
+    NpzStore,
+    TokenStore,
+    TokenWriter,
+    TrainTokens,
+    fingerprint,
+    main,
+    open_tokens,
+    write_manifest,
+)
 from modeling.errors import InputError
 
 IMAGES, VIEWS, TOKENS, CODEBOOK = 10, 3, 5, 4096
@@ -89,9 +102,11 @@ def test_manifest_holds_what_is_documented(cache):
     assert manifest == {
         "format": "alitok-tokens",
         "version": 1,
+        "layout": "packed",
         "images": IMAGES,
         "views": VIEWS,
         "tokens": TOKENS,
+        "codes_dtype": "uint16",
         "codebook_size": CODEBOOK,
         "images_per_shard": 4,
         "classes": CLASSES,
@@ -257,6 +272,185 @@ def test_writer_refuses_codes_beyond_the_codebook_or_of_another_shape(tmp_path):
         writer.append(codes)
 
 
+def test_codes_beyond_the_codebook_are_refused_when_read(tmp_path):
+    codes = random_codes(codebook=64)
+    codes[9, 2, 4] = 64
+    cache = write(tmp_path / "cache", codes, codebook=65)
+    edit_manifest(cache, codebook_size=64)
+    store = TokenStore(cache)
+    store.codes(9, 1)
+    with pytest.raises(InputError, match=r"image 9 of .* beyond 63"):
+        store.codes(9, 2)
+
+
+@pytest.mark.parametrize("label", [2, -1])
+def test_verify_finds_labels_beyond_the_classes(cache, label):
+    labels = np.array([*LABELS[:-1], label], "<i4").tobytes()
+    (cache / "labels.bin").write_bytes(labels)
+    files = json.loads((cache / "manifest.json").read_text())["files"]
+    for entry in files:
+        if entry["name"] == "labels.bin":
+            entry["sha256"] = hashlib.sha256(labels).hexdigest()
+    edit_manifest(cache, files=files)
+    with pytest.raises(InputError, match="labels beyond its 2 classes"):
+        TokenStore(cache).verify()
+
+
+def test_manifest_of_another_run_of_the_same_shape_is_found_by_verify(cache, tmp_path):
+    other = write(tmp_path / "other", random_codes()[::-1])
+    (cache / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
+    with pytest.raises(InputError, match=r"codes-00000.bin was altered"):
+        TokenStore(cache).verify()
+
+
+# ---------------------------------------------------------------------- at the size of ImageNet
+def test_store_of_imagenets_size_opens_in_a_fifth_of_a_second(tmp_path, monkeypatch):
+    monkeypatch.undo()  # shards of their real size
+    images, row = 1_281_167, 10 * 273 * 2
+    files = []
+    for first in range(0, images, 65_536):
+        size = min(65_536, images - first) * row
+        files.append({"name": f"codes-{len(files):05d}.bin", "bytes": size, "sha256": ""})
+    files.append({"name": "labels.bin", "bytes": 4 * images, "sha256": ""})
+    files.append({"name": "paths.txt", "bytes": 33 * images, "sha256": ""})
+    for entry in files:
+        (tmp_path / entry["name"]).touch()
+        os.truncate(tmp_path / entry["name"], entry["bytes"])  # sparse
+    shape = {"images": images, "views": 10, "tokens": 273, "codebook_size": 4096}
+    about = {"classes": [f"n{i:08d}" for i in range(1000)], "tokenizer": "", "files": files}
+    write_manifest(tmp_path, {**shape, "images_per_shard": 65_536, **about})
+
+    def opening():
+        started = time.perf_counter()
+        store = TokenStore(tmp_path)
+        store.codes(images - 1, 9)
+        return time.perf_counter() - started
+
+    assert min(opening() for _ in range(3)) <= 0.2
+    # A worker process maps the files itself; it is not sent 7 GB.
+    assert len(pickle.dumps(TokenStore(tmp_path))) < 1000
+
+
+# ---------------------------------------------------------------------- the published layout
+def write_npz(folder, codes):
+    """Codes as the published code caches them: no manifest, one file an image."""
+    for image, path in zip(codes, PATHS):
+        file = folder / f"{path}.npz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, codes=image)
+    return folder
+
+
+BY_CLASS = sorted(range(IMAGES), key=lambda i: PATHS[i])
+
+
+@pytest.fixture
+def published(tmp_path):
+    return write_npz(tmp_path / "published", random_codes())
+
+
+def test_published_layout_reads_as_the_store_does(published):
+    store, codes = open_tokens(published), random_codes()
+    assert (store.images, store.views, store.tokens) == (IMAGES, VIEWS, TOKENS)
+    assert store.classes == CLASSES and store.labels.tolist() == sorted(LABELS)
+    for place, image in enumerate(BY_CLASS):
+        for view in range(VIEWS):
+            row = store.codes(place, view)
+            assert row.dtype == np.int64 and (row == codes[image, view]).all()
+    store.verify()
+
+
+def test_class_index_is_the_rank_among_all_folders(published):
+    (published / "ant").mkdir()
+    assert NpzStore(published).labels.tolist() == [1 + label for label in sorted(LABELS)]
+
+
+def test_training_draws_the_same_views_from_either_layout(published, tmp_path):
+    store = TokenStore(write(tmp_path / "packed", random_codes()[BY_CLASS]))
+    one, other = (TrainTokens(s, 3, 0.0, NO_CLASS) for s in (store, NpzStore(published)))
+    for key in [(0, 2), (1, 2), (5, 9)]:
+        assert torch.equal(one[key][0], other[key][0])
+
+
+def test_open_tokens_tells_the_layouts_apart(cache, published, tmp_path):
+    assert isinstance(open_tokens(cache), TokenStore)
+    assert isinstance(open_tokens(published), NpzStore)
+    write_manifest(published, {"layout": "npz", "images": IMAGES})
+    assert isinstance(open_tokens(published), NpzStore)
+    for empty in (tmp_path / "nowhere", tmp_path / "empty"):
+        with pytest.raises(InputError, match=f"no token cache at {empty}"):
+            open_tokens(empty)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+
+
+NPZ = "cat/02.png.npz"
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-30])
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage, named",
+    [
+        (truncate, NPZ),
+        (flip_a_bit, NPZ),
+        (lambda f: f.write_bytes(b""), NPZ),
+        (lambda f: np.savez(f, other=np.zeros(3)), NPZ),
+        (lambda f: np.savez(f, codes=np.zeros((VIEWS, TOKENS + 1), int)), NPZ),
+        (lambda f: np.savez(f, codes=np.zeros((VIEWS, TOKENS))), NPZ),
+        (lambda f: np.savez(f, codes=np.full((VIEWS, TOKENS), -1)), NPZ),
+        (lambda f: np.savez(f, codes=np.full((VIEWS, TOKENS), CODEBOOK)), NPZ),
+        (lambda f: f.unlink(), "9 .npz files, 10 expected"),
+    ],
+)
+def test_damaged_npz_is_named(published, damage, named):
+    write_manifest(published, {"layout": "npz", "images": IMAGES, "codebook_size": CODEBOOK})
+    NpzStore(published).verify()
+    damage(published / NPZ)
+    with pytest.raises(InputError) as error:
+        NpzStore(published).verify()
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_check_of_the_published_layout_compares_what_it_tells(published):
+    store = NpzStore(published)
+    with pytest.raises(InputError, match="codes an image 5 there, 6 here"):
+        store.check(CODEBOOK, 6, "f" * 16)
+    store.check(CODEBOOK, TOKENS, "f" * 16)
+
+
+def test_published_layout_refuses_codes_beyond_the_checked_codebook(published):
+    store = NpzStore(published)
+    store.check(int(random_codes().max()), TOKENS)
+    with pytest.raises(InputError, match="beyond"):
+        store.verify()
+
+
+# ---------------------------------------------------------------------- python -m data.tokens
+@pytest.mark.parametrize("layout", ["cache", "published"])
+def test_info_and_verify_on_the_command_line(layout, request, capsys):
+    folder = request.getfixturevalue(layout)
+    main(["info", str(folder)])
+    said = capsys.readouterr().out
+    assert f"{IMAGES} images x {VIEWS} views x {TOKENS} codes, 2 classes" in said
+    assert ("tokenizer: 0123456789abcdef" in said) == (layout == "cache")
+    main(["verify", str(folder)])
+    assert "all files are whole" in capsys.readouterr().out
+
+
+def test_verify_on_the_command_line_finds_damage(cache):
+    flip_a_bit(cache / SHARDS[1])
+    with pytest.raises(InputError, match=SHARDS[1]):
+        main(["verify", str(cache)])
+
+
 # ---------------------------------------------------------------------- of which tokenizer
 def test_check_accepts_the_tokenizer_that_wrote_it(cache):
     TokenStore(cache).check(CODEBOOK, TOKENS, ABOUT["tokenizer"])
@@ -348,6 +542,24 @@ def test_every_view_is_drawn_over_the_epochs(numbered):
     for index in range(IMAGES):
         views = {dataset[epoch, index][0][0].item() % VIEWS for epoch in range(40)}
         assert views == set(range(VIEWS))
+
+
+def test_draws_do_not_depend_on_how_many_images_there_are(numbered, tmp_path):
+    rows = np.arange(4 * VIEWS).reshape(4, VIEWS, 1)
+    fewer = TokenStore(write(tmp_path / "fewer", np.repeat(rows, TOKENS, 2), pieces=()))
+    one, other = TrainTokens(numbered, 7, 0.5, NO_CLASS), TrainTokens(fewer, 7, 0.5, NO_CLASS)
+    for epoch in range(20):
+        for index in range(4):
+            assert torch.equal(one[epoch, index][0], other[epoch, index][0])
+            assert one[epoch, index][1] == other[epoch, index][1]
+
+
+def test_views_are_drawn_evenly(numbered):
+    dataset = TrainTokens(numbered, 7, 0.5, NO_CLASS)
+    drawn = [dataset[e, i][0][0].item() % VIEWS for e in range(300) for i in range(IMAGES)]
+    for view in range(VIEWS):
+        share = drawn.count(view) / len(drawn)
+        assert abs(share - 1 / VIEWS) < 3 * (2 / 9 / len(drawn)) ** 0.5
 
 
 def test_class_is_dropped_at_the_given_rate(numbered):

@@ -1,0 +1,172 @@
+"""The packed token store against the published layout, and pretokenization against its encoder.
+
+python -m benchmarks.tokens                         the tables in benchmarks/README.md
+python -m benchmarks.tokens --images 10000 --encode 512 --batch_size 32 --views ten_crop
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from benchmarks.common import machine
+from data.images import VIEWS, CroppedImages
+from data.parts import Parts
+from data.tokens import IMAGES_PER_SHARD, NpzStore, TokenStore, TrainTokens, write_manifest
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from pretokenization import Readable, encode, encode_parts, join, write_images
+from training.runtime import start_processes
+
+IMAGENET, CODES = 1_281_167, (10, 273)
+TURNS = 5
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def stores(folder: Path, images: int) -> None:
+    """Bytes an image, writing, opening and random reading of both layouts, on the same codes."""
+    codes = np.random.default_rng(0).integers(0, 4096, (images, *CODES), dtype=np.uint16)
+    paths = [f"n{i // 1300:08d}/n{i // 1300:08d}_{i}.JPEG" for i in range(images)]
+    labels, classes = [i // 1300 for i in range(images)], sorted({p.split("/")[0] for p in paths})
+    about = {"tokenizer": "0" * 16}
+    packed, npz = folder / "packed", folder / "npz"
+
+    def write_packed() -> None:
+        parts = Parts(folder / "parts", -(-images // 512))
+        for number in range(parts.count):
+            parts.write(number, codes=codes[512 * number : 512 * (number + 1)])
+        join(packed, parts, CODES[0], TokenizerConfig(), labels, paths, classes, about)
+
+    writing = {
+        "packed": seconds(write_packed),  # parts and shards, as pretokenization does
+        "npz": seconds(lambda: write_images(npz, paths, codes)),
+    }
+    opening = {"packed": [], "npz": []}
+    reading = {"packed": [], "npz": []}
+    for turn in range(TURNS):
+        for name, kind, path in (("packed", TokenStore, packed), ("npz", NpzStore, npz)):
+            started = time.perf_counter()
+            store = kind(path)
+            opening[name].append(time.perf_counter() - started)
+            samples = TrainTokens(store, 0, 0.1, 1000)
+            samples[turn, 0]  # the epoch's draw
+            order = np.random.default_rng(turn).permutation(images).tolist()
+            took = seconds(lambda s=samples, o=order, t=turn: [s[t, i] for i in o])
+            reading[name].append(images / took)
+    print(f"{images} images x {CODES[0]} views x {CODES[1]} codes, files in the page cache")
+    for name, path in (("packed", packed), ("npz", npz)):
+        print(
+            f"  {name:7}{size(path) / images:10.1f} bytes an image{images / writing[name]:10.0f} "
+            f"images/s written{median(reading[name]):10.0f} random samples/s"
+            f"{1e3 * median(opening[name]):10.2f} ms to open"
+        )
+    ratios = [a / b for a, b in zip(reading["packed"], reading["npz"])]
+    print(f"  packed / npz: {median(ratios):.1f} x the random samples/s")
+    print(f"  packed: {size(packed) / codes.nbytes - 1:.3%} over the raw codes")
+
+
+def imagenet_open(folder: Path) -> None:
+    """Open a sparse store of ImageNet's size and read one sample."""
+    files, row = [], 2 * CODES[0] * CODES[1]
+    for first in range(0, IMAGENET, IMAGES_PER_SHARD):
+        count = min(IMAGES_PER_SHARD, IMAGENET - first)
+        files.append({"name": f"codes-{len(files):05d}.bin", "bytes": count * row})
+    files += [{"name": "labels.bin", "bytes": 4 * IMAGENET}, {"name": "paths.txt", "bytes": 0}]
+    folder.mkdir()
+    for entry in files:
+        (folder / entry["name"]).touch()
+        os.truncate(folder / entry["name"], entry["bytes"])
+    shape = {"images": IMAGENET, "views": CODES[0], "tokens": CODES[1], "codebook_size": 4096}
+    classes = [f"n{i:08d}" for i in range(1000)]
+    about = {"images_per_shard": IMAGES_PER_SHARD, "classes": classes, "files": files}
+    write_manifest(folder, {**shape, **about})
+    took = [seconds(lambda: TokenStore(folder).codes(IMAGENET - 1, 9)) for _ in range(TURNS)]
+    print(f"{IMAGENET} images: {1e3 * median(took):.1f} ms to open and read one sample")
+    samples = TrainTokens(TokenStore(folder), 0, 0.1, 1000)
+    print(f"  {1e3 * seconds(lambda: samples[0, 0]):.1f} ms to draw the views of an epoch")
+
+
+def end_to_end(folder: Path, options: argparse.Namespace, processes: PartialState) -> None:
+    """Images to codes, end to end, against the encoder alone on random tensors, in turn."""
+    rng, files = np.random.default_rng(0), []
+    for i in range(options.encode):
+        pixels = rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC)
+        files.append(str(folder / f"{i}.JPEG"))
+        image.save(files[-1], quality=90)
+    device = processes.device
+    tokenizer = Tokenizer(TokenizerConfig(), with_decoder=False).to(device).eval()
+    images = Readable(CroppedImages(files, 256, options.views), skip=False)
+    views = VIEWS[options.views]
+    batches = -(-options.encode // options.batch_size)
+    random = torch.rand(options.batch_size * views, 3, 256, 256, device=device)
+    per_part = 16 * options.batch_size
+    numbers = list(range(-(-options.encode // per_part)))
+    parts = Parts(folder / "encoded", len(numbers))
+
+    def alone(dtype: str) -> float:
+        started = time.perf_counter()
+        for _ in range(batches):
+            codes = encode(tokenizer, random, dtype)
+        codes.cpu()
+        return time.perf_counter() - started
+
+    def whole(dtype: str) -> float:
+        started = time.perf_counter()
+        args = argparse.Namespace(
+            batch_size=options.batch_size, num_workers=options.num_workers, dtype=dtype
+        )
+        for number, _, codes, _ in encode_parts(tokenizer, images, numbers, args, processes):
+            parts.write(number, codes=codes)
+        return time.perf_counter() - started
+
+    print(
+        f"{options.encode} JPEGs of 500 x 375, {options.views}, {options.batch_size} images a batch, "
+        f"{options.num_workers} workers, the published encoder's sizes"
+    )
+    exact = None
+    for dtype in ["fp32", "bf16"] if device.type == "cpu" else ["fp32", "tf32", "bf16"]:
+        encode(tokenizer, random[:views], dtype)
+        pairs = [(alone(dtype), whole(dtype)) for _ in range(options.turns)]
+        rate = batches * options.batch_size / median(a for a, _ in pairs)
+        exact = exact or rate
+        print(
+            f"  {dtype}: encoder alone {rate:.2f} images/s ({rate / exact:.2f} x fp32), end to end "
+            f"{options.encode / median(b for _, b in pairs):.2f} images/s, ratio "
+            f"{median(a / b for a, b in pairs):.3f}"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=int, default=4000, help="in the compared stores")
+    parser.add_argument("--encode", type=int, default=8, help="images pretokenized")
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--views", choices=list(VIEWS), default="center_flip")
+    parser.add_argument("--num_workers", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=3, help="of encoder and end to end")
+    parser.add_argument("--folder", help="where to write the stores (a temporary folder)")
+    options = parser.parse_args()
+    processes = start_processes()
+    print(machine())
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        stores(Path(folder), options.images)
+        imagenet_open(Path(folder) / "imagenet")
+        if options.encode:
+            end_to_end(Path(folder), options, processes)

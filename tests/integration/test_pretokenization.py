@@ -1,0 +1,342 @@
+"""Pretokenization as it is used and as it is interrupted, in processes forked from a warm one."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import pretokenization
+from data.images import center_crop, load_image, to_float, to_uint8
+from data.tokens import NpzStore, TokenStore
+from modeling.tokenizer import Tokenizer
+from modeling.weights import read_state_dict, write_state_dict
+from tests.integration.conftest import ROOT
+
+# Imports once; every run after that starts in milliseconds and is as good as a fresh one.
+SERVER = """
+import json, os, resource, signal, sys, time
+import pretokenization
+from training.runtime import run
+for line in sys.stdin:
+    argv, log, largest_file, kill_after = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1), os.dup2(output, 2)
+        if largest_file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        run(pretokenization.main, argv)
+        sys.stdout.flush()
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)  # harmless where it has ended: it is not waited for yet
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def image_dependent_tokenizer(workspace, path):
+    """Random weights so large that no two views share their codes: a mix-up cannot hide."""
+    generator = torch.Generator().manual_seed(0)
+    tokenizer = Tokenizer(config_of(workspace))
+    state = {
+        name: tensor if "ln_" in name else torch.randn(tensor.shape, generator=generator)
+        for name, tensor in tokenizer.state_dict().items()
+    }
+    write_state_dict(state, path)
+    return path
+
+
+def config_of(workspace):
+    return pretokenization.tokenizer_config(str(workspace.root / "generator.yaml"), 16)
+
+
+class Runs:
+    """`runs(cache, option, …)` -> (status, output); `kill_after` seconds it is gone."""
+
+    def __init__(self, workspace, folder):
+        self.workspace, self.log = workspace, folder / "log"
+        self.tokenizer = image_dependent_tokenizer(workspace, folder / "tokenizer.pth")
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], cwd=ROOT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def __call__(self, cache, *options, data=None, kill_after=None, largest_file=None):
+        argv = [
+            "--config", self.workspace.root / "generator.yaml", "--img_size", 16,
+            "--batch_size", 1, "--data_path", data or self.workspace.root / "train",
+            "--cached_path", cache, "--tokenizer_checkpoint", self.tokenizer,
+            "--num_workers", 0, *options,
+        ]  # fmt: skip
+        request = [list(map(str, argv)), str(self.log), largest_file, kill_after]
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        status = int(self.server.stdout.readline())
+        return status, self.log.read_text()
+
+    def ok(self, cache, *options, **kwargs):
+        status, output = self(cache, *options, **kwargs)
+        assert status == 0, output[-2000:]
+        return output
+
+    def refused(self, cache, *options, **kwargs):
+        """The one line that it says no with."""
+        status, output = self(cache, *options, **kwargs)
+        assert status == 2 and "Traceback" not in output, output[-2000:]
+        (line,) = [line for line in output.splitlines() if "error:" in line]
+        return line
+
+
+@pytest.fixture(scope="module")
+def runs(workspace, tmp_path_factory):
+    started = Runs(workspace, tmp_path_factory.mktemp("runs"))
+    yield started
+    started.server.stdin.close()
+    started.server.wait()
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def manifest(cache):
+    return json.loads((cache / "manifest.json").read_text())
+
+
+def copies(folder, images):
+    """An image folder of two classes and so many images, each different."""
+    rng = np.random.default_rng(1)
+    for i in range(images):
+        path = folder / f"c{i % 2}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 23, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+# ---------------------------------------------------------------------- views
+def encoded(runs, views):
+    """Codes of PIL images, by the encoder alone."""
+    state = read_state_dict(runs.tokenizer)
+    encoder = pretokenization.load_encoder(
+        config_of(runs.workspace), state, str(runs.tokenizer), torch.device("cpu")
+    )
+    pixels = to_float(torch.stack([to_uint8(view) for view in views]))
+    return pretokenization.encode(encoder, pixels, "fp32").numpy()
+
+
+def test_default_stores_the_codes_of_the_centre_crop_and_of_its_real_mirror_image(
+    workspace, runs, tmp_path
+):
+    runs.ok(tmp_path / "cache")
+    store = TokenStore(tmp_path / "cache")
+    path = (tmp_path / "cache/paths.txt").read_text().splitlines()[3]
+    image = load_image(workspace.root / "train" / path)
+    view = center_crop(image, 16)
+    expected = encoded(runs, [view, ImageOps.mirror(view)])
+    assert (np.stack([store.codes(3, v) for v in (0, 1)]) == expected).all()
+    assert (expected[0] != expected[1]).any()
+
+
+def test_flip_flag_asks_for_what_all_but_five_crop_store_anyway(runs, tmp_path):
+    for name, options in {
+        "center": [], "center_flag": ["--flip_flag"], "ten": ["--ten_crop"],
+        "ten_flag": ["--ten_crop", "--flip_flag"], "five_flag": ["--five_crop", "--flip_flag"],
+    }.items():  # fmt: skip
+        runs.ok(tmp_path / name, *options)
+    assert files(tmp_path / "center") == files(tmp_path / "center_flag")
+    assert files(tmp_path / "ten") == files(tmp_path / "ten_flag") == files(tmp_path / "five_flag")
+    assert manifest(tmp_path / "ten")["views"] == 10
+
+
+# ---------------------------------------------------------------------- splits
+def test_split_takes_the_folder_below(workspace, runs, tmp_path):
+    runs.ok(tmp_path / "val", "--split", "val", data=workspace.root)
+    assert manifest(tmp_path / "val")["images"] == 5
+    runs.ok(tmp_path / "train", "--split", "train", data=workspace.root)
+    runs.ok(tmp_path / "direct", data=workspace.root / "train")
+    assert files(tmp_path / "train") == files(tmp_path / "direct")
+
+
+def test_root_without_a_split_is_asked_about(workspace, runs, tmp_path):
+    line = runs.refused(tmp_path / "cache", data=workspace.root)
+    assert str(workspace.root) in line and "--split train or val" in line
+
+
+def test_split_that_is_not_there_is_named(workspace, runs, tmp_path):
+    line = runs.refused(tmp_path / "c", "--split", "val", data=workspace.root / "train")
+    assert f"{workspace.root}/train/val" in line
+
+
+# ---------------------------------------------------------------------- precision
+def test_bf16_prints_its_agreement_and_is_recorded(runs, tmp_path):
+    output = runs.ok(tmp_path / "cache", "--dtype", "bf16", "--batch_size", "4")
+    agreement = output.split("bf16 agrees with fp32 on ")[1].split("%")[0]
+    assert 50 < float(agreement) <= 100 and "of the 336 codes" in output
+    assert manifest(tmp_path / "cache")["dtype"] == "bf16"
+
+
+def test_fp32_has_nothing_to_compare(runs, tmp_path):
+    assert "agrees" not in runs.ok(tmp_path / "cache")
+
+
+def test_tf32_is_refused_on_a_cpu(runs, tmp_path):
+    assert "CUDA" in runs.refused(tmp_path / "cache", "--dtype", "tf32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_precision_of_an_earlier_run_is_kept_to(runs, tmp_path):
+    runs.ok(tmp_path / "cache")
+    line = runs.refused(tmp_path / "cache", "--dtype", "bf16")
+    assert "dtype (fp32 there, bf16 now)" in line
+
+
+@pytest.mark.parametrize("option", ["--batch_size=0", "--skip_unreadable=-1", "--img_size=0"])
+def test_number_out_of_range_is_refused(runs, tmp_path, option):
+    assert option.split("=")[0] in runs.refused(tmp_path / "cache", option)
+
+
+# ---------------------------------------------------------------------- the published layout
+def test_npz_layout_is_the_published_one_with_the_same_codes(workspace, runs, tmp_path):
+    runs.ok(tmp_path / "npz", "--format", "npz")
+    runs.ok(tmp_path / "packed")
+    store, paths = TokenStore(tmp_path / "packed"), (tmp_path / "packed/paths.txt").read_text()
+    for image, path in enumerate(paths.splitlines()):
+        with np.load(tmp_path / f"npz/{path}.npz") as arrays:
+            assert arrays.files == ["codes"]
+            assert arrays["codes"].dtype == np.int64 and arrays["codes"].shape == (2, 21)
+            assert (arrays["codes"] == [store.codes(image, v) for v in (0, 1)]).all()
+    names = {f"{path}.npz" for path in paths.splitlines()} | {"manifest.json"}
+    assert {str(path) for path in files(tmp_path / "npz")} == names
+
+
+def test_npz_work_whose_files_were_removed_starts_anew(runs, tmp_path):
+    data = copies(tmp_path / "data", 20)
+    bad = data / "c1/019.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(b"")
+    runs.refused(tmp_path / "npz", "--format", "npz", data=data)
+    assert len(list((tmp_path / "npz.partial/parts").iterdir())) == 1
+    shutil.rmtree(tmp_path / "npz.partial/store")
+    bad.write_bytes(whole)
+    runs.ok(tmp_path / "npz", "--format", "npz", data=data)
+    assert NpzStore(tmp_path / "npz").images == 20
+
+
+def test_generator_trains_the_same_on_either_layout(workspace, runs, tmp_path):
+    from tests.integration.test_pipeline import losses
+
+    options = ["--ten_crop", "--batch_size", 3, "--tokenizer_checkpoint", workspace.tokenizer]
+    runs.ok(tmp_path / "npz", "--format", "npz", *options)
+    workspace.train_ar(tmp_path / "run", f"dataset.params.pretokenization={tmp_path}/npz")
+    assert losses(tmp_path / "run") == losses(workspace.generator.parent)
+
+
+# ---------------------------------------------------------------------- unreadable images
+@pytest.fixture
+def damaged(tmp_path):
+    """36 images in three parts; images 3, 20 and 21 by order are unreadable."""
+    data = copies(tmp_path / "data", 36)
+    paths = sorted(data.rglob("*.png"))
+    for i in (3, 20, 21):
+        paths[i].write_bytes(paths[i].read_bytes()[:60])
+    return data
+
+
+BAD = ["c0/006.png", "c1/005.png", "c1/007.png"]
+
+
+def test_skipped_images_are_left_out_and_listed(damaged, runs, tmp_path):
+    output = runs.ok(tmp_path / "some", "--skip_unreadable", 3, data=damaged)
+    assert f"skipped 3 unreadable images: {', '.join(BAD)}" in output
+    assert manifest(tmp_path / "some")["skipped"] == BAD
+    for name in BAD:
+        (damaged / name).unlink()
+    runs.ok(tmp_path / "rest", data=damaged)
+    assert TokenStore(tmp_path / "some").images == 33
+    for name in ("codes-00000.bin", "labels.bin", "paths.txt"):
+        assert (tmp_path / "some" / name).read_bytes() == (tmp_path / "rest" / name).read_bytes()
+
+
+def test_more_unreadable_images_than_allowed_stop_it_and_it_goes_on_with_more(
+    damaged, runs, tmp_path
+):
+    line = runs.refused(tmp_path / "cache", "--skip_unreadable", 2, data=damaged)
+    assert "more than --skip_unreadable 2: 3 unreadable images" in line and BAD[0] in line
+    assert not (tmp_path / "cache").exists()
+    runs.ok(tmp_path / "cache", "--skip_unreadable", 3, data=damaged)
+    runs.ok(tmp_path / "once", "--skip_unreadable", 3, data=damaged)
+    assert files(tmp_path / "cache") == files(tmp_path / "once")
+    assert "is complete" in runs.ok(tmp_path / "cache", data=damaged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["packed", "npz"])
+def test_skipping_is_the_same_on_two_ranks(damaged, workspace, runs, tmp_path, layout):
+    options = ["--format", layout, "--skip_unreadable", 3, "--data_path", damaged]
+    options += ["--batch_size", 1, "--tokenizer_checkpoint", runs.tokenizer]
+    runs.ok(tmp_path / "one", *options, "--ten_crop")
+    workspace.pretokenize(tmp_path / "two", *options, ranks=2, launcher="torchrun")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+# ---------------------------------------------------------------------- interruptions
+def test_full_disk_is_one_line_and_what_is_finished_stays(runs, tmp_path):
+    data = copies(tmp_path / "data", 36)
+    runs.ok(tmp_path / "whole", data=data)
+    parts = tmp_path / "cache.partial/parts"
+    # A part of 16 images holds 1,344 bytes of codes, the one shard 3,024.
+    line = runs.refused(tmp_path / "cache", data=data, largest_file=2500)
+    assert "cannot write" in line and "what is finished stays" in line
+    assert len(list(parts.iterdir())) == 3 and not (tmp_path / "cache").exists()
+    written = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
+    line = runs.refused(tmp_path / "cache", data=data, largest_file=2500)
+    assert {path: path.stat().st_mtime_ns for path in parts.iterdir()} == written
+    runs.ok(tmp_path / "cache", data=data)
+    assert files(tmp_path / "cache") == files(tmp_path / "whole")
+
+
+def test_damaged_part_of_a_stopped_run_is_named(runs, tmp_path):
+    data = copies(tmp_path / "data", 36)
+    runs.refused(tmp_path / "cache", data=data, largest_file=2500)
+    part = tmp_path / "cache.partial/parts/000001.npz"
+    part.write_bytes(part.read_bytes()[:100])
+    assert str(part) in runs.refused(tmp_path / "cache", data=data)
+    part.unlink()
+    runs.ok(tmp_path / "cache", data=data)
+
+
+KILLS = 12
+
+
+@pytest.mark.parametrize("layout", ["packed", "npz"])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(runs, tmp_path, layout):
+    data, cache = copies(tmp_path / "data", 150), tmp_path / "cache"
+    work = tmp_path / "cache.partial"
+    started = time.monotonic()
+    runs.ok(tmp_path / "whole", "--format", layout, data=data)
+    duration = time.monotonic() - started
+    expected, moments, rng = files(tmp_path / "whole"), [], random.Random(0)
+    while len(moments) < KILLS:
+        status, output = runs(
+            cache, "--format", layout, data=data, kill_after=rng.uniform(0, 0.6 * duration)
+        )
+        assert status in (0, -signal.SIGKILL), output[-2000:]
+        if status == 0:  # it was faster: compare, and begin again
+            assert files(cache) == expected
+            shutil.rmtree(cache)
+        else:
+            moments.append(len(list(work.glob("parts/*.npz"))))
+    runs.ok(cache, "--format", layout, data=data)
+    assert files(cache) == expected and not work.exists()
+    assert len(set(moments)) > 3  # parts finished at a kill: the moments were spread

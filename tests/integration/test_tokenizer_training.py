@@ -329,3 +329,18 @@ def test_two_ranks_train_the_adversarial_phase_as_one(workspace, train, tmp_path
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3)
     for r in records(tmp_path / "two"):
         assert "lr" not in r or ("critic" in r) == (r["step"] in (3, 5))
+
+
+def test_benchmark_reports_every_mode_and_part(monkeypatch, capsys):
+    from benchmarks import tokenizer_training as benchmark
+
+    tiny = ["--no-perceptual", "--batch", "2", "--steps", "1", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", ["tokenizer_training", *tiny])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    benchmark.main()
+    about, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert "batch 2, without ConvNeXt-S" in about and "GFLOP" in about
+    assert [row.split(" | ")[0] for row in rows] == ["| exact", "| published", "| fast"]
+    for row in rows:
+        shares = [int(cell.strip(" |").rstrip("%")) for cell in row.split(" | ")[4:]]
+        assert len(shares) == len(benchmark.PARTS) and 97 <= sum(shares) <= 103

@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
             weights = checkpoint.load_weights_of(resume_from, "tokenizer")
             load_tensors(ema.module, weights, str(resume_from))
             ema.n_averaged.fill_(state["averaged"])
-        if adversarial:
+        if adversarial and "critic_optimizer" in state:  # not after phases without one
             weights = checkpoint.load_weights_of(resume_from, "discriminator")
             load_tensors(discriminator, weights, str(resume_from))
 
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
         critic, critic_optimizer = accelerator.prepare(discriminator, adamw(discriminator))
     if resume_from is not None:
         optimizer.load_state_dict(state["optimizer"])
-        if adversarial:
+        if adversarial and "critic_optimizer" in state:
             critic_optimizer.load_state_dict(state["critic_optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
@@ -198,6 +198,7 @@ def main(argv: list[str]) -> None:
     batches = iter(loader)
     for step in range(first_step, total_steps + 1):
         phase, within = phase_at(phases, step)
+        number = 1 + [id(p) for p in phases].index(id(phase))  # two phases may be equal
         lr = tokenizer_lr(phases, step, options.optimizer.params.warmup_steps)
         seed_step(training.seed, accelerator.process_index, step)
         train_critic = bool(phase.gan_weight) and within % 2 == 0  # the first such step is ours
@@ -269,7 +270,7 @@ def main(argv: list[str]) -> None:
         if logs or evaluates or previews or saves:
             guard.raise_if_bad(accelerator)
         if logs:
-            values = {"lr": lr, "phase": phases.index(phase) + 1, **window.close(accelerator)}
+            values = {"lr": lr, "phase": number, **window.close(accelerator)}
             counts = accelerator.reduce(code_counts, "sum")
             code_counts.zero_()
             if counts.any():  # else all steps were the discriminator's

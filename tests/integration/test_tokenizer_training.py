@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from configs.schema import TokenizerRun, load
 from modeling.errors import InputError
 from modeling.weights import read_state_dict, write_state_dict
 from tests.integration.conftest import ROOT, execute
@@ -175,6 +176,23 @@ def test_stitched_aux_term_trains_both_stages(train, tmp_path):
 def test_quantizer_term_of_weight_zero_is_left_out(train, tmp_path):
     train(1, tmp_path, "losses.quantizer_weight=0", "phases=[{steps: 1, learning_rate: 1e-3}]")
     assert "quantizer" not in records(tmp_path)[0] and "aux" in records(tmp_path)[0]
+
+
+def test_codebook_without_a_term_is_no_parameter_that_ddp_would_wait_for(workspace):
+    config = f"config={workspace.root}/stage1.yaml"
+    for weight, trains in ((0, False), (1, True)):
+        options = load(TokenizerRun, [config, f"losses.quantizer_weight={weight}"])
+        tokenizer = trainer.build_tokenizer(options)
+        assert tokenizer.quantize.embedding.weight.requires_grad is trains
+
+
+def test_adversarial_phase_may_be_added_to_a_finished_run(workspace, train, tmp_path):
+    shutil.copytree(workspace.stage1_run, tmp_path / "run")
+    phases = "phases=[{steps: 6, learning_rate: 1.0e-3}, {steps: 2, gan_weight: 0.005}]"
+    train(1, tmp_path / "run", phases)
+    assert losses(tmp_path / "run")[:6] == losses(workspace.stage1_run)
+    assert "gan" in records(tmp_path / "run")[-3] and "critic" in records(tmp_path / "run")[-2]
+    assert [r["phase"] for r in records(tmp_path / "run") if "lr" in r] == [1] * 6 + [2] * 2
 
 
 def test_start_says_phases_steps_and_time(train, tmp_path):

@@ -191,6 +191,7 @@ class TokenizerModels:
     # Stage 2's decoder starts from stage 1's (all but the buffer tokens and positions), as the
     # published code in effect does, or from scratch, as the paper says.
     decoder_init: str = "stage1"
+    use_checkpoint: bool = False  # recompute activations in the backward pass
 
     def __post_init__(self):
         if self.stage not in (1, 2):
@@ -206,7 +207,8 @@ class TokenizerModels:
 
 @dataclass
 class ImageDataParams:
-    train_dir: str = "imagenet/train"  # one folder a class
+    # Each a folder with a folder a class, or a text file with an image's path on every line.
+    train_dir: str = "imagenet/train"
     val_dir: Optional[str] = None  # held-out images for eval_every and previews
     resize: Optional[int] = None  # shorter side before the random crop; None: the image size
     random_flip: bool = True
@@ -225,8 +227,10 @@ class Phase:
     name: str = "main"
     steps: int = 0
     learning_rate: float = 1e-4
-    end_lr: Optional[float] = None  # None: constant
-    shape: str = "cosine"  # of the way from learning_rate to end_lr: cosine or linear
+    end_lr: Optional[float] = None
+    # constant, or the way from learning_rate to end_lr: cosine or linear. None: what end_lr tells,
+    # constant without it and cosine with it.
+    shape: Optional[str] = None
     perceptual_weight: float = 0.0  # ConvNeXt-S logits
     lpips_weight: float = 0.0
     gan_weight: float = 0.0  # of -mean(D(fake)); > 0 alternates tokenizer and discriminator steps
@@ -234,14 +238,43 @@ class Phase:
     def __post_init__(self):
         if self.steps < 1:
             raise InputError(f"phase {self.name}: steps={self.steps}; give 1 or more")
-        if self.shape not in ("cosine", "linear"):
-            raise InputError(f"phase {self.name}: shape={self.shape}; choose cosine or linear")
+        if self.shape is None:
+            self.shape = "constant" if self.end_lr is None else "cosine"
+        if self.shape not in ("constant", "cosine", "linear"):
+            raise InputError(
+                f"phase {self.name}: shape={self.shape}; choose constant, cosine or linear"
+            )
+        if (self.shape == "constant") != (self.end_lr is None):
+            raise InputError(
+                f"phase {self.name}: shape={self.shape} and end_lr={self.end_lr}; a constant rate "
+                f"has no end_lr, the other shapes need one"
+            )
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, float) and not 0 <= value < float("inf"):
+                raise InputError(f"phase {self.name}: {entry.name}={value}; give 0 or more")
 
 
 @dataclass
 class Losses:
-    aux_weight: float = 10.0  # of the strip's MSE, times K / g²
+    """Weights that stay the same in all phases; a term of weight 0 is not computed."""
+
+    # What the prefix tokens are judged by. strip (v1): the MSE of their strip, times K / g²;
+    # stitched (v3): MSE and perceptual term of an image whose first row of patches is the strip.
+    aux: str = "strip"
+    aux_weight: float = 10.0
     quantizer_weight: float = 1.0
+
+    def __post_init__(self):
+        if self.aux not in ("strip", "stitched"):
+            raise InputError(f"losses.aux={self.aux}: choose strip or stitched")
+        for name in ("aux_weight", "quantizer_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"losses.{name}={getattr(self, name)}: give 0 or more")
+
+
+@dataclass
+class Perceptual:
     pretrained: bool = True  # false: random networks, for tests only
 
 
@@ -259,6 +292,13 @@ class TokenizerOptimizer:
 
 
 @dataclass
+class TokenizerTraining(Training):
+    per_gpu_batch_size: int = 48
+    # The phases rule. A number here is only compared with the sum of their steps.
+    max_train_steps: Optional[int] = None
+
+
+@dataclass
 class TokenizerRun:
     """Options of train_tokenizer."""
 
@@ -267,12 +307,31 @@ class TokenizerRun:
     dataset: ImageData = field(default_factory=ImageData)
     optimizer: TokenizerOptimizer = field(default_factory=TokenizerOptimizer)
     losses: Losses = field(default_factory=Losses)
+    perceptual: Perceptual = field(default_factory=Perceptual)
     phases: list[Phase] = field(default_factory=list)
-    training: Training = field(default_factory=lambda: Training(per_gpu_batch_size=48))
+    training: TokenizerTraining = field(default_factory=TokenizerTraining)
 
     def __post_init__(self):
         if not self.phases:
             raise InputError("no phases: list at least one, with its steps, in the config")
+        total, expected = sum(p.steps for p in self.phases), self.training.max_train_steps
+        if expected not in (None, total):
+            steps = " + ".join(str(p.steps) for p in self.phases)
+            raise InputError(
+                f"phases do not add up: {steps} = {total} steps, but "
+                f"training.max_train_steps={expected}; correct one, or leave the latter out"
+            )
+        model, losses = self.model.vq_model, self.losses
+        if model.prefix_head and not losses.aux_weight:
+            raise InputError(
+                "losses.aux_weight=0 leaves the prefix head untrained: set "
+                "model.vq_model.prefix_head=false too"
+            )
+        if losses.aux == "stitched" and model.prefix_head and model.num_prefix_tokens != model.grid:
+            raise InputError(
+                f"losses.aux=stitched puts the strip in place of the image's first row, so it has "
+                f"no corner token: set model.vq_model.num_latent_tokens={model.grid**2 + model.grid}"
+            )
 
 
 # ---------------------------------------------------------------------- reading

@@ -30,6 +30,31 @@ def list_images(root: str | Path) -> tuple[list[tuple[str, int]], list[str]]:
     return folder.samples, folder.classes
 
 
+def list_paths(source: str | Path) -> list[str]:
+    """Paths of a folder's images (`list_images`), or those that a text file lists.
+
+    Such a file holds one path a line, absolute or relative to the file's folder; empty lines do not
+    count. Raises InputError that names the first line without a file.
+    """
+    source = Path(source)
+    if not source.is_file():
+        return [path for path, _ in list_images(source)[0]]
+    try:
+        lines = source.read_text().splitlines()
+    except UnicodeDecodeError as e:
+        raise InputError(f"{source} is no image folder and no text file of paths") from e
+    paths = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            path = source.parent / line.strip()  # an absolute path stays what it is
+            if not path.is_file():
+                raise InputError(f"{source}, line {number}: there is no file {path}")
+            paths.append(str(path))
+    if not paths:
+        raise InputError(f"{source} lists no images: write one path a line")
+    return paths
+
+
 def load_image(path: str | Path) -> Image.Image:
     """Any image as 8-bit RGB, as torchvision's own loader converts it (EXIF rotation is ignored)."""
     try:

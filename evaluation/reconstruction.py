@@ -1,6 +1,7 @@
 """How well a tokenizer reconstructs: PSNR and use of the codebook."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -38,20 +39,26 @@ class ReconstructionSums:
 
 @torch.no_grad()
 def reconstruct_all(
-    tokenizer: Tokenizer, batches: Iterable[Tensor], device: torch.device
+    tokenizer: Tokenizer,
+    batches: Iterable[Tensor],
+    device: torch.device,
+    also: Optional[Callable[[Tensor, Tensor], None]] = None,
 ) -> tuple[ReconstructionSums, Tensor, Tensor]:
     """Encode and decode uint8 batches (B, 3, S, S); returns sums and the first batch, before and
-    after, in [0, 1]. The tokenizer is left in its mode."""
+    after, in [0, 1]. `also(images, reconstructions)` is called with every batch. The tokenizer is
+    left in its mode."""
     was_training = tokenizer.training
     tokenizer.eval()
     sums = ReconstructionSums(tokenizer.config.codebook_size, device)
-    first = None
+    first = torch.empty(0), torch.empty(0)  # a rank may have no images
     for batch in batches:
         images = to_float(batch.to(device))
         codes = tokenizer.encode(images)
         reconstructions = tokenizer.decode(codes)
         sums.add(images, reconstructions, codes)
-        if first is None:
+        if also is not None:
+            also(images, reconstructions)
+        if not len(first[0]):
             first = images, reconstructions
     tokenizer.train(was_training)
     return sums, *first

@@ -56,7 +56,9 @@ class VectorQuantizer(nn.Module):
         z = z.float()
         distances = self.distances(z)
         codes = distances.argmin(1)
-        counts = torch.bincount(codes, minlength=self.embed_prob.numel()).float()
+        # Not bincount, which makes the host wait for the device.
+        counts = torch.zeros_like(self.embed_prob)
+        counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=counts.dtype))
         best, index = distances.min(0)
         closest = z[index]  # (codebook_size, token_size)
         if dist.is_initialized() and dist.get_world_size() > 1:

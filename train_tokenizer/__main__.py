@@ -6,23 +6,27 @@ command goes on after an interruption.
 """
 
 import math
+import time
 from pathlib import Path
+from typing import Optional
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
 import configs.schema
 from configs.schema import TokenizerRun
-from data.images import CenterImages, TrainImages, list_images, to_float
+from data.images import CenterImages, TrainImages, list_paths, to_float
 from data.order import SampleOrder
 from evaluation.reconstruction import codebook_use, reconstruct_all
 from modeling.errors import InputError
 from modeling.tokenizer import Tokenizer
-from modeling.weights import load_tensors, write_state_dict
+from modeling.weights import describe, load_tensors, write_state_dict
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
+from train_tokenizer.perceptual import LPIPS, lpips_is_here
 from training import checkpoint
 from training.guard import FiniteGuard
 from training.log import RunLog, Window, due
@@ -33,12 +37,20 @@ from training.schedule import phase_at, tokenizer_lr
 PREVIEWS, PER_ROW = 16, 8  # images in a preview, and pictures (before | after) in its row
 STAGE1_ONLY = ("decoder.ffn_aux", "decoder.conv_out_aux", "quantize.embed_prob")
 BUFFERS_AND_POSITIONS = ("decoder.class_embedding", "decoder.latent_token_positional_embedding")
+# In a checkpoint, "tokenizer" is what the run has to show: with EMA the average. These are then
+# the weights that training goes on from.
+UNAVERAGED = "unaveraged"
+COLLAPSED = 0.1  # less of the codebook in use than this is worth a warning …
+MEANT = 10  # … once a window has so many tokens a code that chance does not explain it
 
 
 def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     """Stage 1: from scratch. Stage 2: encoder, codebook and, by default, decoder of stage 1."""
     tokenizer = Tokenizer(options.model.vq_model)
+    tokenizer.encoder.recompute = tokenizer.decoder.recompute = options.model.use_checkpoint
     if options.model.stage == 1:
+        # Without its loss no gradient reaches the codebook, for which DDP would wait.
+        tokenizer.quantize.requires_grad_(options.losses.quantizer_weight > 0)
         return tokenizer
     given = options.experiment.stage1_checkpoint
     if given is None:
@@ -52,6 +64,11 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     else:
         ignore, keep = (*STAGE1_ONLY, "decoder."), ("decoder.",)
     load_tensors(tokenizer, state, given, ignore, keep)
+    if options.model.decoder_init == "stage1" and not any(k.startswith(STAGE1_ONLY) for k in state):
+        raise InputError(
+            f"{given} is no checkpoint of stage 1 but {describe(state)}: give stage 1's run, or "
+            f"model.decoder_init=scratch to take only encoder and codebook from it"
+        )
     tokenizer.freeze_encoder()
     return tokenizer
 
@@ -64,9 +81,8 @@ def main(argv: list[str]) -> None:
     resize = data.resize or config.image_size
     if resize < config.image_size:
         raise InputError(f"dataset.params.resize={resize} is smaller than the image size")
-    samples, _ = list_images(data.train_dir)
-    paths = [path for path, _ in samples][: experiment.max_train_examples]
-    held_out = [path for path, _ in list_images(data.val_dir)[0]] if data.val_dir else []
+    paths = list_paths(data.train_dir)[: experiment.max_train_examples]
+    held_out = list_paths(data.val_dir) if data.val_dir else []
     run_dir = Path(experiment.output_dir)
     resume_from, warnings = checkpoint.choose(run_dir, experiment.resume)
 
@@ -75,15 +91,30 @@ def main(argv: list[str]) -> None:
     tokenizer = build_tokenizer(options)
     adversarial = any(phase.gan_weight for phase in phases)
     discriminator = Discriminator() if adversarial else None
-    networks = FrozenNetworks(phases, options.losses.pretrained, device)
+    pretrained = options.perceptual.pretrained
+    with accelerator.local_main_process_first():  # one rank reads the disk, the others its cache
+        networks = FrozenNetworks(phases, pretrained, device)
+        lpips = networks.lpips if pretrained else None  # what evaluation measures with
+        if lpips is None and pretrained and held_out and lpips_is_here():
+            lpips = LPIPS(pretrained).to(device)
+    ema = None
+    if training.use_ema:
+        average = get_ema_multi_avg_fn(training.ema_decay)
+        ema = AveragedModel(tokenizer, device=device, multi_avg_fn=average)
 
     first_step = 1
     if resume_from is not None:
         state = checkpoint.load_state(resume_from)
         first_step = state["step"] + 1
-        weights = checkpoint.load_weights_of(resume_from, "tokenizer")
+        averaged = (resume_from / f"{UNAVERAGED}.safetensors").exists()
+        name = UNAVERAGED if averaged else "tokenizer"
+        weights = checkpoint.load_weights_of(resume_from, name)
         load_tensors(tokenizer, weights, str(resume_from))
-        if adversarial:
+        if ema is not None and averaged:  # else the average begins here
+            weights = checkpoint.load_weights_of(resume_from, "tokenizer")
+            load_tensors(ema.module, weights, str(resume_from))
+            ema.n_averaged.fill_(state["averaged"])
+        if adversarial and "critic_optimizer" in state:  # not after phases without one
             weights = checkpoint.load_weights_of(resume_from, "discriminator")
             load_tensors(discriminator, weights, str(resume_from))
 
@@ -97,12 +128,13 @@ def main(argv: list[str]) -> None:
             fused=True,
         )
 
-    model, optimizer = accelerator.prepare(tokenizer, adamw(tokenizer))
+    compiled = torch.compile(tokenizer) if training.compile else tokenizer
+    model, optimizer = accelerator.prepare(compiled, adamw(tokenizer))
     if adversarial:
         critic, critic_optimizer = accelerator.prepare(discriminator, adamw(discriminator))
     if resume_from is not None:
         optimizer.load_state_dict(state["optimizer"])
-        if adversarial:
+        if adversarial and "critic_optimizer" in state:
             critic_optimizer.load_state_dict(state["critic_optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
@@ -126,21 +158,29 @@ def main(argv: list[str]) -> None:
     log = RunLog(accelerator, experiment, configs.schema.as_dict(options), first_step, total_steps)
     for warning in warnings:
         log.say(f"warning: {warning}")
-    if (adversarial or networks.convnext or networks.lpips) and not options.losses.pretrained:
-        log.say("warning: losses.pretrained=false, the perceptual networks are random (tests only)")
+    if (networks.convnext or networks.lpips) and not pretrained:
+        log.say("warning: perceptual.pretrained=false: the networks are random, for tests only")
+    if held_out and lpips is None:
+        log.say("no val/lpips: it needs VGG16 and its heads (weights/README.md)")
     trained = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in tokenizer.parameters()) - trained
+    global_batch = batch * world * accumulation
     log.say(
         f"stage {options.model.stage}: {trained / 1e6:.1f}M parameters train, "
-        f"{frozen / 1e6:.1f}M frozen; {len(paths)} images, {batch * world * accumulation} a step; "
-        + ", ".join(f"{p.name} {p.steps}" for p in phases)
-        + f" steps; from step {first_step} on {world} x {device.type}"
+        f"{frozen / 1e6:.1f}M frozen; {len(paths)} images, {global_batch} a step; "
+        + " + ".join(f"{p.name} {p.steps}" for p in phases)
+        + f" = {total_steps} steps = {total_steps * global_batch / len(paths):.1f} epochs; from step {first_step} on {world} x {device.type}"
     )
+
+    shown = tokenizer if ema is None else ema.module  # what is evaluated, previewed and exported
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
-            weights = {"tokenizer": tokenizer.state_dict()}
+            weights = {"tokenizer": shown.state_dict()}
             state = {"step": step, "optimizer": optimizer.state_dict()}
+            if ema is not None:
+                weights[UNAVERAGED] = tokenizer.state_dict()
+                state["averaged"] = ema.n_averaged.item()
             if adversarial:
                 weights["discriminator"] = discriminator.state_dict()
                 state["critic_optimizer"] = critic_optimizer.state_dict()
@@ -154,26 +194,33 @@ def main(argv: list[str]) -> None:
     model.train()
     window, guard = Window(), FiniteGuard(device)
     code_counts = torch.zeros(config.codebook_size, device=device)
+    collapse_said = False
+    # Compiling and the first choices of kernels are over after one step: time counts from there.
+    began, timed = time.perf_counter(), False
     batches = iter(loader)
     for step in range(first_step, total_steps + 1):
         phase, within = phase_at(phases, step)
+        number = 1 + [id(p) for p in phases].index(id(phase))  # two phases may be equal
         lr = tokenizer_lr(phases, step, options.optimizer.params.warmup_steps)
         seed_step(training.seed, accelerator.process_index, step)
         train_critic = bool(phase.gan_weight) and within % 2 == 0  # the first such step is ours
-        latents = []
+        if within == 1 or step == first_step:
+            log.say(f"phase {phase.name}: step {within} of {phase.steps}")
+        latents, watched = [], {}
         for _ in range(accumulation):
             with window.waiting():
                 images = to_float(next(batches).to(device, non_blocking=True))
             window.images += batch * world
             if train_critic:
                 with torch.no_grad(), accelerator.autocast():
-                    fake = tokenizer(images).images
+                    fake = compiled(images).images
                 with accelerator.accumulate(critic):
                     real_logits, fake_logits = critic(torch.cat([images, fake])).chunk(2)
                     loss = hinge_loss(real_logits, fake_logits)
                     accelerator.backward(loss)
                 values = {"critic": loss, "real": real_logits.mean(), "fake": fake_logits.mean()}
                 window.add(**values)
+                add_up(watched, values)
                 continue
             with accelerator.accumulate(model):
                 out = model(images)
@@ -184,9 +231,11 @@ def main(argv: list[str]) -> None:
                 loss = sum(weight * value for weight, value in terms.values())
                 accelerator.backward(loss)
             latents.append(out.latents.detach().flatten(0, 1))
-            code_counts += torch.bincount(out.codes.flatten(), minlength=len(code_counts))
+            codes = out.codes.flatten()
+            code_counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=code_counts.dtype))
             values = {"loss": loss, **{name: value for name, (_, value) in terms.items()}}
             window.add(**values)
+            add_up(watched, values)
 
         active, active_optimizer = (
             (critic, critic_optimizer) if train_critic else (model, optimizer)
@@ -196,47 +245,125 @@ def main(argv: list[str]) -> None:
             tokenizer.quantize.cluster(torch.cat(latents))
         # Clipping by infinity only measures.
         norm = accelerator.clip_grad_norm_(active.parameters(), training.max_grad_norm or math.inf)
-        if accelerator.scaler is None:
-            guard.watch(step, norm, values, active_optimizer.optimizer)
+        if due(step, experiment.log_grad_norm_every):
+            window.add(grad_norm=norm)
+        if accelerator.scaler is not None:
+            # Loss scaling meets infinite gradients by design; the losses have to be finite.
+            norm = accelerator.reduce(watched["critic" if train_critic else "loss"], "sum")
+        guard.watch(step, norm, watched, active_optimizer.optimizer)
         for group in active_optimizer.param_groups:
             group["lr"] = lr
         active_optimizer.step()
         optimizer.zero_grad()
         if adversarial:
             critic_optimizer.zero_grad()  # the tokenizer's step leaves gradients there too
+        if ema is not None and not train_critic:
+            ema.update_parameters(tokenizer)
         log.bar.update()
 
         last = step == total_steps
-        if last or due(step, experiment.log_every):
+        logs, evaluates, previews, saves = (
+            last or due(step, every)
+            for every in (
+                experiment.log_every, experiment.eval_every, experiment.generate_every,
+                experiment.save_every,
+            )
+        )  # fmt: skip
+        if logs or evaluates or previews or saves:
             guard.raise_if_bad(accelerator)
-            values = window.close(accelerator)
-            use, perplexity = codebook_use(accelerator.reduce(code_counts, "sum"))
+        if logs:
+            values = {"lr": lr, "phase": number, **window.close(accelerator)}
+            counts = accelerator.reduce(code_counts, "sum")
             code_counts.zero_()
-            log.metrics(step, {"lr": lr, **values, "codes used": use, "perplexity": perplexity})
+            if counts.any():  # else all steps were the discriminator's
+                values["codes used"], values["perplexity"] = codebook_use(counts)
+                if not collapse_said and has_collapsed(counts):
+                    collapse_said = True
+                    log.say(
+                        f"warning: the codebook has collapsed: {values['codes used']:.2%} of "
+                        f"{len(counts)} codes are used, perplexity {values['perplexity']:.1f}; "
+                        f"lower the learning rate, or train stage 1 with clustering"
+                    )
+            log.metrics(step, values)
+            if not timed and step > first_step:
+                seconds = (time.perf_counter() - began) / (step - first_step)
+                log.say(
+                    f"expected time: {(total_steps - step) * seconds / 3600:.2f} hours for the "
+                    f"{total_steps - step} steps left, at this phase's {seconds:.3g} s a step"
+                )
+                timed = True
         with window.paused():
-            if held_out and (last or due(step, experiment.eval_every)):
-                values, before, after = evaluate(accelerator, tokenizer, held_out, batch)
+            if held_out and evaluates:
+                values = evaluate(
+                    accelerator, shown, held_out, batch, data.num_workers_per_gpu, lpips
+                )
                 log.metrics(step, {f"val/{k}": v for k, v in values.items()})
+            if previews:
+                before, after = preview(accelerator, shown, held_out or paths)
                 log.images(step, "reconstruction", interleave(before, after), PER_ROW)
-            if last or due(step, experiment.save_every):
+            if saves:
                 save(step)
+        if step == first_step:
+            began = time.perf_counter()
     if accelerator.is_main_process:
-        write_state_dict(tokenizer.state_dict(), run_dir / "tokenizer.pth")
+        write_state_dict(shown.state_dict(), run_dir / "tokenizer.pth")
     log.say(f"done; weights in {run_dir / 'tokenizer.pth'}")
     log.close()
 
 
+def add_up(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Add the detached values of one micro-batch, in place; what is not finite stays so."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0) + value.detach()
+
+
+def has_collapsed(counts: Tensor) -> bool:
+    """Whether so few codes occur in counts (codebook_size,) that it is no accident."""
+    use, _ = codebook_use(counts)
+    return use < COLLAPSED and counts.sum().item() >= MEANT * len(counts)
+
+
 def evaluate(
-    accelerator: Accelerator, tokenizer: Tokenizer, paths: list[str], batch: int
-) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Reconstruction metrics on held-out images, shared by the ranks, and some before and after."""
+    accelerator: Accelerator,
+    tokenizer: Tokenizer,
+    paths: list[str],
+    batch: int,
+    workers: int,
+    lpips: Optional[LPIPS],
+) -> dict[str, float]:
+    """Reconstruction metrics on held-out images, shared by the ranks; `lpips` where it is given."""
     dataset = CenterImages(paths, tokenizer.config.image_size)
     mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    batches = DataLoader(Subset(dataset, list(mine)), batch_size=batch)
+    batches = DataLoader(Subset(dataset, list(mine)), batch_size=batch, num_workers=workers)
+    distance = torch.zeros(2, device=accelerator.device)  # sum over images, their number
+
+    def measure(images: Tensor, reconstructions: Tensor) -> None:
+        with torch.autocast(accelerator.device.type, enabled=False):
+            value = lpips.distance(reconstructions, images)
+        distance.add_(torch.stack([value * len(images), value.new_tensor(len(images))]))
+
     with accelerator.autocast():
-        sums, before, after = reconstruct_all(tokenizer, batches, accelerator.device)
+        sums, *_ = reconstruct_all(
+            tokenizer, batches, accelerator.device, None if lpips is None else measure
+        )
     sums.values = accelerator.reduce(sums.values, "sum")
-    return sums.metrics(), before[:PREVIEWS], after[:PREVIEWS]
+    total, count = accelerator.reduce(distance, "sum").tolist()
+    return {**sums.metrics(), **({"lpips": total / count} if count else {})}
+
+
+def preview(
+    accelerator: Accelerator, tokenizer: Tokenizer, paths: list[str]
+) -> tuple[Tensor, Tensor]:
+    """Some images from all over the list, before and after; nothing but on the main process."""
+    if not accelerator.is_main_process:
+        return torch.empty(0), torch.empty(0)
+    chosen = torch.linspace(0, len(paths) - 1, min(PREVIEWS, len(paths))).long().tolist()
+    dataset = Subset(CenterImages(paths, tokenizer.config.image_size), chosen)
+    with accelerator.autocast():
+        _, before, after = reconstruct_all(
+            tokenizer, DataLoader(dataset, batch_size=PREVIEWS), accelerator.device
+        )
+    return before, after
 
 
 def interleave(before: Tensor, after: Tensor) -> Tensor:

@@ -38,11 +38,17 @@ def tokenizer_terms(
 ) -> dict[str, tuple[float, Tensor]]:
     """(weight, value) of every term of one step, on images in [0, 1], in float32."""
     terms = {"mse": (1.0, F.mse_loss(out.images, images))}
-    if out.strip is not None:
+    if out.strip is not None and losses.aux == "strip":
         # As many patches of weight as the strip has, next to the image's g².
         weight = losses.aux_weight * config.num_prefix_tokens / config.grid**2
         terms["aux"] = (weight, F.mse_loss(out.strip, prefix_target(images, config)))
-    if stage == 1:
+    elif out.strip is not None:
+        stitched = stitch(out)
+        terms["aux"] = (losses.aux_weight, F.mse_loss(stitched, images))
+        if phase.perceptual_weight:
+            value = networks.convnext.distance(stitched, images)
+            terms["aux_perceptual"] = (losses.aux_weight * phase.perceptual_weight, value)
+    if stage == 1 and losses.quantizer_weight:
         terms["quantizer"] = (losses.quantizer_weight, out.quantizer_loss)
     if phase.perceptual_weight:
         value = networks.convnext.distance(out.images, images)
@@ -52,3 +58,12 @@ def tokenizer_terms(
     if phase.gan_weight:
         terms["gan"] = (phase.gan_weight, generator_loss(discriminator(out.images)))
     return terms
+
+
+def stitch(out: TokenizerOutput) -> Tensor:
+    """The strip (K = g) above the other rows of patches of the reconstruction: (B, 3, S, S).
+
+    The reconstruction is detached: it is the surroundings in which the strip is judged.
+    """
+    below = out.images[:, :, out.strip.shape[2] :].detach()
+    return torch.cat([out.strip, below], 2)

@@ -29,6 +29,14 @@ def find_weights(name: str) -> Path:
     )
 
 
+def lpips_is_here() -> bool:
+    """Whether both files of the pretrained LPIPS are there."""
+    try:
+        return bool(find_weights(VGG_FILE) and find_weights(LPIPS_FILE))
+    except InputError:
+        return False
+
+
 class ConvNeXtLogits(nn.Module):
     """ConvNeXt-S logits (B, 1000) of images (B, 3, H, W) in [0, 1], read at 224 px."""
 

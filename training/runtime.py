@@ -48,6 +48,8 @@ def start_processes(device: str | None = None) -> PartialState:
 
 def precision(training: Training) -> str:
     """The autocast type by accelerate's name; auto is bf16 on CUDA and float32 on a CPU."""
+    if training.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("training.mixed_precision=fp16 needs a CUDA device: choose bf16 or no")
     if training.mixed_precision != "auto":
         return training.mixed_precision
     return "bf16" if torch.cuda.is_available() else "no"

@@ -37,6 +37,7 @@ def phase_at(phases: list[Phase], step: int) -> tuple[Phase, int]:
 def tokenizer_lr(phases: list[Phase], step: int, warmup_steps: int) -> float:
     """Learning rate of step 1…total: the phase's own way, scaled by one warm-up at the start."""
     phase, within = phase_at(phases, step)
-    end = phase.learning_rate if phase.end_lr is None else phase.end_lr
-    lr = interpolate(phase.learning_rate, end, within / phase.steps, phase.shape)
+    lr = phase.learning_rate
+    if phase.end_lr is not None:
+        lr = interpolate(lr, phase.end_lr, within / phase.steps, phase.shape)
     return lr * min(1.0, step / warmup_steps) if warmup_steps else lr

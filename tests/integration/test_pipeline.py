@@ -205,7 +205,7 @@ def test_all_loss_terms_train_unattended_through_both_stages(workspace, tmp_path
         "{name: main, steps: 1, perceptual_weight: 1.0},"
         "{name: adversarial, steps: 4, gan_weight: 0.005}]"
     )
-    options = [phases, "losses.pretrained=false", "training.per_gpu_batch_size=2"]
+    options = [phases, "perceptual.pretrained=false", "training.per_gpu_batch_size=2"]
     workspace.stage1(tmp_path / "1", *options)
     workspace.stage2(tmp_path / "2", tmp_path / "1", *options)
     for run in (tmp_path / "1", tmp_path / "2"):

@@ -94,6 +94,34 @@ def test_tokenizer_presets_hold_the_published_phases(stage, main_steps):
     assert (optimizer.warmup_steps, options.training.per_gpu_batch_size) == (10_000, 48)
 
 
+@pytest.mark.parametrize("stage, steps, buffers", [(1, 600_000, 1), (2, 300_000, 64)])
+def test_v3_presets_hold_the_figures_of_the_last_revision(stage, steps, buffers):
+    options = load(TokenizerRun, [f"config={CONFIGS}/tokenizer_v3_stage{stage}.yaml"])
+    assert sum(p.steps for p in options.phases) == steps
+    assert [p.gan_weight for p in options.phases] == [0.0, 0.0, 0.1]
+    vq = options.model.vq_model
+    assert (vq.num_tokens, vq.num_prefix_tokens, vq.num_buffer_tokens) == (272, 16, buffers)
+    assert (vq.causal, vq.prefix_head, vq.clustering) == ((stage == 1,) * 3)
+    if stage == 1:
+        assert options.losses.aux == "stitched"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_512_presets_are_the_published_recipe_on_a_grid_of_32(stage):
+    small, large = (
+        load(TokenizerRun, [f"config={CONFIGS}/tokenizer_stage{stage}{size}.yaml"])
+        for size in ("", "_512")
+    )
+    vq = large.model.vq_model
+    assert (vq.grid, vq.num_prefix_tokens, vq.num_tokens) == (32, 33, 1057)
+    assert (large.phases, large.losses) == (small.phases, small.losses)
+    batches = [
+        o.training.per_gpu_batch_size * o.training.gradient_accumulation_steps
+        for o in (small, large)
+    ]
+    assert batches == [48, 48]
+
+
 def test_stage_presets_build_the_two_tokenizers():
     first, second = (
         load(TokenizerRun, [f"config={CONFIGS}/tokenizer_stage{stage}.yaml"]).model
@@ -254,6 +282,11 @@ def test_value_that_cannot_be_read_is_refused(argument):
         (GeneratorRun, "experiment.resume=3", "True, False or a path"),
         (GeneratorRun, "experiment.resume=null", "True, False or a path"),
         (TokenizerRun, "model.stage=3", "1 or 2"),
+        (TokenizerRun, "losses.aux=row", "strip or stitched"),
+        (TokenizerRun, "losses.aux_weight=-1", "0 or more"),
+        (TokenizerRun, "losses.quantizer_weight=nan", "0 or more"),
+        (TokenizerRun, "losses.aux_weight=0", "model.vq_model.prefix_head=false"),
+        (TokenizerRun, "losses.aux=stitched", "model.vq_model.num_latent_tokens=272"),
         (TokenizerRun, "model.decoder_init=random", "stage1 or scratch"),
         (TokenizerRun, "model.vq_model.encoder_heads=0", "1 or more"),
     ],
@@ -265,7 +298,14 @@ def test_value_out_of_its_choices_is_refused_with_them(schema, argument, remedy)
 
 @pytest.mark.parametrize(
     "phase, remedy",
-    [("{name: late, steps: 0}", "1 or more"), ("{name: late, steps: 1, shape: s}", "cosine or")],
+    [
+        ("{name: late, steps: 0}", "1 or more"),
+        ("{name: late, steps: 1, shape: s}", "cosine or"),
+        ("{name: late, steps: 1, shape: linear}", "shape=linear and end_lr=None"),
+        ("{name: late, steps: 1, shape: constant, end_lr: 0.1}", "shape=constant and end_lr=0.1"),
+        ("{name: late, steps: 1, gan_weight: -0.1}", "gan_weight=-0.1; give 0 or more"),
+        ("{name: late, steps: 1, learning_rate: .inf}", "learning_rate=inf; give 0 or more"),
+    ],
 )
 def test_bad_value_of_a_phase_names_the_phase(phase, remedy):
     message = refusal(TokenizerRun, STAGE1, f"phases=[{phase}]")
@@ -284,6 +324,13 @@ def test_phases_of_the_command_line_replace_those_of_the_file():
 
 def test_tokenizer_run_without_phases_is_refused():
     assert "no phases" in refusal(TokenizerRun, STAGE1, "phases=[]")
+
+
+def test_phases_that_miss_the_given_total_are_refused_with_the_sum():
+    message = refusal(TokenizerRun, STAGE1, "training.max_train_steps=300000")
+    assert "50000 + 200000 + 100000 = 350000 steps" in message
+    assert "training.max_train_steps=300000" in message
+    load(TokenizerRun, [STAGE1, "training.max_train_steps=350000"])
 
 
 @pytest.mark.parametrize("head", ["prefix_head", "clustering"])

@@ -17,6 +17,7 @@ from data.images import (
     center_crop,
     crops,
     list_images,
+    list_paths,
     load_image,
     random_crop,
     to_float,
@@ -295,3 +296,38 @@ def test_random_crop_cuts_the_image_whose_shorter_side_was_resized():
     image = noise(21, 16)
     resized = image.resize((10, 8), Image.Resampling.BILINEAR)
     assert drawn_crops(image, 8, 8) == {resized.crop((x, 0, x + 8, 8)).tobytes() for x in range(3)}
+
+
+# ---------------------------------------------------------------------- list files
+def test_list_file_names_images_relative_to_itself_or_absolutely(tmp_path):
+    for name in ("lists/in.png", "out.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    listed = tmp_path / "lists/train.txt"
+    listed.write_text(f"in.png\n\n../out.png \n{tmp_path}/out.png\n")
+    expected = ["lists/in.png", "lists/../out.png", "out.png"]
+    assert list_paths(listed) == [str(tmp_path / name) for name in expected]
+
+
+def test_folder_lists_its_images_without_classes(tmp_path):
+    for name in ("b/2.png", "a/1.png"):
+        (tmp_path / name).parent.mkdir()
+        noise(4, 4).save(tmp_path / name)
+    assert list_paths(tmp_path) == [str(tmp_path / "a/1.png"), str(tmp_path / "b/2.png")]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"a.png\nb.png\n", ["line 2", "there is no file", "b.png"]),
+        (b"\n", ["lists no images", "one path a line"]),
+        (b"\x89PNG\xff", ["no image folder and no text file"]),
+    ],
+)
+def test_bad_list_file_is_refused_by_name(tmp_path, content, words):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "list").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        list_paths(tmp_path / "list")
+    for word in [str(tmp_path / "list"), *words]:
+        assert word in str(caught.value)

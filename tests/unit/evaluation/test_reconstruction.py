@@ -98,3 +98,15 @@ def test_reconstructing_leaves_the_tokenizer_in_its_mode(tokenizer, training):
     tokenizer.train(training)
     reconstruct_all(tokenizer, BATCHES[:1], CPU)
     assert tokenizer.training is training and tokenizer.encoder.training is training
+
+
+def test_every_batch_is_shown_to_whoever_measures_more(tokenizer):
+    seen = []
+    _, before, after = reconstruct_all(tokenizer, BATCHES, CPU, lambda *pair: seen.append(pair))
+    assert len(seen) == 3
+    assert torch.equal(seen[0][0], before) and torch.equal(seen[0][1], after)
+
+
+def test_no_images_are_no_error(tokenizer):
+    sums, before, after = reconstruct_all(tokenizer, [], CPU)  # a rank beyond the held-out images
+    assert len(before) == len(after) == 0 and not sums.values.any()

@@ -246,3 +246,60 @@ def test_weights_start_small_and_biases_at_zero():
     weight = model.encoder.transformer[0].mlp.c_fc.weight
     assert weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.quantize.embedding.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+# ---------------------------------------------------------------------- modes of training
+def small(**options):
+    sizes = dict(codebook_size=16, token_size=4, image_size=16, patch_size=4, num_buffer_tokens=1)
+    sizes |= dict(encoder_width=16, encoder_layers=1, encoder_heads=2)
+    sizes |= dict(decoder_width=16, decoder_layers=1, decoder_heads=2)
+    torch.manual_seed(1)
+    return Tokenizer(TokenizerConfig(**sizes, **options))
+
+
+def loss_and_gradients(model, call):
+    out = call(torch.linspace(0, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16))
+    loss = out.images.square().mean() + out.quantizer_loss
+    return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_pass_compiles_as_one_graph_and_computes_the_same(recompute):
+    model = small(causal=True)
+    expected = loss_and_gradients(model, model)
+    model.encoder.recompute = model.decoder.recompute = recompute
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        found = loss_and_gradients(model, compiled)
+    torch.testing.assert_close(found, expected)
+
+
+def test_recomputing_gives_the_same_gradients_from_fewer_kept_tensors():
+    model, kept = small(), []
+    results = []
+    for recompute in (False, True):
+        model.encoder.recompute = model.decoder.recompute = recompute
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
+            results.append(loss_and_gradients(model, model))
+        kept.append(sum(sizes))
+    torch.testing.assert_close(results[0], results[1])
+    assert kept[1] < kept[0]
+
+
+@pytest.mark.parametrize("exact, kind", [(True, torch.float32), (False, torch.bfloat16)])
+def test_attention_runs_in_float32_or_in_the_autocast_type(monkeypatch, exact, kind):
+    seen = set()
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        seen.update((q.dtype, k.dtype, v.dtype))
+        return original(q, k, v, **options)
+
+    monkeypatch.setattr("modeling.layers.F.scaled_dot_product_attention", watched)
+    model = small(exact_attention=exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.rand(1, 3, 16, 16))
+    assert seen == {kind} and out.images.dtype == torch.float32

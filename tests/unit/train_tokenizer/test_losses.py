@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from configs.schema import Losses, Phase
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from train_tokenizer import losses
-from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
+from train_tokenizer.losses import FrozenNetworks, stitch, tokenizer_terms
 
 SIZES = dict(
     codebook_size=16,
@@ -145,6 +145,40 @@ def test_every_parameter_but_the_codebooks_share_gets_a_gradient_in_stage1():
     sum(weight * value for weight, value in terms.values()).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert without == []
+
+
+# ---------------------------------------------------------------------- stitched aux term
+STITCHED = Losses(aux="stitched", aux_weight=0.5)
+
+
+def test_stitched_image_is_the_strip_above_the_detached_reconstruction():
+    out = Tokenizer(stage1(num_latent_tokens=20))(torch.rand(2, 3, 32, 32))
+    image = stitch(out)
+    assert torch.equal(image[:, :, :8], out.strip)
+    assert torch.equal(image[:, :, 8:], out.images[:, :, 8:])
+    strip, main = torch.autograd.grad(image.sum(), [out.strip, out.images], allow_unused=True)
+    assert strip is not None and main is None
+
+
+def test_stitched_aux_is_mse_and_perceptual_term_of_that_image():
+    convnext = Network(torch.tensor(3.0))
+    phase = Phase(steps=1, perceptual_weight=0.25)
+    config = stage1(num_latent_tokens=20)
+    terms, images, out = terms_of(config, 1, phase, STITCHED, Networks(convnext))
+    assert set(terms) == {"mse", "aux", "aux_perceptual", "quantizer", "perceptual"}
+    assert terms["aux"][0] == 0.5 and terms["aux_perceptual"] == (0.125, convnext.value)
+    torch.testing.assert_close(terms["aux"][1], F.mse_loss(stitch(out), images))
+    stitched, target = convnext.calls[0]
+    assert torch.equal(stitched, stitch(out)) and target is images
+
+
+def test_stitched_aux_without_a_perceptual_weight_calls_no_network():
+    terms, *_ = terms_of(stage1(num_latent_tokens=20), 1, PLAIN, STITCHED)
+    assert set(terms) == {"mse", "aux", "quantizer"}
+
+
+def test_quantizer_term_of_weight_zero_is_not_computed():
+    assert "quantizer" not in terms_of(stage1(), 1, PLAIN, Losses(quantizer_weight=0.0))[0]
 
 
 # ---------------------------------------------------------------------- networks

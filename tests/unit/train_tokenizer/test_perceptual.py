@@ -16,6 +16,7 @@ from train_tokenizer.perceptual import (
     VGG_FILE,
     ConvNeXtLogits,
     find_weights,
+    lpips_is_here,
 )
 
 HEADS = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
@@ -84,6 +85,15 @@ def test_another_file_in_the_place_of_vgg_is_refused(nowhere):
         save_shapes(convnext_small(), nowhere / "weights" / VGG_FILE)
         with pytest.raises(InputError, match=VGG_FILE):
             LPIPS(pretrained=True)
+
+
+def test_lpips_is_here_with_both_files_only(nowhere):
+    (nowhere / "weights").mkdir()
+    assert not lpips_is_here()
+    (nowhere / "weights" / VGG_FILE).touch()
+    assert not lpips_is_here()
+    (nowhere / "weights" / LPIPS_FILE).touch()
+    assert lpips_is_here()
 
 
 # ---------------------------------------------------------------------- LPIPS

@@ -88,6 +88,14 @@ def test_tokenizer_lr_falls_along_a_line(step, lr):
     assert tokenizer_lr(PHASES, step, 0) == exactly(lr)
 
 
+@pytest.mark.parametrize(
+    "end, given, shape",
+    [(None, None, "constant"), (1e-5, None, "cosine"), (1e-5, "linear", "linear")],
+)
+def test_shape_of_a_phase_follows_from_its_end_unless_it_is_given(end, given, shape):
+    assert Phase("p", 1, 1e-4, end, given).shape == shape
+
+
 @pytest.mark.parametrize("step, share", [(1, 0.1), (5, 0.5), (10, 1.0), (11, 1.0)])
 def test_tokenizer_lr_warms_up_from_the_start(step, share):
     assert tokenizer_lr(PHASES, step, 10) == exactly(share * 1e-4)

@@ -1,0 +1,203 @@
+"""Stage-1 training: images/s, model FLOPs utilisation and where the time goes, exact against fast.
+
+    python -m benchmarks.tokenizer_training [--no-perceptual] [--compile]
+
+At the published size and batch 48 on CUDA, at a small size on a CPU. The modes run in turn, round
+after round; a speed-up is the median of the rounds' ratios. MFU is against the device's bf16 peak. Images are random JPEGs through the
+trainer's own loader; the perceptual network has random weights, which costs the same.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import machine
+from configs.schema import Losses, Phase
+from data.images import TrainImages, list_paths, to_float
+from data.order import SampleOrder
+from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
+from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
+
+STAGE1 = dict(num_buffer_tokens=1, causal=True, prefix_head=True, clustering=True)
+SMALL = dict(
+    codebook_size=1024, token_size=16, image_size=64, patch_size=8, encoder_width=128,
+    encoder_layers=3, encoder_heads=4, decoder_width=128, decoder_layers=4, decoder_heads=4,
+)  # fmt: skip
+PARTS = ("data", "encoder", "decoder", "losses", "backward", "optimizer")
+# Dense bf16 peaks of the makers' data sheets, in FLOP/s, by a part of the device's name.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}
+
+
+class Mode:
+    """A tokenizer with its optimizer, and one training step in the trainer's order.
+
+    exact: float32 throughout, TF32 off. published: bf16 with float32 attention. fast: bf16, and
+    attention in bf16 too.
+    """
+
+    def __init__(
+        self, name: str, sizes: dict, networks: FrozenNetworks, phase: Phase, device: torch.device
+    ):
+        self.name, self.networks, self.phase, self.device = name, networks, phase, device
+        torch.manual_seed(0)
+        self.config = TokenizerConfig(**sizes, **STAGE1, exact_attention=name != "fast")
+        self.model = Tokenizer(self.config).to(device)
+        self.forward = self.model  # or its compiled form
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.name != "exact")
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        wait(self.device)
+        self.seconds[part] += time.perf_counter() - began
+
+    def step(self, batches: Iterator[Tensor]) -> None:
+        images = to_float(next(batches).to(self.device, non_blocking=True))
+        with self.autocast():
+            out = self.forward(images)
+        self.loss(out, images).backward()
+        self.update(out)
+
+    def step_in_parts(self, batches: Iterator[Tensor]) -> None:
+        """The same step, waiting for the device after each part."""
+        with self.timed("data"):
+            images = to_float(next(batches).to(self.device, non_blocking=True))
+        with self.timed("encoder"), self.autocast():
+            latents = self.model.encoder(images, self.model.latent_tokens).float()
+            vectors, codes, quantizer_loss = self.model.quantize(latents)
+        with self.timed("decoder"), self.autocast():
+            reconstructions, strip = self.model.decoder(vectors)
+        out = TokenizerOutput(reconstructions, strip, latents, codes, quantizer_loss)
+        with self.timed("losses"):
+            loss = self.loss(out, images)
+        with self.timed("backward"):
+            loss.backward()
+        with self.timed("optimizer"):
+            self.update(out)
+
+    def loss(self, out: TokenizerOutput, images: Tensor) -> Tensor:
+        terms = tokenizer_terms(
+            out, images, self.config, 1, self.phase, Losses(), self.networks, None
+        )
+        return sum(weight * value for weight, value in terms.values())
+
+    def update(self, out: TokenizerOutput) -> None:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.model.quantize.cluster(out.latents.detach().flatten(0, 1))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def flops_per_image(mode: Mode) -> int:
+    """Of one forward and backward pass of the tokenizer alone, at batch 1, counted by PyTorch."""
+    size = mode.config.image_size
+    with FlopCounterMode(display=False) as counter:
+        out = mode.model(torch.rand(1, 3, size, size, device=mode.device))
+        (out.images.mean() + out.strip.mean()).backward()
+    mode.optimizer.zero_grad()
+    return counter.get_total_flops()
+
+
+def write_images(folder: Path, count: int, size: int) -> None:
+    """JPEGs of the proportions and, at 256 px, about the size of ImageNet's."""
+    rng = np.random.default_rng(0)
+    (folder / "class").mkdir()
+    for i in range(count):
+        noise = Image.fromarray(rng.integers(0, 256, (size // 8, size // 6, 3), dtype=np.uint8))
+        photo = noise.resize((2 * size, 3 * size // 2), Image.Resampling.BICUBIC)
+        photo.save(folder / f"class/{i:04d}.jpg", quality=95)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--no-perceptual", action="store_true", help="without ConvNeXt-S (MFU)")
+    parser.add_argument("--compile", action="store_true", help="the fast mode with torch.compile")
+    parser.add_argument("--batch", type=int, help="images a step (48 on CUDA, 8 on a CPU)")
+    parser.add_argument("--steps", type=int, help="in a round (20 on CUDA, 3 on a CPU)")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    batch, steps = args.batch or (48 if cuda else 8), args.steps or (20 if cuda else 3)
+    phase = Phase("main", 1, 1e-4, perceptual_weight=0.0 if args.no_perceptual else 1.0)
+    networks = FrozenNetworks([phase], pretrained=False, device=device)
+    sizes = {} if cuda else SMALL
+    modes = [Mode(name, sizes, networks, phase, device) for name in ("exact", "published", "fast")]
+    flops = flops_per_image(modes[0])
+    if args.compile:
+        modes[-1].forward = torch.compile(modes[-1].model)
+
+    def measure(mode: Mode, batches: Iterator[Tensor], in_parts: bool = False) -> float:
+        """Images/s over a round."""
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+            mode.name != "exact"
+        )
+        step = mode.step_in_parts if in_parts else mode.step
+        wait(device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            step(batches)
+        wait(device)
+        return steps * batch / (time.perf_counter() - began)
+
+    with tempfile.TemporaryDirectory() as folder:
+        size = modes[0].config.image_size
+        write_images(Path(folder), 4 * batch, size)
+        workers = 8 if cuda else 0
+        loader = DataLoader(
+            TrainImages(list_paths(folder), size, size, True, 0),
+            batch_sampler=SampleOrder(4 * batch, batch, 0), num_workers=workers, pin_memory=cuda,
+        )  # fmt: skip
+        batches = iter(loader)
+        for mode in modes:
+            measure(mode, batches)  # compiles, chooses kernels, fills the loader
+        rounds = [[measure(mode, batches) for mode in modes] for _ in range(args.rounds)]
+        for mode in modes:
+            if args.compile and mode.name == "fast":
+                mode.model.encoder.compile()  # one by one, to tell them apart
+                mode.model.decoder.compile()
+                measure(mode, batches, in_parts=True)
+                mode.seconds = dict.fromkeys(PARTS, 0.0)
+            measure(mode, batches, in_parts=True)
+        del batches  # ends the workers before their folder goes
+
+    peak = next((v for k, v in PEAKS.items() if cuda and k in torch.cuda.get_device_name()), None)
+    print(
+        f"{machine()}; batch {batch}, {'without' if args.no_perceptual else 'with'} ConvNeXt-S, "
+        f"{flops / 1e9:.1f} GFLOP an image and step in the tokenizer"
+    )
+    print(f"| mode | images/s | over exact | MFU | {' | '.join(PARTS)} |")
+    print("| --- " * (4 + len(PARTS)) + "|")
+    for i, mode in enumerate(modes):
+        speed = statistics.median(r[i] for r in rounds)
+        gain = statistics.median(r[i] / r[0] for r in rounds)
+        use = f"{speed * flops / peak:.1%}" if peak and args.no_perceptual else ""
+        total = sum(mode.seconds.values())
+        shares = " | ".join(f"{mode.seconds[part] / total:.0%}" for part in PARTS)
+        name = "fast, compiled" if args.compile and mode.name == "fast" else mode.name
+        print(f"| {name} | {speed:.1f} | {gain:.2f}× | {use} | {shares} |")
+
+
+if __name__ == "__main__":
+    main()

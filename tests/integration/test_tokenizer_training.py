@@ -1,0 +1,364 @@
+"""Options of the tokenizer's trainer, each by its effect on a whole miniature run.
+
+Most runs happen in this process, which saves the import of everything; those on two ranks do not.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from configs.schema import TokenizerRun, load
+from modeling.errors import InputError
+from modeling.weights import read_state_dict, write_state_dict
+from tests.integration.conftest import ROOT, execute
+from train_tokenizer import __main__ as trainer
+from train_tokenizer import export
+from train_tokenizer.discriminator import Discriminator
+
+
+@pytest.fixture
+def train(workspace, capsys):
+    """Run the trainer in this process; returns what it printed."""
+
+    def start(stage, output, *options):
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        config = f"config={workspace.root}/stage{stage}.yaml"
+        paths = [
+            f"dataset.params.{split}_dir={workspace.root}/{split}" for split in ("train", "val")
+        ]
+        trainer.main([config, f"experiment.output_dir={output}", *paths, *options])
+        return capsys.readouterr().out
+
+    return start
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return [r.get("loss", r.get("critic")) for r in records(run) if "lr" in r]
+
+
+def tensors(run, name="tokenizer", step=6):
+    return read_state_dict(run / f"checkpoints/step-{step:08d}/{name}.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def refusal(train, *args):
+    with pytest.raises(InputError) as caught:
+        train(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------- numerics
+@pytest.mark.parametrize(
+    "options, tolerance",
+    [
+        (["model.use_checkpoint=True"], 1e-6),
+        (["training.per_gpu_batch_size=2", "training.gradient_accumulation_steps=2"], 1e-5),
+        (["training.mixed_precision=bf16"], 1e-3),
+        (["training.mixed_precision=bf16", "model.vq_model.exact_attention=False"], 1e-3),
+    ],
+    ids=["recompute", "accumulation", "bf16", "fast"],
+)
+def test_option_of_speed_or_memory_leaves_the_losses(
+    workspace, train, tmp_path, options, tolerance
+):
+    train(1, tmp_path, *options)
+    np.testing.assert_allclose(losses(tmp_path), losses(workspace.stage1_run), rtol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["training.mixed_precision=fp16"],
+        ["training.mixed_precision=fp16", "training.gradient_accumulation_steps=2"],
+        ["training.compile=True", "model.vq_model.exact_attention=False"],
+    ],
+)
+def test_cuda_modes_train_through_an_adversarial_phase(workspace, tmp_path, options):
+    phases = "phases=[{steps: 4, learning_rate: 1e-3}, {steps: 4, gan_weight: 0.005}]"
+    workspace.stage1(tmp_path, phases, *options, env={"CUDA_VISIBLE_DEVICES": "0"})
+    assert len(losses(tmp_path)) == 8 and np.isfinite(losses(tmp_path)).all()
+
+
+def test_fp16_without_cuda_is_refused(train, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    message = refusal(train, 1, tmp_path / "run", "training.mixed_precision=fp16")
+    assert "training.mixed_precision=fp16 needs a CUDA device" in message
+
+
+# ---------------------------------------------------------------------- average of the weights
+EMA = ["training.use_ema=True", "training.ema_decay=0.5"]
+
+
+def test_average_is_that_of_the_steps_and_is_what_the_run_shows(workspace, train, tmp_path):
+    run = tmp_path / "run"
+    train(1, run, *EMA, "experiment.save_every=1", "experiment.keep_checkpoints=6")
+    assert losses(run) == losses(workspace.stage1_run)
+    assert equal(tensors(run, "unaveraged"), tensors(workspace.stage1_run))
+    name = "decoder.ffn.0.weight"
+    average = tensors(run, "unaveraged", 1)[name]
+    for step in range(2, 7):
+        average = 0.5 * average + 0.5 * tensors(run, "unaveraged", step)[name]
+    torch.testing.assert_close(tensors(run)[name], average)
+    assert equal(read_state_dict(run / "tokenizer.pth"), tensors(run))
+    export.main([str(run), str(tmp_path / "out.safetensors")])
+    assert equal(read_state_dict(tmp_path / "out.safetensors"), tensors(run))
+    mine, plain = (r[-1]["val/psnr"] for r in (records(run), records(workspace.stage1_run)))
+    assert mine != plain
+
+
+def test_run_with_an_average_resumed_is_the_run_uninterrupted(train, tmp_path):
+    train(1, tmp_path / "whole", *EMA)
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
+    shutil.rmtree(tmp_path / "halves/checkpoints/step-00000006")
+    train(1, tmp_path / "halves", *EMA)
+    for name in ("tokenizer", "unaveraged"):
+        assert equal(tensors(tmp_path / "halves", name), tensors(tmp_path / "whole", name))
+
+
+def test_average_begins_where_a_run_without_one_is_resumed(workspace, train, tmp_path):
+    shutil.copytree(workspace.stage1_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
+    train(1, tmp_path / "run", *EMA)
+    assert equal(tensors(tmp_path / "run", "unaveraged"), tensors(workspace.stage1_run))
+    assert not equal(tensors(tmp_path / "run"), tensors(workspace.stage1_run))
+
+
+def test_stage2_average_keeps_encoder_and_codebook_to_the_bit(workspace, train, tmp_path):
+    train(2, tmp_path / "run", f"experiment.stage1_checkpoint={workspace.stage1_run}", *EMA)
+    first, second = tensors(workspace.stage1_run), read_state_dict(tmp_path / "run/tokenizer.pth")
+    assert all(torch.equal(first[k], second[k]) for k in second if not k.startswith("decoder."))
+
+
+# ---------------------------------------------------------------------- data
+def test_list_file_trains_as_the_folder_that_it_lists(workspace, train, tmp_path):
+    paths = sorted((workspace.root / "train").rglob("*.png"))
+    (tmp_path / "train.txt").write_text("\n".join(map(str, paths)))
+    train(1, tmp_path / "run", f"dataset.params.train_dir={tmp_path}/train.txt")
+    assert losses(tmp_path / "run") == losses(workspace.stage1_run)
+
+
+def test_fewer_images_than_a_global_batch_are_refused(train, tmp_path):
+    message = refusal(train, 1, tmp_path / "run", "training.per_gpu_batch_size=15")
+    assert "14 images are fewer than one global batch of 15" in message
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------- losses and phases
+STITCHED = ["model.vq_model.num_latent_tokens=20", "losses.aux=stitched", "losses.aux_weight=1.0"]
+
+
+def test_stitched_aux_term_trains_both_stages(train, tmp_path):
+    train(1, tmp_path / "1", *STITCHED)
+    assert losses(tmp_path / "1")[-1] != losses(tmp_path / "1")[0]
+    train(
+        2, tmp_path / "2", "model.vq_model.num_latent_tokens=20",
+        f"experiment.stage1_checkpoint={tmp_path}/1",
+    )  # fmt: skip
+    assert len(losses(tmp_path / "2")) == 4
+
+
+def test_quantizer_term_of_weight_zero_is_left_out(train, tmp_path):
+    train(1, tmp_path, "losses.quantizer_weight=0", "phases=[{steps: 1, learning_rate: 1e-3}]")
+    assert "quantizer" not in records(tmp_path)[0] and "aux" in records(tmp_path)[0]
+
+
+def test_codebook_without_a_term_is_no_parameter_that_ddp_would_wait_for(workspace):
+    config = f"config={workspace.root}/stage1.yaml"
+    for weight, trains in ((0, False), (1, True)):
+        options = load(TokenizerRun, [config, f"losses.quantizer_weight={weight}"])
+        tokenizer = trainer.build_tokenizer(options)
+        assert tokenizer.quantize.embedding.weight.requires_grad is trains
+
+
+def test_adversarial_phase_may_be_added_to_a_finished_run(workspace, train, tmp_path):
+    shutil.copytree(workspace.stage1_run, tmp_path / "run")
+    phases = "phases=[{steps: 6, learning_rate: 1.0e-3}, {steps: 2, gan_weight: 0.005}]"
+    train(1, tmp_path / "run", phases)
+    assert losses(tmp_path / "run")[:6] == losses(workspace.stage1_run)
+    assert "gan" in records(tmp_path / "run")[-3] and "critic" in records(tmp_path / "run")[-2]
+    assert [r["phase"] for r in records(tmp_path / "run") if "lr" in r] == [1] * 6 + [2] * 2
+
+
+def test_start_says_phases_steps_and_time(train, tmp_path):
+    phases = "phases=[{name: one, steps: 2}, {name: two, steps: 3, learning_rate: 1e-5}]"
+    said = train(1, tmp_path, phases)
+    assert "M parameters train" in said and "one 2 + two 3 = 5 steps = 1.4 epochs" in said
+    assert "phase one: step 1 of 2" in said and "phase two: step 1 of 3" in said
+    assert said.count("expected time: 0.00 hours for the 3 steps left") == 1
+    assert [r["phase"] for r in records(tmp_path) if "lr" in r] == [1, 1, 2, 2, 2]
+
+
+# ---------------------------------------------------------------------- what a person watches
+def test_previews_have_their_own_period_and_need_no_held_out_images(train, tmp_path):
+    train(1, tmp_path, "experiment.generate_every=2", "dataset.params.val_dir=null")
+    made = sorted(p.name for p in (tmp_path / "previews").iterdir())
+    assert made == [f"reconstruction-0000000{step}.png" for step in (2, 4, 6)]
+    assert not any("val/psnr" in r for r in records(tmp_path))
+
+
+def test_gradient_norm_is_logged_by_its_period(train, tmp_path):
+    train(1, tmp_path, "experiment.log_grad_norm_every=3")
+    logged = [r["step"] for r in records(tmp_path) if "grad_norm" in r]
+    assert logged == [3, 6]
+
+
+def test_collapsed_codebook_is_warned_of_once(train, tmp_path):
+    options = ["model.vq_model.clustering=False", "model.vq_model.codebook_size=64"]
+    options += ["training.per_gpu_batch_size=14", "phases=[{steps: 9, learning_rate: 0.0}]"]
+    # 3 steps of 14 x 21 tokens are 13 tokens a code; all codes but two lie far away.
+    stage1 = trainer.build_tokenizer
+
+    def far_codes(given):
+        tokenizer = stage1(given)
+        with torch.no_grad():
+            tokenizer.quantize.embedding.weight[2:] += 1e3
+        return tokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "build_tokenizer", far_codes)
+        said = train(1, tmp_path, *options, "experiment.log_every=3")
+    assert said.count("warning: the codebook has collapsed: ") == 1
+    assert "of 64 codes are used" in said
+
+
+@pytest.mark.slow
+def test_evaluation_measures_lpips_where_its_weights_are(train, tmp_path, monkeypatch):
+    import lpips
+    from torchvision.models import vgg16
+
+    from train_tokenizer.perceptual import LPIPS_FILE, VGG_FILE
+
+    cache = tmp_path / "hub/checkpoints"
+    cache.mkdir(parents=True)
+    with torch.device("meta"):
+        shapes = vgg16().state_dict()
+    torch.save({k: torch.tensor(1e-3).expand(v.shape) for k, v in shapes.items()}, cache / VGG_FILE)
+    heads = f"{lpips.__path__[0]}/weights/v0.1/vgg.pth"
+    shutil.copy(heads, cache / LPIPS_FILE)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    said = train(1, tmp_path / "run", "phases=[{steps: 1}]")
+    measured = records(tmp_path / "run")[-1]["val/lpips"]
+    assert measured > 0 and "no val/lpips" not in said
+    names = [
+        k for p in (tmp_path / "run/checkpoints").rglob("*.safetensors") for k in read_state_dict(p)
+    ]
+    assert names and not any("stages" in k or "lin0" in k for k in names)  # in no checkpoint
+
+
+# ---------------------------------------------------------------------- stage 1 for stage 2
+def test_stage2_tokenizer_as_stage1_is_refused_but_for_its_encoder(workspace, train, tmp_path):
+    given = f"experiment.stage1_checkpoint={workspace.tokenizer}"
+    message = refusal(train, 2, tmp_path / "run", given)
+    assert f"{workspace.tokenizer} is no checkpoint of stage 1 but a stage-2 tokenizer" in message
+    assert "model.decoder_init=scratch" in message and not (tmp_path / "run").exists()
+    train(2, tmp_path / "run", given, "model.decoder_init=scratch")
+
+
+def test_discriminator_as_stage1_is_refused(train, tmp_path):
+    write_state_dict(Discriminator(32).state_dict(), tmp_path / "d.pth")
+    message = refusal(train, 2, tmp_path / "run", f"experiment.stage1_checkpoint={tmp_path}/d.pth")
+    assert "The file seems to be a discriminator" in message
+
+
+def test_stage1_of_another_layout_is_refused(workspace, train, tmp_path):
+    options = [f"experiment.stage1_checkpoint={workspace.stage1_run}"]
+    message = refusal(train, 2, tmp_path / "run", *options, "model.vq_model.num_latent_tokens=20")
+    assert "latent_tokens (21, 16) instead of (20, 16)" in message
+
+
+# ---------------------------------------------------------------------- not finite
+def test_step_that_is_not_finite_is_never_saved(train, tmp_path, monkeypatch):
+    calls, original = [], trainer.tokenizer_terms
+
+    def poisoned(*args):
+        terms = original(*args)
+        calls.append(1)
+        if len(calls) == 2:
+            terms["aux"] = (terms["aux"][0], terms["aux"][1] * float("nan"))
+        return terms
+
+    monkeypatch.setattr(trainer, "tokenizer_terms", poisoned)
+    message = refusal(train, 1, tmp_path, "experiment.log_every=100", "experiment.save_every=1")
+    assert "not finite at step 2: aux, loss" in message
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+POISONED = """
+import os
+import torch
+from train_tokenizer import __main__ as trainer
+from training.runtime import run
+
+calls, original = [], trainer.tokenizer_terms
+
+def poisoned(*args):
+    terms = original(*args)
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 3:  # step 2's first micro-batch, of one rank
+        terms["mse"] = (1.0, terms["mse"][1] * float("inf"))
+    return terms
+
+trainer.tokenizer_terms = poisoned
+run(trainer.main)
+"""
+
+
+def test_loss_not_finite_on_one_rank_stops_both_at_that_step(workspace, tmp_path):
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    done = execute(
+        str(tmp_path / "poisoned.py"), f"config={workspace.root}/stage1.yaml",
+        f"experiment.output_dir={tmp_path}/run", "experiment.save_every=1",
+        f"dataset.params.train_dir={workspace.root}/train", "training.per_gpu_batch_size=1",
+        "training.gradient_accumulation_steps=2",
+        ranks=2, launcher="torchrun", check=False, env={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode != 0 and "InputError" not in done.stderr  # no traceback of ours
+    # The progress bar may share the line; whether the launcher lets rank 1 speak too is a race.
+    said = {line.split("error: ")[1] for line in done.stderr.splitlines() if "error: " in line}
+    assert len(said) == 1 and "not finite at step 2: loss, mse" in said.pop()
+    assert [r["step"] for r in records(tmp_path / "run")] == [1]
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_adversarial_phase_as_one(workspace, train, tmp_path):
+    phases = "phases=[{steps: 1}, {steps: 4, learning_rate: 1e-3, gan_weight: 0.005}]"
+    train(1, tmp_path / "one", phases, "training.use_ema=True")
+    workspace.stage1(
+        tmp_path / "two", phases, "training.per_gpu_batch_size=1", "training.use_ema=True",
+        "training.gradient_accumulation_steps=2", ranks=2, launcher="torchrun",
+    )  # fmt: skip
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3)
+    for r in records(tmp_path / "two"):
+        assert "lr" not in r or ("critic" in r) == (r["step"] in (3, 5))
+
+
+def test_benchmark_reports_every_mode_and_part(monkeypatch, capsys):
+    from benchmarks import tokenizer_training as benchmark
+
+    tiny = ["--no-perceptual", "--batch", "2", "--steps", "1", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", ["tokenizer_training", *tiny])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    benchmark.main()
+    about, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert "batch 2, without ConvNeXt-S" in about and "GFLOP" in about
+    assert [row.split(" | ")[0] for row in rows] == ["| exact", "| published", "| fast"]
+    for row in rows:
+        shares = [int(cell.strip(" |").rstrip("%")) for cell in row.split(" | ")[4:]]
+        assert len(shares) == len(benchmark.PARTS) and 97 <= sum(shares) <= 103

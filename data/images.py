@@ -103,6 +103,34 @@ class TrainImages(Dataset):
         return to_uint8(random_crop(image, self.size, self.resize, self.flip, rng))
 
 
+class TrainViews(Dataset):
+    """(one of the ten crops (3, size, size), uint8, label) by (epoch, index), without a cache.
+
+    View and dropped label are drawn as `data.tokens.TrainTokens` draws them, so that a run on
+    images sees what a run on their ten-crop cache sees.
+    """
+
+    def __init__(
+        self,
+        samples: list[tuple[str, int]],
+        size: int,
+        seed: int,
+        class_dropout: float,
+        no_class: int,
+    ):
+        self.samples, self.size, self.seed = samples, size, seed
+        self.class_dropout, self.no_class = class_dropout, no_class
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        rng = generator_for(self.seed, epoch, index)
+        view = int(rng.integers(VIEWS["ten_crop"]))
+        dropped = rng.random() < self.class_dropout
+        path, label = self.samples[index]
+        image = crops(load_image(path), self.size, "ten_crop")[view]
+        return to_uint8(image), self.no_class if dropped else label
+
+
 class CroppedImages(Dataset):
     """The fixed views of image i: (views, 3, size, size), uint8."""
 

@@ -14,6 +14,7 @@ from data.images import (
     CenterImages,
     CroppedImages,
     TrainImages,
+    TrainViews,
     center_crop,
     crops,
     list_images,
@@ -295,3 +296,30 @@ def test_random_crop_cuts_the_image_whose_shorter_side_was_resized():
     image = noise(21, 16)
     resized = image.resize((10, 8), Image.Resampling.BILINEAR)
     assert drawn_crops(image, 8, 8) == {resized.crop((x, 0, x + 8, 8)).tobytes() for x in range(3)}
+
+
+# ---------------------------------------------------------------------- views drawn without a cache
+def test_views_and_labels_are_drawn_as_from_a_ten_crop_cache(tmp_path):
+    from types import SimpleNamespace
+
+    from data.tokens import TrainTokens
+
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, size in zip(paths, ((40, 30), (30, 40), (33, 33))):
+        noise(*size).save(path)
+    samples = [(str(path), label) for path, label in zip(paths, (2, 0, 1))]
+    images = TrainViews(samples, 16, seed=5, class_dropout=0.3, no_class=3)
+    # The codes of a view are its number, so that the cache's draws can be read off.
+    store = SimpleNamespace(
+        views=10, labels=np.array([2, 0, 1]), codes=lambda image, view: np.array([view])
+    )
+    tokens = TrainTokens(store, 5, 0.3, 3)
+    labels, views = set(), set()
+    for key in [(epoch, index) for epoch in range(8) for index in range(3)]:
+        (pixels, label), ((view,), expected) = images[key], tokens[key]
+        assert label == expected
+        cut = crops(load_image(paths[key[1]]), 16, "ten_crop")[view]
+        assert torch.equal(pixels, to_uint8(cut))
+        labels.add(label)
+        views.add(int(view))
+    assert labels == {0, 1, 2, 3} and len(views) > 5

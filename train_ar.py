@@ -3,17 +3,27 @@
 The same command goes on after an interruption.
 """
 
+import copy
 import math
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
 import configs.schema
 from configs.schema import GeneratorRun, OptimizerParams
+from data.images import VIEWS, TrainViews, list_images, to_float
 from data.order import SampleOrder
 from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_tokens
 from modeling.errors import InputError
@@ -25,10 +35,24 @@ from training import checkpoint
 from training.guard import FiniteGuard
 from training.log import RunLog, Window, due
 from training.randomness import image_uniforms, seed_step
-from training.runtime import run, start_training
+from training.resume import check_same_run, flatten
+from training.runtime import compiles, device_name, precision, run, start_training
 from training.schedule import generator_lr
+from training.utilisation import peak_flops, training_flops
 
 GRID_CLASSES, GRID_PER_CLASS = 10, 4  # of a sample grid
+# What a run may change when it goes on: nothing here moves its weights, but for rounding. The
+# data, the batch in all and the tokenizer are compared for themselves, wherever they come from.
+FREE_TO_CHANGE = (
+    "experiment.", "dataset.", "model.vq_model.", "model.generator.randomize_temperature",
+    "model.generator.guidance_scale", "model.generator.seed", "model.generator.use_checkpoint",
+    "training.gradient_accumulation_steps", "training.per_gpu_batch_size", "training.enable_",
+    "training.compile",
+)  # fmt: skip
+# Whole tensors under the model's own names, however DDP, FSDP or torch.compile wrap it; so a run
+# goes on under another launcher and on another number of processes.
+WHOLE = StateDictOptions(full_state_dict=True)
+WHOLE_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)  # {} on other ranks
 
 
 def parameter_groups(model: Generator, weight_decay: float) -> list[dict]:
@@ -61,69 +85,99 @@ def open_cache(path: str, options: GeneratorRun, tokenizer: str | None) -> Token
     store = open_tokens(path)
     model = options.model
     store.check(model.vq_model.codebook_size, model.vq_model.num_tokens, tokenizer)
-    classes = model.generator.condition_num_classes
-    if len(store.classes) > classes:
-        raise InputError(
-            f"{path} has {len(store.classes)} classes, more than "
-            f"model.generator.condition_num_classes={classes}"
-        )
+    check_classes(path, store.classes, options)
     return store
+
+
+def check_classes(path: str, classes: list[str], options: GeneratorRun) -> None:
+    known = options.model.generator.condition_num_classes
+    if len(classes) > known:
+        raise InputError(
+            f"{path} has {len(classes)} classes, more than "
+            f"model.generator.condition_num_classes={known}"
+        )
+
+
+def export(state: dict[str, Tensor], path: Path) -> None:
+    """Weights as PATH.bin, the published format, and PATH.safetensors."""
+    for suffix in (".bin", ".safetensors"):
+        write_state_dict(state, path.with_suffix(suffix))
 
 
 def main(argv: list[str]) -> None:
     options = configs.schema.load(GeneratorRun, argv)
     experiment, training = options.experiment, options.training
+    data, config = options.dataset.params, options.model.generator
     run_dir = Path(experiment.output_dir)
     resume_from, warnings = checkpoint.choose(run_dir, experiment.resume)
     tokenizer = fingerprint_now = None
-    if experiment.generate_every:
+    if experiment.generate_every or data.train_dir is not None:
         tokenizer = Tokenizer(options.model.vq_model)
         state = checkpoint.read_weights(experiment.tokenizer_checkpoint, "tokenizer")
         load_tensors(tokenizer, state, experiment.tokenizer_checkpoint)
         fingerprint_now = fingerprint(state)
-    data = options.dataset.params
-    store = open_cache(data.pretokenization, options, fingerprint_now)
+    if data.train_dir is None:
+        store = open_cache(data.pretokenization, options, fingerprint_now)
+        images, views, fingerprint_now = store.images, store.views, store.manifest["tokenizer"]
+        draws = TrainTokens(store, training.seed, config.class_label_dropout, config.no_class)
+    else:
+        samples, classes = list_images(data.train_dir)
+        check_classes(data.train_dir, classes, options)
+        images, views, size = len(samples), VIEWS["ten_crop"], options.model.vq_model.image_size
+        draws = TrainViews(
+            samples, size, training.seed, config.class_label_dropout, config.no_class
+        )
+    images = min(images, experiment.max_train_examples or images)
     held_out = None
     if data.val_pretokenization is not None:
-        held_out = open_cache(data.val_pretokenization, options, store.manifest["tokenizer"])
+        held_out = open_cache(data.val_pretokenization, options, fingerprint_now)
 
     accelerator = start_training(training)
-    device = accelerator.device
-    generator = Generator(options.model.generator)
-    ema = None
-    if training.use_ema:
-        average = get_ema_multi_avg_fn(training.ema_decay)
-        ema = AveragedModel(generator, device=device, multi_avg_fn=average)
+    device, world = accelerator.device, accelerator.num_processes
+    batch, accumulation = training.per_gpu_batch_size, training.gradient_accumulation_steps
+    total_steps, global_batch = training.max_train_steps, batch * world * accumulation
+    this_run = {
+        **flatten(configs.schema.as_dict(options)),
+        "images": images,
+        "views": views,
+        "batch in all": global_batch,
+        "tokenizer": fingerprint_now,
+    }
+    generator = Generator(config)
+    ema = copy.deepcopy(generator).requires_grad_(False) if training.use_ema else None
+    average = get_ema_multi_avg_fn(training.ema_decay)
     first_step, best = 1, float("inf")
     if resume_from is not None:
         state = checkpoint.load_state(resume_from)
+        fork = experiment.resume is not True
+        warnings += check_same_run(state["run"], this_run, FREE_TO_CHANGE, str(resume_from), fork)
         first_step, best = state["step"] + 1, state["best"]
-        weights = checkpoint.load_weights_of(resume_from, "generator")
-        load_tensors(generator, weights, str(resume_from))
-        if ema is not None:
-            load_tensors(
-                ema.module, checkpoint.load_weights_of(resume_from, "ema"), str(resume_from)
-            )
-            ema.n_averaged.fill_(state["averaged"])
-    trained = torch.compile(generator) if training.compile else generator
-    model, optimizer = accelerator.prepare(trained, adamw(generator, options.optimizer.params))
+        for name, part in (("generator", generator), ("ema", ema)):
+            if part is not None:
+                weights = checkpoint.load_weights_of(resume_from, name)
+                load_tensors(part, weights, str(resume_from))
+    model, optimizer = accelerator.prepare(generator, adamw(generator, options.optimizer.params))
+    if ema is not None:
+        ema = fsdp2_prepare_model(accelerator, ema) if accelerator.is_fsdp2 else ema.to(device)
+    loss_of = next_code_loss
+    if compiles(training):
+        generator.compile()
+        loss_of = torch.compile(next_code_loss)  # one pass over the logits
     if resume_from is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        set_optimizer_state_dict(
+            generator, optimizer.optimizer, optim_state_dict=state["optimizer"], options=WHOLE
+        )
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
     if tokenizer is not None:
         tokenizer.to(device).eval().requires_grad_(False)
 
-    batch, world = training.per_gpu_batch_size, accelerator.num_processes
-    accumulation = training.gradient_accumulation_steps
-    images = min(store.images, experiment.max_train_examples or store.images)
     order = SampleOrder(
         images, batch, training.seed, accelerator.process_index, world,
         start=(first_step - 1) * accumulation,
     )  # fmt: skip
-    dropout = options.model.generator.class_label_dropout
     loader = DataLoader(
-        TrainTokens(store, training.seed, dropout, options.model.generator.no_class),
+        draws,
         batch_sampler=order,
         num_workers=data.num_workers_per_gpu,
         pin_memory=device.type == "cuda",
@@ -132,25 +186,31 @@ def main(argv: list[str]) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         configs.schema.save(options, run_dir / "config.yaml")
     accelerator.wait_for_everyone()
-    total_steps, global_batch = training.max_train_steps, batch * world * accumulation
     log = RunLog(accelerator, experiment, configs.schema.as_dict(options), first_step, total_steps)
     for warning in warnings:
         log.say(f"warning: {warning}")
+    parameters = sum(p.numel() for p in generator.parameters())
+    epochs = total_steps * global_batch / images
     log.say(
-        f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f}M parameters; {images} images x "
-        f"{store.views} views; {global_batch} a step, {total_steps} steps = "
-        f"{total_steps * global_batch / images:.1f} epochs, "
-        f"{total_steps * global_batch * store.tokens / 1e9:.2f}G codes; from step {first_step} on "
-        f"{world} x {device.type}"
+        f"{parameters / 1e6:.1f}M parameters on {world} x {device_name(device)}, "
+        f"{precision(training)}{', compiled' * compiles(training)}"
+    )
+    log.say(
+        f"{images} images x {views} views; {global_batch} images a step = {batch} x {world} ranks "
+        f"x {accumulation}; steps {first_step} to {total_steps}, {epochs:.1f} epochs of the images "
+        f"or {epochs / views:.1f} of all views, "
+        f"{total_steps * global_batch * config.image_seq_len / 1e9:.3g}G codes"
     )
 
     def save(step: int) -> None:
+        weights = {"generator": get_model_state_dict(generator, options=WHOLE_ON_MAIN)}
+        if ema is not None:
+            weights["ema"] = get_model_state_dict(ema, options=WHOLE_ON_MAIN)
+        optimizer_state = get_optimizer_state_dict(
+            generator, optimizer.optimizer, options=WHOLE_ON_MAIN
+        )
         if accelerator.is_main_process:
-            weights = {"generator": generator.state_dict()}
-            state = {"step": step, "best": best, "optimizer": optimizer.state_dict()}
-            if ema is not None:
-                weights["ema"] = ema.module.state_dict()
-                state["averaged"] = ema.n_averaged.item()
+            state = {"step": step, "best": best, "run": this_run, "optimizer": optimizer_state}
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
             checkpoint.save(
@@ -158,23 +218,37 @@ def main(argv: list[str]) -> None:
             )
         accelerator.wait_for_everyone()
 
+    def shown() -> Generator:
+        """What is evaluated, sampled and exported as the best: the average where there is one."""
+        part = generator if ema is None else ema
+        if not accelerator.is_fsdp2:
+            return part
+        whole = Generator(config).to(device)  # a rank alone cannot run what FSDP has cut
+        whole.load_state_dict(get_model_state_dict(part, options=WHOLE))
+        return whole
+
     model.train()
     window, guard = Window(), FiniteGuard(device)
-    batches = iter(loader)
+    flops, peak = training_flops(config), peak_flops(device, precision(training))
+    batches, told = iter(loader), False
     for step in range(first_step, total_steps + 1):
         lr = generator_lr(step, total_steps, options.lr_scheduler)
         seed_step(training.seed, accelerator.process_index, step)
         for _ in range(accumulation):
             with window.waiting():
                 codes, labels = (x.to(device, non_blocking=True) for x in next(batches))
+            if data.train_dir is not None:
+                codes = tokenizer.encode(to_float(codes))  # they came as images
             with accelerator.accumulate(model):
-                logits = model(codes[:, :-1], labels)
-                loss, accuracy = next_code_loss(logits, codes)
+                with accelerator.autocast():
+                    loss, accuracy = loss_of(model(codes[:, :-1], labels), codes)
                 accelerator.backward(loss)
             window.add(loss=loss, accuracy=accuracy)
         window.images += global_batch
         # Clipping by infinity only measures.
         norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # FSDP: each rank holds a share
         if due(step, experiment.log_grad_norm_every):
             window.add(grad_norm=norm)
         if accelerator.scaler is None:
@@ -184,33 +258,51 @@ def main(argv: list[str]) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if ema is not None:
-            ema.update_parameters(generator)
+            average(list(ema.parameters()), list(generator.parameters()), None)
         log.bar.update()
 
         last = step == total_steps
-        if last or due(step, experiment.log_every):
-            guard.raise_if_bad(accelerator)
+        logs = last or due(step, experiment.log_every)
+        evaluates = held_out is not None and (last or due(step, experiment.eval_every))
+        generates = experiment.generate_every and (last or due(step, experiment.generate_every))
+        saves = last or due(step, experiment.save_every)
+        if not (logs or evaluates or generates or saves):
+            continue
+        guard.raise_if_bad(accelerator)  # the first host sync of this step
+        if logs:
             values = window.close(accelerator)
+            rate = values["images/s"]
+            values["images/s per device"] = rate / world
+            if peak is not None:
+                values["mfu"] = rate / world * flops / peak
+            values["hours left"] = (total_steps - step) * global_batch / rate / 3600
+            if not told:
+                hours = total_steps * global_batch / rate / 3600
+                log.say(f"expected time: {hours:.3g} h, less if the first steps were slow")
+                told = True
             log.metrics(step, {"lr": lr, **values})
-        with window.paused():
-            shown = ema.module if ema is not None else generator  # what is evaluated and sampled
-            if held_out is not None and (last or due(step, experiment.eval_every)):
-                values = evaluate(accelerator, shown, held_out, batch)
+        # Eager: odd batch sizes are not worth compiling for.
+        with window.paused(), torch.compiler.set_stance("force_eager"):
+            if evaluates or generates:
+                model_shown = shown()
+            if evaluates:
+                values = evaluate(accelerator, model_shown, held_out, batch)
                 log.metrics(step, {f"val/{k}": v for k, v in values.items()})
                 if values["loss"] < best:
                     best = values["loss"]
                     if accelerator.is_main_process:
-                        write_state_dict(shown.state_dict(), run_dir / "generator_best.bin")
-            if tokenizer is not None and (last or due(step, experiment.generate_every)):
-                grid = sample_grid(accelerator, shown, tokenizer, options)
+                        export(model_shown.state_dict(), run_dir / "generator_best")
+            if generates:
+                grid = sample_grid(accelerator, model_shown, tokenizer, options)
                 log.images(step, "samples", grid, GRID_CLASSES)
-            if last or due(step, experiment.save_every):
+            if saves:
                 save(step)
-    if accelerator.is_main_process:
-        write_state_dict(generator.state_dict(), run_dir / "generator.bin")
-        if ema is not None:
-            write_state_dict(ema.module.state_dict(), run_dir / "generator_ema.bin")
-    log.say(f"done; weights in {run_dir / 'generator.bin'}")
+    for name, part in (("generator", generator), ("generator_ema", ema)):
+        if part is not None:
+            state = get_model_state_dict(part, options=WHOLE_ON_MAIN)
+            if accelerator.is_main_process:
+                export(state, run_dir / name)
+    log.say(f"done; weights in {run_dir / 'generator.bin'} and .safetensors")
     log.close()
 
 

@@ -45,7 +45,7 @@ class Training:
     enable_wandb: bool = False  # WANDB_MODE=offline or disabled are honoured
     use_ema: bool = False
     ema_decay: float = 0.9999
-    compile: bool = False  # torch.compile of the trained model
+    compile: Any = False  # torch.compile of the trained model: True, False or auto (CUDA only)
     seed: int = 42
     max_train_steps: int = 500_000
     max_grad_norm: float = 1.0  # 0 switches clipping off
@@ -57,6 +57,8 @@ class Training:
                 f"training.mixed_precision={self.mixed_precision}: choose one of "
                 f"{', '.join(choices)}"
             )
+        if self.compile not in (True, False, "auto"):
+            raise InputError(f"training.compile={self.compile}: give True, False or auto")
         for name in ("gradient_accumulation_steps", "per_gpu_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"training.{name}={getattr(self, name)}: give 1 or more")
@@ -140,6 +142,8 @@ class GeneratorModels:
 @dataclass
 class TokenDataParams:
     pretokenization: str = "cache_alitok"  # the token cache to train on
+    # Train on the ten crops of this image folder instead; the tokenizer encodes them on the fly.
+    train_dir: Optional[str] = None
     val_pretokenization: Optional[str] = None  # a held-out cache for eval_every
     num_workers_per_gpu: int = 4
 

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as TF
 
+from data.order import EpochDraws
 from modeling.errors import InputError
 from training.randomness import generator_for
 
@@ -126,6 +127,31 @@ class TrainImages(Dataset):
         rng = generator_for(self.seed, epoch, index)
         image = load_image(self.paths[index])
         return to_uint8(random_crop(image, self.size, self.resize, self.flip, rng))
+
+
+class TrainViews(Dataset):
+    """(one of the ten crops (3, size, size), uint8, label) by (epoch, index), without a cache.
+
+    View and dropped label are drawn as `data.tokens.TrainTokens` draws them, so that a run on
+    images sees what a run on their ten-crop cache sees.
+    """
+
+    def __init__(
+        self,
+        samples: list[tuple[str, int]],
+        size: int,
+        seed: int,
+        class_dropout: float,
+        no_class: int,
+    ):
+        self.samples, self.size, self.no_class = samples, size, no_class
+        self.draws = EpochDraws(len(samples), VIEWS["ten_crop"], seed, class_dropout)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        view, dropped = self.draws.of(*key)
+        path, label = self.samples[key[1]]
+        image = crops(load_image(path), self.size, "ten_crop")[view]
+        return to_uint8(image), self.no_class if dropped else label
 
 
 class CroppedImages(Dataset):

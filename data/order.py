@@ -1,4 +1,4 @@
-"""The order of training samples: endless, reshuffled every epoch, and resumable at any batch."""
+"""The order of training samples: endless, reshuffled every epoch, resumable; and their draws."""
 
 from collections.abc import Iterator
 
@@ -43,3 +43,30 @@ class SampleOrder(Sampler):
             first = (batch * self.world + self.rank) * self.batch
             yield [self.sample(first + i) for i in range(self.batch)]
             batch += 1
+
+
+class EpochDraws:
+    """Which view an image shows in an epoch, and whether its class is dropped.
+
+    Pure functions of (seed, epoch, index), whatever the workers or ranks: of the uniforms u
+    (items, 2) that one stream an epoch begins with, item i takes view ⌊views·u[i, 0]⌋ and drops its
+    class where u[i, 1] < class_dropout. Drawn for an epoch at once, since a stream an item costs
+    several times what reading its codes does.
+    """
+
+    STREAM = 1  # apart from the order of the epoch's samples, the stream of (seed, epoch) itself
+
+    def __init__(self, items: int, views: int, seed: int, class_dropout: float):
+        self.items, self.views, self.seed = items, views, seed
+        self.class_dropout = class_dropout
+        self._epoch = -1
+
+    def of(self, epoch: int, index: int) -> tuple[int, bool]:
+        """(view, whether the class is dropped)."""
+        if epoch != self._epoch:
+            rng = generator_for(self.seed, epoch, self.STREAM)
+            uniforms = rng.random((self.items, 2), np.float32)
+            self._view = (uniforms[:, 0] * self.views).astype(np.int32)
+            self._dropped = uniforms[:, 1] < self.class_dropout
+            self._epoch = epoch
+        return int(self._view[index]), bool(self._dropped[index])

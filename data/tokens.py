@@ -50,8 +50,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.order import EpochDraws
 from modeling.errors import InputError
-from training.randomness import generator_for
 from training.runtime import run
 
 MANIFEST = "manifest.json"
@@ -343,33 +343,19 @@ def open_tokens(folder: str | Path) -> TokenCache:
 class TrainTokens(Dataset):
     """(codes (T,), label) by (epoch, index): one view drawn an image and epoch.
 
-    With probability `class_dropout` the label is `no_class`. Both draws are pure functions of
-    (seed, epoch, index), whatever the workers or ranks: of the uniforms u (images, 2) that the
-    stream of (seed, epoch) begins with, image i takes view ⌊V·u[i, 0]⌋ and drops its class where
-    u[i, 1] < class_dropout. Drawn for an epoch at once, since a stream an image costs several times
-    what reading its codes does.
+    With probability `class_dropout` the label is `no_class`; `data.order.EpochDraws` makes both
+    draws.
     """
 
-    STREAM = 1  # apart from the order of the epoch's samples, the stream of (seed, epoch) itself
-
     def __init__(self, store: TokenCache, seed: int, class_dropout: float, no_class: int):
-        self.store, self.seed = store, seed
-        self.class_dropout, self.no_class = class_dropout, no_class
-        self._epoch = None
-
-    def _draw(self, epoch: int) -> None:
-        rng = generator_for(self.seed, epoch, self.STREAM)
-        uniforms = rng.random((self.store.images, 2), np.float32)
-        self._view = (uniforms[:, 0] * self.store.views).astype(np.int32)
-        self._dropped = uniforms[:, 1] < self.class_dropout
-        self._epoch = epoch
+        self.store, self.no_class = store, no_class
+        self.draws = EpochDraws(store.images, store.views, seed, class_dropout)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        if epoch != self._epoch:
-            self._draw(epoch)
-        label = self.no_class if self._dropped[index] else int(self.store.labels[index])
-        return torch.from_numpy(self.store.codes(index, int(self._view[index]))), label
+        view, dropped = self.draws.of(*key)
+        index = key[1]
+        label = self.no_class if dropped else int(self.store.labels[index])
+        return torch.from_numpy(self.store.codes(index, view)), label
 
 
 class AllTokens(Dataset):

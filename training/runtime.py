@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 
 from configs.schema import Training
 from modeling.errors import InputError
@@ -55,6 +55,16 @@ def precision(training: Training) -> str:
     return "bf16" if torch.cuda.is_available() else "no"
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def compiles(training: Training) -> bool:
+    """Whether the trained model is compiled; auto is on CUDA only."""
+    return torch.cuda.is_available() if training.compile == "auto" else training.compile
+
+
 def start_training(training: Training) -> Accelerator:
     """The accelerator of a training program, with the run's seed and matmul precision."""
     accelerator = Accelerator(
@@ -64,7 +74,20 @@ def start_training(training: Training) -> Accelerator:
         log_with="wandb" if training.enable_wandb else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1:
+        start_fsdp(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = training.enable_tf32
     torch.backends.cudnn.allow_tf32 = training.enable_tf32
     set_seed(training.seed)  # the same initial weights on every rank
     return accelerator
+
+
+def start_fsdp(accelerator: Accelerator) -> None:
+    """Make the FSDP that accelerate's config asks for run on CPUs too, and compute as DDP does."""
+    state = accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU:  # accelerate leaves FSDP to GPUs
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()  # reads the launcher's environment
+    # Autocast alone decides the types. FSDP's own policy would round what enters each block too:
+    # the rotary table and the residual stream.
+    state.fsdp_plugin.mixed_precision_policy = None

@@ -14,6 +14,7 @@ from data.images import (
     CenterImages,
     CroppedImages,
     TrainImages,
+    TrainViews,
     center_crop,
     crops,
     list_images,
@@ -331,3 +332,30 @@ def test_bad_list_file_is_refused_by_name(tmp_path, content, words):
         list_paths(tmp_path / "list")
     for word in [str(tmp_path / "list"), *words]:
         assert word in str(caught.value)
+
+
+# ---------------------------------------------------------------------- views drawn without a cache
+def test_views_and_labels_are_drawn_as_from_a_ten_crop_cache(tmp_path):
+    from types import SimpleNamespace
+
+    from data.tokens import TrainTokens
+
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, size in zip(paths, ((40, 30), (30, 40), (33, 33))):
+        noise(*size).save(path)
+    samples = [(str(path), label) for path, label in zip(paths, (2, 0, 1))]
+    images = TrainViews(samples, 16, seed=5, class_dropout=0.3, no_class=3)
+    # The codes of a view are its number, so that the cache's draws can be read off.
+    store = SimpleNamespace(
+        images=3, views=10, labels=np.array([2, 0, 1]), codes=lambda image, view: np.array([view])
+    )
+    tokens = TrainTokens(store, 5, 0.3, 3)
+    labels, views = set(), set()
+    for key in [(epoch, index) for epoch in range(8) for index in range(3)]:
+        (pixels, label), ((view,), expected) = images[key], tokens[key]
+        assert label == expected
+        cut = crops(load_image(paths[key[1]]), 16, "ten_crop")[view]
+        assert torch.equal(pixels, to_uint8(cut))
+        labels.add(label)
+        views.add(int(view))
+    assert labels == {0, 1, 2, 3} and len(views) > 5

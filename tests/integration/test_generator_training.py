@@ -1,0 +1,146 @@
+"""Generator training as clusters run it: FSDP, several nodes, torch.compile, images without a cache."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.integration.conftest import ROOT, command, execute
+from tests.integration.test_pipeline import equal_weights, losses, records
+
+TWO = dict(ranks=2, launcher="torchrun")
+DRY = [f"model.generator.{d}=0" for d in ("dropout", "attn_drop", "tok_dropout")]
+HALF = ["training.per_gpu_batch_size=2", "training.use_ema=True", *DRY]
+
+
+@pytest.fixture(scope="module")
+def fsdp():
+    """The environment that accelerate's own launcher makes of configs/accelerate_fsdp.yaml.
+
+    The launcher itself starts several processes on GPUs only; here torchrun does.
+    """
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    config = str(ROOT / "configs/accelerate_fsdp.yaml")
+    arguments = launch_command_parser().parse_args(["--config_file", config, "train_ar.py"])
+    arguments = _validate_launch_command(arguments)[0]
+    arguments.main_process_port = 0
+    environment = prepare_multi_gpu_env(arguments)
+    found = {k: v for k, v in environment.items() if k.startswith(("FSDP_", "ACCELERATE_"))}
+    assert found["ACCELERATE_USE_FSDP"] == "true" and found["FSDP_VERSION"] == "2"
+    return found
+
+
+@pytest.fixture(scope="module")
+def ddp_run(workspace):
+    return workspace.made("ddp", lambda output: workspace.train_ar(output, *HALF, **TWO))
+
+
+def test_fsdp_trains_saves_and_samples_as_ddp(workspace, ddp_run, fsdp, tmp_path):
+    workspace.train_ar(tmp_path / "fsdp", *HALF, **TWO, env=fsdp)
+    np.testing.assert_allclose(losses(tmp_path / "fsdp"), losses(ddp_run), rtol=1e-6)
+    ours, theirs = (
+        [r[name] for r in records(run) for name in ("val/loss", "val/accuracy") if name in r]
+        for run in (tmp_path / "fsdp", ddp_run)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    preview = "previews/samples-00000006.png"
+    assert (tmp_path / "fsdp" / preview).read_bytes() == (ddp_run / preview).read_bytes()
+    checkpoint = tmp_path / "fsdp/checkpoints/step-00000006"
+    for name in ("generator", "ema"):
+        whole = checkpoint / f"{name}.safetensors"
+        assert equal_weights(whole, tmp_path / "fsdp" / f"generator{'_ema' * (name == 'ema')}.bin")
+    # A checkpoint of FSDP goes on under DDP, and the other way round.
+    for run, env in ((tmp_path / "fsdp", {}), (tmp_path / "ddp", fsdp)):
+        if not run.exists():
+            shutil.copytree(ddp_run, run)
+        shutil.rmtree(run / "checkpoints/step-00000006")
+        workspace.train_ar(run, *HALF, **TWO, env=env)
+        np.testing.assert_allclose(losses(run), losses(ddp_run), rtol=1e-6)
+
+
+def test_two_nodes_train_as_two_ranks_of_one(workspace, ddp_run, tmp_path):
+    base = command(
+        "train_ar.py", f"config={workspace.root}/generator.yaml",
+        f"experiment.output_dir={tmp_path}/run",
+        f"experiment.tokenizer_checkpoint={workspace.tokenizer}",
+        f"dataset.params.pretokenization={workspace.cache}",
+        f"dataset.params.val_pretokenization={workspace.cache}", *HALF, launcher="torchrun",
+    )  # fmt: skip
+    port = next(word for word in base if word.startswith("--master_port=")).partition("=")[2]
+    start = base.index("train_ar.py")
+    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test",
+               f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]  # fmt: skip
+    agent = [sys.executable, "-m", "torch.distributed.run", *options, *base[start:]]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    nodes = []
+    for node in range(2):
+        with open(tmp_path / f"node{node}", "w") as output:
+            nodes.append(
+                subprocess.Popen(agent, cwd=ROOT, env=variables, stdout=output, stderr=output)
+            )
+    try:
+        statuses = [node.wait(timeout=200) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert statuses == [0, 0], (tmp_path / "node0").read_text()[-2000:]
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(ddp_run), rtol=1e-6)
+
+
+def test_images_without_a_cache_train_as_their_ten_crop_cache(workspace, tmp_path):
+    cached = workspace.generator.parent
+    workspace.train_ar(
+        tmp_path / "run", f"dataset.params.train_dir={workspace.root}/train",
+        "dataset.params.pretokenization=none", "experiment.generate_every=0",
+        "dataset.params.num_workers_per_gpu=1",
+    )  # fmt: skip
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(cached), rtol=1e-5)
+
+
+def test_non_finite_loss_stops_two_ranks_in_one_line(workspace, tmp_path):
+    done = workspace.train_ar(
+        tmp_path / "run", "optimizer.params.learning_rate=1e38", "experiment.log_every=4",
+        "training.per_gpu_batch_size=2", **TWO, check=False,
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode != 0 and len(lines) == 1
+    assert "not finite at step 2: loss" in lines[0]
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["one", "ddp", "fsdp"])
+def test_compiled_training_is_the_same_training(workspace, ddp_run, fsdp, tmp_path, kind):
+    launch = {"one": {}, "ddp": TWO, "fsdp": {**TWO, "env": fsdp}}[kind]
+    batch = ["training.per_gpu_batch_size=4"] * (kind == "one")
+    recompute = ["model.generator.use_checkpoint=True"] * (kind == "ddp")
+    options = [*HALF, *batch, *recompute, "training.compile=True"]
+    workspace.train_ar(tmp_path / "run", *options, **launch)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(ddp_run), rtol=1e-5)
+    weights = tmp_path / "run/generator.bin"
+    done = workspace.sample(
+        tmp_path / "samples", f"experiment.generator_checkpoint={weights}",
+        "experiment.num_fid_samples=3",
+    )  # fmt: skip
+    assert done.returncode == 0
+
+
+def test_plot_draws_the_curves_of_several_runs(workspace, ddp_run, tmp_path):
+    from PIL import Image
+
+    pytest.importorskip("matplotlib")
+    runs = [workspace.generator.parent, ddp_run]
+    execute("training.plot", *runs, "--output", tmp_path / "curves.png")
+    assert min(Image.open(tmp_path / "curves.png").size) > 400
+
+
+def test_plot_names_a_folder_without_records(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = execute("training.plot", tmp_path, check=False)
+    assert done.returncode == 2 and f"no metrics.jsonl in {tmp_path}" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,37 @@
+import pytest
+
+from modeling.errors import InputError
+from training.resume import check_same_run, flatten
+
+EARLIER = {"a.lr": 1.0, "a.steps": 10, "paths.cache": "x", "images": 5}
+
+
+def check(now, fork=False):
+    return check_same_run(EARLIER, now, ("paths.",), "run/step-3", fork)
+
+
+def test_options_are_named_by_their_path():
+    assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {
+        "a.b.c": 1,
+        "a.d": [2],
+        "e": None,
+    }
+
+
+def test_the_same_run_goes_on_without_a_word():
+    assert check(dict(EARLIER)) == [] and check({**EARLIER, "paths.cache": "y"}) == []
+
+
+def test_all_that_differs_is_listed_and_nothing_else():
+    with pytest.raises(InputError) as error:
+        check({**EARLIER, "a.lr": 2.0, "images": 6, "paths.cache": "y", "a.new": True})
+    words = str(error.value)
+    assert (
+        "a.lr (1.0 there, 2.0 now), a.new (None there, True now), images (5 there, 6 now);" in words
+    )
+    assert "paths" not in words and "a.steps" not in words and "experiment.output_dir" in words
+
+
+def test_a_fork_is_told_what_differs():
+    (line,) = check({**EARLIER, "a.lr": 2.0}, fork=True)
+    assert "run/step-3" in line and "a.lr (1.0 there, 2.0 now)" in line

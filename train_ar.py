@@ -33,11 +33,13 @@ from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors, write_state_dict
 from training import checkpoint
 from training.guard import FiniteGuard
+from training.lock import lock_folder
 from training.log import RunLog, Window, due
 from training.randomness import image_uniforms, seed_step
 from training.resume import check_same_run, flatten
 from training.runtime import compiles, device_name, precision, run, start_training
 from training.schedule import generator_lr
+from training.signals import SAVED_AND_STOPPED, StopSignal
 from training.utilisation import peak_flops, training_flops
 
 GRID_CLASSES, GRID_PER_CLASS = 10, 4  # of a sample grid
@@ -133,7 +135,7 @@ def main(argv: list[str]) -> None:
         held_out = open_cache(data.val_pretokenization, options, fingerprint_now)
 
     accelerator = start_training(training)
-    device, world = accelerator.device, accelerator.num_processes
+    device, world, stop = accelerator.device, accelerator.num_processes, StopSignal()
     batch, accumulation = training.per_gpu_batch_size, training.gradient_accumulation_steps
     total_steps, global_batch = training.max_train_steps, batch * world * accumulation
     this_run = {
@@ -183,7 +185,7 @@ def main(argv: list[str]) -> None:
         pin_memory=device.type == "cuda",
     )
     if accelerator.is_main_process:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(run_dir)  # noqa: F841 - held until the process ends
         configs.schema.save(options, run_dir / "config.yaml")
     accelerator.wait_for_everyone()
     log = RunLog(accelerator, experiment, configs.schema.as_dict(options), first_step, total_steps)
@@ -261,11 +263,11 @@ def main(argv: list[str]) -> None:
             average(list(ema.parameters()), list(generator.parameters()), None)
         log.bar.update()
 
-        last = step == total_steps
+        last, stops = step == total_steps, stop.agreed()
         logs = last or due(step, experiment.log_every)
         evaluates = held_out is not None and (last or due(step, experiment.eval_every))
         generates = experiment.generate_every and (last or due(step, experiment.generate_every))
-        saves = last or due(step, experiment.save_every)
+        saves = last or stops or due(step, experiment.save_every)
         if not (logs or evaluates or generates or saves):
             continue
         guard.raise_if_bad(accelerator)  # the first host sync of this step
@@ -297,6 +299,10 @@ def main(argv: list[str]) -> None:
                 log.images(step, "samples", grid, GRID_CLASSES)
             if saves:
                 save(step)
+        if stops and not last:
+            log.say(f"asked to stop: saved step {step}; the same command goes on")
+            log.close()
+            raise SystemExit(SAVED_AND_STOPPED)
     for name, part in (("generator", generator), ("generator_ema", ema)):
         if part is not None:
             state = get_model_state_dict(part, options=WHOLE_ON_MAIN)

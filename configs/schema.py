@@ -46,6 +46,7 @@ class Training:
     use_ema: bool = False
     ema_decay: float = 0.9999
     compile: Any = False  # torch.compile of the trained model: True, False or auto (CUDA only)
+    timeout_minutes: int = 30  # after which ranks that wait for a dead one give up
     seed: int = 42
     max_train_steps: int = 500_000
     max_grad_norm: float = 1.0  # 0 switches clipping off

@@ -29,10 +29,12 @@ from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from train_tokenizer.perceptual import LPIPS, lpips_is_here
 from training import checkpoint
 from training.guard import FiniteGuard
+from training.lock import lock_folder
 from training.log import RunLog, Window, due
 from training.randomness import seed_step
-from training.runtime import run, start_training
+from training.runtime import compiles, run, start_training
 from training.schedule import phase_at, tokenizer_lr
+from training.signals import SAVED_AND_STOPPED, StopSignal
 
 PREVIEWS, PER_ROW = 16, 8  # images in a preview, and pictures (before | after) in its row
 STAGE1_ONLY = ("decoder.ffn_aux", "decoder.conv_out_aux", "quantize.embed_prob")
@@ -87,7 +89,7 @@ def main(argv: list[str]) -> None:
     resume_from, warnings = checkpoint.choose(run_dir, experiment.resume)
 
     accelerator = start_training(training)
-    device = accelerator.device
+    device, stop = accelerator.device, StopSignal()
     tokenizer = build_tokenizer(options)
     adversarial = any(phase.gan_weight for phase in phases)
     discriminator = Discriminator() if adversarial else None
@@ -128,7 +130,7 @@ def main(argv: list[str]) -> None:
             fused=True,
         )
 
-    compiled = torch.compile(tokenizer) if training.compile else tokenizer
+    compiled = torch.compile(tokenizer) if compiles(training) else tokenizer
     model, optimizer = accelerator.prepare(compiled, adamw(tokenizer))
     if adversarial:
         critic, critic_optimizer = accelerator.prepare(discriminator, adamw(discriminator))
@@ -152,7 +154,7 @@ def main(argv: list[str]) -> None:
         pin_memory=device.type == "cuda",
     )
     if accelerator.is_main_process:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(run_dir)  # noqa: F841 - held until the process ends
         configs.schema.save(options, run_dir / "config.yaml")
     accelerator.wait_for_everyone()
     log = RunLog(accelerator, experiment, configs.schema.as_dict(options), first_step, total_steps)
@@ -261,7 +263,7 @@ def main(argv: list[str]) -> None:
             ema.update_parameters(tokenizer)
         log.bar.update()
 
-        last = step == total_steps
+        last, stops = step == total_steps, stop.agreed()
         logs, evaluates, previews, saves = (
             last or due(step, every)
             for every in (
@@ -269,6 +271,7 @@ def main(argv: list[str]) -> None:
                 experiment.save_every,
             )
         )  # fmt: skip
+        saves = saves or stops
         if logs or evaluates or previews or saves:
             guard.raise_if_bad(accelerator)
         if logs:
@@ -303,6 +306,10 @@ def main(argv: list[str]) -> None:
                 log.images(step, "reconstruction", interleave(before, after), PER_ROW)
             if saves:
                 save(step)
+        if stops and not last:
+            log.say(f"asked to stop: saved step {step}; the same command goes on")
+            log.close()
+            raise SystemExit(SAVED_AND_STOPPED)
         if step == first_step:
             began = time.perf_counter()
     if accelerator.is_main_process:

@@ -72,7 +72,9 @@ def start_training(training: Training) -> Accelerator:
         mixed_precision=precision(training),
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         log_with="wandb" if training.enable_wandb else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=training.timeout_minutes))
+        ],
     )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1:
         start_fsdp(accelerator)

@@ -2,12 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
-from tests.integration.conftest import ROOT
+from tests.integration.conftest import ROOT, command, execute
+from training import checkpoint
+from training.signals import SAVED_AND_STOPPED
 
 KILLS = 20
 
@@ -65,3 +70,69 @@ def test_stage1_with_gan_and_clustering_survives_kills(workspace, tmp_path):
     assert killed >= KILLS - 2
     weights = ["tokenizer.pth", "checkpoints/step-00000160/discriminator.safetensors"]
     same_run(tmp_path / "whole", tmp_path / "killed", weights)
+
+
+class Running:
+    """A program in the background that has logged at least `steps` steps."""
+
+    def __init__(self, run, steps, *args, **kwargs):
+        self.process = subprocess.Popen(
+            command(*args, **kwargs), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        metrics, patience = run / "metrics.jsonl", time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
+            assert self.process.poll() is None, self.process.communicate()[1][-3000:]
+            assert time.monotonic() < patience
+            time.sleep(0.05)
+
+    def end(self, within):
+        """Exit status and stderr."""
+        _, errors = self.process.communicate(timeout=within)
+        return self.process.returncode, errors
+
+
+def endless(workspace, run):
+    return [
+        "train_ar.py", f"config={workspace.root}/generator.yaml", f"experiment.output_dir={run}",
+        f"dataset.params.pretokenization={workspace.cache}", "experiment.generate_every=0",
+        "training.max_train_steps=100000", "experiment.save_every=0",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_signal_saves_the_step_and_a_second_run_is_refused_meanwhile(workspace, tmp_path, name):
+    running = Running(tmp_path / "run", 5, *endless(workspace, tmp_path / "run"))
+    second = execute(*endless(workspace, tmp_path / "run"), check=False)
+    assert second.returncode == 2 and "in use by another run" in second.stderr
+    running.process.send_signal(getattr(signal, name))
+    status, _ = running.end(within=30)
+    assert status == SAVED_AND_STOPPED
+    (saved,) = (tmp_path / "run/checkpoints").iterdir()
+    assert logged(tmp_path / "run")[-1]["step"] == int(saved.name.removeprefix("step-"))
+
+
+@pytest.mark.slow
+def test_signal_to_the_launcher_stops_both_ranks_at_the_same_step(workspace, tmp_path):
+    two = dict(ranks=2, launcher="torchrun")
+    running = Running(tmp_path / "run", 5, *endless(workspace, tmp_path / "run"), **two)
+    running.process.send_signal(signal.SIGTERM)
+    running.end(within=60)
+    (saved,) = (tmp_path / "run/checkpoints").iterdir()
+    assert checkpoint.problem(saved) is None
+
+
+@pytest.mark.slow
+def test_death_of_one_rank_ends_the_job_and_it_resumes(workspace, tmp_path):
+    two = dict(ranks=2, launcher="torchrun")
+    options = endless(workspace, tmp_path / "run")
+    running = Running(tmp_path / "run", 5, *options, "experiment.save_every=2", **two)
+    ranks = psutil.Process(running.process.pid).children()
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    status, _ = running.end(within=60)
+    assert status != 0
+    last, _ = checkpoint.choose(tmp_path / "run", True)
+    step = int(last.name.removeprefix("step-"))
+    execute(*options[:-2], f"training.max_train_steps={step + 2}", "experiment.save_every=2", **two)
+    assert logged(tmp_path / "run")[-1]["step"] == step + 2

@@ -70,7 +70,7 @@ training: {{per_gpu_batch_size: 4, max_train_steps: 6}}
 
 def command(program, *arguments, ranks=1, launcher="plain"):
     """The command line of one of the project's programs under one of the three launchers."""
-    target = ["-m", program] if "." not in program or program.startswith("train_tok") else [program]
+    target = [program] if program.endswith(".py") else ["-m", program]
     arguments = [str(a) for a in arguments]
     if launcher == "plain":
         return [sys.executable, *target, *arguments]

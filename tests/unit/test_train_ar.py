@@ -143,13 +143,17 @@ def test_the_average_starts_with_the_weights_and_follows_them(train, tmp_path):
 def test_last_best_and_average_are_exported_in_both_formats(train, tmp_path):
     from modeling.weights import read_state_dict
 
-    train("training.use_ema=True", "training.max_train_steps=2")
+    train("training.use_ema=True", "training.ema_decay=0.5", "training.max_train_steps=2")
     for name in ("generator", "generator_best", "generator_ema"):
         a, b = (read_state_dict(tmp_path / f"run/{name}{s}") for s in (".bin", ".safetensors"))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     # What was evaluated is the average, and so is the best.
-    average = read_state_dict(tmp_path / "run/generator_ema.bin")
-    assert all(torch.equal(a[k], average[k]) for k in a) and len(a) == len(average)
+    best, average, last = (
+        read_state_dict(tmp_path / f"run/{name}.bin")
+        for name in ("generator_best", "generator_ema", "generator")
+    )
+    assert all(torch.equal(best[k], average[k]) for k in average)
+    assert not torch.equal(best["output.bias"], last["output.bias"])
 
 
 # ---------------------------------------------------------------------- bad input

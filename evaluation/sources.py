@@ -38,7 +38,7 @@ class ArrayImages:
         self.name, self.array, self.shape = name, array, array.shape
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return np.ascontiguousarray(self.array[start:stop])
+        return np.array(self.array[start:stop], order="C")
 
 
 class FolderImages:

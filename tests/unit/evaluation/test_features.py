@@ -7,7 +7,7 @@ from accelerate import PartialState
 from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from evaluation.compare import Evaluator, compare, load_side, measure, save_side
+from evaluation.compare import compare, load_side, measure, save_side
 from evaluation.features import INCEPTION_FILE, Inception
 from evaluation.metrics import frechet_distance_of_moments
 from evaluation.sources import ArrayImages
@@ -206,5 +206,5 @@ def test_tf32_and_autocast_stay_out_of_the_features(inception, features, monkeyp
 
 def test_statistics_of_other_weights_are_refused(sides, inception, tmp_path):
     save_side(sides[1], tmp_path / "stats.npz", "inception-v3-compat 6726825d00000000")
-    with pytest.raises(InputError, match="statistics of other features .*--save_stats"):
+    with pytest.raises(InputError, match=r"statistics of other features .*--save_stats"):
         load_side(tmp_path / "stats.npz", inception)

@@ -16,6 +16,7 @@ import configs.schema
 from configs.schema import GeneratorRun, OptimizerParams
 from data.order import SampleOrder
 from data.tokens import AllTokens, TokenStore, TrainTokens, fingerprint
+from evaluation import in_training
 from modeling.errors import InputError
 from modeling.generator import Attention, Generator, SwiGLU, next_code_loss
 from modeling.sampling import sample_codes
@@ -89,6 +90,9 @@ def main(argv: list[str]) -> None:
 
     accelerator = start_training(training)
     device = accelerator.device
+    evaluator = in_training.open_evaluator(
+        experiment.fid_reference, tokenizer is not None, "experiment.generate_every"
+    )
     generator = Generator(options.model.generator)
     ema = None
     if training.use_ema:
@@ -202,6 +206,8 @@ def main(argv: list[str]) -> None:
             if tokenizer is not None and (last or due(step, experiment.generate_every)):
                 grid = sample_grid(accelerator, shown, tokenizer, options)
                 log.images(step, "samples", grid, GRID_CLASSES)
+                if evaluator is not None:
+                    log.metrics(step, in_training.generated(evaluator, shown, tokenizer, options))
             if last or due(step, experiment.save_every):
                 save(step)
     if accelerator.is_main_process:

@@ -17,6 +17,7 @@ import configs.schema
 from configs.schema import TokenizerRun
 from data.images import CenterImages, TrainImages, list_images, to_float
 from data.order import SampleOrder
+from evaluation import in_training
 from evaluation.reconstruction import codebook_use, reconstruct_all
 from modeling.errors import InputError
 from modeling.tokenizer import Tokenizer
@@ -72,6 +73,9 @@ def main(argv: list[str]) -> None:
 
     accelerator = start_training(training)
     device = accelerator.device
+    evaluator = in_training.open_evaluator(
+        experiment.fid_reference, bool(held_out), "dataset.params.val_dir"
+    )
     tokenizer = build_tokenizer(options)
     adversarial = any(phase.gan_weight for phase in phases)
     discriminator = Discriminator() if adversarial else None
@@ -216,6 +220,10 @@ def main(argv: list[str]) -> None:
                 values, before, after = evaluate(accelerator, tokenizer, held_out, batch)
                 log.metrics(step, {f"val/{k}": v for k, v in values.items()})
                 log.images(step, "reconstruction", interleave(before, after), PER_ROW)
+                if evaluator is not None:
+                    log.metrics(
+                        step, in_training.reconstructed(evaluator, tokenizer, held_out, batch)
+                    )
             if last or due(step, experiment.save_every):
                 save(step)
     if accelerator.is_main_process:

@@ -62,7 +62,7 @@ def generated(
 
 @torch.no_grad()
 def reconstructed(
-    evaluator: Evaluator, tokenizer: Tokenizer, paths: list[str], batch: int
+    evaluator: Evaluator, tokenizer: Tokenizer, paths: list[str], batch: int, workers: int
 ) -> dict[str, float]:
     """rFID and the rest of the reconstructions of the images at `paths`, by ADM's centre crop.
 
@@ -75,7 +75,7 @@ def reconstructed(
     was_training = tokenizer.training
     tokenizer.eval()
     for start, pixels in zip(
-        starts, DataLoader(CenterImages(paths, size), batch_sampler=batches, num_workers=4)
+        starts, DataLoader(CenterImages(paths, size), batch_sampler=batches, num_workers=workers)
     ):
         images = tokenizer.decode(tokenizer.encode(to_float(pixels.to(processes.device))))
         collector.add(start, (images * 255).to(torch.uint8))

@@ -48,7 +48,9 @@ def load_tokenizer(given: str, config: Optional[str] = None) -> Tokenizer:
     elif "decoder.ffn_aux.0.weight" in state:
         options = {"causal": True, "prefix_head": True, "num_buffer_tokens": 1}
     merged = OmegaConf.merge(OmegaConf.structured(TokenizerConfig), options)
-    tokenizer = Tokenizer(OmegaConf.to_object(merged))
+    with torch.device("meta"):  # no time for a random start
+        tokenizer = Tokenizer(OmegaConf.to_object(merged))
+    tokenizer.to_empty(device="cpu")
     # The clustering's running mean says nothing about images.
     buffer = ("quantize.embed_prob",)
     load_tensors(tokenizer, state, given, ignore=buffer, keep=buffer)

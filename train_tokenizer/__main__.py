@@ -221,9 +221,11 @@ def main(argv: list[str]) -> None:
                 log.metrics(step, {f"val/{k}": v for k, v in values.items()})
                 log.images(step, "reconstruction", interleave(before, after), PER_ROW)
                 if evaluator is not None:
-                    log.metrics(
-                        step, in_training.reconstructed(evaluator, tokenizer, held_out, batch)
+                    workers = data.num_workers_per_gpu
+                    values = in_training.reconstructed(
+                        evaluator, tokenizer, held_out, batch, workers
                     )
+                    log.metrics(step, values)
             if last or due(step, experiment.save_every):
                 save(step)
     if accelerator.is_main_process:

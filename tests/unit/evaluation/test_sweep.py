@@ -81,7 +81,7 @@ def test_finished_cells_are_not_sampled_again(asked, capsys):
 def test_results_of_other_settings_are_not_mixed_in(asked, other):
     sweep.main([*ARGUMENTS, "--scales=2", "--powers=1"])
     arguments = [a for a in ARGUMENTS if a.split("=")[0] != other.split("=")[0]]
-    with pytest.raises(InputError, match="other settings.*--output"):
+    with pytest.raises(InputError, match=r"other settings.*--output"):
         sweep.main([*arguments, other, "--scales=2", "--powers=1"])
     assert len(asked) == 1
 

@@ -90,8 +90,9 @@ class Collector:
         self.digests_at.append(indices)
         share = min(MANIFOLD_IMAGES, self.side.images)
         chosen = (indices + 1) * share // self.side.images > indices * share // self.side.images
-        self.kept.append(pool[chosen.to(pool.device)])
-        self.kept_at.append(indices[chosen])
+        places = indices[chosen]  # on the CPU: a mask on the device would make it wait
+        self.kept.append(pool[(places - first).to(pool.device)])
+        self.kept_at.append(places)
 
     def finish(self) -> Side:
         """The whole set's side, the same on every process; all of them must call this."""

@@ -21,6 +21,8 @@ from tqdm import tqdm
 import configs.schema
 from configs.schema import GeneratorRun
 from data.parts import Parts, check_settings
+from evaluation.compare import Evaluator, show
+from evaluation.sources import open_images
 from modeling.errors import InputError
 from modeling.generator import Generator
 from modeling.sampling import sample_codes
@@ -44,6 +46,8 @@ def main(argv: list[str]) -> None:
     generator_state = read_weights(experiment.generator_checkpoint, "generator")
     tokenizer_state = read_weights(experiment.tokenizer_checkpoint, "tokenizer")
     processes = start_processes()
+    # A mistake in the reference shows now, not after hours of sampling.
+    evaluator = Evaluator.open(experiment.evaluate, processes) if experiment.evaluate else None
     generator, tokenizer = Generator(sampler), Tokenizer(options.model.vq_model)
     load_tensors(generator, generator_state, experiment.generator_checkpoint)
     load_tensors(tokenizer, tokenizer_state, experiment.tokenizer_checkpoint)
@@ -74,6 +78,8 @@ def main(argv: list[str]) -> None:
     check_settings(output / "sampling.json", settings, remedy)
     if final.exists():
         processes.print(f"{final} is complete: {count} images")
+        if evaluator is not None:
+            show(evaluator.evaluate(open_images(final), count))
         return
 
     parts = Parts(output / "chunks", -(-count // chunk))
@@ -111,6 +117,8 @@ def main(argv: list[str]) -> None:
         shutil.rmtree(parts.folder)
     processes.wait_for_everyone()
     processes.print(f"wrote {final}: {count} images")
+    if evaluator is not None:
+        show(evaluator.evaluate(open_images(final), count))
 
 
 @torch.inference_mode()

@@ -26,6 +26,7 @@ from configs.schema import GeneratorRun, OptimizerParams
 from data.images import VIEWS, TrainViews, list_images, to_float
 from data.order import SampleOrder
 from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_tokens
+from evaluation import in_training
 from modeling.errors import InputError
 from modeling.generator import Attention, Generator, SwiGLU, next_code_loss
 from modeling.sampling import sample_codes
@@ -145,6 +146,9 @@ def main(argv: list[str]) -> None:
         "batch in all": global_batch,
         "tokenizer": fingerprint_now,
     }
+    evaluator = in_training.open_evaluator(
+        experiment.fid_reference, bool(experiment.generate_every), "experiment.generate_every"
+    )
     generator = Generator(config)
     ema = copy.deepcopy(generator).requires_grad_(False) if training.use_ema else None
     average = get_ema_multi_avg_fn(training.ema_decay)
@@ -297,6 +301,9 @@ def main(argv: list[str]) -> None:
             if generates:
                 grid = sample_grid(accelerator, model_shown, tokenizer, options)
                 log.images(step, "samples", grid, GRID_CLASSES)
+            if generates and evaluator is not None:
+                values = in_training.generated(evaluator, model_shown, tokenizer, options)
+                log.metrics(step, values)
             if saves:
                 save(step)
         if stops and not last:

@@ -84,6 +84,9 @@ class Experiment:
     log_every: int = 100
     log_grad_norm_every: int = 100
     max_train_examples: Optional[int] = None  # use only the first so many images
+    # Score against this while training (evaluate.py --reference says what it may be); None: never.
+    # The generator whenever it draws samples, the tokenizer whenever it is evaluated.
+    fid_reference: Optional[str] = None
 
     def __post_init__(self):
         if not isinstance(self.resume, (bool, str)):
@@ -103,6 +106,7 @@ class GeneratorExperiment(Experiment):
     num_fid_samples: int = 50_000
     per_proc_batch_size: int = 125  # images sampled together, one fixed chunk of indices
     save_png: bool = True
+    evaluate: Optional[str] = None  # score the samples against this reference when all are there
 
 
 @dataclass

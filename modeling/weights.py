@@ -11,6 +11,21 @@ from torch import Tensor, nn
 from modeling.errors import InputError
 
 
+def find_weights(name: str, otherwise: str = "") -> Path:
+    """`weights/NAME`, or the copy in torch's own download cache.
+
+    Raises InputError, which says where to put the file and, if given, what to do `otherwise`.
+    """
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / name
+    for path in (Path("weights") / name, cache):
+        if path.is_file():
+            return path
+    raise InputError(
+        f"no {name} in weights/ or {cache.parent}: put it there (weights/README.md says from "
+        f"where){otherwise}"
+    )
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a .pth, .pt, .bin or .safetensors file, on the CPU, memory-mapped.
 

@@ -20,13 +20,14 @@ import configs.schema
 from configs.schema import TokenizerRun
 from data.images import CenterImages, TrainImages, list_paths, to_float
 from data.order import SampleOrder
+from evaluation import in_training
+from evaluation.lpips import LPIPS, lpips_is_here
 from evaluation.reconstruction import codebook_use, reconstruct_all
 from modeling.errors import InputError
 from modeling.tokenizer import Tokenizer
 from modeling.weights import describe, load_tensors, write_state_dict
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
-from train_tokenizer.perceptual import LPIPS, lpips_is_here
 from training import checkpoint
 from training.guard import FiniteGuard
 from training.lock import lock_folder
@@ -90,6 +91,9 @@ def main(argv: list[str]) -> None:
 
     accelerator = start_training(training)
     device, stop = accelerator.device, StopSignal()
+    evaluator = in_training.open_evaluator(
+        experiment.fid_reference, bool(held_out), "dataset.params.val_dir"
+    )
     tokenizer = build_tokenizer(options)
     adversarial = any(phase.gan_weight for phase in phases)
     discriminator = Discriminator() if adversarial else None
@@ -304,6 +308,11 @@ def main(argv: list[str]) -> None:
             if previews:
                 before, after = preview(accelerator, shown, held_out or paths)
                 log.images(step, "reconstruction", interleave(before, after), PER_ROW)
+            if evaluates and evaluator is not None:
+                values = in_training.reconstructed(
+                    evaluator, shown, held_out, batch, data.num_workers_per_gpu
+                )
+                log.metrics(step, values)
             if saves:
                 save(step)
         if stops and not last:

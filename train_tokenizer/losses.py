@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import Losses, Phase
+from evaluation.lpips import LPIPS
 from modeling.tokenizer import TokenizerConfig, TokenizerOutput, prefix_target
 from train_tokenizer.discriminator import Discriminator, generator_loss
-from train_tokenizer.perceptual import LPIPS, ConvNeXtLogits
+from train_tokenizer.perceptual import ConvNeXtLogits
 
 # The published generator term is -mean(D(fake)) × 0.1 × 0.05; a phase's gan_weight is the product.
 

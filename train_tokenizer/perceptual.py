@@ -1,40 +1,14 @@
-"""The frozen networks behind the perceptual terms. Their weights are in no checkpoint."""
-
-import itertools
-from pathlib import Path
+"""The frozen network behind the perceptual term. Its weights are in no checkpoint."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import convnext_small, vgg16
+from torchvision.models import convnext_small
 
-from modeling.errors import InputError
-from modeling.weights import load_tensors, read_state_dict
+from modeling.weights import find_weights, load_tensors, read_state_dict
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CONVNEXT_FILE = "convnext_small-0c510722.pth"  # torchvision's names, ImageNet weights V1
-VGG_FILE = "vgg16-397923af.pth"
-LPIPS_FILE = "lpips_vgg.pth"  # weights/v0.1/vgg.pth of the LPIPS repository
-
-
-def find_weights(name: str) -> Path:
-    """`weights/NAME`, or the copy in torchvision's cache."""
-    cache = Path(torch.hub.get_dir()) / "checkpoints" / name
-    for path in (Path("weights") / name, cache):
-        if path.is_file():
-            return path
-    raise InputError(
-        f"no {name} in weights/ or {cache.parent}: put it there (weights/README.md says from "
-        f"where), or set the weight of its loss to 0"
-    )
-
-
-def lpips_is_here() -> bool:
-    """Whether both files of the pretrained LPIPS are there."""
-    try:
-        return bool(find_weights(VGG_FILE) and find_weights(LPIPS_FILE))
-    except InputError:
-        return False
+CONVNEXT_FILE = "convnext_small-0c510722.pth"  # torchvision's name, ImageNet weights V1
 
 
 class ConvNeXtLogits(nn.Module):
@@ -44,7 +18,7 @@ class ConvNeXtLogits(nn.Module):
         super().__init__()
         self.network = convnext_small()
         if pretrained:
-            path = find_weights(CONVNEXT_FILE)
+            path = find_weights(CONVNEXT_FILE, ", or set the weight of its loss to 0")
             load_tensors(self.network, read_state_dict(path), str(path))
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
@@ -59,53 +33,3 @@ class ConvNeXtLogits(nn.Module):
         with torch.no_grad():
             wanted = self(targets)
         return F.mse_loss(self(images), wanted)
-
-
-class LPIPS(nn.Module):
-    """Learned perceptual distance on VGG16 (Zhang et al. 2018, version 0.1), mean over the batch."""
-
-    # Indices in torchvision's VGG16 after which relu1_2 … relu5_3 are read, with their channels.
-    TAPS = ((4, 64), (9, 128), (16, 256), (23, 512), (30, 512))
-
-    def __init__(self, pretrained: bool):
-        super().__init__()
-        vgg = vgg16()
-        if pretrained:
-            path = find_weights(VGG_FILE)
-            load_tensors(vgg, read_state_dict(path), str(path))
-        bounds = [0] + [end for end, _ in self.TAPS]
-        self.stages = nn.ModuleList(vgg.features[a:b] for a, b in itertools.pairwise(bounds))
-        # Published keys: lin0.model.1.weight … (index 0 was a dropout).
-        for i, (_, channels) in enumerate(self.TAPS):
-            head = nn.Module()
-            head.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
-            self.add_module(f"lin{i}", head)
-        if pretrained:
-            path = find_weights(LPIPS_FILE)
-            load_tensors(self, read_state_dict(path), str(path), keep=("stages.",))
-        else:
-            for i in range(len(self.TAPS)):  # distances are non-negative
-                nn.init.uniform_(getattr(self, f"lin{i}").model[1].weight, 0, 1)
-        # VGG's normalisation, for images in [-1, 1].
-        self.shift = (-0.030, -0.088, -0.188)
-        self.scale = (0.458, 0.448, 0.450)
-        self.eval().requires_grad_(False)
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        x = (images - images.new_tensor(self.shift).view(3, 1, 1)) / images.new_tensor(
-            self.scale
-        ).view(3, 1, 1)
-        taps = []
-        for stage in self.stages:
-            x = stage(x)
-            taps.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
-        return taps
-
-    def distance(self, images: Tensor, targets: Tensor) -> Tensor:
-        """LPIPS of images and targets (B, 3, H, W) in [0, 1], a scalar."""
-        with torch.no_grad():
-            wanted = self.features(targets * 2 - 1)
-        total = images.new_zeros(())
-        for i, (a, b) in enumerate(zip(self.features(images * 2 - 1), wanted)):
-            total = total + getattr(self, f"lin{i}").model((a - b).square()).mean()
-        return total

@@ -10,6 +10,7 @@ from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import (
     describe,
+    find_weights,
     load_tensors,
     load_weights,
     read_state_dict,
@@ -297,3 +298,31 @@ def test_only_named_entries_may_be_extra_or_missing():
         load_tensors(model, state, "file", ignore=("aux.",))
     with pytest.raises(InputError, match=r"1 unknown: aux\.weight"):
         load_tensors(model, state, "file", keep=("bias",))
+
+
+# ---------------------------------------------------------------------- well-known files
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """An empty folder to run in, and an empty download cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path
+
+
+def test_missing_file_is_named_with_the_places_and_the_remedy(nowhere):
+    with pytest.raises(InputError) as caught:
+        find_weights("vgg.pth", ", or do without")
+    message = str(caught.value)
+    assert f"no vgg.pth in weights/ or {nowhere}/hub/checkpoints" in message
+    assert "weights/README.md" in message and message.endswith("where), or do without")
+
+
+def test_weights_folder_comes_before_the_download_cache(nowhere):
+    cached = nowhere / "hub" / "checkpoints" / "vgg.pth"
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    assert find_weights("vgg.pth") == cached
+    own = nowhere / "weights" / "vgg.pth"
+    own.parent.mkdir()
+    own.touch()
+    assert find_weights("vgg.pth").resolve() == own

@@ -1,0 +1,71 @@
+"""Inception features as the ADM evaluator reads them: the TF-2015 network in torch-fidelity's port."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from modeling.errors import InputError
+from modeling.weights import describe, find_weights, read_state_dict
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the end: how its SHA-256 begins
+SPATIAL_CHANNELS = 7
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32: with it features are good to three digits only."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
+
+
+class Inception:
+    """uint8 images -> pool_3, spatial features and logits without bias, all float32.
+
+    `identity` tells features of one weight file from those of another.
+    """
+
+    widths = (2048, 17 * 17 * SPATIAL_CHANNELS, 1008)
+
+    def __init__(self, device: torch.device | str):
+        path = find_weights(INCEPTION_FILE)
+        # Checked here first, tensors only: the package itself would load any pickle.
+        state = read_state_dict(path)
+        if state.get("fc.weight", torch.empty(0)).shape != (1008, 2048):
+            raise InputError(
+                f"{path} is not the TF-2015 Inception of torch-fidelity but {describe(state)}; "
+                f"weights/README.md says where to get it"
+            )
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.identity = f"inception-v3-compat {digest[:16]}"
+        self.published = digest.startswith("6726825d")
+        self.device = torch.device(device)
+        self.network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], str(path)
+        ).to(self.device)
+        # TensorFlow's mixed_6/conv is the first branch of the third block of four at 17x17.
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.spatial = output[:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W), uint8 -> (B, 2048), (B, 2023) in TensorFlow's order, (B, 1008).
+
+        The resize to 299x299 is TensorFlow's, without antialiasing, and part of the network.
+        """
+        with full_float32(), torch.autocast(self.device.type, enabled=False):
+            pool, logits = self.network(images.to(self.device, non_blocking=True))
+        return pool, self.spatial.permute(0, 2, 3, 1).flatten(1), logits

@@ -1,0 +1,162 @@
+"""The metrics' arithmetic, on features, in float64: Fréchet distance, Inception Score, manifolds.
+
+Sums are streamed, so memory does not grow with the number of images, and add up over the job's
+processes (`reduced`, which all of them call).
+"""
+
+import numpy as np
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+
+from modeling.errors import InputError
+
+IS_SPLIT = 5000  # images a split of the Inception Score
+NEIGHBOURS = 3  # k of precision and recall
+BLOCK = 4096  # rows and columns of a block of distances: 134 MB
+
+
+# ---------------------------------------------------------------------- Fréchet distance
+class Moments:
+    """Mean and covariance of features that come in batches.
+
+    Every batch is centred on its own mean before it is summed and the sums are merged as Chan et
+    al. (1979) do, so that nothing cancels when the mean is large.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu"):
+        self.count = 0
+        self.mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def add(self, features: Tensor) -> None:
+        """Features (B, width)."""
+        features = features.double()
+        n, total = len(features), self.count + len(features)
+        mean = features.mean(0)
+        centred, step = features - mean, mean - self.mean
+        self.scatter.addmm_(centred.T, centred)
+        self.scatter.addr_(step, step, alpha=self.count * n / total)
+        self.mean += step * (n / total)
+        self.count = total
+
+    def reduced(self) -> tuple[Tensor, Tensor]:
+        """Mean (width,) and unbiased covariance (width, width) of all processes' features."""
+        count = reduce(torch.tensor([self.count], device=self.mean.device), "sum").item()
+        mean = reduce(self.mean * self.count, "sum") / count
+        step = self.mean - mean
+        scatter = torch.addr(self.scatter, step, step, alpha=self.count)
+        return mean, reduce(scatter, "sum") / (count - 1)
+
+
+def frechet_distance_of_moments(
+    mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor
+) -> float:
+    """Squared Fréchet distance of two Gaussians, |μa - μb|² + tr(Σa + Σb - 2(Σa Σb)^½), in float64.
+
+    With Σ = F Fᵀ from the eigenvalues of each covariance, the trace of the root is the sum of the
+    singular values of Faᵀ Fb: unlike a matrix root it stays exact for singular covariances.
+    """
+    root_a, root_b = factor(covariance_a), factor(covariance_b)
+    overlap = torch.linalg.svdvals(root_a.T @ root_b).sum()
+    difference = (mean_a.double() - mean_b.double()).square().sum()
+    distance = difference + root_a.square().sum() + root_b.square().sum() - 2 * overlap
+    return max(distance.item(), 0.0)  # rounding alone puts it below zero
+
+
+def factor(covariance: Tensor) -> Tensor:
+    """F (D, rank) with F Fᵀ = the covariance (D, D); what rounding left of its null space is cut."""
+    covariance = covariance.double()
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1].abs()
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def frechet_distance(features_a: Tensor | np.ndarray, features_b: Tensor | np.ndarray) -> float:
+    """Squared Fréchet distance of two sets of features (N, D) and (M, D), N and M 2 or more."""
+    sides = []
+    for features in (features_a, features_b):
+        features = torch.as_tensor(features)
+        mean = features.double().mean(0)
+        centred = features.double() - mean
+        sides += [mean, centred.T @ centred / (len(features) - 1)]
+    return frechet_distance_of_moments(*sides)
+
+
+# ---------------------------------------------------------------------- Inception Score
+class InceptionScore:
+    """exp of the mean KL(p(y|x) ‖ p(y)) in splits of consecutive images (Salimans et al. 2016)."""
+
+    def __init__(self, images: int, classes: int, device: torch.device | str = "cpu"):
+        splits = -(-images // IS_SPLIT)
+        # A split's row: Σ p (classes), Σ p log p, images.
+        self.sums = torch.zeros(splits, classes + 2, dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, indices: Tensor) -> None:
+        """Logits (B, classes) of the images at `indices` (B,) of the set."""
+        log_p = logits.double().log_softmax(1)
+        p = log_p.exp()
+        rows = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], 1)
+        self.sums.index_add_(0, indices // IS_SPLIT, rows)
+
+    def reduced(self) -> tuple[float, float]:
+        """Mean and standard deviation over the splits."""
+        sums = reduce(self.sums, "sum")
+        mean_p = sums[:, :-2] / sums[:, -1:]
+        divergence = sums[:, -2] / sums[:, -1] - torch.xlogy(mean_p, mean_p).sum(1)
+        scores = divergence.exp()
+        return scores.mean().item(), scores.std(correction=0).item()
+
+
+# ---------------------------------------------------------------------- precision and recall
+def precision_recall(
+    reference: Tensor, samples: Tensor, device: torch.device | str = "cpu", block: int = BLOCK
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019) of features (N, D) and (M, D), k = 3.
+
+    Precision: the share of samples within the radius of at least one reference feature, which is
+    the distance to its third neighbour in its own set. Recall: the other way round. Distances are
+    computed in blocks on `device`.
+    """
+    if min(len(reference), len(samples)) <= NEIGHBOURS:
+        raise InputError(
+            f"precision and recall need more than {NEIGHBOURS} images a side: there are "
+            f"{len(samples)} samples and {len(reference)} of reference"
+        )
+    precision = covered(samples, reference, radii(reference, device, block), device, block)
+    recall = covered(reference, samples, radii(samples, device, block), device, block)
+    return precision, recall
+
+
+def squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
+    """(R, D) and (C, D) -> (R, C). In float64: in float32 near neighbours would drown."""
+    norms = rows.square().sum(1, keepdim=True) + columns.square().sum(1)
+    return norms.addmm_(rows, columns.T, alpha=-2).clamp_(min=0)
+
+
+def radii(features: Tensor, device: torch.device | str, block: int) -> Tensor:
+    """Squared distance (N,) of every feature to its third neighbour, itself not counted."""
+    result = []
+    for rows in features.split(block):
+        rows = rows.to(device, torch.float64)
+        nearest = rows.new_empty(len(rows), 0)
+        for columns in features.split(block):
+            found = squared_distances(rows, columns.to(device, torch.float64))
+            nearest = torch.cat([nearest, found], 1)
+            nearest = nearest.topk(min(NEIGHBOURS + 1, nearest.shape[1]), largest=False).values
+        result.append(nearest[:, NEIGHBOURS])
+    return torch.cat(result)
+
+
+def covered(
+    points: Tensor, centres: Tensor, limits: Tensor, device: torch.device | str, block: int
+) -> float:
+    """Share of points (N, D) within the limit (M,) of at least one centre (M, D)."""
+    inside = 0
+    for rows in points.split(block):
+        rows = rows.to(device, torch.float64)
+        found = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        for columns, limit in zip(centres.split(block), limits.split(block)):
+            found |= (squared_distances(rows, columns.to(rows)) <= limit).any(1)
+        inside += found.sum().item()
+    return inside / len(points)

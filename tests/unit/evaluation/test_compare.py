@@ -1,0 +1,269 @@
+"""The whole command in one process, on features that cost nothing; test_features.py has the real."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import evaluation.compare
+from evaluation.compare import Collector, in_order
+from evaluation.metrics import frechet_distance
+from modeling.errors import InputError
+from tests.inception import TinyFeatures
+
+
+def pictures(count, seed, size=8):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 128 + 100 * seed, (count, size, size, 3), dtype=np.uint8)
+
+
+SAMPLES, REFERENCE = pictures(20, 0), pictures(30, 1)
+
+
+@pytest.fixture
+def score(tmp_path, monkeypatch, capsys):
+    """Run evaluate.py on files in an empty folder; returns the JSON result and all that it said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation.compare, "Inception", TinyFeatures)
+    np.savez("samples.npz", SAMPLES)
+    np.savez("reference.npz", REFERENCE)
+
+    def start(*arguments, samples="samples.npz", reference="reference.npz", count=20):
+        argv = [f"--num_samples={count}", "--device=cpu", f"--reference={reference}", *arguments]
+        evaluate.main([*argv, *([f"--samples={samples}"] if samples else [])])
+        said = capsys.readouterr().out
+        last = said.strip().splitlines()[-1]
+        return json.loads(last) if last.startswith("{") else None, said
+
+    return start
+
+
+def refused(run, *words):
+    with pytest.raises(InputError) as caught:
+        run()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def write_folder(path, images):
+    path.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{i:06d}.png")
+
+
+def features_of(images):
+    return [x.numpy() for x in TinyFeatures()(torch.from_numpy(images).permute(0, 3, 1, 2))]
+
+
+# ---------------------------------------------------------------------- results
+def test_table_and_json_hold_the_five_figures_and_their_terms(score):
+    result, said = score()
+    ours, theirs = features_of(SAMPLES), features_of(REFERENCE)
+    metrics = result["metrics"]
+    assert list(metrics) == ["gFID", "sFID", "IS", "IS_std", "precision", "recall"]
+    assert metrics["gFID"] == pytest.approx(frechet_distance(ours[0], theirs[0]), rel=1e-9)
+    assert metrics["sFID"] == pytest.approx(frechet_distance(ours[1], theirs[1]), rel=1e-9)
+    assert f"gFID       {metrics['gFID']:.4f}" in said
+    assert not any(name in said for name in ("rFID", "PARTIAL", "warning:"))
+    assert result["samples"]["images"] == 20 and result["reference"]["images"] == 30
+    assert result["samples"]["size"] == [8, 8] and result["samples"]["duplicates"] == 0
+    assert result["samples"]["hash"] != result["reference"]["hash"]
+    assert result["features"]["network"] == "tiny"
+    assert result["precision"] == {"network": "float32 without TF32", "statistics": "float64"}
+    assert result["versions"].keys() == {"torch", "torch-fidelity", "numpy", "pillow"}
+    assert result["images_asked"] == 20 and not result["partial"]
+
+
+def test_folder_of_the_same_images_is_the_same_set(score, tmp_path):
+    write_folder(tmp_path / "folder", SAMPLES)
+    from_npz, _ = score()
+    from_folder, _ = score(samples="folder")
+    assert from_folder["metrics"] == from_npz["metrics"]
+    assert from_folder["samples"]["hash"] == from_npz["samples"]["hash"]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_batch_size_changes_nothing(score, batch):
+    expected, _ = score()
+    found, _ = score(f"--batch_size={batch}", "--num_workers=3")
+    assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
+    assert found["samples"] == expected["samples"]
+
+
+def test_identical_sets(score):
+    metrics = score(samples="reference.npz", count=30)[0]["metrics"]
+    assert metrics["gFID"] < 1e-6 and metrics["sFID"] < 1e-6
+    assert metrics["precision"] == metrics["recall"] == 1
+
+
+def test_saved_statistics_stand_for_the_images(score, tmp_path):
+    expected, _ = score()
+    _, said = score("--save_stats=stats.npz", samples=None)
+    assert "wrote stats.npz: 30 images" in said
+    found, _ = score(reference="stats.npz")
+    assert found["metrics"] == expected["metrics"]
+    for key in ("images", "size", "hash", "manifold_images"):
+        assert found["reference"][key] == expected["reference"][key]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def write_adm(path, images=None, **changed):
+    pool, spatial, _ = features_of(pictures(50, 1))
+    moments = {"mu": pool.mean(0), "sigma": np.cov(pool.T)}
+    moments |= {"mu_s": spatial.mean(0), "sigma_s": np.cov(spatial.T)}
+    arrays = {} if images is None else {"arr_0": images}
+    np.savez(path, **{**arrays, **moments, **changed})
+    return pool
+
+
+def test_adm_statistics_alone_give_no_precision(score):
+    pool = write_adm("adm.npz")
+    result, said = score(reference="adm.npz")
+    expected = frechet_distance(features_of(SAMPLES)[0], pool)
+    assert result["metrics"]["gFID"] == pytest.approx(expected, rel=1e-5)
+    assert result["metrics"]["precision"] is None
+    assert "precision  not known: the reference holds no images" in said
+
+
+def test_adm_file_of_both_gives_moments_from_one_and_precision_from_the_other(score):
+    write_adm("adm.npz")
+    write_adm("both.npz", REFERENCE)
+    alone, images, both = (score(reference=f"{x}.npz")[0] for x in ("adm", "reference", "both"))
+    assert both["metrics"]["gFID"] == alone["metrics"]["gFID"] != images["metrics"]["gFID"]
+    assert both["metrics"]["precision"] == images["metrics"]["precision"]
+    assert both["reference"]["manifold_images"] == 30
+    assert alone["reference"]["hash"] in both["reference"]["hash"]
+
+
+def test_large_manifolds_are_thinned_evenly(monkeypatch):
+    monkeypatch.setattr(evaluation.compare, "MANIFOLD_IMAGES", 5)
+    collector = Collector("memory", 20, (8, 8), TinyFeatures())
+    pixels = torch.from_numpy(SAMPLES).permute(0, 3, 1, 2)
+    for first in (12, 0, 6):
+        collector.add(first, pixels[first : first + (8 if first == 12 else 6)])
+    side = collector.finish()
+    np.testing.assert_allclose(side.manifold, features_of(SAMPLES)[0][3::4], rtol=1e-6)
+
+
+def test_order_of_batches_changes_no_hash():
+    pixels = torch.from_numpy(SAMPLES).permute(0, 3, 1, 2)
+    hashes = set()
+    for starts in ((0, 10), (10, 0)):
+        collector = Collector("memory", 20, (8, 8), TinyFeatures())
+        for start in starts:
+            collector.add(start, pixels[start : start + 10])
+        hashes.add(collector.finish().hash)
+    other = Collector("memory", 20, (8, 8), TinyFeatures())
+    other.add(0, pixels.flip(0))
+    assert len(hashes) == 1 and other.finish().hash not in hashes
+
+
+def test_rows_come_in_order():
+    rows, places = [torch.tensor([[3], [0]]), torch.tensor([[1]])], [torch.tensor([3, 0]), torch.tensor([1])]  # fmt: skip
+    assert in_order(rows, places, torch.device("cpu")).flatten().tolist() == [0, 1, 3]
+
+
+# ---------------------------------------------------------------------- bad input
+def test_incomplete_set_is_refused_or_declared(score):
+    refused(lambda: score(count=21), "samples.npz is incomplete: 20 of 21", "--allow_partial")
+    result, said = score("--allow_partial", count=21)
+    assert result["partial"] and result["images_asked"] == 21
+    assert "PARTIAL    20 of 21 images" in said
+
+
+def test_incomplete_set_is_refused_before_the_reference_is_read(score):
+    refused(lambda: score(reference="none.npz"), "no none.npz")
+    refused(lambda: score(reference="none.npz", count=21), "incomplete")
+
+
+def test_more_images_than_asked_are_refused(score):
+    refused(lambda: score(count=19), "20 images, 19 are asked for", "--num_samples 20")
+
+
+def test_images_of_another_size_than_the_references_are_refused(score):
+    np.savez("large.npz", pictures(30, 1, 16))
+    refused(lambda: score(reference="large.npz"), "is of 8x8 pixels, large.npz of 16x16")
+    score("--save_stats=stats.npz", samples=None, reference="large.npz")
+    refused(lambda: score(reference="stats.npz"), "is of 8x8 pixels")
+
+
+def test_statistics_of_other_features_are_refused(score, monkeypatch):
+    score("--save_stats=stats.npz", samples=None)
+    monkeypatch.setattr(evaluation.compare, "Inception", lambda d: TinyFeatures(d, "other"))
+    refused(lambda: score(reference="stats.npz"), "other features (tiny, here other)")
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (dict(mu=np.zeros(64)), ("mu is of shape (64,), not (12,)", "other features")),
+        (dict(sigma_s=np.full((6, 6), np.nan)), ("sigma_s holds NaN",)),
+        (dict(mu=np.array([{}] * 12)), ("bad.npz",)),
+    ],
+)
+def test_unfit_statistics_are_refused(score, changed, words):
+    write_adm("bad.npz", **changed)
+    refused(lambda: score(reference="bad.npz"), *words)
+
+
+def test_statistics_without_spatial_moments_are_refused(score):
+    np.savez("half.npz", mu=np.zeros(12), sigma=np.eye(12))
+    refused(lambda: score(reference="half.npz"), "lacks mu_s, sigma_s")
+
+
+def test_truncated_files_are_refused(score, tmp_path):
+    for name in ("samples.npz", "reference.npz"):
+        path = tmp_path / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        refused(score, name, "cut short")
+        path.write_bytes(whole)
+
+
+def test_features_that_are_not_finite_are_refused(score, monkeypatch):
+    def broken(device):
+        features = TinyFeatures(device)
+        features.bases[0][3, 2] = float("nan")
+        return features
+
+    monkeypatch.setattr(evaluation.compare, "Inception", broken)
+    refused(score, "30 of 30 images of reference.npz", "NaN")
+
+
+def test_copies_and_few_images_are_warned_of(score):
+    np.savez("samples.npz", np.concatenate([SAMPLES[:8], SAMPLES[:3]]))
+    result, said = score(count=11)
+    assert "warning: 3 images of samples.npz are copies of others in it" in said
+    assert "warning: samples.npz holds 11 images, fewer than the 12 features" in said
+    assert len(result["warnings"]) == 2 and result["samples"]["duplicates"] == 3
+
+
+def test_unpublished_weights_are_warned_of(score, monkeypatch):
+    monkeypatch.setattr(TinyFeatures, "published", False)
+    assert "not the published file" in score()[1]
+
+
+def test_one_image_has_no_covariance(score):
+    np.savez("samples.npz", SAMPLES[:1])
+    refused(lambda: score(count=1), "one image")
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "nothing to do"),
+        (["--samples=a.npz"], "nothing to do"),
+        (["--reference=a.npz"], "nothing to do"),
+        (["--reconstruction"], "takes --tokenizer and --data_path"),
+        (["--reconstruction", "--data_path=d", "--samples=a.npz"], "no other images"),
+        (["--reference=a.npz", "--save_stats=b"], "ends in .npz"),
+        (["--reference=a.npz", "--samples=b.npz", "--batch_size=0"], "give 1 or more"),
+    ],
+)
+def test_arguments_that_make_no_task_are_refused(argv, words):
+    refused(lambda: evaluate.main(argv), words)

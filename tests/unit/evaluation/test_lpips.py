@@ -1,0 +1,145 @@
+import copy
+import warnings
+from pathlib import Path
+
+import lpips
+import pytest
+import torch
+from torch import nn
+from torchvision.models import vgg16
+
+from evaluation.lpips import LPIPS, LPIPS_FILE, VGG_FILE, lpips_is_here
+from modeling.errors import InputError
+
+HEADS = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
+
+
+def empty_on_cpu(build):
+    """A big network without the seconds that its random start takes; its values are unset."""
+    with torch.device("meta"):
+        return build().to_empty(device="cpu")
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """An empty folder to run in, and an empty cache of torchvision."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path
+
+
+# ---------------------------------------------------------------------- weight files
+def test_pretrained_network_without_its_file_is_refused(nowhere):
+    with torch.device("meta"), pytest.raises(InputError) as caught:
+        LPIPS(pretrained=True)
+    message = str(caught.value)
+    assert f"no {VGG_FILE} in weights/ or {nowhere}/hub/checkpoints" in message
+    assert "weights/README.md" in message and "set the weight of its loss to 0" in message
+
+
+def save_shapes(model, path):
+    """A file with the model's names and shapes in a few bytes."""
+    path.parent.mkdir(exist_ok=True)
+    zero = torch.zeros(())
+    torch.save({k: zero.expand(v.shape) for k, v in model.state_dict().items()}, path)
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+def test_pretrained_network_takes_torchvisions_and_the_packages_files(nowhere):
+    with torch.device("meta"):
+        save_shapes(vgg16(), nowhere / "weights" / VGG_FILE)
+        (nowhere / "weights" / LPIPS_FILE).write_bytes(HEADS.read_bytes())
+        LPIPS(pretrained=True)
+
+
+def test_another_file_in_the_place_of_vgg_is_refused(nowhere):
+    with torch.device("meta"):
+        save_shapes(nn.Linear(2, 2), nowhere / "weights" / VGG_FILE)
+        with pytest.raises(InputError, match=VGG_FILE):
+            LPIPS(pretrained=True)
+
+
+# ---------------------------------------------------------------------- distance
+@pytest.fixture(scope="module")
+def published_lpips():
+    """The package's network, on random weights and its own heads."""
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")  # torchvision's, of the package's old call
+        # VGG's classifier, which LPIPS drops, is nine tenths of the time.
+        patch.setattr(nn.Linear, "reset_parameters", lambda self: None)
+        patch.setattr(nn.init, "normal_", lambda tensor, *_, **__: tensor)
+        model = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+    model.load_state_dict(torch.load(HEADS, "cpu", weights_only=True), strict=False)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def own_lpips(published_lpips):
+    model = empty_on_cpu(lambda: LPIPS(pretrained=False))
+    convolutions = [m for m in published_lpips.net.modules() if isinstance(m, nn.Conv2d)]
+    own = [m for m in model.stages.modules() if isinstance(m, nn.Conv2d)]
+    for mine, theirs in zip(own, convolutions, strict=True):
+        mine.load_state_dict(theirs.state_dict())
+    heads = torch.load(HEADS, "cpu", weights_only=True)
+    missing, unknown = model.load_state_dict(heads, strict=False)
+    assert not unknown and all(name.startswith("stages.") for name in missing)
+    return model
+
+
+def test_lpips_is_that_of_the_package(published_lpips, own_lpips):
+    images, targets = torch.rand(2, 2, 3, 64, 48)
+    with torch.no_grad():
+        expected = published_lpips(images * 2 - 1, targets * 2 - 1).mean()
+        value = own_lpips.distance(images, targets)
+    assert expected > 0.01
+    torch.testing.assert_close(value, expected)
+
+
+def test_lpips_gradient_is_that_of_the_package(published_lpips, own_lpips):
+    images, targets = torch.rand(2, 1, 3, 32, 32)
+    images.requires_grad_()
+    [expected] = torch.autograd.grad(
+        published_lpips(images * 2 - 1, targets * 2 - 1).mean(), images
+    )
+    [gradient] = torch.autograd.grad(own_lpips.distance(images, targets), images)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_lpips_gradient_is_finite_where_no_feature_answers(own_lpips):
+    # Zero features are normalised by a root whose slope is infinite there.
+    silent = copy.deepcopy(own_lpips)
+    for name, parameter in silent.named_parameters():
+        if name.endswith("bias"):
+            parameter.fill_(-99.0)
+    images = torch.rand(1, 3, 32, 32).requires_grad_()
+    assert not any(feature.any() for feature in silent.features(images))
+    silent.distance(images, torch.rand(1, 3, 32, 32)).backward()
+    assert images.grad.isfinite().all()
+
+
+def test_lpips_of_equal_images_is_zero(own_lpips):
+    images = torch.rand(1, 3, 32, 32)
+    assert own_lpips.distance(images, images) == 0
+
+
+def gradients_reach(network):
+    """Whether images, targets and parameters get a gradient of their distance."""
+    images, targets = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    images.requires_grad_(), targets.requires_grad_()
+    network.distance(images, targets).backward()
+    assert images.grad.isfinite().all()
+    parameters = any(p.requires_grad for p in network.parameters())
+    return bool(images.grad.any()), targets.grad is not None, parameters
+
+
+def test_lpips_gradient_reaches_the_images_alone(own_lpips):
+    assert gradients_reach(own_lpips) == (True, False, False)
+
+
+def test_lpips_is_here_with_both_files_only(nowhere):
+    (nowhere / "weights").mkdir()
+    assert not lpips_is_here()
+    (nowhere / "weights" / VGG_FILE).touch()
+    assert not lpips_is_here()
+    (nowhere / "weights" / LPIPS_FILE).touch()
+    assert lpips_is_here()

@@ -1,0 +1,130 @@
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluation.sources import ArrayImages, npz_images, npz_keys, npz_values, open_images
+from modeling.errors import InputError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
+
+
+def folder(path, pixels=PIXELS):
+    path.mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(path / f"{i:06d}.png")
+    return path
+
+
+@pytest.fixture(params=["stored", "compressed", "folder", "other key"])
+def images(request, tmp_path):
+    path = tmp_path / "images.npz"
+    if request.param == "stored":
+        np.savez(path, arr_0=PIXELS, arr_1=np.arange(7))  # labels, as ADM writes them
+    if request.param == "compressed":
+        np.savez_compressed(path, PIXELS)
+    if request.param == "other key":
+        np.savez(path, images=PIXELS)
+    if request.param == "folder":
+        path = folder(tmp_path / "folder")
+    return open_images(path)
+
+
+def test_every_source_gives_the_same_images(images):
+    assert images.shape == PIXELS.shape
+    read = images.read(2, 5)
+    assert read.dtype == np.uint8 and read.flags.c_contiguous
+    np.testing.assert_array_equal(read, PIXELS[2:5])
+    np.testing.assert_array_equal(images.read(0, 7), PIXELS)
+
+
+def test_arrays_in_fortran_order_are_read_as_they_are(tmp_path):
+    np.savez(tmp_path / "f.npz", np.asfortranarray(PIXELS))
+    np.testing.assert_array_equal(npz_images(tmp_path / "f.npz").read(1, 3), PIXELS[1:3])
+
+
+def test_npz_is_mapped_not_loaded(tmp_path):
+    np.savez(tmp_path / "a.npz", PIXELS)
+    assert isinstance(npz_images(tmp_path / "a.npz").array, np.memmap)
+
+
+def refused(make, *words):
+    with pytest.raises(InputError) as caught:
+        make()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert str(word) in message
+
+
+@pytest.mark.parametrize("compress", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_truncated_npz_is_refused(tmp_path, compress, share):
+    path = tmp_path / "cut.npz"
+    compress(path, PIXELS)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    refused(lambda: open_images(path), path, "cut short")
+
+
+def test_array_shorter_than_its_header_says_is_refused(tmp_path):
+    path = tmp_path / "short.npz"
+    np.save(tmp_path / "a.npy", PIXELS)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", (tmp_path / "a.npy").read_bytes()[:-10])
+    refused(lambda: open_images(path), path, "shorter than it says")
+
+
+def test_damaged_compressed_npz_is_refused(tmp_path):
+    path = tmp_path / "damaged.npz"
+    np.savez_compressed(path, PIXELS)
+    data = bytearray(path.read_bytes())
+    data[200:260] = bytes(60)
+    path.write_bytes(data)
+    refused(lambda: open_images(path), path, "cut short")
+
+
+@pytest.mark.parametrize(
+    "array, words",
+    [
+        (PIXELS.astype(np.float32), "is float32: give uint8"),
+        (PIXELS.transpose(0, 3, 1, 2), "of shape (7, 3, 5, 6)"),
+        (PIXELS[0], "of shape (5, 6, 3)"),
+        (PIXELS[:0], "of shape (0, 5, 6, 3)"),
+    ],
+)
+def test_other_shapes_and_types_are_refused(tmp_path, array, words):
+    np.savez(tmp_path / "a.npz", array)
+    refused(lambda: open_images(tmp_path / "a.npz"), tmp_path / "a.npz", words)
+    refused(lambda: ArrayImages("memory", array), "memory", words)
+
+
+def test_pickled_objects_are_never_loaded(tmp_path):
+    path = tmp_path / "objects.npz"
+    np.savez(path, arr_0=np.array([{}, []], dtype=object), mu=np.array([{}], dtype=object))
+    refused(lambda: open_images(path), path, "Python objects")
+    refused(lambda: npz_values(path, ["mu"]), path)
+
+
+def test_npz_of_other_things_is_named(tmp_path):
+    np.savez(tmp_path / "a.npz", x=PIXELS, y=PIXELS)
+    refused(lambda: open_images(tmp_path / "a.npz"), "no arr_0 of images but x, y")
+
+
+def test_nothing_there_is_said(tmp_path):
+    refused(lambda: npz_keys(tmp_path / "none.npz"), f"no {tmp_path}/none.npz")
+    (tmp_path / "empty").mkdir()
+    refused(lambda: open_images(tmp_path / "empty"), "holds no images")
+
+
+def test_images_of_two_sizes_in_a_folder_are_named(tmp_path):
+    images = open_images(folder(tmp_path / "f", [*PIXELS[:3], PIXELS[3][:4]]))
+    refused(lambda: images.read(0, 4), "000003.png is 6x4 pixels, not 6x5 like 000000.png")
+
+
+def test_cut_picture_in_a_folder_is_named(tmp_path):
+    images = open_images(folder(tmp_path / "f"))
+    bad = tmp_path / "f/000004.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    refused(lambda: images.read(4, 5), f"unreadable image {bad}")

@@ -1,0 +1,197 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+import evaluate
+import evaluation.tokenizer
+from data.images import center_crop, load_image
+from evaluation.metrics import frechet_distance
+from evaluation.tokenizer import MAGNIFIED, load_tokenizer, ssim
+from modeling.errors import InputError
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights import write_state_dict
+from tests.inception import TinyFeatures
+
+SIZES = dict(codebook_size=16, token_size=4, image_size=16, patch_size=4)
+SIZES |= dict(encoder_width=8, encoder_layers=1, encoder_heads=1)
+SIZES |= dict(decoder_width=8, decoder_layers=1, decoder_heads=1)
+STAGES = {
+    1: dict(causal=True, prefix_head=True, num_buffer_tokens=1, clustering=True),
+    2: dict(num_buffer_tokens=3),
+}
+
+
+# ---------------------------------------------------------------------- SSIM
+def by_scipy(a, b):
+    """Of one channel (H, W), as Wang et al. define it."""
+
+    def mean(x):
+        return gaussian_filter(x, 1.5, radius=5)[5:-5, 5:-5]
+
+    ma, mb = mean(a), mean(b)
+    va, vb, ab = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    c1, c2 = 1e-4, 9e-4
+    return ((2 * ma * mb + c1) * (2 * ab + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).mean()
+
+
+def test_ssim_is_its_definition():
+    images, others = torch.rand(2, 2, 3, 20, 17)
+    others = 0.7 * images + 0.3 * others
+    expected = [
+        np.mean([by_scipy(x.double().numpy(), y.double().numpy()) for x, y in zip(a, b)])
+        for a, b in zip(images, others)
+    ]
+    np.testing.assert_allclose(ssim(images, others), expected, rtol=1e-9)
+    assert 0.3 < expected[0] < 0.99
+
+
+def test_ssim_of_equal_images_is_one_and_of_negatives_is_below_zero():
+    images = torch.rand(2, 3, 16, 16)
+    assert ssim(images, images).tolist() == pytest.approx([1, 1])
+    assert (ssim(images, 1 - images) < 0).all()
+
+
+# ---------------------------------------------------------------------- the whole command
+class HalfDistance:
+    def __init__(self, pretrained):
+        assert pretrained
+
+    def to(self, device):
+        return self
+
+    def distance(self, images, targets):
+        return (images - targets).abs().mean() / 2
+
+
+@pytest.fixture(params=[1, 2])
+def run_folder(request, tmp_path):
+    """What training leaves: a config and weights, of either stage."""
+    config = TokenizerConfig(**SIZES, **STAGES[request.param])
+    tokenizer = Tokenizer(config)
+    write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth")
+    lines = [f"    {k}: {json.dumps(v)}" for k, v in {**SIZES, **STAGES[request.param]}.items()]
+    (tmp_path / "config.yaml").write_text("\n".join(["model:", "  vq_model:", *lines]))
+    return tmp_path, tokenizer.eval()
+
+
+@pytest.fixture
+def score(run_folder, monkeypatch, capsys):
+    folder, tokenizer = run_folder
+    monkeypatch.setattr(evaluate, "Inception", TinyFeatures)
+    monkeypatch.setattr(evaluation.tokenizer, "LPIPS", HalfDistance)
+    rng = np.random.default_rng(0)
+    for i in range(13):
+        path = folder / "images/val" / f"c{i % 2}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((29, 23), Image.Resampling.BICUBIC).save(path)
+
+    def start(*arguments):
+        evaluate.main([
+            "--reconstruction", f"--tokenizer={folder}/tokenizer.pth", "--device=cpu",
+            f"--config={folder}/config.yaml", f"--data_path={folder}/images", "--split=val",
+            f"--picture={folder}/out/pairs.png", "--num_workers=0", "--batch_size=5", *arguments,
+        ])  # fmt: skip
+        said = capsys.readouterr().out
+        return json.loads(said.strip().splitlines()[-1]), said
+
+    start.folder, start.tokenizer = folder, tokenizer
+    return start
+
+
+def reconstructions(score):
+    paths = sorted((score.folder / "images/val").rglob("*.png"))
+    pixels = [torch.from_numpy(np.array(center_crop(load_image(p), 16))) for p in paths]
+    before = torch.stack(pixels).permute(0, 3, 1, 2)
+    codes = score.tokenizer.encode(before / 255)
+    with torch.no_grad():
+        return before, codes, score.tokenizer.decode(codes)
+
+
+def test_all_figures_are_those_of_centre_crops_and_their_reconstructions(score):
+    result, said = score()
+    before, codes, after = reconstructions(score)
+    metrics = result["metrics"]
+    names = ["rFID", "PSNR", "SSIM", "LPIPS", "codebook_use", "perplexity"]
+    assert list(metrics) == names and "gFID" not in said
+    features = [TinyFeatures()(x)[0] for x in (before, (after * 255).to(torch.uint8))]
+    assert metrics["rFID"] == pytest.approx(frechet_distance(*features), rel=1e-5)
+    mse = (before / 255 - after).square().mean((1, 2, 3))
+    assert metrics["PSNR"] == pytest.approx((-10 * mse.log10()).mean().item(), rel=1e-5)
+    assert metrics["SSIM"] == pytest.approx(ssim(before / 255, after).mean().item(), rel=1e-5)
+    expected = (before / 255 - after).abs().mean().item() / 2
+    assert metrics["LPIPS"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["codebook_use"] == len(codes.unique()) / 16
+    assert result["samples"]["images"] == result["reference"]["images"] == 13
+
+
+def test_picture_shows_before_after_and_difference(score):
+    result, _ = score()
+    before, _, after = reconstructions(score)
+    assert result["picture"] == f"{score.folder}/out/pairs.png"
+    picture = np.asarray(Image.open(result["picture"]))
+    assert picture.shape == (5 * 16, 3 * 16, 3)  # the first batch has five
+    second = picture[16:32].reshape(16, 3, 16, 3).transpose(1, 3, 0, 2)
+    np.testing.assert_array_equal(second[0], before[1])
+    np.testing.assert_array_equal(second[1], (after[1] * 255).to(torch.uint8))
+    difference = (MAGNIFIED * (before[1] / 255 - after[1]).abs()).clamp(max=1) * 255
+    np.testing.assert_allclose(second[2], difference, atol=1)
+
+
+def test_statistics_of_the_originals_serve_as_a_reference(score):
+    _, _ = score(f"--save_stats={score.folder}/val.npz")
+    with np.load(score.folder / "val.npz", allow_pickle=False) as stored:
+        before, _, _ = reconstructions(score)
+        np.testing.assert_allclose(stored["mu"], TinyFeatures()(before)[0].mean(0), rtol=1e-5)
+
+
+def test_folder_that_is_not_there_is_named(score):
+    with pytest.raises(InputError, match=r"no image folder .*images/test"):
+        score("--split=test")
+
+
+# ---------------------------------------------------------------------- loading
+def test_a_runs_folder_brings_its_config(run_folder, monkeypatch):
+    folder, tokenizer = run_folder
+    monkeypatch.setattr(evaluation.tokenizer, "read_weights", lambda *_: tokenizer.state_dict())
+    loaded = load_tokenizer(str(folder))
+    assert loaded.config.causal is tokenizer.config.causal and not loaded.training
+    codes = torch.randint(16, (2, tokenizer.config.num_tokens))
+    torch.testing.assert_close(loaded.decode(codes), tokenizer.decode(codes))
+
+
+def test_stage_of_published_sizes_is_read_from_the_weights(run_folder, monkeypatch):
+    folder, tokenizer = run_folder
+    seen = []
+
+    class Seen(Exception):
+        pass
+
+    def build(config):
+        seen.append(config)
+        raise Seen
+
+    monkeypatch.setattr(evaluation.tokenizer, "Tokenizer", build)
+    with pytest.raises(Seen):
+        load_tokenizer(str(folder / "tokenizer.pth"))
+    stage1 = tokenizer.config.prefix_head
+    published = TokenizerConfig()
+    wanted = (True, True, 1) if stage1 else (False, False, published.num_buffer_tokens)
+    assert (seen[0].causal, seen[0].prefix_head, seen[0].num_buffer_tokens) == wanted
+    assert seen[0].encoder_width == published.encoder_width
+
+
+def test_misspelt_config_and_misfitting_weights_are_refused(run_folder):
+    folder, _ = run_folder
+    (folder / "bad.yaml").write_text("model: {vq_model: {encoder_widht: 8}}")
+    with pytest.raises(InputError, match=r"did you mean model.vq_model.encoder_width"):
+        load_tokenizer(str(folder / "tokenizer.pth"), str(folder / "bad.yaml"))
+    with pytest.raises(InputError, match="no config file"):
+        load_tokenizer(str(folder / "tokenizer.pth"), str(folder / "none.yaml"))
+    (folder / "other.yaml").write_text("model: {vq_model: {image_size: 32, patch_size: 16}}")
+    with pytest.raises(InputError, match="does not fit the configured tokenizer"):
+        load_tokenizer(str(folder / "tokenizer.pth"), str(folder / "other.yaml"))

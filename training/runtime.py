@@ -53,6 +53,12 @@ def precision(training: Training) -> str:
     return "bf16" if torch.cuda.is_available() else "no"
 
 
+def set_matmul_precision(precision: str) -> None:
+    """Float32 products in full (fp32) or by TensorFloat-32 on CUDA (tf32, bf16)."""
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
 def start_training(training: Training) -> Accelerator:
     """The accelerator of a training program, with the run's seed and matmul precision."""
     accelerator = Accelerator(

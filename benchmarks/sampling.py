@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import modeling.sampling
 from benchmarks.common import machine
 from data.parts import Parts
 from modeling.generator import Generator, GeneratorConfig
@@ -33,6 +34,7 @@ from modeling.sampling import (
     draw,
     guidance_schedule,
     guide,
+    sample_codes,
 )
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from sample_imagenet import write_png
@@ -224,6 +226,50 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
     )
 
 
+def changes(args: argparse.Namespace) -> None:
+    """One change after another on a CPU, each against the way before it.
+
+    Processor time of one thread, which other work on the machine disturbs less than the clock.
+    """
+    torch.set_num_threads(1)
+    config, sampling = SIZES["b"]
+    config.num_hidden_layers = args.layers or config.num_hidden_layers
+    torch.manual_seed(0)
+    model = Generator(config).eval()
+    torch.nn.init.normal_(model.output.weight, std=0.02)
+    labels, uniforms = torch.arange(args.batch), torch.rand(args.batch, config.image_seq_len)
+
+    def preallocated() -> Tensor:
+        return sample_codes(model, labels, uniforms, 16.0, 1.8)
+
+    def engine(dtype: torch.dtype, packed: bool) -> Callable[[], Tensor]:
+        original = modeling.sampling.pack
+        modeling.sampling.pack = original if packed else lambda weight, rows: weight
+        made = Engine(model, args.batch, sampling, dtype)
+        modeling.sampling.pack = original
+        return lambda: made.sample(labels, uniforms)
+
+    ways = {
+        "plain: cache grown by concatenation": lambda: plain_codes(
+            model, sampling, labels, uniforms
+        ),
+        "cache preallocated": preallocated,
+        "engine: w1 and w3 fused, fused norms": engine(torch.float32, False),
+        "weights packed for oneDNN": engine(torch.float32, True),
+        "bf16 weights and cache": engine(torch.bfloat16, True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(args.rounds):
+        for name, way in ways.items():
+            began = time.process_time()
+            way()
+            times[name].append(time.process_time() - began)
+    for before, name in zip([None, *ways], ways):
+        milliseconds = statistics.median(times[name]) / config.image_seq_len * 1e3
+        gain = [b / n for b, n in zip(times[before or name], times[name])]
+        print(f"  {name}: {milliseconds:.1f} ms a step, x {statistics.median(gain):.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     cuda = torch.cuda.is_available()
@@ -234,8 +280,11 @@ def main() -> None:
     parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--changes", action="store_true", help="a CPU's log of changes instead")
     args = parser.parse_args()
     print(machine())
+    if args.changes:
+        return changes(args)
     for size in args.sizes:
         for precision in args.precisions:
             layers = f", cut down to {args.layers} layers" if args.layers else ""

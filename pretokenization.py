@@ -32,7 +32,7 @@ from data.tokens import MANIFEST, TokenWriter, fingerprint, open_tokens, write_m
 from modeling.errors import InputError
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import load_tensors, read_state_dict
-from training.runtime import run, start_processes
+from training.runtime import run, set_matmul_precision, start_processes
 
 BATCHES_PER_PART = 16  # what a killed run loses at most, per process
 COMPARED_BATCHES = 2  # encoded in float32 too, where another type was asked for
@@ -339,16 +339,11 @@ def encode(tokenizer: Tokenizer, images: Tensor, dtype: str) -> Tensor:
     """
     for block in tokenizer.encoder.transformer:
         block.attn.exact = dtype != "bf16"
-    allow_tf32(dtype == "tf32")
+    set_matmul_precision("tf32" if dtype == "tf32" else "fp32")
     with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         latents = tokenizer.encoder(images, tokenizer.latent_tokens)
-    allow_tf32(False)
+    set_matmul_precision("fp32")
     return tokenizer.quantize.nearest(latents)
-
-
-def allow_tf32(allowed: bool) -> None:
-    # Convolutions have it on by default: left alone, the patches would not be float32's.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def print_agreement(

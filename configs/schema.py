@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from modeling.errors import InputError
 from modeling.generator import GeneratorConfig
+from modeling.sampling import Sampling
 from modeling.tokenizer import TokenizerConfig
 
 T = TypeVar("T")
@@ -104,9 +105,30 @@ class GeneratorExperiment(Experiment):
     generator_checkpoint: Optional[str] = None  # the weights to sample from
     tokenizer_checkpoint: str = "weights/AliTok.pth"
     num_fid_samples: int = 50_000
-    per_proc_batch_size: int = 125  # images sampled together, one fixed chunk of indices
+    # Images sampled together, one fixed chunk of indices; None: as many as memory allows, up to 256
+    per_proc_batch_size: Optional[int] = None
     save_png: bool = True
     evaluate: Optional[str] = None  # score the samples against this reference when all are there
+    precision: str = "auto"  # of sampling: fp32, tf32, bf16; auto: bf16 on CUDA, fp32 on a CPU
+    compile: Any = "auto"  # of sampling: True, False; auto: on CUDA
+    classes: Optional[list[int]] = None  # image i has class classes[i mod their number]; None: all
+    codes: Optional[str] = None  # decode the codes of this .npz instead of sampling new ones
+    grid: int = 0  # N: the first N x N images also as one picture, OUTPUT_DIR_grid.png
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("num_fid_samples", 1), ("per_proc_batch_size", 1), ("grid", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"experiment.{name}={value}: give {least} or more")
+        if self.precision not in ("auto", "fp32", "tf32", "bf16"):
+            raise InputError(
+                f"experiment.precision={self.precision}: choose auto, fp32, tf32 or bf16"
+            )
+        if self.compile not in ("auto", True, False):
+            raise InputError(f"experiment.compile={self.compile}: choose auto, True or False")
+        if self.classes is not None and not self.classes:
+            raise InputError("experiment.classes is empty: give at least one, for example [207]")
 
 
 @dataclass
@@ -116,7 +138,10 @@ class GeneratorOptions(GeneratorConfig):
     codebook_size: int = "${model.vq_model.codebook_size}"  # type: ignore[assignment]
     randomize_temperature: float = 1.0  # of sampling
     guidance_scale: float = 16.0  # 0 or 1: no guidance
-    guidance_scale_pow: float = 1.8
+    guidance_scale_pow: float = 1.8  # of the power-cosine schedule
+    guidance_schedule: str = "power-cosine"  # as published; or constant, linear
+    top_k: int = 0  # draw among the so many most likely codes; 0: all
+    top_p: float = 1.0  # draw among the fewest codes that hold this probability; 1: all
     seed: int = 42  # of sampling
 
     def __post_init__(self):
@@ -128,6 +153,18 @@ class GeneratorOptions(GeneratorConfig):
                 f"model.generator.randomize_temperature={self.randomize_temperature}: give more "
                 f"than 0 (1e-5 takes the most likely code)"
             )
+        _ = self.sampling  # refuses the other values that make no sense
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(
+            guidance_scale=self.guidance_scale,
+            guidance_power=self.guidance_scale_pow,
+            guidance_schedule=self.guidance_schedule,
+            temperature=self.randomize_temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
 
 
 @dataclass

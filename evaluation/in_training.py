@@ -15,6 +15,8 @@ from modeling.sampling import sample_codes
 from modeling.tokenizer import Tokenizer
 from training.randomness import image_uniforms
 
+CHUNK = 64  # images sampled together where the config leaves it open
+
 
 def open_evaluator(reference: Optional[str], ready: bool, needed: str) -> Optional[Evaluator]:
     """The reference's side, if one is given; `needed` names the options that it cannot do without."""
@@ -42,7 +44,8 @@ def generated(
 ) -> dict[str, float]:
     """gFID and the rest of `experiment.num_fid_samples` images, the ones that sampling would make."""
     sampler, vq_model = options.model.generator, options.model.vq_model
-    count, chunk = options.experiment.num_fid_samples, options.experiment.per_proc_batch_size
+    count = options.experiment.num_fid_samples
+    chunk = options.experiment.per_proc_batch_size or CHUNK
     processes, size = evaluator.processes, (vq_model.image_size, vq_model.image_size)
     collector = Collector("generated images", count, size, evaluator.inception)
     was_training = generator.training

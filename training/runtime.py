@@ -65,6 +65,12 @@ def compiles(training: Training) -> bool:
     return torch.cuda.is_available() if training.compile == "auto" else training.compile
 
 
+def set_matmul_precision(precision: str) -> None:
+    """Float32 products in full (fp32) or by TensorFloat-32 on CUDA (tf32, bf16)."""
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
 def start_training(training: Training) -> Accelerator:
     """The accelerator of a training program, with the run's seed and matmul precision."""
     accelerator = Accelerator(
@@ -78,8 +84,7 @@ def start_training(training: Training) -> Accelerator:
     )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1:
         start_fsdp(accelerator)
-    torch.backends.cuda.matmul.allow_tf32 = training.enable_tf32
-    torch.backends.cudnn.allow_tf32 = training.enable_tf32
+    set_matmul_precision("tf32" if training.enable_tf32 else "fp32")
     set_seed(training.seed)  # the same initial weights on every rank
     return accelerator
 

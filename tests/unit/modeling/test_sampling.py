@@ -1,13 +1,22 @@
+import dataclasses
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import chisquare
 
 from modeling import sampling
 from modeling.errors import InputError
 from modeling.generator import Generator, GeneratorConfig
-from modeling.sampling import draw, guidance_schedule, sample_codes
+from modeling.sampling import (
+    Engine,
+    Sampling,
+    decode_images,
+    draw,
+    guidance_schedule,
+    sample_codes,
+)
 
 TINY = GeneratorConfig(
     hidden_size=32,
@@ -149,3 +158,161 @@ def test_same_uniforms_give_the_same_codes_whatever_the_global_seed(model):
     first = sample_codes(model, LABELS, uniforms, 4.0, 1.0)
     torch.manual_seed(99)
     assert torch.equal(sample_codes(model, LABELS, uniforms, 4.0, 1.0), first)
+
+
+# ---------------------------------------------------------------------- top-k and top-p
+SKEWED = torch.tensor([0.02, 0.30, 0.05, 0.25, 0.08, 0.20, 0.10])  # probabilities, in no order
+
+
+def exact(temperature=1.0, top_k=0, top_p=1.0):
+    """What the knobs make of SKEWED, in float64 and from their definitions: (7,) probabilities."""
+    p = SKEWED.double() ** (1 / temperature)
+    order = (p / p.sum()).argsort(descending=True).tolist()
+    kept = order[: top_k or None]
+    mass, inside = 0.0, []
+    for code in kept:
+        if mass < top_p:
+            inside.append(code)
+        mass += (p[code] / p[kept].sum()).item()
+    q = torch.zeros(7, dtype=torch.float64)
+    q[inside] = p[inside]
+    return q / q.sum()
+
+
+@pytest.mark.parametrize(
+    "knobs, kept",
+    [
+        (dict(temperature=0.7), 7),
+        (dict(temperature=1.5), 7),
+        (dict(top_k=3), 3),
+        (dict(top_k=1), 1),
+        (dict(top_k=9), 7),
+        (dict(top_p=0.74), 3),
+        (dict(top_p=0.76), 4),
+        (dict(top_p=0.01), 1),
+        (dict(temperature=2.0, top_k=5, top_p=0.6), 3),
+    ],
+)
+def test_draws_follow_the_exact_probabilities(knobs, kept):
+    uniforms = torch.rand(10_000, generator=torch.Generator().manual_seed(5))
+    logits = SKEWED.log() + 3.0
+    knobs = {"temperature": 1.0, **knobs}
+    counts = torch.bincount(draw(logits.expand(10_000, -1), uniforms, **knobs), minlength=7)
+    expected = exact(**knobs)
+    possible = expected > 0
+    assert possible.sum() == kept and not counts[~possible].any()
+    if kept > 1:
+        expected = 10_000 * expected[possible].numpy()
+        assert chisquare(counts[possible].numpy(), expected).pvalue > 0.001
+
+
+@pytest.mark.parametrize("schedule, expected", [("constant", [5] * 4), ("linear", [1, 2, 3, 4])])
+def test_other_guidance_schedules_by_hand(schedule, expected):
+    assert guidance_schedule(5.0, 1.8, 4, schedule).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (dict(guidance_schedule="cosine"), "power-cosine, constant, linear"),
+        (dict(temperature=0.0), "temperature 0.0"),
+        (dict(top_k=-1), "top_k -1"),
+        (dict(top_p=0.0), "top_p 0.0"),
+        (dict(top_p=1.1), "top_p 1.1"),
+    ],
+)
+def test_knobs_that_make_no_sense_are_refused(values, words):
+    with pytest.raises(InputError, match=words):
+        Sampling(**values)
+
+
+# ---------------------------------------------------------------------- the engine
+def engine_codes(model, labels, uniforms, batch=5, **given):
+    knobs = {k: given.pop(k) for k in list(given) if k in Sampling.__dataclass_fields__}
+    return Engine(model, batch, Sampling(**knobs), **given).sample(labels, uniforms)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 6.0])
+@pytest.mark.parametrize("bucket", [1, 4, 32])
+@torch.no_grad()
+def test_engine_draws_what_the_formula_without_cache_does(model, scale, bucket):
+    uniforms = torch.rand(5, 7)
+    codes = engine_codes(
+        model, LABELS, uniforms, guidance_scale=scale, guidance_power=1.5, bucket=bucket
+    )
+    expected = reference(model, LABELS, uniforms, None if scale < 2 else scale, 1.5)
+    assert torch.equal(codes, expected)
+
+
+def test_engine_follows_its_knobs(model):
+    """10,000 first codes against exact probabilities of the model's own logits."""
+    with torch.no_grad():
+        empty = torch.empty(1, 0, dtype=torch.int64)
+        logits = model(empty, torch.tensor([1]))[0, 0].double()
+    p = torch.softmax(logits / 0.8, 0)
+    least = p.topk(6).values[-1]
+    p = torch.where(p >= least, p, 0.0)
+    p /= p.sum()
+    labels = torch.full((10_000,), 1)
+    uniforms = torch.rand(10_000, 7, generator=torch.Generator().manual_seed(2))
+    codes = engine_codes(model, labels, uniforms, batch=10_000, temperature=0.8, top_k=6)[:, 0]
+    counts = torch.bincount(codes, minlength=16)
+    possible = p > 0
+    assert possible.sum() == 6 and not counts[~possible].any()
+    assert chisquare(counts[possible], 10_000 * p[possible].numpy()).pvalue > 0.001
+
+
+def test_codes_do_not_depend_on_the_rest_of_the_batch_nor_on_earlier_batches(model):
+    uniforms = torch.rand(5, 7)
+    engine = Engine(model, 5, Sampling(4.0, 1.0))
+    whole = engine.sample(LABELS, uniforms)
+    assert torch.equal(engine.sample(LABELS[3:], uniforms[3:]), whole[3:])
+    assert torch.equal(engine.sample(LABELS, uniforms), whole)
+
+
+def test_engine_runs_one_branch_without_guidance_and_two_with(model):
+    sizes = [len(Engine(model, 5, Sampling(scale)).rows) for scale in (0.0, 1.0, 2.0)]
+    assert sizes == [5, 5, 10]
+
+
+def test_engine_leaves_the_model_as_it_was_and_does_not_follow_it(model):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    uniforms = torch.rand(5, 7)
+    engine = Engine(model, 5, Sampling(4.0), dtype=torch.bfloat16)
+    codes = engine.sample(LABELS, uniforms)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(engine.sample(LABELS, uniforms), codes)
+
+
+def test_engine_refuses_a_class_that_the_model_lacks(model):
+    with pytest.raises(InputError, match=r"class 3 asked for: this model knows classes 0…2"):
+        Engine(model, 2, Sampling()).sample(torch.tensor([0, 3]), torch.rand(2, 7))
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_bfloat16_keeps_the_logits_near_float32(fill, compiled):
+    """The error of a whole network of bf16 products, not that of logits rounded to bf16."""
+    model = fill(Generator(dataclasses.replace(TINY, hidden_size=64, image_seq_len=21)))
+    labels, uniforms = torch.arange(3), torch.rand(3, 21)
+    seen = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine(model, 3, Sampling(3.0), dtype, compiled)
+        finish, steps = engine.finish, []
+        engine.finish = lambda x, *rest, f=finish, s=steps: s.append(x.clone()) or f(x, *rest)
+        engine.sample(labels, uniforms)
+        assert engine.caches[0].dtype == dtype and steps[0].dtype == torch.float32
+        seen[dtype] = F.rms_norm(steps[0], (64,), model.norm.weight) @ model.output.weight.T
+    exact, rough = seen.values()
+    error = (rough - exact).std() / exact.std()
+    assert 0 < error < 0.02
+
+
+# ---------------------------------------------------------------------- pixels
+def test_pixels_are_truncated_not_rounded_and_channels_come_last():
+    class Shown:
+        def decode(self, codes):
+            return torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(len(codes), 3, 2, 2)
+
+    images = decode_images(Shown(), torch.zeros(70, 5, dtype=torch.int64), torch.float32)
+    assert images.shape == (70, 2, 2, 3) and images.dtype == torch.uint8
+    assert images[69, 0, 0].tolist() == [0, 127, 255]

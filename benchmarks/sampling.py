@@ -1,0 +1,296 @@
+"""Sampling speed against the plain way and against what the machine could do at best.
+
+    python -m benchmarks.sampling                     # B, L and XL on a CUDA device
+    python -m benchmarks.sampling --sizes b --batch 4 --plain-batch 4 --layers 6   # on a CPU
+
+Both ways sample with random weights, guidance on, in turn, `--rounds` times; times are medians and
+the speed-up is the median of the rounds' ratios. The plain way is the published sampler's: float32
+(TF32 on CUDA), a cache grown by concatenation, eager, then decoding in one go. `--layers` cuts
+generator and decoder down to that many layers where a whole run takes too long: ms a step and
+images/s are then those of the smaller models, and say so.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import modeling.sampling
+from benchmarks.common import machine
+from data.parts import Parts
+from modeling.generator import Generator, GeneratorConfig
+from modeling.sampling import (
+    Engine,
+    Sampling,
+    cache_bytes,
+    decode_images,
+    draw,
+    guidance_schedule,
+    guide,
+    sample_codes,
+)
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from sample_imagenet import write_png
+from training.runtime import set_matmul_precision
+
+SIZES = {
+    "b": (GeneratorConfig(hidden_size=768, num_hidden_layers=24), Sampling(16.0, 1.8)),
+    "l": (GeneratorConfig(hidden_size=1024, num_hidden_layers=24), Sampling(6.0, 0.7)),
+    "xl": (GeneratorConfig(hidden_size=1280, num_hidden_layers=32), Sampling(13.0, 1.4)),
+}
+BATCHES = {"b": 256, "l": 256, "xl": 256}
+
+
+class GrownCache:
+    """The plain way's cache: every step copies all of it into a longer one."""
+
+    def __init__(self, layers: int):
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+        self.filled = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.keys[layer] is not None:
+            k = torch.cat([self.keys[layer], k], 2)
+            v = torch.cat([self.values[layer], v], 2)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+
+@torch.inference_mode()
+def plain_codes(model: Generator, sampling: Sampling, labels: Tensor, uniforms: Tensor) -> Tensor:
+    config = model.config
+    scales = guidance_schedule(sampling.guidance_scale, sampling.guidance_power, 273)
+    labels = torch.cat([labels, torch.full_like(labels, config.no_class)])
+    cache, codes = GrownCache(config.num_hidden_layers), []
+    x = model.embed_class(labels)
+    for t in range(config.image_seq_len):
+        logits = guide(model.step(x, cache), scales[t].item())
+        codes.append(draw(logits, uniforms[:, t], 1.0))
+        x = model.embeddings(codes[-1].repeat(2)).unsqueeze(1)
+    return torch.stack(codes, 1)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[..., object], *arguments: object) -> float:
+    synchronize()
+    began = time.perf_counter()
+    work(*arguments)
+    synchronize()
+    return time.perf_counter() - began
+
+
+def median(work: Callable[[], object], times: int) -> float:
+    work()
+    return statistics.median(seconds(work) for _ in range(times))
+
+
+def limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes/s of a large copy (read plus written) and FLOP/s of a large product, measured here."""
+    big = device.type == "cuda"
+    source = torch.empty(1 << (30 if big else 27), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.numel() / median(lambda: target.copy_(source), 9)
+    n = 8192 if big else 1024
+    rates = []
+    for kind in {dtype, torch.float32}:  # many a CPU multiplies bf16 matrices faster as float32
+        a, b = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
+        rates.append(2 * n**3 / median(lambda a=a, b=b: a @ b, 9))
+    return bandwidth, max(rates)
+
+
+def roofline(
+    config: GeneratorConfig, sampling: Sampling, tokenizer: Tokenizer, batch: int,
+    dtype: torch.dtype, device: torch.device,
+) -> tuple[float, float]:  # fmt: skip
+    """The least seconds of a batch, for its codes and for its images.
+
+    A step reads the weights and the filled cache once, and does 2 FLOPs a weight and row; decoding
+    is compute alone. Whichever of reading and computing takes longer counts.
+    """
+    bandwidth, flops = limits(device, dtype)
+    print(f"  measured: {bandwidth / 1e9:.1f} GB/s copied, {flops / 1e12:.2f} TFLOP/s ({dtype})")
+    with torch.device("meta"):
+        model = Generator(config)
+    weights = sum(p.numel() for p in model.parameters()) - model.embeddings.weight.numel()
+    rows, T = 2 * batch, config.image_seq_len
+    position = 2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize  # of the cache
+    codes = 0.0
+    for filled in range(1, T + 1):
+        read = (weights * dtype.itemsize + rows * filled * position) / bandwidth
+        codes += max(read, 2 * weights * rows / flops)
+    decoder = sum(p.numel() for p in tokenizer.decoder.transformer.parameters())
+    tokens = tokenizer.config.num_tokens + tokenizer.config.num_buffer_tokens
+    return codes, 2 * decoder * tokens * batch / flops
+
+
+def writing_rate(images: Tensor, codes: Tensor) -> float:
+    """Seconds of pictures and part of one batch, as sample_imagenet.py writes them."""
+    arrays = images.cpu().numpy()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        paths = [Path(folder) / f"{i:06d}.png" for i in range(len(arrays))]
+        began = time.perf_counter()
+        list(pool.map(write_png, arrays, paths))
+        Parts(Path(folder) / "chunks", 1).write(
+            0, images=arrays, codes=codes.cpu().numpy().astype(np.uint16)
+        )
+        return time.perf_counter() - began
+
+
+def measure(size: str, precision: str, args: argparse.Namespace, device: torch.device) -> None:
+    config, sampling = SIZES[size]
+    tokenizer_config = TokenizerConfig()
+    if args.layers:
+        config.num_hidden_layers = tokenizer_config.decoder_layers = args.layers
+    cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    torch.manual_seed(0)
+    model = Generator(config).to(device).eval()
+    torch.nn.init.normal_(model.output.weight, std=0.02)
+    tokenizer = Tokenizer(tokenizer_config).to(device).eval()
+    batch, plain_batch = args.batch or BATCHES[size], args.plain_batch
+    compiled = args.compile == "yes" or (args.compile == "auto" and cuda)
+    began = time.perf_counter()
+    engine = Engine(model, batch, sampling, dtype, compiled)
+
+    def inputs(n: int) -> tuple[Tensor, Tensor]:
+        labels = torch.arange(n, device=device) % config.condition_num_classes
+        uniforms = torch.rand(n, config.image_seq_len, generator=torch.Generator().manual_seed(1))
+        return labels, uniforms.to(device)
+
+    ours, plain = inputs(batch), inputs(plain_batch)
+    engine.sample(*ours)
+    synchronize()
+    print(f"  ready after {time.perf_counter() - began:.1f} s", flush=True)
+    plain_ids = torch.randint(config.codebook_size, (plain_batch, 273), device=device)
+    times: dict[str, list[float]] = {k: [] for k in ("codes", "images", "plain", "plain images")}
+    for _ in range(args.rounds):
+        set_matmul_precision(precision)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        times["codes"].append(seconds(engine.sample, *ours))
+        codes = engine.codes.clone()
+        times["images"].append(seconds(decode_images, tokenizer, codes, dtype))
+        peak = torch.cuda.max_memory_allocated() if cuda else 0
+        set_matmul_precision("tf32" if cuda else "fp32")
+        times["plain"].append(seconds(plain_codes, model, sampling, *plain))
+        times["plain images"].append(seconds(decode_images, tokenizer, plain_ids, torch.float32))
+    images = decode_images(tokenizer, codes, dtype)
+    writing = writing_rate(images, codes)
+    ratios = [
+        (p + q) / plain_batch / ((c + i) / batch)
+        for c, i, p, q in zip(
+            times["codes"], times["images"], times["plain"], times["plain images"]
+        )
+    ]
+    alone = [p / plain_batch / (c / batch) for c, p in zip(times["codes"], times["plain"])]
+    t = {name: statistics.median(values) for name, values in times.items()}
+    set_matmul_precision(precision)
+    least_codes, least_images = roofline(config, sampling, tokenizer, batch, dtype, device)
+    total = t["codes"] + t["images"]
+    steps = config.image_seq_len
+    print(
+        f"  ours   batch {batch}, {'compiled' if compiled else 'eager'}: "
+        f"{batch / total:.3f} images/s; codes {batch / t['codes']:.3f}/s "
+        f"({t['codes'] / steps * 1e3:.2f} ms a step), decoding {batch / t['images']:.3f}/s, "
+        f"writing {batch / writing:.1f}/s (beside the others); cache "
+        f"{batch * cache_bytes(config, sampling, dtype) / 2**30:.2f} GiB"
+        + (f", peak {peak / 2**30:.2f} GiB" if cuda else "")
+    )
+    print(
+        f"  plain  batch {plain_batch}: {plain_batch / (t['plain'] + t['plain images']):.3f} "
+        f"images/s; codes {plain_batch / t['plain']:.3f}/s "
+        f"({t['plain'] / steps * 1e3:.2f} ms a step), "
+        f"decoding {plain_batch / t['plain images']:.3f}/s"
+    )
+    print(
+        f"  ratio  {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} … {max(ratios):.2f}), "
+        f"codes alone {statistics.median(alone):.2f}"
+    )
+    print(
+        f"  roofline {batch / (least_codes + least_images):.3f} images/s (codes "
+        f"{batch / least_codes:.3f}/s, decoding {batch / least_images:.3f}/s): ours reaches "
+        f"{(least_codes + least_images) / total:.0%} of it",
+        flush=True,
+    )
+
+
+def changes(args: argparse.Namespace) -> None:
+    """One change after another on a CPU, each against the way before it.
+
+    Processor time of one thread, which other work on the machine disturbs less than the clock.
+    """
+    torch.set_num_threads(1)
+    config, sampling = SIZES["b"]
+    config.num_hidden_layers = args.layers or config.num_hidden_layers
+    torch.manual_seed(0)
+    model = Generator(config).eval()
+    torch.nn.init.normal_(model.output.weight, std=0.02)
+    labels, uniforms = torch.arange(args.batch), torch.rand(args.batch, config.image_seq_len)
+
+    def preallocated() -> Tensor:
+        return sample_codes(model, labels, uniforms, 16.0, 1.8)
+
+    def engine(dtype: torch.dtype, packed: bool) -> Callable[[], Tensor]:
+        original = modeling.sampling.pack
+        modeling.sampling.pack = original if packed else lambda weight, rows: weight
+        made = Engine(model, args.batch, sampling, dtype)
+        modeling.sampling.pack = original
+        return lambda: made.sample(labels, uniforms)
+
+    ways = {
+        "plain: cache grown by concatenation": lambda: plain_codes(
+            model, sampling, labels, uniforms
+        ),
+        "cache preallocated": preallocated,
+        "engine: w1 and w3 fused, fused norms": engine(torch.float32, False),
+        "weights packed for oneDNN": engine(torch.float32, True),
+        "bf16 weights and cache": engine(torch.bfloat16, True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(args.rounds):
+        for name, way in ways.items():
+            began = time.process_time()
+            way()
+            times[name].append(time.process_time() - began)
+    for before, name in zip([None, *ways], ways):
+        milliseconds = statistics.median(times[name]) / config.image_seq_len * 1e3
+        gain = [b / n for b, n in zip(times[before or name], times[name])]
+        print(f"  {name}: {milliseconds:.1f} ms a step, x {statistics.median(gain):.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES) if cuda else ["b"])
+    parser.add_argument("--precisions", nargs="+", default=["bf16"] if cuda else ["fp32", "bf16"])
+    parser.add_argument("--batch", type=int, default=None if cuda else 4, help="of ours")
+    parser.add_argument("--plain-batch", type=int, default=125 if cuda else 4)
+    parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--changes", action="store_true", help="a CPU's log of changes instead")
+    args = parser.parse_args()
+    print(machine())
+    if args.changes:
+        return changes(args)
+    for size in args.sizes:
+        for precision in args.precisions:
+            layers = f", cut down to {args.layers} layers" if args.layers else ""
+            print(f"{size.upper()}, {precision}{layers}")
+            measure(size, precision, args, torch.device("cuda" if cuda else "cpu"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from modeling.errors import InputError
+from modeling.generator import Generator, GeneratorConfig
+from modeling.pipeline import Pipeline
+from modeling.sampling import decode_images, sample_codes
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights import write_state_dict
+
+SMALL = TokenizerConfig(
+    codebook_size=16,
+    token_size=4,
+    image_size=16,
+    patch_size=8,
+    encoder_width=16,
+    encoder_layers=1,
+    encoder_heads=2,
+    decoder_width=16,
+    decoder_layers=1,
+    decoder_heads=2,
+)
+TINY = GeneratorConfig(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    codebook_size=16,
+    image_seq_len=7,
+    condition_num_classes=3,
+)
+
+
+@pytest.fixture
+def made(fill, tmp_path):
+    generator, tokenizer = fill(Generator(TINY)), fill(Tokenizer(SMALL))
+    write_state_dict(generator.state_dict(), tmp_path / "g.bin")
+    write_state_dict(tokenizer.state_dict(), tmp_path / "t.pth")
+    return generator, tokenizer, str(tmp_path / "g.bin"), str(tmp_path / "t.pth")
+
+
+def test_pipeline_reads_the_sizes_and_makes_the_images_of_its_parts(made):
+    generator, tokenizer, *files = made
+    pipeline = Pipeline(*files, tokenizer_config=SMALL, device="cpu")
+    assert pipeline.generator.config == TINY
+    images = pipeline([2, 0], seed=5, guidance_scale=4.0, guidance_power=1.5)
+    uniforms = torch.rand(2, 7, generator=torch.Generator().manual_seed(5))
+    codes = sample_codes(generator, torch.tensor([2, 0]), uniforms, 4.0, 1.5)
+    assert torch.equal(images, decode_images(tokenizer, codes, torch.float32))
+    assert images.shape == (2, 16, 16, 3)
+    assert not torch.equal(pipeline([2, 0], seed=6, guidance_scale=4.0), images)
+
+
+def test_pipeline_refuses_files_in_the_wrong_order_and_unknown_classes(made):
+    *_, generator, tokenizer = made
+    with pytest.raises(InputError, match="does not fit the configured tokenizer"):
+        Pipeline(tokenizer, generator, tokenizer_config=SMALL)
+    with pytest.raises(InputError, match="is no generator but a stage-2 tokenizer"):
+        Pipeline(tokenizer, tokenizer, tokenizer_config=SMALL)
+    with pytest.raises(InputError, match="class 9 asked for"):
+        Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cpu")([9])

@@ -16,6 +16,7 @@ import configs.schema
 from configs.schema import TokenizerRun
 from data.images import CenterImages, CroppedImages, list_images
 from data.tokens import TokenStore
+from evaluation.metrics import frechet_distance
 from evaluation.reconstruction import reconstruct_all
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_weights
@@ -77,7 +78,10 @@ def main(argv: list[str]) -> None:
     picture(shown, folder / "generated.png", 10)
 
     size = images.shape[1]
-    classifier = SVC(C=10.0).fit(*real_digits(folder / "data/train", size, "five_crop"))
+    real, classes = real_digits(folder / "data/train", size, "five_crop")
+    held_out, _ = real_digits(folder / "data/val", size, "five_crop")
+    fid = frechet_distance(features(images), real), frechet_distance(held_out, real)
+    classifier = SVC(C=10.0).fit(real, classes)
     on_real = classifier.score(*real_digits(folder / "data/val", size, None))
     on_generated = (classifier.predict(features(images)) == asked).mean()
 
@@ -94,6 +98,7 @@ def main(argv: list[str]) -> None:
         ("generator top-1 accuracy, validation", f"{generator['val/accuracy']:.1%}"),
         (f"{len(images)} generated digits read as the class asked for", f"{on_generated:.1%}"),
         ("real validation digits read right by the same classifier", f"{on_real:.1%}"),
+        ("FID to training digits, of generated | validation ones", f"{fid[0]:.2f} | {fid[1]:.2f}"),
         ("generated digits whose codes copy a training image's", f"{copies:.1%}"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)

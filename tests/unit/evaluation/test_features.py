@@ -33,14 +33,18 @@ def inception(weights):
     return Inception(CPU)
 
 
-def pictures(count, seed, contrast):
+def pictures(count, seed, contrast, brightest):
     """Patches around a colour for each picture: (count, 20, 24, 3), uint8."""
     rng = np.random.default_rng(seed)
-    patches = rng.uniform(0, 255, (count, 1, 1, 3)) + contrast * rng.normal(size=(count, 5, 6, 3))
+    patches = rng.uniform(0, brightest, (count, 1, 1, 3)) + contrast * rng.normal(
+        size=(count, 5, 6, 3)
+    )
     return patches.clip(0, 255).astype(np.uint8).repeat(4, 1).repeat(4, 2)
 
 
-SAMPLES, REFERENCE = pictures(14, 0, 40), pictures(18, 1, 60)
+# Far apart: the package takes unsymmetric eigenvalues of a singular product, and is itself off by
+# 5e-5 with so few images, which must stay below 1e-5 of the distance.
+SAMPLES, REFERENCE = pictures(14, 0, 40, 255), pictures(18, 1, 60, 90)
 
 
 @pytest.fixture(scope="module")

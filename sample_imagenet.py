@@ -56,7 +56,6 @@ def main(argv: list[str]) -> None:
     classes = experiment.classes or range(sampler.condition_num_classes)
     check_classes(min(classes), max(classes), sampler.condition_num_classes)
     count, given = experiment.num_fid_samples, None
-    tokenizer_state = read_weights(experiment.tokenizer_checkpoint, "tokenizer")
     generator_state = None
     if experiment.codes is not None:
         given = read_codes(experiment.codes, options.model.vq_model)
@@ -67,6 +66,7 @@ def main(argv: list[str]) -> None:
         )
     else:
         generator_state = read_weights(experiment.generator_checkpoint, "generator")
+    tokenizer_state = read_weights(experiment.tokenizer_checkpoint, "tokenizer")
     processes = start_processes()
     # A mistake in the reference shows now, not after hours of sampling.
     evaluator = Evaluator.open(experiment.evaluate, processes) if experiment.evaluate else None

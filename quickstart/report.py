@@ -28,9 +28,9 @@ def validation_metrics(folder: Path, stage: int) -> tuple[dict[str, float], torc
     options = configs.schema.load(TokenizerRun, [f"config={folder / f'stage{stage}/config.yaml'}"])
     tokenizer = Tokenizer(options.model.vq_model)
     load_weights(tokenizer, folder / f"stage{stage}/tokenizer.pth")
-    # Every ninth image: all ten classes come into the picture.
+    # Every tenth image first: all ten classes come into the picture.
     paths = [path for path, _ in list_images(folder / "data/val")[0]]
-    paths = [p for start in range(9) for p in paths[start::9]]
+    paths = [p for start in range(10) for p in paths[start::10]]
     images = CenterImages(paths, tokenizer.config.image_size)
     sums, before, after = reconstruct_all(tokenizer, DataLoader(images, 33), torch.device("cpu"))
     return sums.metrics(), torch.stack([before, after], 1).flatten(0, 1)

@@ -20,7 +20,7 @@ def lock_folder(folder: Path) -> IO[str]:
     except BlockingIOError as e:
         file.close()
         raise InputError(
-            f"{folder} is in use by another run: wait for it, stop it, or give another output folder"
+            f"{folder} is in use by another run: wait for it, or give another experiment.output_dir"
         ) from e
     except OSError:
         pass  # a file system without locks

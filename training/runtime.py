@@ -1,6 +1,7 @@
 """What every program does around its work: errors in one line, processes, devices, precision."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
         # Every rank finds the same mistake. Rank 0 says it first, and the launcher ends the others
         # while they wait; a mistake that only another rank found is still said.
         if int(os.environ.get("RANK", 0)) > 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer only notes the launcher's
             time.sleep(3)
         # A DataLoader's worker wraps the message into its traceback; the line itself comes last.
         print(f"error: {str(e).rsplit('InputError: ')[-1].strip()}", file=sys.stderr, flush=True)

@@ -14,10 +14,10 @@ from tests.integration.conftest import ROOT, command, execute
 from training import checkpoint
 from training.signals import SAVED_AND_STOPPED
 
-KILLS = 20
+KILLS = 22  # at least 20 before the end
 
 
-def kill_often(module, arguments, kills, shortest=0.2, longest=1.0):
+def kill_often(module, arguments, kills, shortest=0.15, longest=0.6):
     done = subprocess.run(
         [sys.executable, "tests/integration/kill_often.py", module, "0", str(kills),
          str(shortest), str(longest), *map(str, arguments)],
@@ -48,12 +48,12 @@ def test_generator_survives_kills(workspace, tmp_path):
         f"config={workspace.root}/generator.yaml",
         f"experiment.tokenizer_checkpoint={workspace.tokenizer}",
         f"dataset.params.pretokenization={workspace.cache}",
-        "experiment.save_every=5", "experiment.generate_every=0", "training.max_train_steps=600",
+        "experiment.save_every=5", "experiment.generate_every=0", "training.max_train_steps=1000",
         "training.use_ema=True",
     ]  # fmt: skip
     kill_often("train_ar", [*options, f"experiment.output_dir={tmp_path}/whole"], 0)
     killed = kill_often("train_ar", [*options, f"experiment.output_dir={tmp_path}/killed"], KILLS)
-    assert killed >= KILLS - 2
+    assert killed >= 20
     same_run(tmp_path / "whole", tmp_path / "killed", ["generator.bin", "generator_ema.bin"])
 
 
@@ -61,14 +61,14 @@ def test_generator_survives_kills(workspace, tmp_path):
 def test_stage1_with_gan_and_clustering_survives_kills(workspace, tmp_path):
     options = [
         f"config={workspace.root}/stage1.yaml", f"dataset.params.train_dir={workspace.root}/train",
-        "experiment.save_every=3", "training.per_gpu_batch_size=2", "losses.pretrained=false",
-        "phases=[{name: mse, steps: 100},{name: gan, steps: 60, gan_weight: 0.005}]",
+        "experiment.save_every=3", "training.per_gpu_batch_size=2",
+        "phases=[{name: mse, steps: 150},{name: gan, steps: 90, gan_weight: 0.005}]",
     ]  # fmt: skip
     module = "train_tokenizer.__main__"
     kill_often(module, [*options, f"experiment.output_dir={tmp_path}/whole"], 0)
     killed = kill_often(module, [*options, f"experiment.output_dir={tmp_path}/killed"], KILLS)
-    assert killed >= KILLS - 2
-    weights = ["tokenizer.pth", "checkpoints/step-00000160/discriminator.safetensors"]
+    assert killed >= 20
+    weights = ["tokenizer.pth", "checkpoints/step-00000240/discriminator.safetensors"]
     same_run(tmp_path / "whole", tmp_path / "killed", weights)
 
 
@@ -134,5 +134,8 @@ def test_death_of_one_rank_ends_the_job_and_it_resumes(workspace, tmp_path):
     assert status != 0
     last, _ = checkpoint.choose(tmp_path / "run", True)
     step = int(last.name.removeprefix("step-"))
-    execute(*options[:-2], f"training.max_train_steps={step + 2}", "experiment.save_every=2", **two)
-    assert logged(tmp_path / "run")[-1]["step"] == step + 2
+    resumed = Running(tmp_path / "run", step + 3, *options, "experiment.save_every=2", **two)
+    resumed.process.terminate()
+    resumed.end(within=60)
+    newest, _ = checkpoint.choose(tmp_path / "run", True)
+    assert int(newest.name.removeprefix("step-")) > step

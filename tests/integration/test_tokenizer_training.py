@@ -242,7 +242,7 @@ def test_evaluation_measures_lpips_where_its_weights_are(train, tmp_path, monkey
     import lpips
     from torchvision.models import vgg16
 
-    from train_tokenizer.perceptual import LPIPS_FILE, VGG_FILE
+    from evaluation.lpips import LPIPS_FILE, VGG_FILE
 
     cache = tmp_path / "hub/checkpoints"
     cache.mkdir(parents=True)

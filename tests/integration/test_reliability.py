@@ -48,7 +48,7 @@ def test_generator_survives_kills(workspace, tmp_path):
         f"config={workspace.root}/generator.yaml",
         f"experiment.tokenizer_checkpoint={workspace.tokenizer}",
         f"dataset.params.pretokenization={workspace.cache}",
-        "experiment.save_every=5", "experiment.generate_every=0", "training.max_train_steps=1000",
+        "experiment.save_every=5", "experiment.generate_every=0", "training.max_train_steps=1300",
         "training.use_ema=True",
     ]  # fmt: skip
     kill_often("train_ar", [*options, f"experiment.output_dir={tmp_path}/whole"], 0)
@@ -62,13 +62,13 @@ def test_stage1_with_gan_and_clustering_survives_kills(workspace, tmp_path):
     options = [
         f"config={workspace.root}/stage1.yaml", f"dataset.params.train_dir={workspace.root}/train",
         "experiment.save_every=3", "training.per_gpu_batch_size=2",
-        "phases=[{name: mse, steps: 150},{name: gan, steps: 90, gan_weight: 0.005}]",
+        "phases=[{name: mse, steps: 200},{name: gan, steps: 100, gan_weight: 0.005}]",
     ]  # fmt: skip
     module = "train_tokenizer.__main__"
     kill_often(module, [*options, f"experiment.output_dir={tmp_path}/whole"], 0)
     killed = kill_often(module, [*options, f"experiment.output_dir={tmp_path}/killed"], KILLS)
     assert killed >= 20
-    weights = ["tokenizer.pth", "checkpoints/step-00000240/discriminator.safetensors"]
+    weights = ["tokenizer.pth", "checkpoints/step-00000300/discriminator.safetensors"]
     same_run(tmp_path / "whole", tmp_path / "killed", weights)
 
 
@@ -96,7 +96,7 @@ def endless(workspace, run):
     return [
         "train_ar.py", f"config={workspace.root}/generator.yaml", f"experiment.output_dir={run}",
         f"dataset.params.pretokenization={workspace.cache}", "experiment.generate_every=0",
-        "training.max_train_steps=100000", "experiment.save_every=0",
+        "training.max_train_steps=130000", "experiment.save_every=0",
     ]  # fmt: skip
 
 

@@ -40,6 +40,7 @@ def ddp_run(workspace):
     return workspace.made("ddp", lambda output: workspace.train_ar(output, *HALF, **TWO))
 
 
+@pytest.mark.slow
 def test_fsdp_trains_saves_and_samples_as_ddp(workspace, ddp_run, fsdp, tmp_path):
     workspace.train_ar(tmp_path / "fsdp", *HALF, **TWO, env=fsdp)
     np.testing.assert_allclose(losses(tmp_path / "fsdp"), losses(ddp_run), rtol=1e-6)
@@ -63,6 +64,7 @@ def test_fsdp_trains_saves_and_samples_as_ddp(workspace, ddp_run, fsdp, tmp_path
         np.testing.assert_allclose(losses(run), losses(ddp_run), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_two_ranks_of_one(workspace, ddp_run, tmp_path):
     base = command(
         "train_ar.py", f"config={workspace.root}/generator.yaml",

@@ -237,6 +237,7 @@ def test_npz_work_whose_files_were_removed_starts_anew(runs, tmp_path):
     assert NpzStore(tmp_path / "npz").images == 20
 
 
+@pytest.mark.slow
 def test_generator_trains_the_same_on_either_layout(workspace, runs, tmp_path):
     from tests.integration.test_pipeline import losses
 

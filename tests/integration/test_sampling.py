@@ -25,6 +25,7 @@ def array(path):
     return np.load(path)["arr_0"]
 
 
+@pytest.mark.slow
 def test_classes_codes_and_grid(workspace, tmp_path):
     options = ["experiment.classes=[2,0]", "experiment.num_fid_samples=7", "experiment.grid=2"]
     knobs = ["model.generator.top_k=5", "model.generator.guidance_schedule=linear"]
@@ -54,6 +55,7 @@ def test_classes_codes_and_grid(workspace, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_chunk_is_chosen_from_memory_once_and_kept(workspace, tmp_path):
     config = tmp_path / "generator.yaml"
     text = (workspace.root / "generator.yaml").read_text()

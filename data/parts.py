@@ -1,5 +1,6 @@
 """Work cut into numbered parts, each written once, whole or not at all, by whichever rank."""
 
+import hashlib
 import json
 import os
 import zipfile
@@ -33,6 +34,11 @@ def writing(folder: Path) -> Iterator[None]:
             f"cannot write to {e.filename or folder}: {e.strerror or e}; what is finished stays: make "
             f"room, or the folder writable, and give the same command again"
         ) from e
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(path: Path) -> None:

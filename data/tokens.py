@@ -51,6 +51,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.order import EpochDraws
+from data.parts import file_sha256
 from modeling.errors import InputError
 from training.runtime import run
 
@@ -70,11 +71,6 @@ def fingerprint(state: dict[str, Tensor]) -> str:
             digest.update(name.encode())
             digest.update(state[name].detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path, entries: dict[str, Any]) -> None:

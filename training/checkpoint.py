@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from data.parts import sync_folder, write_whole
+from data.parts import file_sha256, sync_folder, write_whole
 from modeling.errors import InputError
 from modeling.weights import read_state_dict, write_state_dict
 
@@ -125,9 +125,8 @@ def problem(path: Path) -> str | None:
             name = entry["name"]
             if Path(name).name != name:
                 return f"its manifest names {name}, outside its folder"
-            with open(path / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    return f"{name} was altered or cut short"
+            if file_sha256(path / name) != entry["sha256"]:
+                return f"{name} was altered or cut short"
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f"its manifest or a file of it is missing or unreadable ({type(e).__name__})"
     return None

@@ -19,19 +19,20 @@ import numpy as np
 import torch
 import torchvision
 from accelerate import PartialState
-from omegaconf import OmegaConf
 from PIL import __version__ as pillow_version
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from configs.schema import GeneratorModels, check_names
+from configs.schema import tokenizer_config
 from data.images import VIEWS, CroppedImages, list_images, to_float
-from data.parts import Parts, check_settings, differing, sync_folder, writing
+from data.parts import Parts, check_settings, differing
 from data.tokens import MANIFEST, TokenWriter, fingerprint, open_tokens, write_manifest
 from modeling.errors import InputError
+from modeling.files import sync_file, sync_folder, writing
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import load_tensors, read_state_dict
+from training.lock import lock_folder
 from training.runtime import run, set_matmul_precision, start_processes
 
 BATCHES_PER_PART = 16  # what a killed run loses at most, per process
@@ -117,21 +118,9 @@ def image_folder(data_path: str, split: str | None) -> Path:
     return root / split
 
 
-def tokenizer_config(path: str | None, image_size: int) -> TokenizerConfig:
-    """The published sizes, or those of `model.vq_model` in a config, for this image size."""
-    options = OmegaConf.create({})
-    if path is not None:
-        if not Path(path).is_file():
-            raise InputError(f"no config file {path}")
-        options = OmegaConf.select(OmegaConf.load(path), "model.vq_model") or options
-        check_names(TokenizerConfig, options, path, "model.vq_model.")
-    schema = OmegaConf.structured(GeneratorModels).vq_model
-    return OmegaConf.to_object(OmegaConf.merge(schema, options, {"image_size": image_size}))
-
-
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    config = tokenizer_config(args.config, args.img_size)
+    config = tokenizer_config(args.config, image_size=args.img_size)
     kind = kind_of_crops(args)
     root = image_folder(args.data_path, args.split)
     samples, classes = list_images(root)
@@ -164,6 +153,7 @@ def main(argv: list[str]) -> None:
     store = work / "store"
     remedy = "remove it, or give another --cached_path"
     if processes.is_main_process:
+        lock = lock_folder(work)  # held until this process ends, however it does
         with writing(work):
             check_settings(work / "settings.json", settings, remedy)
             if args.format == "npz" and not store.exists():
@@ -241,6 +231,7 @@ def main(argv: list[str]) -> None:
             os.rename(store, cache)
             sync_folder(cache.parent)
         shutil.rmtree(work)
+        lock.close()
         if skipped:
             print(f"skipped {listed(skipped, paths)}; the manifest lists them")
         print(f"wrote {cache}: {len(kept)} images x {VIEWS[kind]} views, {kind}, {args.dtype}")
@@ -428,11 +419,6 @@ def write_images(store: Path, paths: list[str], codes: np.ndarray) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(file, codes=image.astype(np.int64))
     os.sync()  # once for all of them: an fsync a file takes ten times as long
-
-
-def sync_file(file: Path) -> None:
-    with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
 
 
 def finish_images(

@@ -5,16 +5,13 @@ into fixed chunks of consecutive indices, so the images are the same on any numb
 Killed and started again it goes on; `OUTPUT_DIR.npz` appears when all images are there.
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import zipfile
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +27,7 @@ from data.parts import Parts, check_settings
 from evaluation.compare import Evaluator, show
 from evaluation.sources import open_images
 from modeling.errors import InputError
+from modeling.files import whole_file, writing
 from modeling.generator import Generator, GeneratorConfig
 from modeling.sampling import (
     DECODED_AT_ONCE,
@@ -122,6 +120,8 @@ def main(argv: list[str]) -> None:
     chunk = chunk or earlier_chunk(output)  # what the main process chose is everybody's
     check_settings(output / "sampling.json", {**settings, "chunk": chunk}, REMEDY)
     if final.exists():
+        if processes.is_main_process:
+            shutil.rmtree(output / "chunks", ignore_errors=True)  # of a run killed in cleaning up
         processes.print(f"{final} is complete: {count} images")
         if evaluator is not None:
             show(evaluator.evaluate(open_images(final), count))
@@ -144,7 +144,7 @@ def main(argv: list[str]) -> None:
         return engine.sample(labels, image_uniforms(sampler.seed, indices, sampler.image_seq_len))
 
     def write(number: int, indices: range, images: np.ndarray, codes: np.ndarray) -> None:
-        with disk_full_in_one_line(output):
+        with writing(output):
             if experiment.save_png:
                 # Before the chunk: a chunk that exists has all its pictures.
                 names = [output / f"{i:06d}.png" for i in indices]
@@ -175,7 +175,7 @@ def main(argv: list[str]) -> None:
     processes.wait_for_everyone()
     if processes.is_main_process:
         size = options.model.vq_model.image_size
-        with disk_full_in_one_line(output):
+        with writing(output):
             codes_file = output.with_name(output.name + "_codes.npz")
             join(parts, codes_file, "codes", (count, sampler.image_seq_len), np.uint16)
             if experiment.grid:
@@ -273,19 +273,6 @@ def earlier_chunk(output: Path) -> int | None:
         return None  # if it is damaged, check_settings says so
 
 
-@contextmanager
-def disk_full_in_one_line(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(
-            f"the disk of {output} is full: what is finished stays; free some space and give the "
-            f"same command again"
-        ) from e
-
-
 # ---------------------------------------------------------------------- images
 class Decoder:
     """Codes to images beside the sampling of the next chunk: on CUDA on a stream of its own."""
@@ -350,21 +337,17 @@ def state_hash(state: dict[str, Tensor]) -> str:
 
 def join(parts: Parts, path: Path, name: str, shape: tuple[int, ...], dtype: type) -> None:
     """Stream one array of all parts into an .npz (key `arr_0`), a part in memory at a time."""
-    partial = path.with_name(path.name + ".partial")
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
         "fortran_order": False,
         "shape": shape,
     }
-    with zipfile.ZipFile(partial, "w") as archive:
+    with whole_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         entry = zipfile.ZipInfo("arr_0.npy")  # a fixed date: the same images, the same bytes
         with archive.open(entry, "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for number in tqdm(range(parts.count), unit="chunk", desc=path.name):
                 file.write(np.ascontiguousarray(parts.read(number, name)).data)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

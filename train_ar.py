@@ -5,6 +5,7 @@ The same command goes on after an interruption.
 
 import copy
 import math
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,7 +25,6 @@ from torch.utils.data import DataLoader, Subset
 import configs.schema
 from configs.schema import GeneratorRun, OptimizerParams
 from data.images import VIEWS, TrainViews, list_images, to_float
-from data.order import SampleOrder
 from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_tokens
 from evaluation import in_training
 from modeling.errors import InputError
@@ -34,10 +34,11 @@ from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors, write_state_dict
 from training import checkpoint
 from training.guard import FiniteGuard
-from training.lock import lock_folder
+from training.loader import training_loader
 from training.log import RunLog, Window, due
 from training.randomness import image_uniforms, seed_step
-from training.resume import check_same_run, flatten
+from training.resume import flatten
+from training.run_folder import RunFolder
 from training.runtime import compiles, device_name, precision, run, start_training
 from training.schedule import generator_lr
 from training.signals import SAVED_AND_STOPPED, StopSignal
@@ -50,7 +51,7 @@ FREE_TO_CHANGE = (
     "experiment.", "dataset.", "model.vq_model.", "model.generator.randomize_temperature",
     "model.generator.guidance_scale", "model.generator.seed", "model.generator.use_checkpoint",
     "training.gradient_accumulation_steps", "training.per_gpu_batch_size", "training.enable_",
-    "training.compile",
+    "training.compile", "training.timeout_minutes",
 )  # fmt: skip
 # Whole tensors under the model's own names, however DDP, FSDP or torch.compile wrap it; so a run
 # goes on under another launcher and on another number of processes.
@@ -111,8 +112,6 @@ def main(argv: list[str]) -> None:
     options = configs.schema.load(GeneratorRun, argv)
     experiment, training = options.experiment, options.training
     data, config = options.dataset.params, options.model.generator
-    run_dir = Path(experiment.output_dir)
-    resume_from, warnings = checkpoint.choose(run_dir, experiment.resume)
     tokenizer = fingerprint_now = None
     if experiment.generate_every or data.train_dir is not None:
         tokenizer = Tokenizer(options.model.vq_model)
@@ -136,7 +135,9 @@ def main(argv: list[str]) -> None:
         held_out = open_cache(data.val_pretokenization, options, fingerprint_now)
 
     accelerator = start_training(training)
-    device, world, stop = accelerator.device, accelerator.num_processes, StopSignal()
+    device, world = accelerator.device, accelerator.num_processes
+    stop = StopSignal(timedelta(minutes=training.timeout_minutes))
+    folder = RunFolder(accelerator, experiment)
     batch, accumulation = training.per_gpu_batch_size, training.gradient_accumulation_steps
     total_steps, global_batch = training.max_train_steps, batch * world * accumulation
     this_run = {
@@ -152,16 +153,13 @@ def main(argv: list[str]) -> None:
     generator = Generator(config)
     ema = copy.deepcopy(generator).requires_grad_(False) if training.use_ema else None
     average = get_ema_multi_avg_fn(training.ema_decay)
-    first_step, best = 1, float("inf")
-    if resume_from is not None:
-        state = checkpoint.load_state(resume_from)
-        fork = experiment.resume is not True
-        warnings += check_same_run(state["run"], this_run, FREE_TO_CHANGE, str(resume_from), fork)
-        first_step, best = state["step"] + 1, state["best"]
+    first_step, best = folder.first_step, float("inf")
+    if folder.source is not None:
+        state = folder.state(this_run, FREE_TO_CHANGE)
+        best = state["best"]
         for name, part in (("generator", generator), ("ema", ema)):
             if part is not None:
-                weights = checkpoint.load_weights_of(resume_from, name)
-                load_tensors(part, weights, str(resume_from))
+                load_tensors(part, folder.weights(name), str(folder.source))
     model, optimizer = accelerator.prepare(generator, adamw(generator, options.optimizer.params))
     if ema is not None:
         ema = fsdp2_prepare_model(accelerator, ema) if accelerator.is_fsdp2 else ema.to(device)
@@ -169,31 +167,18 @@ def main(argv: list[str]) -> None:
     if compiles(training):
         generator.compile()
         loss_of = torch.compile(next_code_loss)  # one pass over the logits
-    if resume_from is not None:
+    if folder.source is not None:
         set_optimizer_state_dict(
             generator, optimizer.optimizer, optim_state_dict=state["optimizer"], options=WHOLE
         )
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
     if tokenizer is not None:
         tokenizer.to(device).eval().requires_grad_(False)
 
-    order = SampleOrder(
-        images, batch, training.seed, accelerator.process_index, world,
-        start=(first_step - 1) * accumulation,
-    )  # fmt: skip
-    loader = DataLoader(
-        draws,
-        batch_sampler=order,
-        num_workers=data.num_workers_per_gpu,
-        pin_memory=device.type == "cuda",
-    )
-    if accelerator.is_main_process:
-        lock = lock_folder(run_dir)  # noqa: F841 - held until the process ends
-        configs.schema.save(options, run_dir / "config.yaml")
-    accelerator.wait_for_everyone()
+    workers = data.num_workers_per_gpu
+    loader = training_loader(draws, images, training, workers, accelerator, first_step)
+    folder.open(options)
     log = RunLog(accelerator, experiment, configs.schema.as_dict(options), first_step, total_steps)
-    for warning in warnings:
+    for warning in folder.warnings:
         log.say(f"warning: {warning}")
     parameters = sum(p.numel() for p in generator.parameters())
     epochs = total_steps * global_batch / images
@@ -215,14 +200,8 @@ def main(argv: list[str]) -> None:
         optimizer_state = get_optimizer_state_dict(
             generator, optimizer.optimizer, options=WHOLE_ON_MAIN
         )
-        if accelerator.is_main_process:
-            state = {"step": step, "best": best, "run": this_run, "optimizer": optimizer_state}
-            if accelerator.scaler is not None:
-                state["scaler"] = accelerator.scaler.state_dict()
-            checkpoint.save(
-                run_dir, step, weights, state, experiment.keep_checkpoints, experiment.keep_every
-            )
-        accelerator.wait_for_everyone()
+        state = {"best": best, "run": this_run, "optimizer": optimizer_state}
+        folder.save(step, weights, {**state, "window": window.state(accelerator)})
 
     def shown() -> Generator:
         """What is evaluated, sampled and exported as the best: the average where there is one."""
@@ -235,6 +214,8 @@ def main(argv: list[str]) -> None:
 
     model.train()
     window, guard = Window(), FiniteGuard(device)
+    if folder.source is not None:
+        window.restore(state["window"], accelerator)
     flops, peak = training_flops(config), peak_flops(device, precision(training))
     batches, told = iter(loader), False
     for step in range(first_step, total_steps + 1):
@@ -297,7 +278,7 @@ def main(argv: list[str]) -> None:
                 if values["loss"] < best:
                     best = values["loss"]
                     if accelerator.is_main_process:
-                        export(model_shown.state_dict(), run_dir / "generator_best")
+                        export(model_shown.state_dict(), folder.path / "generator_best")
             if generates:
                 grid = sample_grid(accelerator, model_shown, tokenizer, options)
                 log.images(step, "samples", grid, GRID_CLASSES)
@@ -314,8 +295,8 @@ def main(argv: list[str]) -> None:
         if part is not None:
             state = get_model_state_dict(part, options=WHOLE_ON_MAIN)
             if accelerator.is_main_process:
-                export(state, run_dir / name)
-    log.say(f"done; weights in {run_dir / 'generator.bin'} and .safetensors")
+                export(state, folder.path / name)
+    log.say(f"done; weights in {folder.path / 'generator.bin'} and .safetensors")
     log.close()
 
 

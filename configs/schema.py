@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Optional, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from modeling.errors import InputError
+from modeling.files import write_whole
 from modeling.generator import GeneratorConfig
 from modeling.sampling import Sampling
 from modeling.tokenizer import TokenizerConfig
@@ -396,20 +397,45 @@ def load(schema: type[T], argv: list[str]) -> T:
     files = [value for key, value in pairs if key == "config"]
     if len(files) != 1:
         raise InputError("give one config=FILE, for example config=configs/alitok_b.yaml")
-    if not Path(files[0]).is_file():
-        raise InputError(f"no config file {files[0]}; the presets are in configs/")
+    from_file = read_yaml(files[0])
     try:
-        from_file = OmegaConf.load(files[0])
         from_command = OmegaConf.from_dotlist([f"{k}={v}" for k, v in pairs if k != "config"])
-        if not OmegaConf.is_dict(from_file):
-            raise InputError(f"{files[0]} holds no options")
         check_names(schema, from_file, files[0])
         check_names(schema, from_command, "the command line")
         merged = OmegaConf.merge(OmegaConf.structured(schema), from_file, from_command)
         return OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, YAMLError) as e:
+        raise InputError(f"config {files[0]}: {two_lines(e)}") from e
+
+
+def two_lines(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines()[:2])
+
+
+def read_yaml(path: str | Path) -> DictConfig:
+    """The options of a YAML file as they stand there. Raises InputError where it has none."""
+    if not Path(path).is_file():
+        raise InputError(f"no config file {path}; the presets are in configs/")
+    try:
+        options = OmegaConf.load(path)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as e:
-        reason = " ".join(line.strip() for line in str(e).splitlines()[:2])
-        raise InputError(f"config {files[0]}: {reason}") from e
+        raise InputError(f"config {path}: {two_lines(e)}") from e
+    if not OmegaConf.is_dict(options):
+        raise InputError(f"{path} holds no options")
+    return options
+
+
+def tokenizer_config(path: str | Path | None, **known: Any) -> TokenizerConfig:
+    """A tokenizer's sizes: what is `known`, then `model.vq_model` of a YAML file, then the defaults."""
+    options: Any = {}
+    if path is not None:
+        options = OmegaConf.select(read_yaml(path), "model.vq_model") or {}
+        check_names(TokenizerConfig, options, str(path), "model.vq_model.")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(TokenizerConfig), options, known)
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as e:
+        raise InputError(f"config {path}: {two_lines(e)}") from e
 
 
 def check_names(schema: type, config: Any, source: str, prefix: str = "") -> None:
@@ -440,4 +466,4 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 def save(config: Any, path: str | Path) -> None:
     """Write the options of a run, resolved, as YAML that `load` reads again."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())

@@ -14,6 +14,8 @@ from data.order import EpochDraws
 from modeling.errors import InputError
 from training.randomness import generator_for
 
+# Of the many that Pillow knows; one of them (EPS) would start another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 VIEWS = {"center_flip": 2, "five_crop": 5, "ten_crop": 10}  # crops an image, by kind
 
 
@@ -59,7 +61,7 @@ def list_paths(source: str | Path) -> list[str]:
 def load_image(path: str | Path) -> Image.Image:
     """Any image as 8-bit RGB, as torchvision's own loader converts it (EXIF rotation is ignored)."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"unreadable image {path}: {e}; repair or remove it") from e

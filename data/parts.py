@@ -1,53 +1,14 @@
 """Work cut into numbered parts, each written once, whole or not at all, by whichever rank."""
 
-import hashlib
 import json
-import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from modeling.errors import InputError
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is either absent or complete, even if the machine stops."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """A full disk, or a folder that may not be written, is said in one line (InputError)."""
-    try:
-        yield
-    except OSError as e:
-        raise InputError(
-            f"cannot write to {e.filename or folder}: {e.strerror or e}; what is finished stays: make "
-            f"room, or the folder writable, and give the same command again"
-        ) from e
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder (new files, renames) durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from modeling.files import whole_file, write_whole
 
 
 def differing(earlier: dict[str, Any], settings: dict[str, Any]) -> str:
@@ -65,7 +26,6 @@ def check_settings(path: Path, settings: dict[str, Any], remedy: str) -> None:
     Raises InputError that names the differing entries and the remedy.
     """
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=1).encode())
         return
     try:
@@ -82,7 +42,6 @@ class Parts:
 
     def __init__(self, folder: Path, count: int):
         self.folder, self.count = folder, count
-        folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.npz"
@@ -93,12 +52,8 @@ class Parts:
         return left[rank::world]
 
     def write(self, number: int, **arrays: np.ndarray) -> None:
-        partial = self.path(number).with_suffix(".partial")
-        with open(partial, "wb") as file:
+        with whole_file(self.path(number)) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path(number))
 
     def read(self, number: int, name: str) -> np.ndarray:
         try:

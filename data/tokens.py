@@ -51,8 +51,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.order import EpochDraws
-from data.parts import file_sha256
 from modeling.errors import InputError
+from modeling.files import file_sha256
 from training.runtime import run
 
 MANIFEST = "manifest.json"

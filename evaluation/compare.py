@@ -6,7 +6,6 @@ features, and the figures but for the order of float64 sums, are the same on any
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ from evaluation.metrics import (
 )
 from evaluation.sources import Images, npz_images, npz_keys, npz_values, open_images
 from modeling.errors import InputError
+from modeling.files import whole_file
 
 STANDARD = 50_000  # images of a published figure
 MANIFOLD_IMAGES = 50_000  # at most so many, evenly spaced, describe a side's manifold
@@ -215,30 +215,27 @@ def load_side(path: Path, inception: Inception) -> Side:
         )
     moments = tuple(torch.from_numpy(values[key]).double() for key in MOMENTS)
     digest = hashlib.sha256(b"".join(values[key].tobytes() for key in MOMENTS)).hexdigest()[:16]
-    return Side(
-        str(path),
-        int(values["images"]) if "images" in values else None,
-        tuple(values["size"].tolist()) if "size" in values else None,
-        str(values.get("hash", digest)),
-        moments=moments,
-        manifold=torch.from_numpy(values["pool_3"]) if "pool_3" in values else None,
-    )
+    try:
+        return Side(
+            str(path),
+            int(values["images"]) if "images" in values else None,
+            tuple(map(int, values["size"])) if "size" in values else None,
+            str(values.get("hash", digest)),
+            moments=moments,
+            manifold=torch.from_numpy(values["pool_3"]) if "pool_3" in values else None,
+        )
+    except (TypeError, ValueError) as e:
+        raise InputError(f"{path} is damaged ({e}): make it again with --save_stats") from e
 
 
 def save_side(side: Side, path: str | Path, identity: str) -> None:
     """Write a side as a reference for later: whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {key: value.cpu().numpy() for key, value in zip(MOMENTS, side.moments)}
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with whole_file(path) as partial, open(partial, "wb") as file:
         np.savez(
             file, **arrays, features=np.array(identity), hash=np.array(side.hash),
             **optional(images=side.images, size=side.size, pool_3=side.manifold),
         )  # fmt: skip
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def optional(**values: Any) -> dict[str, np.ndarray]:

@@ -75,6 +75,8 @@ def map_npz(path: Path, key: str) -> np.ndarray:
         entry = archive.getinfo(f"{key}.npy")
         with archive.open(entry) as file:
             version = np.lib.format.read_magic(file)
+            if version not in ((1, 0), (2, 0)):
+                raise zipfile.BadZipFile(f"an array in format {version[0]}.{version[1]}")
             read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
             shape, fortran, dtype = read_header(file)
             start = file.tell()

@@ -18,10 +18,11 @@ from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageFont
 
 import sample_imagenet
-from data.parts import check_settings, write_whole
+from data.parts import check_settings
 from evaluation.compare import Evaluator
 from evaluation.sources import open_images
 from modeling.errors import InputError
+from modeling.files import write_whole
 from training.runtime import run, start_processes
 
 CELL, MARGIN = (120, 60), 70  # pixels of the heat map
@@ -71,10 +72,7 @@ def main(argv: list[str]) -> None:
             if not cell_file(folder, scale, power).exists():
                 score_cell(folder, scale, power, args.num_samples, options, evaluator, processes)
     if processes.is_main_process:
-        grid = [
-            [json.loads(cell_file(folder, s, p).read_text())["metrics"] for p in args.powers]
-            for s in args.scales
-        ]
+        grid = [[metrics_of(cell_file(folder, s, p)) for p in args.powers] for s in args.scales]
         print(table(grid, args.scales, args.powers))
         heat_map(grid, args.scales, args.powers).save(folder / "sweep.png")
         print(f"heat map of gFID: {folder / 'sweep.png'}")
@@ -82,6 +80,13 @@ def main(argv: list[str]) -> None:
 
 def cell_file(folder: Path, scale: float, power: float) -> Path:
     return folder / f"scale{scale:g}_power{power:g}.json"
+
+
+def metrics_of(cell: Path) -> dict[str, Any]:
+    try:
+        return json.loads(cell.read_text())["metrics"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{cell} is damaged: remove it and give the same command again") from e
 
 
 def score_cell(

@@ -8,20 +8,18 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import reduce
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs.schema import check_names
+from configs.schema import tokenizer_config
 from data.images import CenterImages, list_images, to_float
 from evaluation.compare import Collector, Side, compare, terms, warnings_of
 from evaluation.features import Inception, full_float32
 from evaluation.lpips import LPIPS
 from evaluation.reconstruction import ReconstructionSums
-from modeling.errors import InputError
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors
 from training.checkpoint import read_weights
 
@@ -39,17 +37,11 @@ def load_tokenizer(given: str, config: Optional[str] = None) -> Tokenizer:
     own = Path(given) / "config.yaml"
     if config is None and own.is_file():
         config = str(own)
-    options: Any = {}
-    if config is not None:
-        if not Path(config).is_file():
-            raise InputError(f"no config file {config}")
-        options = OmegaConf.select(OmegaConf.load(config), "model.vq_model") or {}
-        check_names(TokenizerConfig, options, config, "model.vq_model.")
-    elif "decoder.ffn_aux.0.weight" in state:
-        options = {"causal": True, "prefix_head": True, "num_buffer_tokens": 1}
-    merged = OmegaConf.merge(OmegaConf.structured(TokenizerConfig), options)
+    known = {}
+    if config is None and "decoder.ffn_aux.0.weight" in state:
+        known = {"causal": True, "prefix_head": True, "num_buffer_tokens": 1}
     with torch.device("meta"):  # no time for a random start
-        tokenizer = Tokenizer(OmegaConf.to_object(merged))
+        tokenizer = Tokenizer(tokenizer_config(config, **known))
     tokenizer.to_empty(device="cpu")
     # The clustering's running mean says nothing about images.
     buffer = ("quantize.embed_prob",)

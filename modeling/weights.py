@@ -1,6 +1,5 @@
 """Reading and writing weight files: tensors only, strictly by name and shape."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modeling.errors import InputError
+from modeling.files import whole_file
 
 
 def find_weights(name: str, otherwise: str = "") -> Path:
@@ -57,15 +57,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def write_state_dict(state: dict[str, Tensor], path: str | Path) -> None:
     """Write tensors as safetensors or, for any other suffix, in PyTorch's format; never in part."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # A tensor that shares memory would be saved whole; clones keep the file to what is named.
     state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-    partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".safetensors":
-        save_file(state, partial)
-    else:
-        torch.save(state, partial)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        if path.suffix == ".safetensors":
+            save_file(state, partial)
+        else:
+            torch.save(state, partial)
 
 
 def describe(state: dict[str, Tensor]) -> str:

@@ -5,9 +5,10 @@ checkpoint and trains a bidirectional decoder. One command runs all phases of a 
 command goes on after an interruption.
 """
 
+import itertools
 import math
 import time
-from pathlib import Path
+from datetime import timedelta
 from typing import Optional
 
 import torch
@@ -17,9 +18,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
 import configs.schema
-from configs.schema import TokenizerRun
+from configs.schema import Phase, TokenizerRun
 from data.images import CenterImages, TrainImages, list_paths, to_float
-from data.order import SampleOrder
 from evaluation import in_training
 from evaluation.lpips import LPIPS, lpips_is_here
 from evaluation.reconstruction import codebook_use, reconstruct_all
@@ -30,12 +30,14 @@ from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training import checkpoint
 from training.guard import FiniteGuard
-from training.lock import lock_folder
+from training.loader import training_loader
 from training.log import RunLog, Window, due
 from training.randomness import seed_step
+from training.resume import flatten
+from training.run_folder import RunFolder
 from training.runtime import compiles, run, start_training
 from training.schedule import phase_at, tokenizer_lr
-from training.signals import SAVED_AND_STOPPED, StopSignal
+from training.signals import SAVED_AND_STOPPED, StopSignal, outlive_first_signal
 
 PREVIEWS, PER_ROW = 16, 8  # images in a preview, and pictures (before | after) in its row
 STAGE1_ONLY = ("decoder.ffn_aux", "decoder.conv_out_aux", "quantize.embed_prob")
@@ -43,6 +45,14 @@ BUFFERS_AND_POSITIONS = ("decoder.class_embedding", "decoder.latent_token_positi
 # In a checkpoint, "tokenizer" is what the run has to show: with EMA the average. These are then
 # the weights that training goes on from.
 UNAVERAGED = "unaveraged"
+# What a run may change when it goes on: nothing here moves its weights, but for rounding. Of the
+# phases, those that have begun are compared.
+FREE_TO_CHANGE = (
+    "experiment.", "dataset.params.train_dir", "dataset.params.val_dir",
+    "dataset.params.num_workers_per_gpu", "model.use_checkpoint",
+    "training.gradient_accumulation_steps", "training.per_gpu_batch_size", "training.enable_",
+    "training.compile", "training.timeout_minutes", "training.max_train_steps",
+)  # fmt: skip
 COLLAPSED = 0.1  # less of the codebook in use than this is worth a warning …
 MEANT = 10  # … once a window has so many tokens a code that chance does not explain it
 
@@ -86,11 +96,19 @@ def main(argv: list[str]) -> None:
         raise InputError(f"dataset.params.resize={resize} is smaller than the image size")
     paths = list_paths(data.train_dir)[: experiment.max_train_examples]
     held_out = list_paths(data.val_dir) if data.val_dir else []
-    run_dir = Path(experiment.output_dir)
-    resume_from, warnings = checkpoint.choose(run_dir, experiment.resume)
 
     accelerator = start_training(training)
-    device, stop = accelerator.device, StopSignal()
+    device, world = accelerator.device, accelerator.num_processes
+    stop = StopSignal(timedelta(minutes=training.timeout_minutes))
+    folder = RunFolder(accelerator, experiment)
+    batch, accumulation = training.per_gpu_batch_size, training.gradient_accumulation_steps
+    global_batch = batch * world * accumulation
+
+    def this_run(step: int) -> dict:
+        """What the run was until `step`, to compare with when it goes on."""
+        so_far = {**configs.schema.as_dict(options), "phases": begun(phases, step)}
+        return {**flatten(so_far), "images": len(paths), "batch in all": global_batch}
+
     evaluator = in_training.open_evaluator(
         experiment.fid_reference, bool(held_out), "dataset.params.val_dir"
     )
@@ -108,21 +126,16 @@ def main(argv: list[str]) -> None:
         average = get_ema_multi_avg_fn(training.ema_decay)
         ema = AveragedModel(tokenizer, device=device, multi_avg_fn=average)
 
-    first_step = 1
-    if resume_from is not None:
-        state = checkpoint.load_state(resume_from)
-        first_step = state["step"] + 1
-        averaged = (resume_from / f"{UNAVERAGED}.safetensors").exists()
-        name = UNAVERAGED if averaged else "tokenizer"
-        weights = checkpoint.load_weights_of(resume_from, name)
-        load_tensors(tokenizer, weights, str(resume_from))
+    first_step, source = folder.first_step, str(folder.source)
+    if folder.source is not None:
+        state = folder.state(this_run(first_step - 1), FREE_TO_CHANGE)
+        averaged = "averaged" in state
+        load_tensors(tokenizer, folder.weights(UNAVERAGED if averaged else "tokenizer"), source)
         if ema is not None and averaged:  # else the average begins here
-            weights = checkpoint.load_weights_of(resume_from, "tokenizer")
-            load_tensors(ema.module, weights, str(resume_from))
+            load_tensors(ema.module, folder.weights("tokenizer"), source)
             ema.n_averaged.fill_(state["averaged"])
         if adversarial and "critic_optimizer" in state:  # not after phases without one
-            weights = checkpoint.load_weights_of(resume_from, "discriminator")
-            load_tensors(discriminator, weights, str(resume_from))
+            load_tensors(discriminator, folder.weights("discriminator"), source)
 
     def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
         params = options.optimizer.params
@@ -138,31 +151,17 @@ def main(argv: list[str]) -> None:
     model, optimizer = accelerator.prepare(compiled, adamw(tokenizer))
     if adversarial:
         critic, critic_optimizer = accelerator.prepare(discriminator, adamw(discriminator))
-    if resume_from is not None:
+    if folder.source is not None:
         optimizer.load_state_dict(state["optimizer"])
         if adversarial and "critic_optimizer" in state:
             critic_optimizer.load_state_dict(state["critic_optimizer"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
 
-    batch, world = training.per_gpu_batch_size, accelerator.num_processes
-    accumulation = training.gradient_accumulation_steps
-    order = SampleOrder(
-        len(paths), batch, training.seed, accelerator.process_index, world,
-        start=(first_step - 1) * accumulation,
-    )  # fmt: skip
-    loader = DataLoader(
-        TrainImages(paths, config.image_size, resize, data.random_flip, training.seed),
-        batch_sampler=order,
-        num_workers=data.num_workers_per_gpu,
-        pin_memory=device.type == "cuda",
-    )
-    if accelerator.is_main_process:
-        lock = lock_folder(run_dir)  # noqa: F841 - held until the process ends
-        configs.schema.save(options, run_dir / "config.yaml")
-    accelerator.wait_for_everyone()
+    draws = TrainImages(paths, config.image_size, resize, data.random_flip, training.seed)
+    workers = data.num_workers_per_gpu
+    loader = training_loader(draws, len(paths), training, workers, accelerator, first_step)
+    folder.open(options)
     log = RunLog(accelerator, experiment, configs.schema.as_dict(options), first_step, total_steps)
-    for warning in warnings:
+    for warning in folder.warnings:
         log.say(f"warning: {warning}")
     if (networks.convnext or networks.lpips) and not pretrained:
         log.say("warning: perceptual.pretrained=false: the networks are random, for tests only")
@@ -170,7 +169,6 @@ def main(argv: list[str]) -> None:
         log.say("no val/lpips: it needs VGG16 and its heads (weights/README.md)")
     trained = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in tokenizer.parameters()) - trained
-    global_batch = batch * world * accumulation
     log.say(
         f"stage {options.model.stage}: {trained / 1e6:.1f}M parameters train, "
         f"{frozen / 1e6:.1f}M frozen; {len(paths)} images, {global_batch} a step; "
@@ -181,25 +179,25 @@ def main(argv: list[str]) -> None:
     shown = tokenizer if ema is None else ema.module  # what is evaluated, previewed and exported
 
     def save(step: int) -> None:
-        if accelerator.is_main_process:
-            weights = {"tokenizer": shown.state_dict()}
-            state = {"step": step, "optimizer": optimizer.state_dict()}
-            if ema is not None:
-                weights[UNAVERAGED] = tokenizer.state_dict()
-                state["averaged"] = ema.n_averaged.item()
-            if adversarial:
-                weights["discriminator"] = discriminator.state_dict()
-                state["critic_optimizer"] = critic_optimizer.state_dict()
-            if accelerator.scaler is not None:
-                state["scaler"] = accelerator.scaler.state_dict()
-            checkpoint.save(
-                run_dir, step, weights, state, experiment.keep_checkpoints, experiment.keep_every
-            )
-        accelerator.wait_for_everyone()
+        weights = {"tokenizer": shown.state_dict()}
+        state = {"run": this_run(step), "optimizer": optimizer.state_dict()}
+        if ema is not None:
+            weights[UNAVERAGED] = tokenizer.state_dict()
+            state["averaged"] = ema.n_averaged.item()
+        if adversarial:
+            weights["discriminator"] = discriminator.state_dict()
+            state["critic_optimizer"] = critic_optimizer.state_dict()
+        state["window"] = window.state(accelerator)
+        state["code_counts"] = accelerator.reduce(code_counts, "sum").cpu()  # of the window
+        folder.save(step, weights, state)
 
     model.train()
     window, guard = Window(), FiniteGuard(device)
     code_counts = torch.zeros(config.codebook_size, device=device)
+    if folder.source is not None:
+        window.restore(state["window"], accelerator)
+        if accelerator.is_main_process:
+            code_counts += state["code_counts"].to(device)
     collapse_said = False
     # Compiling and the first choices of kernels are over after one step: time counts from there.
     began, timed = time.perf_counter(), False
@@ -301,17 +299,13 @@ def main(argv: list[str]) -> None:
                 timed = True
         with window.paused():
             if held_out and evaluates:
-                values = evaluate(
-                    accelerator, shown, held_out, batch, data.num_workers_per_gpu, lpips
-                )
+                values = evaluate(accelerator, shown, held_out, batch, workers, lpips)
                 log.metrics(step, {f"val/{k}": v for k, v in values.items()})
             if previews:
                 before, after = preview(accelerator, shown, held_out or paths)
                 log.images(step, "reconstruction", interleave(before, after), PER_ROW)
             if evaluates and evaluator is not None:
-                values = in_training.reconstructed(
-                    evaluator, shown, held_out, batch, data.num_workers_per_gpu
-                )
+                values = in_training.reconstructed(evaluator, shown, held_out, batch, workers)
                 log.metrics(step, values)
             if saves:
                 save(step)
@@ -322,9 +316,15 @@ def main(argv: list[str]) -> None:
         if step == first_step:
             began = time.perf_counter()
     if accelerator.is_main_process:
-        write_state_dict(shown.state_dict(), run_dir / "tokenizer.pth")
-    log.say(f"done; weights in {run_dir / 'tokenizer.pth'}")
+        write_state_dict(shown.state_dict(), folder.path / "tokenizer.pth")
+    log.say(f"done; weights in {folder.path / 'tokenizer.pth'}")
     log.close()
+
+
+def begun(phases: list[Phase], step: int) -> list[dict]:
+    """The phases with a step up to `step`: what a run has been so far."""
+    starts = itertools.accumulate((phase.steps for phase in phases), initial=0)
+    return [configs.schema.as_dict(p) for p, start in zip(phases, starts) if start < step]
 
 
 def add_up(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
@@ -350,7 +350,12 @@ def evaluate(
     """Reconstruction metrics on held-out images, shared by the ranks; `lpips` where it is given."""
     dataset = CenterImages(paths, tokenizer.config.image_size)
     mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    batches = DataLoader(Subset(dataset, list(mine)), batch_size=batch, num_workers=workers)
+    batches = DataLoader(
+        Subset(dataset, list(mine)),
+        batch_size=batch,
+        num_workers=workers,
+        worker_init_fn=outlive_first_signal,
+    )
     distance = torch.zeros(2, device=accelerator.device)  # sum over images, their number
 
     def measure(images: Tensor, reconstructions: Tensor) -> None:

@@ -5,20 +5,17 @@ sha256. It counts only while its manifest holds, so a killed save or a damaged d
 checkpoint and no more. Tensors and plain values only; nothing in it is ever executed.
 """
 
-import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from data.parts import file_sha256, sync_folder, write_whole
 from modeling.errors import InputError
+from modeling.files import file_sha256, sync_folder, whole_file, write_whole, writing
 from modeling.weights import read_state_dict, write_state_dict
 
 MANIFEST = "manifest.json"
@@ -32,61 +29,65 @@ def save(
     state: dict[str, Any],
     keep: int,
     keep_every: int = 0,
+    origin: str | None = None,
 ) -> Path:
     """Write one checkpoint, then remove later ones and all but the newest `keep`.
 
     `weights` become NAME.safetensors, usable on their own; `state` (optimizers and plain values)
-    becomes state.pt. Steps that `keep_every` divides stay for good. Raises InputError, with the
-    earlier checkpoints untouched, where the disk is full or not writable.
+    becomes state.pt. Steps that `keep_every` divides stay for good. `origin` is the path that the
+    run was started from by name, if it was. Raises InputError, with the earlier checkpoints
+    untouched, where the disk is full or not writable.
     """
     folder = run_dir / "checkpoints"
     final = folder / f"step-{step:08d}"
     aside = folder / f"{final.name}.partial"
+    for left in folder.glob("*.partial"):  # by a run killed while it saved
+        shutil.rmtree(left, ignore_errors=True)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        needed, free = size_of([weights, state]), shutil.disk_usage(folder).free
-        if needed > free:
-            raise InputError(
-                f"no room for the checkpoint of step {step} in {folder}: {needed / 1e9:.2f} GB "
-                f"needed, {free / 1e9:.2f} GB free; make room and run the same command again"
-            )
-        write_files(aside, step, weights, state)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-        os.rename(aside, final)
-        sync_folder(folder)
+        with writing(final):
+            aside.mkdir(parents=True)
+            needed, free = size_of([weights, state]), shutil.disk_usage(folder).free
+            if needed > free:
+                raise InputError(
+                    f"no room for the checkpoint of step {step} in {folder}: {needed / 1e9:.2f} GB "
+                    f"needed, {free / 1e9:.2f} GB free; make room and run the same command again"
+                )
+            write_files(aside, step, weights, state, origin)
+            # Later ones, and a damaged one of the same step, are of a run that was left: this one
+            # went on from an earlier checkpoint. None may outlive the new one by a kill.
+            for other in reversed(all_checkpoints(run_dir)):
+                if step_of(other) >= step:
+                    shutil.rmtree(other)
+            os.rename(aside, final)
+            sync_folder(folder)
     except InputError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    except (OSError, RuntimeError, SafetensorError) as e:  # each writer has its own for a full disk
-        shutil.rmtree(aside, ignore_errors=True)
-        raise InputError(
-            f"the checkpoint of step {step} could not be written to {folder} ({first_line(e)}); the "
-            f"earlier ones are whole: make room or rights and run the same command again"
-        ) from e
-    # Later steps are of a run that was left: this one went on from an earlier checkpoint.
-    found = all_checkpoints(run_dir)
-    place = found.index(final)
-    for other in found[: max(place + 1 - keep, 0)] + found[place + 1 :]:
-        if other in found[place + 1 :] or not (keep_every and step_of(other) % keep_every == 0):
-            shutil.rmtree(other)
+    with writing(folder):
+        for other in all_checkpoints(run_dir)[:-keep]:
+            if not (keep_every and step_of(other) % keep_every == 0):
+                shutil.rmtree(other)
     return final
 
 
 def write_files(
-    folder: Path, step: int, weights: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]
+    folder: Path,
+    step: int,
+    weights: dict[str, dict[str, torch.Tensor]],
+    state: dict[str, Any],
+    origin: str | None,
 ) -> None:
-    """The files of a checkpoint, synced, and last of all their manifest."""
+    """The files of a checkpoint and, last of all, their manifest."""
     for name, tensors in weights.items():
         write_state_dict(tensors, folder / f"{name}.safetensors")
-    torch.save(state, folder / "state.pt")
-    entries = []
-    for file in sorted(folder.iterdir()):
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        entries.append({"name": file.name, "bytes": file.stat().st_size, "sha256": digest})
-    write_whole(folder / MANIFEST, json.dumps({"step": step, "files": entries}, indent=1).encode())
+    with whole_file(folder / "state.pt") as partial:
+        torch.save(state, partial)
+    entries = [
+        {"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(folder.iterdir())
+    ]
+    manifest = {"step": step, "origin": origin, "files": entries}
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     sync_folder(folder)
 
 
@@ -97,11 +98,6 @@ def size_of(tree: Any) -> int:
     if isinstance(tree, dict):
         tree = list(tree.values())
     return sum(map(size_of, tree)) if isinstance(tree, (list, tuple)) else 0
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def step_of(path: Path) -> int:
@@ -132,11 +128,20 @@ def problem(path: Path) -> str | None:
     return None
 
 
+def origin_of(path: Path) -> str | None:
+    """What `save` was given as `origin`."""
+    try:
+        return json.loads((path / MANIFEST).read_text())["origin"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
     """The checkpoint that a run starts from (None: from the beginning) and warnings to print.
 
     `resume` True takes the newest valid one of the run, False refuses a run that has any, a path
-    takes that checkpoint, or that run's newest.
+    takes that checkpoint, or that run's newest; or what this run has saved since it took it, so
+    that the same command goes on. A folder that holds another run's is refused then.
     """
     found = all_checkpoints(run_dir)
     if resume is False:
@@ -147,9 +152,16 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
             )
         return None, []
     if isinstance(resume, str):
-        given = Path(resume)
+        given = Path(resume).resolve()
+        ours = [path for path in found if origin_of(path) == str(given)]
+        if len(ours) < len(found) and not given.is_relative_to(run_dir.resolve()):
+            raise InputError(
+                f"{run_dir} holds checkpoints that did not come from experiment.resume={resume}: "
+                f"give another experiment.output_dir"
+            )
         found = all_checkpoints(given) if (given / "checkpoints").is_dir() else [given]
-        if not given.is_dir() or not found:
+        found = [path for path in found if path.is_dir()] + ours
+        if not found:
             raise InputError(f"experiment.resume={resume}: no checkpoint there")
     warnings = []
     for path in reversed(found):
@@ -166,10 +178,14 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
 
 def load_state(path: Path) -> dict[str, Any]:
     """What `save` was given as `state`."""
+    file = path / "state.pt"
     try:
-        return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as e:
-        raise InputError(f"{path / 'state.pt'} holds more than tensors and plain values") from e
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # a forged pickle raises almost anything
+        raise InputError(
+            f"{file} is no file of tensors and plain values: remove {path}, or give another "
+            f"experiment.resume"
+        ) from e
 
 
 def load_weights_of(path: Path, name: str) -> dict[str, torch.Tensor]:

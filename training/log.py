@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from configs.schema import Experiment
 from modeling.errors import InputError
+from modeling.files import write_whole, writing
 
 
 def due(step: int, every: int) -> bool:
@@ -27,8 +28,8 @@ def due(step: int, every: int) -> bool:
 def step_of(record: str) -> float:
     """The step of a line of metrics.jsonl; infinite for a line that a kill cut short."""
     try:
-        return json.loads(record)["step"]
-    except ValueError:
+        return float(json.loads(record)["step"])
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 
@@ -55,7 +56,8 @@ class RunLog:
                 ) from e
         if self.main:
             self._cut(first_step)
-            self.file = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115
+            with writing(self.folder):
+                self.file = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115
         self.bar = tqdm(
             total=total_steps, initial=first_step - 1, unit="step", disable=not self.main
         )
@@ -66,7 +68,8 @@ class RunLog:
         if path.exists():
             lines = path.read_text().splitlines()
             kept = [line for line in lines if step_of(line) < first_step]
-            path.write_text("".join(line + "\n" for line in kept))
+            if kept != lines:
+                write_whole(path, "".join(line + "\n" for line in kept).encode())
 
     def say(self, text: str) -> None:
         if self.main:
@@ -78,8 +81,9 @@ class RunLog:
             return
         shown = " ".join(f"{k} {v:.4g}" for k, v in values.items())
         self.say(f"step {step} {shown}")
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        with writing(self.file.name):
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
         self.accelerator.log(values, step=step)
 
     def images(self, step: int, name: str, images: Tensor, per_row: int) -> None:
@@ -89,8 +93,9 @@ class RunLog:
         grid = make_grid(images.float().cpu(), nrow=per_row, padding=2, pad_value=1.0)
         picture = to_pil_image((grid.clamp(0, 1) * 255).to(torch.uint8))
         folder = self.folder / "previews"
-        folder.mkdir(exist_ok=True)
-        picture.save(folder / f"{name}-{step:08d}.png")
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            picture.save(folder / f"{name}-{step:08d}.png")
         for tracker in self.accelerator.trackers:
             if tracker.name == "wandb":
                 tracker.log_images({name: [picture]}, step=step)
@@ -132,6 +137,23 @@ class Window:
         began = time.perf_counter()
         yield
         self.started += time.perf_counter() - began
+
+    def state(self, accelerator: Accelerator) -> dict[str, Any]:
+        """What a checkpoint within the window needs for the same means; on all ranks together."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        sums = accelerator.gather(torch.stack([self.sums[n] for n in names])[None])  # a row a rank
+        return {"names": names, "sums": sums.cpu(), "counts": self.counts}
+
+    def restore(self, state: dict[str, Any], accelerator: Accelerator) -> None:
+        """Go on with a window's `state`, on as many ranks or on others with the same mean."""
+        if not state:
+            return
+        sums = state["sums"]
+        own = len(sums) == accelerator.num_processes
+        sums = (sums[accelerator.process_index] if own else sums.mean(0)).to(accelerator.device)
+        self.sums, self.counts = dict(zip(state["names"], sums)), dict(state["counts"])
 
     def close(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over the window and all ranks, images/s in all, share of time spent on data.

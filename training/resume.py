@@ -6,11 +6,14 @@ from modeling.errors import InputError
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options -> {"section.option": value}."""
+    """Nested options -> {"section.option": value}; sections in a list become "name[0].option"."""
     flat = {}
     for name, value in options.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for i, item in enumerate(value):
+                flat |= flatten(item, f"{prefix}{name}[{i}].")
         else:
             flat[prefix + name] = value
     return flat

@@ -6,13 +6,21 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    set_seed,
+)
 
 from configs.schema import Training
 from modeling.errors import InputError
+
+T = TypeVar("T")
 
 # Long enough for one rank to load weights or assemble a file alone, short enough to notice a death.
 TIMEOUT = timedelta(minutes=30)
@@ -46,6 +54,20 @@ def start_processes(device: str | None = None) -> PartialState:
     # Told to use the CPU, accelerate joins several processes with gloo; left alone it does not.
     cpu = device == "cpu" or not torch.cuda.is_available()
     return PartialState(cpu=cpu, timeout=TIMEOUT)
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What `work()` gives on the main process, on all; its InputError is raised on all."""
+    outcome: list = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = work()
+        except InputError as e:
+            outcome[1] = str(e)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    return outcome[0]
 
 
 def precision(training: Training) -> str:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.integration.warm import Warm
+
 ROOT = Path(__file__).resolve().parents[2]
 
 VQ_MODEL = """
@@ -180,3 +182,11 @@ class Workspace:
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory):
     return Workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """Starts programs in milliseconds: `tests.integration.warm`."""
+    started = Warm(ROOT, tmp_path_factory.mktemp("warm"))
+    yield started
+    started.close()

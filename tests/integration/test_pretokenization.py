@@ -1,12 +1,8 @@
 """Pretokenization as it is used and as it is interrupted, in processes forked from a warm one."""
 
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,37 +11,11 @@ import torch
 from PIL import Image, ImageOps
 
 import pretokenization
+from configs.schema import tokenizer_config
 from data.images import center_crop, load_image, to_float, to_uint8
 from data.tokens import NpzStore, TokenStore
 from modeling.tokenizer import Tokenizer
 from modeling.weights import read_state_dict, write_state_dict
-from tests.integration.conftest import ROOT
-
-# Imports once; every run after that starts in milliseconds and is as good as a fresh one.
-SERVER = """
-import json, os, resource, signal, sys, time
-import pretokenization
-from training.runtime import run
-for line in sys.stdin:
-    argv, log, largest_file, kill_after = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1), os.dup2(output, 2)
-        if largest_file:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-        run(pretokenization.main, argv)
-        sys.stdout.flush()
-        os._exit(0)
-    deadline = time.monotonic() + (kill_after or 1e9)
-    ended, status = os.waitpid(pid, os.WNOHANG)
-    while not ended:
-        if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.002)
-        ended, status = os.waitpid(pid, os.WNOHANG)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
 
 
 def image_dependent_tokenizer(workspace, path):
@@ -61,53 +31,34 @@ def image_dependent_tokenizer(workspace, path):
 
 
 def config_of(workspace):
-    return pretokenization.tokenizer_config(str(workspace.root / "generator.yaml"), 16)
+    return tokenizer_config(workspace.root / "generator.yaml")
 
 
 class Runs:
-    """`runs(cache, option, …)` -> (status, output); `kill_after` seconds it is gone."""
+    """Pretokenization of one data set and tokenizer into `cache`, by `tests.integration.warm`."""
 
-    def __init__(self, workspace, folder):
-        self.workspace, self.log = workspace, folder / "log"
+    def __init__(self, workspace, warm, folder):
+        self.workspace, self.warm = workspace, warm
         self.tokenizer = image_dependent_tokenizer(workspace, folder / "tokenizer.pth")
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], cwd=ROOT, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
 
-    def __call__(self, cache, *options, data=None, kill_after=None, largest_file=None):
-        argv = [
-            "--config", self.workspace.root / "generator.yaml", "--img_size", 16,
-            "--batch_size", 1, "--data_path", data or self.workspace.root / "train",
-            "--cached_path", cache, "--tokenizer_checkpoint", self.tokenizer,
-            "--num_workers", 0, *options,
+    def argv(self, cache, *options, data=None):
+        return [
+            "pretokenization.py", "--config", self.workspace.root / "generator.yaml",
+            "--img_size", 16, "--batch_size", 1, "--data_path", data or self.workspace.root / "train",
+            "--cached_path", cache, "--tokenizer_checkpoint", self.tokenizer, "--num_workers", 0,
+            *options,
         ]  # fmt: skip
-        request = [list(map(str, argv)), str(self.log), largest_file, kill_after]
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        status = int(self.server.stdout.readline())
-        return status, self.log.read_text()
 
-    def ok(self, cache, *options, **kwargs):
-        status, output = self(cache, *options, **kwargs)
-        assert status == 0, output[-2000:]
-        return output
+    def ok(self, *args, data=None):
+        return self.warm.ok(*self.argv(*args, data=data))
 
-    def refused(self, cache, *options, **kwargs):
-        """The one line that it says no with."""
-        status, output = self(cache, *options, **kwargs)
-        assert status == 2 and "Traceback" not in output, output[-2000:]
-        (line,) = [line for line in output.splitlines() if "error:" in line]
-        return line
+    def refused(self, *args, data=None, largest_file=0):
+        return self.warm.refused(*self.argv(*args, data=data), largest_file=largest_file)
 
 
 @pytest.fixture(scope="module")
-def runs(workspace, tmp_path_factory):
-    started = Runs(workspace, tmp_path_factory.mktemp("runs"))
-    yield started
-    started.server.stdin.close()
-    started.server.wait()
+def runs(workspace, warm, tmp_path_factory):
+    return Runs(workspace, warm, tmp_path_factory.mktemp("runs"))
 
 
 def files(folder):
@@ -334,17 +285,18 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(runs, tmp_path, la
     longest = 2.0  # seconds to a kill; shortened to what a whole run is found to take
     while len(moments) < KILLS:
         fresh, started = not work.exists(), time.monotonic()
-        status, output = runs(
-            cache, "--format", layout, data=data, kill_after=rng.uniform(0, longest)
-        )
-        assert status in (0, -signal.SIGKILL), output[-2000:]
-        if status == 0:  # it was faster: compare, and begin again
-            if fresh:
-                longest = min(longest, time.monotonic() - started)
-            assert files(cache) == expected
-            shutil.rmtree(cache)
-        else:
+        run = runs.warm.start(*runs.argv(cache, "--format", layout, data=data))
+        wait = started + rng.uniform(0, longest)
+        while run.alive() and time.monotonic() < wait:
+            time.sleep(0.002)
+        if run.kill():
             moments.append(len(list(work.glob("parts/*.npz"))))
+            continue
+        if fresh:  # it was faster: compare, and begin again
+            longest = min(longest, time.monotonic() - started)
+        assert run.end() == 0, run.output()[-2000:]
+        assert files(cache) == expected
+        shutil.rmtree(cache)
     runs.ok(cache, "--format", layout, data=data)
     assert files(cache) == expected and not work.exists()
     assert len(set(moments)) > 1  # parts finished at a kill: the moments were spread

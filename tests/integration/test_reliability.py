@@ -1,7 +1,8 @@
-"""Killed at any moment and started again by the same command, a run ends with the same bytes."""
+"""Signals, dead ranks, other ranks, full disks and closed folders, through the real programs."""
 
-import json
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,132 +11,253 @@ import time
 import psutil
 import pytest
 
-from tests.integration.conftest import ROOT, command, execute
+from tests.integration.conftest import ROOT
+from tests.integration.test_kills import logged, same_run, trainer, wait_for
 from training import checkpoint
 from training.signals import SAVED_AND_STOPPED
 
-KILLS = 22  # at least 20 before the end
+TRAINERS = ["stage1", "generator"]
 
 
-def kill_often(module, arguments, kills, shortest=0.15, longest=0.6):
-    done = subprocess.run(
-        [sys.executable, "tests/integration/kill_often.py", module, "0", str(kills),
-         str(shortest), str(longest), *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-             "CUDA_VISIBLE_DEVICES": ""},
+def steps(run):
+    return [checkpoint.step_of(path) for path in checkpoint.all_checkpoints(run)]
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---------------------------------------------------------------------- signals and locks
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINERS)
+def test_asked_by_sigusr1_it_saves_the_step_and_meanwhile_keeps_others_out(
+    workspace, warm, tmp_path, name
+):
+    program, options = trainer(workspace, name, steps=100_000)
+    options += ["experiment.log_every=1", "experiment.save_every=0"]
+    options += [f"experiment.output_dir={tmp_path}/run"]
+    run = warm.start(program, *options)
+    assert wait_for(lambda: len(logged(tmp_path / "run")) >= 5, run), run.output()
+    assert f"{tmp_path}/run is in use by another run" in warm.refused(program, *options)
+    run.signal(signal.SIGUSR1)
+    assert run.end() == SAVED_AND_STOPPED and "asked to stop: saved step" in run.output()
+    assert steps(tmp_path / "run") == [logged(tmp_path / "run")[-1]["step"]]
+
+
+@pytest.mark.slow
+def test_second_signal_ends_at_once(workspace, warm, tmp_path):
+    program, options = trainer(workspace, "generator", steps=100_000)
+    options += ["experiment.log_every=1", "experiment.save_every=0"]
+    options += [f"experiment.output_dir={tmp_path}/run"]
+    run = warm.start(program, *options)
+    assert wait_for(lambda: len(logged(tmp_path / "run")) >= 5, run), run.output()
+    run.signal(signal.SIGSTOP)  # both arrive before the step can be finished
+    run.signal(signal.SIGTERM)
+    run.signal(signal.SIGUSR1)
+    run.signal(signal.SIGCONT)
+    assert run.end() in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
+    assert steps(tmp_path / "run") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["pretokenization.py", "sample_imagenet.py"])
+def test_other_programs_too_keep_a_folder_to_themselves(workspace, warm, tmp_path, program):
+    options, folder, _ = writer(workspace, program, tmp_path)
+    folder.mkdir()
+    with open(folder / ".lock", "a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # as a run of the program holds it
+        assert f"{folder} is in use by another run" in warm.refused(program, *options)
+    warm.ok(program, *options)
+
+
+# ---------------------------------------------------------------------- ranks
+def launched(workspace, run, *options, restarts=0, until=5):
+    """torchrun with two ranks, in the background, having logged step `until`."""
+    program, given = trainer(workspace, "generator", ranks=2, workers=2, steps=3000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         f"--max-restarts={restarts}", program, *given, "experiment.log_every=1",
+         f"experiment.output_dir={run}", *options],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # Without the last, ranks that start again may look for dead ones (docs/reliability.md).
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return int(done.stdout.split()[-1])
+    patience = time.monotonic() + 120
+    while not any(record["step"] >= until for record in logged(run)):
+        assert process.poll() is None and time.monotonic() < patience, process.communicate()[0]
+        time.sleep(0.02)
+    return process
 
 
-def logged(run):
-    """Every record but what depends on the clock."""
-    clock = ("images/s", "images/s per device", "data wait", "hours left")
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
-
-
-def same_run(a, b, files):
-    assert logged(a) == logged(b)
-    for name in files:
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+def end(process, within):
+    output, _ = process.communicate(timeout=within)
+    return process.returncode, output
 
 
 @pytest.mark.slow
-def test_generator_survives_kills(workspace, tmp_path):
-    options = [
-        f"config={workspace.root}/generator.yaml",
-        f"experiment.tokenizer_checkpoint={workspace.tokenizer}",
-        f"dataset.params.pretokenization={workspace.cache}",
-        "experiment.save_every=5", "experiment.generate_every=0", "training.max_train_steps=1300",
-        "training.use_ema=True",
-    ]  # fmt: skip
-    kill_often("train_ar", [*options, f"experiment.output_dir={tmp_path}/whole"], 0)
-    killed = kill_often("train_ar", [*options, f"experiment.output_dir={tmp_path}/killed"], KILLS)
-    assert killed >= 20
-    same_run(tmp_path / "whole", tmp_path / "killed", ["generator.bin", "generator_ema.bin"])
-
-
-@pytest.mark.slow
-def test_stage1_with_gan_and_clustering_survives_kills(workspace, tmp_path):
-    options = [
-        f"config={workspace.root}/stage1.yaml", f"dataset.params.train_dir={workspace.root}/train",
-        "experiment.save_every=3", "training.per_gpu_batch_size=2",
-        "phases=[{name: mse, steps: 200},{name: gan, steps: 100, gan_weight: 0.005}]",
-    ]  # fmt: skip
-    module = "train_tokenizer.__main__"
-    kill_often(module, [*options, f"experiment.output_dir={tmp_path}/whole"], 0)
-    killed = kill_often(module, [*options, f"experiment.output_dir={tmp_path}/killed"], KILLS)
-    assert killed >= 20
-    weights = ["tokenizer.pth", "checkpoints/step-00000300/discriminator.safetensors"]
-    same_run(tmp_path / "whole", tmp_path / "killed", weights)
-
-
-class Running:
-    """A program in the background that has logged at least `steps` steps."""
-
-    def __init__(self, run, steps, *args, **kwargs):
-        self.process = subprocess.Popen(
-            command(*args, **kwargs), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
-        metrics, patience = run / "metrics.jsonl", time.monotonic() + 120
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
-            assert self.process.poll() is None, self.process.communicate()[1][-3000:]
-            assert time.monotonic() < patience
-            time.sleep(0.05)
-
-    def end(self, within):
-        """Exit status and stderr."""
-        _, errors = self.process.communicate(timeout=within)
-        return self.process.returncode, errors
-
-
-def endless(workspace, run):
-    return [
-        "train_ar.py", f"config={workspace.root}/generator.yaml", f"experiment.output_dir={run}",
-        f"dataset.params.pretokenization={workspace.cache}", "experiment.generate_every=0",
-        "training.max_train_steps=130000", "experiment.save_every=0",
-    ]  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_signal_saves_the_step_and_a_second_run_is_refused_meanwhile(workspace, tmp_path, name):
-    running = Running(tmp_path / "run", 5, *endless(workspace, tmp_path / "run"))
-    second = execute(*endless(workspace, tmp_path / "run"), check=False)
-    assert second.returncode == 2 and "in use by another run" in second.stderr
-    running.process.send_signal(getattr(signal, name))
-    status, _ = running.end(within=30)
-    assert status == SAVED_AND_STOPPED
-    (saved,) = (tmp_path / "run/checkpoints").iterdir()
-    assert logged(tmp_path / "run")[-1]["step"] == int(saved.name.removeprefix("step-"))
-
-
-@pytest.mark.slow
-def test_signal_to_the_launcher_stops_both_ranks_at_the_same_step(workspace, tmp_path):
-    two = dict(ranks=2, launcher="torchrun")
-    running = Running(tmp_path / "run", 5, *endless(workspace, tmp_path / "run"), **two)
-    running.process.send_signal(signal.SIGTERM)
-    running.end(within=60)
-    (saved,) = (tmp_path / "run/checkpoints").iterdir()
+def test_torchrun_passes_the_signal_on_and_all_ranks_save_one_step(workspace, tmp_path):
+    process = launched(workspace, tmp_path / "run", "experiment.save_every=0")
+    process.send_signal(signal.SIGTERM)
+    status, output = end(process, within=60)
+    assert status != 0 and "asked to stop: saved step" in output
+    (saved,) = checkpoint.all_checkpoints(tmp_path / "run")
     assert checkpoint.problem(saved) is None
 
 
 @pytest.mark.slow
-def test_death_of_one_rank_ends_the_job_and_it_resumes(workspace, tmp_path):
-    two = dict(ranks=2, launcher="torchrun")
-    options = endless(workspace, tmp_path / "run")
-    running = Running(tmp_path / "run", 5, *options, "experiment.save_every=2", **two)
-    ranks = psutil.Process(running.process.pid).children()
-    os.kill(ranks[1].pid, signal.SIGKILL)
-    status, _ = running.end(within=60)
-    assert status != 0
-    last, _ = checkpoint.choose(tmp_path / "run", True)
-    step = int(last.name.removeprefix("step-"))
-    resumed = Running(tmp_path / "run", step + 3, *options, "experiment.save_every=2", **two)
-    resumed.process.terminate()
-    resumed.end(within=60)
-    newest, _ = checkpoint.choose(tmp_path / "run", True)
-    assert int(newest.name.removeprefix("step-")) > step
+def test_death_of_a_rank_ends_the_job_and_the_same_command_goes_on(workspace, tmp_path):
+    process = launched(workspace, tmp_path / "run", "experiment.save_every=2")
+    ranks = psutil.Process(process.pid).children()
+    ranks[1].kill()
+    killed = time.monotonic()
+    assert end(process, within=60)[0] != 0
+    assert time.monotonic() - killed < 30
+    last = logged(tmp_path / "run")[-1]["step"]
+    assert last - steps(tmp_path / "run")[-1] <= 2  # steps that are made again
+    process = launched(workspace, tmp_path / "run", "experiment.save_every=2", until=last + 3)
+    process.terminate()
+    end(process, within=60)
+    assert steps(tmp_path / "run")[-1] > last
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_the_ranks_after_a_death_and_the_result_is_the_same(
+    workspace, warm, tmp_path
+):
+    options = ["experiment.save_every=10", "training.max_train_steps=300"]
+    program, given = trainer(workspace, "generator", ranks=2, workers=2)
+    whole = [*given, *options, "experiment.log_every=1", f"experiment.output_dir={tmp_path}/whole"]
+    warm.ok(program, *whole, ranks=2)
+    process = launched(workspace, tmp_path / "run", *options, restarts=1)
+    psutil.Process(process.pid).children()[0].kill()
+    status, output = end(process, within=120)
+    assert status == 0, output[-3000:]
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_waited_for_no_longer_than_configured(workspace, warm, tmp_path):
+    program, options = trainer(workspace, "generator", ranks=2, steps=100_000)
+    options += ["experiment.log_every=1", "training.timeout_minutes=1"]
+    run = warm.start(program, *options, f"experiment.output_dir={tmp_path}/run", ranks=2)
+    assert wait_for(lambda: len(logged(tmp_path / "run")) >= 5, run), run.output()
+    run.signal(signal.SIGSTOP, rank=1)
+    stopped = time.monotonic()
+    wait_for(lambda: run.pids[0] in run.statuses, run, seconds=110)
+    assert run.statuses[run.pids[0]] != 0 and 50 < time.monotonic() - stopped < 90
+    run.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_on_other_ranks_it_goes_on_with_the_same_data_and_loss(
+    workspace, warm, tmp_path, name, before, after
+):
+    # Without dropout, whose draws are each rank's own.
+    dry = [f"model.generator.{d}=0" for d in ("dropout", "attn_drop", "tok_dropout")]
+    dry = dry if name == "generator" else []
+    options = {ranks: trainer(workspace, name, ranks)[1] + dry for ranks in (1, 2)}
+    program, run = trainer(workspace, name)[0], tmp_path / "run"
+    common = ["experiment.log_every=1", "experiment.save_every=10", "experiment.keep_every=10"]
+    common += [f"experiment.output_dir={run}"]
+    warm.ok(program, *options[before], *common, ranks=before)
+    (expected,) = [record for record in logged(run) if record["step"] == 31]
+    shutil.rmtree(run / "checkpoints/step-00000040")
+    warm.ok(program, *options[after], *common, ranks=after)
+    (found,) = [record for record in logged(run) if record["step"] == 31]
+    assert found == pytest.approx(expected, rel=1e-5) and "loss" in found
+
+
+# ---------------------------------------------------------------------- disks
+def writer(workspace, program, folder):
+    """(options, the folder that is worked in, files of the finished result) of a program that
+    writes in parts."""
+    if program == "pretokenization.py":
+        options = [
+            "--config", workspace.root / "generator.yaml", "--img_size", 16, "--batch_size", 1,
+            "--data_path", workspace.root / "train", "--cached_path", folder / "out",
+            "--tokenizer_checkpoint", workspace.tokenizer, "--num_workers", 0,
+        ]  # fmt: skip
+        return options, folder / "out.partial", lambda: files(folder / "out")
+    options = [
+        f"config={workspace.root}/generator.yaml", f"experiment.output_dir={folder}/out",
+        f"experiment.generator_checkpoint={workspace.generator}",
+        f"experiment.tokenizer_checkpoint={workspace.tokenizer}", "experiment.num_fid_samples=8",
+    ]  # fmt: skip
+    return options, folder / "out", lambda: (folder / "out.npz").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINERS)
+def test_disk_that_fills_in_a_save_is_one_line_and_costs_nothing(workspace, warm, tmp_path, name):
+    program, options = trainer(workspace, name)
+    options += ["experiment.log_every=1", "experiment.save_every=10", "experiment.keep_every=10"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    warm.ok(program, *options, f"experiment.output_dir={whole}")
+    shutil.copytree(whole, run)
+    for step in (20, 30, 40):
+        shutil.rmtree(run / f"checkpoints/step-{step:08d}")
+    kept = files(run / "checkpoints")
+    # The largest file of the next checkpoint does not fit, its smaller ones do.
+    next_one = whole / "checkpoints/step-00000020"
+    largest = max(file.stat().st_size for file in next_one.iterdir())
+    line = warm.refused(
+        program, *options, f"experiment.output_dir={run}", largest_file=largest - 1000
+    )
+    assert f"cannot write {run}/checkpoints/step-00000020" in line and "make room" in line
+    assert files(run / "checkpoints") == kept and steps(run) == [10]
+    warm.ok(program, *options, f"experiment.output_dir={run}")
+    same_run(whole, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINERS)
+def test_closed_folder_is_one_line_and_the_last_checkpoint_stays(workspace, warm, tmp_path, name):
+    program, options = trainer(workspace, name)
+    options += ["experiment.save_every=10", "experiment.keep_every=10"]
+    (tmp_path / "closed").mkdir(mode=0o555)
+    line = warm.refused(
+        program, *options, f"experiment.output_dir={tmp_path}/closed/run", obedient=True
+    )
+    assert f"cannot write {tmp_path}/closed/run (Permission denied)" in line
+    run = tmp_path / "run"
+    warm.ok(program, *options, f"experiment.output_dir={run}")
+    shutil.rmtree(run / "checkpoints/step-00000040")
+    before = files(run / "checkpoints")
+    (run / "checkpoints").chmod(0o555)
+    line = warm.refused(program, *options, f"experiment.output_dir={run}", obedient=True)
+    assert f"cannot write {run}/checkpoints/step-00000040.partial (Permission denied)" in line
+    assert files(run / "checkpoints") == before and steps(run) == [10, 20, 30]
+    assert checkpoint.choose(run, True) == (run / "checkpoints/step-00000030", [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["pretokenization.py", "sample_imagenet.py"])
+def test_other_programs_too_say_that_a_folder_is_closed(workspace, warm, tmp_path, program):
+    (tmp_path / "closed").mkdir(mode=0o555)
+    options, folder, _ = writer(workspace, program, tmp_path / "closed")
+    line = warm.refused(program, *options, obedient=True)
+    assert f"cannot write {folder}" in line and "Permission denied" in line
+    assert not list((tmp_path / "closed").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["pretokenization.py", "sample_imagenet.py"])
+def test_killed_before_any_sync_rename_or_removal_the_result_is_the_same(
+    workspace, warm, tmp_path, program
+):
+    options, _, result = writer(workspace, program, tmp_path / "whole")
+    warm.ok(program, *options)
+    expected = result()
+    for call in range(1, 100):
+        options, _, result = writer(workspace, program, tmp_path / str(call))
+        status = warm.start(program, *options, die_before=call).end()
+        warm.ok(program, *options)
+        assert result() == expected
+        assert not list((tmp_path / str(call)).rglob("*.partial"))
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+    assert call > 6

@@ -2,8 +2,6 @@
 
 import fcntl
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import time
@@ -11,14 +9,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data.parts import Parts
-from sample_imagenet import join, main
+from sample_imagenet import join
 from tests.integration.conftest import execute
 from tests.integration.test_bad_input import refused
-from training.runtime import run
 
 
 def array(path):
@@ -98,19 +94,18 @@ def test_folder_in_use_is_refused_and_that_of_a_dead_run_is_not(workspace, tmp_p
     options = ["experiment.num_fid_samples=4", "experiment.save_png=False"]
     (tmp_path / "a").mkdir()
     with open(tmp_path / "a/.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.lockf(file, fcntl.LOCK_EX)
         done = workspace.sample(tmp_path / "a", *options, check=False)
-        refused(done, f"{tmp_path}/a is in use by another run", "experiment.output_dir")
+        refused(done, f"{tmp_path}/a is in use by another run", "give another folder")
         assert [p.name for p in (tmp_path / "a").iterdir()] == [".lock"]
     # Nobody holds the file any more. Now the disk is full when the second chunk is written.
     chunks = tmp_path / "a/chunks"
     chunks.mkdir()
-    (chunks / "000001.partial").symlink_to("/dev/full")
+    (chunks / "000001.npz.partial").symlink_to("/dev/full")
     done = workspace.sample(tmp_path / "a", *options, check=False)
-    refused(done, f"the disk of {tmp_path}/a is full", "what is finished stays")
+    refused(done, f"{chunks}/000001.npz (No space left on device)", "what is finished stays")
     assert (chunks / "000000.npz").exists() and not (tmp_path / "a.npz").exists()
     before = (chunks / "000000.npz").stat().st_mtime_ns
-    (chunks / "000001.partial").unlink()
     done = workspace.sample(tmp_path / "a", *options, "experiment.num_fid_samples=5", check=False)
     refused(done, "images (4 there, 5 now)")
     assert (chunks / "000000.npz").stat().st_mtime_ns == before
@@ -119,56 +114,37 @@ def test_folder_in_use_is_refused_and_that_of_a_dead_run_is_not(workspace, tmp_p
 
 
 # ---------------------------------------------------------------------- interruptions
-def sample_in_child(arguments):
-    torch.set_num_threads(1)
-    for stream in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    run(main, arguments)
-
-
 @pytest.mark.slow
-def test_killed_at_random_moments_the_bytes_are_the_same(workspace, tmp_path):
+def test_killed_at_random_moments_the_bytes_are_the_same(workspace, warm, tmp_path):
     arguments = [
         f"config={workspace.root}/generator.yaml",
         f"experiment.generator_checkpoint={workspace.generator}",
         f"experiment.tokenizer_checkpoint={workspace.tokenizer}",
         "experiment.num_fid_samples=240",
     ]
-    server = multiprocessing.get_context("forkserver")  # starts a run without importing torch anew
-    server.set_forkserver_preload(["sample_imagenet"])
 
     def start(name):
-        given = [*arguments, f"experiment.output_dir={tmp_path}/{name}"]
-        process = server.Process(target=sample_in_child, args=(given,))
-        process.start()
-        return process
+        run = f"experiment.output_dir={tmp_path}/{name}"
+        return warm.start("sample_imagenet.py", *arguments, run)
 
-    first = server.Process(target=int)  # returns when torch is imported
-    first.start()
-    first.join()
     began = time.monotonic()
-    whole = start("whole")
-    whole.join()
-    assert whole.exitcode == 0
+    assert start("whole").end() == 0
     duration = time.monotonic() - began
     moments, kills, chunks = random.Random(1), 0, set()
     while kills < 12:
-        killed = start("killed")
-        killed.join(timeout=moments.uniform(0, 0.3) * duration)
-        if killed.exitcode is not None:  # it was faster: begin again
-            assert killed.exitcode == 0
+        run, wait = start("killed"), time.monotonic() + moments.uniform(0, 0.3) * duration
+        while run.alive() and time.monotonic() < wait:
+            time.sleep(0.002)
+        if not run.kill():  # it was faster: begin again
+            assert run.end() == 0
             shutil.rmtree(tmp_path / "killed")
-            for end in (".npz", "_codes.npz"):
-                (tmp_path / f"killed{end}").unlink()
+            for name in (".npz", "_codes.npz"):
+                (tmp_path / f"killed{name}").unlink()
             continue
-        killed.kill()
-        killed.join()
         kills += 1
         chunks.add(len(list((tmp_path / "killed/chunks").glob("*.npz"))))
     assert len(chunks) > 3  # the kills came within the work
-    last = start("killed")
-    last.join()
-    assert last.exitcode == 0
+    assert start("killed").end() == 0
     for end in (".npz", "_codes.npz"):
         assert (tmp_path / f"killed{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
     pictures = [

@@ -134,7 +134,8 @@ def test_run_with_an_average_resumed_is_the_run_uninterrupted(train, tmp_path):
 def test_average_begins_where_a_run_without_one_is_resumed(workspace, train, tmp_path):
     shutil.copytree(workspace.stage1_run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
-    train(1, tmp_path / "run", *EMA)
+    # Another run than before, so the checkpoint is named.
+    train(1, tmp_path / "run", *EMA, f"experiment.resume={tmp_path}/run")
     assert equal(tensors(tmp_path / "run", "unaveraged"), tensors(workspace.stage1_run))
     assert not equal(tensors(tmp_path / "run"), tensors(workspace.stage1_run))
 
@@ -188,11 +189,18 @@ def test_codebook_without_a_term_is_no_parameter_that_ddp_would_wait_for(workspa
 
 def test_adversarial_phase_may_be_added_to_a_finished_run(workspace, train, tmp_path):
     shutil.copytree(workspace.stage1_run, tmp_path / "run")
-    phases = "phases=[{steps: 6, learning_rate: 1.0e-3}, {steps: 2, gan_weight: 0.005}]"
+    phases = "phases=[{name: mse, steps: 6, learning_rate: 1.0e-3}, {steps: 2, gan_weight: 0.005}]"
     train(1, tmp_path / "run", phases)
     assert losses(tmp_path / "run")[:6] == losses(workspace.stage1_run)
     assert "gan" in records(tmp_path / "run")[-3] and "critic" in records(tmp_path / "run")[-2]
     assert [r["phase"] for r in records(tmp_path / "run") if "lr" in r] == [1] * 6 + [2] * 2
+
+
+def test_phase_that_has_begun_stays_as_it_was(workspace, train, tmp_path):
+    message = refusal(
+        train, 1, workspace.stage1_run, "phases=[{name: mse, steps: 6, learning_rate: 2.0e-3}]"
+    )
+    assert "phases[0].learning_rate (0.001 there, 0.002 now)" in message
 
 
 def test_start_says_phases_steps_and_time(train, tmp_path):

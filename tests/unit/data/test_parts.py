@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from data import parts as module
-from data.parts import Parts, check_settings, write_whole
+from data.parts import Parts, check_settings
+from modeling import files
 from modeling.errors import InputError
 
 SETTINGS = {"tokenizer": "abc", "images": 10, "crops": "ten_crop"}
@@ -29,7 +30,7 @@ def test_part_whose_writing_failed_is_absent(tmp_path, monkeypatch):
         fail()
 
     monkeypatch.setattr(module.np, "savez", half)
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match=r"cannot write .*000000\.npz \(disk full\)"):
         parts.write(0, codes=np.arange(6))
     assert not parts.path(0).exists() and parts.missing(0, 1) == [0, 1]
 
@@ -37,8 +38,8 @@ def test_part_whose_writing_failed_is_absent(tmp_path, monkeypatch):
 def test_part_not_yet_renamed_is_absent_and_can_be_written_again(tmp_path, monkeypatch):
     parts = Parts(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "replace", fail)
-        with pytest.raises(OSError):
+        patch.setattr(files.os, "replace", fail)
+        with pytest.raises(InputError):
             parts.write(0, codes=np.zeros(6))
     assert parts.missing(0, 1) == [0]
     parts.write(0, codes=np.arange(6))
@@ -66,15 +67,6 @@ def test_finished_parts_are_skipped_and_the_rest_split_anew(tmp_path):
         parts.write(number, codes=np.zeros(1))
     shares = [parts.missing(rank, 2) for rank in range(2)]
     assert sorted(shares[0] + shares[1]) == [1, 3, 5] and all(shares)
-
-
-def test_write_whole_leaves_the_old_content_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_whole(path, b"old")
-    monkeypatch.setattr(module.os, "fsync", fail)
-    with pytest.raises(OSError):
-        write_whole(path, b"new")
-    assert path.read_bytes() == b"old"
 
 
 def test_settings_are_written_where_there_are_none(tmp_path):

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from train_tokenizer.__main__ import add_up, has_collapsed, interleave
+from configs.schema import Phase
+from train_tokenizer.__main__ import add_up, begun, has_collapsed, interleave
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,12 @@ def test_values_of_micro_batches_add_up_and_stay_not_finite():
         add_up(sums, {"loss": torch.tensor(loss, requires_grad=True), "mse": torch.tensor(mse)})
     assert sums["loss"].item() == 3.0 and not sums["loss"].requires_grad
     assert not sums["mse"].isfinite()
+
+
+@pytest.mark.parametrize("step, names", [(0, ""), (1, "a"), (10, "a"), (11, "ab"), (30, "ab")])
+def test_a_phase_has_begun_once_it_has_a_step(step, names):
+    phases = [Phase(name="a", steps=10), Phase(name="b", steps=20), Phase(name="c", steps=1)]
+    assert "".join(phase["name"] for phase in begun(phases, step)) == names
 
 
 def test_previews_show_before_and_after_in_turn():

@@ -120,7 +120,7 @@ def test_failed_save_leaves_the_earlier_checkpoints(run_dir, monkeypatch, broken
     module, name = broken.split(".")
     with monkeypatch.context() as patch:
         patch.setattr(getattr(checkpoint, module), name, fail)
-        with pytest.raises(InputError, match=r"step 4 could not be written .*disk full"):
+        with pytest.raises(InputError, match=r"cannot write .*step-00000004.* \(disk full\)"):
             save(run_dir, 4, keep=1)
     assert steps(run_dir) == [1, 2, 3] and not list(run_dir.rglob("*.partial"))
     assert checkpoint.choose(run_dir, True) == (folder(run_dir, 3), [])
@@ -133,6 +133,24 @@ def test_save_after_a_failed_one_starts_afresh(run_dir):
     path = save(run_dir, 4)
     assert not partial.exists() and not (path / "left.safetensors").exists()
     assert checkpoint.problem(path) is None
+
+
+def test_what_killed_saves_left_is_removed_whatever_their_step(run_dir):
+    left = run_dir / "checkpoints" / "step-00000002.partial"
+    left.mkdir()
+    save(run_dir, 4)
+    assert not left.exists() and steps(run_dir) == [1, 2, 3, 4]
+
+
+def test_later_steps_are_gone_before_the_new_one_is_there(run_dir, monkeypatch):
+    # Else a kill in between would leave the newest to be one of a run that was left.
+    rename, found = checkpoint.os.rename, []
+    monkeypatch.setattr(
+        checkpoint.os, "rename", lambda a, b: found.append(steps(run_dir)) or rename(a, b)
+    )
+    checkpoint.shutil.rmtree(folder(run_dir, 2))
+    save(run_dir, 2)
+    assert found == [[1]] and steps(run_dir) == [1, 2]
 
 
 def test_saving_a_damaged_step_again_makes_it_whole(run_dir):

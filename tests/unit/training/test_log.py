@@ -132,6 +132,32 @@ def test_window_keeps_no_graph():
     assert not window.sums["loss"].requires_grad
 
 
+def test_window_goes_on_from_its_state_bit_by_bit(accelerator):
+    values = torch.rand(7)
+    whole, first, second = Window(), Window(), Window()
+    for value in values:
+        whole.add(loss=value)
+    for value in values[:3]:
+        first.add(loss=value)
+    second.restore(first.state(accelerator), accelerator)
+    for value in values[3:]:
+        second.add(loss=value)
+    assert second.close(accelerator)["loss"] == whole.close(accelerator)["loss"]
+
+
+def test_window_of_two_ranks_goes_on_with_their_mean_on_one(accelerator):
+    state = {"names": ["loss"], "sums": torch.tensor([[2.0], [6.0]]), "counts": {"loss": 2}}
+    window = Window()
+    window.restore(state, accelerator)
+    assert window.close(accelerator)["loss"] == 2.0
+
+
+def test_empty_window_has_an_empty_state(accelerator):
+    window = Window()
+    window.restore(window.state(accelerator), accelerator)
+    assert window.state(accelerator) == {} and window.sums == {}
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands until it is set."""

@@ -11,11 +11,9 @@ def check(now, fork=False):
 
 
 def test_options_are_named_by_their_path():
-    assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {
-        "a.b.c": 1,
-        "a.d": [2],
-        "e": None,
-    }
+    options = {"a": {"b": {"c": 1}, "d": [2]}, "e": None, "f": [{"g": 3}, {"g": 4}]}
+    flat = {"a.b.c": 1, "a.d": [2], "e": None, "f[0].g": 3, "f[1].g": 4}
+    assert flatten(options) == flat
 
 
 def test_the_same_run_goes_on_without_a_word():

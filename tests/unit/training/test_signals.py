@@ -7,8 +7,9 @@ import pytest
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import os, signal
+from datetime import timedelta
 from training.signals import StopSignal
-stop = StopSignal()
+stop = StopSignal(timedelta(minutes=1))
 assert not stop.agreed()
 os.kill(os.getpid(), signal.{name})
 assert stop.agreed()

@@ -1,0 +1,68 @@
+"""Files that are there whole or not at all, and errors of writing in one line."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from modeling.errors import InputError
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """A full disk, or a place that may not be written, becomes InputError, which names it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own
+        lines = str(getattr(e, "strerror", None) or e).strip().splitlines() or [type(e).__name__]
+        raise InputError(
+            f"cannot write {getattr(e, 'filename', None) or path} ({lines[0]}): what is finished "
+            f"stays; make room, or the folder writable, and give the same command again"
+        ) from e
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A name to write to instead of `path`; then the file is synced and takes `path`'s place.
+
+    So `path` is absent, as it was, or complete, even if the process or the machine stops. Missing
+    folders are made. Raises InputError where it cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            sync_file(partial)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    with whole_file(path) as partial:
+        partial.write_bytes(data)
+
+
+def sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder (new files, renames) durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

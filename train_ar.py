@@ -29,7 +29,6 @@ from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_to
 from evaluation import in_training
 from modeling.errors import InputError
 from modeling.generator import Attention, Generator, SwiGLU, next_code_loss
-from modeling.sampling import sample_codes
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors, write_state_dict
 from training import checkpoint
@@ -322,28 +321,17 @@ def evaluate(
 
 @torch.no_grad()
 def sample_grid(
-    accelerator: Accelerator, model: nn.Module, tokenizer: Tokenizer, options: GeneratorRun
+    accelerator: Accelerator, model: Generator, tokenizer: Tokenizer, options: GeneratorRun
 ) -> Tensor:
     """Images in [0, 1], a row of different classes after another; only on the main process."""
     if not accelerator.is_main_process:
         return torch.empty(0)
     generator = options.model.generator
     classes = torch.linspace(0, generator.condition_num_classes - 1, GRID_CLASSES).long()
-    labels = classes.repeat(GRID_PER_CLASS).to(accelerator.device)
+    labels = classes.repeat(GRID_PER_CLASS)
     uniforms = image_uniforms(generator.seed, range(len(labels)), generator.image_seq_len)
-    was_training = model.training
-    model.eval()
-    codes = sample_codes(
-        model,
-        labels,
-        uniforms.to(accelerator.device),
-        generator.guidance_scale,
-        generator.guidance_scale_pow,
-        generator.randomize_temperature,
-    )
-    images = tokenizer.decode(codes)
-    model.train(was_training)
-    return images
+    engine = in_training.sampling_engine(model, options, len(labels))
+    return tokenizer.decode(engine.sample(labels, uniforms))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from data.images import CenterImages, to_float
 from evaluation.compare import Collector, Evaluator
 from modeling.errors import InputError
 from modeling.generator import Generator
-from modeling.sampling import sample_codes
+from modeling.sampling import Engine
 from modeling.tokenizer import Tokenizer
 from training.randomness import image_uniforms
 
@@ -38,6 +38,13 @@ def metrics_of(evaluator: Evaluator, collector: Collector, name: str) -> dict[st
     }
 
 
+def sampling_engine(generator: Generator, options: GeneratorRun, batch: int) -> Engine:
+    """What sample_imagenet.py would sample with, but for its compiling, which is too long here."""
+    cuda = generator.output.weight.is_cuda
+    dtype = torch.bfloat16 if cuda else torch.float32
+    return Engine(generator, batch, options.model.generator.sampling, dtype)
+
+
 @torch.no_grad()
 def generated(
     evaluator: Evaluator, generator: Generator, tokenizer: Tokenizer, options: GeneratorRun
@@ -48,18 +55,13 @@ def generated(
     chunk = options.experiment.per_proc_batch_size or CHUNK
     processes, size = evaluator.processes, (vq_model.image_size, vq_model.image_size)
     collector = Collector("generated images", count, size, evaluator.inception)
-    was_training = generator.training
-    generator.eval()
+    engine = sampling_engine(generator, options, chunk)
     for start in range(0, count, chunk)[processes.process_index :: processes.num_processes]:
         indices = range(start, min(start + chunk, count))
         labels = torch.tensor([i % sampler.condition_num_classes for i in indices])
         uniforms = image_uniforms(sampler.seed, indices, sampler.image_seq_len)
-        codes = sample_codes(
-            generator, labels.to(processes.device), uniforms.to(processes.device),
-            sampler.guidance_scale, sampler.guidance_scale_pow, sampler.randomize_temperature,
-        )  # fmt: skip
+        codes = engine.sample(labels, uniforms)
         collector.add(start, (tokenizer.decode(codes) * 255).to(torch.uint8))
-    generator.train(was_training)
     return metrics_of(evaluator, collector, "gFID")
 
 

@@ -19,11 +19,13 @@ from evaluation.compare import Collector, Side, compare, terms, warnings_of
 from evaluation.features import Inception, full_float32
 from evaluation.lpips import LPIPS
 from evaluation.reconstruction import ReconstructionSums
+from modeling.errors import InputError
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors
 from training.checkpoint import read_weights
 
 PICTURED = 8  # images in the picture
+SSIM_WINDOW = 11  # pixels a side
 MAGNIFIED = 4  # how much brighter its differences are
 
 
@@ -62,6 +64,11 @@ def evaluate_tokenizer(
     """The result over all images of a folder (ADM's centre crop), empty but on the main process,
     and the originals' side. Draws before | after | difference of the first images."""
     size, device = tokenizer.config.image_size, processes.device
+    if size < SSIM_WINDOW:
+        raise InputError(
+            f"images of {size} px are smaller than the window of SSIM, {SSIM_WINDOW} px: give a "
+            f"tokenizer of larger images"
+        )
     lpips = LPIPS(pretrained=True).to(device)
     paths = [path for path, _ in list_images(folder)[0]]
     sides = [
@@ -118,7 +125,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
     Gaussian window of 11 pixels and σ 1.5, by colour channel, where the window lies within.
     """
-    window = torch.arange(11, dtype=torch.float64, device=images.device).sub(5).div(1.5)
+    window = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=images.device).sub(5).div(1.5)
     window = window.square().mul(-0.5).softmax(0)  # exp(-d²/2σ²), normalised
     a, b = images.double(), others.double()
     maps = torch.cat([a, b, a * a, b * b, a * b], 1)  # (B, 15, H, W)

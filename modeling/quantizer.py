@@ -12,6 +12,7 @@ COMMITMENT = 0.25
 class VectorQuantizer(nn.Module):
     """Replaces each vector by the nearest of `codebook_size` codes, by L2, always in float32.
 
+    On CUDA a trainer's `enable_tf32` reaches the products of the distances too, as published.
     `clustering` adds the buffer `embed_prob` that `cluster` needs; the inference format has none.
     """
 

@@ -1,5 +1,6 @@
 """What every program does around its work: errors in one line, processes, devices, precision."""
 
+import errno
 import os
 import signal
 import sys
@@ -24,20 +25,29 @@ T = TypeVar("T")
 
 # Long enough for one rank to load weights or assemble a file alone, short enough to notice a death.
 TIMEOUT = timedelta(minutes=30)
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Run a program's `main(arguments)`; a user's mistake ends it with one line and status 2."""
+    """Run a program's `main(arguments)`; a user's mistake ends it with one line and status 2.
+
+    So does a full disk or a closed folder, wherever the program meets it.
+    """
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except InputError as e:
+    except (InputError, OSError) as e:
+        if isinstance(e, OSError) and e.errno not in NO_PLACE:
+            raise
         # Every rank finds the same mistake. Rank 0 says it first, and the launcher ends the others
         # while they wait; a mistake that only another rank found is still said.
         if int(os.environ.get("RANK", 0)) > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer only notes the launcher's
             time.sleep(3)
         # A DataLoader's worker wraps the message into its traceback; the line itself comes last.
-        print(f"error: {str(e).rsplit('InputError: ')[-1].strip()}", file=sys.stderr, flush=True)
+        message = str(e).rsplit("InputError: ")[-1].strip()
+        if isinstance(e, OSError):
+            message = f"{e.filename or 'a file'}: {e.strerror}; make room or rights, and try again"
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # not sys.exit: a collective that others still wait in must not hold us
     except KeyboardInterrupt:

@@ -89,7 +89,9 @@ def test_generator_is_scored_in_training_as_its_samples_are(workspace, tmp_path,
     import train_ar
 
     run = tmp_path / "run"
+    knobs = ["model.generator.top_k=5", "model.generator.guidance_schedule=linear"]
     train_ar.main([
+        *knobs,
         f"config={workspace.root}/generator.yaml", f"experiment.output_dir={run}",
         f"experiment.tokenizer_checkpoint={workspace.tokenizer}",
         f"dataset.params.pretokenization={workspace.cache}", f"experiment.fid_reference={tiny}",
@@ -100,7 +102,7 @@ def test_generator_is_scored_in_training_as_its_samples_are(workspace, tmp_path,
     assert scored[0].keys() >= {"val/sFID", "val/IS", "val/precision", "val/recall"}
     assert not any("rFID" in key for r in records(run) for key in r)
     workspace.sample(
-        tmp_path / "samples", "experiment.num_fid_samples=14",
+        tmp_path / "samples", "experiment.num_fid_samples=14", *knobs,
         f"experiment.generator_checkpoint={run}/generator.bin",
     )  # fmt: skip
     import evaluate

@@ -195,3 +195,14 @@ def test_misspelt_config_and_misfitting_weights_are_refused(run_folder):
     (folder / "other.yaml").write_text("model: {vq_model: {image_size: 32, patch_size: 16}}")
     with pytest.raises(InputError, match="does not fit the configured tokenizer"):
         load_tokenizer(str(folder / "tokenizer.pth"), str(folder / "other.yaml"))
+
+
+def test_images_smaller_than_the_window_of_ssim_are_refused(score):
+    small = score.folder / "small.yaml"
+    sizes = {**SIZES, "image_size": 8}
+    lines = [f"    {key}: {json.dumps(value)}" for key, value in sizes.items()]
+    small.write_text("\n".join(["model:", "  vq_model:", *lines]))
+    tokenizer = Tokenizer(TokenizerConfig(**sizes))
+    write_state_dict(tokenizer.state_dict(), score.folder / "small.pth")
+    with pytest.raises(InputError, match="images of 8 px are smaller than the window of SSIM"):
+        score(f"--tokenizer={score.folder}/small.pth", f"--config={small}")

@@ -44,6 +44,13 @@ def test_a_users_mistake_is_one_line_and_status_2(program):
     assert program(body, "photos") == (2, ["error: no folder photos; make it"])
 
 
+def test_a_closed_or_full_place_is_one_line_wherever_it_is_met(program):
+    status, lines = program("open('/dev/full', 'wb', buffering=0).write(b'x')")
+    assert status == 2 and lines == [
+        "error: a file: No space left on device; make room or rights, and try again"
+    ]
+
+
 def test_a_bug_keeps_its_traceback_and_exits_with_1(program):
     status, lines = program("raise ValueError('a bug')")
     assert status == 1 and lines[0].startswith("Traceback") and lines[-1] == "ValueError: a bug"

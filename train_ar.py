@@ -215,6 +215,7 @@ def main(argv: list[str]) -> None:
     window, guard = Window(), FiniteGuard(device)
     if folder.source is not None:
         window.restore(state["window"], accelerator)
+        del state  # gigabytes of moments, in host memory
     flops, peak = training_flops(config), peak_flops(device, precision(training))
     batches, told = iter(loader), False
     for step in range(first_step, total_steps + 1):

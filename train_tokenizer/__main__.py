@@ -198,6 +198,7 @@ def main(argv: list[str]) -> None:
         window.restore(state["window"], accelerator)
         if accelerator.is_main_process:
             code_counts += state["code_counts"].to(device)
+        del state  # gigabytes of moments, in host memory
     collapse_said = False
     # Compiling and the first choices of kernels are over after one step: time counts from there.
     began, timed = time.perf_counter(), False

@@ -26,6 +26,14 @@ def _seed():
 
 
 @pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """An empty folder to run in, and an empty download cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path
+
+
+@pytest.fixture
 def golden():
     """Load one file of published figures: golden("generator_small.npz")."""
 

@@ -1,8 +1,6 @@
 """A file with code in it is refused by name, and the code does not run, wherever a file is read."""
 
-import hashlib
 import json
-import os
 import pickle
 import shutil
 
@@ -11,17 +9,8 @@ import pytest
 import torch
 
 from evaluation.features import INCEPTION_FILE
+from tests.payload import Payload, forge
 from train_tokenizer.perceptual import CONVNEXT_FILE
-
-
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
 
 
 @pytest.fixture
@@ -147,16 +136,6 @@ def test_weights_of_a_network_that_is_found(workspace, warm, tmp_path, bomb, pro
 
 
 # ---------------------------------------------------------------------- what earlier runs left
-def forge(checkpoint, name, content):
-    """Put content into a checkpoint whose manifest then holds."""
-    (checkpoint / name).write_bytes(content)
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    for entry in manifest["files"]:
-        if entry["name"] == name:
-            entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["state.pt", "WEIGHTS.safetensors"])
 @pytest.mark.parametrize("program", ["train_ar.py", "train_tokenizer"])

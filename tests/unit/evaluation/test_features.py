@@ -13,6 +13,7 @@ from evaluation.metrics import frechet_distance_of_moments
 from evaluation.sources import ArrayImages
 from modeling.errors import InputError
 from tests.inception import write_random_inception
+from tests.payload import Payload
 
 CPU = torch.device("cpu")
 
@@ -184,12 +185,7 @@ def test_another_file_under_that_name_is_refused(tmp_path, monkeypatch):
 def test_pickled_code_under_that_name_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
-
-    class Code:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    torch.save({"fc.weight": Code()}, tmp_path / "weights" / INCEPTION_FILE)
+    torch.save({"fc.weight": Payload(tmp_path / "ran")}, tmp_path / "weights" / INCEPTION_FILE)
     with pytest.raises(InputError, match="no file of plain tensors"):
         Inception(CPU)
     assert not (tmp_path / "ran").exists()

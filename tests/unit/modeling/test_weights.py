@@ -16,6 +16,7 @@ from modeling.weights import (
     read_state_dict,
     write_state_dict,
 )
+from tests.payload import Payload
 from train_tokenizer.discriminator import Discriminator
 
 FORMATS = ["weights.pth", "weights.bin", "weights.safetensors"]
@@ -131,14 +132,6 @@ def test_file_of_another_kind_is_refused(tmp_path, name, content):
     assert "no file of plain tensors" in refusal(tmp_path / name)
 
 
-class Exploit:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 def dump(content, path):
     path.write_bytes(pickle.dumps(content, protocol=2))
 
@@ -147,11 +140,10 @@ def save_old(content, path):
     torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # what the exploit opens
 @pytest.mark.parametrize("write", [torch.save, save_old, dump])
 def test_code_in_a_file_is_refused_and_never_run(tmp_path, write):
     mark = tmp_path / "executed"
-    write({"a": torch.ones(2), "b": Exploit(mark)}, tmp_path / "w.pth")
+    write({"a": torch.ones(2), "b": Payload(mark)}, tmp_path / "w.pth")
     assert "no file of plain tensors" in refusal(tmp_path / "w.pth")
     assert not mark.exists()
     if write is not dump:  # it would have worked
@@ -301,14 +293,6 @@ def test_only_named_entries_may_be_extra_or_missing():
 
 
 # ---------------------------------------------------------------------- well-known files
-@pytest.fixture
-def nowhere(tmp_path, monkeypatch):
-    """An empty folder to run in, and an empty download cache."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    return tmp_path
-
-
 def test_missing_file_is_named_with_the_places_and_the_remedy(nowhere):
     with pytest.raises(InputError) as caught:
         find_weights("vgg.pth", ", or do without")

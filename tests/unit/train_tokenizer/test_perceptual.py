@@ -7,14 +7,6 @@ from modeling.errors import InputError
 from train_tokenizer.perceptual import CONVNEXT_FILE, ConvNeXtLogits
 
 
-@pytest.fixture
-def nowhere(tmp_path, monkeypatch):
-    """An empty folder to run in, and an empty cache of torchvision."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    return tmp_path
-
-
 # ---------------------------------------------------------------------- weight files
 def test_pretrained_network_without_its_file_is_refused(nowhere):
     with torch.device("meta"), pytest.raises(InputError) as caught:

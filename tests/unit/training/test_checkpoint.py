@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modeling.errors import InputError
+from tests.payload import Payload, forge
 from training import checkpoint
 
 
@@ -47,17 +48,6 @@ def truncated(path):
 
 def missing(path):
     path.unlink()
-
-
-def replace_file(path, name, content):
-    """Change a file of a checkpoint and rewrite the manifest so that it holds."""
-    (path / name).write_bytes(content)
-    manifest = json.loads((path / "manifest.json").read_text())
-    for entry in manifest["files"]:
-        if entry["name"] == name:
-            entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    assert checkpoint.problem(path) is None
 
 
 # ---------------------------------------------------------------------- saving
@@ -228,16 +218,6 @@ def test_resume_from_a_folder_without_checkpoints_is_named(run_dir, tmp_path):
 
 
 # ---------------------------------------------------------------------- untrusted files
-class Payload:
-    """Pickled, this makes a folder wherever it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_the_state_is_refused_and_not_run(run_dir, tmp_path, zipped):
     marker, path = tmp_path / "marker", folder(run_dir, 3)
@@ -248,7 +228,8 @@ def test_code_in_the_state_is_refused_and_not_run(run_dir, tmp_path, zipped):
         content = pickle.dumps(Payload(marker), protocol=2)
         pickle.loads(content)  # it would work
         marker.rmdir()
-    replace_file(path, "state.pt", content)
+    forge(path, "state.pt", content)
+    assert checkpoint.problem(path) is None
     with pytest.raises(InputError, match=r"state\.pt"):
         checkpoint.load_state(path)
     assert not marker.exists()
@@ -256,7 +237,7 @@ def test_code_in_the_state_is_refused_and_not_run(run_dir, tmp_path, zipped):
 
 def test_code_in_the_weights_is_refused_and_not_run(run_dir, tmp_path):
     marker, path = tmp_path / "marker", folder(run_dir, 3)
-    replace_file(path, "generator.safetensors", pickle.dumps(Payload(marker), protocol=2))
+    forge(path, "generator.safetensors", pickle.dumps(Payload(marker), protocol=2))
     with pytest.raises(InputError, match=r"generator\.safetensors"):
         checkpoint.load_weights_of(path, "generator")
     assert not marker.exists()

@@ -31,7 +31,8 @@ from data.tokens import MANIFEST, TokenWriter, fingerprint, open_tokens, write_m
 from modeling.errors import InputError
 from modeling.files import sync_file, sync_folder, writing
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights import load_tensors, read_state_dict
+from modeling.weights import load_tensors
+from training.checkpoint import read_weights
 from training.lock import lock_folder
 from training.runtime import run, set_matmul_precision, start_processes
 
@@ -58,7 +59,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="image folder: one folder a class, or with --split above it",
     )
     parser.add_argument("--split", choices=["train", "val"], help="take DATA_PATH/SPLIT")
-    parser.add_argument("--img_size", type=at_least(1), default=256, help="pixels a side (256)")
+    parser.add_argument("--img_size", type=at_least(1), help="pixels a side (the config's, or 256)")
     parser.add_argument(
         "--batch_size", type=at_least(1), default=32, help="images encoded together (32)"
     )
@@ -120,14 +121,16 @@ def image_folder(data_path: str, split: str | None) -> Path:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    config = tokenizer_config(args.config, image_size=args.img_size)
+    size = {} if args.img_size is None else {"image_size": args.img_size}
+    config = tokenizer_config(args.config, **size)
+    args.img_size = config.image_size
     kind = kind_of_crops(args)
     root = image_folder(args.data_path, args.split)
     samples, classes = list_images(root)
     files = [path for path, _ in samples]
     paths = [os.path.relpath(path, root) for path in files]
 
-    state = read_state_dict(args.tokenizer_checkpoint)
+    state = read_weights(args.tokenizer_checkpoint, "tokenizer")
     processes = start_processes(args.device)
     if args.dtype == "tf32" and processes.device.type != "cuda":
         raise InputError("--dtype tf32 is a mode of CUDA devices: choose fp32 or bf16 on a CPU")
@@ -230,8 +233,9 @@ def main(argv: list[str]) -> None:
                 )
             os.rename(store, cache)
             sync_folder(cache.parent)
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
         lock.close()
+        shutil.rmtree(work, ignore_errors=True)  # NFS keeps a folder with an open file
         if skipped:
             print(f"skipped {listed(skipped, paths)}; the manifest lists them")
         print(f"wrote {cache}: {len(kept)} images x {VIEWS[kind]} views, {kind}, {args.dtype}")

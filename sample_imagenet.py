@@ -42,10 +42,11 @@ from modeling.weights import load_tensors
 from training.checkpoint import read_weights
 from training.lock import lock_folder
 from training.randomness import image_uniforms
-from training.runtime import run, set_matmul_precision, start_processes
+from training.runtime import compiles, run, set_matmul_precision, start_processes
 
 LARGEST_CHUNK = 256  # larger ones gain little and share out worse among processes
-REMEDY = "remove it, or give another experiment.output_dir"
+# Not "remove the folder": the run of a generator may be in it.
+REMEDY = "give another experiment.output_dir, or remove what sampling left there"
 
 
 def main(argv: list[str]) -> None:
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
             "give experiment.generator_checkpoint=FILE, for example weights/alitok_b.bin"
         )
     else:
-        generator_state = read_weights(experiment.generator_checkpoint, "generator")
+        generator_state = read_weights(experiment.generator_checkpoint, "ema", "generator")
     tokenizer_state = read_weights(experiment.tokenizer_checkpoint, "tokenizer")
     processes = start_processes()
     # A mistake in the reference shows now, not after hours of sampling.
@@ -193,16 +194,12 @@ def main(argv: list[str]) -> None:
 def resolve(experiment: GeneratorExperiment, device: torch.device) -> tuple[str, bool]:
     """Precision and whether to compile; what auto stands for depends on the machine."""
     cuda = device.type == "cuda"
-    precision, compiled = experiment.precision, experiment.compile
+    precision = experiment.precision
     if precision == "auto":
         precision = "bf16" if cuda else "fp32"
     if precision == "tf32" and not cuda:
         raise InputError("experiment.precision=tf32 is of CUDA devices: choose fp32 or bf16")
-    # CUDA programs, too, are linked with the machine's C compiler.
-    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-    if compiled is True and not compiler:
-        raise InputError("experiment.compile=True needs a C compiler: install gcc or leave it out")
-    return precision, cuda and compiler if compiled == "auto" else compiled
+    return precision, compiles(experiment.compile, "experiment.compile")
 
 
 def read_codes(path: str, config: TokenizerConfig) -> np.ndarray:

@@ -30,7 +30,7 @@ from evaluation import in_training
 from modeling.errors import InputError
 from modeling.generator import Attention, Generator, SwiGLU, next_code_loss
 from modeling.tokenizer import Tokenizer
-from modeling.weights import load_tensors, write_state_dict
+from modeling.weights import load_tensors, read_state_dict, write_state_dict
 from training import checkpoint
 from training.guard import FiniteGuard
 from training.loader import training_loader
@@ -38,7 +38,7 @@ from training.log import RunLog, Window, due
 from training.randomness import image_uniforms, seed_step
 from training.resume import flatten
 from training.run_folder import RunFolder
-from training.runtime import compiles, device_name, precision, run, start_training
+from training.runtime import compiles, device_name, on_main, precision, run, start_training
 from training.schedule import generator_lr
 from training.signals import SAVED_AND_STOPPED, StopSignal
 from training.utilisation import peak_flops, training_flops
@@ -48,7 +48,8 @@ GRID_CLASSES, GRID_PER_CLASS = 10, 4  # of a sample grid
 # data, the batch in all and the tokenizer are compared for themselves, wherever they come from.
 FREE_TO_CHANGE = (
     "experiment.", "dataset.", "model.vq_model.", "model.generator.randomize_temperature",
-    "model.generator.guidance_scale", "model.generator.seed", "model.generator.use_checkpoint",
+    "model.generator.guidance_", "model.generator.top_", "model.generator.seed",
+    "model.generator.use_checkpoint",
     "training.gradient_accumulation_steps", "training.per_gpu_batch_size", "training.enable_",
     "training.compile", "training.timeout_minutes",
 )  # fmt: skip
@@ -111,11 +112,14 @@ def main(argv: list[str]) -> None:
     options = configs.schema.load(GeneratorRun, argv)
     experiment, training = options.experiment, options.training
     data, config = options.dataset.params, options.model.generator
+    accelerator = start_training(training)
+    compiled = compiles(training.compile, "training.compile")
     tokenizer = fingerprint_now = None
     if experiment.generate_every or data.train_dir is not None:
         tokenizer = Tokenizer(options.model.vq_model)
-        state = checkpoint.read_weights(experiment.tokenizer_checkpoint, "tokenizer")
-        load_tensors(tokenizer, state, experiment.tokenizer_checkpoint)
+        given = experiment.tokenizer_checkpoint
+        state = read_state_dict(on_main(lambda: checkpoint.weights_file(given, "tokenizer")))
+        load_tensors(tokenizer, state, given)
         fingerprint_now = fingerprint(state)
     if data.train_dir is None:
         store = open_cache(data.pretokenization, options, fingerprint_now)
@@ -133,7 +137,6 @@ def main(argv: list[str]) -> None:
     if data.val_pretokenization is not None:
         held_out = open_cache(data.val_pretokenization, options, fingerprint_now)
 
-    accelerator = start_training(training)
     device, world = accelerator.device, accelerator.num_processes
     stop = StopSignal(timedelta(minutes=training.timeout_minutes))
     folder = RunFolder(accelerator, experiment)
@@ -155,15 +158,15 @@ def main(argv: list[str]) -> None:
     first_step, best = folder.first_step, float("inf")
     if folder.source is not None:
         state = folder.state(this_run, FREE_TO_CHANGE)
-        best = state["best"]
-        for name, part in (("generator", generator), ("ema", ema)):
-            if part is not None:
-                load_tensors(part, folder.weights(name), str(folder.source))
+        best = state.get("best", best)
+        load_tensors(generator, folder.weights("generator"), str(folder.source))
+        if ema is not None:  # without one there, the average begins here
+            load_tensors(ema, folder.weights("ema", "generator"), str(folder.source))
     model, optimizer = accelerator.prepare(generator, adamw(generator, options.optimizer.params))
     if ema is not None:
         ema = fsdp2_prepare_model(accelerator, ema) if accelerator.is_fsdp2 else ema.to(device)
     loss_of = next_code_loss
-    if compiles(training):
+    if compiled:
         generator.compile()
         loss_of = torch.compile(next_code_loss)  # one pass over the logits
     if folder.source is not None:
@@ -183,7 +186,7 @@ def main(argv: list[str]) -> None:
     epochs = total_steps * global_batch / images
     log.say(
         f"{parameters / 1e6:.1f}M parameters on {world} x {device_name(device)}, "
-        f"{precision(training)}{', compiled' * compiles(training)}"
+        f"{precision(training)}{', compiled' * compiled}"
     )
     log.say(
         f"{images} images x {views} views; {global_batch} images a step = {batch} x {world} ranks "
@@ -214,7 +217,7 @@ def main(argv: list[str]) -> None:
     model.train()
     window, guard = Window(), FiniteGuard(device)
     if folder.source is not None:
-        window.restore(state["window"], accelerator)
+        window.restore(state.get("window", {}), accelerator)
         del state  # gigabytes of moments, in host memory
     flops, peak = training_flops(config), peak_flops(device, precision(training))
     batches, told = iter(loader), False

@@ -385,9 +385,16 @@ class TokenizerRun:
 def load(schema: type[T], argv: list[str]) -> T:
     """Options of one program: schema defaults, then `config=FILE`, then `section.option=value` …
 
+    `--help` prints them all and ends the program.
     Raises InputError for a missing file, a misspelt option (with the nearest name), a value of the
     wrong type or a combination that does not hold together.
     """
+    if {"-h", "--help"} & set(argv):
+        print(
+            "usage: config=FILE option=value …   (presets are in configs/)\n\noptions, by default:\n"
+        )
+        print(OmegaConf.to_yaml(OmegaConf.structured(schema)))
+        raise SystemExit
     pairs = []
     for argument in argv:
         key, equals, value = argument.lstrip("-").partition("=")
@@ -428,10 +435,13 @@ def read_yaml(path: str | Path) -> DictConfig:
 def tokenizer_config(path: str | Path | None, **known: Any) -> TokenizerConfig:
     """A tokenizer's sizes: what is `known`, then `model.vq_model` of a YAML file, then the defaults."""
     options: Any = {}
-    if path is not None:
-        options = OmegaConf.select(read_yaml(path), "model.vq_model") or {}
-        check_names(TokenizerConfig, options, str(path), "model.vq_model.")
     try:
+        if path is not None:
+            found = OmegaConf.select(read_yaml(path), "model.vq_model")
+            options = {} if found is None else found
+            if found is not None and not OmegaConf.is_dict(found):
+                raise InputError(f"config {path}: model.vq_model holds no options")
+            check_names(TokenizerConfig, options, str(path), "model.vq_model.")
         merged = OmegaConf.merge(OmegaConf.structured(TokenizerConfig), options, known)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as e:

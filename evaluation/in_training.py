@@ -14,6 +14,7 @@ from modeling.generator import Generator
 from modeling.sampling import Engine
 from modeling.tokenizer import Tokenizer
 from training.randomness import image_uniforms
+from training.signals import outlive_first_signal
 
 CHUNK = 64  # images sampled together where the config leaves it open
 
@@ -79,9 +80,11 @@ def reconstructed(
     batches = [list(range(start, min(start + batch, len(paths)))) for start in starts]
     was_training = tokenizer.training
     tokenizer.eval()
-    for start, pixels in zip(
-        starts, DataLoader(CenterImages(paths, size), batch_sampler=batches, num_workers=workers)
-    ):
+    loader = DataLoader(
+        CenterImages(paths, size), batch_sampler=batches, num_workers=workers,
+        worker_init_fn=outlive_first_signal,
+    )  # fmt: skip
+    for start, pixels in zip(starts, loader):
         images = tokenizer.decode(tokenizer.encode(to_float(pixels.to(processes.device))))
         collector.add(start, (images * 255).to(torch.uint8))
     tokenizer.train(was_training)

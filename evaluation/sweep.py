@@ -71,6 +71,8 @@ def main(argv: list[str]) -> None:
         for power in args.powers:
             if not cell_file(folder, scale, power).exists():
                 score_cell(folder, scale, power, args.num_samples, options, evaluator, processes)
+            elif processes.is_main_process:
+                remove_images(folder, scale, power)  # of a run killed before it did
     if processes.is_main_process:
         grid = [[metrics_of(cell_file(folder, s, p)) for p in args.powers] for s in args.scales]
         print(table(grid, args.scales, args.powers))
@@ -111,9 +113,15 @@ def score_cell(
     result = evaluator.evaluate(open_images(images), count)
     if processes.is_main_process:
         write_whole(result_file, json.dumps(result, indent=1, ensure_ascii=False).encode())
-        images.unlink()
-        shutil.rmtree(samples)
+        remove_images(folder, scale, power)
     processes.wait_for_everyone()  # a file that exists is whole for all
+
+
+def remove_images(folder: Path, scale: float, power: float) -> None:
+    """A cell's images; its codes stay."""
+    samples = cell_file(folder, scale, power).with_suffix("")
+    samples.with_name(samples.name + ".npz").unlink(missing_ok=True)
+    shutil.rmtree(samples, ignore_errors=True)
 
 
 def table(grid: list[list[dict[str, Any]]], scales: list[float], powers: list[float]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from modeling.errors import InputError
@@ -16,6 +17,8 @@ def writing(path: str | Path) -> Iterator[None]:
     """A full disk, or a place that may not be written, becomes InputError, which names it."""
     try:
         yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # RuntimeErrors, but of the device
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own
         lines = str(getattr(e, "strerror", None) or e).strip().splitlines() or [type(e).__name__]
         raise InputError(

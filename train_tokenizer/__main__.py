@@ -25,7 +25,7 @@ from evaluation.lpips import LPIPS, lpips_is_here
 from evaluation.reconstruction import codebook_use, reconstruct_all
 from modeling.errors import InputError
 from modeling.tokenizer import Tokenizer
-from modeling.weights import describe, load_tensors, write_state_dict
+from modeling.weights import describe, load_tensors, read_state_dict, write_state_dict
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training import checkpoint
@@ -35,7 +35,7 @@ from training.log import RunLog, Window, due
 from training.randomness import seed_step
 from training.resume import flatten
 from training.run_folder import RunFolder
-from training.runtime import compiles, run, start_training
+from training.runtime import compiles, on_main, run, start_training
 from training.schedule import phase_at, tokenizer_lr
 from training.signals import SAVED_AND_STOPPED, StopSignal, outlive_first_signal
 
@@ -71,7 +71,7 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
             "stage 2 needs the tokenizer that stage 1 trained: give "
             "experiment.stage1_checkpoint=RUN_DIR or a weights file"
         )
-    state = checkpoint.read_weights(given, "tokenizer")
+    state = read_state_dict(on_main(lambda: checkpoint.weights_file(given, "tokenizer")))
     if options.model.decoder_init == "stage1":
         ignore, keep = STAGE1_ONLY + BUFFERS_AND_POSITIONS, BUFFERS_AND_POSITIONS
     else:
@@ -129,9 +129,8 @@ def main(argv: list[str]) -> None:
     first_step, source = folder.first_step, str(folder.source)
     if folder.source is not None:
         state = folder.state(this_run(first_step - 1), FREE_TO_CHANGE)
-        averaged = "averaged" in state
-        load_tensors(tokenizer, folder.weights(UNAVERAGED if averaged else "tokenizer"), source)
-        if ema is not None and averaged:  # else the average begins here
+        load_tensors(tokenizer, folder.weights(UNAVERAGED, "tokenizer"), source)
+        if ema is not None and "averaged" in state:  # else the average begins here
             load_tensors(ema.module, folder.weights("tokenizer"), source)
             ema.n_averaged.fill_(state["averaged"])
         if adversarial and "critic_optimizer" in state:  # not after phases without one
@@ -147,12 +146,18 @@ def main(argv: list[str]) -> None:
             fused=True,
         )
 
-    compiled = torch.compile(tokenizer) if compiles(training) else tokenizer
+    compile_it = compiles(training.compile, "training.compile")
+    compiled = torch.compile(tokenizer) if compile_it else tokenizer
     model, optimizer = accelerator.prepare(compiled, adamw(tokenizer))
     if adversarial:
         critic, critic_optimizer = accelerator.prepare(discriminator, adamw(discriminator))
     if folder.source is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except (
+            ValueError
+        ) as e:  # a checkpoint given by name may be of a run that trained other parts
+            raise InputError(f"{source} is of a run that trained other parameters: {e}") from e
         if adversarial and "critic_optimizer" in state:
             critic_optimizer.load_state_dict(state["critic_optimizer"])
 

@@ -188,22 +188,28 @@ def load_state(path: Path) -> dict[str, Any]:
         ) from e
 
 
-def load_weights_of(path: Path, name: str) -> dict[str, torch.Tensor]:
-    """What `save` was given as `weights[name]`."""
-    return read_state_dict(path / f"{name}.safetensors")
+def first_weights(path: Path, *names: str) -> Path:
+    """The file of the first of `names` that a checkpoint holds weights of, else that of the last."""
+    files = [path / f"{name}.safetensors" for name in names]
+    return next((file for file in files if file.is_file()), files[-1])
 
 
-def weights_file(given: str | Path, name: str) -> Path:
-    """The weights behind a path: the file itself, or NAME of a run's newest valid checkpoint."""
+def load_weights_of(path: Path, *names: str) -> dict[str, torch.Tensor]:
+    """What `save` was given as `weights[name]`, of the first of `names` that is there."""
+    return read_state_dict(first_weights(path, *names))
+
+
+def weights_file(given: str | Path, *names: str) -> Path:
+    """The weights behind a path: the file itself, or `first_weights` of a run's newest checkpoint."""
     given = Path(given)
     if not given.is_dir():
         return given  # whoever reads it says what is wrong with it
     newest, _ = choose(given, True)
     if newest is None:
         raise InputError(f"{given} holds no checkpoints: give a weights file or a run folder")
-    return newest / f"{name}.safetensors"
+    return first_weights(newest, *names)
 
 
-def read_weights(given: str | Path, name: str) -> dict[str, torch.Tensor]:
-    """Tensors of a weights file, or of a run's newest valid checkpoint."""
-    return read_state_dict(weights_file(given, name))
+def read_weights(given: str | Path, *names: str) -> dict[str, torch.Tensor]:
+    """Tensors of a weights file, or of a run's newest valid checkpoint (`weights_file`)."""
+    return read_state_dict(weights_file(given, *names))

@@ -16,11 +16,11 @@ from training.runtime import on_main
 
 
 class RunFolder:
-    """Read and written by the main process; the other ranks follow what it found.
+    """Looked through and written by the main process; the other ranks follow what it found.
 
     `source` is the checkpoint that the run goes on from (None: from the beginning), `first_step`
-    the step after it, `warnings` are for the user. Every method is called on all ranks, and an
-    InputError is raised on all.
+    the step after it, `warnings` are for the user. Every method is called on all ranks. What the
+    main process cannot do is an InputError on all; reading is each rank's own.
     """
 
     def __init__(self, accelerator: Accelerator, experiment: Experiment):
@@ -48,13 +48,13 @@ class RunFolder:
         if "run" not in state:
             raise InputError(f"{self.source} is of an earlier version: start the run anew")
         self.warnings += check_same_run(state["run"], this_run, free, str(self.source), self.forks)
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return state
 
-    def weights(self, name: str) -> dict[str, Tensor]:
-        """The tensors of `source` that `save` was given as `weights[name]`."""
-        return checkpoint.load_weights_of(self.source, name)
+    def weights(self, *names: str) -> dict[str, Tensor]:
+        """The tensors of `source` under the first of `names` that `save` was given weights for."""
+        return checkpoint.load_weights_of(self.source, *names)
 
     def open(self, options: Any) -> None:
         """Keep other runs out until this process ends, and write the options down."""

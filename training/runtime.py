@@ -2,12 +2,14 @@
 
 import errno
 import os
+import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
@@ -35,24 +37,36 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except (InputError, OSError) as e:
-        if isinstance(e, OSError) and e.errno not in NO_PLACE:
-            raise
+    except Exception as e:
+        if isinstance(e, InputError):
+            # A DataLoader's worker wraps the message into its traceback; the line itself comes last.
+            message = str(e).rsplit("InputError: ")[-1].strip()
+        elif isinstance(e, OSError) and e.errno in NO_PLACE:
+            message = f"{e.filename or 'a file'}: {e.strerror}; make room or rights, and try again"
+        else:
+            traceback.print_exc()
+            leave(1)
         # Every rank finds the same mistake. Rank 0 says it first, and the launcher ends the others
         # while they wait; a mistake that only another rank found is still said.
         if int(os.environ.get("RANK", 0)) > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer only notes the launcher's
             time.sleep(3)
-        # A DataLoader's worker wraps the message into its traceback; the line itself comes last.
-        message = str(e).rsplit("InputError: ")[-1].strip()
-        if isinstance(e, OSError):
-            message = f"{e.filename or 'a file'}: {e.strerror}; make room or rights, and try again"
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(2)  # not sys.exit: a collective that others still wait in must not hold us
+        print(f"error: {message}", file=sys.stderr)
+        leave(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is saved", file=sys.stderr)
-        os._exit(130)
+        leave(130)
+
+
+def leave(status: int) -> NoReturn:
+    """Exit at once: neither for a collective that others still wait in, nor for data workers.
+
+    These outlive the one signal that the interpreter sends them on its own way out
+    (`training.signals`), and it would wait for them for ever.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def start_processes(device: str | None = None) -> PartialState:
@@ -94,9 +108,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def compiles(training: Training) -> bool:
-    """Whether the trained model is compiled; auto is on CUDA only."""
-    return torch.cuda.is_available() if training.compile == "auto" else training.compile
+def compiles(asked: bool | str, option: str) -> bool:
+    """Whether to use torch.compile; auto is on CUDA, where there is a C compiler.
+
+    CUDA programs, too, are linked with it. Raises InputError where it lacks and True was asked for.
+    """
+    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    if asked is True and not compiler:
+        raise InputError(f"{option}=True needs a C compiler: install gcc or leave it out")
+    return torch.cuda.is_available() and compiler if asked == "auto" else asked
 
 
 def set_matmul_precision(precision: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import time
 
@@ -74,6 +75,17 @@ def same_run(a, b):
         assert file.read_bytes() == (b / file.name).read_bytes(), file.name
 
 
+def first_steps(output):
+    """The steps that runs said they begin with, in order."""
+    return [int(a or b) for a, b in re.findall(r"steps (\d+) to|from step (\d+) on", output)]
+
+
+def next_step(run):
+    """The step that a start has to begin with."""
+    newest, _ = checkpoint.choose(run, True)
+    return 1 if newest is None else checkpoint.step_of(newest) + 1
+
+
 def wait_for(condition, run, seconds=60):
     """Whether the condition came true before the run ended."""
     patience = time.monotonic() + seconds
@@ -110,7 +122,9 @@ def test_stopped_and_killed_it_ends_as_in_one_go(workspace, warm, tmp_path, name
     run = start()
     assert wait_for(lambda: len(logged(halves)) >= 6, run), run.output()[-3000:]
     assert run.kill()
-    warm.ok(program, *options, f"experiment.output_dir={halves}", ranks=ranks)
+    expected = next_step(halves)
+    output = warm.ok(program, *options, f"experiment.output_dir={halves}", ranks=ranks)
+    assert first_steps(output) == [expected] and expected > 7
     same_run(whole, halves)
 
 
@@ -124,7 +138,7 @@ def test_survives_many_kills(workspace, warm, tmp_path, name, ranks):
     warm.ok(program, *options, f"experiment.output_dir={whole}", ranks=ranks)
     moments, inside = random.Random(name + str(ranks)), 0
     for kill in range(KILLS):
-        before = len(logged(killed))
+        before, expected = len(logged(killed)), next_step(killed)
         # One in three dies inside a save, or in what surrounds it, by its own hand.
         call = moments.randint(1, 40) if kill % 3 == 0 else 0
         run = warm.start(
@@ -144,8 +158,11 @@ def test_survives_many_kills(workspace, warm, tmp_path, name, ranks):
             time.sleep(moments.uniform(0, 0.02))
         killed_by_us = run.kill()
         assert killed_by_us or call
+        assert first_steps(run.output()) in ([], [expected])
         inside += any(killed.rglob("*.partial"))
     assert inside >= 3  # kills left a file or a folder half-written
-    warm.ok(program, *options, f"experiment.output_dir={killed}", ranks=ranks)
+    expected = next_step(killed)
+    output = warm.ok(program, *options, f"experiment.output_dir={killed}", ranks=ranks)
+    assert first_steps(output) == [expected] and expected > 30
     same_run(whole, killed)
     assert not any(killed.rglob("*.partial"))

@@ -156,6 +156,19 @@ def test_precision_of_an_earlier_run_is_kept_to(runs, tmp_path):
     assert "dtype (fp32 there, bf16 now)" in line
 
 
+def test_size_of_the_images_and_weights_of_a_run_are_found_where_they_are(
+    workspace, warm, tmp_path
+):
+    options = ["--config", workspace.root / "generator.yaml", "--num_workers", 0,
+               "--batch_size", 3, "--data_path", workspace.root / "train", "--ten_crop"]  # fmt: skip
+    run = workspace.tokenizer.parent
+    warm.ok(
+        "pretokenization.py", *options, "--cached_path", tmp_path / "c",
+        "--tokenizer_checkpoint", run,
+    )  # fmt: skip
+    assert files(tmp_path / "c") == files(workspace.cache)
+
+
 @pytest.mark.parametrize("option", ["--batch_size=0", "--skip_unreadable=-1", "--img_size=0"])
 def test_number_out_of_range_is_refused(runs, tmp_path, option):
     assert option.split("=")[0] in runs.refused(tmp_path / "cache", option)
@@ -282,20 +295,21 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(runs, tmp_path, la
     work = tmp_path / "cache.partial"
     runs.ok(tmp_path / "whole", "--format", layout, data=data)
     expected, moments, rng = files(tmp_path / "whole"), [], random.Random(0)
-    longest = 2.0  # seconds to a kill; shortened to what a whole run is found to take
+
+    def parts():
+        return len(list(work.glob("parts/*.npz")))
+
     while len(moments) < KILLS:
-        fresh, started = not work.exists(), time.monotonic()
-        run = runs.warm.start(*runs.argv(cache, "--format", layout, data=data))
-        wait = started + rng.uniform(0, longest)
-        while run.alive() and time.monotonic() < wait:
-            time.sleep(0.002)
+        run, further = runs.warm.start(*runs.argv(cache, "--format", layout, data=data)), parts()
+        further += rng.randint(0, 3)  # of ten
+        while run.alive() and parts() < further:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1))
         if run.kill():
-            moments.append(len(list(work.glob("parts/*.npz"))))
+            moments.append(parts())
             continue
-        if fresh:  # it was faster: compare, and begin again
-            longest = min(longest, time.monotonic() - started)
         assert run.end() == 0, run.output()[-2000:]
-        assert files(cache) == expected
+        assert files(cache) == expected  # it was faster: begin again
         shutil.rmtree(cache)
     runs.ok(cache, "--format", layout, data=data)
     assert files(cache) == expected and not work.exists()

@@ -258,6 +258,15 @@ def test_value_of_the_wrong_type_is_refused_by_name(argument):
     assert argument.split("=")[0] in refusal(GeneratorRun, B, argument)
 
 
+@pytest.mark.parametrize("schema", [GeneratorRun, TokenizerRun])
+def test_help_lists_all_options_with_their_defaults(schema, capsys):
+    with pytest.raises(SystemExit) as ended:
+        load(schema, ["--help"])
+    said = capsys.readouterr().out
+    assert not ended.value.code and "config=FILE" in said
+    assert "per_gpu_batch_size: " in said and "keep_checkpoints: 2" in said
+
+
 @pytest.mark.parametrize("argument", ["model=3", "model.generator=[1]", "experiment=null"])
 def test_value_in_place_of_a_section_is_refused(argument):
     assert "alitok_b.yaml" in refusal(GeneratorRun, B, argument)

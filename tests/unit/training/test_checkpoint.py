@@ -264,6 +264,12 @@ def test_weights_of_a_run_are_those_of_its_newest_whole_checkpoint(run_dir):
     assert torch.equal(checkpoint.read_weights(run_dir, "ema")["w"], torch.full((2, 3), 2.0))
 
 
+def test_of_several_names_the_first_that_a_run_holds_is_taken(run_dir):
+    assert checkpoint.weights_file(run_dir, "ema", "generator").name == "ema.safetensors"
+    assert checkpoint.weights_file(run_dir, "none", "generator").name == "generator.safetensors"
+    assert checkpoint.weights_file(run_dir, "none").name == "none.safetensors"
+
+
 def test_a_weights_file_stands_for_itself(run_dir):
     file = folder(run_dir, 1) / "generator.safetensors"
     assert checkpoint.weights_file(str(file), "ema") == file

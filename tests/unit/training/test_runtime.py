@@ -8,6 +8,7 @@ import torch
 
 from configs.schema import Training
 from modeling.errors import InputError
+from training import runtime
 from training.runtime import precision, start_processes
 
 ROOT = Path(__file__).parents[3]
@@ -56,6 +57,20 @@ def test_a_bug_keeps_its_traceback_and_exits_with_1(program):
     assert status == 1 and lines[0].startswith("Traceback") and lines[-1] == "ValueError: a bug"
 
 
+@pytest.mark.parametrize(
+    "error, status", [("RuntimeError('out of memory')", 1), ("InputError('x')", 2)]
+)
+def test_a_failure_is_not_held_up_by_data_workers(program, error, status):
+    body = (
+        "from torch.utils.data import DataLoader\n"
+        "from modeling.errors import InputError\n"
+        "from training.signals import outlive_first_signal\n"
+        "loader = DataLoader(range(10**6), num_workers=2, worker_init_fn=outlive_first_signal)\n"
+        f"for item in loader: raise {error}"
+    )
+    assert program(body)[0] == status
+
+
 def test_a_mistake_found_by_a_dataloaders_worker_is_one_line_too(program, tmp_path):
     # Weights as the items, to save the time of importing torchvision.
     body = (
@@ -70,6 +85,25 @@ def test_a_mistake_found_by_a_dataloaders_worker_is_one_line_too(program, tmp_pa
 
 def test_success_is_status_0_and_says_nothing(program):
     assert program("pass") == (0, [])
+
+
+@pytest.mark.parametrize(
+    "asked, cuda, compiler, expected",
+    [
+        ("auto", True, "gcc", True), ("auto", True, None, False), ("auto", False, "gcc", False),
+        (True, False, "gcc", True), (False, True, "gcc", False),
+    ],
+)  # fmt: skip
+def test_compiling_needs_a_compiler(monkeypatch, asked, cuda, compiler, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: compiler)
+    assert runtime.compiles(asked, "training.compile") is expected
+
+
+def test_compiling_without_a_compiler_is_refused_where_it_was_asked_for(monkeypatch):
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match=r"training\.compile=True needs a C compiler"):
+        runtime.compiles(True, "training.compile")
 
 
 def test_unknown_device_is_named():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import fsdp2_prepare_model
+from accelerate.utils import fsdp2_prepare_model, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -152,6 +152,7 @@ def main(argv: list[str]) -> None:
     evaluator = in_training.open_evaluator(
         experiment.fid_reference, bool(experiment.generate_every), "experiment.generate_every"
     )
+    set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
     generator = Generator(config)
     ema = copy.deepcopy(generator).requires_grad_(False) if training.use_ema else None
     average = get_ema_multi_avg_fn(training.ema_decay)

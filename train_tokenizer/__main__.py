@@ -13,6 +13,7 @@ from typing import Optional
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
@@ -112,6 +113,7 @@ def main(argv: list[str]) -> None:
     evaluator = in_training.open_evaluator(
         experiment.fid_reference, bool(held_out), "dataset.params.val_dir"
     )
+    set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
     tokenizer = build_tokenizer(options)
     adversarial = any(phase.gan_weight for phase in phases)
     discriminator = Discriminator() if adversarial else None

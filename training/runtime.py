@@ -17,7 +17,6 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     broadcast_object_list,
-    set_seed,
 )
 
 from configs.schema import Training
@@ -126,7 +125,7 @@ def set_matmul_precision(precision: str) -> None:
 
 
 def start_training(training: Training) -> Accelerator:
-    """The accelerator of a training program, with the run's seed and matmul precision."""
+    """The accelerator of a training program, with the run's matmul precision."""
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=precision(training),
@@ -139,7 +138,6 @@ def start_training(training: Training) -> Accelerator:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1:
         start_fsdp(accelerator)
     set_matmul_precision("tf32" if training.enable_tf32 else "fp32")
-    set_seed(training.seed)  # the same initial weights on every rank
     return accelerator
 
 

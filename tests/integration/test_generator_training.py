@@ -146,3 +146,9 @@ def test_plot_names_a_folder_without_records(tmp_path):
     done = execute("training.plot", tmp_path, check=False)
     assert done.returncode == 2 and f"no metrics.jsonl in {tmp_path}" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_previews_change_nothing_of_the_training(workspace, tmp_path):
+    # Their tokenizer is built first, and draws random numbers for it.
+    workspace.train_ar(tmp_path / "run", "experiment.generate_every=0")
+    assert losses(tmp_path / "run") == losses(workspace.generator.parent)

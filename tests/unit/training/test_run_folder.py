@@ -95,3 +95,31 @@ def test_a_checkpoint_of_an_earlier_version_is_named(accelerator, tmp_path):
     folder.save(5, {"generator": {"w": torch.zeros(1)}}, {"step": 5})
     with pytest.raises(InputError, match=r"step-00000005 is of an earlier version"):
         folder_of(accelerator, tmp_path).state(RUN, ())
+
+
+def test_loss_scaling_goes_on(accelerator, tmp_path):
+    def scaler(scale):
+        return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=7)
+
+    accelerator.scaler = scaler(8.0)
+    weight = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight])
+    for value in (1.0, float("inf")):  # one step that counts towards growth, one that backs off
+        accelerator.scaler.scale(value * weight.sum()).backward()
+        accelerator.scaler.step(optimizer)
+        accelerator.scaler.update()
+        optimizer.zero_grad()
+    folder = folder_of(accelerator, tmp_path)
+    save(folder, 5)
+    saved = accelerator.scaler.state_dict()
+    assert saved["scale"] == 4.0
+
+    accelerator.scaler = scaler(1024.0)
+    folder_of(accelerator, tmp_path).state(RUN, ())
+    assert accelerator.scaler.state_dict() == saved
+
+
+def test_a_checkpoint_by_name_of_a_run_without_loss_scaling_starts_it_anew(accelerator, run_dir):
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    folder_of(accelerator, run_dir, str(run_dir)).state(RUN, ())
+    assert accelerator.scaler.get_scale() == 16.0

@@ -1,6 +1,5 @@
 """Inception features as the ADM evaluator reads them: the TF-2015 network in torch-fidelity's port."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from modeling.errors import InputError
+from modeling.files import file_sha256
 from modeling.weights import describe, find_weights, read_state_dict
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the end: how its SHA-256 begins
@@ -46,8 +46,7 @@ class Inception:
                 f"{path} is not the TF-2015 Inception of torch-fidelity but {describe(state)}; "
                 f"weights/README.md says where to get it"
             )
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(path)
         self.identity = f"inception-v3-compat {digest[:16]}"
         self.published = digest.startswith("6726825d")
         self.device = torch.device(device)

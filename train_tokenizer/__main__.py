@@ -156,9 +156,7 @@ def main(argv: list[str]) -> None:
     if folder.source is not None:
         try:
             optimizer.load_state_dict(state["optimizer"])
-        except (
-            ValueError
-        ) as e:  # a checkpoint given by name may be of a run that trained other parts
+        except ValueError as e:  # possible for a checkpoint that was given by name
             raise InputError(f"{source} is of a run that trained other parameters: {e}") from e
         if adversarial and "critic_optimizer" in state:
             critic_optimizer.load_state_dict(state["critic_optimizer"])

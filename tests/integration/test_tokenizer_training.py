@@ -203,6 +203,13 @@ def test_phase_that_has_begun_stays_as_it_was(workspace, train, tmp_path):
     assert "phases[0].learning_rate (0.001 there, 0.002 now)" in message
 
 
+def test_checkpoint_of_a_run_that_trained_other_parameters_is_named(workspace, train, tmp_path):
+    resume = f"experiment.resume={workspace.stage1_run}"
+    message = refusal(train, 1, tmp_path / "run", resume, "losses.quantizer_weight=0")
+    assert "step-00000006 is of a run that trained other parameters" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_start_says_phases_steps_and_time(train, tmp_path):
     phases = "phases=[{name: one, steps: 2}, {name: two, steps: 3, learning_rate: 1e-5}]"
     said = train(1, tmp_path, phases)

@@ -66,7 +66,8 @@ def test_a_failure_is_not_held_up_by_data_workers(program, error, status):
         "from modeling.errors import InputError\n"
         "from training.signals import outlive_first_signal\n"
         "loader = DataLoader(range(10**6), num_workers=2, worker_init_fn=outlive_first_signal)\n"
-        f"for item in loader: raise {error}"
+        "batches = iter(loader)  # as trainers hold them: the error's frame keeps them alive\n"
+        f"next(batches)\nraise {error}"
     )
     assert program(body)[0] == status
 

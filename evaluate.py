@@ -15,8 +15,9 @@ from evaluation.compare import STANDARD, Evaluator, check_count, save_side, show
 from evaluation.features import Inception
 from evaluation.sources import open_images
 from evaluation.tokenizer import evaluate_tokenizer, load_tokenizer
-from modeling.errors import InputError
-from training.runtime import run, start_processes
+from runtime.errors import InputError
+from runtime.processes import start_processes
+from runtime.program import run
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -26,15 +26,15 @@ from tqdm import tqdm
 
 from configs.schema import tokenizer_config
 from data.images import VIEWS, CroppedImages, list_images, to_float
-from data.parts import Parts, check_settings, differing
 from data.tokens import MANIFEST, TokenWriter, fingerprint, open_tokens, write_manifest
-from modeling.errors import InputError
-from modeling.files import sync_file, sync_folder, writing
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import load_tensors
+from runtime.errors import InputError
+from runtime.files import lock_folder, sync_file, sync_folder, writing
+from runtime.parts import Parts, check_settings, differing
+from runtime.processes import set_matmul_precision, start_processes
+from runtime.program import run
 from training.checkpoint import read_weights
-from training.lock import lock_folder
-from training.runtime import run, set_matmul_precision, start_processes
 
 BATCHES_PER_PART = 16  # what a killed run loses at most, per process
 COMPARED_BATCHES = 2  # encoded in float32 too, where another type was asked for

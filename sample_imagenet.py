@@ -23,26 +23,20 @@ from tqdm import tqdm
 
 import configs.schema
 from configs.schema import GeneratorExperiment, GeneratorRun
-from data.parts import Parts, check_settings
 from evaluation.compare import Evaluator, show
 from evaluation.sources import open_images
-from modeling.errors import InputError
-from modeling.files import whole_file, writing
+from modeling.engine import DECODED_AT_ONCE, Engine, cache_bytes, decode_images
 from modeling.generator import Generator, GeneratorConfig
-from modeling.sampling import (
-    DECODED_AT_ONCE,
-    Engine,
-    Sampling,
-    cache_bytes,
-    check_classes,
-    decode_images,
-)
+from modeling.sampling import Sampling, check_classes
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import load_tensors
+from runtime.errors import InputError
+from runtime.files import lock_folder, whole_file, writing
+from runtime.parts import Parts, check_settings
+from runtime.processes import compiles, set_matmul_precision, start_processes
+from runtime.program import run
+from runtime.randomness import image_uniforms
 from training.checkpoint import read_weights
-from training.lock import lock_folder
-from training.randomness import image_uniforms
-from training.runtime import compiles, run, set_matmul_precision, start_processes
 
 LARGEST_CHUNK = 256  # larger ones gain little and share out worse among processes
 # Not "remove the folder": the run of a generator may be in it.

@@ -25,22 +25,24 @@ from torch.utils.data import DataLoader, Subset
 import configs.schema
 from configs.schema import GeneratorRun, OptimizerParams
 from data.images import VIEWS, TrainViews, list_images, to_float
+from data.loader import training_loader
 from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_tokens
 from evaluation import in_training
-from modeling.errors import InputError
 from modeling.generator import Attention, Generator, SwiGLU, next_code_loss
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors, read_state_dict, write_state_dict
+from runtime.errors import InputError
+from runtime.processes import compiles, device_name, on_main
+from runtime.program import run
+from runtime.randomness import image_uniforms, seed_step
+from runtime.signals import SAVED_AND_STOPPED, StopSignal
 from training import checkpoint
-from training.guard import FiniteGuard
-from training.loader import training_loader
+from training.accelerator import precision, start_training
 from training.log import RunLog, Window, due
-from training.randomness import image_uniforms, seed_step
+from training.optim import FiniteGuard
 from training.resume import flatten
-from training.run_folder import RunFolder
-from training.runtime import compiles, device_name, on_main, precision, run, start_training
+from training.run import RunFolder
 from training.schedule import generator_lr
-from training.signals import SAVED_AND_STOPPED, StopSignal
 from training.utilisation import peak_flops, training_flops
 
 GRID_CLASSES, GRID_PER_CLASS = 10, 4  # of a sample grid

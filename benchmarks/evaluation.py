@@ -20,8 +20,8 @@ from evaluation.compare import measure
 from evaluation.features import INCEPTION_FILE, Inception
 from evaluation.metrics import frechet_distance_of_moments, precision_recall
 from evaluation.sources import npz_images
+from runtime.processes import start_processes
 from tests.inception import write_random_inception
-from training.runtime import start_processes
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -22,7 +22,7 @@ from configs.schema import GeneratorRun, OptimizerParams
 from modeling.generator import Attention, Generator, GeneratorConfig, next_code_loss
 from modeling.rotary import rotate
 from train_ar import adamw, parameter_groups
-from training.guard import FiniteGuard
+from training.optim import FiniteGuard
 from training.utilisation import peak_flops, training_flops
 
 PUBLISHED = {"b": (16, 500_000), "l": (32, 500_000), "xl": (64, 250_000)}  # GPUs, steps

@@ -24,21 +24,13 @@ from torch import Tensor
 
 import modeling.sampling
 from benchmarks.common import machine
-from data.parts import Parts
+from modeling.engine import Engine, cache_bytes, decode_images
 from modeling.generator import Generator, GeneratorConfig
-from modeling.sampling import (
-    Engine,
-    Sampling,
-    cache_bytes,
-    decode_images,
-    draw,
-    guidance_schedule,
-    guide,
-    sample_codes,
-)
+from modeling.sampling import Sampling, draw, guidance_schedule, guide, sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig
+from runtime.parts import Parts
+from runtime.processes import set_matmul_precision
 from sample_imagenet import write_png
-from training.runtime import set_matmul_precision
 
 SIZES = {
     "b": (GeneratorConfig(hidden_size=768, num_hidden_layers=24), Sampling(16.0, 1.8)),
@@ -243,10 +235,10 @@ def changes(args: argparse.Namespace) -> None:
         return sample_codes(model, labels, uniforms, 16.0, 1.8)
 
     def engine(dtype: torch.dtype, packed: bool) -> Callable[[], Tensor]:
-        original = modeling.sampling.pack
-        modeling.sampling.pack = original if packed else lambda weight, rows: weight
+        original = modeling.engine.pack
+        modeling.engine.pack = original if packed else lambda weight, rows: weight
         made = Engine(model, args.batch, sampling, dtype)
-        modeling.sampling.pack = original
+        modeling.engine.pack = original
         return lambda: made.sample(labels, uniforms)
 
     ways = {

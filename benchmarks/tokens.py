@@ -19,11 +19,11 @@ from PIL import Image
 
 from benchmarks.common import machine
 from data.images import VIEWS, CroppedImages
-from data.parts import Parts
 from data.tokens import IMAGES_PER_SHARD, NpzStore, TokenStore, TrainTokens, write_manifest
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from pretokenization import Readable, encode, encode_parts, join, write_images
-from training.runtime import start_processes
+from runtime.parts import Parts
+from runtime.processes import start_processes
 
 IMAGENET, CODES = 1_281_167, (10, 273)
 TURNS = 5

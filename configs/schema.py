@@ -13,11 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from modeling.errors import InputError
-from modeling.files import write_whole
 from modeling.generator import GeneratorConfig
 from modeling.sampling import Sampling
 from modeling.tokenizer import TokenizerConfig
+from runtime.errors import InputError
+from runtime.files import write_whole
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as TF
 
 from data.order import EpochDraws
-from modeling.errors import InputError
-from training.randomness import generator_for
+from runtime.errors import InputError
+from runtime.randomness import generator_for
 
 # Of the many that Pillow knows; one of them (EPS) would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from modeling.errors import InputError
-from training.randomness import generator_for
+from runtime.errors import InputError
+from runtime.randomness import generator_for
 
 
 class SampleOrder(Sampler):

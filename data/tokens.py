@@ -51,9 +51,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.order import EpochDraws
-from modeling.errors import InputError
-from modeling.files import file_sha256
-from training.runtime import run
+from runtime.errors import InputError
+from runtime.files import file_sha256
+from runtime.program import run
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "alitok-tokens", 1
@@ -221,8 +221,6 @@ class TokenStore(TokenCache):
                 for name, _ in files
                 if name.startswith("codes-")
             ]
-        except InputError:
-            raise  # it is a ValueError too, but says better what is wrong
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(f"{path} is damaged ({e!r}); make the cache again") from e
         if sum(map(len, self._shards)) != self.images or len(self.labels) != self.images:

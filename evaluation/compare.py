@@ -31,8 +31,8 @@ from evaluation.metrics import (
     precision_recall,
 )
 from evaluation.sources import Images, npz_images, npz_keys, npz_values, open_images
-from modeling.errors import InputError
-from modeling.files import whole_file
+from runtime.errors import InputError
+from runtime.files import whole_file
 
 STANDARD = 50_000  # images of a published figure
 MANIFOLD_IMAGES = 50_000  # at most so many, evenly spaced, describe a side's manifold

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from modeling.errors import InputError
-from modeling.files import file_sha256
 from modeling.weights import describe, find_weights, read_state_dict
+from runtime.errors import InputError
+from runtime.files import file_sha256
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the end: how its SHA-256 begins
 SPATIAL_CHANNELS = 7

@@ -9,12 +9,12 @@ from torch.utils.data import DataLoader
 from configs.schema import GeneratorRun
 from data.images import CenterImages, to_float
 from evaluation.compare import Collector, Evaluator
-from modeling.errors import InputError
+from modeling.engine import Engine
 from modeling.generator import Generator
-from modeling.sampling import Engine
 from modeling.tokenizer import Tokenizer
-from training.randomness import image_uniforms
-from training.signals import outlive_first_signal
+from runtime.errors import InputError
+from runtime.randomness import image_uniforms
+from runtime.signals import outlive_first_signal
 
 CHUNK = 64  # images sampled together where the config leaves it open
 

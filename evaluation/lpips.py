@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
-from modeling.errors import InputError
 from modeling.weights import find_weights, load_tensors, read_state_dict
+from runtime.errors import InputError
 
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's name, ImageNet weights V1
 LPIPS_FILE = "lpips_vgg.pth"  # weights/v0.1/vgg.pth of the LPIPS repository

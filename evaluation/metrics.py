@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
-from modeling.errors import InputError
+from runtime.errors import InputError
 
 IS_SPLIT = 5000  # images a split of the Inception Score
 NEIGHBOURS = 3  # k of precision and recall

@@ -12,7 +12,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.images import load_image
-from modeling.errors import InputError
+from runtime.errors import InputError
 
 
 class Images(Protocol):
@@ -123,8 +123,6 @@ def npz_images(path: Path) -> ArrayImages:
         raise InputError(f"{path} holds no arr_0 of images but {', '.join(keys[:5])}")
     try:
         return ArrayImages(str(path), map_npz(path, key))
-    except InputError:
-        raise
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, struct.error) as e:
         raise damaged(path, e) from e
 

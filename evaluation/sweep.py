@@ -18,12 +18,13 @@ from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageFont
 
 import sample_imagenet
-from data.parts import check_settings
 from evaluation.compare import Evaluator
 from evaluation.sources import open_images
-from modeling.errors import InputError
-from modeling.files import write_whole
-from training.runtime import run, start_processes
+from runtime.errors import InputError
+from runtime.files import write_whole
+from runtime.parts import check_settings
+from runtime.processes import start_processes
+from runtime.program import run
 
 CELL, MARGIN = (120, 60), 70  # pixels of the heat map
 BEST, WORST = (38, 130, 142), (253, 231, 200)

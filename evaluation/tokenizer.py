@@ -19,9 +19,9 @@ from evaluation.compare import Collector, Side, compare, terms, warnings_of
 from evaluation.features import Inception, full_float32
 from evaluation.lpips import LPIPS
 from evaluation.reconstruction import ReconstructionSums
-from modeling.errors import InputError
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors
+from runtime.errors import InputError
 from training.checkpoint import read_weights
 
 PICTURED = 8  # images in the picture

@@ -1,7 +1,7 @@
 """The one exception that a user, rather than a programmer, is meant to read."""
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """A mistake in what the user gave: a path, an option, a file.
 
     The message is one line that names the thing and the remedy. Every program prints it after

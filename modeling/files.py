@@ -1,6 +1,5 @@
 """Files that are there whole or not at all, and errors of writing in one line."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from modeling.errors import InputError
+from .errors import InputError
 
 
 @contextmanager
@@ -47,25 +46,6 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             raise
 
 
-def write_whole(path: str | Path, data: bytes) -> None:
-    with whole_file(path) as partial:
-        partial.write_bytes(data)
-
-
 def sync_file(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder (new files, renames) durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.errors import InputError
-from modeling.rotary import rotary_table, rotate, token_layout
+from .errors import InputError
+from .rotary import rotary_table, rotate, token_layout
 
 
 @dataclass

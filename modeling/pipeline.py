@@ -6,11 +6,12 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from modeling.errors import InputError
-from modeling.generator import Generator, GeneratorConfig
-from modeling.sampling import Engine, Sampling, decode_images
-from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights import describe, load_tensors, load_weights, read_state_dict
+from .engine import Engine, decode_images
+from .errors import InputError
+from .generator import Generator, GeneratorConfig
+from .sampling import Sampling
+from .tokenizer import Tokenizer, TokenizerConfig
+from .weights import describe, load_tensors, load_weights, read_state_dict
 
 
 def generator_config(state: dict[str, Tensor], seq_len: int, source: str) -> GeneratorConfig:

@@ -15,9 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.errors import InputError
-from modeling.layers import Block
-from modeling.quantizer import VectorQuantizer
+from .errors import InputError
+from .quantizer import VectorQuantizer
+from .tokenizer_blocks import TokenizerBlock
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Encoder(nn.Module):
         self.latent_token_positional_embedding = nn.Parameter(torch.empty(config.num_tokens, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.ModuleList(
-            Block(width, config.encoder_heads, causal=False, exact=config.exact_attention)
+            TokenizerBlock(width, config.encoder_heads, causal=False, exact=config.exact_attention)
             for _ in range(config.encoder_layers)
         )
         self.ln_post = nn.LayerNorm(width)
@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         )
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.ModuleList(
-            Block(width, config.decoder_heads, config.causal, config.exact_attention)
+            TokenizerBlock(width, config.decoder_heads, config.causal, config.exact_attention)
             for _ in range(config.decoder_layers)
         )
         self.ln_post = nn.LayerNorm(width)

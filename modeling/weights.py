@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modeling.errors import InputError
-from modeling.files import whole_file
+from .errors import InputError
+from .files import whole_file
 
 
 def find_weights(name: str, otherwise: str = "") -> Path:

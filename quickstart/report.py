@@ -20,7 +20,7 @@ from evaluation.metrics import frechet_distance
 from evaluation.reconstruction import reconstruct_all
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_weights
-from training.runtime import run
+from runtime.program import run
 
 
 def validation_metrics(folder: Path, stage: int) -> tuple[dict[str, float], torch.Tensor]:

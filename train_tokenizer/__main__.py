@@ -21,24 +21,26 @@ from torch.utils.data import DataLoader, Subset
 import configs.schema
 from configs.schema import Phase, TokenizerRun
 from data.images import CenterImages, TrainImages, list_paths, to_float
+from data.loader import training_loader
 from evaluation import in_training
 from evaluation.lpips import LPIPS, lpips_is_here
 from evaluation.reconstruction import codebook_use, reconstruct_all
-from modeling.errors import InputError
 from modeling.tokenizer import Tokenizer
 from modeling.weights import describe, load_tensors, read_state_dict, write_state_dict
+from runtime.errors import InputError
+from runtime.processes import compiles, on_main
+from runtime.program import run
+from runtime.randomness import seed_step
+from runtime.signals import SAVED_AND_STOPPED, StopSignal, outlive_first_signal
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training import checkpoint
-from training.guard import FiniteGuard
-from training.loader import training_loader
+from training.accelerator import start_training
 from training.log import RunLog, Window, due
-from training.randomness import seed_step
+from training.optim import FiniteGuard
 from training.resume import flatten
-from training.run_folder import RunFolder
-from training.runtime import compiles, on_main, run, start_training
+from training.run import RunFolder
 from training.schedule import phase_at, tokenizer_lr
-from training.signals import SAVED_AND_STOPPED, StopSignal, outlive_first_signal
 
 PREVIEWS, PER_ROW = 16, 8  # images in a preview, and pictures (before | after) in its row
 STAGE1_ONLY = ("decoder.ffn_aux", "decoder.conv_out_aux", "quantize.embed_prob")

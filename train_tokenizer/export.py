@@ -3,8 +3,8 @@
 import argparse
 
 from modeling.weights import describe, read_state_dict, write_state_dict
+from runtime.program import run
 from training.checkpoint import weights_file
-from training.runtime import run
 
 
 def main(argv: list[str]) -> None:

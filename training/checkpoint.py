@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from modeling.errors import InputError
-from modeling.files import file_sha256, sync_folder, whole_file, write_whole, writing
 from modeling.weights import read_state_dict, write_state_dict
+from runtime.errors import InputError
+from runtime.files import file_sha256, sync_folder, whole_file, write_whole, writing
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")

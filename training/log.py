@@ -16,8 +16,8 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from configs.schema import Experiment
-from modeling.errors import InputError
-from modeling.files import write_whole, writing
+from runtime.errors import InputError
+from runtime.files import write_whole, writing
 
 
 def due(step: int, every: int) -> bool:

@@ -4,9 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from modeling.errors import InputError
+from runtime.errors import InputError
+from runtime.program import run
 from training.log import step_of
-from training.runtime import run
 
 
 def read_records(folder: Path) -> list[dict[str, float]]:

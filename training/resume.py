@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from modeling.errors import InputError
+from runtime.errors import InputError
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 
 from configs.schema import Phase, Scheduler
-from modeling.errors import InputError
+from runtime.errors import InputError
 
 
 def interpolate(start: float, end: float, progress: float, shape: str) -> float:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from modeling.generator import Generator, GeneratorConfig
-from training.runtime import device_name
+from runtime.processes import device_name
 
 # Dense bf16 peaks in TFLOP/s by a part of the device's name, from the makers' data sheets. The
 # first that fits counts, so that a longer name stands before a shorter one.

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
+from runtime.signals import SAVED_AND_STOPPED
 from training import checkpoint
-from training.signals import SAVED_AND_STOPPED
 
 KILLS = 22
 

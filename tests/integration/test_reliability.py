@@ -11,10 +11,10 @@ import time
 import psutil
 import pytest
 
+from runtime.signals import SAVED_AND_STOPPED
 from tests.integration.conftest import ROOT
 from tests.integration.test_kills import first_steps, logged, same_run, trainer, wait_for
 from training import checkpoint
-from training.signals import SAVED_AND_STOPPED
 
 TRAINERS = ["stage1", "generator"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.parts import Parts
+from runtime.parts import Parts
 from sample_imagenet import join
 from tests.integration.conftest import execute
 from tests.integration.test_bad_input import refused

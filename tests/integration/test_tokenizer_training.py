@@ -12,8 +12,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from configs.schema import TokenizerRun, load
-from modeling.errors import InputError
 from modeling.weights import read_state_dict, write_state_dict
+from runtime.errors import InputError
 from tests.integration.conftest import ROOT, execute
 from train_tokenizer import __main__ as trainer
 from train_tokenizer import export
@@ -318,7 +318,7 @@ POISONED = """
 import os
 import torch
 from train_tokenizer import __main__ as trainer
-from training.runtime import run
+from runtime.program import run
 
 calls, original = [], trainer.tokenizer_terms
 

@@ -71,7 +71,7 @@ def child(request, rank, port):
         obey_permissions()
     if request["die_before"] and rank == 0:
         die_before(request["die_before"])
-    from training.runtime import run
+    from runtime.processes import run
 
     status = 0
     try:

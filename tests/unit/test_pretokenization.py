@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from data.images import VIEWS, CroppedImages
-from modeling.errors import InputError
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from pretokenization import Readable, encode, image_folder, kind_of_crops, on_device, parse
+from runtime.errors import InputError
 from tests.golden.fill import images
 
 FOLDER = ["--data_path", "x"]

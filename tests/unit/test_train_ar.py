@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_ar
 from configs.schema import OptimizerParams
 from data.tokens import TokenWriter
-from modeling.errors import InputError
 from modeling.generator import Generator, GeneratorConfig
+from runtime.errors import InputError
 
 TINY = """
 model:

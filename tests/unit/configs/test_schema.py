@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from configs.schema import GeneratorRun, TokenizerRun, as_dict, load, save
-from modeling.errors import InputError
+from runtime.errors import InputError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PRESETS = sorted(path.name for path in CONFIGS.glob("*.yaml") if "accelerate" not in path.name)

@@ -24,9 +24,9 @@ from data.images import (
     to_float,
     to_uint8,
 )
-from modeling.errors import InputError
+from runtime.errors import InputError
+from runtime.randomness import generator_for
 from tests.golden.fill import photo
-from training.randomness import generator_for
 
 SIZES = [(500, 375), (375, 500)]
 

@@ -3,7 +3,7 @@ from itertools import islice
 import pytest
 
 from data.order import SampleOrder
-from modeling.errors import InputError
+from runtime.errors import InputError
 
 
 def take(order, batches):

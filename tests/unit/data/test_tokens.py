@@ -20,7 +20,7 @@ from data.tokens import (
     open_tokens,
     write_manifest,
 )
-from modeling.errors import InputError
+from runtime.errors import InputError
 
 IMAGES, VIEWS, TOKENS, CODEBOOK = 10, 3, 5, 4096
 LABELS = [i % 2 for i in range(IMAGES)]

@@ -11,7 +11,7 @@ import evaluate
 import evaluation.compare
 from evaluation.compare import Collector, in_order
 from evaluation.metrics import frechet_distance
-from modeling.errors import InputError
+from runtime.errors import InputError
 from tests.inception import TinyFeatures
 
 

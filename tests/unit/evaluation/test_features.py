@@ -11,7 +11,7 @@ from evaluation.compare import compare, load_side, measure, save_side
 from evaluation.features import INCEPTION_FILE, Inception
 from evaluation.metrics import frechet_distance_of_moments
 from evaluation.sources import ArrayImages
-from modeling.errors import InputError
+from runtime.errors import InputError
 from tests.inception import write_random_inception
 from tests.payload import Payload
 

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models import vgg16
 
 from evaluation.lpips import LPIPS, LPIPS_FILE, VGG_FILE, lpips_is_here
-from modeling.errors import InputError
+from runtime.errors import InputError
 
 HEADS = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
 

@@ -11,7 +11,7 @@ from evaluation.metrics import (
     frechet_distance_of_moments,
     precision_recall,
 )
-from modeling.errors import InputError
+from runtime.errors import InputError
 
 
 def random(*shape, seed=0):

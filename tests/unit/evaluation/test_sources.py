@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from evaluation.sources import ArrayImages, npz_images, npz_keys, npz_values, open_images
-from modeling.errors import InputError
+from runtime.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
 

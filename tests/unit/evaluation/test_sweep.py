@@ -6,7 +6,7 @@ import pytest
 import evaluation.compare
 import sample_imagenet
 from evaluation import sweep
-from modeling.errors import InputError
+from runtime.errors import InputError
 from tests.inception import TinyFeatures
 
 

@@ -11,9 +11,9 @@ import evaluation.tokenizer
 from data.images import center_crop, load_image
 from evaluation.metrics import frechet_distance
 from evaluation.tokenizer import MAGNIFIED, load_tokenizer, ssim
-from modeling.errors import InputError
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import write_state_dict
+from runtime.errors import InputError
 from tests.inception import TinyFeatures
 
 SIZES = dict(codebook_size=16, token_size=4, image_size=16, patch_size=4)

@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from modeling.errors import InputError
 from modeling.generator import Generator, GeneratorConfig, KVCache, RMSNorm, next_code_loss
 from modeling.rotary import rotary_table, rotate, token_layout
+from runtime.errors import InputError
 
 TINY = GeneratorConfig(
     hidden_size=32,

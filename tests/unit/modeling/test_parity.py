@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modeling.engine import BUCKET, Engine
 from modeling.generator import Generator, GeneratorConfig, next_code_loss
-from modeling.sampling import BUCKET, Engine, Sampling, sample_codes
+from modeling.sampling import Sampling, sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from tests.golden.fill import generator_inputs, images
 

@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from modeling.errors import InputError
+from modeling.engine import decode_images
 from modeling.generator import Generator, GeneratorConfig
 from modeling.pipeline import Pipeline
-from modeling.sampling import decode_images, sample_codes
+from modeling.sampling import sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import write_state_dict
+from runtime.errors import InputError
 
 SMALL = TokenizerConfig(
     codebook_size=16,

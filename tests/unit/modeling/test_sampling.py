@@ -7,16 +7,10 @@ import torch.nn.functional as F
 from scipy.stats import chisquare
 
 from modeling import sampling
-from modeling.errors import InputError
+from modeling.engine import Engine, decode_images
 from modeling.generator import Generator, GeneratorConfig
-from modeling.sampling import (
-    Engine,
-    Sampling,
-    decode_images,
-    draw,
-    guidance_schedule,
-    sample_codes,
-)
+from modeling.sampling import Sampling, draw, guidance_schedule, sample_codes
+from runtime.errors import InputError
 
 TINY = GeneratorConfig(
     hidden_size=32,

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling.errors import InputError
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
+from runtime.errors import InputError
 
 TINY = TokenizerConfig(
     codebook_size=16,
@@ -222,7 +222,7 @@ def test_exact_attention_runs_in_float32_whatever_the_autocast_type(monkeypatch,
         seen.append({q.dtype, k.dtype, v.dtype, out.dtype})
         return out
 
-    monkeypatch.setattr("modeling.layers.F.scaled_dot_product_attention", spy)
+    monkeypatch.setattr("modeling.tokenizer_blocks.F.scaled_dot_product_attention", spy)
     model = Tokenizer(config(exact_attention=exact))
     with torch.autocast("cpu", torch.bfloat16):
         out = model(torch.rand(1, 3, 32, 32))
@@ -298,7 +298,7 @@ def test_attention_runs_in_float32_or_in_the_autocast_type(monkeypatch, exact, k
         seen.update((q.dtype, k.dtype, v.dtype))
         return original(q, k, v, **options)
 
-    monkeypatch.setattr("modeling.layers.F.scaled_dot_product_attention", watched)
+    monkeypatch.setattr("modeling.tokenizer_blocks.F.scaled_dot_product_attention", watched)
     model = small(exact_attention=exact)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(torch.rand(1, 3, 16, 16))

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from modeling.errors import InputError
 from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import (
@@ -16,6 +15,7 @@ from modeling.weights import (
     read_state_dict,
     write_state_dict,
 )
+from runtime.errors import InputError
 from tests.payload import Payload
 from train_tokenizer.discriminator import Discriminator
 

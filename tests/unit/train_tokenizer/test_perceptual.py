@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torchvision.models import ConvNeXt_Small_Weights, convnext_small
 
-from modeling.errors import InputError
+from runtime.errors import InputError
 from train_tokenizer.perceptual import CONVNEXT_FILE, ConvNeXtLogits
 
 

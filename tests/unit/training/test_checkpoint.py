@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling.errors import InputError
+from runtime.errors import InputError
 from tests.payload import Payload, forge
 from training import checkpoint
 

@@ -1,6 +1,6 @@
 import pytest
 
-from modeling.errors import InputError
+from runtime.errors import InputError
 from training.resume import check_same_run, flatten
 
 EARLIER = {"a.lr": 1.0, "a.steps": 10, "paths.cache": "x", "images": 5}

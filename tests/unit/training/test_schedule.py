@@ -1,7 +1,7 @@
 import pytest
 
 from configs.schema import Phase, Scheduler, SchedulerParams
-from modeling.errors import InputError
+from runtime.errors import InputError
 from training.schedule import generator_lr, phase_at, tokenizer_lr
 
 PARAMS = SchedulerParams(learning_rate=4e-4, warmup_steps=62_500, end_lr=1e-5)

@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import Training
 from data.order import SampleOrder
-from training.signals import outlive_first_signal
+from runtime.signals import outlive_first_signal
 
 
 def training_loader(

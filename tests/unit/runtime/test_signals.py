@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import os, signal, time
 from datetime import timedelta
-from training.signals import PATIENCE, StopSignal
+from runtime.signals import PATIENCE, StopSignal
 stop = StopSignal(timedelta(minutes=1))
 assert not stop.agreed()
 os.kill(os.getpid(), signal.{name})

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from modeling.errors import InputError
-from training.lock import lock_folder
+from runtime.errors import InputError
+from runtime.files import lock_folder
 
 ROOT = Path(__file__).parents[3]
 HOLD = (
-    "import sys; from pathlib import Path; from training.lock import lock_folder;"
+    "import sys; from pathlib import Path; from runtime.files import lock_folder;"
     "held = lock_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
 )
 

@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from modeling.errors import InputError
+from runtime.errors import InputError
 
 
 class FiniteGuard:

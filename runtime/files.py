@@ -1,11 +1,42 @@
-"""One run a folder: a lock that the operating system takes back when its holder dies."""
+"""Files that are whole or absent, their names and hashes made durable, and locked folders."""
 
 import fcntl
+import hashlib
+import os
 from pathlib import Path
 from typing import IO
 
-from modeling.errors import InputError
-from modeling.files import writing
+from modeling.files import sync_file, whole_file, writing
+from runtime.errors import InputError
+
+__all__ = [
+    "file_sha256",
+    "lock_folder",
+    "sync_file",
+    "sync_folder",
+    "whole_file",
+    "write_whole",
+    "writing",
+]
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    with whole_file(path) as partial:
+        partial.write_bytes(data)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder (new files, renames) durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock_folder(folder: Path) -> IO[str]:

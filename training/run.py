@@ -8,11 +8,11 @@ from torch import Tensor
 
 import configs.schema
 from configs.schema import Experiment
-from modeling.errors import InputError
+from runtime.errors import InputError
+from runtime.files import lock_folder
+from runtime.processes import on_main
 from training import checkpoint
-from training.lock import lock_folder
 from training.resume import check_same_run
-from training.runtime import on_main
 
 
 class RunFolder:

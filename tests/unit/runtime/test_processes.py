@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from configs.schema import Training
-from modeling.errors import InputError
-from training import runtime
-from training.runtime import precision, start_processes
+from runtime import processes
+from runtime.errors import InputError
+from runtime.processes import start_processes
+from training.accelerator import precision
 
 ROOT = Path(__file__).parents[3]
 
@@ -22,7 +23,7 @@ def program(tmp_path):
         lines = ["def main(argv):", *(f"    {line}" for line in body.splitlines())]
         lines += [
             "if __name__ == '__main__':",
-            "    from training.runtime import run",
+            "    from runtime.program import run",
             "    run(main)",
         ]
         script = tmp_path / "program.py"
@@ -40,7 +41,7 @@ def program(tmp_path):
 
 def test_a_users_mistake_is_one_line_and_status_2(program):
     body = (
-        "from modeling.errors import InputError\nraise InputError(f'no folder {argv[0]}; make it')"
+        "from runtime.errors import InputError\nraise InputError(f'no folder {argv[0]}; make it')"
     )
     assert program(body, "photos") == (2, ["error: no folder photos; make it"])
 
@@ -63,8 +64,8 @@ def test_a_bug_keeps_its_traceback_and_exits_with_1(program):
 def test_a_failure_is_not_held_up_by_data_workers(program, error, status):
     body = (
         "from torch.utils.data import DataLoader\n"
-        "from modeling.errors import InputError\n"
-        "from training.signals import outlive_first_signal\n"
+        "from runtime.errors import InputError\n"
+        "from runtime.signals import outlive_first_signal\n"
         "loader = DataLoader(range(10**6), num_workers=2, worker_init_fn=outlive_first_signal)\n"
         "batches = iter(loader)  # as trainers hold them: the error's frame keeps them alive\n"
         f"next(batches)\nraise {error}"
@@ -97,14 +98,14 @@ def test_success_is_status_0_and_says_nothing(program):
 )  # fmt: skip
 def test_compiling_needs_a_compiler(monkeypatch, asked, cuda, compiler, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: compiler)
-    assert runtime.compiles(asked, "training.compile") is expected
+    monkeypatch.setattr(processes.shutil, "which", lambda name: compiler)
+    assert processes.compiles(asked, "training.compile") is expected
 
 
 def test_compiling_without_a_compiler_is_refused_where_it_was_asked_for(monkeypatch):
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    monkeypatch.setattr(processes.shutil, "which", lambda name: None)
     with pytest.raises(InputError, match=r"training\.compile=True needs a C compiler"):
-        runtime.compiles(True, "training.compile")
+        processes.compiles(True, "training.compile")
 
 
 def test_unknown_device_is_named():

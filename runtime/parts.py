@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from modeling.errors import InputError
-from modeling.files import whole_file, write_whole
+from runtime.errors import InputError
+from runtime.files import whole_file, write_whole
 
 
 def differing(earlier: dict[str, Any], settings: dict[str, Any]) -> str:

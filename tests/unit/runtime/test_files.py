@@ -2,9 +2,9 @@ import os
 
 import pytest
 
-from modeling import files
-from modeling.errors import InputError
-from modeling.files import whole_file, write_whole, writing
+from runtime import files
+from runtime.errors import InputError
+from runtime.files import whole_file, write_whole, writing
 
 
 def fail(*_, **__):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from modeling.errors import InputError
-from training.guard import FiniteGuard
+from runtime.errors import InputError
+from training.optim import FiniteGuard
 
 
 def take_step(guard, weight, optimizer, step, gradient, loss):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.randomness import generator_for, image_uniforms, seed_step
+from runtime.randomness import generator_for, image_uniforms, seed_step
 
 
 def test_uniforms_of_an_image_do_not_depend_on_what_is_drawn_with_it():

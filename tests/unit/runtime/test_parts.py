@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from data import parts as module
-from data.parts import Parts, check_settings
-from modeling import files
-from modeling.errors import InputError
+from runtime import files
+from runtime import parts as module
+from runtime.errors import InputError
+from runtime.parts import Parts, check_settings
 
 SETTINGS = {"tokenizer": "abc", "images": 10, "crops": "ten_crop"}
 
@@ -49,7 +49,7 @@ def test_part_not_yet_renamed_is_absent_and_can_be_written_again(tmp_path, monke
 def test_parts_hold_no_pickled_objects(tmp_path):
     parts = Parts(tmp_path, 1)
     parts.write(0, codes=np.array([{}], dtype=object))
-    with pytest.raises(ValueError, match="pickle"):
+    with pytest.raises(InputError, match="pickle"):
         parts.read(0, "codes")
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Attention(nn.Module):
+class TokenizerAttention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D).
 
     `exact` computes the attention itself in float32 whatever the autocast type, as the published
@@ -46,13 +46,13 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
-class Block(nn.Module):
+class TokenizerBlock(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); (B, T, D) -> (B, T, D)."""
 
     def __init__(self, width: int, heads: int, causal: bool, exact: bool):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads, causal, exact)
+        self.attn = TokenizerAttention(width, heads, causal, exact)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 

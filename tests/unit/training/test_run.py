@@ -3,9 +3,9 @@ import torch
 from accelerate import Accelerator
 
 from configs.schema import GeneratorRun
-from modeling.errors import InputError
+from runtime.errors import InputError
 from training import checkpoint
-from training.run_folder import RunFolder
+from training.run import RunFolder
 
 RUN = {"lr": 1.0}
 

@@ -1,0 +1,1 @@
+"""What every program stands on: errors, whole files, processes, signals, randomness, parts."""

@@ -1,0 +1,65 @@
+"""The processes of a job and their devices."""
+
+import os
+import shutil
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from runtime.errors import InputError
+
+T = TypeVar("T")
+
+# Long enough for one rank to load weights or assemble a file alone, short enough to notice a death.
+TIMEOUT = timedelta(minutes=30)
+
+
+def start_processes(device: str | None = None) -> PartialState:
+    """Join the job's processes (plain, torchrun or accelerate), on CUDA with NCCL or CPU, gloo."""
+    if device not in (None, "cpu", "cuda"):
+        raise InputError(f"device {device}: choose cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA device is usable here: leave out the device or choose cpu")
+    # Told to use the CPU, accelerate joins several processes with gloo; left alone it does not.
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    return PartialState(cpu=cpu, timeout=TIMEOUT)
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What `work()` gives on the main process, on all; its InputError is raised on all."""
+    outcome: list = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = work()
+        except InputError as e:
+            outcome[1] = str(e)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    return outcome[0]
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def compiles(asked: bool | str, option: str) -> bool:
+    """Whether to use torch.compile; auto is on CUDA, where there is a C compiler.
+
+    CUDA programs, too, are linked with it. Raises InputError where it lacks and True was asked for.
+    """
+    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    if asked is True and not compiler:
+        raise InputError(f"{option}=True needs a C compiler: install gcc or leave it out")
+    return torch.cuda.is_available() and compiler if asked == "auto" else asked
+
+
+def set_matmul_precision(precision: str) -> None:
+    """Float32 products in full (fp32) or by TensorFloat-32 on CUDA (tf32, bf16)."""
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"

@@ -1,0 +1,99 @@
+"""Rooms import one way. An arrow that is not in the table is a decision: change the table with it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ("pretokenization.py", "train_ar.py", "sample_imagenet.py", "evaluate.py")
+# Room -> the rooms that it may import; every room may import itself.
+ARROWS = {
+    "modeling": (),
+    "runtime": ("modeling",),
+    "configs": ("runtime", "modeling"),
+    "data": ("configs", "runtime", "modeling"),
+    "training": ("data", "configs", "runtime", "modeling"),
+    "generation": ("data", "configs", "runtime", "modeling"),
+    # The sweep still runs a program; it will call `generation` instead.
+    "evaluation": (
+        "sample_imagenet",
+        "generation",
+        "training",
+        "data",
+        "configs",
+        "runtime",
+        "modeling",
+    ),
+    "train_tokenizer": ("evaluation", "training", "data", "configs", "runtime", "modeling"),
+    "programs": ("evaluation", "generation", "training", "data", "configs", "runtime", "modeling"),
+    "quickstart": ("evaluation", "data", "configs", "runtime", "modeling"),
+}
+# What `modeling` may import from outside the project and the standard library.
+MODELING_NEEDS = {"torch", "einops", "safetensors"}
+
+
+def room_of(file: Path) -> str:
+    first = file.relative_to(ROOT).parts[0]
+    return "programs" if first in PROGRAMS else first
+
+
+def imports_of(file: Path) -> set[str]:
+    """Top-level packages that a file imports, wherever in it; relative imports are its own room."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def files_of(room: str) -> list[Path]:
+    if room == "programs":
+        return [ROOT / name for name in PROGRAMS]
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_a_room_imports_only_the_rooms_below_it(room):
+    programs = {name.removesuffix(".py") for name in PROGRAMS}
+    for file in files_of(room):
+        arrows = (imports_of(file) & (ARROWS.keys() | programs)) - {room}
+        assert arrows <= set(ARROWS[room]), f"{file.relative_to(ROOT)} imports {arrows}"
+
+
+def test_every_folder_of_code_is_a_room():
+    folders = {file.relative_to(ROOT).parts[0] for file in ROOT.glob("*/*.py")}
+    assert folders - {"tests", "benchmarks", "experiments"} == ARROWS.keys() - {"programs"}
+
+
+def test_the_arrows_make_no_circle():
+    done = []
+    while len(done) < len(ARROWS):
+        ready = [r for r in ARROWS if r not in done and set(ARROWS[r]) & ARROWS.keys() <= set(done)]
+        assert ready, f"a circle among {ARROWS.keys() - set(done)}"
+        done += ready
+
+
+def test_modeling_needs_torch_einops_and_safetensors_alone():
+    for file in files_of("modeling"):
+        outside = imports_of(file) - sys.stdlib_module_names
+        assert outside <= MODELING_NEEDS, f"{file.name} imports {outside - MODELING_NEEDS}"
+
+
+@pytest.mark.parametrize(
+    "module, unloaded",
+    [
+        ("data.tokens", {"accelerate", "omegaconf", "modeling.generator"}),
+        ("modeling.pipeline", {"accelerate", "omegaconf", "numpy.testing", "torchvision"}),
+    ],
+)
+def test_a_reader_loads_no_trainer(module, unloaded):
+    script = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not unloaded & set(done.stdout.split())

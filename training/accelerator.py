@@ -1,0 +1,49 @@
+"""The accelerator of a training program: autocast type, launcher, FSDP."""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+from configs.schema import Training
+from runtime.errors import InputError
+from runtime.processes import set_matmul_precision
+
+
+def precision(training: Training) -> str:
+    """The autocast type by accelerate's name; auto is bf16 on CUDA and float32 on a CPU."""
+    if training.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("training.mixed_precision=fp16 needs a CUDA device: choose bf16 or no")
+    if training.mixed_precision != "auto":
+        return training.mixed_precision
+    return "bf16" if torch.cuda.is_available() else "no"
+
+
+def start_training(training: Training) -> Accelerator:
+    """The accelerator of a training program, with the run's matmul precision."""
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=precision(training),
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        log_with="wandb" if training.enable_wandb else None,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=training.timeout_minutes))
+        ],
+    )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1:
+        start_fsdp(accelerator)
+    set_matmul_precision("tf32" if training.enable_tf32 else "fp32")
+    return accelerator
+
+
+def start_fsdp(accelerator: Accelerator) -> None:
+    """Make the FSDP that accelerate's config asks for run on CPUs too, and compute as DDP does."""
+    state = accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU:  # accelerate leaves FSDP to GPUs
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()  # reads the launcher's environment
+    # Autocast alone decides the types. FSDP's own policy would round what enters each block too:
+    # the rotary table and the residual stream.
+    state.fsdp_plugin.mixed_precision_policy = None

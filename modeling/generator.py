@@ -175,6 +175,8 @@ class Block(nn.Module):
 class Generator(nn.Module):
     """Predicts code i from the class and codes 0…i-1."""
 
+    rotary: Tensor  # (1 + T, h / 2, 2), see rotary_table
+
     def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.config = config
@@ -193,8 +195,8 @@ class Generator(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         nn.init.zeros_(self.output.weight)  # starts from the uniform distribution
 
     def embed_class(self, labels: Tensor) -> Tensor:

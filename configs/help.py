@@ -84,7 +84,8 @@ def entries(schema: type, path: str = "") -> Iterator[Entry]:
         elif item:
             sections.append((item, f"{name}[i]", rule))
         else:
-            default = shown(default_of(field))
+            default = default_of(field)
+            default = "required" if rule.complaint(default) else shown(default)
             text = kind_of(kind, rule, optional)
             yield Entry(name, text, default, rule.limits(), rule.sentence)
     for kind, name, rule in sections:

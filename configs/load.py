@@ -259,6 +259,12 @@ def read_argument(schema: type, tree: Tree, key: str, text: str, file: str) -> N
         if get_origin(kind) is list:
             raise list_needed(prefix + base, place)
         below = section_of(kind)
+        if kind is dict and f"{prefix}{base}.{name}" == key:
+            pair = (ScalarNode("tag:yaml.org,2002:str", name), argument_node(key, text))
+            earlier = tree[base].node.value if base in tree else []
+            kept = [(k, v) for k, v in earlier if k.value != name]
+            tree[base] = Leaf(MappingNode("tag:yaml.org,2002:map", [*kept, pair]), place)
+            return
         if bracket or below is None:
             raise InputError(
                 f"{place}: {prefix}{base} is an option, not a section; there is no option {key}"
@@ -270,21 +276,25 @@ def read_argument(schema: type, tree: Tree, key: str, text: str, file: str) -> N
     if bracket:
         raise list_needed(prefix + base, place)
     if get_origin(kind) is list or is_dataclass(kind) or kind is dict:
-        try:
-            node = compose(text)
-        except (YAMLError, ValueError, RecursionError) as e:
-            raise InputError(f"{key}={short(text)}: {two_lines(e)}{place.where}") from e
+        node = argument_node(key, text)
         if is_dataclass(kind) and not isinstance(node, MappingNode):
             raise InputError(
                 f"{key}={short(text)}: {key} is a section, as {file} shows: set one of its options, "
                 f"{key}.{fields(kind)[0].name}=…{place.where}"
             )
-        node = node or ScalarNode("tag:yaml.org,2002:null", "")
     else:
         tag = "null" if text in ("null", "~") else "str"
         node = ScalarNode(f"tag:yaml.org,2002:{tag}", text)
     value = read_value(schema, base, node, prefix, place)
     tree[base] = merged(tree.get(base, {}), value) if isinstance(value, dict) else value
+
+
+def argument_node(key: str, text: str) -> Node:
+    """A value of the command line as YAML, where an option takes more than a text or a number."""
+    try:
+        return compose(text) or ScalarNode("tag:yaml.org,2002:null", "")
+    except (YAMLError, ValueError, RecursionError) as e:
+        raise InputError(f"{key}={short(text)}: {two_lines(e)} ({COMMAND_LINE})") from e
 
 
 def merged(below: Tree, above: Tree) -> Tree:
@@ -371,9 +381,9 @@ def convert(leaf: Leaf, kind: Any, optional: bool, rule: Rule, name: str) -> Any
     except ValueError as e:
         shown = short(node.value) if isinstance(node, ScalarNode) else "…"
         raise InputError(f"{name}={shown}: {remedy_for(kind, rule)}{leaf.place.where}") from e
-    if optional and kind is str and node.tag == "tag:yaml.org,2002:bool":
-        raise InputError(  # an unquoted false in a YAML file
-            f"{name}={short(value)}: set a text, in quotes if it is this one, or null for none"
+    if optional and rule.notes.get("path") and str(value).lower() in ("true", "false", "none"):
+        raise InputError(
+            f"{name}={value}: set a path (./{value} for a file of this name) or null for none"
             f"{leaf.place.where}"
         )
     if rule.notes.get("path") and isinstance(value, str):
@@ -489,6 +499,8 @@ def located(message: str, schema: type, path: str, places: dict[str, Place]) -> 
     mentions = option_names(schema)
     full = mentions.sub(lambda m: f"{path}.{m[0]}" if path else m[0], message)
     named = [f"{path}.{m[0]}" if path else m[0] for m in mentions.finditer(message)]
+    # An option of a mapping came with the mapping.
+    named += [name.rpartition(".")[0] for name in named]
     place = next((places[name] for name in named if name in places), None)
     return full if place is None else full + place.where
 

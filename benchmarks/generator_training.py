@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import configs.schema
+import configs.load
 from benchmarks.common import machine
 from configs.schema import GeneratorRun, OptimizerParams
 from modeling.generator import Attention, Generator, GeneratorConfig, SwiGLU, next_code_loss
@@ -152,7 +152,7 @@ def main() -> None:
         if name == "small":
             measure(name, SMALL, 64, args)
             continue
-        preset = configs.schema.load(GeneratorRun, [f"config=configs/alitok_{name}.yaml"])
+        preset = configs.load.load(GeneratorRun, [f"config=configs/alitok_{name}.yaml"])
         measure(name, preset.model.generator, preset.training.per_gpu_batch_size, args)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from configs.schema import TokenizerRun, load
+from configs.load import load
+from configs.schema import TokenizerRun
 from modeling.weights import read_state_dict, write_state_dict
 from runtime.errors import InputError
 from tests.integration.conftest import ROOT, execute

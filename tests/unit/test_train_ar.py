@@ -10,6 +10,7 @@ from configs.schema import OptimizerParams
 from data.tokens import TokenWriter
 from modeling.generator import Generator, GeneratorConfig
 from runtime.errors import InputError
+from training import optim
 
 TINY = """
 model:
@@ -60,7 +61,7 @@ def train(cache, tmp_path):
 # ---------------------------------------------------------------------- the recipe
 def test_decayed_parameters_are_exactly_the_papers():
     model = Generator(GeneratorConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
-    groups = train_ar.adamw(model, OptimizerParams()).param_groups
+    groups = optim.adamw(train_ar.parameter_groups(model, 0.03), OptimizerParams()).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, others = ({names[id(p)] for p in group["params"]} for group in groups)
     matrices = ("attn.qkv", "attn.proj", "mlp.w1", "mlp.w2", "mlp.w3")
@@ -93,7 +94,7 @@ def test_records_say_how_fast_and_how_long(train, capsys):
     assert records[0]["hours left"] > records[1]["hours left"] > 0
     assert "mfu" not in records[0]  # no peak is known of a CPU
     header = capsys.readouterr().out
-    for words in ("24 images x 2 views; 8 images a step = 4 x 1 ranks x 2", "steps 1 to 3",
+    for words in ("24 images x 2 views; 8 images per step = 4 x 1 ranks x 2", "steps 1 to 3",
                   "1.0 epochs of the images or 0.5 of all views", "expected time"):  # fmt: skip
         assert words in header
 
@@ -176,7 +177,7 @@ def test_resume_with_another_recipe_lists_what_differs(train, tmp_path):
 
 def test_resume_with_another_batch_or_data_is_refused(train):
     train("training.max_train_steps=2")
-    with pytest.raises(InputError, match=r"batch in all \(8 there, 4 now\)"):
+    with pytest.raises(InputError, match=r"global batch \(8 there, 4 now\)"):
         train("training.max_train_steps=2", "training.gradient_accumulation_steps=1")
     with pytest.raises(InputError, match=r"images \(24 there, 16 now\)"):
         train("training.max_train_steps=2", "experiment.max_train_examples=16")

@@ -256,7 +256,8 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData
             sums = run.attempt("validation", lambda: validation_sums(run, generator, data))
             if sums is not None:
                 loss, accuracy, count = run.accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
-                if loss / count < state.best:  # before the record, which says that this is done
+                best = min(state.best, run.log.lowest("val/loss"))
+                if loss / count < best:  # before the record, which says that this is done
                     state.best = loss / count
                     export(run, generator.state_dict(), "generator_best")
                 log.metrics(step, {"val/loss": loss / count, "val/accuracy": accuracy / count})
@@ -331,7 +332,6 @@ def main(argv: list[str]) -> None:
     run.resume(settings, IGNORED_ON_RESUME)
     state = TrainState(run, options)
     run.start(data.dataset, data.images, options.dataset.params.num_workers_per_gpu)
-    state.best = min(state.best, run.log.lowest("val/loss"))
     run.flops_per_image = training_flops(options.model.generator)
     describe_run(run, state, data)
     report(run, run.first_step - 1, run.missing_reports(), state, data)
@@ -366,7 +366,7 @@ def main(argv: list[str]) -> None:
         if due.log:
             run.log_window(step, {"lr": lr})
         if due.save:
-            run.save(step, state.weights(), {**state.other_state(), "run": settings})
+            run.save(step, settings, state.weights(), state.other_state())
         if due.stop:
             run.exit_stopped(step)
         report(run, step, due, state, data)

@@ -23,7 +23,7 @@ from evaluation import in_training
 from evaluation.compare import Collector, Evaluator
 from evaluation.lpips import LPIPS, lpips_is_here
 from evaluation.reconstruction import ReconstructionSums, codebook_use, reconstruct_all
-from modeling.tokenizer import Tokenizer, TokenizerOutput
+from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
 from modeling.weights import describe, load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
 from runtime.processes import compiles, on_main
@@ -87,7 +87,7 @@ def open_data(options: TokenizerRun) -> TokenizerData:
 def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     """Stage 1: from scratch. Stage 2: encoder, codebook and, by default, decoder of stage 1."""
     tokenizer = Tokenizer(options.model.vq_model)
-    assert tokenizer.encoder is not None
+    assert tokenizer.encoder is not None and tokenizer.decoder is not None
     tokenizer.encoder.recompute = tokenizer.decoder.recompute = options.model.use_checkpoint
     if options.model.stage == 1:
         # Without its loss no gradient reaches the codebook, and DDP would wait for one.
@@ -118,14 +118,22 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
 class CodebookUse:
     """How often each code was chosen since the last report, on the device; warns of a collapse."""
 
-    def __init__(self, codebook_size: int, device: torch.device):
-        self.counts = torch.zeros(codebook_size, device=device)  # of this rank
+    def __init__(self, config: TokenizerConfig, device: torch.device):
+        self.counts = torch.zeros(config.codebook_size, device=device)  # of this rank
+        self.clustering, self.latents = config.clustering, []
         self.warned = False
 
-    def add(self, codes: Tensor) -> None:
-        """Codes (B, T) of a micro-batch."""
-        codes = codes.flatten()
+    def add(self, out: TokenizerOutput) -> None:
+        """Codes (B, T) and latents (B, T, d) of a micro-batch; the latents are kept for clustering."""
+        codes = out.codes.flatten()
+        if self.clustering:
+            self.latents.append(out.latents.detach().flatten(0, 1))
         self.counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=self.counts.dtype))
+
+    def take_latents(self) -> Tensor:
+        """The latents (N, d) of this rank's micro-batches since the last call."""
+        latents, self.latents = torch.cat(self.latents), []
+        return latents
 
     def total(self, accelerator: Accelerator) -> Tensor:
         """Counts (codebook_size,) over all ranks, which call this together."""
@@ -202,7 +210,7 @@ class TrainState:
             )
         if self.ema is not None:
             self.ema.prepare(accelerator)
-        self.codes = CodebookUse(self.config.codebook_size, accelerator.device)
+        self.codes = CodebookUse(self.config, accelerator.device)
         if run.resumed:
             self._load_optimizers()
         self.model.train()
@@ -260,6 +268,12 @@ class TrainState:
             else {**models, "discriminator": self.discriminator}
         )
 
+    def tokenizer_turn(self) -> tuple[nn.Module, Any]:
+        return self.model, self.optimizer
+
+    def critic_turn(self) -> tuple[nn.Module, Any]:
+        return self.critic, self.critic_optimizer
+
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
         if self.critic is not None:
@@ -288,6 +302,11 @@ def stretches_of(phases: list[Phase]) -> list[Stretch]:
 def number_of(phases: list[Phase], phase: Phase) -> int:
     """The number of a phase, from 1; by identity, because two phases may be equal."""
     return 1 + [id(p) for p in phases].index(id(phase))
+
+
+def announce_phase(run: Run, phase: Phase, step: int, step_in_phase: int) -> None:
+    if step_in_phase == 1 or step == run.first_step:
+        run.log.say(f"phase {phase.name}: step {step_in_phase} of {phase.steps}")
 
 
 def refuse_fsdp(accelerator: Accelerator) -> None:
@@ -432,7 +451,7 @@ def main(argv: list[str]) -> None:
     options = configs.schema.load(TokenizerRun, argv)
     training, phases, config = options.training, options.phases, options.model.vq_model
 
-    # Set-up: data, processes, the run's folder, what is trained; from a checkpoint if there is one
+    # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
     accelerator = start_training(training)
     refuse_fsdp(accelerator)
     data = open_data(options)
@@ -445,18 +464,14 @@ def main(argv: list[str]) -> None:
 
     for step in run.steps():
         phase, step_in_phase = phase_at(phases, step)
-        if step_in_phase == 1 or step == run.first_step:
-            run.log.say(f"phase {phase.name}: step {step_in_phase} of {phase.steps}")
+        announce_phase(run, phase, step, step_in_phase)
         lr = tokenizer_lr(phases, step, options.optimizer.params.warmup_steps)
         seed_step(training.seed, accelerator.process_index, step)
         # Tokenizer and discriminator take turns; the tokenizer begins
         train_critic = bool(phase.gan_weight) and step_in_phase % 2 == 0
-        model, optimizer = state.model, state.optimizer
-        if train_critic:
-            model, optimizer = state.critic, state.critic_optimizer
+        model, optimizer = state.critic_turn() if train_critic else state.tokenizer_turn()
 
         # Gradients of the global batch, one micro-batch after another
-        latents = []
         for _ in range(training.gradient_accumulation_steps):
             images = to_float(run.next_batch())
             with accelerator.accumulate(model):
@@ -464,14 +479,13 @@ def main(argv: list[str]) -> None:
                     loss, values = critic_loss(state, images)
                 else:
                     loss, values, out = tokenizer_loss(state, images, phase)
-                    latents.append(out.latents.detach().flatten(0, 1))
-                    state.codes.add(out.codes)
+                    state.codes.add(out)
                 accelerator.backward(loss)
             run.add(**values)
 
         # The update of the weights; clustering comes before it, as published: it moves moved codes
         if config.clustering and not train_critic:
-            state.tokenizer.quantize.cluster(torch.cat(latents))
+            state.tokenizer.quantize.cluster(state.codes.take_latents())
         norm = clip_gradients(accelerator, model, training.max_grad_norm)
         run.watch(step, norm, optimizer)
         set_learning_rate(optimizer, lr)
@@ -483,11 +497,11 @@ def main(argv: list[str]) -> None:
         # What is due: the log, a checkpoint and, after it, reports
         due = run.due(step)
         if due.log:
-            phase_number = number_of(phases, phase)
-            run.log_window(step, {"lr": lr, "phase": phase_number, **state.codes.report(run)})
+            number = number_of(phases, phase)
+            run.log_window(step, {"lr": lr, "phase": number, **state.codes.report(run)})
         if due.save:
             settings = settings_of(run, data, step)
-            run.save(step, state.weights(), {**state.other_state(), "run": settings})
+            run.save(step, settings, state.weights(), state.other_state())
         if due.stop:
             run.exit_stopped(step)
         report(run, step, due, state, data)
@@ -497,9 +511,9 @@ def main(argv: list[str]) -> None:
     if run.dry_run is not None:
         run.report_dry_run(state.models())
         return
-    if accelerator.is_main_process:
-        write_state_dict(state.averaged.state_dict(), run.folder.path / "tokenizer.pth")
-    run.finish(f"weights in {run.folder.path / 'tokenizer.pth'}")
+    path = run.folder.path / "tokenizer.pth"
+    on_main(lambda: write_state_dict(state.averaged.state_dict(), path))
+    run.finish(f"weights in {path}")
 
 
 if __name__ == "__main__":

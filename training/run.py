@@ -21,6 +21,7 @@ from runtime.errors import InputError
 from runtime.files import lock_folder, write_whole
 from runtime.parts import differing
 from runtime.processes import on_main
+from runtime.randomness import STREAMS_VERSION
 from runtime.signals import SAVED_AND_STOPPED, StopSignal
 from training import checkpoint
 from training.accelerator import precision
@@ -110,6 +111,11 @@ class RunFolder:
             if old in earlier:
                 earlier[new] = earlier.pop(old)
         self.warnings += check_same_run(earlier, settings, ignored, str(source), self.forks)
+        if state.pop("streams", 1) != STREAMS_VERSION:
+            self.warnings.append(
+                f"{source} is of a version that drew random numbers otherwise: from here on the order "
+                f"of the images, their crops and dropout are not those that this run would have had"
+            )
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return state
@@ -142,6 +148,7 @@ class RunFolder:
 
     def save(self, step: int, weights: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """One checkpoint, whole when this returns; the main process's tensors are written."""
+        state = {**state, "streams": STREAMS_VERSION}
         if self.accelerator.scaler is not None:
             state = {**state, "scaler": self.accelerator.scaler.state_dict()}
         keep, keep_every = self.experiment.keep_checkpoints, self.experiment.keep_every
@@ -314,11 +321,17 @@ class Run:
         """Around reports, whose time does not count as training time."""
         return self.window.paused()
 
-    def save(self, step: int, weights: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Write a checkpoint; `state` gets the log window's sums too."""
+    def save(
+        self,
+        step: int,
+        settings: dict[str, Any],
+        weights: dict[str, dict[str, Tensor]],
+        other_state: dict[str, Any],
+    ) -> None:
+        """Write a checkpoint: of the run that has these settings, with the log window's sums."""
         with self.window.paused():
             window = self.window.state(self.accelerator)
-            self.folder.save(step, weights, {**state, "window": window})
+            self.folder.save(step, weights, {**other_state, "run": settings, "window": window})
 
     def attempt(self, name: str, work: Callable[[], T]) -> Optional[T]:
         """`work()`, or None on every rank, and a warning, where it failed on any of them.

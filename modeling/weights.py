@@ -61,7 +61,10 @@ def write_state_dict(state: dict[str, Tensor], path: str | Path) -> None:
     state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
     with whole_file(path) as partial:
         if path.suffix == ".safetensors":
+            partial.touch()
+            mode = partial.stat().st_mode  # as the umask makes it; safetensors writes mode 0600
             save_file(state, partial)
+            partial.chmod(mode)
         else:
             torch.save(state, partial)
 

@@ -1,8 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from configs.schema import Phase
-from train_tokenizer.__main__ import begun, has_collapsed, interleave
+from runtime.errors import InputError
+from train_tokenizer.__main__ import begun, has_collapsed, interleave, refuse_fsdp
 
 
 @pytest.mark.parametrize(
@@ -24,3 +28,9 @@ def test_a_phase_has_begun_once_it_has_a_step(step, names):
 def test_previews_show_before_and_after_in_turn():
     before, after = torch.zeros(2, 3, 1, 1), torch.ones(2, 3, 1, 1)
     assert interleave(before, after)[:, 0, 0, 0].tolist() == [0, 1, 0, 1]
+
+
+def test_fsdp_is_refused_in_one_line_with_the_remedy():
+    refuse_fsdp(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
+    with pytest.raises(InputError, match=r"does not train under FSDP.*launch with torchrun"):
+        refuse_fsdp(SimpleNamespace(distributed_type=DistributedType.FSDP))

@@ -22,6 +22,7 @@ from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 from .errors import InputError
 
 LARGEST = 2**63 - 1  # of every integer option: what a tensor of int64 holds
+LONGEST = 4096  # characters of a text: what a path may have
 TYPED = object()  # as `null`: the type alone decides whether null is allowed
 
 
@@ -94,6 +95,8 @@ def text_complaint(value: str) -> str:
     """What is wrong with a text as the name of a thing or file; empty where nothing is."""
     if not value.strip():
         return "the text is empty"
+    if len(value) > LONGEST:
+        return f"the text has more than {LONGEST} characters"
     if any(ord(c) < 32 or ord(c) == 127 for c in value):
         return "the text holds a control character: leave it out"
     try:

@@ -71,7 +71,11 @@ class Rule:
             (self.below, lambda limit: value < limit, "set less than {}"),
             (self.at_most, lambda limit: value <= limit, "set {} or less"),
             (None if math.isfinite(value) else 0, lambda limit: False, "set a finite number"),
-            (LARGEST, lambda limit: abs(value) <= limit, "set {} or less"),
+            (
+                LARGEST if isinstance(value, Integral) else None,
+                lambda limit: abs(value) <= limit,
+                "set {} or less",
+            ),
         )
         for limit, holds, remedy in tests:
             if limit is not None and not holds(limit):  # nan holds nowhere

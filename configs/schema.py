@@ -264,6 +264,7 @@ class TokenData:
         dict,
         "Accepted from published configs, without effect: pretokenization.py crops the images. "
         "Sizes other than model.vq_model.image_size are refused.",
+        null={},
         recorded=False,
     )
 

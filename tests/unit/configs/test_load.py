@@ -292,6 +292,18 @@ def test_a_published_value_that_is_not_honoured_is_refused(tmp_path, change, wor
     assert words in refusal(GeneratorRun, written(tmp_path, AUTHORS.replace(*change)))
 
 
+@pytest.mark.parametrize("value", ["", "null", "{}"])
+def test_preprocessing_may_be_empty(tmp_path, capsys, value):
+    file = written(tmp_path, f"dataset:\n  preprocessing: {value}\n")
+    assert load(GeneratorRun, [file]).dataset.preprocessing == {}
+    assert not capsys.readouterr().err
+
+
+def test_preprocessing_of_a_python_object_is_refused(tmp_path):
+    file = written(tmp_path, "dataset: {preprocessing: {a: !!python/object:os.x 1}}")
+    assert "dataset.preprocessing" in refusal(GeneratorRun, file)
+
+
 def test_preprocessing_may_be_set_on_the_command_line():
     options = load(GeneratorRun, [B, "dataset.preprocessing.crop_size=256"])
     assert options.dataset.preprocessing == {"crop_size": 256}
@@ -317,6 +329,13 @@ def test_option_of_the_other_program_is_refused_on_the_command_line(program, nam
         load(GeneratorRun, [B, f"{name}=1"], program)
     assert str(error.value).startswith(f"{program} does not use {name}: ")
     assert instead in str(error.value)
+
+
+def test_option_of_the_other_program_is_found_in_a_section_of_the_command_line():
+    with pytest.raises(
+        InputError, match=r"train_ar does not use experiment\.compile: set training"
+    ):
+        load(GeneratorRun, [B, "experiment={compile: True}"], "train_ar")
 
 
 def test_option_of_the_other_program_is_accepted_in_a_shared_file(tmp_path):

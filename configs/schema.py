@@ -586,12 +586,3 @@ UNUSED = {
         "training.use_ema": "experiment.generator_checkpoint; of a run folder, the average is used",
     },
 }
-
-
-def __getattr__(name: str) -> Any:
-    """The functions that lived here; new code imports them from `configs.load`."""
-    if name in ("load", "save", "as_dict", "tokenizer_config"):
-        import configs.load
-
-        return getattr(configs.load, name)
-    raise AttributeError(f"module configs.schema has no attribute {name}")

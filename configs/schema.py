@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from modeling.fields import check_options, option
+from modeling.fields import check_options, option, short
 from modeling.generator import GeneratorConfig
 from modeling.sampling import SCHEDULES, Sampling
 from modeling.tokenizer import TokenizerConfig
@@ -116,10 +116,10 @@ class Experiment:
     def __post_init__(self):
         check_options(self)
         if self.resume == "" or not isinstance(self.resume, (bool, str)):
-            raise InputError(f"resume={self.resume}: set True, False or a path")
+            raise InputError(f"resume={short(self.resume)}: set True, False or a path")
         if Path(self.output_dir).name in ("", ".."):
             raise InputError(
-                f"output_dir={self.output_dir}: set the name of a folder of its own, such as "
+                f"output_dir={short(self.output_dir)}: set the name of a folder of its own, such as "
                 f"output/alitok"
             )
 
@@ -264,6 +264,7 @@ class TokenData:
         dict,
         "Accepted from published configs, without effect: pretokenization.py crops the images. "
         "Sizes other than model.vq_model.image_size are refused.",
+        null={},
         recorded=False,
     )
 
@@ -303,7 +304,7 @@ class GeneratorRun:
     )
     model: GeneratorModels = option(GeneratorModels, "The two models.")
     dataset: TokenData = option(TokenData, "The training data.")
-    optimizer: Optimizer = option(Optimizer, "AdamW.")
+    optimizer: Optimizer = option(Optimizer, "The optimizer, AdamW.")
     lr_scheduler: Scheduler = option(Scheduler, "The learning rate.")
     training: Training = option(Training, "Batches, precision, steps.")
 
@@ -418,12 +419,12 @@ class Phase:
         try:
             check_options(self)
         except InputError as e:
-            raise InputError(f"{e} (phase {self.name})") from e
+            raise InputError(f"{e} (phase {short(self.name)})") from e
         if self.shape is None:
             self.shape = "constant" if self.end_lr is None else "cosine"
         if (self.shape == "constant") != (self.end_lr is None):
             raise InputError(
-                f"shape={self.shape} and end_lr={self.end_lr} (phase {self.name}): a constant rate "
+                f"shape={self.shape} and end_lr={self.end_lr} (phase {short(self.name)}): a constant rate "
                 f"has no end_lr, the other shapes need one"
             )
 
@@ -498,7 +499,7 @@ class TokenizerRun:
     )
     model: TokenizerModels = option(TokenizerModels, "The tokenizer and its stage.")
     dataset: ImageData = option(ImageData, "The training data.")
-    optimizer: TokenizerOptimizer = option(TokenizerOptimizer, "AdamW.")
+    optimizer: TokenizerOptimizer = option(TokenizerOptimizer, "The optimizer, AdamW.")
     losses: Losses = option(Losses, "Loss weights that stay the same in all phases.")
     perceptual: Perceptual = option(Perceptual, "The perceptual networks.")
     phases: list[Phase] = option(
@@ -530,8 +531,8 @@ class TokenizerRun:
             )
         if self.model.stage == 1 and self.experiment.stage1_checkpoint is not None:
             raise InputError(
-                f"experiment.stage1_checkpoint={self.experiment.stage1_checkpoint}: stage 1 does "
-                f"not use it; set model.stage=2 for stage 2, or experiment.resume=PATH to start "
+                f"experiment.stage1_checkpoint={short(self.experiment.stage1_checkpoint)}: stage 1 "
+                f"does not use it; set model.stage=2 for stage 2, or experiment.resume=PATH to start "
                 f"stage 1 from a checkpoint"
             )
 
@@ -585,12 +586,3 @@ UNUSED = {
         "training.use_ema": "experiment.generator_checkpoint; of a run folder, the average is used",
     },
 }
-
-
-def __getattr__(name: str) -> Any:
-    """The functions that lived here; new code imports them from `configs.load`."""
-    if name in ("load", "save", "as_dict", "tokenizer_config"):
-        import configs.load
-
-        return getattr(configs.load, name)
-    raise AttributeError(f"module configs.schema has no attribute {name}")

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.schema import tokenizer_config
+from configs.load import tokenizer_config
 from data.images import list_images
 from data.pictures import picture_grid, to_pixels, write_png
 from evaluation.evaluator import compare, conditions, protocol, warnings_of

@@ -2,7 +2,7 @@
 
 Both train the same model on the same random codes, in turn, in one process. Plain is what the
 published code does: eager, a dense float mask, AdamW that is not fused. On CUDA the presets run at
-their published batch a GPU, in bf16; on a CPU a small model in float32.
+their published batch per GPU, in bf16; on a CPU a small model in float32.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor
 
 import configs.schema
@@ -21,8 +22,8 @@ from benchmarks.common import machine
 from configs.schema import GeneratorRun, OptimizerParams
 from modeling.generator import Attention, Generator, GeneratorConfig, next_code_loss
 from modeling.rotary import rotate
-from train_ar import adamw, parameter_groups
-from training.optim import FiniteGuard
+from train_ar import parameter_groups
+from training.optim import FiniteGuard, adamw, set_learning_rate
 from training.utilisation import peak_flops, training_flops
 
 PUBLISHED = {"b": (16, 500_000), "l": (32, 500_000), "xl": (64, 250_000)}  # GPUs, steps
@@ -52,14 +53,15 @@ class Way:
         self.model, self.plain = model.train(), plain
         self.device = model.output.weight.device
         self.loss_of: Callable = next_code_loss
-        self.guard = FiniteGuard(self.device)
+        self.guard = FiniteGuard(Accelerator(cpu=self.device.type == "cpu"))
         if plain:
             for block in model.blocks:
                 block.attn.forward = partial(masked_attention, block.attn)
             groups = parameter_groups(model, OPTIMIZER.weight_decay)
             self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.96), fused=False)
         else:
-            self.optimizer = adamw(model, OPTIMIZER)
+            groups = parameter_groups(model, OPTIMIZER.weight_decay)
+            self.optimizer = adamw(groups, OPTIMIZER)
             if compiled:
                 model.compile()
                 self.loss_of = torch.compile(next_code_loss)
@@ -70,9 +72,9 @@ class Way:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not self.plain:
-            self.guard.watch(1, norm, {"loss": loss}, self.optimizer)
-            for group in self.optimizer.param_groups:
-                group["lr"] = 1e-4
+            self.guard.add(loss=loss)
+            self.guard.watch(1, norm, self.optimizer)
+            set_learning_rate(self.optimizer, 1e-4)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss
@@ -124,7 +126,7 @@ def measure(name: str, config: GeneratorConfig, batch: int, args: argparse.Names
         print(
             f"{name}: {steps} steps on {gpus} such GPUs, if they scale without loss: {hours:.0f} h, "
             f"{hours * gpus:.0f} GPU-hours, {hours * gpus * args.price:.0f} USD at {args.price} USD "
-            f"a GPU-hour"
+            f"per GPU-hour"
         )
 
 
@@ -133,8 +135,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="*", default=["b", "l", "xl"] if cuda else ["small"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=5, help="a round")
-    parser.add_argument("--price", type=float, default=2.5, help="USD a GPU-hour")
+    parser.add_argument("--steps", type=int, default=5, help="per round")
+    parser.add_argument("--price", type=float, default=2.5, help="USD per GPU-hour")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
     args = parser.parse_args()
     print(machine())

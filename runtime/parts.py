@@ -11,12 +11,17 @@ from runtime.errors import InputError
 from runtime.files import whole_file, write_whole
 
 
-def differing(earlier: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The entries in which two settings differ, with both values; empty where they agree."""
+def differing(
+    earlier: dict[str, Any], settings: dict[str, Any], ignored: tuple[str, ...] = ()
+) -> str:
+    """The entries in which two settings differ, with both values; empty where they agree.
+
+    Entries whose names start with one of `ignored` are not compared.
+    """
     return ", ".join(
         f"{key} ({earlier.get(key)} there, {settings.get(key)} now)"
         for key in sorted(earlier.keys() | settings.keys())
-        if earlier.get(key) != settings.get(key)
+        if earlier.get(key) != settings.get(key) and not key.startswith(ignored)
     )
 
 

@@ -1,4 +1,8 @@
+"""<<<<<<< HEAD
 """The patch discriminator of the adversarial phase and its losses.
+=======
+"""The patch discriminator of the adversarial phase, and the losses of both sides.
+>>>>>>> trainers
 
 Attribute names are the keys of the published state dict.
 """
@@ -78,6 +82,6 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
-def generator_loss(fake_logits: Tensor) -> Tensor:
+def adversarial_loss(fake_logits: Tensor) -> Tensor:
     """The tokenizer's adversarial loss: -mean(D(fake))."""
     return -fake_logits.mean()

@@ -6,7 +6,7 @@ from configs.schema import Phase, Scheduler
 from runtime.errors import InputError
 
 
-def interpolate(start: float, end: float, progress: float, shape: str) -> float:
+def interpolate(start: float, end: float, progress: float, shape: str | None) -> float:
     """From `start` (progress 0) to `end` (progress 1) along a half cosine or a line."""
     if shape == "cosine":
         progress = 0.5 * (1 - math.cos(math.pi * progress))
@@ -35,7 +35,7 @@ def phase_at(phases: list[Phase], step: int) -> tuple[Phase, int]:
 
 
 def tokenizer_lr(phases: list[Phase], step: int, warmup_steps: int) -> float:
-    """Learning rate of step 1…total: the phase's own way, scaled by one warm-up at the start."""
+    """Learning rate of step 1…total: the phase's own curve, scaled by one warm-up at the start."""
     phase, within = phase_at(phases, step)
     lr = phase.learning_rate
     if phase.end_lr is not None:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils.data import DataLoader, Dataset, Subset
 
-import configs.schema
+import configs.load
 from configs.schema import GeneratorRun
 from data.images import VIEWS, TrainViews, list_images, to_float
 from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_tokens
@@ -216,7 +216,7 @@ class TrainState:
 def settings_of(run: Run, data: GeneratorData) -> dict[str, Any]:
     """What makes the run the run that it is, to compare when it is resumed."""
     return {
-        **flatten(configs.schema.as_dict(run.options)),
+        **flatten(configs.load.as_dict(run.options)),
         "images": data.images,
         "views": data.views,
         "global batch": run.global_batch,
@@ -321,7 +321,7 @@ def export(run: Run, state: dict[str, Tensor], name: str) -> None:
 # ---------------------------------------------------------------------- the program
 def main(argv: list[str]) -> None:
     dry_run, argv = split_dry_run(argv)
-    options = configs.schema.load(GeneratorRun, argv)
+    options = configs.load.load(GeneratorRun, argv, "train_ar")
     training, total_steps = options.training, options.training.max_train_steps
 
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one

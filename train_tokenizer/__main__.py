@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-import configs.schema
+import configs.load
 from configs.schema import Phase, TokenizerRun
 from data.images import CenterImages, TrainImages, list_paths, to_float
 from evaluation import in_training
@@ -284,14 +284,14 @@ class TrainState:
 def settings_of(run: Run, data: TokenizerData, step: int) -> dict[str, Any]:
     """What has made the run the run that it is until `step`, to compare when it is resumed."""
     options = run.options
-    so_far = {**configs.schema.as_dict(options), "phases": begun(options.phases, step)}
+    so_far = {**configs.load.as_dict(options), "phases": begun(options.phases, step)}
     return {**flatten(so_far), "images": len(data.paths), "global batch": run.global_batch}
 
 
 def begun(phases: list[Phase], step: int) -> list[dict]:
     """The phases with a step up to `step`: what a run has been so far."""
     starts = itertools.accumulate((phase.steps for phase in phases), initial=0)
-    return [configs.schema.as_dict(p) for p, start in zip(phases, starts) if start < step]
+    return [configs.load.as_dict(p) for p, start in zip(phases, starts) if start < step]
 
 
 def stretches_of(phases: list[Phase]) -> list[Stretch]:
@@ -448,7 +448,7 @@ def tokenizer_loss(
 
 def main(argv: list[str]) -> None:
     dry_run, argv = split_dry_run(argv)
-    options = configs.schema.load(TokenizerRun, argv)
+    options = configs.load.load(TokenizerRun, argv, "train_tokenizer")
     training, phases, config = options.training, options.phases, options.model.vq_model
 
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one

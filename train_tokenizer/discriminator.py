@@ -1,8 +1,4 @@
-"""<<<<<<< HEAD
-"""The patch discriminator of the adversarial phase and its losses.
-=======
 """The patch discriminator of the adversarial phase, and the losses of both sides.
->>>>>>> trainers
 
 Attribute names are the keys of the published state dict.
 """

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import configs.schema
+import configs.load
 from configs.schema import Experiment, Training
 from data.loader import training_loader
 from runtime.errors import InputError
@@ -142,7 +142,7 @@ class RunFolder:
                     f"another run has just saved or removed a checkpoint in {self.path}: run the "
                     f"same command again"
                 )
-            configs.schema.save(options, self.path / "config.yaml")
+            configs.load.save(options, self.path / "config.yaml")
 
         on_main(lock)
 
@@ -230,7 +230,7 @@ class Run:
         if self.dry_run is None:
             self.folder.open(self.options)
         self.log = RunLog(
-            accelerator, self.experiment, configs.schema.as_dict(self.options), self.first_step,
+            accelerator, self.experiment, configs.load.as_dict(self.options), self.first_step,
             self.total_steps, write=self.dry_run is None,
         )  # fmt: skip
         for warning in self.folder.warnings:

@@ -247,33 +247,36 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData
     options, log = run.options, run.log
     evaluates = due.evaluate and data.validation is not None
     generates = due.generate and bool(run.experiment.generate_every)
-    if not (evaluates or generates):
-        return
-    # Eager: odd batch sizes are not worth compiling for.
-    with run.paused(), torch.compiler.set_stance("force_eager"):
-        generator = state.to_evaluate()
-        if evaluates:
-            sums = run.attempt("validation", lambda: validation_sums(run, generator, data))
-            if sums is not None:
-                loss, accuracy, count = run.accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
-                best = min(state.best, run.log.lowest("val/loss"))
-                if loss / count < best:  # before the record, which says that this is done
-                    state.best = loss / count
-                    export(run, generator.state_dict(), "generator_best")
-                log.metrics(step, {"val/loss": loss / count, "val/accuracy": accuracy / count})
-        if generates:
-            assert data.tokenizer is not None, "generate_every loads the tokenizer"
-            tokenizer, evaluator = data.tokenizer, data.evaluator
-            grid = run.attempt(
-                "sampling", lambda: sample_grid(run.accelerator, generator, tokenizer, options)
-            )
-            if grid is not None:
-                log.images(step, "samples", grid, GRID_CLASSES)
-            if evaluator is not None:
-                values = run.attempt(
-                    "gFID", lambda: in_training.generated(evaluator, generator, tokenizer, options)
+    with run.reporting(step, due):
+        if not (evaluates or generates):
+            return
+        # Eager: odd batch sizes are not worth compiling for.
+        with torch.compiler.set_stance("force_eager"):
+            generator = state.to_evaluate()
+            if evaluates:
+                sums = run.attempt("validation", lambda: validation_sums(run, generator, data))
+                if sums is not None:
+                    loss, accuracy, count = run.accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
+                    best = min(state.best, run.log.lowest("val/loss"))
+                    if loss / count < best:  # before the record, which says that this is done
+                        state.best = loss / count
+                        export(run, generator.state_dict(), "generator_best")
+                    log.metrics(step, {"val/loss": loss / count, "val/accuracy": accuracy / count})
+            if generates:
+                assert data.tokenizer is not None, "generate_every loads the tokenizer"
+                tokenizer, evaluator = data.tokenizer, data.evaluator
+                grid = run.attempt(
+                    "sampling", lambda: sample_grid(run.accelerator, generator, tokenizer, options)
                 )
-                log.metrics(step, values or {})
+                if grid is not None:
+                    log.images(step, "samples", grid, GRID_CLASSES)
+                if evaluator is not None:
+                    values = run.attempt(
+                        "gFID",
+                        lambda: in_training.generated(evaluator, generator, tokenizer, options),
+                    )
+                    if values is not None:
+                        log.metrics(step, values)
 
 
 @torch.no_grad()
@@ -370,12 +373,9 @@ def main(argv: list[str]) -> None:
         if due.stop:
             run.exit_stopped(step)
         report(run, step, due, state, data)
-        if due.save:
-            run.mark_reported(step)
 
     if run.dry_run is not None:
-        run.report_dry_run({"generator": state.generator})
-        return
+        return run.report_dry_run({"generator": state.generator})
     for name, tensors in state.weights().items():
         export(run, tensors, EXPORTS[name])
     run.finish(f"weights in {run.folder.path / 'generator.bin'} and .safetensors")

@@ -2,7 +2,7 @@
 
 Both train the same model on the same random codes, in turn, in one process. Plain is what the
 published code does: eager, a dense float mask, AdamW that is not fused. On CUDA the presets run at
-their published batch per GPU, in bf16; on a CPU a small model in float32.
+their published batch a GPU, in bf16; on a CPU a small model in float32.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def measure(name: str, config: GeneratorConfig, batch: int, args: argparse.Names
         print(
             f"{name}: {steps} steps on {gpus} such GPUs, if they scale without loss: {hours:.0f} h, "
             f"{hours * gpus:.0f} GPU-hours, {hours * gpus * args.price:.0f} USD at {args.price} USD "
-            f"per GPU-hour"
+            f"a GPU-hour"
         )
 
 
@@ -145,8 +145,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="*", default=["b", "l", "xl"] if cuda else ["small"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=5, help="per round")
-    parser.add_argument("--price", type=float, default=2.5, help="USD per GPU-hour")
+    parser.add_argument("--steps", type=int, default=5, help="a round")
+    parser.add_argument("--price", type=float, default=2.5, help="USD a GPU-hour")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
     args = parser.parse_args()
     print(machine())

@@ -51,13 +51,12 @@ class TokenizerConfig:
     clustering: bool = option(False, "Codebook clustering in training; stage 1: true.")
     exact_attention: bool = option(
         False,
-        "Attention in float32 whatever the autocast type; false: in that type, as published "
-        "training does.",
+        "Attention in float32 whatever the autocast type; published training used that type.",
     )
     position_init: str = option(
         "normal",
-        "Start of the encoder's positions: normal (as published), or own_patch (every latent "
-        "looks at its own patch from the first step).",
+        "Start of the encoder's positions: normal, as published, or own_patch, by which every "
+        "latent attends to its own patch from the first step.",
         choices=("normal", "own_patch"),
     )
 

@@ -236,7 +236,7 @@ def load_tensors(
 def check_finite(state: dict[str, Tensor], source: str) -> None:
     """InputError that names the first tensor with NaN or infinite values."""
     for name, tensor in state.items():
-        if not tensor.is_floating_point():
+        if tensor.is_meta or not tensor.is_floating_point():  # meta tensors have no values
             continue
         wide = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit types lack isfinite
         bad = wide.numel() - int(torch.isfinite(wide).sum())

@@ -310,21 +310,21 @@ def begun(phases: list[Phase], step: int) -> list[dict]:
 
 
 def stretches_of(phases: list[Phase]) -> list[Stretch]:
+    """The phases as what a dry run measures one by one."""
     starts = itertools.accumulate((phase.steps for phase in phases), initial=1)
     return [Stretch(phase.name, start, phase.steps) for phase, start in zip(phases, starts)]
 
 
-def number_of(phases: list[Phase], phase: Phase) -> int:
-    """The number of a phase, from 1; by identity, because two phases may be equal."""
-    return 1 + [id(p) for p in phases].index(id(phase))
-
-
-def announce_phase(run: Run, phase: Phase, step: int, step_in_phase: int) -> None:
+def enter_phase(run: Run, phases: list[Phase], step: int) -> tuple[Phase, int, int]:
+    """The phase of a step, its number and the step's number in it, both from 1; announces a phase."""
+    phase, step_in_phase = phase_at(phases, step)
+    number = 1 + [id(p) for p in phases].index(id(phase))  # two phases may be equal
     if step_in_phase == 1 or step == run.first_step:
         run.log.say(f"phase {phase.name}: step {step_in_phase} of {phase.steps}")
+    return phase, number, step_in_phase
 
 
-def refuse_fsdp(accelerator: Accelerator) -> None:
+def refuse_fsdp(accelerator: Accelerator) -> Accelerator:
     """Raise InputError under FSDP: it would shard the codebook that clustering rewrites in place."""
     if accelerator.distributed_type == DistributedType.FSDP:
         raise InputError(
@@ -332,6 +332,7 @@ def refuse_fsdp(accelerator: Accelerator) -> None:
             "moves: launch with torchrun, or accelerate without --use_fsdp (its models fit on one "
             "GPU)"
         )
+    return accelerator
 
 
 def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
@@ -356,7 +357,7 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
 def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData) -> None:
     """Validation metrics, rFID and previews of one step, as far as they are due and configured."""
     tokenizer = state.averaged
-    with run.paused():
+    with run.reporting(step, due):
         if due.evaluate and data.validation:
             values = evaluate(run, state, data)
             if values is not None:
@@ -463,14 +464,21 @@ def tokenizer_loss(
     return loss, {"loss": loss, **{name: value for name, (_, value) in terms.items()}}, out
 
 
+def learning_rate(options: TokenizerRun, step: int, train_critic: bool) -> float:
+    """The rate of a step; the discriminator's is the tokenizer's unless it has one of its own."""
+    params = options.optimizer.params
+    if train_critic and params.critic_learning_rate is not None:
+        return params.critic_learning_rate
+    return tokenizer_lr(options.phases, step, params)
+
+
 def main(argv: list[str]) -> None:
     dry_run, argv = split_dry_run(argv)
     options = configs.load.load(TokenizerRun, argv, "train_tokenizer")
     training, phases = options.training, options.phases
 
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
-    accelerator = start_training(training)
-    refuse_fsdp(accelerator)
+    accelerator = refuse_fsdp(start_training(training))
     data = open_data(options)
     run = Run(accelerator, options, stretches_of(phases), dry_run)
     run.resume(settings_of(run, data, run.first_step - 1), IGNORED_ON_RESUME)
@@ -480,14 +488,10 @@ def main(argv: list[str]) -> None:
     report(run, run.first_step - 1, run.missing_reports(), state, data)
 
     for step in run.steps():
-        phase, step_in_phase = phase_at(phases, step)
-        announce_phase(run, phase, step, step_in_phase)
-        lr = tokenizer_lr(phases, step, options.optimizer.params)
+        phase, number, step_in_phase = enter_phase(run, phases, step)
+        train_critic = is_critic_step(phase, step_in_phase)  # the tokenizer begins
+        lr = learning_rate(options, step, train_critic)
         seed_step(training.seed, accelerator.process_index, step)
-        # Tokenizer and discriminator take turns; the tokenizer begins
-        train_critic = is_critic_step(phase, step_in_phase)
-        if train_critic and options.optimizer.params.critic_learning_rate is not None:
-            lr = options.optimizer.params.critic_learning_rate
         model, optimizer = state.critic_turn() if train_critic else state.tokenizer_turn()
 
         # Gradients of the global batch, one micro-batch after another
@@ -516,20 +520,15 @@ def main(argv: list[str]) -> None:
         # What is due: the log, a checkpoint and, after it, reports
         due = run.due(step)
         if due.log:
-            number = number_of(phases, phase)
             run.log_window(step, {"lr": lr, "phase": number, **state.codes.report(run)})
         if due.save:
-            settings = settings_of(run, data, step)
-            run.save(step, settings, state.weights(), state.other_state())
+            run.save(step, settings_of(run, data, step), state.weights(), state.other_state())
         if due.stop:
             run.exit_stopped(step)
         report(run, step, due, state, data)
-        if due.save:
-            run.mark_reported(step)
 
     if run.dry_run is not None:
-        run.report_dry_run(state.models())
-        return
+        return run.report_dry_run(state.models())
     path = run.folder.path / "tokenizer.pth"
     on_main(lambda: write_state_dict(state.averaged.state_dict(), path))
     run.finish(f"weights in {path}")

@@ -27,9 +27,7 @@ class SameConv2d(nn.Conv2d):
 
 
 class BlurDownsample(nn.Module):
-    """Halves the image with the binomial kernel (1, 3, 3, 1)."""
-
-    kernel: Tensor
+    """Halve the image through the binomial kernel (1, 3, 3, 1)."""
 
     def __init__(self):
         super().__init__()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -317,9 +317,16 @@ class Run:
             )
             self._time_said = True
 
-    def paused(self) -> AbstractContextManager[None]:
-        """Around reports, whose time does not count as training time."""
-        return self.window.paused()
+    @contextmanager
+    def reporting(self, step: int, due: Due) -> Iterator[None]:
+        """Around the reports of a step, whose time does not count as training time.
+
+        Notes that the reports of a checkpointed step are complete (`missing_reports`).
+        """
+        with self.window.paused():
+            yield
+        if due.save or (due and step < self.first_step):
+            on_main(lambda: write_whole(self.folder.path / REPORTED, str(step).encode()))
 
     def save(
         self,
@@ -367,10 +374,6 @@ class Run:
             return Due()
         found = self.scheduled(step)
         return Due(evaluate=found.evaluate, generate=found.generate)
-
-    def mark_reported(self, step: int) -> None:
-        """Note that the reports of a checkpointed step are complete (`missing_reports`)."""
-        on_main(lambda: write_whole(self.folder.path / REPORTED, str(step).encode()))
 
     def exit_stopped(self, step: int) -> NoReturn:
         """End the process after a signal, once `step` is saved."""

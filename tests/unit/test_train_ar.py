@@ -13,7 +13,7 @@ from data.tokens import TokenWriter
 from modeling.generator import Generator, GeneratorConfig
 from runtime.errors import InputError
 from runtime.files import file_sha256
-from training import checkpoint, optim
+from training import checkpoint, optim, run
 
 TINY = """
 model:
@@ -173,7 +173,7 @@ def test_reports_that_a_kill_prevented_are_made_on_resuming(train, tmp_path, mon
 
     def killed(name, at):
         original = getattr(train_ar, name) if at == "after" else None
-        module = train_ar.Run if name == "mark_reported" else train_ar
+        module = run if name == "write_whole" else train_ar
 
         def function(*args):
             if original is not None:
@@ -189,7 +189,7 @@ def test_reports_that_a_kill_prevented_are_made_on_resuming(train, tmp_path, mon
         elif moment == "after validation":
             patch.setattr(*killed("report", "after"))
         else:
-            patch.setattr(*killed("mark_reported", "before"))
+            patch.setattr(*killed("write_whole", "before"))
         with pytest.raises(KeyboardInterrupt):
             train(*options)
     assert (tmp_path / "run/checkpoints/step-00000010").is_dir()

@@ -29,6 +29,8 @@ class SameConv2d(nn.Conv2d):
 class BlurDownsample(nn.Module):
     """Halve the image through the binomial kernel (1, 3, 3, 1)."""
 
+    kernel: Tensor
+
     def __init__(self):
         super().__init__()
         line = torch.tensor([1.0, 3.0, 3.0, 1.0])

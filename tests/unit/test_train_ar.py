@@ -286,10 +286,10 @@ def test_dry_run_refuses_what_the_run_would(train, tmp_path):
 
 
 # ---------------------------------------------------------------------- bad input
-def test_non_finite_loss_stops_without_a_report_due(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_ar, "generator_lr", lambda *_: 1e38)  # more than the option takes
+def test_non_finite_loss_stops_without_a_report_due(train, tmp_path):
     with pytest.raises(InputError, match="not finite at step 2: loss"):
-        train("experiment.log_every=100", "experiment.save_every=5")
+        train("optimizer.params.learning_rate=9e18", "lr_scheduler.params.warmup_steps=1", "optimizer.params.weight_decay=1000", "experiment.log_every=100",
+              "experiment.save_every=5")  # fmt: skip
     assert not (tmp_path / "run/checkpoints").exists()
 
 

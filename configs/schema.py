@@ -279,6 +279,12 @@ class SchedulerParams:
     )
     warmup_steps: int = option(62_500, "Steps of linear warm-up; 0: none.", at_least=0)
     end_lr: float = option(1e-5, "The rate at the end of the cosine.", at_least=0)
+    count_from: int = option(
+        1,
+        "Number of the first update in the schedule; 0 (as published): its rate is 0, and the last "
+        "one's is not quite end_lr.",
+        choices=(0, 1),
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -338,6 +344,14 @@ class TokenizerModels:
         "paper says).",
         choices=("stage1", "scratch"),
     )
+    critic_init: str = option(
+        "scratch",
+        "Stage 2's discriminator starts from stage 1's (as published) or from scratch.",
+        choices=("stage1", "scratch"),
+    )
+    cluster_in_critic_steps: bool = option(
+        False, "Cluster the codebook in the discriminator's steps too (as published)."
+    )
     use_checkpoint: bool = option(
         False, "Recompute activations in the backward pass: less memory, more time."
     )
@@ -345,6 +359,16 @@ class TokenizerModels:
     def __post_init__(self):
         check_options(self)
         check_layers(self.vq_model)
+        if self.stage == 1 and self.critic_init != "scratch":
+            raise InputError(
+                f"critic_init={self.critic_init}: stage 1 always starts from scratch; this is an "
+                f"option of stage=2"
+            )
+        if self.cluster_in_critic_steps and not self.vq_model.clustering:
+            raise InputError(
+                "cluster_in_critic_steps=True needs vq_model.clustering=true: set it, or leave the "
+                "former out"
+            )
         for name in ("prefix_head", "clustering"):
             if self.stage == 2 and getattr(self.vq_model, name):
                 raise InputError(
@@ -414,6 +438,12 @@ class Phase:
         at_least=0,
         at_most=1e6,
     )
+    critic_after: int = option(
+        1,
+        "With gan_weight: steps of the tokenizer before the discriminator's first step in the "
+        "phase; then they alternate.",
+        at_least=1,
+    )
 
     def __post_init__(self):
         try:
@@ -443,6 +473,9 @@ class Losses:
     quantizer_weight: float = option(
         1.0, "Weight of the quantizer's loss.", at_least=0, at_most=1e6
     )
+    critic_weight: float = option(
+        1.0, "Weight of the discriminator's hinge loss (published: 0.1).", above=0, at_most=1e6
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -464,7 +497,19 @@ class TokenizerOptimizerParams:
     beta2: float = option(0.999, "Decay of the second moment.", at_least=0, below=1)
     weight_decay: float = option(0.01, "Weight decay.", at_least=0, at_most=1000)
     warmup_steps: int = option(
-        10_000, "Steps of linear warm-up at the start of the run; 0: none.", at_least=0
+        10_000,
+        "The tokenizer's own steps of linear warm-up at the start of the run; 0: none.",
+        at_least=0,
+    )
+    count_from: int = option(
+        1,
+        "Number of the first step in the warm-up; 0 (as published): its rate is 0.",
+        choices=(0, 1),
+    )
+    critic_learning_rate: Optional[float] = option(
+        None,
+        "The discriminator's constant rate (published: 1e-4); null: that of the tokenizer.",
+        at_least=0,
     )
 
     def __post_init__(self):

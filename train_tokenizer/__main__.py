@@ -24,7 +24,13 @@ from evaluation.evaluator import Evaluator
 from evaluation.lpips import LPIPS, lpips_is_available
 from evaluation.reconstruction import Preview, codebook_use, image_batches, reconstruct
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
-from modeling.weights import describe, load_tensors, read_state_dict, write_state_dict
+from modeling.weights import (
+    describe,
+    load_tensors,
+    read_part,
+    read_state_dict,
+    write_state_dict,
+)
 from runtime.errors import InputError
 from runtime.processes import compiles, on_main
 from runtime.program import run as run_program
@@ -36,7 +42,7 @@ from training.accelerator import start_training
 from training.dry_run import Stretch, split_dry_run
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run, flatten
-from training.schedule import phase_at, tokenizer_lr
+from training.schedule import is_critic_step, phase_at, tokenizer_lr
 
 WEIGHTS = Path("weights")  # the published files that the losses and metrics need
 PREVIEWS, PER_ROW = 16, 8  # images in a preview, and pictures (before | after) in its row
@@ -115,6 +121,15 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     return tokenizer
 
 
+def build_discriminator(options: TokenizerRun) -> Discriminator:
+    """From scratch or, in stage 2, from stage 1's checkpoint."""
+    discriminator, source = Discriminator(), options.experiment.stage1_checkpoint
+    if options.model.critic_init == "stage1" and source is not None:
+        file = on_main(lambda: checkpoint.weights_file(source, "discriminator"))
+        load_tensors(discriminator, read_part(file, "block_in.0.weight"), str(file))
+    return discriminator
+
+
 class CodebookUse:
     """How often each code was chosen since the last report, on the device; warns of a collapse."""
 
@@ -181,7 +196,7 @@ class TrainState:
         set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
         self.tokenizer = build_tokenizer(options)
         adversarial = any(phase.gan_weight for phase in options.phases)
-        self.discriminator = Discriminator() if adversarial else None
+        self.discriminator = build_discriminator(options) if adversarial else None
         weights = WEIGHTS if options.perceptual.pretrained else None
         # One rank reads the disk, the others its cache.
         with accelerator.local_main_process_first():
@@ -381,11 +396,13 @@ def preview(tokenizer: Tokenizer, paths: list[str]) -> Tensor:
 
 # ---------------------------------------------------------------------- the program
 def critic_loss(state: TrainState, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The discriminator's hinge loss on images and their reconstructions, and what to log."""
+    """The discriminator's weighted hinge loss on images and reconstructions, and what to log."""
     with torch.no_grad(), state.accelerator.autocast():
-        fake = state.forward(images).images
-    real_logits, fake_logits = state.critic(torch.cat([images, fake])).chunk(2)
-    loss = hinge_loss(real_logits, fake_logits)
+        out = state.forward(images)
+    if state.options.model.cluster_in_critic_steps:
+        state.codes.add(out)
+    real_logits, fake_logits = state.critic(torch.cat([images, out.images])).chunk(2)
+    loss = state.options.losses.critic_weight * hinge_loss(real_logits, fake_logits)
     return loss, {"critic": loss, "real": real_logits.mean(), "fake": fake_logits.mean()}
 
 
@@ -403,10 +420,18 @@ def tokenizer_loss(
     return loss, {"loss": loss, **{name: value for name, (_, value) in terms.items()}}, out
 
 
+def learning_rate(options: TokenizerRun, step: int, train_critic: bool) -> float:
+    """The rate of a step; the discriminator's is the tokenizer's unless it has one of its own."""
+    params = options.optimizer.params
+    if train_critic and params.critic_learning_rate is not None:
+        return params.critic_learning_rate
+    return tokenizer_lr(options.phases, step, params)
+
+
 def main(argv: list[str]) -> None:
     dry_run, argv = split_dry_run(argv)
     options = configs.load.load(TokenizerRun, argv, "train_tokenizer")
-    training, phases, config = options.training, options.phases, options.model.vq_model
+    training, phases = options.training, options.phases
 
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
     accelerator = refuse_fsdp(start_training(training))
@@ -420,9 +445,9 @@ def main(argv: list[str]) -> None:
 
     for step in run.steps():
         phase, number, step_in_phase = enter_phase(run, phases, step)
-        lr = tokenizer_lr(phases, step, options.optimizer.params.warmup_steps)
+        train_critic = is_critic_step(phase, step_in_phase)  # the tokenizer begins
+        lr = learning_rate(options, step, train_critic)
         seed_step(training.seed, accelerator.process_index, step)
-        train_critic = bool(phase.gan_weight) and step_in_phase % 2 == 0  # the tokenizer begins
         model, optimizer = state.critic_turn() if train_critic else state.tokenizer_turn()
 
         # Gradients of the global batch, one micro-batch after another
@@ -438,7 +463,7 @@ def main(argv: list[str]) -> None:
             run.add(**values)
 
         # The update of the weights; clustering comes before it, as published: it moves moved codes
-        if config.clustering and not train_critic:
+        if state.codes.latents:
             state.tokenizer.quantize.cluster(state.codes.take_latents())
         norm = clip_gradients(accelerator, model, training.max_grad_norm)
         run.watch(step, norm, optimizer)

@@ -1,0 +1,105 @@
+"""`evaluate.py --selfcheck`: the evaluator's figures where the right ones are known.
+
+Distances, scores and manifolds of distributions with closed forms, and the resize before Inception on a fixed picture,
+need no files. With ADM's reference and a sample batch of theirs in place, the figures are compared with those that the
+authors published for it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+from evaluation.metrics import (
+    InceptionScore,
+    Moments,
+    frechet_distance_of_moments,
+    precision_recall,
+)
+
+INCEPTION_SIZE = 299  # pixels
+
+
+@dataclass
+class Check:
+    """One figure, what it must be, and by how much it may differ."""
+
+    name: str
+    found: float
+    expected: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return abs(self.found - self.expected) <= self.tolerance  # False for NaN
+
+
+def analytic_checks() -> Iterator[Check]:
+    """What the metrics give for distributions with closed forms."""
+    # Commuting covariances: each direction adds (√a - √b)², each mean its squared difference.
+    a, b = torch.tensor([4.0, 1.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 4.0, 16.0])
+    rotation = torch.linalg.qr(torch.arange(16.0).reshape(4, 4).sin().double())[0]
+    shift = torch.tensor([3.0, 0.0, -4.0, 0.0], dtype=torch.float64)
+    sides = [rotation @ torch.diag(v.double()) @ rotation.T for v in (a, b)]
+    found = frechet_distance_of_moments(shift, sides[0], torch.zeros_like(shift), sides[1])
+    yield Check("Fréchet distance, commuting covariances", found, 25 + 1 + 0 + 4 + 1, 1e-6)
+    # Two dimensions: tr (AB)^½ = √(tr AB + 2 √det AB).
+    a = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double()
+    b = torch.tensor([[5.0, -2.0], [-2.0, 1.0]]).double()
+    root = math.sqrt((a @ b).trace().item() + 2 * math.sqrt(torch.linalg.det(a @ b).item()))
+    expected = (a.trace() + b.trace()).item() - 2 * root
+    found = frechet_distance_of_moments(a[0] * 0, a, a[0] * 0, b)
+    yield Check("Fréchet distance, 2x2", found, expected, 1e-9)
+    # Points at ±√(D - ½) along each of D axes, far from the origin: the covariance is 1.
+    width = 8
+    points = torch.eye(width).double() * math.sqrt(width - 0.5)
+    points = torch.cat([points, -points]) + 1000
+    moments = Moments(width)
+    for part in points.split(3):
+        moments.add(part)
+    mean, covariance = moments.reduced()
+    error = (mean - 1000).abs().max() + (covariance - torch.eye(width).double()).abs().max()
+    yield Check("streamed mean and covariance, largest error", error.item(), 0.0, 1e-9)
+    yield Check("Inception Score of 10 certain classes", score(1e3 * torch.eye(10)), 10.0, 1e-6)
+    yield Check("Inception Score of images alike", score(torch.ones(10, 10)), 1.0, 1e-9)
+    # On a line: radii reach the third neighbour, so 0…9 cover -3…12; 5…14 cover 2…17.
+    line = torch.arange(10.0)[:, None]
+    precision, recall = precision_recall(line, line + 5)
+    yield Check("precision of points on a line", precision, 0.8, 1e-12)
+    yield Check("recall of points on a line", recall, 0.8, 1e-12)
+
+
+def score(logits: Tensor) -> float:
+    sums = InceptionScore(len(logits), logits.shape[1])
+    sums.add(logits, torch.arange(len(logits)))
+    return sums.reduced()[0]
+
+
+def resize_checks() -> Iterator[Check]:
+    """Inception's resize against its definition in TensorFlow 1: bilinear, without antialiasing, the
+    pixel (0, 0) at the place of the pixel (0, 0)."""
+    for size in (64, 256, 512):
+        rows, columns = np.indices((size, size))
+        picture = (rows * rows + 3 * columns + 41 * rows * columns) % 256
+        pixels = torch.from_numpy(picture).float().expand(1, 3, size, size)
+        shape = (INCEPTION_SIZE, INCEPTION_SIZE)
+        found = interpolate_bilinear_2d_like_tensorflow1x(pixels, shape, align_corners=False)
+        by_rows = bilinear_matrix(size)
+        expected = by_rows @ picture @ by_rows.T
+        error = float(np.abs(found[0, 0].double().numpy() - expected).max())
+        yield Check(f"resize of {size} px to {INCEPTION_SIZE}, largest error", error, 0.0, 0.02)
+
+
+def bilinear_matrix(size: int) -> np.ndarray:
+    """Weights (299, size) of the input's pixels in every output pixel, along one side."""
+    matrix = np.zeros((INCEPTION_SIZE, size))
+    for i in range(INCEPTION_SIZE):
+        place = i * size / INCEPTION_SIZE
+        low = math.floor(place)
+        matrix[i, low] += 1 - (place - low)
+        matrix[i, min(low + 1, size - 1)] += place - low
+    return matrix

@@ -8,18 +8,21 @@ authors published for it.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from evaluation.evaluator import Evaluator
 from evaluation.metrics import (
     InceptionScore,
     Moments,
     frechet_distance_of_moments,
     precision_recall,
-)
+)from evaluation.sources import open_images
 
 INCEPTION_SIZE = 299  # pixels
 
@@ -103,3 +106,66 @@ def bilinear_matrix(size: int) -> np.ndarray:
         matrix[i, low] += 1 - (place - low)
         matrix[i, min(low + 1, size - 1)] += place - low
     return matrix
+
+
+# ---------------------------------------------------------------------- ADM's published batches
+ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
+# The authors' figures (Dhariwal and Nichol 2021, as their script prints them), to two decimals.
+ADM_BATCHES = {
+    "admnet_guided_imagenet256.npz": {
+        "gFID": 4.59, "sFID": 5.25, "IS": 186.70, "precision": 0.82, "recall": 0.52,
+    },
+    "admnet_guided_upsampled_imagenet256.npz": {
+        "gFID": 3.94, "sFID": 6.14, "IS": 215.84, "precision": 0.83, "recall": 0.53,
+    },
+}  # fmt: skip
+# Half of the last printed digit, and room for another port of the network and other arithmetic.
+ADM_TOLERANCES = {"gFID": 0.03, "sFID": 0.05, "IS": 0.5, "precision": 0.01, "recall": 0.01}
+
+
+def published_checks(
+    folder: Path, processes: PartialState, batch: int, workers: int
+) -> Iterator[Check]:
+    """The figures of those of ADM's sample batches that are in `folder` with their reference.
+
+    All processes must call this; the checks come from the main process only.
+    """
+    batches = [name for name in ADM_BATCHES if (folder / name).is_file()]
+    if not batches or not (folder / ADM_REFERENCE).is_file():
+        return
+    # In float16, precision and recall are what ADM's script computes.
+    reference = folder / ADM_REFERENCE
+    evaluator = Evaluator.open(reference, processes, folder, batch, workers, half_manifold=True)
+    for name in batches:
+        images = open_images(folder / name)
+        metrics = evaluator.evaluate(images, images.shape[0]).get("metrics", {})
+        for metric, expected in ADM_BATCHES[name].items():
+            if metric in metrics:
+                found = metrics[metric]
+                yield Check(f"{name}: {metric}", found, expected, ADM_TOLERANCES[metric])
+
+
+def selfcheck(folder: Path, processes: PartialState, batch: int, workers: int) -> bool:
+    """Print all checks and, as the last line, JSON; whether all of them passed, on all processes.
+
+    `folder` is where ADM's batches and Inception's weights may be.
+    """
+    checks = [*analytic_checks(), *resize_checks()]
+    published = list(published_checks(folder, processes, batch, workers))
+    checks += published
+    passed = all(check.passed for check in checks)
+    if processes.is_main_process:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            print(
+                f"{check.name:<{width}}  {check.found:<12.6g} expected {check.expected:.6g} "
+                f"± {check.tolerance:g}: {'passed' if check.passed else 'FAILED'}"
+            )
+        if not published:
+            print(
+                f"not compared with ADM's figures: {folder} needs {ADM_REFERENCE} and "
+                f"{' or '.join(ADM_BATCHES)}"
+            )
+        result = [{**vars(check), "passed": check.passed} for check in checks]
+        print(json.dumps({"passed": passed, "checks": result}, ensure_ascii=False))
+    return passed

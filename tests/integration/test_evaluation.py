@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import evaluation.compare
+import evaluation.evaluator
 from evaluation.features import INCEPTION_FILE
 from tests.inception import TinyFeatures, write_random_inception
 from tests.integration.conftest import execute
@@ -63,7 +63,7 @@ def test_missing_inception_weights_end_in_one_line(tmp_path):
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Run programs here, on features that cost nothing, with a reference at hand."""
-    monkeypatch.setattr(evaluation.compare, "Inception", TinyFeatures)
+    monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
     np.savez(tmp_path / "reference.npz", pictures(15))
     yield tmp_path / "reference.npz"
     torch.set_grad_enabled(True)
@@ -109,7 +109,7 @@ def test_generator_is_scored_in_training_as_its_samples_are(workspace, tmp_path,
 
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "show", said.append)
+        patch.setattr(evaluate, "print_result", said.append)
         evaluate.main([
             f"--samples={tmp_path}/samples.npz", f"--reference={tiny}", "--num_samples=14",
         ])  # fmt: skip

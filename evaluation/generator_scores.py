@@ -9,14 +9,13 @@ import torch
 from accelerate import PartialState
 
 from data.tokens import TokenCache, open_tokens
-from evaluation.features import full_float32
 from evaluation.likelihood import Likelihood, measure_likelihood
 from modeling.generator import Generator
 from modeling.pipeline import generator_config
 from modeling.weights import load_tensors, read_state_dict
 from runtime.errors import InputError
 from runtime.files import file_sha256, writing
-from runtime.processes import device_name
+from runtime.processes import device_name, matmul_precision
 from training import checkpoint
 
 PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 on CUDA, fp32 on a CPU, as in training
@@ -131,7 +130,7 @@ def score_generator(
     scored, warnings = [], []
     for source in sources:
         generator = open_generator(source, store).to(device)
-        context = torch.autocast(device.type, torch.bfloat16) if bf16 else full_float32()
+        context = torch.autocast(device.type, torch.bfloat16) if bf16 else matmul_precision("fp32")
         with context:
             likelihood = measure_likelihood(generator, store, batch, processes, workers)
         scored.append((source, likelihood))

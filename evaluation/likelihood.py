@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from data.tokens import AllTokens, TokenCache
+from evaluation.metrics import summed
 from modeling.rotary import token_layout
 from runtime.errors import InputError
 from runtime.signals import outlive_first_signal
@@ -109,7 +109,7 @@ def measure_likelihood(
         codes, labels = codes.to(processes.device), labels.to(processes.device)
         sums += position_sums(model(codes[:, :-1], labels), codes)
     model.train(was_training)
-    sums = reduce(sums, "sum").cpu()
+    sums = summed(sums).cpu()
     if not sums.isfinite().all():
         raise InputError(
             f"the loss on {store.folder} is NaN or infinite: the weights are damaged, or overflow in "

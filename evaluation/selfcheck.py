@@ -5,6 +5,7 @@ need no files. With ADM's reference and a sample batch of theirs in place, the f
 authors published for it.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from evaluation.metrics import (
     Moments,
     frechet_distance_of_moments,
     precision_recall,
-)from evaluation.sources import open_images
+)
+from evaluation.sources import open_images
 
 INCEPTION_SIZE = 299  # pixels
 
@@ -146,9 +148,10 @@ def published_checks(
 
 
 def selfcheck(folder: Path, processes: PartialState, batch: int, workers: int) -> bool:
-    """Print all checks and, as the last line, JSON; whether all of them passed, on all processes.
+    """Print all checks and, as the last line, JSON; whether all of them passed.
 
-    `folder` is where ADM's batches and Inception's weights may be.
+    `folder` is where ADM's batches and Inception's weights may be. All processes must call this; only the main one
+    knows the checks of ADM's batches.
     """
     checks = [*analytic_checks(), *resize_checks()]
     published = list(published_checks(folder, processes, batch, workers))

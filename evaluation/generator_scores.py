@@ -124,15 +124,16 @@ def score_generator(
 
     `others` are run folders, scored at the same step. Draws all of them by position into `picture`.
     """
-    store, device = open_tokens(cache), processes.device
-    sources = find_sources(given, others)
+    store, sources = open_tokens(cache), find_sources(given, others)
+    rank, world = processes.process_index, processes.num_processes
+    device = torch.device(processes.device or "cpu")
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     scored, warnings = [], []
     for source in sources:
         generator = open_generator(source, store).to(device)
         context = torch.autocast(device.type, torch.bfloat16) if bf16 else matmul_precision("fp32")
         with context:
-            likelihood = measure_likelihood(generator, store, batch, processes, workers)
+            likelihood = measure_likelihood(generator, store, batch, rank, world, workers)
         scored.append((source, likelihood))
         warnings = warnings or warnings_of(store, generator)
     if not processes.is_main_process:

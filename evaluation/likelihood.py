@@ -6,7 +6,7 @@ weight file therefore shows in it within minutes.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,6 @@ from runtime.errors import InputError
 from runtime.signals import outlive_first_signal
 
 TOP = 5  # of top-5 accuracy
-
-
-class Processes(Protocol):
-    """What an `Accelerator` and a `PartialState` have in common."""
-
-    @property
-    def process_index(self) -> int: ...
-    @property
-    def num_processes(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
 
 
 @dataclass
@@ -86,27 +75,28 @@ def measure_likelihood(
     model: nn.Module,
     store: TokenCache,
     batch: int,
-    processes: Processes,
+    rank: int = 0,
+    world: int = 1,
     workers: int = 0,
 ) -> Likelihood:
     """The likelihood of every view of a cache under a generator, the same on every process.
 
     `model` maps codes (B, T - 1) and labels (B,) to logits (B, T, V), and is in eval mode meanwhile. All
-    processes must call this. They share batches of consecutive views, so their number changes the order of
+    `world` processes must call this. They share batches of consecutive views, so their number changes the order of
     float64 sums only. Call it within autocast for the precision of a training run's own validation.
     """
-    dataset = AllTokens(store)
-    starts = range(0, len(dataset), batch)[processes.process_index :: processes.num_processes]
+    dataset, device = AllTokens(store), next(model.parameters()).device
+    starts = range(0, len(dataset), batch)[rank::world]
     views = [i for start in starts for i in range(start, min(start + batch, len(dataset)))]
     # Only the last batch of the cache is short, so `batch` cuts these views where `starts` did.
     loader = DataLoader(
         Subset(dataset, views), batch, num_workers=workers, worker_init_fn=outlive_first_signal
     )
-    sums = torch.zeros(3, store.tokens, dtype=torch.float64, device=processes.device)
+    sums = torch.zeros(3, store.tokens, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
     for codes, labels in loader:
-        codes, labels = codes.to(processes.device), labels.to(processes.device)
+        codes, labels = codes.to(device), labels.to(device)
         sums += position_sums(model(codes[:, :-1], labels), codes)
     model.train(was_training)
     sums = summed(sums).cpu()

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 
 from data.tokens import TokenWriter, open_tokens
 from evaluation.likelihood import Likelihood, measure_likelihood, position_sums
@@ -34,7 +33,7 @@ def model():
 
 
 def test_figures_are_those_of_the_models_own_loss(store, model):
-    found = measure_likelihood(model, store, 4, PartialState(cpu=True))
+    found = measure_likelihood(model, store, 4)
     codes = torch.stack([torch.from_numpy(store.codes(i, v)) for i in range(7) for v in (0, 1)])
     labels = torch.from_numpy(store.labels).long().repeat_interleave(2)
     with torch.no_grad():
@@ -51,7 +50,7 @@ def test_figures_are_those_of_the_models_own_loss(store, model):
 
 
 def test_positions_and_groups_add_up_to_the_whole(store, model):
-    found = measure_likelihood(model, store, 4, PartialState(cpu=True))
+    found = measure_likelihood(model, store, 4)
     result, whole = found.result(), found.figures()
     names = ["prefix", "row 1", "row 2", "row 3", "row 4"]
     assert [group["name"] for group in result["by_group"]] == names
@@ -64,18 +63,9 @@ def test_positions_and_groups_add_up_to_the_whole(store, model):
     assert result["by_group"][2]["nats"] == pytest.approx(np.mean(row2), rel=1e-12)
 
 
-class Rank:
-    """One of several processes, whose sums are added up by hand."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, index, count):
-        self.process_index, self.num_processes = index, count
-
-
 def test_processes_share_every_view_once(store, model):
-    whole = measure_likelihood(model, store, 4, Rank(0, 1))
-    parts = [measure_likelihood(model, store, 4, Rank(i, 3)).sums for i in range(3)]
+    whole = measure_likelihood(model, store, 4)
+    parts = [measure_likelihood(model, store, 4, i, 3).sums for i in range(3)]
     torch.testing.assert_close(sum(parts), whole.sums, rtol=1e-14, atol=0)
     assert all(part.any() for part in parts)
 
@@ -88,17 +78,17 @@ def test_a_tie_is_no_hit_but_for_the_first_code():
 
 def test_training_mode_is_left_as_it_was(store, model):
     model.train()
-    dropped = measure_likelihood(model, store, 4, PartialState(cpu=True))
+    dropped = measure_likelihood(model, store, 4)
     assert model.training
     model.eval()
-    assert torch.equal(measure_likelihood(model, store, 4, PartialState(cpu=True)).sums, dropped.sums)  # fmt: skip
+    assert torch.equal(measure_likelihood(model, store, 4).sums, dropped.sums)  # fmt: skip
     assert not model.training
 
 
 def test_a_loss_that_is_nan_is_refused(store, model):
     model.output.bias.data[3] = math.nan
     with pytest.raises(InputError, match="NaN or infinite: the weights are damaged"):
-        measure_likelihood(model, store, 4, PartialState(cpu=True))
+        measure_likelihood(model, store, 4)
 
 
 def test_caches_of_g_prefix_tokens_are_grouped_too():

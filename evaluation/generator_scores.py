@@ -134,6 +134,10 @@ def score_generator(
         context = torch.autocast(device.type, torch.bfloat16) if bf16 else matmul_precision("fp32")
         with context:
             likelihood = measure_likelihood(generator, store, batch, rank, world, workers)
+        if not likelihood.sums.isfinite().all():
+            raise InputError(
+                f"the loss of {source.name} on {cache} is NaN or infinite: its weights are damaged"
+            )
         scored.append((source, likelihood))
         warnings = warnings or warnings_of(store, generator)
     if not processes.is_main_process:

@@ -172,6 +172,13 @@ def test_files_that_are_no_generator_are_refused(score, runs, tmp_path):
     refuse(score, "1 missing: norm.weight", "--generator", "x.bin", "--cache", runs / "val")
 
 
+def test_a_loss_that_is_nan_is_refused(score, runs, tmp_path):
+    state = torch.load(runs / "a/generator.bin", weights_only=True)
+    state["output.bias"][3] = float("nan")
+    torch.save(state, tmp_path / "x.bin")
+    refuse(score, "x.bin on .*val is NaN or infinite", "--generator", "x.bin", "--cache", runs / "val")  # fmt: skip
+
+
 def test_damaged_state_of_a_run_is_refused(score, runs, tmp_path):
     shutil.copytree(runs / "b/checkpoints/step-00000006", tmp_path / "step-00000006")
     (tmp_path / "step-00000006/state.pt").write_bytes(b"nothing")

@@ -6,6 +6,7 @@ image is the normalised class token.
 
 import math
 from pathlib import Path
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from modeling.weights import describe, load_tensors, read_state_dict
 from runtime.errors import InputError
 from runtime.files import file_sha256
+from runtime.processes import matmul_precision
 from runtime.published import find_published
 
 DINOV2_FILE = "dinov2_vitl14_pretrain.pth"
@@ -26,14 +28,16 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 class DINOv2:
-    """uint8 images -> normalised class tokens (B, 1024), float32.
+    """uint8 images -> normalised class tokens, float32; neither spatial features nor logits.
 
     `weights` is the folder of the authors' file, which torch's download cache may hold too. Raises
     InputError where the file or timm is missing, or where the file holds another network.
     """
 
-    name = "dinov2"
-    file = DINOV2_FILE
+    name, file, package = "dinov2", DINOV2_FILE, "timm"
+    resize = "bicubic to 224x224 in float32, antialiased, not rounded"
+    widths: tuple[int, int, int] = (WIDTH, 0, 0)
+    published: Optional[bool] = None  # the authors name no checksum
 
     def __init__(self, device: torch.device | str, weights: Path):
         path = find_published(DINOV2_FILE, weights)
@@ -44,9 +48,11 @@ class DINOv2:
         self.identity = f"dinov2-vitl14 {file_sha256(path)[:16]}"
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), uint8, of any size -> (B, 1024)."""
-        return self.network(prepare(images.to(self.device, non_blocking=True)))
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W), uint8, of any size -> (B, 1024), (B, 0), (B, 0)."""
+        with matmul_precision("fp32"), torch.autocast(self.device.type, enabled=False):
+            tokens = self.network(prepare(images.to(self.device, non_blocking=True)))
+        return tokens, tokens[:, :0], tokens[:, :0]
 
 
 def prepare(images: Tensor) -> Tensor:

@@ -22,13 +22,26 @@ UNKNOWN = {
     "sFID": "the reference holds no spatial statistics",
     "precision": "the reference holds no images",
     "recall": "the reference holds no images",
+    "precision_DINOv2": "the reference holds no images",
+    "recall_DINOv2": "the reference holds no images",
 }
 
 
-def print_result(result: dict[str, Any]) -> None:
-    """Warnings, a table and, as the last line, JSON; nothing for the empty result of other ranks."""
+def print_result(result: dict[str, Any], *others: dict[str, Any]) -> None:
+    """Warnings, a table and, as the last line, JSON; nothing for the empty result of other ranks.
+
+    `others` are the results of the same images in other feature spaces.
+    """
     if not result:
         return
+    for one in (result, *others):
+        print_table(one)
+    if others:
+        result = {**result, "other_features": list(others)}
+    tqdm.write(json.dumps(result, ensure_ascii=False))
+
+
+def print_table(result: dict[str, Any]) -> None:
     for warning in result["warnings"]:
         tqdm.write(f"warning: {warning}")
     samples, reference = result["samples"], result["reference"]
@@ -41,7 +54,6 @@ def print_result(result: dict[str, Any]) -> None:
         rows.insert(0, ("PARTIAL", f"{samples['images']} of {result['images_asked']} images"))
     width = max(len(name) for name, _ in rows)
     tqdm.write("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    tqdm.write(json.dumps(result, ensure_ascii=False))
 
 
 def describe_set(summary: dict[str, Any]) -> str:

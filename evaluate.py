@@ -13,8 +13,14 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from evaluation.evaluator import STANDARD_COUNT, Evaluator, check_count
-from evaluation.features import Inception
+from evaluation.evaluator import (
+    FEATURES,
+    STANDARD_COUNT,
+    Evaluator,
+    check_count,
+    open_network,
+)
+from evaluation.features import FeatureNetwork, Inception
 from evaluation.generator_scores import PRECISIONS, score_generator, show_generator
 from evaluation.lpips import LPIPS
 from evaluation.references import save_statistics
@@ -44,8 +50,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="precision and recall in float16, as ADM's script computes them",
     )  # fmt: skip
     parser.add_argument(
-        "--features", default="inception", help="spaces of the features: inception,dinov2 or one"
-    )
+        "--features", type=lambda text: text.split(","), default=["inception"],
+        help="feature spaces, for example inception,dinov2 (inception)",
+    )  # fmt: skip
     parser.add_argument("--reconstruction", action="store_true", help="score a tokenizer")
     parser.add_argument("--tokenizer", default="weights/AliTok.pth", help="weights or a run folder")
     parser.add_argument("--config", help="YAML whose model.vq_model describes another tokenizer")
@@ -94,6 +101,13 @@ def check_images(args: argparse.Namespace) -> None:
     """Refuse arguments that name no images to score, or others than they can go with."""
     if args.reconstruction and (args.samples or args.reference or not args.data_path):
         raise InputError("--reconstruction takes --tokenizer and --data_path, no other images")
+    unknown = [name for name in args.features if name not in FEATURES]
+    if unknown or len(set(args.features)) < len(args.features):
+        raise InputError(f"--features {','.join(args.features)}: choose of {', '.join(FEATURES)}")
+    if args.save_stats and len(args.features) > 1:
+        raise InputError("--save_stats writes the statistics of one feature space: pass --features")
+    if args.reconstruction and args.features != ["inception"]:
+        raise InputError("--reconstruction measures rFID: it takes --features inception only")
     if args.reconstruction and (args.crop or args.half_manifold):
         raise InputError("--reconstruction takes neither --crop nor --half_manifold")
     if not args.reconstruction and not (args.reference and (args.samples or args.save_stats)):
@@ -112,15 +126,42 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
         images = open_images(args.samples)
         check_count(images.shape[0], args.num_samples, images.name, args.allow_partial)
         size = images.shape[1:3]
-    evaluator = Evaluator.open(
-        args.reference, processes, WEIGHTS, args.batch_size, args.num_workers, size, args.crop,
-        args.half_manifold,
-    )  # fmt: skip
-    if args.save_stats and processes.is_main_process:
-        save_statistics(evaluator.reference, args.save_stats, evaluator.network.identity)
-        processes.print(f"wrote {args.save_stats}: {evaluator.reference.images} images")
+    networks, missing = open_networks(args.features, processes)
+    results = []
+    for network in networks:
+        evaluator = Evaluator.open(
+            args.reference, processes, WEIGHTS, args.batch_size, args.num_workers, size, args.crop,
+            args.half_manifold, network,
+        )  # fmt: skip
+        if args.save_stats and processes.is_main_process:
+            save_statistics(evaluator.reference, args.save_stats, network.identity)
+            processes.print(f"wrote {args.save_stats}: {evaluator.reference.images} images")
+        if images is not None:
+            results.append(evaluator.evaluate(images, args.num_samples, args.allow_partial))
     if images is not None:
-        print_result(evaluator.evaluate(images, args.num_samples, args.allow_partial))
+        print_result(*results)
+    processes.wait_for_everyone()  # a launcher ends all when one fails, so not before rank 0 is done
+    if missing:
+        raise InputError("; ".join(missing))
+
+
+def open_networks(
+    features: list[str], processes: PartialState
+) -> tuple[list[FeatureNetwork], list[str]]:
+    """The networks of these feature spaces, and why others of them are left out.
+
+    Raises InputError where none is there.
+    """
+    assert processes.device is not None  # accelerate's type hint allows it
+    networks, missing = [], []
+    for name in features:
+        try:
+            networks.append(open_network(name, processes.device, WEIGHTS))
+        except InputError as e:
+            missing.append(f"features {name} were not computed: {e}")
+    if not networks:
+        raise InputError("; ".join(missing))
+    return networks, missing
 
 
 def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> None:

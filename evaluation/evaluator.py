@@ -8,6 +8,7 @@ from typing import Any, Optional
 import torch
 from accelerate import PartialState
 
+from evaluation.dinov2 import DINOv2
 from evaluation.features import FeatureNetwork, Inception
 from evaluation.metrics import (
     IS_SPLIT,
@@ -21,7 +22,13 @@ from evaluation.statistics import SetStatistics, measure
 from runtime.errors import InputError
 from runtime.processes import device_name
 
+FEATURES = ("inception", "dinov2")  # names of the feature spaces
 STANDARD_COUNT = 50_000  # images of a published figure
+
+
+def open_network(name: str, device: torch.device, weights: Path) -> FeatureNetwork:
+    """The network of a feature space (`FEATURES`), with its file from the folder `weights`."""
+    return DINOv2(device, weights) if name == "dinov2" else Inception(device, weights)
 
 
 @dataclass
@@ -183,9 +190,7 @@ def conditions(network: FeatureNetwork, batch: int) -> dict[str, Any]:
         "precision": {"network": "float32 without TF32", "statistics": "float64"},
         "batch_size": batch,
         "device": device_name(network.device),
-        "versions": {
-            name: version(name) for name in ("torch", network.package, "numpy", "pillow")
-        },
+        "versions": {name: version(name) for name in ("torch", network.package, "numpy", "pillow")},
     }
 
 

@@ -34,7 +34,7 @@ def model():
 def test_figures_are_those_of_the_models_own_loss(store, model):
     found = measure_likelihood(model, store, 4)
     codes = torch.stack([torch.from_numpy(store.codes(i, v)) for i in range(7) for v in (0, 1)])
-    labels = torch.from_numpy(store.labels).long().repeat_interleave(2)
+    labels = torch.from_numpy(store.labels.copy()).long().repeat_interleave(2)
     with torch.no_grad():
         logits = model(codes[:, :-1], labels)
     loss, accuracy = next_code_loss(logits, codes)

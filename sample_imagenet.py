@@ -7,7 +7,7 @@ A killed run resumes with the same command; `OUTPUT_DIR.npz` appears when all im
 
 from pathlib import Path
 
-import configs.schema
+import configs.load
 from configs.schema import GeneratorRun
 from evaluation.evaluator import Evaluator
 from evaluation.report import print_result
@@ -21,7 +21,7 @@ from training.checkpoint import read_weights
 
 
 def main(argv: list[str]) -> None:
-    options = configs.schema.load(GeneratorRun, argv)
+    options = configs.load.load(GeneratorRun, argv, "sample_imagenet")
     experiment = options.experiment
     codes = generator_state = None
     if experiment.codes is not None:

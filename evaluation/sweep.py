@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-import configs.schema
+import configs.load
 from configs.schema import GeneratorRun
 from evaluation.evaluator import Evaluator
 from evaluation.sources import open_images
@@ -68,7 +68,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: list[str]) -> None:
     args, arguments = parse(argv)
-    options = configs.schema.load(GeneratorRun, arguments)
+    options = configs.load.load(GeneratorRun, arguments, "sample_imagenet")
     experiment = options.experiment
     if experiment.codes is not None:
         raise InputError(

@@ -16,50 +16,58 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
+from .fields import check_options, option
 from .quantizer import VectorQuantizer
 from .tokenizer_blocks import TokenizerBlock
 
 
 @dataclass
 class TokenizerConfig:
-    """Sizes of a tokenizer; the defaults are the published inference model."""
+    """Sizes of a tokenizer; the defaults are the published inference model.
 
-    codebook_size: int = 4096
-    token_size: int = 32  # channels of a code vector
-    num_latent_tokens: Optional[int] = None  # T; None stands for g² + g + 1 (K = g + 1)
-    image_size: int = 256
-    patch_size: int = 16
-    encoder_width: int = 768
-    encoder_layers: int = 12
-    encoder_heads: int = 12
-    decoder_width: int = 1024
-    decoder_layers: int = 24
-    decoder_heads: int = 16
-    num_buffer_tokens: int = 32  # learned tokens before the codes in the decoder; stage 1: one
-    causal: bool = False  # the decoder's attention; stage 1: true
-    prefix_head: bool = False  # the auxiliary head over the prefix tokens; stage 1: true
-    clustering: bool = False  # codebook clustering while training; stage 1: true
-    exact_attention: bool = True  # attention in float32 whatever the autocast type
+    g = image_size / patch_size, K prefix tokens, T = K + g² codes per image.
+    """
+
+    codebook_size: int = option(4096, "Codes in the codebook.", at_least=1, at_most=65536)
+    token_size: int = option(32, "Channels of a code vector.", at_least=1, at_most=4096)
+    num_latent_tokens: Optional[int] = option(
+        None, "Codes per image, T; null: g² + g + 1, so K = g + 1.", at_least=1, at_most=2**20
+    )
+    image_size: int = option(256, "Side of the square images in pixels.", at_least=1, at_most=8192)
+    patch_size: int = option(16, "Side of a patch in pixels.", at_least=1, at_most=1024)
+    encoder_width: int = option(768, "Channels of the encoder.", at_least=1, at_most=65536)
+    encoder_layers: int = option(12, "Blocks of the encoder.", at_least=0, at_most=1024)
+    encoder_heads: int = option(12, "Attention heads of the encoder.", at_least=1, at_most=1024)
+    decoder_width: int = option(1024, "Channels of the decoder.", at_least=1, at_most=65536)
+    decoder_layers: int = option(24, "Blocks of the decoder.", at_least=0, at_most=1024)
+    decoder_heads: int = option(16, "Attention heads of the decoder.", at_least=1, at_most=1024)
+    num_buffer_tokens: int = option(
+        32, "Learned tokens before the codes in the decoder; stage 1: 1.", at_least=0, at_most=4096
+    )
+    causal: bool = option(False, "Causal attention in the decoder; stage 1: true.")
+    prefix_head: bool = option(
+        False, "The auxiliary head that reads the prefix tokens; stage 1: true."
+    )
+    clustering: bool = option(False, "Codebook clustering in training; stage 1: true.")
+    exact_attention: bool = option(True, "Attention in float32 whatever the autocast type.")
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "encoder_heads", "decoder_heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.vq_model.{name}={getattr(self, name)}: give 1 or more")
+        check_options(self)
         if self.image_size % self.patch_size:
             raise InputError(
-                f"image size {self.image_size} is no multiple of the patch size {self.patch_size}: "
-                f"choose a model.vq_model.image_size that model.vq_model.patch_size divides"
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: "
+                f"choose a size that the patch divides"
             )
         for part in ("encoder", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             if width % heads:
                 raise InputError(
-                    f"model.vq_model.{part}_width={width} is no multiple of {part}_heads={heads}"
+                    f"{part}_width={width} is not a multiple of {part}_heads={heads}: change one"
                 )
         if self.num_prefix_tokens not in (self.grid, self.grid + 1):
             raise InputError(
-                f"model.vq_model.num_latent_tokens={self.num_latent_tokens} does not fit a "
-                f"{self.grid}x{self.grid} grid: give {self.grid**2 + self.grid + 1} (with the "
+                f"num_latent_tokens={self.num_latent_tokens} does not fit a "
+                f"{self.grid}x{self.grid} grid: set {self.grid**2 + self.grid + 1} (with the "
                 f"corner token, as published) or {self.grid**2 + self.grid}"
             )
 

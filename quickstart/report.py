@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 
-import configs.schema
+import configs.load
 from configs.schema import TokenizerRun
 from data.images import CenterImages, CroppedImages, list_images
 from data.pictures import picture_grid, to_pixels, write_png
@@ -27,7 +27,7 @@ GREY = 127  # between the images of a picture
 
 def validation_metrics(folder: Path, stage: int) -> tuple[dict[str, float], np.ndarray]:
     """Metrics on all validation images, and pixels before | after of the first ones."""
-    options = configs.schema.load(TokenizerRun, [f"config={folder / f'stage{stage}/config.yaml'}"])
+    options = configs.load.load(TokenizerRun, [f"config={folder / f'stage{stage}/config.yaml'}"])
     tokenizer = Tokenizer(options.model.vq_model)
     load_weights(tokenizer, folder / f"stage{stage}/tokenizer.pth")
     # Every tenth image first, so that all ten classes come into the picture.

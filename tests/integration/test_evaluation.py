@@ -85,6 +85,32 @@ def test_sampler_scores_its_samples(workspace, tmp_path, tiny, capsys):
     assert result_of(capsys.readouterr().out) == first
 
 
+def test_sweep_samples_each_cell_as_the_sampler_does_and_loads_weights_once(
+    workspace, tmp_path, tiny, monkeypatch
+):
+    from evaluation import sweep
+
+    loads = []
+    read = sweep.read_weights
+    monkeypatch.setattr(sweep, "read_weights", lambda *names: loads.append(names) or read(*names))
+    sweep.main([
+        f"--reference={tiny}", "--scales=1,3", "--powers=0.5", "--num_samples=14",
+        f"--output={tmp_path}/sweep", f"config={workspace.root}/generator.yaml",
+        f"experiment.generator_checkpoint={workspace.generator}",
+        f"experiment.tokenizer_checkpoint={workspace.tokenizer}",
+    ])  # fmt: skip
+    assert len(loads) == 2  # generator and tokenizer, whatever the number of cells
+    workspace.sample(
+        tmp_path / "samples", "experiment.num_fid_samples=14", "model.generator.guidance_scale=3",
+        "model.generator.guidance_scale_pow=0.5",
+    )  # fmt: skip
+    codes = tmp_path / "sweep/scale3_power0.5_codes.npz"
+    assert codes.read_bytes() == (tmp_path / "samples_codes.npz").read_bytes()
+    settings = json.loads((tmp_path / "samples/sampling.json").read_text())
+    weights = json.loads((tmp_path / "sweep/scale3_power0.5.json").read_text())["weights"]
+    assert weights == {name: settings[name] for name in ("tokenizer", "generator")}
+
+
 def test_generator_is_scored_in_training_as_its_samples_are(workspace, tmp_path, tiny):
     import train_ar
 

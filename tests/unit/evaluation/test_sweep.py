@@ -115,7 +115,7 @@ def test_results_of_other_weights_behind_the_same_path_are_not_mixed_in(jobs, pa
         ("model.generator.guidance_scale_pow=3", "the sweep sets this itself"),
         ("experiment.output_dir=x", "the sweep sets this itself"),
         ("experiment.codes=x.npz", "the sweep samples new codes"),
-        ("model.generator.guidance_schedule=steep", "guidance schedule steep"),
+        ("model.generator.guidance_schedule=steep", "guidance_schedule=steep: choose"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(jobs, argument, words):

@@ -42,6 +42,9 @@ def find_source(given: str, step: int | None = None) -> Source:
             chosen = {checkpoint.step_of(p): p for p in checkpoint.all_checkpoints(path)}[step]
         if chosen is None:
             raise InputError(f"{given} holds no checkpoints: give a weights file or a run folder")
+        reason = checkpoint.problem(chosen)
+        if reason is not None:
+            raise InputError(f"checkpoint {chosen} is damaged: {reason}; remove it")
         path = checkpoint.first_weights(chosen, *WEIGHTS)
     if not checkpoint.NAME.fullmatch(path.parent.name):
         return Source(given, path)

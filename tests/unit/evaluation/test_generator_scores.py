@@ -179,6 +179,14 @@ def test_a_loss_that_is_nan_is_refused(score, runs, tmp_path):
     refuse(score, "x.bin on .*val is NaN or infinite", "--generator", "x.bin", "--cache", runs / "val")  # fmt: skip
 
 
+def test_a_damaged_checkpoint_is_not_compared(score, runs, tmp_path):
+    shutil.copytree(runs / "b", tmp_path / "b")
+    weights = tmp_path / "b/checkpoints/step-00000006/generator.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    refuse(score, "step-00000006 is damaged: generator.safetensors was altered",
+           "--generator", runs / "a", "--cache", runs / "val", "--compare", tmp_path / "b")  # fmt: skip
+
+
 def test_damaged_state_of_a_run_is_refused(score, runs, tmp_path):
     shutil.copytree(runs / "b/checkpoints/step-00000006", tmp_path / "step-00000006")
     (tmp_path / "step-00000006/state.pt").write_bytes(b"nothing")

@@ -1,8 +1,10 @@
-"""Score images against a reference, or a tokenizer by the images that it reconstructs.
+"""Score images against a reference, a tokenizer by its reconstructions, or a generator by its loss.
 
 python evaluate.py --samples output/alitok_b.npz --reference VIRTUAL_imagenet256_labeled.npz
 python evaluate.py --reference DIR --crop 256 --save_stats FILE.npz
 python evaluate.py --reconstruction --tokenizer weights/AliTok.pth --data_path imagenet --split val
+python evaluate.py --generator weights/alitok_b.bin --cache cache_val
+python evaluate.py --selfcheck                       is the evaluator itself right?
 torchrun --nproc_per_node=8 evaluate.py …            the same numbers from 8 GPUs
 """
 
@@ -11,11 +13,19 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from evaluation.evaluator import STANDARD_COUNT, Evaluator, check_count
-from evaluation.features import Inception
+from evaluation.evaluator import (
+    FEATURES,
+    STANDARD_COUNT,
+    Evaluator,
+    check_count,
+    open_network,
+)
+from evaluation.features import FeatureNetwork, Inception
+from evaluation.generator_scores import PRECISIONS, score_generator, show_generator
 from evaluation.lpips import LPIPS
 from evaluation.references import save_statistics
 from evaluation.report import print_result
+from evaluation.selfcheck import selfcheck
 from evaluation.sources import open_images
 from evaluation.tokenizer_score import load_tokenizer, score_tokenizer
 from runtime.errors import InputError
@@ -39,12 +49,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--half_manifold", action="store_true",
         help="precision and recall in float16, as ADM's script computes them",
     )  # fmt: skip
+    parser.add_argument(
+        "--features", type=lambda text: text.split(","), default=["inception"],
+        help="feature spaces, for example inception,dinov2 (inception)",
+    )  # fmt: skip
     parser.add_argument("--reconstruction", action="store_true", help="score a tokenizer")
     parser.add_argument("--tokenizer", default="weights/AliTok.pth", help="weights or a run folder")
     parser.add_argument("--config", help="YAML whose model.vq_model describes another tokenizer")
     parser.add_argument("--data_path", help="image folder: one folder per class")
     parser.add_argument("--split", default="", help="folder in data_path, for example val")
-    parser.add_argument("--picture", default="output/reconstruction.png", help="what to draw")
+    parser.add_argument("--generator", help="score a generator's loss: weights or a run folder")
+    parser.add_argument("--cache", help="token cache on whose every view to score --generator")
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="RUN_DIR", help="runs to score at the same step"
+    )
+    parser.add_argument(
+        "--precision", default="auto", choices=PRECISIONS,
+        help="of --generator: auto is bf16 on CUDA, fp32 on a CPU, as in training",
+    )  # fmt: skip
+    parser.add_argument("--selfcheck", action="store_true", help="check the evaluator itself")
+    parser.add_argument(
+        "--picture", help="PNG to draw (output/reconstruction.png or output/generator.png)"
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="images per batch (64)")
     parser.add_argument(
         "--num_workers", type=int, default=8, help="reading threads per process (8)"
@@ -61,14 +87,33 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--batch_size, --num_samples and --crop: use 1 or more")
     if args.num_workers < 0:
         raise InputError(f"--num_workers {args.num_workers}: use 0 or more")
+    if args.generator or args.cache or args.compare:
+        if not (args.generator and args.cache) or args.reconstruction or args.samples:
+            raise InputError("--generator and --cache go together, alone or with --compare")
+    elif args.selfcheck:
+        if args.samples or args.reference or args.reconstruction:
+            raise InputError("--selfcheck takes no images: it finds ADM's in weights/")
+    else:
+        check_images(args)
+
+
+def check_images(args: argparse.Namespace) -> None:
+    """Refuse arguments that name no images to score, or others than they can go with."""
     if args.reconstruction and (args.samples or args.reference or not args.data_path):
         raise InputError("--reconstruction takes --tokenizer and --data_path, no other images")
+    unknown = [name for name in args.features if name not in FEATURES]
+    if unknown or len(set(args.features)) < len(args.features):
+        raise InputError(f"--features {','.join(args.features)}: choose of {', '.join(FEATURES)}")
+    if args.save_stats and len(args.features) > 1:
+        raise InputError("--save_stats writes the statistics of one feature space: pass --features")
+    if args.reconstruction and args.features != ["inception"]:
+        raise InputError("--reconstruction measures rFID: it takes --features inception only")
     if args.reconstruction and (args.crop or args.half_manifold):
         raise InputError("--reconstruction takes neither --crop nor --half_manifold")
     if not args.reconstruction and not (args.reference and (args.samples or args.save_stats)):
         raise InputError(
-            "nothing to do: pass --samples and --reference, --reference and --save_stats, or "
-            "--reconstruction with --tokenizer and --data_path"
+            "nothing to do: pass --samples and --reference, --reference and --save_stats, "
+            "--reconstruction with --tokenizer and --data_path, --generator and --cache, or --selfcheck"
         )
     if args.save_stats and Path(args.save_stats).suffix != ".npz":
         raise InputError(f"--save_stats {args.save_stats}: use a name that ends in .npz")
@@ -81,15 +126,42 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
         images = open_images(args.samples)
         check_count(images.shape[0], args.num_samples, images.name, args.allow_partial)
         size = images.shape[1:3]
-    evaluator = Evaluator.open(
-        args.reference, processes, WEIGHTS, args.batch_size, args.num_workers, size, args.crop,
-        args.half_manifold,
-    )  # fmt: skip
-    if args.save_stats and processes.is_main_process:
-        save_statistics(evaluator.reference, args.save_stats, evaluator.network.identity)
-        processes.print(f"wrote {args.save_stats}: {evaluator.reference.images} images")
+    networks, missing = open_networks(args.features, processes)
+    results = []
+    for network in networks:
+        evaluator = Evaluator.open(
+            args.reference, processes, WEIGHTS, args.batch_size, args.num_workers, size, args.crop,
+            args.half_manifold, network,
+        )  # fmt: skip
+        if args.save_stats and processes.is_main_process:
+            save_statistics(evaluator.reference, args.save_stats, network.identity)
+            processes.print(f"wrote {args.save_stats}: {evaluator.reference.images} images")
+        if images is not None:
+            results.append(evaluator.evaluate(images, args.num_samples, args.allow_partial))
     if images is not None:
-        print_result(evaluator.evaluate(images, args.num_samples, args.allow_partial))
+        print_result(*results)
+    processes.wait_for_everyone()  # a launcher ends all when one fails, so not before rank 0 is done
+    if missing:
+        raise InputError("; ".join(missing))
+
+
+def open_networks(
+    features: list[str], processes: PartialState
+) -> tuple[list[FeatureNetwork], list[str]]:
+    """The networks of these feature spaces, and why others of them are left out.
+
+    Raises InputError where none is there.
+    """
+    assert processes.device is not None  # accelerate's type hint allows it
+    networks, missing = [], []
+    for name in features:
+        try:
+            networks.append(open_network(name, processes.device, WEIGHTS))
+        except InputError as e:
+            missing.append(f"features {name} were not computed: {e}")
+    if not networks:
+        raise InputError("; ".join(missing))
+    return networks, missing
 
 
 def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> None:
@@ -99,17 +171,33 @@ def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> Non
     lpips = LPIPS(WEIGHTS).to(processes.device)
     result, originals = score_tokenizer(
         tokenizer, Path(args.data_path) / args.split, network, lpips, processes, args.batch_size,
-        args.num_workers, Path(args.picture),
+        args.num_workers, Path(args.picture or "output/reconstruction.png"),
     )  # fmt: skip
     if args.save_stats and processes.is_main_process:
         save_statistics(originals, args.save_stats, network.identity)
     print_result(result)
 
 
+def evaluate_generator(args: argparse.Namespace, processes: PartialState) -> None:
+    result = score_generator(
+        args.generator, args.compare, args.cache, args.picture or "output/generator.png", processes,
+        args.batch_size, args.num_workers, args.precision,
+    )  # fmt: skip
+    show_generator(result)
+
+
 def main(argv: list[str]) -> None:
     args = parse(argv)
     processes = start_processes(args.device)
-    (evaluate_tokenizer if args.reconstruction else evaluate_samples)(args, processes)
+    if args.selfcheck:
+        if not selfcheck(WEIGHTS, processes, args.batch_size, args.num_workers):
+            raise SystemExit(1)
+    elif args.generator:
+        evaluate_generator(args, processes)
+    elif args.reconstruction:
+        evaluate_tokenizer(args, processes)
+    else:
+        evaluate_samples(args, processes)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,14 @@ import numpy as np
 import torch
 
 from benchmarks.common import machine
-from evaluation.features import INCEPTION_FILE, Inception
+from evaluation.dinov2 import DINOV2_FILE
+from evaluation.evaluator import open_network
+from evaluation.features import INCEPTION_FILE
 from evaluation.metrics import frechet_distance_of_moments, precision_recall
 from evaluation.sources import npz_images
 from evaluation.statistics import measure
 from runtime.processes import start_processes
+from tests.dinov2 import write_random_dinov2
 from tests.inception import write_random_inception
 
 
@@ -45,6 +48,7 @@ def peak_mb() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--features", default="inception", choices=["inception", "dinov2"])
     parser.add_argument("--images", type=int, default=64, help="in the .npz (64)")
     parser.add_argument("--size", type=int, default=256, help="height and width in pixels (256)")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -55,11 +59,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Path(folder) / "checkpoints"
         checkpoints.mkdir()
-        write_random_inception(checkpoints / INCEPTION_FILE)  # as fast as the real weights
+        if args.features == "dinov2":  # random weights are as fast as the real ones
+            write_random_dinov2(checkpoints / DINOV2_FILE, layers=24)
+        else:
+            write_random_inception(checkpoints / INCEPTION_FILE)
         processes = start_processes()
         device = processes.device
         assert device is not None  # accelerate's type hint allows it
-        inception = Inception(device, checkpoints)
+        features_of = open_network(args.features, device, checkpoints)
         shape = (args.images, args.size, args.size, 3)
         pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         np.savez(f"{folder}/images.npz", pixels)
@@ -71,28 +78,29 @@ def main() -> None:
 
         def network() -> None:
             for _ in range(batches):
-                inception(batch)
+                features_of(batch)
 
-        seconds(lambda: inception(batch))
+        seconds(lambda: features_of(batch))
         ratios, rates = [], []
         for _ in range(args.rounds):
             alone = seconds(network) / (batches * args.batch_size)
-            whole = seconds(lambda: measure(images, inception, processes, args.batch_size, 8))
+            whole = seconds(lambda: measure(images, features_of, processes, args.batch_size, 8))
             rates.append(args.images / whole)
             ratios.append(alone * args.images / whole)
     print(f"features from .npz: {statistics.median(rates):.2f} images/s")
     print(f"share of the network's own rate: {statistics.median(ratios):.1%}")
-    features = torch.randn(2, args.manifold, 2048)
+    width = features_of.widths[0]
+    features = torch.randn(2, args.manifold, width)
     before = peak_mb()
     spent = seconds(lambda: precision_recall(features[0], features[1], device))
     print(
         f"precision and recall, {args.manifold} x {args.manifold}: {spent:.1f} s, "
         f"{peak_mb() - before:.0f} MB more"
     )
-    a, b = torch.randn(2, 2500, 2048, dtype=torch.float64, device=device)
+    a, b = torch.randn(2, 2500, width, dtype=torch.float64, device=device)
     moments = a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T)
     spent = seconds(lambda: frechet_distance_of_moments(*moments))
-    print(f"Fréchet distance of 2048 features: {spent:.1f} s")
+    print(f"Fréchet distance of {width} features: {spent:.1f} s")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Any, Optional
 import torch
 from accelerate import PartialState
 
-from evaluation.features import INCEPTION_FILE, FeatureNetwork, Inception
+from evaluation.dinov2 import DINOv2
+from evaluation.features import FeatureNetwork, Inception
 from evaluation.metrics import (
     IS_SPLIT,
     NEIGHBOURS,
@@ -21,8 +22,13 @@ from evaluation.statistics import SetStatistics, measure
 from runtime.errors import InputError
 from runtime.processes import device_name
 
+FEATURES = ("inception", "dinov2")  # names of the feature spaces
 STANDARD_COUNT = 50_000  # images of a published figure
-RESIZE = "TensorFlow's bilinear to 299x299, not antialiased, within the network"
+
+
+def open_network(name: str, device: torch.device, weights: Path) -> FeatureNetwork:
+    """The network of a feature space (`FEATURES`), with its file from the folder `weights`."""
+    return DINOv2(device, weights) if name == "dinov2" else Inception(device, weights)
 
 
 @dataclass
@@ -50,14 +56,18 @@ class Evaluator:
         size: Optional[tuple[int, int]] = None,
         crop: Optional[int] = None,
         half_manifold: bool = False,
+        network: Optional[FeatureNetwork] = None,
     ) -> "Evaluator":
         """Read or measure the reference; `weights` is the folder of Inception's file.
+
+        Without a `network` the features are Inception's.
 
         `size` (height, width) is that of the samples, where it is known already, and `crop` that of
         the crops to take of the reference's images (`references.open_reference`).
         """
-        assert processes.device is not None  # accelerate's type hint allows it
-        network = Inception(processes.device, weights)
+        if network is None:
+            assert processes.device is not None  # accelerate's type hint allows it
+            network = Inception(processes.device, weights)
         side = open_reference(reference, network, processes, batch, workers, size, crop)
         return cls(network, processes, side, batch, workers, half_manifold)
 
@@ -77,7 +87,7 @@ class Evaluator:
             return {}
         metrics = compare(samples, self.reference, self.network.device, self.half_manifold)
         return {
-            "metrics": {"gFID": metrics.pop("FID"), **metrics},
+            "metrics": named_metrics(metrics, self.network),
             "protocol": protocol(self.network, samples, self.reference, self.half_manifold),
             "images_asked": expected,
             "partial": samples.images is not None and samples.images < expected,
@@ -127,6 +137,18 @@ def compare(
     return metrics
 
 
+def named_metrics(metrics: dict[str, Any], network: FeatureNetwork) -> dict[str, Any]:
+    """`compare`'s metrics as results name them: gFID, …, or FD_DINOv2 and what else that space has."""
+    distance, *others = metrics
+    if network.name == "inception":
+        return {"gFID": metrics[distance], **{name: metrics[name] for name in others}}
+    return {
+        "FD_DINOv2": metrics[distance],
+        "precision_DINOv2": metrics["precision"],
+        "recall_DINOv2": metrics["recall"],
+    }
+
+
 def protocol(
     network: FeatureNetwork,
     samples: SetStatistics,
@@ -136,7 +158,7 @@ def protocol(
     """What must be the same for two results to be comparable."""
     return {
         "network": network.identity,
-        "resize": RESIZE,
+        "resize": network.resize,
         "images": samples.images,
         "image_size": None if samples.size is None else list(samples.size),
         "reference": reference.hash,
@@ -147,21 +169,28 @@ def protocol(
 def conditions(network: FeatureNetwork, batch: int) -> dict[str, Any]:
     """What else a result depends on besides the images."""
     pool, spatial, classes = network.widths
-    return {
-        "features": {
-            "network": network.identity,
-            "weights_published": network.published,
+    if network.name == "inception":
+        features = {
             "FID": f"pool_3 ({pool})",
             "sFID": f"first 7 channels of mixed_6/conv ({spatial})",
             "IS": f"logits without bias ({classes}), splits of {IS_SPLIT} in file order",
             "precision_recall": f"pool_3, k = {NEIGHBOURS}",
+        }
+    else:
+        features = {
+            "FD_DINOv2": f"normalised class token ({pool})",
+            "precision_recall": f"normalised class token, k = {NEIGHBOURS}",
+        }
+    return {
+        "features": {
+            "network": network.identity,
+            "weights_published": network.published,
+            **features,
         },
         "precision": {"network": "float32 without TF32", "statistics": "float64"},
         "batch_size": batch,
         "device": device_name(network.device),
-        "versions": {
-            name: version(name) for name in ("torch", "torch-fidelity", "numpy", "pillow")
-        },
+        "versions": {name: version(name) for name in ("torch", network.package, "numpy", "pillow")},
     }
 
 
@@ -176,8 +205,8 @@ def warnings_of(network: FeatureNetwork, *sides: SetStatistics) -> list[str]:
                 f"{side.name} holds {side.images} images, fewer than the {network.widths[0]} "
                 f"features: FID is biased upwards"
             )
-    if not network.published:
+    if network.published is False:
         warnings.append(
-            f"{INCEPTION_FILE} is not the published file: figures compare with its own only"
+            f"{network.file} is not the published file: figures compare with its own only"
         )
     return warnings

@@ -1,7 +1,7 @@
 """Inception features as the ADM evaluator computes them: torch-fidelity's port of the 2015 network."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Optional, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +18,15 @@ SPATIAL_CHANNELS = 7
 
 
 class FeatureNetwork(Protocol):
-    """What the statistics need of a network; `Inception` is the one that figures are made with."""
+    """What the statistics need of a network: `Inception`, or `dinov2.DINOv2`."""
 
-    widths: tuple[int, int, int]  # of pooled features, spatial features and logits
+    name: str  # of the feature space, as --features has it
+    file: str  # of the weights
+    package: str  # that holds the network
+    resize: str  # what is done to the images, in words
+    widths: tuple[int, int, int]  # of pooled features, spatial features and logits; 0: has none
     identity: str  # tells features of one weight file from those of another
-    published: bool  # whether the weights are the published ones
+    published: Optional[bool]  # whether the weights are the published ones; None: not known
     device: torch.device
 
     def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -35,6 +39,8 @@ class Inception:
     InputError where the file is missing or is not this network.
     """
 
+    name, file, package = "inception", INCEPTION_FILE, "torch-fidelity"
+    resize = "TensorFlow's bilinear to 299x299, not antialiased, within the network"
     widths: tuple[int, int, int] = (2048, 17 * 17 * SPATIAL_CHANNELS, 1008)
 
     def __init__(self, device: torch.device | str, weights: Path):
@@ -48,7 +54,7 @@ class Inception:
             )
         digest = file_sha256(path)
         self.identity = f"inception-v3-compat {digest[:16]}"
-        self.published = digest.startswith("6726825d")
+        self.published: Optional[bool] = digest.startswith("6726825d")
         self.device = torch.device(device)
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], str(path)

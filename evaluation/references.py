@@ -34,7 +34,9 @@ def open_reference(
     """
     path = Path(path)
     keys = [] if path.is_dir() else npz_keys(path)
-    if "mu" not in keys:
+    # Files that do not say hold Inception's moments; another network can use their images only.
+    unnamed = "features" not in keys and network.name != "inception"
+    if "mu" not in keys or ("arr_0" in keys and unnamed):
         images = open_images(path, crop)
         check_size(images, size)
         return measure(images, network, processes, batch, workers)
@@ -73,16 +75,17 @@ def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
     missing = [key for key in keys if key not in values]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}: use a file with {', '.join(keys)}")
-    pool, spatial, _ = network.widths
-    for key, width in zip(keys, (pool, pool, spatial, spatial)):
-        check_moment(path, key, values[key], width)
     # Other projects' files do not say; by convention they come from the published weights.
-    features = str(values.get("features", network.identity))
+    convention = network.identity if network.name == "inception" else "inception"
+    features = str(values.get("features", convention))
     if features != network.identity:
         raise InputError(
             f"{path} holds statistics of other features ({features}, here {network.identity}): "
             f"make them again with --save_stats"
         )
+    pool, spatial, _ = network.widths
+    for key, width in zip(keys, (pool, pool, spatial, spatial)):
+        check_moment(path, key, values[key], width)
     digest = hashlib.sha256(b"".join(values[key].tobytes() for key in keys)).hexdigest()[:16]
     try:
         height_width = tuple(map(int, values["size"])) if "size" in values else None

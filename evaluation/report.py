@@ -22,13 +22,26 @@ UNKNOWN = {
     "sFID": "the reference holds no spatial statistics",
     "precision": "the reference holds no images",
     "recall": "the reference holds no images",
+    "precision_DINOv2": "the reference holds no images",
+    "recall_DINOv2": "the reference holds no images",
 }
 
 
-def print_result(result: dict[str, Any]) -> None:
-    """Warnings, a table and, as the last line, JSON; nothing for the empty result of other ranks."""
+def print_result(result: dict[str, Any], *others: dict[str, Any]) -> None:
+    """Warnings, a table and, as the last line, JSON; nothing for the empty result of other ranks.
+
+    `others` are the results of the same images in other feature spaces.
+    """
     if not result:
         return
+    for one in (result, *others):
+        print_table(one)
+    if others:
+        result = {**result, "other_features": list(others)}
+    tqdm.write(json.dumps(result, ensure_ascii=False))
+
+
+def print_table(result: dict[str, Any]) -> None:
     for warning in result["warnings"]:
         tqdm.write(f"warning: {warning}")
     samples, reference = result["samples"], result["reference"]
@@ -41,7 +54,6 @@ def print_result(result: dict[str, Any]) -> None:
         rows.insert(0, ("PARTIAL", f"{samples['images']} of {result['images_asked']} images"))
     width = max(len(name) for name, _ in rows)
     tqdm.write("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    tqdm.write(json.dumps(result, ensure_ascii=False))
 
 
 def describe_set(summary: dict[str, Any]) -> str:
@@ -73,35 +85,55 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def check_protocols(results: dict[Path, dict[str, Any]]) -> None:
-    """Refuse results that were not measured the same way, naming what differs."""
-    (first, reference), *others = results.items()
-    for path, result in others:
-        ours, theirs = reference["protocol"], result["protocol"]
-        differences = [
-            f"{key} ({ours.get(key)} in {first}, {theirs.get(key)} in {path})"
-            for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key)
-        ]
-        if differences:
-            raise InputError(
-                f"the results are not comparable, their protocols differ: "
-                f"{', '.join(differences)}; evaluate them the same way, or report them apart"
-            )
+Columns = dict[str, dict[Path, tuple[Any, dict[str, Any]]]]
 
 
-def results_table(results: dict[Path, dict[str, Any]]) -> str:
-    """One row per file and one column per metric; a dash is a metric that a result lacks."""
-    names = list(dict.fromkeys(name for result in results.values() for name in result["metrics"]))
-    lines = [["", *names]]
+def columns_of(results: dict[Path, dict[str, Any]]) -> Columns:
+    """Per metric and file, its value and the protocol of its feature space."""
+    columns: Columns = {}
     for path, result in results.items():
-        values = (result["metrics"].get(name) for name in names)
+        for one in (result, *result.get("other_features", [])):
+            for name, value in one["metrics"].items():
+                columns.setdefault(name, {})[path] = (value, one["protocol"])
+    return columns
+
+
+def check_protocols(columns: Columns) -> None:
+    """Refuse a column of figures that were not measured the same way, naming what differs."""
+    for cells in columns.values():
+        (first, (_, ours)), *others = cells.items()
+        for path, (_, theirs) in others:
+            check_same(first, ours, path, theirs)
+
+
+def check_same(first: Path, ours: dict[str, Any], path: Path, theirs: dict[str, Any]) -> None:
+    differences = [
+        f"{key} ({ours.get(key)} in {first}, {theirs.get(key)} in {path})"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+    if differences:
+        raise InputError(
+            f"the results are not comparable, their protocols differ: "
+            f"{', '.join(differences)}; evaluate them the same way, or report them apart"
+        )
+
+
+def results_table(files: list[Path], columns: Columns) -> str:
+    """The protocols, then a row per file and a column per metric; a dash is a metric it lacks."""
+    lines = [["", *columns]]
+    for path in files:
+        values = (cells.get(path, (None,))[0] for cells in columns.values())
         lines.append([str(path), *("-" if v is None else f"{v:.4f}" for v in values)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
     rows = ["  ".join(f"{text:>{w}}" for text, w in zip(line, widths)).rstrip() for line in lines]
-    (first, *_) = results.values()
-    terms = ", ".join(f"{key} {value}" for key, value in first["protocol"].items())
-    return "\n".join([f"protocol: {terms}", *rows])
+    protocols = []
+    for cells in columns.values():
+        _, protocol = next(iter(cells.values()))
+        terms = ", ".join(f"{key} {value}" for key, value in protocol.items())
+        if f"protocol: {terms}" not in protocols:
+            protocols.append(f"protocol: {terms}")
+    return "\n".join([*protocols, *rows])
 
 
 def main(argv: list[str]) -> None:
@@ -110,8 +142,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="results of one protocol, as JSON")
     args = parser.parse_args(argv)
     results = {path: read_result(path) for path in args.files}
-    check_protocols(results)
-    print(results_table(results))
+    columns = columns_of(results)
+    check_protocols(columns)
+    print(results_table(args.files, columns))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from accelerate.utils import gather, pad_across_processes
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.features import INCEPTION_FILE, FeatureNetwork
+from evaluation.features import FeatureNetwork
 from evaluation.metrics import InceptionScore, Moments, summed
 from evaluation.sources import Images
 from runtime.errors import InputError
@@ -37,9 +37,10 @@ class SetStatistics:
     size: Optional[tuple[int, int]] = None  # height, width
     hash: Optional[str] = None  # of the pixels in order, or of the moments
     duplicates: Optional[int] = None  # images that are a copy of an earlier one
-    # mu, sigma of pool_3, then mu_s, sigma_s of the spatial features, which a file may lack
+    # mu, sigma of the pooled features, then mu_s, sigma_s of the spatial ones, which a file or a
+    # network may lack
     moments: tuple[Tensor, ...] = ()
-    manifold: Optional[Tensor] = None  # (M, 2048) float32 on the CPU, for precision and recall
+    manifold: Optional[Tensor] = None  # (M, D) float32 on the CPU, for precision and recall
     inception_score: Optional[tuple[float, float]] = None  # mean, standard deviation
 
     def summary(self) -> dict[str, Any]:
@@ -73,8 +74,10 @@ class Collector:
         indices = torch.arange(first, first + len(images))
         pool, spatial, logits = self.network(images)
         self.pool.add(pool)
-        self.spatial.add(spatial)
-        self.score.add(logits, indices.to(logits.device))
+        if spatial.shape[1]:
+            self.spatial.add(spatial)
+        if logits.shape[1]:
+            self.score.add(logits, indices.to(logits.device))
         self.non_finite += (~(pool.isfinite().all(1) & spatial.isfinite().all(1))).sum()
         self.digests.append(torch.from_numpy(digests))
         self.digest_places.append(indices)
@@ -93,8 +96,12 @@ class Collector:
         if non_finite:
             raise InputError(
                 f"{non_finite} of {self.images} images of {self.name} have features that are NaN "
-                f"or infinite: fetch {INCEPTION_FILE} again"
+                f"or infinite: fetch {self.network.file} again"
             )
+        moments = self.pool.reduced()
+        _, spatial, classes = self.network.widths
+        if spatial:
+            moments += self.spatial.reduced()
         digests = in_order(self.digests, self.digest_places, device).cpu().numpy()
         return SetStatistics(
             self.name,
@@ -102,9 +109,9 @@ class Collector:
             self.size,
             hash=hashlib.sha256(digests.tobytes()).hexdigest()[:16],
             duplicates=self.images - len(np.unique(digests, axis=0)),
-            moments=(*self.pool.reduced(), *self.spatial.reduced()),
+            moments=moments,
             manifold=in_order(self.manifold, self.manifold_places, device).cpu(),
-            inception_score=self.score.reduced(),
+            inception_score=self.score.reduced() if classes else None,
         )
 
 

@@ -1,6 +1,7 @@
 """The report of the quickstart: two pictures and one table, from the files that its programs wrote."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -99,11 +100,14 @@ def main(argv: list[str]) -> None:
     images = np.load(folder / "samples.npz")["arr_0"]
     write_picture(images[:100], folder / "generated.png", 10)  # 0…9, ten times
     score, generator = scores(folder, images), best_validation(folder)
+    tokens = TokenStore(folder / "cache_val").tokens
+    bits = generator["val/loss"] * tokens / math.log(2)
     rows = [
         ("reconstruction PSNR, stage 1 (causal decoder)", f"{stage1['psnr']:.2f} dB"),
         ("reconstruction PSNR, stage 2 (bidirectional decoder)", f"{stage2['psnr']:.2f} dB"),
         ("codes in use on validation images", f"{stage2['codebook_use']:.1%}"),
         ("generator loss, training | validation", f"{generator['loss']:.3f} | {generator['val/loss']:.3f}"),
+        ("the same per validation image", f"{bits:.1f} bits"),
         ("generator top-1 accuracy, validation", f"{generator['val/accuracy']:.1%}"),
         (f"{len(images)} generated digits read as the class asked for", f"{score['recognised']:.1%}"),
         ("real validation digits read right by the same classifier", f"{score['recognised_val']:.1%}"),

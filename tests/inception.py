@@ -28,6 +28,8 @@ def write_random_inception(path):
 class TinyFeatures:
     """In the place of Inception where only the way to and from it is tested: grey tiles, rotated."""
 
+    name, file, package = "inception", "tiny.pth", "torch-fidelity"
+    resize = "to 4x4 tiles, where Inception resizes to 299x299"
     widths = (12, 6, 5)
     published = True
 

@@ -1,59 +1,86 @@
-"""Draw the curves of one or several runs: `python -m training.plot RUN_DIR… [--output FILE.png]`."""
+"""Draw the curves of one or several runs: `python -m training.plot RUN_DIR… [--reference]`."""
 
 import argparse
-import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import InputError
 from runtime.program import run
-from training.log import step_of
+from training.reference import Records, closest_reference, curve, run_records
 
-
-def read_records(folder: Path) -> list[dict[str, float]]:
-    """The records of a run's metrics.jsonl; a line that a kill cut short is left out."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise InputError(f"no metrics.jsonl in {folder}: pass the output_dir of a training run")
-    return [json.loads(line) for line in path.read_text().splitlines() if step_of(line) < 1e18]
+if TYPE_CHECKING:  # not needed by anything but plots
+    from matplotlib.figure import Figure
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Draw the curves of one or several runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="output_dir of a run")
+    parser.add_argument(
+        "--reference", action="store_true",
+        help="draw the first run over the quickstart's curves of the same kind (docs/reference)",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="(curves.png)")
     args = parser.parse_args(argv)
-    runs = {str(folder): read_records(folder) for folder in args.runs}
+    runs = {str(folder): run_records(folder) for folder in args.runs}
+    if not any(
+        name != "step" for records in runs.values() for record in records for name in record
+    ):
+        raise InputError(f"no records yet in {', '.join(runs)}")
+    reference = None
+    if args.reference:
+        name, reference = closest_reference(next(iter(runs.values())))
+        print(f"reference: the quickstart's {name}")
     try:
-        from matplotlib.figure import Figure  # draws without a display
+        figure = draw(runs, reference)
     except ImportError as e:
         raise InputError("plots need matplotlib: pip install matplotlib") from e
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=110)
+    print(f"wrote {args.output}")
 
-    # One panel per quantity; validation is drawn into the panel of its training counterpart.
+
+def draw(runs: dict[str, Records], reference: Records | None = None) -> "Figure":
+    """One panel per quantity; validation is drawn into the panel of its training counterpart."""
+    from matplotlib.figure import Figure  # draws without a display
+
     names = {name for records in runs.values() for record in records for name in record}
     panels = sorted({name.removeprefix("val/") for name in names - {"step"}})
-    if not panels:
-        raise InputError(f"no records yet in {', '.join(runs)}")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, panel in zip(axes, panels):
-        for number, records in enumerate(runs.values()):
-            for name, style in ((panel, "-"), (f"val/{panel}", "--o")):
-                points = [(r["step"], r[name]) for r in records if name in r]
+        for name, style in ((panel, "-"), (f"val/{panel}", "--o")):
+            if reference is not None:
+                draw_reference(axis, reference, name, style)
+            for number, records in enumerate(runs.values()):
+                points = curve(records, name)
                 if points:
-                    axis.plot(*zip(*points), style, color=f"C{number}", markersize=3)
+                    steps, values = list(points), list(points.values())
+                    axis.plot(steps, values, style, color=f"C{number}", markersize=3)
         axis.set_title(panel)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     for axis in axes[len(panels) :]:
         axis.axis("off")
     handles = [axes[0].plot([], [], "-", color=f"C{i}")[0] for i in range(len(runs))]
-    dashed = axes[0].plot([], [], "--o", color="gray", markersize=3)[0]
-    figure.legend([*handles, dashed], [*runs, "validation"], loc="outside upper center")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=110)
-    print(f"wrote {args.output}")
+    handles.append(axes[0].plot([], [], "--o", color="gray", markersize=3)[0])
+    labels = [*runs, "validation"]
+    if reference is not None:
+        handles.append(axes[0].plot([], [], "-", color="black", alpha=0.4)[0])
+        labels.append("reference")
+    figure.legend(handles, labels, loc="outside upper center")
+    return figure
+
+
+def draw_reference(axis: Any, reference: Records, name: str, style: str) -> None:
+    """The reference's curve of one quantity and, where it is known, the range of its seeds."""
+    points = curve(reference, name)
+    axis.plot(list(points), list(points.values()), style, color="black", alpha=0.4, markersize=3)
+    low, high = curve(reference, f"low/{name}"), curve(reference, f"high/{name}")
+    if low:
+        band = (list(low), list(low.values()), list(high.values()))
+        axis.fill_between(*band, color="black", alpha=0.1)
 
 
 if __name__ == "__main__":

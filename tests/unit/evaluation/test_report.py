@@ -63,3 +63,25 @@ def test_a_result_without_protocol_is_refused(write):
     del old["protocol"]
     with pytest.raises(InputError, match="names no protocol"):
         report.main([write("a.json", old)])
+
+
+def with_dinov2(distance=200.0, **changed):
+    other = {"metrics": {"FD_DINOv2": distance}, "samples": {"path": "x.npz"}}
+    protocol = {"network": "dinov2-vitl14 1", "images": 20, "reference": "abc", **changed}
+    return {**result(), "other_features": [{**other, "protocol": protocol}]}
+
+
+def test_feature_spaces_have_columns_and_protocols_of_their_own(write, capsys):
+    files = [write("a.json", result()), write("b.json", with_dinov2())]
+    report.main(files)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("protocol: network tiny") and "dinov2-vitl14 1" in said[1]
+    rows = [line.split() for line in said[2:]]
+    assert rows[0] == ["gFID", "sFID", "IS", "FD_DINOv2"]
+    assert rows[1][-1] == "-" and rows[2][-1] == "200.0000"
+
+
+def test_other_protocols_of_the_second_space_are_refused_too(write):
+    files = [write("a.json", with_dinov2()), write("b.json", with_dinov2(reference="def"))]
+    with pytest.raises(InputError, match=r"not comparable.*reference \(abc in .*def in .*b\.json"):
+        report.main(files)

@@ -1,0 +1,115 @@
+"""DINOv2 features: the space of FD-DINOv2 (Stein et al. 2023), computed as EDM2's metrics do.
+
+The network is ViT-L/14 without registers (Oquab et al. 2023) through timm, with the authors' weights. The feature of an
+image is the normalised class token.
+"""
+
+import math
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling.weights import describe, load_tensors, read_state_dict
+from runtime.errors import InputError
+from runtime.files import file_sha256
+from runtime.processes import matmul_precision
+from runtime.published import find_published
+
+DINOV2_FILE = "dinov2_vitl14_pretrain.pth"
+ARCHITECTURE = "vit_large_patch14_dinov2"  # timm's name
+SIZE = 224  # pixels: 16x16 patches of 14
+WIDTH = 1024
+OFFSET = 0.1  # of DINOv2's position embedding, see `resample_positions`
+NAMES = {384: "ViT-S/14", 768: "ViT-B/14", 1024: "ViT-L/14", 1536: "ViT-g/14"}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+class DINOv2:
+    """uint8 images -> normalised class tokens, float32; neither spatial features nor logits.
+
+    `weights` is the folder of the authors' file, which torch's download cache may hold too. Raises
+    InputError where the file or timm is missing, or where the file holds another network.
+    """
+
+    name, file, package = "dinov2", DINOV2_FILE, "timm"
+    resize = "bicubic to 224x224 in float32, antialiased, not rounded"
+    widths: tuple[int, int, int] = (WIDTH, 0, 0)
+    published: Optional[bool] = None  # the authors name no checksum
+
+    def __init__(self, device: torch.device | str, weights: Path):
+        path = find_published(DINOV2_FILE, weights)
+        state = read_state_dict(path)
+        check_kind(state, path)
+        self.device = torch.device(device)
+        self.network = build(state, path).to(self.device)
+        self.identity = f"dinov2-vitl14 {file_sha256(path)[:16]}"
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W), uint8, of any size -> (B, 1024), (B, 0), (B, 0)."""
+        with matmul_precision("fp32"), torch.autocast(self.device.type, enabled=False):
+            tokens = self.network(prepare(images.to(self.device, non_blocking=True)))
+        return tokens, tokens[:, :0], tokens[:, :0]
+
+
+def prepare(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W), uint8 -> the network's input (B, 3, 224, 224), float32.
+
+    The resize is bicubic with antialiasing, in float32 and without rounding, whatever the sides' ratio: EDM2's
+    default, which differs slightly from a resize of uint8 pixels by Pillow.
+    """
+    resized = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", antialias=True)
+    mean, std = (resized.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (resized / 255 - mean) / std
+
+
+def resample_positions(positions: Tensor, grid: int) -> Tensor:
+    """Position embeddings (1, 1 + n², D) of an n x n grid of patches -> (1, 1 + grid², D).
+
+    As DINOv2's code does for inputs that are not of the pretraining size: bicubic without antialiasing, by the
+    scale (grid + 0.1) / n in the place of grid / n. timm's own resampling differs from it by more than a quarter of
+    the embedding's norm. The class token's entry is kept.
+    """
+    side = math.isqrt(positions.shape[1] - 1)
+    if side == grid:
+        return positions
+    square = positions[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    scale = (grid + OFFSET) / side
+    square = F.interpolate(square, scale_factor=(scale, scale), mode="bicubic")
+    return torch.cat([positions[:, :1].float(), square.flatten(2).transpose(1, 2)], 1)
+
+
+def build(state: dict[str, Tensor], path: Path) -> nn.Module:
+    """The network with the file's weights, for inputs of 224 pixels, in eval mode on the CPU."""
+    try:
+        import timm
+    except ImportError as e:
+        raise InputError("the features dinov2 need timm: pip install timm") from e
+    with torch.device("meta"):  # saves the time of a random start
+        network = timm.create_model(ARCHITECTURE, pretrained=False, img_size=SIZE, num_classes=0)
+    grid = SIZE // 14
+    state = {**state, "pos_embed": resample_positions(state["pos_embed"], grid)}
+    network.to_empty(device="cpu")
+    load_tensors(network, state, str(path), ignore=("mask_token",))
+    return network.eval().requires_grad_(False)
+
+
+def check_kind(state: dict[str, Tensor], path: Path) -> None:
+    """Refuse weights of another network, and say which it seems to be."""
+    if not {"cls_token", "pos_embed", "blocks.0.ls1.gamma"} <= state.keys():
+        raise InputError(
+            f"{path} is not DINOv2's ViT-L/14 but {describe(state)}; weights/README.md says where to "
+            f"get it"
+        )
+    width, places = state["cls_token"].shape[-1], state["pos_embed"].shape[1]
+    layers = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    registers = " with registers" if "register_tokens" in state else ""
+    if width != WIDTH or registers or math.isqrt(places - 1) ** 2 != places - 1:
+        raise InputError(
+            f"{path} seems to be DINOv2's {NAMES.get(width, 'network')}{registers} (width {width}, "
+            f"{layers} layers, {places} positions), not ViT-L/14 without registers: fetch "
+            f"{DINOV2_FILE} (weights/README.md)"
+        )

@@ -1,0 +1,243 @@
+"""`evaluate.py --generator`: the likelihood of a cache's codes under one or several generators."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from data.tokens import TokenCache, open_tokens
+from evaluation.likelihood import Likelihood, measure_likelihood
+from modeling.generator import Generator
+from modeling.pipeline import generator_config
+from modeling.weights import load_tensors, read_state_dict
+from runtime.errors import InputError
+from runtime.files import file_sha256, writing
+from runtime.processes import device_name, matmul_precision
+from training import checkpoint
+
+PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 on CUDA, fp32 on a CPU, as in training
+WEIGHTS = ("ema", "generator")  # of a checkpoint: the trainer validates the average if it has one
+
+
+@dataclass
+class Source:
+    """A generator's weights file and what its run says about it, if it is a run's."""
+
+    name: str
+    file: Path
+    step: int | None = None
+    run: dict[str, Any] | None = None  # the run's options and the fingerprint of its tokenizer
+
+
+def find_source(given: str, step: int | None = None) -> Source:
+    """The weights behind a file or a run folder (its newest checkpoint, or that of `step`)."""
+    path = Path(given)
+    if path.is_dir():
+        if step is None:
+            chosen, _ = checkpoint.choose(path, True)
+        else:
+            chosen = {checkpoint.step_of(p): p for p in checkpoint.all_checkpoints(path)}[step]
+        if chosen is None:
+            raise InputError(f"{given} holds no checkpoints: give a weights file or a run folder")
+        reason = checkpoint.problem(chosen)
+        if reason is not None:
+            raise InputError(f"checkpoint {chosen} is damaged: {reason}; remove it")
+        path = checkpoint.first_weights(chosen, *WEIGHTS)
+    if not checkpoint.NAME.fullmatch(path.parent.name):
+        return Source(given, path)
+    return Source(given, path, checkpoint.step_of(path.parent), settings_of(path.parent))
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The "run" entry of a checkpoint's state, without reading its gigabytes of moments."""
+    file = folder / "state.pt"
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["run"]
+    except Exception as e:  # a forged pickle raises almost anything
+        raise InputError(
+            f"{file} is missing or damaged: give another checkpoint, or one of its .safetensors "
+            f"files copied out of its folder"
+        ) from e
+
+
+def find_sources(given: str, others: list[str]) -> list[Source]:
+    """The generator's source and those of the runs to compare it with, all at the same step.
+
+    A run folder as the generator is taken at the newest step that all of the runs still hold.
+    """
+    if not others:
+        return [find_source(given)]
+    steps = {}
+    for run in [given, *others]:
+        found = checkpoint.all_checkpoints(Path(run))
+        steps[run] = {checkpoint.step_of(path) for path in found}
+        if run == given and not Path(given).is_dir():
+            steps[run] = {find_source(given).step} - {None}
+        if not steps[run]:
+            raise InputError(
+                f"{run} is not a run folder with checkpoints: --compare needs the step of every run"
+            )
+    common = set.intersection(*steps.values())
+    if not common:
+        held = "; ".join(f"{run}: {', '.join(map(str, sorted(s)))}" for run, s in steps.items())
+        raise InputError(
+            f"no step of which all runs hold a checkpoint ({held}); experiment.keep_every keeps "
+            f"more of them"
+        )
+    return [find_source(run, max(common)) for run in [given, *others]]
+
+
+def open_generator(source: Source, store: TokenCache) -> Generator:
+    """A generator in eval mode on the CPU; its sizes are read from its tensors.
+
+    Raises InputError for a cache of another tokenizer's codes or of more classes.
+    """
+    state = read_state_dict(source.file)
+    config = generator_config(state, store.tokens, source.name)
+    run = source.run or {}
+    store.check(
+        config.codebook_size,
+        run.get("model.generator.image_seq_len", store.tokens),
+        run.get("tokenizer"),
+    )
+    if len(store.classes) > config.condition_num_classes:
+        raise InputError(
+            f"{store.folder} has {len(store.classes)} classes, more than the "
+            f"{config.condition_num_classes} of {source.name}: give the cache of its own data"
+        )
+    generator = Generator(config)
+    load_tensors(generator, state, source.name)
+    return generator.eval()
+
+
+def score_generator(
+    given: str,
+    others: list[str],
+    cache: str,
+    picture: str,
+    processes: PartialState,
+    batch: int,
+    workers: int = 0,
+    precision: str = "auto",
+) -> dict[str, Any]:
+    """The result of a generator on every view of a cache; empty but on the main process.
+
+    `others` are run folders, scored at the same step. Draws all of them by position into `picture`.
+    """
+    store, sources = open_tokens(cache), find_sources(given, others)
+    rank, world = processes.process_index, processes.num_processes
+    device = torch.device(processes.device or "cpu")
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    scored, warnings = [], []
+    for source in sources:
+        generator = open_generator(source, store).to(device)
+        context = torch.autocast(device.type, torch.bfloat16) if bf16 else matmul_precision("fp32")
+        with context:
+            likelihood = measure_likelihood(generator, store, batch, rank, world, workers)
+        if not likelihood.sums.isfinite().all():
+            raise InputError(
+                f"the loss of {source.name} on {cache} is NaN or infinite: its weights are damaged"
+            )
+        scored.append((source, likelihood))
+        warnings = warnings or warnings_of(store, generator)
+    if not processes.is_main_process:
+        return {}
+    results = [{"generator": about(source), **likelihood.result()} for source, likelihood in scored]
+    names = [source.name for source in sources]
+    if not draw(dict(zip(names, (likelihood for _, likelihood in scored))), picture):
+        warnings.append(f"{picture} was not drawn: curves need matplotlib (pip install matplotlib)")
+    return {
+        **results[0],
+        "compared": results[1:],
+        "cache": {
+            "path": cache, "images": store.images, "views": store.views, "codes": store.tokens,
+            "classes": len(store.classes), "tokenizer": store.manifest["tokenizer"],
+        },
+        "picture": picture,
+        "precision": "bf16" if bf16 else "fp32",
+        "batch_size": batch,
+        "device": device_name(device),
+        "warnings": warnings,
+    }  # fmt: skip
+
+
+def about(source: Source) -> dict[str, Any]:
+    return {"path": source.name, "step": source.step, "hash": file_sha256(source.file)[:16]}
+
+
+def warnings_of(store: TokenCache, generator: Generator) -> list[str]:
+    """Reasons to doubt the figures."""
+    known = generator.config.condition_num_classes
+    if len(store.classes) == known:
+        return []
+    return [
+        f"{store.folder} has {len(store.classes)} of the generator's {known} classes; a class is the rank of "
+        f"its folder's name, so folders that are left out shift the classes after them"
+    ]
+
+
+# ---------------------------------------------------------------------- what a person reads
+def show_generator(result: dict[str, Any]) -> None:
+    """Warnings, a table per generator and, as the last line, JSON; silent for an empty result."""
+    if not result:
+        return
+    for warning in result["warnings"]:
+        print(f"warning: {warning}")
+    for scored in [result, *result["compared"]]:
+        print(table(scored))
+    print(json.dumps(result, ensure_ascii=False))
+
+
+def table(scored: dict[str, Any]) -> str:
+    """A line per group of positions, the whole and the bits per image."""
+    generator, metrics = scored["generator"], scored["metrics"]
+    step = "" if generator["step"] is None else f", step {generator['step']}"
+    whole = {
+        "name": "all", "codes": sum(group["codes"] for group in scored["by_group"]),
+        "nats": metrics["nats_per_code"], "bits": metrics["bits_per_code"],
+        "top1": metrics["top1"], "top5": metrics["top5"],
+    }  # fmt: skip
+    lines = [
+        f"{generator['path']}{step}: {scored['views']} views",
+        f"{'position':<10}{'codes':>6}{'nats/code':>11}{'bits/code':>11}{'top-1':>9}{'top-5':>9}",
+    ]
+    for row in [*scored["by_group"], whole]:
+        lines.append(
+            f"{row['name']:<10}{row['codes']:>6}{row['nats']:>11.4f}{row['bits']:>11.4f}"
+            f"{row['top1']:>9.2%}{row['top5']:>9.2%}"
+        )
+    return "\n".join([*lines, f"bits per image: {metrics['bits_per_image']:.2f}"])
+
+
+def draw(scored: dict[str, Likelihood], path: str) -> bool:
+    """Nats per code and accuracy by position, a colour per generator; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # draws without a display
+    except ImportError:
+        return False
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (name, likelihood) in enumerate(scored.items()):
+        nats, top1, top5 = likelihood.positions
+        # Thin: every position. Thick: the mean of the prefix and of every row.
+        for axis, values, style in ((left, nats, "-"), (right, top1, "-"), (right, top5, "--")):
+            colour = f"C{number}"
+            axis.plot(values, style, color=colour, linewidth=0.5, alpha=0.5)
+            start = 0
+            for _, codes, _ in likelihood.groups():
+                mean = values[start : start + codes].mean().item()
+                axis.plot([start, start + codes - 1], [mean, mean], style, color=colour)
+                start += codes
+        left.plot([], [], "-", color=f"C{number}", label=name)
+    for axis, title in ((left, "nats per code"), (right, "accuracy: top-1 —, top-5 - -")):
+        axis.set_title(title)
+        axis.set_xlabel("position of the code")
+        axis.grid(alpha=0.3)
+    left.legend()
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, format="png")
+    return True

@@ -1,0 +1,117 @@
+"""How well a generator predicts the codes of a cache: nats per code and accuracy, by position.
+
+The teacher-forced loss needs no sampling, no decoder and no features. A wrong crop, tokenizer, token layout or
+weight file therefore shows in it within minutes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from data.tokens import AllTokens, TokenCache
+from evaluation.metrics import summed
+from modeling.rotary import token_layout
+from runtime.signals import outlive_first_signal
+
+TOP = 5  # of top-5 accuracy
+
+
+@dataclass
+class Likelihood:
+    """Sums over all views of a cache, by position of the code.
+
+    `sums` is (3, T), float64, on the CPU: nats, hits of the top-1 and of the top-5 prediction.
+    """
+
+    sums: Tensor
+    views: int
+
+    @property
+    def positions(self) -> Tensor:
+        """(3, T): nats per code, top-1 and top-5 accuracy of every position."""
+        return self.sums / self.views
+
+    def figures(self, start: int = 0, stop: int | None = None) -> dict[str, float]:
+        """Means over the codes at positions `start` … `stop` - 1."""
+        nats, top1, top5 = self.positions[:, start:stop].mean(1).tolist()
+        return {"nats": nats, "bits": nats / math.log(2), "top1": top1, "top5": top5}
+
+    def groups(self) -> list[tuple[str, int, dict[str, float]]]:
+        """(name, number of codes, figures) of the prefix and of every row of image tokens."""
+        grid, prefix = token_layout(self.sums.shape[1])
+        found = [("prefix", prefix, self.figures(0, prefix))]
+        for row in range(grid):
+            start = prefix + row * grid
+            found.append((f"row {row + 1}", grid, self.figures(start, start + grid)))
+        return found
+
+    def result(self) -> dict[str, Any]:
+        """All figures, for JSON."""
+        whole, positions = self.figures(), self.positions.tolist()
+        return {
+            "metrics": {
+                "nats_per_code": whole["nats"],
+                "bits_per_code": whole["bits"],
+                "bits_per_image": whole["bits"] * self.sums.shape[1],
+                "top1": whole["top1"],
+                "top5": whole["top5"],
+            },
+            "views": self.views,
+            "by_group": [
+                {"name": name, "codes": codes, **figures} for name, codes, figures in self.groups()
+            ],
+            "by_position": dict(zip(("nats", "top1", "top5"), positions)),
+        }
+
+
+@torch.no_grad()
+def measure_likelihood(
+    model: nn.Module,
+    store: TokenCache,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> Likelihood:
+    """The likelihood of every view of a cache under a generator, the same on every process.
+
+    `model` maps codes (B, T - 1) and labels (B,) to logits (B, T, V), and is in eval mode meanwhile. All
+    `world` processes must call this. They share batches of consecutive views, so their number changes the order of
+    float64 sums only. Call it within autocast for the precision of a training run's own validation.
+    """
+    dataset, device = AllTokens(store), next(model.parameters()).device
+    starts = range(0, len(dataset), batch)[rank::world]
+    batches = [range(start, min(start + batch, len(dataset))) for start in starts]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType] - any sequence of indices does
+        num_workers=workers,
+        worker_init_fn=outlive_first_signal,
+    )
+    sums = torch.zeros(3, store.tokens, dtype=torch.float64, device=device)
+    was_training = model.training
+    model.eval()
+    for codes, labels in loader:
+        codes, labels = codes.to(device), labels.to(device)
+        sums += position_sums(model(codes[:, :-1], labels), codes)
+    model.train(was_training)
+    return Likelihood(summed(sums).cpu(), len(dataset))
+
+
+def position_sums(logits: Tensor, codes: Tensor) -> Tensor:
+    """Logits (B, T, V), codes (B, T) -> sums over B of nats, top-1 and top-5 hits: (3, T), float64.
+
+    Of equal logits the first ranks highest, as for argmax, so that ties do not count as hits.
+    """
+    target = codes.unsqueeze(2)  # (B, T, 1)
+    nats = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")
+    own = logits.gather(2, target)  # (B, T, 1)
+    earlier = torch.arange(logits.shape[2], device=logits.device) < target  # (B, T, V)
+    rank = ((logits > own) | ((logits == own) & earlier)).sum(2)  # (B, T)
+    hits = torch.stack([rank < 1, rank < TOP])  # (2, B, T)
+    return torch.cat([nats.view(1, *codes.shape).double(), hits.double()]).sum(1)

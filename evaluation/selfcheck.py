@@ -1,0 +1,174 @@
+"""`evaluate.py --selfcheck`: the evaluator's figures where the right ones are known.
+
+Distances, scores and manifolds of distributions with closed forms, and the resize before Inception on a fixed picture,
+need no files. With ADM's reference and a sample batch of theirs in place, the figures are compared with those that the
+authors published for it.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+from evaluation.evaluator import Evaluator
+from evaluation.metrics import (
+    InceptionScore,
+    Moments,
+    frechet_distance_of_moments,
+    precision_recall,
+)
+from evaluation.sources import open_images
+
+INCEPTION_SIZE = 299  # pixels
+
+
+@dataclass
+class Check:
+    """One figure, what it must be, and by how much it may differ."""
+
+    name: str
+    found: float
+    expected: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return abs(self.found - self.expected) <= self.tolerance  # False for NaN
+
+
+def analytic_checks() -> Iterator[Check]:
+    """What the metrics give for distributions with closed forms."""
+    # Commuting covariances: each direction adds (√a - √b)², each mean its squared difference.
+    a, b = torch.tensor([4.0, 1.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 4.0, 16.0])
+    rotation = torch.linalg.qr(torch.arange(16.0).reshape(4, 4).sin().double())[0]
+    shift = torch.tensor([3.0, 0.0, -4.0, 0.0], dtype=torch.float64)
+    sides = [rotation @ torch.diag(v.double()) @ rotation.T for v in (a, b)]
+    found = frechet_distance_of_moments(shift, sides[0], torch.zeros_like(shift), sides[1])
+    yield Check("Fréchet distance, commuting covariances", found, 25 + 1 + 0 + 4 + 1, 1e-6)
+    # Two dimensions: tr (AB)^½ = √(tr AB + 2 √det AB).
+    a = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double()
+    b = torch.tensor([[5.0, -2.0], [-2.0, 1.0]]).double()
+    root = math.sqrt((a @ b).trace().item() + 2 * math.sqrt(torch.linalg.det(a @ b).item()))
+    expected = (a.trace() + b.trace()).item() - 2 * root
+    found = frechet_distance_of_moments(a[0] * 0, a, a[0] * 0, b)
+    yield Check("Fréchet distance, 2x2", found, expected, 1e-9)
+    # Points at ±√(D - ½) along each of D axes, far from the origin: the covariance is 1.
+    width = 8
+    points = torch.eye(width).double() * math.sqrt(width - 0.5)
+    points = torch.cat([points, -points]) + 1000
+    moments = Moments(width)
+    for part in points.split(3):
+        moments.add(part)
+    mean, covariance = moments.reduced()
+    error = (mean - 1000).abs().max() + (covariance - torch.eye(width).double()).abs().max()
+    yield Check("streamed mean and covariance, largest error", error.item(), 0.0, 1e-9)
+    yield Check("Inception Score of 10 certain classes", score(1e3 * torch.eye(10)), 10.0, 1e-6)
+    yield Check("Inception Score of images alike", score(torch.ones(10, 10)), 1.0, 1e-9)
+    # On a line: radii reach the third neighbour, so 0…9 cover -3…12; 5…14 cover 2…17.
+    line = torch.arange(10.0)[:, None]
+    precision, recall = precision_recall(line, line + 5)
+    yield Check("precision of points on a line", precision, 0.8, 1e-12)
+    yield Check("recall of points on a line", recall, 0.8, 1e-12)
+
+
+def score(logits: Tensor) -> float:
+    sums = InceptionScore(len(logits), logits.shape[1])
+    sums.add(logits, torch.arange(len(logits)))
+    return sums.reduced()[0]
+
+
+def resize_checks() -> Iterator[Check]:
+    """Inception's resize against its definition in TensorFlow 1: bilinear, without antialiasing, the
+    pixel (0, 0) at the place of the pixel (0, 0)."""
+    for size in (64, 256, 512):
+        rows, columns = np.indices((size, size))
+        picture = (rows * rows + 3 * columns + 41 * rows * columns) % 256
+        pixels = torch.from_numpy(picture).float().expand(1, 3, size, size)
+        shape = (INCEPTION_SIZE, INCEPTION_SIZE)
+        found = interpolate_bilinear_2d_like_tensorflow1x(pixels, shape, align_corners=False)
+        by_rows = bilinear_matrix(size)
+        expected = by_rows @ picture @ by_rows.T
+        error = float(np.abs(found[0, 0].double().numpy() - expected).max())
+        yield Check(f"resize of {size} px to {INCEPTION_SIZE}, largest error", error, 0.0, 0.02)
+
+
+def bilinear_matrix(size: int) -> np.ndarray:
+    """Weights (299, size) of the input's pixels in every output pixel, along one side."""
+    matrix = np.zeros((INCEPTION_SIZE, size))
+    for i in range(INCEPTION_SIZE):
+        place = i * size / INCEPTION_SIZE
+        low = math.floor(place)
+        matrix[i, low] += 1 - (place - low)
+        matrix[i, min(low + 1, size - 1)] += place - low
+    return matrix
+
+
+# ---------------------------------------------------------------------- ADM's published batches
+ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
+# The authors' figures (Dhariwal and Nichol 2021, as their script prints them), to two decimals.
+ADM_BATCHES = {
+    "admnet_guided_imagenet256.npz": {
+        "gFID": 4.59, "sFID": 5.25, "IS": 186.70, "precision": 0.82, "recall": 0.52,
+    },
+    "admnet_guided_upsampled_imagenet256.npz": {
+        "gFID": 3.94, "sFID": 6.14, "IS": 215.84, "precision": 0.83, "recall": 0.53,
+    },
+}  # fmt: skip
+# Half of the last printed digit, and room for another port of the network and other arithmetic.
+ADM_TOLERANCES = {"gFID": 0.03, "sFID": 0.05, "IS": 0.5, "precision": 0.01, "recall": 0.01}
+
+
+def published_checks(
+    folder: Path, processes: PartialState, batch: int, workers: int
+) -> Iterator[Check]:
+    """The figures of those of ADM's sample batches that are in `folder` with their reference.
+
+    All processes must call this; the checks come from the main process only.
+    """
+    batches = [name for name in ADM_BATCHES if (folder / name).is_file()]
+    if not batches or not (folder / ADM_REFERENCE).is_file():
+        return
+    # In float16, precision and recall are what ADM's script computes.
+    reference = folder / ADM_REFERENCE
+    evaluator = Evaluator.open(reference, processes, folder, batch, workers, half_manifold=True)
+    for name in batches:
+        images = open_images(folder / name)
+        metrics = evaluator.evaluate(images, images.shape[0]).get("metrics", {})
+        for metric, expected in ADM_BATCHES[name].items():
+            if metric in metrics:
+                found = metrics[metric]
+                yield Check(f"{name}: {metric}", found, expected, ADM_TOLERANCES[metric])
+
+
+def selfcheck(folder: Path, processes: PartialState, batch: int, workers: int) -> bool:
+    """Print all checks and, as the last line, JSON; whether all of them passed.
+
+    `folder` is where ADM's batches and Inception's weights may be. All processes must call this; only the main one
+    knows the checks of ADM's batches.
+    """
+    checks = [*analytic_checks(), *resize_checks()]
+    published = list(published_checks(folder, processes, batch, workers))
+    checks += published
+    passed = all(check.passed for check in checks)
+    if processes.is_main_process:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            print(
+                f"{check.name:<{width}}  {check.found:<12.6g} expected {check.expected:.6g} "
+                f"± {check.tolerance:g}: {'passed' if check.passed else 'FAILED'}"
+            )
+        if not published:
+            print(
+                f"not compared with ADM's figures: {folder} needs {ADM_REFERENCE} and "
+                f"{' or '.join(ADM_BATCHES)}"
+            )
+        result = [{**vars(check), "passed": check.passed} for check in checks]
+        print(json.dumps({"passed": passed, "checks": result}, ensure_ascii=False))
+    return passed

@@ -1,0 +1,202 @@
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import train_ar
+from data.tokens import TokenWriter
+from modeling.generator import Generator, GeneratorConfig
+from runtime.errors import InputError
+
+RUN = """
+model:
+  vq_model: {codebook_size: 32, image_size: 16, patch_size: 4}
+  generator:
+    {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, image_seq_len: 21,
+     condition_num_classes: 3, dropout: 0.1}
+dataset: {params: {num_workers_per_gpu: 0}}
+optimizer: {params: {learning_rate: 1.0e-2}}
+lr_scheduler: {params: {warmup_steps: 2}}
+experiment: {log_every: 3, eval_every: 3, generate_every: 0, save_every: 3}
+training: {per_gpu_batch_size: 4, max_train_steps: 6, mixed_precision: 'no'}
+"""
+
+
+def write_cache(folder, codebook=32, classes=3, tokenizer="abc", seed=0):
+    folder.mkdir()
+    rng, tokens = np.random.default_rng(seed), 21
+    writer = TokenWriter(folder, 2, tokens, codebook)
+    writer.append((rng.integers(0, 3, (9, 2, tokens)) + np.arange(tokens)) % codebook)
+    about = {"image_size": 16, "crops": "center_flip", "tokenizer": tokenizer}
+    names = [f"class{i}" for i in range(classes)]
+    writer.finish([i % classes for i in range(9)], list("abcdefghi"), names, about)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of six steps, with checkpoints of steps 3 and 6, and the held-out cache."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "run.yaml").write_text(RUN)
+    write_cache(root / "train")
+    write_cache(root / "val", seed=1)
+    for name, option in (("a", "training.use_ema=True"), ("b", "training.seed=5")):
+        train_ar.main(
+            [f"config={root}/run.yaml", f"experiment.output_dir={root}/{name}", option,
+             f"dataset.params.pretokenization={root}/train",
+             f"dataset.params.val_pretokenization={root}/val"]
+        )  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def score(runs, tmp_path, monkeypatch, capsys):
+    """Run evaluate.py on the CPU; returns the JSON result and all that it said."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(*argv):
+        evaluate.main([*map(str, argv), "--num_workers=0", "--device=cpu"])
+        said = capsys.readouterr().out
+        return json.loads(said.strip().splitlines()[-1]), said
+
+    return start
+
+
+@pytest.mark.parametrize("run", ["a", "b"])  # with an average of the weights and without
+def test_loss_is_the_trainers_own_validation_loss(score, runs, run):
+    records = [json.loads(line) for line in (runs / run / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if "val/loss" in record][-1]
+    result, _ = score("--generator", runs / run, "--cache", runs / "val", "--batch_size=5")
+    assert result["generator"]["step"] == last["step"] == 6
+    assert result["metrics"]["nats_per_code"] == pytest.approx(last["val/loss"], rel=1e-6)
+    assert result["metrics"]["top1"] == pytest.approx(last["val/accuracy"], rel=1e-6)
+
+
+def test_a_weights_file_scores_as_its_run_does(score, runs):
+    run, _ = score("--generator", runs / "b", "--cache", runs / "val")
+    file, said = score("--generator", runs / "b/generator.bin", "--cache", runs / "val")
+    assert file["metrics"] == run["metrics"] and file["generator"]["step"] is None
+    for words in ("prefix", "row 4", "nats/code", "bits per image", "18 views"):
+        assert words in said
+
+
+def test_picture_is_drawn(score, runs, tmp_path):
+    score("--generator", runs / "b", "--cache", runs / "val", "--picture", tmp_path / "p/a.png")
+    picture = np.asarray(Image.open(tmp_path / "p/a.png").convert("RGB"))
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
+
+
+def test_other_runs_are_scored_at_the_same_step(score, runs, tmp_path):
+    shutil.copytree(runs / "b", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/checkpoints/step-00000006")
+    result, said = score(
+        "--generator", runs / "a", "--cache", runs / "val", "--compare", tmp_path / "b"
+    )
+    assert result["generator"]["step"] == 3 and result["compared"][0]["generator"]["step"] == 3
+    file = runs / "b/checkpoints/step-00000003/generator.safetensors"
+    alone, _ = score("--generator", file, "--cache", runs / "val")
+    assert result["compared"][0]["metrics"] == alone["metrics"]
+    assert said.count("bits per image") == 2
+
+
+# ---------------------------------------------------------------------- bad input
+def refuse(score, match, *argv):
+    with pytest.raises(InputError, match=match):
+        score(*argv)
+
+
+def test_runs_without_a_common_step_are_refused(score, runs, tmp_path):
+    shutil.copytree(runs / "b", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/checkpoints/step-00000006")
+    file = runs / "a/checkpoints/step-00000006/generator.safetensors"
+    common = ("--cache", runs / "val", "--compare", tmp_path / "b")
+    refuse(score, "no step of which all runs hold .*: 6; .*b: 3.*keep_every", "--generator", file, *common)  # fmt: skip
+    refuse(score, "generator.bin is not a run folder", "--generator", runs / "a/generator.bin", *common)  # fmt: skip
+
+
+def test_a_cache_of_other_codes_is_refused(score, runs, tmp_path):
+    larger = write_cache(tmp_path / "larger", codebook=64)
+    refuse(score, "another tokenizer: codebook size 64 there, 32 here",
+           "--generator", runs / "a/generator.bin", "--cache", larger)  # fmt: skip
+    other = write_cache(tmp_path / "other", tokenizer="xyz")
+    refuse(score, "another tokenizer: tokenizer xyz there, abc here",
+           "--generator", runs / "a", "--cache", other)  # fmt: skip
+    classes = write_cache(tmp_path / "classes", classes=4)
+    refuse(score, "4 classes, more than the 3", "--generator", runs / "a", "--cache", classes)
+
+
+def test_a_cache_without_all_classes_is_warned_of(score, runs, tmp_path):
+    fewer = write_cache(tmp_path / "fewer", classes=2)
+    _, said = score("--generator", runs / "a/generator.bin", "--cache", fewer)
+    assert "warning: " in said and "2 of the generator's 3 classes" in said
+
+
+def test_a_cache_that_is_one_view_short_is_refused(score, runs, tmp_path):
+    packed = tmp_path / "packed"
+    shutil.copytree(runs / "val", packed)
+    shard = packed / "codes-00000.bin"
+    shard.write_bytes(shard.read_bytes()[: -2 * 21])
+    refuse(score, "codes-00000.bin is damaged: 714 bytes, 756 bytes expected",
+           "--generator", runs / "a", "--cache", packed)  # fmt: skip
+    for image, views in (("0", 2), ("1", 1)):
+        (tmp_path / "files/class0").mkdir(parents=True, exist_ok=True)
+        codes = np.zeros((views, 21), np.int64)
+        np.savez(tmp_path / f"files/class0/{image}.JPEG.npz", codes=codes)
+    refuse(score, r"1.JPEG.npz holds codes of shape \(1, 21\)",
+           "--generator", runs / "a", "--cache", tmp_path / "files")  # fmt: skip
+
+
+def test_files_that_are_no_generator_are_refused(score, runs, tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "x.bin")
+    refuse(
+        score,
+        r"x\.bin is (no|not a) generator but something else",
+        "--generator",
+        "x.bin",
+        "--cache",
+        runs / "val",
+    )
+    (tmp_path / "empty").mkdir()
+    refuse(score, "holds no checkpoints", "--generator", "empty", "--cache", runs / "val")
+    refuse(score, "no weights at", "--generator", "none.bin", "--cache", runs / "val")
+    refuse(score, "go together", "--generator", "x.bin")
+    refuse(score, "go together", "--cache", runs / "val", "--reconstruction", "--generator", "x")
+    damaged = Generator(GeneratorConfig(32, 1, 2, 32, 21, 3)).state_dict()
+    damaged.pop("norm.weight")
+    torch.save(damaged, tmp_path / "x.bin")
+    refuse(score, "1 missing: norm.weight", "--generator", "x.bin", "--cache", runs / "val")
+
+
+def test_a_loss_that_is_nan_is_refused(score, runs, tmp_path):
+    state = torch.load(runs / "a/generator.bin", weights_only=True)
+    state["output.weight"].fill_(3e38)  # finite, but what it is multiplied with overflows
+    torch.save(state, tmp_path / "x.bin")
+    refuse(score, "x.bin on .*val is NaN or infinite", "--generator", "x.bin", "--cache", runs / "val")  # fmt: skip
+
+
+def test_a_damaged_checkpoint_is_not_compared(score, runs, tmp_path):
+    shutil.copytree(runs / "b", tmp_path / "b")
+    weights = tmp_path / "b/checkpoints/step-00000006/generator.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    refuse(score, "step-00000006 is damaged: generator.safetensors was altered",
+           "--generator", runs / "a", "--cache", runs / "val", "--compare", tmp_path / "b")  # fmt: skip
+
+
+def test_damaged_state_of_a_run_is_refused(score, runs, tmp_path):
+    shutil.copytree(runs / "b/checkpoints/step-00000006", tmp_path / "step-00000006")
+    (tmp_path / "step-00000006/state.pt").write_bytes(b"nothing")
+    file = tmp_path / "step-00000006/generator.safetensors"
+    refuse(score, "state.pt is missing or damaged", "--generator", file, "--cache", runs / "val")
+
+
+# ---------------------------------------------------------------------- without matplotlib
+def test_figures_come_without_matplotlib_too(score, runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result, said = score("--generator", runs / "b", "--cache", runs / "val", "--picture=a.png")
+    assert "warning: a.png was not drawn" in said and "pip install matplotlib" in said
+    assert result["metrics"]["nats_per_code"] > 0 and not (tmp_path / "a.png").exists()

@@ -1,0 +1,89 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.tokens import TokenWriter, open_tokens
+from evaluation.likelihood import Likelihood, measure_likelihood, position_sums
+from modeling.generator import Generator, GeneratorConfig, next_code_loss
+
+TINY = GeneratorConfig(32, 2, 2, codebook_size=32, image_seq_len=21, condition_num_classes=3)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Seven images of two views: 14 views, which batches of four do not divide."""
+    rng = np.random.default_rng(0)
+    writer = TokenWriter(tmp_path / "cache", 2, 21, 32)
+    (tmp_path / "cache").mkdir()
+    writer.append(rng.integers(0, 32, (7, 2, 21)))
+    about = {"image_size": 16, "crops": "center_flip", "tokenizer": "none"}
+    writer.finish([i % 3 for i in range(7)], list("abcdefg"), ["a", "b", "c"], about)
+    return open_tokens(tmp_path / "cache")
+
+
+@pytest.fixture
+def model():
+    generator = Generator(TINY).eval()
+    torch.nn.init.normal_(generator.output.weight)  # starts at zero: every code alike
+    return generator
+
+
+def test_figures_are_those_of_the_models_own_loss(store, model):
+    found = measure_likelihood(model, store, 4)
+    codes = torch.stack([torch.from_numpy(store.codes(i, v)) for i in range(7) for v in (0, 1)])
+    labels = torch.from_numpy(store.labels.copy()).long().repeat_interleave(2)
+    with torch.no_grad():
+        logits = model(codes[:, :-1], labels)
+    loss, accuracy = next_code_loss(logits, codes)
+    five = (logits.topk(5).indices == codes[..., None]).any(2).float().mean()
+    metrics = found.result()["metrics"]
+    assert metrics["nats_per_code"] == pytest.approx(loss.item(), rel=1e-6)
+    assert metrics["top1"] == pytest.approx(accuracy.item(), rel=1e-6)
+    assert metrics["top5"] == pytest.approx(five.item(), rel=1e-6)
+    assert metrics["bits_per_image"] == pytest.approx(21 * loss.item() / math.log(2), rel=1e-6)
+    first = F.cross_entropy(logits[:, 0], codes[:, 0]).item()  # a position is not shifted
+    assert found.result()["by_position"]["nats"][0] == pytest.approx(first, rel=1e-6)
+
+
+def test_positions_and_groups_add_up_to_the_whole(store, model):
+    found = measure_likelihood(model, store, 4)
+    result, whole = found.result(), found.figures()
+    names = ["prefix", "row 1", "row 2", "row 3", "row 4"]
+    assert [group["name"] for group in result["by_group"]] == names
+    assert [group["codes"] for group in result["by_group"]] == [5, 4, 4, 4, 4]
+    for name in ("nats", "top1", "top5"):
+        total = sum(group["codes"] * group[name] for group in result["by_group"])
+        assert total == pytest.approx(21 * whole[name], rel=1e-12)
+        assert sum(result["by_position"][name]) == pytest.approx(21 * whole[name], rel=1e-12)
+    row2 = result["by_position"]["nats"][9:13]
+    assert result["by_group"][2]["nats"] == pytest.approx(np.mean(row2), rel=1e-12)
+
+
+def test_processes_share_every_view_once(store, model):
+    whole = measure_likelihood(model, store, 4)
+    parts = [measure_likelihood(model, store, 4, i, 3).sums for i in range(3)]
+    torch.testing.assert_close(sum(parts), whole.sums, rtol=1e-14, atol=0)
+    assert all(part.any() for part in parts)
+
+
+def test_a_tie_is_no_hit_but_for_the_first_code():
+    sums = position_sums(torch.zeros(1, 3, 32), torch.tensor([[0, 4, 5]]))
+    np.testing.assert_allclose(sums[0], 3 * [math.log(32)], rtol=1e-6)
+    assert sums[1].tolist() == [1, 0, 0] and sums[2].tolist() == [1, 1, 0]
+
+
+def test_training_mode_is_left_as_it_was(store, model):
+    model.train()
+    dropped = measure_likelihood(model, store, 4)
+    assert model.training
+    model.eval()
+    assert torch.equal(measure_likelihood(model, store, 4).sums, dropped.sums)  # fmt: skip
+    assert not model.training
+
+
+def test_caches_of_g_prefix_tokens_are_grouped_too():
+    groups = Likelihood(torch.ones(3, 20, dtype=torch.float64), 1).groups()  # 4 + 4 x 4
+    assert [codes for _, codes, _ in groups] == [4, 4, 4, 4, 4]

@@ -1,0 +1,107 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+
+import evaluate
+from evaluation import evaluator, metrics, selfcheck
+from evaluation.selfcheck import ADM_BATCHES, ADM_REFERENCE, analytic_checks, resize_checks
+from tests.inception import TinyFeatures
+
+
+def failures(checks):
+    return [check.name for check in checks if not check.passed]
+
+
+def test_everything_that_needs_no_file_passes():
+    assert not failures([*analytic_checks(), *resize_checks()])
+    assert len([*analytic_checks(), *resize_checks()]) == 10
+
+
+# ---------------------------------------------------------------------- what it is there for
+@pytest.mark.parametrize(
+    "name, broken",
+    [
+        ("factor", lambda covariance: torch.linalg.cholesky(covariance + torch.eye(len(covariance)))),
+        ("NEIGHBOURS", 2),
+        ("IS_SPLIT", 5),
+    ],
+)  # fmt: skip
+def test_broken_arithmetic_is_found(monkeypatch, name, broken):
+    monkeypatch.setattr(metrics, name, broken)
+    assert failures(analytic_checks())
+
+
+def test_moments_that_cancel_are_found(monkeypatch):
+    def add(self, features):  # E[x²] - E[x]² in float32
+        features = features.float()
+        self.count += len(features)
+        self.mean += features.sum(0)
+        self.scatter += features.T @ features
+
+    def reduced(self):
+        mean = self.mean / self.count
+        return mean, (self.scatter - self.count * mean[:, None] * mean) / (self.count - 1)
+
+    monkeypatch.setattr(metrics.Moments, "add", add)
+    monkeypatch.setattr(metrics.Moments, "reduced", reduced)
+    assert "streamed mean and covariance, largest error" in failures(analytic_checks())
+
+
+@pytest.mark.parametrize("options", [{"align_corners": True}, {"align_corners": False}])
+def test_another_resize_is_found(monkeypatch, options):
+    def resize(images, size, align_corners):  # PyTorch's own, whose pixels lie half a step away
+        return torch.nn.functional.interpolate(images, size, mode="bilinear", **options)
+
+    monkeypatch.setattr(selfcheck, "interpolate_bilinear_2d_like_tensorflow1x", resize)
+    assert len(failures(resize_checks())) == 3
+
+
+# ---------------------------------------------------------------------- the program
+@pytest.fixture
+def run(nowhere, capsys):
+    """Run `evaluate.py --selfcheck`; returns its status, its JSON and all that it said."""
+
+    def start():
+        status = 0
+        try:
+            evaluate.main(["--selfcheck", "--device=cpu"])
+        except SystemExit as e:
+            status = e.code
+        said = capsys.readouterr().out
+        return status, json.loads(said.strip().splitlines()[-1]), said
+
+    return start
+
+
+def test_program_says_what_it_checked_and_what_it_could_not(run):
+    status, result, said = run()
+    assert status == 0 and result["passed"] and said.count(": passed") == 10
+    assert f"not compared with ADM's figures: weights needs {ADM_REFERENCE}" in said
+
+
+def test_a_failure_is_the_exit_status(run, monkeypatch):
+    monkeypatch.setattr(metrics, "NEIGHBOURS", 2)
+    status, result, said = run()
+    assert status == 1 and not result["passed"] and "FAILED" in said
+
+
+def test_adms_batches_are_compared_where_they_are(run, nowhere, monkeypatch):
+    (nowhere / "weights").mkdir()
+    rng = np.random.default_rng(0)
+    for name in (ADM_REFERENCE, "admnet_guided_imagenet256.npz"):
+        np.savez(nowhere / "weights" / name, rng.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8))
+    monkeypatch.setattr(evaluator, "Inception", TinyFeatures)
+    status, result, said = run()
+    checked = {check["name"]: check for check in result["checks"]}
+    fid = checked["admnet_guided_imagenet256.npz: gFID"]
+    assert status == 1 and not fid["passed"] and fid["expected"] == 4.59  # these are other images
+    # With what they give as the authors' figures, all pass.
+    for metric in ADM_BATCHES["admnet_guided_imagenet256.npz"]:
+        found = checked[f"admnet_guided_imagenet256.npz: {metric}"]["found"]
+        monkeypatch.setitem(ADM_BATCHES["admnet_guided_imagenet256.npz"], metric, found)
+    status, result, said = run()
+    assert status == 0 and result["passed"] and "not compared" not in said
+    assert PartialState().num_processes == 1

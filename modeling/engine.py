@@ -32,10 +32,9 @@ from .decode_attention import (
 )
 from .errors import InputError
 from .generator import Block, Generator, GeneratorConfig
-from .sampling import Sampling, check_classes, draw, guidance_schedule, guide
+from .sampling import CACHES, Sampling, check_classes, draw, guidance_schedule, guide
 from .tokenizer import Decoder, Tokenizer
 
-CACHES = ("auto", "int8")
 DECODED_AT_ONCE = 64  # images; more do not fill a GPU better and take more memory
 # Two streams halve the rows of every product and read the weights twice, so a half must be large.
 STREAMED_BATCH = 128
@@ -468,7 +467,8 @@ class ImageDecoder:
     ):
         assert tokenizer.decoder is not None, "a tokenizer without its decoder"
         self.embedding, self.decoder = tokenizer.quantize.embedding, tokenizer.decoder
-        self.autocast = self.embedding.weight.is_cuda and dtype == torch.bfloat16
+        self.device = self.embedding.weight.device
+        self.autocast = dtype == torch.bfloat16 and decodes_in_bfloat16(self.device)
         self.part = min(batch, DECODED_AT_ONCE)
         self.compiled = False
         if self.autocast:
@@ -482,9 +482,8 @@ class ImageDecoder:
         for block in self.decoder.transformer:
             block.forward = compile_function(block.forward)  # type: ignore[method-assign]
         try:
-            device = self.embedding.weight.device
             with compiling():
-                self._decode(torch.zeros(self.part, tokens, dtype=torch.int64, device=device))
+                self._decode(torch.zeros(self.part, tokens, dtype=torch.int64, device=self.device))
             self.compiled = True
         except Exception as e:
             self.decoder = eager
@@ -498,9 +497,14 @@ class ImageDecoder:
         count = len(codes)
         if self.compiled:
             codes = F.pad(codes, (0, 0, 0, self.part - count))
-        with torch.autocast("cuda", torch.bfloat16, self.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, self.autocast):
             pixels = self.decoder(self.embedding(codes))[0][:count]
         return (pixels * 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def decodes_in_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 makes decoding faster: it does not on CPUs, whose large products are slower."""
+    return device.type == "cuda"
 
 
 def shallow_copy(module: Decoder) -> Decoder:

@@ -15,6 +15,9 @@ from .errors import InputError
 from .generator import Generator, KVCache
 
 SCHEDULES = ("power-cosine", "constant", "linear")
+# How `engine.Engine` computes attention, and in which type it keeps keys and values.
+ENGINES = ("auto", "fused", "plain")
+CACHES = ("auto", "int8")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered, place = logits.sort(dim=1, descending=True, stable=True)
         p = torch.softmax(ordered, 1)
         dropped = p.double().cumsum(1) - p >= top_p  # the more likely codes are enough without it
-        dropped = torch.zeros_like(dropped).scatter(1, place, dropped)
+        dropped = dropped.scatter(1, place, dropped)  # back to the order of the codes
         logits = logits.masked_fill(dropped, -math.inf)
     return logits
 

@@ -190,8 +190,7 @@ def block_weights(
 
 def rotation_turns(model: Generator) -> Tensor:
     """The rotary table as factors of x and of x with swapped pairs: (1 + T, 2, h), float32."""
-    table: Tensor = model.get_buffer("rotary").float()
-    cos, sin = table.unbind(-1)  # (1 + T, h / 2)
+    cos, sin = model.rotary.float().unbind(-1)  # (1 + T, h / 2)
     turns = [torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]
     return torch.stack(turns, 1).flatten(2)
 

@@ -32,6 +32,7 @@ from .decode_attention import (
 )
 from .errors import InputError
 from .generator import Block, Generator, GeneratorConfig
+from .quantizer import full_float32
 from .sampling import CACHES, Sampling, check_classes, draw, guidance_schedule, guide
 from .tokenizer import Decoder, Tokenizer
 
@@ -144,18 +145,6 @@ def compiling() -> Iterator[None]:
         accumulated_recompile_limit=max(8 * RECOMPILE_LIMIT, dynamo.accumulated_recompile_limit),
     ):
         yield
-
-
-@contextlib.contextmanager
-def float32_products() -> Iterator[None]:
-    """Products of float32 matrices without TensorFloat-32, whatever the process has set."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
 
 
 # ---------------------------------------------------------------------- weights and state
@@ -366,7 +355,7 @@ class Engine:
             x, qkv = functions.between(x, y, block, following)
         y = attend(qkv, blocks[-1].qk_norm, weights.turns, at, stream.caches[-1])
         x = functions.leave(x, y, blocks[-1], weights.norm)
-        with float32_products():
+        with full_float32(self.device.type):
             logits = linear(x, weights.output, weights.output_bias)  # (N, V)
         s = self.sampling
         codes = functions.choose(
@@ -422,6 +411,34 @@ def copy_to(target: Tensor, source: Tensor) -> None:
     target.copy_(source, non_blocking=True)
 
 
+# ---------------------------------------------------------------------- devices
+def find_device(name: Optional[str] = None) -> torch.device:
+    """A device by its name ("cpu", "cuda", "cuda:1"); None: CUDA where there is a GPU.
+
+    Raises InputError for a name that is not one and for a GPU that is not there.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(name or ("cuda" if gpus else "cpu"))
+    except RuntimeError as e:
+        raise InputError(f"device={name} is not a device: choose cpu, cuda or cuda:N") from e
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        there = f"cuda:0 to cuda:{gpus - 1}" if gpus > 1 else "cuda:0" if gpus else "no GPU"
+        raise InputError(f"device={name}: there is {there}; choose another or cpu")
+    return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a CUDA device computes in bfloat16 (Ampere and later) instead of emulating it."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs that compute in it, else float32."""
+    fast = device.type == "cuda" and has_bfloat16(device)
+    return torch.bfloat16 if fast else torch.float32
+
+
 def check_type(dtype: torch.dtype, device: torch.device) -> None:
     """Refuse bfloat16 on a GPU that only emulates it."""
     if device.type == "cuda" and dtype == torch.bfloat16 and not has_bfloat16(device):
@@ -430,9 +447,10 @@ def check_type(dtype: torch.dtype, device: torch.device) -> None:
         )
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a CUDA device computes in bfloat16 (Ampere and later)."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process can still use: free, or reserved by it and not in use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def cache_bytes(

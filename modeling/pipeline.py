@@ -1,12 +1,12 @@
 """Images from classes in three lines: both models from their weight files, on one device."""
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from .engine import Engine, decode_images
+from .engine import Engine, ImageDecoder, default_dtype, find_device
 from .errors import InputError
 from .generator import Generator, GeneratorConfig
 from .sampling import Sampling
@@ -34,8 +34,9 @@ class Pipeline:
     """A generator and a tokenizer with their weights, ready to make images.
 
     `device` is CUDA where there is one. `dtype` is that of the generator's matrices: by default
-    bfloat16 on CUDA and float32 on a CPU. `compiled` takes a minute first and is worth it on CUDA
-    for many images of equal batch. Raises InputError for files that do not fit.
+    bfloat16 on CUDA (from Ampere on) and float32 elsewhere. `compiled` takes a minute first and is worth it on CUDA
+    for many images of equal batch. Raises InputError for files that do not fit and for a device
+    that is not there.
     """
 
     def __init__(
@@ -47,9 +48,8 @@ class Pipeline:
         dtype: Optional[torch.dtype] = None,
         compiled: bool = False,
     ):
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        cuda = self.device.type == "cuda"
-        self.dtype = dtype or (torch.bfloat16 if cuda else torch.float32)
+        self.device = find_device(device)
+        self.dtype = dtype or default_dtype(self.device)
         self.compiled = compiled
         config = tokenizer_config or TokenizerConfig()
         self.tokenizer = Tokenizer(config).eval()
@@ -59,9 +59,10 @@ class Pipeline:
         load_tensors(self.generator, state, generator)
         self.tokenizer.to(self.device)
         self.generator.to(self.device)
+        self.decoder = ImageDecoder(self.tokenizer, self.dtype)
         self.engine: Optional[Engine] = None
 
-    def __call__(self, classes: Sequence[int], seed: int = 0, **sampling: float) -> Tensor:
+    def __call__(self, classes: Sequence[int], seed: int = 0, **sampling: Any) -> Tensor:
         """Images of these classes: (N, S, S, 3), uint8, on the CPU.
 
         `sampling` are the fields of `modeling.sampling.Sampling`: guidance_scale, guidance_power,
@@ -75,4 +76,4 @@ class Pipeline:
         random = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(len(labels), self.generator.config.image_seq_len, generator=random)
         codes = self.engine.sample(labels, uniforms)
-        return decode_images(self.tokenizer, codes, self.dtype).cpu()
+        return self.decoder(codes).cpu()

@@ -17,7 +17,9 @@ from modeling.engine import (
     cache_bytes,
     check_type,
     copy_to,
-    float32_products,
+    default_dtype,
+    find_device,
+    free_memory,
 )
 from modeling.generator import Generator, GeneratorConfig
 from modeling.sampling import Sampling
@@ -197,22 +199,20 @@ def test_output_layer_is_float32_without_tf32_and_the_setting_is_kept(model, mon
     linear, states = engine_module.linear, []
 
     def watch(x, weight, bias=None):
-        states.append((len(weight), x.dtype, torch.backends.cuda.matmul.allow_tf32))
+        states.append((len(weight), x.dtype, torch.backends.cuda.matmul.fp32_precision))
         return linear(x, weight, bias)
 
     monkeypatch.setattr(engine_module, "linear", watch)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
     try:
         Engine(model, 4, Sampling(3.0), torch.bfloat16).sample(*inputs())
-        assert torch.backends.cuda.matmul.allow_tf32
-        with pytest.raises(RuntimeError), float32_products():
-            raise RuntimeError
-        assert torch.backends.cuda.matmul.allow_tf32
+        assert matmul.fp32_precision == "tf32"
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    assert {s for s in states if s[0] == 16} == {(16, torch.float32, False)}
-    assert {s[1:] for s in states if s[0] != 16} == {(torch.bfloat16, True)}
+        matmul.fp32_precision = before
+    assert {s for s in states if s[0] == 16} == {(16, torch.float32, "ieee")}
+    assert {s[1:] for s in states if s[0] != 16} == {(torch.bfloat16, "tf32")}
 
 
 def test_embeddings_and_norms_stay_float32(model):
@@ -242,6 +242,39 @@ def test_bfloat16_is_refused_before_ampere(monkeypatch):
                 check_type(torch.bfloat16, torch.device("cuda"))
         else:
             check_type(torch.bfloat16, torch.device("cuda"))
+
+
+def test_default_type_is_what_the_device_computes_in(monkeypatch):
+    assert default_dtype(torch.device("cpu")) == torch.float32
+    for capability, dtype in (((7, 5), torch.float32), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert default_dtype(torch.device("cuda")) == dtype
+
+
+@pytest.mark.parametrize(
+    "gpus, name, words",
+    [
+        (0, "cuda", "device=cuda: there is no GPU; choose another or cpu"),
+        (1, "cuda:1", "device=cuda:1: there is cuda:0; choose"),
+        (8, "cuda:9", "device=cuda:9: there is cuda:0 to cuda:7; choose"),
+        (1, "gpu", "device=gpu is not a device: choose cpu, cuda or cuda:N"),
+    ],
+)
+def test_device_that_is_not_there_is_refused(monkeypatch, gpus, name, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(InputError, match=words):
+        find_device(name)
+    assert find_device() == torch.device("cuda" if gpus else "cpu")
+    if gpus > 1:
+        assert find_device("cuda:7").index == 7
+
+
+def test_free_memory_counts_what_the_allocator_holds_without_using_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert free_memory(torch.device("cuda")) == 130
 
 
 def test_what_travels_to_a_gpu_is_pinned():
@@ -278,6 +311,7 @@ def test_int8_cache_keeps_the_logits_near_float32(fill):
 
 # ---------------------------------------------------------------------- pixels
 SHALLOW = TokenizerConfig(
+    exact_attention=True,
     image_size=64, encoder_layers=1, encoder_width=64, encoder_heads=2,
     decoder_layers=4, decoder_width=256, decoder_heads=4,
 )  # fmt: skip

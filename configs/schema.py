@@ -136,7 +136,7 @@ class GeneratorExperiment(Experiment):
     num_fid_samples: int = option(50_000, "Images to sample.", at_least=1)
     per_proc_batch_size: Optional[int] = option(
         None,
-        "Images sampled together; null: as many as memory allows, at most 256.",
+        "Images sampled together; null: as many as memory allows, at most 512.",
         at_least=1,
         at_most=2**20,
     )

@@ -11,6 +11,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as TF
 
 from data.order import EpochDraws
+from modeling.pixels import to_float as to_float
 from runtime.errors import InputError
 from runtime.randomness import generator_for
 
@@ -108,11 +109,6 @@ def random_crop(
 def to_uint8(image: Image.Image) -> Tensor:
     """(3, H, W), uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1]."""
-    return images.float() / 255
 
 
 class TrainImages(Dataset):

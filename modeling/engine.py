@@ -32,6 +32,7 @@ from .decode_attention import (
 )
 from .errors import InputError
 from .generator import Block, Generator, GeneratorConfig
+from .pixels import to_uint8
 from .quantizer import full_float32
 from .sampling import CACHES, Sampling, check_classes, draw, guidance_schedule, guide
 from .tokenizer import Decoder, Tokenizer
@@ -423,8 +424,11 @@ def find_device(name: Optional[str] = None) -> torch.device:
     except RuntimeError as e:
         raise InputError(f"device={name} is not a device: choose cpu, cuda or cuda:N") from e
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        there = f"cuda:0 to cuda:{gpus - 1}" if gpus > 1 else "cuda:0" if gpus else "no GPU"
-        raise InputError(f"device={name}: there is {there}; choose another or cpu")
+        if not gpus:
+            raise InputError(f"device={name}: no CUDA device is usable here; use cpu")
+        raise InputError(
+            f"device={name}: GPUs here are cuda:0 to cuda:{gpus - 1}; choose one of them"
+        )
     return device
 
 
@@ -516,7 +520,7 @@ class ImageDecoder:
             codes = F.pad(codes, (0, 0, 0, self.part - count))
         with torch.autocast(self.device.type, torch.bfloat16, self.autocast):
             pixels = self.decoder(self.embedding(codes))[0][:count]
-        return (pixels * 255).to(torch.uint8).permute(0, 2, 3, 1)
+        return to_uint8(pixels).permute(0, 2, 3, 1)
 
 
 def decodes_in_bfloat16(device: torch.device) -> bool:

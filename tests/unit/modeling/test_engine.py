@@ -254,9 +254,9 @@ def test_default_type_is_what_the_device_computes_in(monkeypatch):
 @pytest.mark.parametrize(
     "gpus, name, words",
     [
-        (0, "cuda", "device=cuda: there is no GPU; choose another or cpu"),
-        (1, "cuda:1", "device=cuda:1: there is cuda:0; choose"),
-        (8, "cuda:9", "device=cuda:9: there is cuda:0 to cuda:7; choose"),
+        (0, "cuda", "device=cuda: no CUDA device is usable here; use cpu"),
+        (1, "cuda:1", "device=cuda:1: GPUs here are cuda:0 to cuda:0; choose"),
+        (8, "cuda:9", "device=cuda:9: GPUs here are cuda:0 to cuda:7; choose"),
         (1, "gpu", "device=gpu is not a device: choose cpu, cuda or cuda:N"),
     ],
 )

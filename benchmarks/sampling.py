@@ -27,7 +27,7 @@ import modeling.engine
 from benchmarks.common import machine
 from data.pictures import write_png
 from modeling.engine import Engine, ImageDecoder, cache_bytes, decode_images
-from modeling.generator import Generator, GeneratorConfig
+from modeling.generator import Generator, GeneratorConfig, KVCache
 from modeling.sampling import (
     CACHES,
     ENGINES,
@@ -49,19 +49,18 @@ SIZES = {
 BATCHES = {"b": 256, "l": 256, "xl": 256}
 
 
-class GrownCache:
+class GrownCache(KVCache):
     """The plain way's cache: every step copies all of it into a longer one."""
 
     def __init__(self, layers: int):
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
+        self.grown: list[tuple[Tensor, Tensor] | None] = [None] * layers
         self.filled = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.keys[layer] is not None:
-            k = torch.cat([self.keys[layer], k], 2)
-            v = torch.cat([self.values[layer], v], 2)
-        self.keys[layer], self.values[layer] = k, v
+        before = self.grown[layer]
+        if before is not None:
+            k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
+        self.grown[layer] = k, v
         return k, v
 
 
@@ -73,7 +72,7 @@ def plain_codes(model: Generator, sampling: Sampling, labels: Tensor, uniforms: 
     cache, codes = GrownCache(config.num_hidden_layers), []
     x = model.embed_class(labels)
     for t in range(config.image_seq_len):
-        logits = guide(model.step(x, cache), scales[t].item())
+        logits = guide(model.step(x, cache), scales[t])
         codes.append(draw(logits, uniforms[:, t], 1.0))
         x = model.embeddings(codes[-1].repeat(2)).unsqueeze(1)
     return torch.stack(codes, 1)
@@ -135,6 +134,7 @@ def roofline(
     for filled in range(1, T + 1):
         read = (weights * dtype.itemsize + rows * filled * position) / bandwidth
         codes += max(read, 2 * weights * rows / flops)
+    assert tokenizer.decoder is not None
     decoder = sum(p.numel() for p in tokenizer.decoder.transformer.parameters())
     tokens = tokenizer.config.num_tokens + tokenizer.config.num_buffer_tokens
     return codes, 2 * decoder * tokens * batch / flops
@@ -280,7 +280,7 @@ def changes(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES) if cuda else ["b"])
     parser.add_argument("--precisions", nargs="+", default=["bf16"] if cuda else ["fp32", "bf16"])

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Optional, TypeVar, cast, get_args, get_origin
@@ -96,10 +97,13 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
     tree = read_section(schema, root, "", str(path))
     for key, text in pairs:
         if key != "config":
-            refuse_unused(program, key)
             read_argument(schema, tree, key, text, str(path))
+    places = dict(places_of(tree, ""))
+    for name, place in places.items():
+        if place.source == COMMAND_LINE:
+            refuse_unused(program, name)
     options = build(schema, tree, str(path))
-    warnings = [*warmup_warning(options, dict(places_of(tree, ""))), *without_effect(options)]
+    warnings = [*warmup_warning(options, places), *without_effect(options)]
     if os.environ.get("RANK", "0") == "0":
         for warning in warnings:
             print(f"warning: {path}: {warning}", file=sys.stderr)
@@ -259,7 +263,7 @@ def read_argument(schema: type, tree: Tree, key: str, text: str, file: str) -> N
         if get_origin(kind) is list:
             raise list_needed(prefix + base, place)
         below = section_of(kind)
-        if kind is dict and f"{prefix}{base}.{name}" == key:
+        if kind is dict and f"{prefix}{base}.{name}" == key:  # one entry of a mapping
             pair = (ScalarNode("tag:yaml.org,2002:str", name), argument_node(key, text))
             earlier = tree[base].node.value if base in tree else []
             kept = [(k, v) for k, v in earlier if k.value != name]
@@ -378,7 +382,7 @@ def convert(leaf: Leaf, kind: Any, optional: bool, rule: Rule, name: str) -> Any
             items = node.value if isinstance(node, SequenceNode) else [node]
             return [read_scalar(item, get_args(kind)[0], rule) for item in items]
         value = read_scalar(node, kind, rule)
-    except ValueError as e:
+    except (ValueError, YAMLError) as e:
         shown = short(node.value) if isinstance(node, ScalarNode) else "…"
         raise InputError(f"{name}={shown}: {remedy_for(kind, rule)}{leaf.place.where}") from e
     if optional and rule.notes.get("path") and str(value).lower() in ("true", "false", "none"):
@@ -454,7 +458,7 @@ def str_path(text: str, name: str, where: str) -> str:
 
 
 # ---------------------------------------------------------------------- dataclasses
-def places_of(tree: Any, path: str):
+def places_of(tree: Tree, path: str) -> Iterator[tuple[str, Place]]:
     """(option's path, place) of every value that was written."""
     for key, value in tree.items():
         name = f"{path}.{key}" if path else key

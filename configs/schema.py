@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from modeling.fields import check_options, option
+from modeling.fields import check_options, option, short
 from modeling.generator import GeneratorConfig
 from modeling.sampling import CACHES, ENGINES, SCHEDULES, Sampling
 from modeling.tokenizer import TokenizerConfig
@@ -116,10 +116,10 @@ class Experiment:
     def __post_init__(self):
         check_options(self)
         if self.resume == "" or not isinstance(self.resume, (bool, str)):
-            raise InputError(f"resume={self.resume}: set True, False or a path")
+            raise InputError(f"resume={short(self.resume)}: set True, False or a path")
         if Path(self.output_dir).name in ("", ".."):
             raise InputError(
-                f"output_dir={self.output_dir}: set the name of a folder of its own, such as "
+                f"output_dir={short(self.output_dir)}: set the name of a folder of its own, such as "
                 f"output/alitok"
             )
 
@@ -273,6 +273,7 @@ class TokenData:
         dict,
         "Accepted from published configs, without effect: pretokenization.py crops the images. "
         "Sizes other than model.vq_model.image_size are refused.",
+        null={},
         recorded=False,
     )
 
@@ -287,6 +288,12 @@ class SchedulerParams:
     )
     warmup_steps: int = option(62_500, "Steps of linear warm-up; 0: none.", at_least=0)
     end_lr: float = option(1e-5, "The rate at the end of the cosine.", at_least=0)
+    count_from: int = option(
+        1,
+        "Number of the first update in the schedule; 0 (as published): its rate is 0, and the last "
+        "one's is not quite end_lr.",
+        choices=(0, 1),
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -312,7 +319,7 @@ class GeneratorRun:
     )
     model: GeneratorModels = option(GeneratorModels, "The two models.")
     dataset: TokenData = option(TokenData, "The training data.")
-    optimizer: Optimizer = option(Optimizer, "AdamW.")
+    optimizer: Optimizer = option(Optimizer, "The optimizer, AdamW.")
     lr_scheduler: Scheduler = option(Scheduler, "The learning rate.")
     training: Training = option(Training, "Batches, precision, steps.")
 
@@ -346,6 +353,14 @@ class TokenizerModels:
         "paper says).",
         choices=("stage1", "scratch"),
     )
+    critic_init: str = option(
+        "scratch",
+        "Stage 2's discriminator starts from stage 1's (as published) or from scratch.",
+        choices=("stage1", "scratch"),
+    )
+    cluster_in_critic_steps: bool = option(
+        False, "Cluster the codebook in the discriminator's steps too (as published)."
+    )
     use_checkpoint: bool = option(
         False, "Recompute activations in the backward pass: less memory, more time."
     )
@@ -353,6 +368,16 @@ class TokenizerModels:
     def __post_init__(self):
         check_options(self)
         check_layers(self.vq_model)
+        if self.stage == 1 and self.critic_init != "scratch":
+            raise InputError(
+                f"critic_init={self.critic_init}: stage 1 always starts from scratch; this is an "
+                f"option of stage=2"
+            )
+        if self.cluster_in_critic_steps and not self.vq_model.clustering:
+            raise InputError(
+                "cluster_in_critic_steps=True needs vq_model.clustering=true: set it, or leave the "
+                "former out"
+            )
         for name in ("prefix_head", "clustering"):
             if self.stage == 2 and getattr(self.vq_model, name):
                 raise InputError(
@@ -422,17 +447,23 @@ class Phase:
         at_least=0,
         at_most=1e6,
     )
+    critic_after: int = option(
+        1,
+        "With gan_weight: steps of the tokenizer before the discriminator's first step in the "
+        "phase; then they alternate.",
+        at_least=1,
+    )
 
     def __post_init__(self):
         try:
             check_options(self)
         except InputError as e:
-            raise InputError(f"{e} (phase {self.name})") from e
+            raise InputError(f"{e} (phase {short(self.name)})") from e
         if self.shape is None:
             self.shape = "constant" if self.end_lr is None else "cosine"
         if (self.shape == "constant") != (self.end_lr is None):
             raise InputError(
-                f"shape={self.shape} and end_lr={self.end_lr} (phase {self.name}): a constant rate "
+                f"shape={self.shape} and end_lr={self.end_lr} (phase {short(self.name)}): a constant rate "
                 f"has no end_lr, the other shapes need one"
             )
 
@@ -450,6 +481,9 @@ class Losses:
     aux_weight: float = option(10.0, "Weight of that term.", at_least=0, at_most=1e6)
     quantizer_weight: float = option(
         1.0, "Weight of the quantizer's loss.", at_least=0, at_most=1e6
+    )
+    critic_weight: float = option(
+        1.0, "Weight of the discriminator's hinge loss (published: 0.1).", above=0, at_most=1e6
     )
 
     def __post_init__(self):
@@ -472,7 +506,19 @@ class TokenizerOptimizerParams:
     beta2: float = option(0.999, "Decay of the second moment.", at_least=0, below=1)
     weight_decay: float = option(0.01, "Weight decay.", at_least=0, at_most=1000)
     warmup_steps: int = option(
-        10_000, "Steps of linear warm-up at the start of the run; 0: none.", at_least=0
+        10_000,
+        "The tokenizer's own steps of linear warm-up at the start of the run; 0: none.",
+        at_least=0,
+    )
+    count_from: int = option(
+        1,
+        "Number of the first step in the warm-up; 0 (as published): its rate is 0.",
+        choices=(0, 1),
+    )
+    critic_learning_rate: Optional[float] = option(
+        None,
+        "The discriminator's constant rate (published: 1e-4); null: that of the tokenizer.",
+        at_least=0,
     )
 
     def __post_init__(self):
@@ -507,7 +553,7 @@ class TokenizerRun:
     )
     model: TokenizerModels = option(TokenizerModels, "The tokenizer and its stage.")
     dataset: ImageData = option(ImageData, "The training data.")
-    optimizer: TokenizerOptimizer = option(TokenizerOptimizer, "AdamW.")
+    optimizer: TokenizerOptimizer = option(TokenizerOptimizer, "The optimizer, AdamW.")
     losses: Losses = option(Losses, "Loss weights that stay the same in all phases.")
     perceptual: Perceptual = option(Perceptual, "The perceptual networks.")
     phases: list[Phase] = option(
@@ -539,8 +585,8 @@ class TokenizerRun:
             )
         if self.model.stage == 1 and self.experiment.stage1_checkpoint is not None:
             raise InputError(
-                f"experiment.stage1_checkpoint={self.experiment.stage1_checkpoint}: stage 1 does "
-                f"not use it; set model.stage=2 for stage 2, or experiment.resume=PATH to start "
+                f"experiment.stage1_checkpoint={short(self.experiment.stage1_checkpoint)}: stage 1 "
+                f"does not use it; set model.stage=2 for stage 2, or experiment.resume=PATH to start "
                 f"stage 1 from a checkpoint"
             )
 
@@ -596,12 +642,3 @@ UNUSED = {
         "training.use_ema": "experiment.generator_checkpoint; of a run folder, the average is used",
     },
 }
-
-
-def __getattr__(name: str) -> Any:
-    """The functions that lived here; new code imports them from `configs.load`."""
-    if name in ("load", "save", "as_dict", "tokenizer_config"):
-        import configs.load
-
-        return getattr(configs.load, name)
-    raise AttributeError(f"module configs.schema has no attribute {name}")

@@ -98,37 +98,56 @@ def generated(
     return metrics_of(evaluator, collector, "gFID")
 
 
-def reconstructed(
-    tokenizer: Tokenizer,
-    paths: list[str],
-    batch: int,
-    workers: int,
-    processes: PartialState,
-    lpips: Optional[LPIPS] = None,
-    evaluator: Optional[Evaluator] = None,
-) -> dict[str, float]:
-    """Metrics of the reconstructions of the images at `paths` (ADM's centre crop), in one pass.
+class ReconstructionScores:
+    """Metrics of the reconstructions of the images at `paths` (ADM's centre crop), from one pass.
 
-    val/psnr, val/codebook_use and val/perplexity on all processes; val/lpips with `lpips`; and with
-    `evaluator`, on rank 0 only, val/rFID and its other metrics: a true rFID where the reference
-    holds these very images. Call it outside autocast: like evaluate.py it reconstructs in float32.
+    Two calls, so that an image that one rank cannot read leaves no other rank waiting: `measure`
+    reads this rank's share of the images, `reduced` adds up over all ranks. Call both outside
+    autocast: like evaluate.py they reconstruct in float32.
     """
-    size, device = tokenizer.config.image_size, tokenizer.latent_tokens.device
-    sums = ReconstructionSums(tokenizer.config.codebook_size, device)
-    consumers: list[Consumer] = [sums]
-    perceptual = None if lpips is None else PerceptualDistance(lpips, device)
-    if perceptual is not None:
-        consumers.append(perceptual)
-    collector = None
-    if evaluator is not None:
-        collector = Collector("reconstructions", len(paths), (size, size), evaluator.network)
-        consumers.append(ReconstructionFeatures(collector))
-    rank, world = processes.process_index, processes.num_processes
-    batches = image_batches(paths, size, batch, workers, rank, world, outlive_first_signal)
-    reconstruct(tokenizer, batches, device, consumers)
-    values = {f"val/{name}": value for name, value in sums.metrics().items()}
-    if perceptual is not None:
-        values["val/lpips"] = perceptual.mean()
-    if evaluator is not None and collector is not None:
-        values |= metrics_of(evaluator, collector, "rFID")
-    return values
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        paths: list[str],
+        processes: PartialState,
+        lpips: Optional[LPIPS] = None,
+        evaluator: Optional[Evaluator] = None,
+    ):
+        self.tokenizer, self.paths, self.processes = tokenizer, paths, processes
+        self.evaluator, self.device = evaluator, tokenizer.latent_tokens.device
+        self.sums = ReconstructionSums(tokenizer.config.codebook_size, self.device)
+        self.perceptual = None if lpips is None else PerceptualDistance(lpips, self.device)
+        self.collector = None
+        if evaluator is not None:
+            side = tokenizer.config.image_size
+            self.collector = Collector(
+                "reconstructions", len(paths), (side, side), evaluator.network
+            )
+
+    def measure(self, batch: int, workers: int) -> "ReconstructionScores":
+        """Reconstruct this rank's share, `batch` images at once, read by `workers` processes."""
+        consumers: list[Consumer] = [self.sums]
+        if self.perceptual is not None:
+            consumers.append(self.perceptual)
+        if self.collector is not None:
+            consumers.append(ReconstructionFeatures(self.collector))
+        rank, world = self.processes.process_index, self.processes.num_processes
+        size = self.tokenizer.config.image_size
+        batches = image_batches(self.paths, size, batch, workers, rank, world, outlive_first_signal)
+        reconstruct(self.tokenizer, batches, self.device, consumers)
+        return self
+
+    def reduced(self) -> dict[str, float]:
+        """Metrics of all ranks' shares; all ranks call this together.
+
+        val/psnr, val/codebook_use and val/perplexity on all ranks; val/lpips with LPIPS; with an
+        evaluator, on rank 0 only, val/rFID and its other metrics: a true rFID where the reference
+        holds these very images.
+        """
+        values = {f"val/{name}": value for name, value in self.sums.metrics().items()}
+        if self.perceptual is not None:
+            values["val/lpips"] = self.perceptual.mean()
+        if self.evaluator is not None and self.collector is not None:
+            values |= metrics_of(self.evaluator, self.collector, "rFID")
+        return values

@@ -75,11 +75,7 @@ def score_tokenizer(
     Writes before | after | difference of the first images to `picture`.
     """
     size, device = tokenizer.config.image_size, tokenizer.latent_tokens.device
-    if size < SSIM_WINDOW:
-        raise InputError(
-            f"images of {size} px are smaller than the window of SSIM, {SSIM_WINDOW} px: use a "
-            f"tokenizer of larger images"
-        )
+    check_window(size)
     paths = [path for path, _ in list_images(folder)[0]]
     before, after = (
         Collector(name, len(paths), (size, size), network)
@@ -120,6 +116,15 @@ def score_tokenizer(
         "warnings": warnings_of(network, originals, reconstructions),
     }
     return result, originals
+
+
+def check_window(size: int) -> None:
+    """Refuse images (size x size pixels) without a place for SSIM's window."""
+    if size < SSIM_WINDOW:
+        raise InputError(
+            f"images of {size} px are smaller than the window of SSIM, {SSIM_WINDOW} px: use a "
+            f"tokenizer of larger images"
+        )
 
 
 def progress(

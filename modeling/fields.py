@@ -22,6 +22,7 @@ from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 from .errors import InputError
 
 LARGEST = 2**63 - 1  # of every integer option: what a tensor of int64 holds
+LONGEST = 4096  # characters of a text: what a path may have
 TYPED = object()  # as `null`: the type alone decides whether null is allowed
 
 
@@ -70,7 +71,11 @@ class Rule:
             (self.below, lambda limit: value < limit, "set less than {}"),
             (self.at_most, lambda limit: value <= limit, "set {} or less"),
             (None if math.isfinite(value) else 0, lambda limit: False, "set a finite number"),
-            (LARGEST, lambda limit: abs(value) <= limit, "set {} or less"),
+            (
+                LARGEST if isinstance(value, Integral) else None,
+                lambda limit: abs(value) <= limit,
+                "set {} or less",
+            ),
         )
         for limit, holds, remedy in tests:
             if limit is not None and not holds(limit):  # nan holds nowhere
@@ -94,6 +99,8 @@ def text_complaint(value: str) -> str:
     """What is wrong with a text as the name of a thing or file; empty where nothing is."""
     if not value.strip():
         return "the text is empty"
+    if len(value) > LONGEST:
+        return f"the text has more than {LONGEST} characters"
     if any(ord(c) < 32 or ord(c) == 127 for c in value):
         return "the text holds a control character: leave it out"
     try:

@@ -1,7 +1,7 @@
 """Vector quantizer with online codebook clustering (CVQ-VAE, Zheng & Vedaldi 2023)."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ COMMITMENT = 0.25
 FLOAT32_SETTINGS = (
     (torch.backends.cuda, "matmul"),
     (torch.backends.cudnn, "conv"),
+    (torch.backends.cudnn, "rnn"),  # torch wants both of cuDNN to agree
     (torch.backends.mkldnn, "matmul"),
     (torch.backends.mkldnn, "conv"),
 )
@@ -28,11 +29,32 @@ def full_float32(device_type: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device_type, enabled=False))
+        # Torch has these settings under old names too, and kernels raise where the two disagree.
+        matmul, cudnn = old_settings()
         for backend, operation in FLOAT32_SETTINGS:
             setting = getattr(backend, operation)
             stack.callback(setattr, setting, "fp32_precision", setting.fp32_precision)
-            setting.fp32_precision = "ieee"
+        stack.callback(torch.set_float32_matmul_precision, matmul)
+        stack.callback(setattr, torch.backends.cudnn, "allow_tf32", cudnn)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        for backend, operation in FLOAT32_SETTINGS:
+            getattr(backend, operation).fp32_precision = "ieee"
         yield
+
+
+def old_settings() -> tuple[str, bool]:
+    """The precision of products, and whether cuDNN may use TF32, by torch's old names.
+
+    Torch refuses to read them where a program has set the new names alone. They are then what torch
+    starts with.
+    """
+    matmul, cudnn = "highest", True
+    with suppress(RuntimeError):
+        matmul = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        cudnn = torch.backends.cudnn.allow_tf32
+    return matmul, cudnn
 
 
 def squared_distances(z: Tensor, codebook: Tensor) -> Tensor:

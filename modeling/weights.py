@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,53 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     (`weights_only`). Raises InputError for a file that is missing, unreadable or damaged, that is of
     another kind, or that holds no tensors or two candidates.
     """
-    path = Path(path)
+    content = read_file(Path(path))
+    state, removed = unwrap(content, str(path))
+    say_unwrapped(path, removed)
+    return state
+
+
+def read_part(path: str | Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one model in a file of several: those with the prefix of tensor `name`.
+
+    So the discriminator is read from the `criterion_state` of the published trainer's `last.pth`,
+    or from a file of its own. Raises InputError as `read_state_dict` does, and where no tensor, or
+    more than one, has this name.
+    """
+    content = read_file(Path(path))
+    entries = {"": content}
+    if isinstance(content, dict):
+        entries |= {key: value for key, value in content.items() if isinstance(value, dict)}
+    found = [
+        (entry, key.removesuffix(name))
+        for entry, tensors in entries.items()
+        for key in tensors
+        if isinstance(key, str) and (key == name or key.endswith(f".{name}"))
+    ]
+    if len(found) != 1:
+        many = " and ".join(f"{entry} {prefix}{name}".strip() for entry, prefix in found)
+        raise InputError(
+            f"{path} holds {many or 'no ' + name}: pass a run folder or file with one "
+            f"{name.partition('.')[0]} model"
+        )
+    ((entry, prefix),) = found
+    say_unwrapped(path, [part for part in (entry, prefix) if part])
+    tensors = entries[entry]
+    return {
+        key.removeprefix(prefix): value
+        for key, value in tensors.items()
+        if isinstance(value, Tensor) and key.startswith(prefix)
+    }
+
+
+def say_unwrapped(path: str | Path, removed: list[str]) -> None:
+    # torchrun and accelerate number their processes in RANK: one of them says it.
+    if removed and os.environ.get("RANK", "0") == "0":
+        log.warning("%s: took the weights from %s", path, " -> ".join(removed))
+
+
+def read_file(path: Path) -> Any:
+    """Whatever tensors and plain values a weights file holds, as they are nested there."""
     try:
         kind = kind_by_content(path)
     except PermissionError as e:
@@ -46,17 +93,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is {kind}")
     try:
         if named == SAFETENSORS:
-            content = load_file(path)
-        else:  # older files (VGG's, LPIPS's) are not zip archives and cannot be mapped
-            mmap = kind == PYTORCH
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return load_file(path)
+        # Older files (VGG's, LPIPS's) are not zip archives and cannot be mapped.
+        mmap = kind == PYTORCH
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # a damaged pickle raises almost anything
         raise not_tensors(path, e) from e
-    state, removed = unwrap(content, str(path))
-    # torchrun and accelerate number their processes in RANK: one of them says it.
-    if removed and os.environ.get("RANK", "0") == "0":
-        log.warning("%s: took the weights from %s", path, " -> ".join(removed))
-    return state
 
 
 def no_file(path: Path) -> InputError:

@@ -16,6 +16,7 @@ from runtime.errors import InputError
 SPACE, RIGHTS = "make room", "change its permissions or choose another place"
 REMEDIES = {
     errno.ENOSPC: SPACE, errno.EDQUOT: SPACE, errno.EFBIG: SPACE,
+    errno.ENAMETOOLONG: "choose a shorter name", errno.ENOTDIR: "choose another place",
     errno.EROFS: RIGHTS, errno.EACCES: RIGHTS, errno.EPERM: RIGHTS,
 }  # fmt: skip
 READER_GONE = 128 + signal.SIGPIPE  # as the shell reports other programs

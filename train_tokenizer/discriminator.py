@@ -1,4 +1,4 @@
-"""The patch discriminator of the adversarial phase and its losses.
+"""The patch discriminator of the adversarial phase, and the losses of both sides.
 
 Attribute names are the keys of the published state dict.
 """
@@ -27,7 +27,7 @@ class SameConv2d(nn.Conv2d):
 
 
 class BlurDownsample(nn.Module):
-    """Halves the image with the binomial kernel (1, 3, 3, 1)."""
+    """Halve the image through the binomial kernel (1, 3, 3, 1)."""
 
     kernel: Tensor
 
@@ -78,6 +78,6 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
-def generator_loss(fake_logits: Tensor) -> Tensor:
+def adversarial_loss(fake_logits: Tensor) -> Tensor:
     """The tokenizer's adversarial loss: -mean(D(fake))."""
     return -fake_logits.mean()

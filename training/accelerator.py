@@ -1,4 +1,4 @@
-"""The accelerator of a training program: autocast type, launcher, FSDP."""
+"""The accelerator of a training program: its processes, autocast type and FSDP."""
 
 import os
 from datetime import timedelta
@@ -41,11 +41,12 @@ def start_training(training: Training) -> Accelerator:
 
 
 def start_fsdp(accelerator: Accelerator) -> None:
-    """Make the FSDP that accelerate's config asks for run on CPUs too, and compute as DDP does."""
+    """Let the FSDP that accelerate's config asks for run on CPUs too, and compute as DDP does."""
     state = accelerator.state
-    if state.distributed_type == DistributedType.MULTI_CPU:  # accelerate leaves FSDP to GPUs
+    if state.distributed_type == DistributedType.MULTI_CPU:  # accelerate: FSDP on GPUs only
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin()  # reads the launcher's environment
-    # Autocast alone decides the types. FSDP's own policy would round what enters each block too:
+    # Autocast alone decides the types. FSDP's own policy would also round what enters each block:
     # the rotary table and the residual stream.
+    assert state.fsdp_plugin is not None, "accelerate sets it where FSDP is asked for"
     state.fsdp_plugin.mixed_precision_policy = None

@@ -10,7 +10,7 @@ import evaluation.evaluator
 from configs.schema import GeneratorExperiment, GeneratorModels, GeneratorOptions, GeneratorRun
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
-from evaluation.in_training import generated, job_in_training, open_evaluator, reconstructed
+from evaluation.in_training import ReconstructionScores, generated, job_in_training, open_evaluator
 from evaluation.statistics import digests_of
 from generation.images import sample_images
 from modeling.generator import Generator
@@ -142,11 +142,15 @@ def test_one_pass_gives_all_metrics(evaluator, models, tmp_path, monkeypatch):
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda x: encoded.append(len(x)) or encode(x))
     processes = evaluator.processes
-    values = reconstructed(tokenizer, paths, 4, 0, processes, Distance(), evaluator)
+    values = (
+        ReconstructionScores(tokenizer, paths, processes, Distance(), evaluator)
+        .measure(4, 0)
+        .reduced()
+    )
     assert encoded == [4, 4, 3]  # every image once
     expected = {"psnr", "codebook_use", "perplexity", "lpips", "rFID", "sFID", "precision"}
     assert values.keys() >= {f"val/{name}" for name in expected} and "val/gFID" not in values
-    alone = reconstructed(tokenizer, paths, 11, 0, processes)
+    alone = ReconstructionScores(tokenizer, paths, processes).measure(11, 0).reduced()
     assert alone.keys() == {"val/psnr", "val/codebook_use", "val/perplexity"}
     assert alone == pytest.approx({name: values[name] for name in alone})
 

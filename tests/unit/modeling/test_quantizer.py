@@ -7,7 +7,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from modeling import quantizer as quantizer_module
-from modeling.quantizer import FLOAT32_SETTINGS, VectorQuantizer, full_float32, squared_distances
+from modeling.quantizer import (
+    FLOAT32_SETTINGS,
+    VectorQuantizer,
+    full_float32,
+    old_settings,
+    squared_distances,
+)
 
 CODES, SIZE = 16, 4
 
@@ -89,7 +95,7 @@ def products():
     return [getattr(backend, operation).fp32_precision for backend, operation in FLOAT32_SETTINGS]
 
 
-@pytest.fixture(params=["tf32 by the old name", "tf32", "medium", "autocast"])
+@pytest.fixture(params=["tf32 by the old name", "tf32", "cudnn by the new", "medium", "autocast"])
 def loose_products(request):
     """The ways in which a program makes float32 products less exact."""
     cuda, conv = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -100,6 +106,8 @@ def loose_products(request):
         cuda.allow_tf32 = conv.allow_tf32 = True
     if request.param == "tf32":
         cuda.fp32_precision = "tf32"
+    if request.param == "cudnn by the new":
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # against the default of its old name
     if request.param == "medium":
         torch.set_float32_matmul_precision("medium")  # bfloat16, also on CPUs that have it
     with autocast:
@@ -107,6 +115,7 @@ def loose_products(request):
     torch.set_float32_matmul_precision(before)
     conv.allow_tf32 = allowed
     cuda.fp32_precision = setting
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 def near_ties():
@@ -123,19 +132,21 @@ def test_codes_and_clustering_are_full_float32(loose_products, monkeypatch):
 
     def watched(*given):
         result = squared_distances(*given)
-        seen.append((products(), torch.is_autocast_enabled("cpu"), result.dtype))
+        # Read as kernels read them: this raises where torch's old and new settings disagree.
+        tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        seen.append((products(), tf32, torch.is_autocast_enabled("cpu"), result.dtype))
         return result
 
     monkeypatch.setattr(quantizer_module, "squared_distances", watched)
-    around = products()
+    around = products(), old_settings()
     found["codes"] = model.nearest(z)
     found["forward"] = model(z)[1]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     found["compiled"] = compiled(z.requires_grad_())[1]
     start = model.embedding.weight.detach().clone()
     model.cluster(z.detach().flatten(0, 1))
-    assert seen == [(["ieee"] * 4, False, torch.float32)] * 4
-    assert products() == around  # as they were
+    assert seen == [(["ieee"] * 5, (False, False), False, torch.float32)] * 4
+    assert (products(), old_settings()) == around  # as they were
     exact = torch.cdist(z.detach().double(), start.double()).argmin(2)
     for codes in found.values():
         assert (codes == exact).float().mean() > 0.999

@@ -17,6 +17,7 @@ from modeling.weights import (
     describe,
     load_tensors,
     load_weights,
+    read_part,
     read_state_dict,
     tensors_hash,
     write_state_dict,
@@ -311,6 +312,36 @@ def test_unwrapping_is_said_by_one_process_and_never_of_plain_files(tmp_path, ca
 def test_two_candidates_are_refused_and_named(tmp_path, content, candidates):
     torch.save(content, tmp_path / "w.pth")
     assert f"holds more than one set of weights: {candidates};" in refusal(tmp_path / "w.pth")
+
+
+CRITIC = {"block_in.0.weight": torch.ones(2), "to_logits.0.bias": torch.zeros(1)}
+IN_CRITERION = {f"discriminator.{name}": tensor for name, tensor in CRITIC.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        CRITIC,
+        {**PUBLISHED, "criterion_state": {**IN_CRITERION, "lpips.lin0.weight": torch.ones(1)}},
+        {f"module.{name}": tensor for name, tensor in CRITIC.items()},
+        {**PUBLISHED, "criterion_state": CRITIC},
+    ],
+)
+def test_one_model_is_read_out_of_a_file_of_several(tmp_path, content):
+    torch.save(content, tmp_path / "last.pth")
+    state = read_part(tmp_path / "last.pth", "block_in.0.weight")
+    assert state.keys() == CRITIC.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in CRITIC.items())
+
+
+def test_a_model_that_is_not_there_or_there_twice_is_refused(tmp_path):
+    torch.save(NAMES, tmp_path / "none.pth")
+    with pytest.raises(InputError, match=r"none.pth holds no block_in.0.weight"):
+        read_part(tmp_path / "none.pth", "block_in.0.weight")
+    torch.save({"a": CRITIC, "b": IN_CRITERION}, tmp_path / "two.pth")
+    twice = r"holds a block_in.0.weight and b discriminator.block_in.0.weight"
+    with pytest.raises(InputError, match=twice):
+        read_part(tmp_path / "two.pth", "block_in.0.weight")
 
 
 def test_tensor_that_is_there_twice_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from modeling.fields import check_options, option, short
 from modeling.generator import GeneratorConfig
-from modeling.sampling import SCHEDULES, Sampling
+from modeling.sampling import CACHES, ENGINES, SCHEDULES, Sampling
 from modeling.tokenizer import TokenizerConfig
 from runtime.errors import InputError
 
@@ -136,7 +136,7 @@ class GeneratorExperiment(Experiment):
     num_fid_samples: int = option(50_000, "Images to sample.", at_least=1)
     per_proc_batch_size: Optional[int] = option(
         None,
-        "Images sampled together; null: as many as memory allows, at most 256.",
+        "Images sampled together; null: as many as memory allows, at most 512.",
         at_least=1,
         at_most=2**20,
     )
@@ -151,6 +151,15 @@ class GeneratorExperiment(Experiment):
     )
     compile: Any = option(
         "auto", "torch.compile the sampler; auto: on CUDA.", choices=("auto", True, False)
+    )
+    engine: str = option(
+        "auto", "Attention of sampling; auto: fused on CUDA if it is right there.", choices=ENGINES
+    )
+    cache: str = option(
+        "auto",
+        "Keys and values in sampling; int8: half the bytes of bf16, slightly other images; auto: as "
+        "the precision.",
+        choices=CACHES,
     )
     classes: Optional[list[int]] = option(
         None, "Image i has class classes[i mod their number]; null: all classes.", at_least=0
@@ -598,6 +607,8 @@ UNUSED = {
         "experiment.save_png": "experiment.generate_every for sample grids",
         "experiment.evaluate": "experiment.fid_reference",
         "experiment.compile": "training.compile",
+        "experiment.engine": "",
+        "experiment.cache": "",
         "experiment.codes": "",
         "experiment.grid": "experiment.generate_every for sample grids",
     },

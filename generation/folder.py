@@ -32,7 +32,7 @@ from runtime.files import lock_folder, whole_file, writing
 from runtime.parts import Parts, check_settings
 from runtime.processes import on_main, set_matmul_precision
 
-LARGEST_CHUNK = 256  # larger chunks gain little and are shared less evenly among processes
+LARGEST_CHUNK = 512  # larger chunks gain little and are shared less evenly among processes
 # Not "remove the folder": the generator's training run may be in it.
 REMEDY = "use another experiment.output_dir, or remove what sampling left there"
 
@@ -76,6 +76,8 @@ class SampleFolder:
             return {**settings, "codes": digest.hexdigest()[:16]}
         assert self.models.generator is not None
         known = self.models.generator.config.condition_num_classes
+        if job.cache != "auto":  # folders from before the option have no such entry
+            settings["cache"] = job.cache
         return {
             **settings,
             "classes": known if job.classes == tuple(range(known)) else list(job.classes),

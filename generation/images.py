@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from generation.job import SamplingJob
-from modeling.engine import Engine, decode_images
+from modeling.engine import DECODED_AT_ONCE, Engine, ImageDecoder
 from modeling.tokenizer import Tokenizer
 from runtime.randomness import image_uniforms
 
@@ -30,7 +30,9 @@ def sample_images(
         uniforms = image_uniforms(job.seed, indices, engine.config.image_seq_len)
         return engine.sample(job.labels(indices), uniforms)
 
-    return images_of(sample, tokenizer, job.dtype, batches)
+    compiled = job.compiled and engine.device.type == "cuda"
+    decoder = ImageDecoder(tokenizer, job.dtype, compiled, min(engine.batch, DECODED_AT_ONCE))
+    return images_of(sample, decoder, batches)
 
 
 def decode_stored(
@@ -43,24 +45,20 @@ def decode_stored(
         part = codes[indices.start : indices.stop].astype(np.int64)
         return torch.from_numpy(part).to(device)
 
-    return images_of(read, tokenizer, job.dtype, batches)
+    return images_of(read, ImageDecoder(tokenizer, job.dtype), batches)
 
 
 def images_of(
-    codes_of: Callable[[range], Tensor],
-    tokenizer: Tokenizer,
-    dtype: torch.dtype,
-    batches: Iterable[range],
+    codes_of: Callable[[range], Tensor], decoder: ImageDecoder, batches: Iterable[range]
 ) -> Iterator[ImageBatch]:
-    """Images of the codes (B, T) that `codes_of(indices)` returns on the tokenizer's device.
+    """Images of the codes (B, T) that `codes_of(indices)` returns on the decoder's device.
 
     On CUDA a batch is decoded while the next one is sampled, so it comes out one batch later.
     """
-    device = tokenizer.latent_tokens.device
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
     previous = None
     for indices in batches:
-        pending = indices, start_decoding(tokenizer, codes_of(indices), dtype, stream)
+        pending = indices, start_decoding(decoder, codes_of(indices), stream)
         if previous is not None:
             yield ImageBatch(previous[0], *previous[1]())
         previous = pending
@@ -73,16 +71,16 @@ Pending = Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 def start_decoding(
-    tokenizer: Tokenizer, codes: Tensor, dtype: torch.dtype, stream: Optional[torch.cuda.Stream]
+    decoder: ImageDecoder, codes: Tensor, stream: Optional[torch.cuda.Stream]
 ) -> Pending:
     """Decode on a CUDA stream, beside what the current stream does next; without one, now."""
     if stream is None:
-        images = decode_images(tokenizer, codes, dtype)
+        images = decoder(codes)
         return lambda: (images.numpy(), codes.numpy())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         codes.record_stream(stream)
-        images = decode_images(tokenizer, codes, dtype)
+        images = decoder(codes)
         on_host = [
             torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
             for x in (images, codes)

@@ -6,6 +6,7 @@ from typing import Optional
 import torch
 
 from configs.schema import GeneratorRun
+from modeling.engine import default_dtype
 from modeling.sampling import Sampling, check_classes
 from runtime.errors import InputError
 from runtime.processes import compiles
@@ -23,6 +24,8 @@ class SamplingJob:
     precision: str  # fp32, tf32 or bf16
     compiled: bool
     chunk: Optional[int]  # images sampled together; None: as many as memory allows
+    engine: str = "auto"  # see modeling.engine.Engine
+    cache: str = "auto"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,14 +54,16 @@ def sampling_job(options: GeneratorRun, device: torch.device) -> SamplingJob:
         precision=sampling_precision(experiment.precision, device),
         compiled=compiles(experiment.compile, "experiment.compile"),
         chunk=experiment.per_proc_batch_size,
+        engine=experiment.engine,
+        cache=experiment.cache,
     )
 
 
 def sampling_precision(precision: str, device: torch.device) -> str:
-    """fp32, tf32 or bf16; auto is bf16 on CUDA and fp32 on a CPU."""
+    """fp32, tf32 or bf16; auto is bf16 on CUDA (from Ampere on) and fp32 elsewhere."""
     cuda = device.type == "cuda"
     if precision == "auto":
-        return "bf16" if cuda else "fp32"
+        return "bf16" if default_dtype(device) == torch.bfloat16 else "fp32"
     if precision == "tf32" and not cuda:
         raise InputError("experiment.precision=tf32 works only on CUDA: choose fp32 or bf16")
     return precision

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from configs.schema import GeneratorExperiment, GeneratorModels
 from generation.job import SamplingJob
-from modeling.engine import DECODED_AT_ONCE, Engine, cache_bytes
+from modeling.engine import DECODED_AT_ONCE, Engine, cache_bytes, free_memory
 from modeling.generator import Generator
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors, tensors_hash
@@ -28,7 +28,15 @@ class Models:
     def engine(self, job: SamplingJob, batch: int) -> Engine:
         """The job's engine for batches of up to `batch` images."""
         assert self.generator is not None
-        return Engine(self.generator, batch, job.sampling, job.dtype, job.compiled)
+        return Engine(
+            self.generator,
+            batch,
+            job.sampling,
+            job.dtype,
+            job.compiled,
+            job.engine,
+            job.cache,
+        )
 
 
 def generator_checkpoint(experiment: GeneratorExperiment) -> str:
@@ -67,7 +75,7 @@ def largest_batch(models: Models, job: SamplingJob) -> int:
     """How many images at once fit into free memory, by a conservative estimate."""
     device, config = models.device, models.tokenizer.config
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free = free_memory(device)
     else:
         free = psutil.virtual_memory().available
     # Decoding: a few activations as wide as the MLP, and pixels in float32 and as bytes.
@@ -79,5 +87,6 @@ def largest_batch(models: Models, job: SamplingJob) -> int:
         # The engine's weights, and sorted and summed logits in float64.
         sizes = models.generator.config
         shared += 4 * 12 * sizes.num_hidden_layers * sizes.hidden_size**2
-        image += cache_bytes(sizes, job.sampling, job.dtype) + 64 * sizes.codebook_size
+        image += cache_bytes(sizes, job.sampling, job.dtype, job.cache)
+        image += 64 * sizes.codebook_size
     return max(int(0.9 * free - shared) // image, 0)

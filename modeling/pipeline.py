@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .engine import Engine, decode_images
+from .engine import Engine, ImageDecoder, default_dtype, find_device
 from .errors import InputError
 from .generator import Generator, GeneratorConfig
 from .randomness import image_uniforms
@@ -37,8 +37,9 @@ class Pipeline:
     """A generator and a tokenizer with their weights, ready to make images.
 
     `device` is CUDA where there is one. `dtype` is that of the generator's matrices: by default
-    bfloat16 on CUDA and float32 on a CPU. `compiled` takes a minute first; it pays on CUDA for many
-    images in batches of one size. Raises InputError for files or a device that do not fit.
+    bfloat16 on CUDA, from Ampere on, and float32 elsewhere. `compiled` takes a minute first; it pays on
+    CUDA for many images in batches of one size. Raises InputError for files or a device that do not
+    fit.
     """
 
     def __init__(
@@ -50,11 +51,8 @@ class Pipeline:
         dtype: Optional[torch.dtype] = None,
         compiled: bool = False,
     ):
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        cuda = self.device.type == "cuda"
-        if cuda and not torch.cuda.is_available():
-            raise InputError(f"device {device}: no CUDA device is usable here; use cpu")
-        self.dtype = dtype or (torch.bfloat16 if cuda else torch.float32)
+        self.device = find_device(device)
+        self.dtype = dtype or default_dtype(self.device)
         self.compiled = compiled
         config = tokenizer_config or TokenizerConfig()
         self.tokenizer = Tokenizer(config).eval()
@@ -64,6 +62,7 @@ class Pipeline:
         load_tensors(self.generator, state, generator)
         self.tokenizer.to(self.device)
         self.generator.to(self.device)
+        self.decoder = ImageDecoder(self.tokenizer, self.dtype)
         self.engine: Optional[Engine] = None
 
     def __call__(
@@ -87,7 +86,7 @@ class Pipeline:
             self.engine = Engine(self.generator, batch, settings, self.dtype, self.compiled)
         uniforms = image_uniforms(seed, range(batch), self.generator.config.image_seq_len)
         codes = self.engine.sample(labels, uniforms)
-        return decode_images(self.tokenizer, codes, self.dtype).cpu()
+        return self.decoder(codes).cpu()
 
 
 def class_labels(classes: Sequence[int]) -> Tensor:

@@ -19,8 +19,16 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("fp32", CUDA, "fp32"),
     ],
 )
-def test_precision_is_decided_by_the_device_where_it_is_open(precision, device, expected):
+def test_precision_is_decided_by_the_device_where_it_is_open(
+    precision, device, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert sampling_precision(precision, device) == expected
+
+
+def test_gpu_before_ampere_samples_in_float32_by_default(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert sampling_precision("auto", CUDA) == "fp32"
 
 
 def test_tf32_on_a_cpu_is_refused():

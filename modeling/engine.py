@@ -1,18 +1,46 @@
-"""The fast sampler: cached autoregressive sampling with weights laid out for the device."""
+"""The fast sampler: cached autoregressive sampling with weights laid out for the device.
 
-import math
+`sampling.sample_codes` is its short, readable twin and draws the same codes. Shape suffixes: B images,
+N rows (B, or 2B with guidance), D hidden size, H heads, h head size, T codes per image, V codebook
+size.
+
+One step is a chain of functions, each of which is one compiled program on CUDA:
+
+    enter → attention → between → attention → … → leave → output layer → choose
+
+`between` holds everything from one attention to the next, so that a block costs four products, three
+other kernels and the attention.
+"""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .decode_attention import (
+    EPS,
+    Attention,
+    choose_attention,
+    describe,
+    empty_cache,
+    plain_attention,
+)
+from .errors import InputError
 from .generator import Block, Generator, GeneratorConfig
 from .sampling import Sampling, check_classes, draw, guidance_schedule, guide
-from .tokenizer import Tokenizer
+from .tokenizer import Decoder, Tokenizer
 
-BUCKET = 32  # compiled steps attend to a multiple of so many positions: a few shapes, little waste
-DECODED_AT_ONCE = 64  # images; more fills no GPU better and takes more memory
+CACHES = ("auto", "int8")
+DECODED_AT_ONCE = 64  # images; more do not fill a GPU better and take more memory
+# Two streams halve the rows of every product and read the weights twice, so a half must be large.
+STREAMED_BATCH = 128
+# Programs per function in one process: three sizes, two types, several batches and samplings.
+RECOMPILE_LIMIT = 128
 
 
 class BlockWeights(NamedTuple):
@@ -29,80 +57,209 @@ class BlockWeights(NamedTuple):
     w2: Tensor
 
 
-def pack(weight: Tensor, rows: int) -> Tensor:
-    """Lay a matrix (out, in) out in the blocks that oneDNN multiplies a few `rows` by.
-
-    A step reads every weight for a few rows; reordering them anew each time costs as much as the
-    product. Only on a CPU that oneDNN supports; elsewhere the matrix comes back as it is.
-    """
-    if weight.is_cuda or not torch.backends.mkldnn.is_available():
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-
-
+# ---------------------------------------------------------------------- the parts of a step
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """One query a head: q (N, H, h), k and v (N, H, L, h), mask (L,) added -> (N, H, h).
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[1],), weight, EPS)
 
-    Compiled, this is products and sums that read the cache once, with sums and softmax in float32:
-    with one query there is nothing for matrix units to do.
+
+def enter(rows: Tensor, embeddings: Tensor, block: BlockWeights) -> tuple[Tensor, Tensor]:
+    """Rows (N,) of the embedding table -> x (N, D) float32 and the first block's qkv (N, 3D)."""
+    x = F.embedding(rows, embeddings)
+    return x, linear(norm(x, block.norm1).to(block.qkv.dtype), block.qkv, block.qkv_bias)
+
+
+def after_attention(x: Tensor, y: Tensor, block: BlockWeights) -> Tensor:
+    """x (N, D) and the attention's y (N, D) -> the block's output (N, D), as `generator.Block`.
+
+    The residual sums stay in float32 whatever the type of the matrices, as in training under
+    autocast.
     """
-    if not torch.compiler.is_compiling():
-        y = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, mask.to(q.dtype)[None, None, None])
-        return y.squeeze(2)
-    scores = (q.float().unsqueeze(2) * k.float()).sum(-1) * q.shape[-1] ** -0.5 + mask  # (N, H, L)
-    weights = torch.softmax(scores, -1)
-    return (weights.unsqueeze(-1) * v.float()).sum(2).to(q.dtype)
+    x = x + linear(y, block.proj, block.proj_bias)
+    gate, up = linear(norm(x, block.norm2).to(block.w13.dtype), block.w13).chunk(2, -1)
+    return x + linear(F.silu(gate) * up, block.w2)
 
 
-def block_step(
-    x: Tensor,
-    weights: BlockWeights,
-    cache: Tensor,
-    length: int,
-    position: Tensor,
-    turn: Tensor,
-    mask: Tensor,
+def between(
+    x: Tensor, y: Tensor, block: BlockWeights, following: BlockWeights
+) -> tuple[Tensor, Tensor]:
+    """Everything between the attentions of two blocks -> x (N, D) and the next qkv (N, 3D)."""
+    x = after_attention(x, y, block)
+    qkv = linear(
+        norm(x, following.norm1).to(following.qkv.dtype), following.qkv, following.qkv_bias
+    )
+    return x, qkv
+
+
+def leave(x: Tensor, y: Tensor, block: BlockWeights, final_norm: Tensor) -> Tensor:
+    """What follows the last attention, up to the output layer's input: (N, D) float32."""
+    return norm(after_attention(x, y, block), final_norm)
+
+
+def choose(
+    logits: Tensor,
+    uniform: Tensor,
+    scale: Tensor,
+    guided: bool,
+    temperature: float,
+    top_k: int,
+    top_p: float,
 ) -> Tensor:
-    """One block at one position, as `generator.Block` on (N, 1, D): x (N, D) float32 -> same.
+    """Logits (N, V), uniforms (B,) and a guidance scale (1,) -> codes (B,)."""
+    if guided:
+        logits = guide(logits, scale)
+    return draw(logits, uniform, temperature, top_k, top_p)
 
-    The sums of x stay in float32 whatever the type of the matrices, as in training under autocast.
-    `cache` (2, N, H, S, h) gets k and v at `position` (1,); its first `length` positions are read.
-    `turn` (2, h) are cosines and signed sines of the rotation at this position.
+
+class StepFunctions(NamedTuple):
+    """The functions of a step, eager or compiled."""
+
+    enter: Callable[..., tuple[Tensor, Tensor]] = enter
+    between: Callable[..., tuple[Tensor, Tensor]] = between
+    leave: Callable[..., Tensor] = leave
+    choose: Callable[..., Tensor] = choose
+
+
+def compile_function(function: Callable) -> Callable:
+    """torch.compile for one fixed shape per engine.
+
+    `fullgraph` makes Dynamo raise where it would otherwise fall back to eager code. Deterministic:
+    Inductor then chooses no kernel by timing, so the order of its sums, and with it the images, are
+    the same on every GPU of a kind.
     """
-    N, D = x.shape
-    heads, size = cache.shape[2], cache.shape[4]
-    dtype = cache.dtype
-    y = F.rms_norm(x, (D,), weights.norm1, 1e-5).to(dtype)
-    qkv = linear(y, weights.qkv, weights.qkv_bias).view(N, 3, heads, size)
-    qk = F.rms_norm(qkv[:, :2].float(), (size,), None, 1e-5) * weights.qk_norm  # (N, 2, H, h)
-    swapped = qk.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # within each rotated pair
-    q, k = (qk * turn[0] + swapped * turn[1]).to(dtype).unbind(1)  # (N, H, h)
-    cache[0].index_copy_(2, position, k.unsqueeze(2))
-    cache[1].index_copy_(2, position, qkv[:, 2].unsqueeze(2))
-    y = attend(q, cache[0, :, :, :length], cache[1, :, :, :length], mask[:length])
-    x = x + linear(y.reshape(N, D), weights.proj, weights.proj_bias)
-    y = F.rms_norm(x, (D,), weights.norm2, 1e-5).to(dtype)
-    gate, up = linear(y, weights.w13).chunk(2, -1)
-    return x + linear(F.silu(gate) * up, weights.w2)
+    return torch.compile(function, dynamic=False, fullgraph=True, options={"deterministic": True})
 
 
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Dynamo's limits raised so that all sizes, types and samplings of one process fit."""
+    import torch._dynamo.config as dynamo
+
+    with dynamo.patch(
+        recompile_limit=max(RECOMPILE_LIMIT, dynamo.recompile_limit),
+        accumulated_recompile_limit=max(8 * RECOMPILE_LIMIT, dynamo.accumulated_recompile_limit),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def float32_products() -> Iterator[None]:
+    """Products of float32 matrices without TensorFloat-32, whatever the process has set."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+# ---------------------------------------------------------------------- weights and state
+def pack(weight: Tensor, rows: int) -> Tensor:
+    """A matrix (out, in) in the layout in which oneDNN multiplies it by a few `rows`.
+
+    A step reads every weight for a few rows; reordering the matrix each time costs as much as the
+    product. Only on a CPU that oneDNN supports; elsewhere the matrix comes back as it is.
+    """
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def block_weights(
+    block: Block, dtype: torch.dtype, lay_out: Callable[[Tensor], Tensor]
+) -> BlockWeights:
+    """The engine's form of a block's weights; `lay_out` arranges a matrix for its device."""
+    attn, mlp = block.attn, block.mlp
+    return BlockWeights(
+        norm1=block.norm1.weight.detach().float(),
+        qkv=lay_out(attn.qkv.weight.detach().to(dtype)),
+        qkv_bias=attn.qkv.bias.detach().to(dtype),
+        qk_norm=torch.stack([attn.q_norm.weight, attn.k_norm.weight]).float().unsqueeze(1),
+        proj=lay_out(attn.proj.weight.detach().to(dtype)),
+        proj_bias=attn.proj.bias.detach().to(dtype),
+        norm2=block.norm2.weight.detach().float(),
+        w13=lay_out(torch.cat([mlp.w1.weight, mlp.w3.weight]).to(dtype)),
+        w2=lay_out(mlp.w2.weight.detach().to(dtype)),
+    )
+
+
+def rotation_turns(model: Generator) -> Tensor:
+    """The rotary table as factors of x and of x with swapped pairs: (1 + T, 2, h), float32."""
+    table: Tensor = model.get_buffer("rotary").float()
+    cos, sin = table.unbind(-1)  # (1 + T, h / 2)
+    turns = [torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]
+    return torch.stack(turns, 1).flatten(2)
+
+
+class Weights:
+    """All weights of a generator as the engine reads them, shared by its streams.
+
+    Embeddings, norms and output layer are float32: guidance multiplies differences of logits by its
+    scale, and their errors with them.
+    """
+
+    def __init__(self, model: Generator, dtype: torch.dtype, lay_out: Callable[[Tensor], Tensor]):
+        self.embeddings = model.embeddings.weight.detach().float()
+        self.blocks = [block_weights(block, dtype, lay_out) for block in model.blocks]  # type: ignore[arg-type]
+        self.norm = model.norm.weight.detach().float()
+        self.output = lay_out(model.output.weight.detach().float())
+        self.output_bias = model.output.bias.detach().float()
+        self.turns = rotation_turns(model)
+
+
+class Stream:
+    """The state of some images of a batch; on CUDA with a stream to run on beside the others.
+
+    The whole state (position, last codes, cache) lives on the device, so that nothing waits for the
+    host. The caches are uninitialised: only filled positions are read.
+    """
+
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        images: slice,
+        branches: int,
+        stored: torch.dtype,
+        device: torch.device,
+    ):
+        self.images = images  # of the batch
+        batch = images.stop - images.start
+        rows, T = branches * batch, config.image_seq_len
+        self.caches = [
+            empty_cache(rows, config.num_attention_heads, T, config.head_size, stored, device)
+            for _ in range(config.num_hidden_layers)
+        ]
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.rows = torch.zeros(rows, dtype=torch.int64, device=device)  # of the embedding, next
+        self.uniforms = torch.zeros(batch, T, device=device)
+        self.codes = torch.zeros(batch, T, dtype=torch.int64, device=device)
+        self.cuda: Optional[torch.cuda.Stream] = None
+        if device.type == "cuda":
+            self.cuda = torch.cuda.Stream(device)
+
+
+# ---------------------------------------------------------------------- the engine
 class Engine:
     """Samples batches of `batch` images with the weights of a generator, on its device.
 
-    One step is a function of fixed shapes whose whole state (position, last codes, cache) lives on
-    the device, so nothing waits for the host. It runs in one of two ways, with the same numbers up
-    to rounding: eager, reading exactly the filled part of the cache; or compiled, for lengths of
-    multiples of `BUCKET`, on CUDA captured as one graph a length.
+    `dtype` is the type of matrices and cache. `compiled` compiles the functions of a step and, with
+    the fused attention, captures one step as the CUDA graph of all positions. `engine` chooses the
+    attention: "auto" the fused one on CUDA if it is right there, "fused" or "plain" that one.
+    `cache` "int8" stores keys and values in one byte each, with a scale per row and head. `streams`
+    samples parts of the batch side by side on CUDA, so that the products of one hide under the
+    attention of the other; by default two for batches of at least `STREAMED_BATCH`. The codes do not
+    depend on it up to rounding.
 
-    `dtype` is that of matrices and cache. Norms, residual sums, output layer and softmax are
-    float32: guidance multiplies differences of logits by its scale, and their errors with them.
-    The generator's own weights are not needed, nor changed, afterwards.
+    TF32 counts as it is set when the engine is built; the output layer does not use it. The
+    generator is not changed. What has the engine's type already is shared with it, not copied: train
+    it on, and build another engine.
+    Raises InputError for an option or a type that this device cannot do.
     """
 
     @torch.inference_mode()
@@ -113,89 +270,119 @@ class Engine:
         sampling: Sampling,
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
-        bucket: Optional[int] = None,
+        engine: str = "auto",
+        cache: str = "auto",
+        streams: Optional[int] = None,
     ):
+        if cache not in CACHES:
+            raise InputError(f"cache={cache}: choose one of {', '.join(CACHES)}")
         self.config, self.batch, self.sampling = model.config, batch, sampling
-        self.compiled = compiled
-        # Positions read are rounded up to a multiple of it.
-        self.bucket = bucket or (BUCKET if compiled else 1)
-        config, device = model.config, model.output.weight.device
-        rows = 2 * batch if sampling.guided else batch  # N
-        laid_out = (lambda w: w) if compiled else (lambda w: pack(w, rows))
-        self.embeddings = model.embeddings.weight.to(dtype)
-        self.blocks = [block_weights(block, dtype, laid_out) for block in model.blocks]
-        self.norm = model.norm.weight.float()
-        self.output = laid_out(model.output.weight.float())
-        self.output_bias = model.output.bias.float()
-        cos, sin = model.rotary.float().unbind(-1)  # (1 + T, h / 2)
-        turns = [torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]
-        self.turns = torch.stack(turns, 1).flatten(2)  # (1 + T, 2, h)
-
-        T, size = config.image_seq_len, config.head_size
-        positions = -(-T // self.bucket) * self.bucket
-        # Zeros: what is masked is still multiplied, and must be finite.
-        self.caches = [
-            torch.zeros(
-                2, rows, config.num_attention_heads, positions, size, dtype=dtype, device=device
+        self.dtype, self.device = dtype, model.output.weight.device
+        check_type(dtype, self.device)
+        config, stored = model.config, torch.int8 if cache == "int8" else dtype
+        branches = 2 if sampling.guided else 1
+        self.rows = branches * batch  # N
+        with self.on_device():
+            self.fused = choose_attention(
+                engine,
+                config.num_attention_heads,
+                config.image_seq_len,
+                config.head_size,
+                (dtype, stored),
+                self.device,
             )
-            for _ in self.blocks
-        ]
-        self.places = torch.arange(positions, device=device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.scales = guidance_schedule(
-            sampling.guidance_scale, sampling.guidance_power, T, sampling.guidance_schedule
-        ).to(device)
-        self.rows = torch.zeros(rows, dtype=torch.int64, device=device)  # of the embedding, next
-        self.uniforms = torch.zeros(batch, T, device=device)
-        self.codes = torch.zeros(batch, T, dtype=torch.int64, device=device)
-        # Compiled block by block: the blocks differ in their weights only and share one program.
-        self.block, self.finish = block_step, self._finish
-        if compiled:
-            self.block = torch.compile(block_step)
-            self.finish = torch.compile(self._finish)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        if compiled and device.type == "cuda":
-            self._capture()
+            if streams is None:
+                large = batch >= STREAMED_BATCH and self.device.type == "cuda"
+                streams = 2 if large and compiled and self.fused else 1
+            parts = [
+                slice(batch * i // streams, batch * (i + 1) // streams) for i in range(streams)
+            ]
+            rows = branches * -(-batch // streams)
+            self.weights = Weights(
+                model, dtype, (lambda w: w) if compiled else lambda w: pack(w, rows)
+            )
+            self.streams = [Stream(config, part, branches, stored, self.device) for part in parts]
+            self.scales = guidance_schedule(
+                sampling.guidance_scale,
+                sampling.guidance_power,
+                config.image_seq_len,
+                sampling.guidance_schedule,
+            ).to(self.device)
+            self.functions, self.compiled = StepFunctions(), False
+            self.graph: Optional[torch.cuda.CUDAGraph] = None
+            if compiled:
+                self._compile()
+                if self.device.type == "cuda" and self.fused:
+                    self._capture()
 
-    def _finish(self, x: Tensor, uniform: Tensor, scale: Tensor) -> Tensor:
-        """Last states (N, D) -> codes (B,)."""
-        sampling = self.sampling
-        x = F.rms_norm(x, (x.shape[1],), self.norm, 1e-5)
-        logits = linear(x, self.output, self.output_bias)  # (N, V)
-        if sampling.guided:
-            logits = guide(logits, scale)
-        return draw(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
+    def on_device(self) -> contextlib.AbstractContextManager:
+        """Makes the engine's GPU the current one: graphs and Triton kernels go to that."""
+        if self.device.type == "cuda":
+            return torch.cuda.device(self.device)
+        return contextlib.nullcontext()
 
-    def _step(self, length: int) -> None:
-        """Draw the code of the current position, of which there are fewer than `length`."""
-        position = self.position
-        x = F.embedding(self.rows, self.embeddings).float()  # (N, D)
-        turn = self.turns.index_select(0, position)[0]  # (2, h)
-        mask = torch.zeros(len(self.places), device=x.device)
-        mask.masked_fill_(self.places > position, -math.inf)
-        for weights, cache in zip(self.blocks, self.caches):
-            x = self.block(x, weights, cache, length, position, turn, mask)
-        uniform = self.uniforms.index_select(1, position)[:, 0]
-        codes = self.finish(x, uniform, self.scales.index_select(0, position))  # (B,)
-        self.codes.index_copy_(1, position, codes.unsqueeze(1))
-        self.rows.copy_(codes.repeat(len(self.rows) // self.batch))
-        self.position += 1
+    def _compile(self) -> None:
+        """Compile by taking two steps. What cannot be compiled stays eager, with one warning."""
+        self.functions = StepFunctions(*map(compile_function, StepFunctions()))
+        try:
+            with compiling():
+                for t in range(min(2, self.config.image_seq_len)):
+                    self._step(t)
+            self.compiled = True
+        except Exception as e:
+            self.functions = StepFunctions()
+            warnings.warn(f"sampling is not compiled, which is slower: {describe(e)}", stacklevel=3)
 
     def _capture(self) -> None:
-        """One CUDA graph a length; they share memory, for only one runs at a time."""
+        """Capture one step as a CUDA graph. The position is read on the device: it serves all."""
         side = torch.cuda.Stream()
-        pool = torch.cuda.graph_pool_handle()
-        for length in range(self.bucket, len(self.places) + 1, self.bucket):
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # compiles and warms up, outside the capture
-                for _ in range(2):
-                    self.position.zero_()
-                    self._step(length)
-            torch.cuda.current_stream().wait_stream(side)
-            self.position.zero_()
-            self.graphs[length] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[length], pool=pool):
-                self._step(length)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up outside the capture
+            self._step(0)
+        torch.cuda.current_stream().wait_stream(side)
+        for stream in self.streams:
+            stream.position.zero_()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._step(0)
+
+    def _step(self, t: int) -> None:
+        """Draw code t of every image; `t` is where the streams' positions are."""
+        beside = [s.cuda for s in self.streams if s.cuda is not None and len(self.streams) > 1]
+        for stream in beside:
+            stream.wait_stream(torch.cuda.current_stream())
+        for stream in self.streams:
+            with torch.cuda.stream(stream.cuda if beside else None):  # None: the current one
+                self._step_stream(stream, t)
+        for stream in beside:
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def _step_stream(self, stream: Stream, t: int) -> None:
+        weights, functions, position = self.weights, self.functions, stream.position
+        attend: Attention = self.fused or plain_attention
+        at = position if self.fused else t
+        blocks = weights.blocks
+        x, qkv = functions.enter(stream.rows, weights.embeddings, blocks[0])
+        for block, following, cache in zip(blocks, blocks[1:], stream.caches):
+            y = attend(qkv, block.qk_norm, weights.turns, at, cache)  # (N, D)
+            x, qkv = functions.between(x, y, block, following)
+        y = attend(qkv, blocks[-1].qk_norm, weights.turns, at, stream.caches[-1])
+        x = functions.leave(x, y, blocks[-1], weights.norm)
+        with float32_products():
+            logits = linear(x, weights.output, weights.output_bias)  # (N, V)
+        s = self.sampling
+        codes = functions.choose(
+            logits,
+            stream.uniforms.index_select(1, position)[:, 0],
+            self.scales.index_select(0, position),
+            s.guided,
+            s.temperature,
+            s.top_k,
+            s.top_p,
+        )  # (B,)
+        stream.codes.index_copy_(1, position, codes.unsqueeze(1))
+        stream.rows.copy_(codes.repeat(len(stream.rows) // len(codes)))
+        position += 1
 
     @torch.inference_mode()
     def sample(self, labels: Tensor, uniforms: Tensor) -> Tensor:
@@ -207,56 +394,129 @@ class Engine:
         if self.batch < B:
             raise ValueError(f"{B} images for an engine of batch {self.batch}")
         check_classes(int(labels.min()), int(labels.max()), config.condition_num_classes)
-        if (
-            self.rows.is_cuda and not labels.is_cuda
-        ):  # a copy from other memory waits for the device
-            labels, uniforms = labels.pin_memory(), uniforms.pin_memory()
         # Shapes are fixed: a smaller batch is filled up with images of "no class".
-        self.rows.fill_(config.codebook_size + 1 + config.no_class)
-        self.rows[:B].copy_(labels + config.codebook_size + 1, non_blocking=True)
-        self.uniforms[:B].copy_(uniforms, non_blocking=True)
-        self.position.zero_()
-        for t in range(T):
-            length = -(-(t + 1) // self.bucket) * self.bucket
-            if self.graphs:
-                self.graphs[length].replay()
+        classes = labels.new_full((self.batch,), config.no_class, dtype=torch.int64)
+        classes[:B] = labels
+        rows = classes + config.codebook_size + 1
+        no_class = torch.full_like(rows, config.codebook_size + 1 + config.no_class)
+        numbers = uniforms.new_zeros(self.batch, T)
+        numbers[:B] = uniforms
+        with self.on_device():
+            for stream in self.streams:
+                both = torch.cat([x[stream.images] for x in (rows, no_class)])[: len(stream.rows)]
+                copy_to(stream.rows, both)
+                copy_to(stream.uniforms, numbers[stream.images])
+                stream.position.zero_()
+            if self.graph is not None:
+                for _ in range(T):
+                    self.graph.replay()
             else:
-                self._step(length)
-        return self.codes[:B].clone()
+                with compiling() if self.compiled else contextlib.nullcontext():
+                    for t in range(T):
+                        self._step(t)
+            return torch.cat([stream.codes for stream in self.streams])[:B]
 
 
-def block_weights(block: Block, dtype: torch.dtype, laid_out) -> BlockWeights:
-    """The engine's form of a block's weights; `laid_out` arranges a matrix for its device."""
-    attn, mlp = block.attn, block.mlp
-    return BlockWeights(
-        norm1=block.norm1.weight.float(),
-        qkv=laid_out(attn.qkv.weight.to(dtype)),
-        qkv_bias=attn.qkv.bias.to(dtype),
-        qk_norm=torch.stack([attn.q_norm.weight, attn.k_norm.weight]).float().unsqueeze(1),
-        proj=laid_out(attn.proj.weight.to(dtype)),
-        proj_bias=attn.proj.bias.to(dtype),
-        norm2=block.norm2.weight.float(),
-        w13=laid_out(torch.cat([mlp.w1.weight, mlp.w3.weight]).to(dtype)),
-        w2=laid_out(mlp.w2.weight.to(dtype)),
-    )
+def copy_to(target: Tensor, source: Tensor) -> None:
+    """Copy without waiting for the device: from pinned memory, where the source is on the host."""
+    if target.is_cuda and not source.is_cuda:
+        source = source.pin_memory()
+    target.copy_(source, non_blocking=True)
 
 
-def cache_bytes(config: GeneratorConfig, sampling: Sampling, dtype: torch.dtype) -> int:
-    """Bytes of the engine's cache an image."""
-    positions = -(-config.image_seq_len // BUCKET) * BUCKET
+def check_type(dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse bfloat16 on a GPU that only emulates it."""
+    if device.type == "cuda" and dtype == torch.bfloat16 and not has_bfloat16(device):
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} does not compute in bfloat16: use float32 (fp32)"
+        )
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a CUDA device computes in bfloat16 (Ampere and later)."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def cache_bytes(
+    config: GeneratorConfig, sampling: Sampling, dtype: torch.dtype, cache: str = "auto"
+) -> int:
+    """Bytes of the engine's cache per image."""
     branches = 2 if sampling.guided else 1
-    return 2 * branches * config.num_hidden_layers * positions * config.hidden_size * dtype.itemsize
+    vectors = 2 * branches * config.num_hidden_layers * config.image_seq_len
+    if cache == "int8":
+        return vectors * (config.hidden_size + 2 * config.num_attention_heads)
+    return vectors * config.hidden_size * dtype.itemsize
 
 
-@torch.inference_mode()
-def decode_images(tokenizer: Tokenizer, codes: Tensor, dtype: torch.dtype) -> Tensor:
+# ---------------------------------------------------------------------- pixels
+class ImageDecoder:
     """Codes (B, T) -> images (B, S, S, 3), uint8, by ×255 and truncation as published.
 
-    `dtype` bfloat16 computes under autocast on CUDA; CPUs multiply large matrices faster in float32.
+    `dtype` bfloat16 computes under autocast on CUDA, attention included; CPUs multiply large matrices
+    faster in float32 and do so whatever the type. `compiled` compiles the blocks for parts of `batch`
+    images, but at most DECODED_AT_ONCE; smaller parts are filled up. The tokenizer is not changed and
+    its weights are shared.
     """
-    images = []
-    for part in codes.split(DECODED_AT_ONCE):
-        with torch.autocast("cuda", torch.bfloat16, codes.is_cuda and dtype == torch.bfloat16):
-            pixels = tokenizer.decode(part)
-        images.append((pixels * 255).to(torch.uint8).permute(0, 2, 3, 1))
-    return torch.cat(images)
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        dtype: torch.dtype,
+        compiled: bool = False,
+        batch: int = DECODED_AT_ONCE,
+    ):
+        assert tokenizer.decoder is not None, "a tokenizer without its decoder"
+        self.embedding, self.decoder = tokenizer.quantize.embedding, tokenizer.decoder
+        self.autocast = self.embedding.weight.is_cuda and dtype == torch.bfloat16
+        self.part = min(batch, DECODED_AT_ONCE)
+        self.compiled = False
+        if self.autocast:
+            self.decoder = with_inexact_attention(self.decoder)
+        if compiled:
+            self._compile(tokenizer.config.num_tokens)
+
+    def _compile(self, tokens: int) -> None:
+        """Compile the blocks, which share one program, by decoding once."""
+        eager, self.decoder = self.decoder, shallow_copy(self.decoder)
+        for block in self.decoder.transformer:
+            block.forward = compile_function(block.forward)  # type: ignore[method-assign]
+        try:
+            device = self.embedding.weight.device
+            with compiling():
+                self._decode(torch.zeros(self.part, tokens, dtype=torch.int64, device=device))
+            self.compiled = True
+        except Exception as e:
+            self.decoder = eager
+            warnings.warn(f"decoding is not compiled, which is slower: {describe(e)}", stacklevel=4)
+
+    @torch.inference_mode()
+    def __call__(self, codes: Tensor) -> Tensor:
+        return torch.cat([self._decode(part) for part in codes.split(self.part)])
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        count = len(codes)
+        if self.compiled:
+            codes = F.pad(codes, (0, 0, 0, self.part - count))
+        with torch.autocast("cuda", torch.bfloat16, self.autocast):
+            pixels = self.decoder(self.embedding(codes))[0][:count]
+        return (pixels * 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def shallow_copy(module: Decoder) -> Decoder:
+    """Copies of all modules that share their parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
+
+
+def with_inexact_attention(decoder: Decoder) -> Decoder:
+    """The same decoder with its attention in the autocast type; parameters are shared."""
+    decoder = shallow_copy(decoder)
+    for block in decoder.transformer:
+        block.attn.exact = False  # type: ignore[union-attr]
+    return decoder
+
+
+def decode_images(tokenizer: Tokenizer, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """`ImageDecoder` for one batch: codes (B, T) -> images (B, S, S, 3), uint8."""
+    return ImageDecoder(tokenizer, dtype)(codes)

@@ -1,8 +1,8 @@
-"""Codes from classes: cached autoregressive sampling with classifier-free guidance.
+"""The rules of sampling: guidance, the draw of a code, and the plain loop that applies them.
 
-`Engine` is the fast way, `sample_codes` the short one that needs no preparation; both draw the same
-codes. Shape suffixes are those of `modeling.generator`; N is B, or 2B with guidance (the images with
-their classes, then the same images with "no class").
+`sample_codes` is the readable twin of `engine.Engine`: it needs no preparation, is slower and draws
+the same codes. Shape suffixes are those of `modeling.generator`; N is B, or 2B with guidance (the
+images with their classes, then the same images with "no class").
 """
 
 import math
@@ -25,7 +25,7 @@ class Sampling:
     guidance_power: float = 1.0  # of the power-cosine schedule
     guidance_schedule: str = "power-cosine"
     temperature: float = 1.0
-    top_k: int = 0  # draw among the so many most likely codes; 0: all
+    top_k: int = 0  # draw among the k most likely codes; 0: all
     top_p: float = 1.0  # draw among the fewest codes that hold this probability; 1: all
 
     def __post_init__(self):
@@ -35,12 +35,12 @@ class Sampling:
             )
         if not self.temperature > 0:
             raise InputError(
-                f"temperature {self.temperature}: give more than 0 (1e-5 takes the most likely code)"
+                f"temperature {self.temperature}: set more than 0 (1e-5 takes the most likely code)"
             )
         if self.top_k < 0:
-            raise InputError(f"top_k {self.top_k}: give 1 or more codes, or 0 for all")
+            raise InputError(f"top_k {self.top_k}: set 1 or more codes, or 0 for all")
         if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p {self.top_p}: give more than 0 and at most 1")
+            raise InputError(f"top_p {self.top_p}: set more than 0 and at most 1")
 
     @property
     def guided(self) -> bool:
@@ -66,18 +66,19 @@ def guidance_schedule(
 
 
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set logits (B, V) of all codes but the `top_k`, then all but the `top_p` ones to -inf.
+    """Set the logits (B, V) of all codes outside the top k, then of all outside the top p, to -inf.
 
-    The top-p set is the smallest one of most likely codes whose probability reaches `top_p`
+    The top-p set is the smallest set of most likely codes whose probability reaches `top_p`
     (Holtzman et al. 2020). Codes as likely as the last one of the top k stay too.
     """
     if 0 < top_k < logits.shape[1]:
         least = logits.topk(top_k, 1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p < 1:
-        ordered, place = logits.sort(1, descending=True)
+        # Stable, so that which of two equally likely codes is dropped does not depend on the device.
+        ordered, place = logits.sort(dim=1, descending=True, stable=True)
         p = torch.softmax(ordered, 1)
-        dropped = p.double().cumsum(1) - p >= top_p  # what is more likely is enough without it
+        dropped = p.double().cumsum(1) - p >= top_p  # the more likely codes are enough without it
         dropped = torch.zeros_like(dropped).scatter(1, place, dropped)
         logits = logits.masked_fill(dropped, -math.inf)
     return logits
@@ -86,13 +87,13 @@ def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 def draw(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
-    """One code a row: logits (B, V) float32 and uniforms (B,) in [0, 1) -> codes (B,).
+    """One code per row: logits (B, V) float32 and uniforms (B,) in [0, 1) -> codes (B,).
 
-    Inverts the cumulative distribution, so that one number an image and a step is all the
-    randomness there is: an image's codes depend on its own numbers alone.
+    Inverts the cumulative distribution: one uniform number per image and step is all the randomness
+    that there is, so the codes of an image depend on its own numbers alone.
     """
     logits = keep_likely(logits / temperature, top_k, top_p)
-    # In float64 the order in which a device adds up is of no consequence for the code.
+    # In float64 the order in which a device adds does not matter for the code.
     cumulative = torch.softmax(logits, 1).double().cumsum(1)
     threshold = uniform.unsqueeze(1) * cumulative[:, -1:]
     codes = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
@@ -123,10 +124,11 @@ def sample_codes(
     guidance_power: float,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Draw the codes of one image a label: labels (B,) and uniforms (B, T) -> codes (B, T), int64.
+    """Draw the codes of one image per label: labels (B,), uniforms (B, T) -> codes (B, T), int64.
 
-    `guidance_scale` 0 or 1 samples without guidance. With guidance both branches run in one batch:
-    logits = u + s_t·(c - u), where u is the "no class" branch. The model must be in eval mode.
+    The readable twin of `engine.Engine`; tests hold their codes equal. `guidance_scale` 0 or 1 samples
+    without guidance. With guidance both branches run in one batch: logits = u + s_t·(c - u), where u is
+    the "no class" branch. The model must be in eval mode.
     """
     T = model.config.image_seq_len
     check_classes(int(labels.min()), int(labels.max()), model.config.condition_num_classes)

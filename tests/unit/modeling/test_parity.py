@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling.engine import BUCKET, Engine
+from modeling.engine import Engine
 from modeling.generator import Generator, GeneratorConfig, next_code_loss
 from modeling.sampling import Sampling, sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
@@ -107,10 +107,10 @@ def test_greedy_generation(golden, generator, scale, power):
     assert (codes.numpy() == golden("generator_small.npz")[f"greedy_{scale}_{power}"]).all()
 
 
-@pytest.mark.parametrize("bucket", [1, BUCKET])
+@pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("scale, power", [(16, 1.8), (6, 0.7), (0, 1)])
-def test_greedy_generation_by_the_engine(golden, generator, scale, power, bucket):
-    engine = Engine(generator, 2, Sampling(scale, power, temperature=1e-5), bucket=bucket)
+def test_greedy_generation_by_the_engine(golden, generator, scale, power, streams):
+    engine = Engine(generator, 2, Sampling(scale, power, temperature=1e-5), streams=streams)
     codes = engine.sample(torch.tensor([3, 977]), torch.full((2, 273), 0.5))
     assert (codes.numpy() == golden("generator_small.npz")[f"greedy_{scale}_{power}"]).all()
 
@@ -119,6 +119,7 @@ def test_greedy_generation_by_the_engine(golden, generator, scale, power, bucket
 @pytest.mark.skipif(not shutil.which("c++"), reason="compiling for a CPU needs a C++ compiler")
 def test_greedy_generation_by_the_compiled_engine(golden, generator):
     engine = Engine(generator, 2, Sampling(16, 1.8, temperature=1e-5), compiled=True)
+    assert engine.compiled
     codes = engine.sample(torch.tensor([3, 977]), torch.full((2, 273), 0.5))
     assert (codes.numpy() == golden("generator_small.npz")["greedy_16_1.8"]).all()
 

@@ -1,9 +1,9 @@
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy.stats import chisquare
 
 from modeling import sampling
@@ -227,12 +227,12 @@ def engine_codes(model, labels, uniforms, batch=5, **given):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 6.0])
-@pytest.mark.parametrize("bucket", [1, 4, 32])
+@pytest.mark.parametrize("streams", [1, 2, 3])
 @torch.no_grad()
-def test_engine_draws_what_the_formula_without_cache_does(model, scale, bucket):
+def test_engine_draws_what_the_formula_without_cache_does(model, scale, streams):
     uniforms = torch.rand(5, 7)
     codes = engine_codes(
-        model, LABELS, uniforms, guidance_scale=scale, guidance_power=1.5, bucket=bucket
+        model, LABELS, uniforms, guidance_scale=scale, guidance_power=1.5, streams=streams
     )
     expected = reference(model, LABELS, uniforms, None if scale < 2 else scale, 1.5)
     assert torch.equal(codes, expected)
@@ -265,7 +265,7 @@ def test_codes_do_not_depend_on_the_rest_of_the_batch_nor_on_earlier_batches(mod
 
 
 def test_engine_runs_one_branch_without_guidance_and_two_with(model):
-    sizes = [len(Engine(model, 5, Sampling(scale)).rows) for scale in (0.0, 1.0, 2.0)]
+    sizes = [Engine(model, 5, Sampling(scale)).rows for scale in (0.0, 1.0, 2.0)]
     assert sizes == [5, 5, 10]
 
 
@@ -291,11 +291,14 @@ def test_bfloat16_keeps_the_logits_near_float32(fill, compiled):
     seen = {}
     for dtype in (torch.float32, torch.bfloat16):
         engine = Engine(model, 3, Sampling(3.0), dtype, compiled)
-        finish, steps = engine.finish, []
-        engine.finish = lambda x, *rest, f=finish, s=steps: s.append(x.clone()) or f(x, *rest)
+        assert engine.compiled == compiled
+        functions, steps = engine.functions, []
+        engine.functions = functions._replace(
+            choose=lambda x, *rest, f=functions.choose, s=steps: s.append(x.clone()) or f(x, *rest)
+        )
         engine.sample(labels, uniforms)
-        assert engine.caches[0].dtype == dtype and steps[0].dtype == torch.float32
-        seen[dtype] = F.rms_norm(steps[0], (64,), model.norm.weight) @ model.output.weight.T
+        assert engine.streams[0].caches[0].k.dtype == dtype and steps[0].dtype == torch.float32
+        seen[dtype] = steps[0]
     exact, rough = seen.values()
     error = (rough - exact).std() / exact.std()
     assert 0 < error < 0.02
@@ -303,10 +306,14 @@ def test_bfloat16_keeps_the_logits_near_float32(fill, compiled):
 
 # ---------------------------------------------------------------------- pixels
 def test_pixels_are_truncated_not_rounded_and_channels_come_last():
-    class Shown:
-        def decode(self, codes):
-            return torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(len(codes), 3, 2, 2)
+    class Pixels(torch.nn.Module):
+        def forward(self, vectors):
+            values = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1)
+            return values.expand(len(vectors), 3, 2, 2), None
 
-    images = decode_images(Shown(), torch.zeros(70, 5, dtype=torch.int64), torch.float32)
+    tokenizer = SimpleNamespace(
+        quantize=SimpleNamespace(embedding=torch.nn.Embedding(16, 4)), decoder=Pixels()
+    )
+    images = decode_images(tokenizer, torch.zeros(70, 5, dtype=torch.int64), torch.float32)
     assert images.shape == (70, 2, 2, 3) and images.dtype == torch.uint8
     assert images[69, 0, 0].tolist() == [0, 127, 255]

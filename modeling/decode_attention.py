@@ -1,0 +1,237 @@
+"""The attention of one decoding step: its contract, its plain form, and the choice of the fused one.
+
+Both forms take qkv (N, 3·H·h), of one position p for N rows, and a `Cache`, and
+
+1. normalise q and k per head and rotate them, in float32, and round them to the cache's type;
+2. write k and v at position p of the cache;
+3. return softmax(q·kᵀ / √h)·v over positions 0…p, as (N, H·h) in the type of qkv.
+
+Positions after p are never read: the cache needs no initial value. `qk_norm` (2, 1, h) holds the norm
+weights of q and k; `turns` (positions, 2, h) holds the cosines and the signed sines of the rotation.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError
+
+EPS = 1e-5  # of the norms, as in `generator.RMSNorm`
+ENGINES = ("auto", "fused", "plain")
+# The largest |fused - plain| / (1 + |plain|) that rounding explains, by type, for states of size 1.
+# float32: the order of the sums. bfloat16: one unit in the last place. int8: a value that is rounded
+# up in one form and down in the other, with a scale of 8 / 127.
+ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.int8: 2**-4}
+
+
+class Cache(NamedTuple):
+    """Keys and values of one block: (N, H, S, h), two separate allocations.
+
+    Views of one tensor would be one mutated input of a compiled function, which Inductor copies
+    whole. An int8 cache has one scale per row, head and position: (N, H, S), bfloat16 (the range of
+    float32 in two bytes).
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: Optional[Tensor] = None
+    v_scale: Optional[Tensor] = None
+
+
+# (qkv, qk_norm, turns, position, cache) -> (N, H·h). The position is (1,) int64 on the device; in the
+# plain form it is an int.
+Attention = Callable[..., Tensor]
+
+
+def empty_cache(
+    rows: int, heads: int, positions: int, size: int, dtype: torch.dtype, device: torch.device
+) -> Cache:
+    """An uninitialised cache; `dtype` int8 adds the scales."""
+    shape = (rows, heads, positions, size)
+    k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    if dtype != torch.int8:
+        return Cache(k, v)
+    scales = (torch.empty(shape[:3], dtype=torch.bfloat16, device=device) for _ in range(2))
+    return Cache(k, v, *scales)
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (…, h) float32 -> int8 and a scale per row (…), bfloat16: x ≈ int8 · scale."""
+    scale = (x.abs().amax(-1) / 127).clamp(min=1e-30).bfloat16()
+    x = (x / scale.float().unsqueeze(-1)).clamp(-127, 127)
+    return torch.where(x >= 0, x + 0.5, x - 0.5).to(torch.int8), scale
+
+
+def write_position(
+    qkv: Tensor, qk_norm: Tensor, turns: Tensor, position: int, cache: Cache
+) -> Tensor:
+    """Steps 1 and 2 of the contract -> q (N, H, h), in the cache's type (int8: float32)."""
+    N, H, _, h = cache.k.shape
+    x = qkv.view(N, 3, H, h)
+    qk = F.rms_norm(x[:, :2].float(), (h,), None, EPS) * qk_norm  # (N, 2, H, h)
+    swapped = qk.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # within each rotated pair
+    turn = turns[position]
+    q, k = (qk * turn[0] + swapped * turn[1]).unbind(1)  # (N, H, h)
+    if cache.k_scale is not None and cache.v_scale is not None:
+        cache.k[:, :, position], cache.k_scale[:, :, position] = quantize(k)
+        cache.v[:, :, position], cache.v_scale[:, :, position] = quantize(x[:, 2].float())
+        return q
+    cache.k[:, :, position] = k
+    cache.v[:, :, position] = x[:, 2]
+    return q.to(cache.k.dtype)
+
+
+def plain_attention(
+    qkv: Tensor, qk_norm: Tensor, turns: Tensor, position: int, cache: Cache
+) -> Tensor:
+    """The contract in PyTorch operations."""
+    q = write_position(qkv, qk_norm, turns, position, cache)
+    past = slice(position + 1)
+    if cache.k_scale is None:
+        K, V = cache.k[:, :, past], cache.v[:, :, past]  # (N, H, position + 1, h)
+    else:
+        K, V = dequantized(cache, past)
+    y = F.scaled_dot_product_attention(q.unsqueeze(2), K, V)
+    return y.reshape(qkv.shape[0], -1).to(qkv.dtype)
+
+
+def dequantized(cache: Cache, positions: slice) -> list[Tensor]:
+    """Keys and values (N, H, …, h) of these positions, float32."""
+    k, v = cache.k[:, :, positions].float(), cache.v[:, :, positions].float()
+    if cache.k_scale is None or cache.v_scale is None:
+        return [k, v]
+    scales = (cache.k_scale, cache.v_scale)
+    return [x * s[:, :, positions].float().unsqueeze(-1) for x, s in zip((k, v), scales)]
+
+
+def head_parts(size: int) -> Optional[tuple[int, int]]:
+    """Two powers of two that add up to the head size (48 = 32 + 16, 64 = 32 + 32), or None."""
+    larger = 1 << (size.bit_length() - 1)
+    if larger == size:
+        larger //= 2
+    smaller = size - larger
+    return (larger, smaller) if smaller > 1 and smaller & (smaller - 1) == 0 else None
+
+
+def choose_attention(
+    engine: str,
+    heads: int,
+    positions: int,
+    size: int,
+    types: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+) -> Optional[Attention]:
+    """The fused attention where it can be used and is right on this device; None: the plain one.
+
+    `types` are those of qkv and of the cache. "auto" uses the fused form only on CUDA, and says in
+    one warning why if it cannot. "fused" raises InputError instead.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"engine={engine}: choose one of {', '.join(ENGINES)}")
+    if engine == "plain" or (engine == "auto" and device.type != "cuda"):
+        return None
+    fused, fault = find_fused(heads, positions, size, types, device)
+    if fault is None:
+        return fused
+    if engine == "fused":
+        raise InputError(f"engine=fused: {fault}; choose engine=auto or engine=plain")
+    warnings.warn(f"sampling uses the plain attention, which is slower: {fault}", stacklevel=3)
+    return None
+
+
+def find_fused(
+    heads: int,
+    positions: int,
+    size: int,
+    types: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+) -> tuple[Optional[Attention], Optional[str]]:
+    """The fused attention, and what keeps it from being used on this device if anything does.
+
+    Triton's interpreter (TRITON_INTERPRET=1) runs it on a CPU, for tests.
+    """
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None, f"the fused attention runs on CUDA, not on {device.type}"
+    if head_parts(size) is None:
+        return None, f"head size {size} is not a sum of two powers of two"
+    try:
+        from .fused_attention import fused_attention  # Triton is loaded here and nowhere else
+    except Exception as e:  # a broken or an old Triton fails in ways of its own
+        return None, f"Triton cannot be used ({describe(e)})"
+    return fused_attention, check_attention(fused_attention, heads, positions, size, types, device)
+
+
+def describe(error: Exception) -> str:
+    """The type and the first line of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@torch.inference_mode()
+def check_attention(
+    attention: Attention,
+    heads: int,
+    positions: int,
+    size: int,
+    types: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+) -> Optional[str]:
+    """What is wrong with an attention on this device, or None. `types` as for `choose_attention`.
+
+    Compares one step at the first, the middle and the last position with the plain form, on random
+    states of three rows. The sums of the comparison are float32 on every device. Everything behind
+    the position is NaN (in an int8 cache, the scales are).
+    """
+    numbers = torch.Generator().manual_seed(0)
+    dtype, stored = types
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=numbers).to(device)
+
+    rows = 3
+    qk_norm, angles = random(2, 1, size).abs(), random(positions, size)
+    turns = torch.stack([angles.cos(), angles.sin()], 1)
+    for p in sorted({0, positions // 2, positions - 1}):
+        qkv = random(rows, 3 * heads * size).to(dtype)
+        tested = random_cache(random(2, rows, heads, positions, size), p, stored)
+        expected = Cache(*(None if x is None else x.clone() for x in tested))  # type: ignore[arg-type]
+        try:
+            y = attention(qkv, qk_norm, turns, torch.tensor([p], device=device), tested)
+        except Exception as e:
+            return f"the fused kernel does not run ({describe(e)})"
+        q = write_position(qkv, qk_norm, turns, p, expected).float()
+        # Read from the tested cache: a difference in the new row shows there, not here.
+        K, V = dequantized(tested, slice(p + 1))
+        weights = torch.softmax((q.unsqueeze(2) * K).sum(-1) * size**-0.5, -1)
+        y_plain = (weights.unsqueeze(-1) * V).sum(2).reshape(rows, -1)
+        pairs = [("output", y, y_plain, ROUNDING[dtype])]
+        names, all_positions = ("keys", "values"), slice(positions)
+        for name, a, b in zip(
+            names, dequantized(tested, all_positions), dequantized(expected, all_positions)
+        ):
+            # Behind the position, NaN must still be there.
+            pairs.append((name, a.nan_to_num(1e6), b.nan_to_num(1e6), ROUNDING[stored]))
+        for name, a, b, allowed in pairs:
+            off = ((a.float() - b).abs() / (1 + b.abs())).max().item()
+            if not off <= allowed:  # so that NaN does not pass
+                return (
+                    f"the fused kernel's {name} at position {p} differ by {off:.2g} from the plain "
+                    f"form, where the rounding of {stored} explains {allowed:.2g}"
+                )
+    return None
+
+
+def random_cache(filled: Tensor, position: int, stored: torch.dtype) -> Cache:
+    """Random k and v (2, N, H, S, h) as a cache of that type, NaN from the position on."""
+    if stored == torch.int8:
+        (k, v), scales = quantize(filled)
+        scales[..., position:] = torch.nan
+        return Cache(k.contiguous(), v.contiguous(), *(s.contiguous() for s in scales))
+    filled[..., position:, :] = torch.nan
+    k, v = filled.to(stored)
+    return Cache(k.clone(), v.clone())

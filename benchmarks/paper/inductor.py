@@ -204,17 +204,16 @@ def pretended_h100(record: list[Program]) -> Iterator[None]:
 def moved_bytes(graph: Any) -> dict[str, float]:
     """Bytes that a lowered graph reads and writes, by kind of node.
 
-    Those of a Triton kernel are Inductor's own count. A library call is counted here, every operand
+    Those of a Triton kernel are Inductor's own count: what it must touch at least. A library call is counted here, every operand
     and result once: Inductor leaves out operands that are views, which weights always are.
     """
     from torch._inductor import ir
 
     moved = {"products": 0.0, "kernels": 0.0, "others": 0.0}
-    _, nodes, _ = graph.count_bytes()
-    for node, count in nodes:
+    for node in graph.scheduler.nodes:
         call = node.node
         if not isinstance(call, ir.ExternKernel):
-            moved["kernels"] += count
+            moved["kernels"] += node.get_read_write_buffers_sizes()
         elif isinstance(call, ir.MultiOutput):  # one of the results of a fallback
             moved["others"] += size_in_bytes(call)
         elif isinstance(call, ir.FallbackKernel):
@@ -248,9 +247,12 @@ def emit(
     record: list[Program] = []
 
     def backend(module: torch.fx.GraphModule, inputs: list) -> Callable:
-        with pretended_h100(record), inductor_config.patch(options or {}):
-            with contextlib.suppress(Emitted):
-                compile_fx(module, inputs)
+        with (
+            pretended_h100(record),
+            inductor_config.patch(options or {}),
+            contextlib.suppress(Emitted),
+        ):
+            compile_fx(module, inputs)
         return module.forward  # on fake tensors
 
     torch._dynamo.reset()

@@ -8,13 +8,16 @@ reads and writes its operands once.
 import contextlib
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_aggregate
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from benchmarks.paper.inductor import Emitted, InternalsMoved, Program, pretended_h100
@@ -85,8 +88,8 @@ def on_cuda(module: torch.fx.GraphModule, inputs: list) -> tuple[torch.fx.GraphM
         return value
 
     for node in moved.graph.nodes:
-        node.args = torch.fx.node.map_aggregate(node.args, place)
-        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, place)
+        node.args = map_aggregate(node.args, place)
+        node.kwargs = map_aggregate(node.kwargs, place)
         if node.op == "get_attr":
             setattr(moved, node.target, place(getattr(moved, node.target)))
     placed = [place(x) for x in inputs]
@@ -98,7 +101,6 @@ def backend(record: list[Program]) -> Callable:
     """A Dynamo backend that adds the forward's and the backward's program to `record`."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
-    from torch._dynamo.utils import detect_fake_mode
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
@@ -108,10 +110,13 @@ def backend(record: list[Program]) -> Callable:
     def compiler(backward: bool) -> Callable:
         def compile_graph(module: torch.fx.GraphModule, inputs: list) -> Callable:
             moved, (mode, *placed) = on_cuda(module, inputs)
-            context = torch._guards.TracingContext(mode)
-            with pretended_h100(record), torch._guards.tracing(context):
-                with contextlib.suppress(Emitted):
-                    compile_fx_inner(moved, placed, is_backward=backward)
+            context = TracingContext(mode)
+            with (
+                pretended_h100(record),
+                tracing(context),
+                contextlib.suppress(Emitted),
+            ):
+                compile_fx_inner(moved, placed, is_backward=backward)
             return make_boxed_func(module.forward)
 
         return compile_graph
@@ -157,8 +162,6 @@ def training_programs(config: GeneratorConfig, batch: int) -> list[Program]:
 
 def bytes_per_layer(config: GeneratorConfig, batch: int) -> dict[str, float]:
     """Bytes that one more layer moves, forward and backward, by kind."""
-    from dataclasses import replace
-
     totals = []
     for layers in (2, 3):
         programs = training_programs(replace(config, num_hidden_layers=layers), batch)

@@ -97,7 +97,7 @@ def read_training(size: str) -> Callable[[str], list[Cell]]:
         hours, gpu_hours, cost = find(r": (\d+) h, (\d+) GPU-hours, (\d+) USD", output)
         both = f"{plain_memory or ''} / {memory}" if memory else ""
         row = TRAINED[size]
-        values = [machine(), plain, ours, ratio, use, both]
+        values = [ours and machine(), plain, ours, ratio, use, both]
         cells = [("## Generator training", row, i + 1, v) for i, v in enumerate(values)]
         paper = [hours, gpu_hours, cost and f"{cost} USD"]
         return cells + [
@@ -111,13 +111,16 @@ def read_tokenizer(table: str, columns: list[int]) -> Callable[[str], list[Cell]
     """`columns` of the benchmark's own table, in the order of the README's."""
 
     def read(output: str) -> list[Cell]:
-        cells = []
+        found = {}
         for line in output.splitlines():
             values = [part.strip() for part in line.strip().strip("|").split("|")]
-            if line.startswith("| ") and values[0] in ("exact", "published", "fast, compiled"):
-                chosen = [values[i] for i in columns if i < len(values)]
-                cells += [(table, values[0], i + 1, value) for i, value in enumerate(chosen)]
-        return cells
+            if len(values) > max(columns):
+                found[values[0]] = [values[i] for i in columns]
+        return [
+            (table, mode, i + 1, value)
+            for mode in ("exact", "published", "fast, compiled")
+            for i, value in enumerate(found.get(mode, [""] * len(columns)))
+        ]
 
     return read
 
@@ -129,7 +132,9 @@ def read_pretokenization(output: str) -> list[Cell]:
             rf"^\s+{name}: encoder alone ([\d.]+) images/s \(([\d.]+) x fp32\).*ratio ([\d.]+)",
             output,
         )
-        cells += [("compares pretokenization", name, i + 1, v) for i, v in enumerate((alone, gain, ratio))]
+        cells += [
+            ("compares pretokenization", name, i + 1, v) for i, v in enumerate((alone, gain, ratio))
+        ]
     return cells
 
 

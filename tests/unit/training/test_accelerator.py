@@ -1,0 +1,38 @@
+"""The settings of DistributedDataParallel, as two ranks see them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from training.accelerator import BUCKET_MIB
+
+ROOT = Path(__file__).parents[3]
+SCRIPT = f"""
+import sys
+
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from configs.schema import Training
+from training.accelerator import start_training
+
+accelerator = start_training(Training())
+model = accelerator.prepare(torch.nn.Linear(2, 2))
+model(torch.ones(1, 2)).sum().backward()
+line = (
+    type(model).__name__, model.bucket_bytes_cap >> 20, model.broadcast_buffers,
+    model.gradient_as_bucket_view, model.module.weight.grad.tolist(),
+)
+print(*line, sep="|", flush=True)
+accelerator.end_training()
+"""
+
+
+def test_two_ranks_use_large_buckets_no_broadcasts_and_views(tmp_path):
+    script = tmp_path / "ddp.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
+    expected = ["DistributedDataParallel", str(BUCKET_MIB), "False", "True"]
+    assert lines == 2 * [[*expected, "[[1.0, 1.0], [1.0, 1.0]]"]]

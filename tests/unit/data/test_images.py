@@ -16,11 +16,13 @@ from data.images import (
     TrainImages,
     TrainViews,
     center_crop,
-    crops,
+    cut_views,
     list_images,
     list_paths,
     load_image,
     random_crop,
+    scan_images,
+    source_size,
     to_float,
     to_uint8,
 )
@@ -38,6 +40,13 @@ def sha(image):
 def noise(width, height, mode="RGB"):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
+
+
+def crops(image, size, kind):
+    """The views of an image as PIL images."""
+    source = to_uint8(center_crop(image, source_size(size, kind)))
+    views = cut_views(source[None], size, kind)[0]
+    return [Image.fromarray(view.permute(1, 2, 0).numpy()) for view in views]
 
 
 def same(a, b):
@@ -321,8 +330,8 @@ def test_folder_lists_its_images_without_classes(tmp_path):
     "content, words",
     [
         (b"a.png\nb.png\n", ["line 2", "there is no file", "b.png"]),
-        (b"\n", ["lists no images", "one path a line"]),
-        (b"\x89PNG\xff", ["no image folder and no text file"]),
+        (b"\n", ["lists no images", "one path per line"]),
+        (b"\x89PNG\xff", ["neither an image folder nor a text file"]),
     ],
 )
 def test_bad_list_file_is_refused_by_name(tmp_path, content, words):

@@ -8,18 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from data import tokens
-from data.tokens import (
-    AllTokens,
-    NpzStore,
-    TokenStore,
-    TokenWriter,
-    TrainTokens,
-    fingerprint,
-    main,
-    open_tokens,
-    write_manifest,
-)
+from data import writer
+from data.cache import fingerprint, write_manifest
+from data.npz import NpzStore
+from data.tokens import AllTokens, TokenStore, TrainTokens, main, open_tokens
+from data.writer import TokenWriter
 from runtime.errors import InputError
 
 IMAGES, VIEWS, TOKENS, CODEBOOK = 10, 3, 5, 4096
@@ -46,7 +39,7 @@ def write(folder, codes, codebook=CODEBOOK, pieces=(3, 8)):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(tokens, "IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr(writer, "IMAGES_PER_SHARD", 4)
 
 
 @pytest.fixture
@@ -161,7 +154,7 @@ def test_codebook_beyond_16_bits_is_refused(tmp_path):
 def test_finishing_with_another_number_of_labels_fails_and_leaves_no_manifest(tmp_path):
     writer = TokenWriter(tmp_path, VIEWS, TOKENS, CODEBOOK)
     writer.append(random_codes())
-    with pytest.raises(ValueError, match="10 images written, 9 labels"):
+    with pytest.raises(ValueError, match="10 images written, but 9 labels"):
         writer.finish(LABELS[:9], PATHS[:9], CLASSES, ABOUT)
     assert not (tmp_path / "manifest.json").exists()
 
@@ -421,7 +414,7 @@ def test_damaged_npz_is_named(published, damage, named):
 
 def test_check_of_the_published_layout_compares_what_it_tells(published):
     store = NpzStore(published)
-    with pytest.raises(InputError, match="codes an image 5 there, 6 here"):
+    with pytest.raises(InputError, match="codes per image 5 there, 6 here"):
         store.check(CODEBOOK, 6, "f" * 16)
     store.check(CODEBOOK, TOKENS, "f" * 16)
 
@@ -464,7 +457,7 @@ def test_check_without_a_fingerprint_compares_sizes_alone(cache):
     "asked, named",
     [
         ((8192, TOKENS, ABOUT["tokenizer"]), "codebook size 4096 there, 8192 here"),
-        ((CODEBOOK, 6, ABOUT["tokenizer"]), "codes an image 5 there, 6 here"),
+        ((CODEBOOK, 6, ABOUT["tokenizer"]), "codes per image 5 there, 6 here"),
         ((CODEBOOK, TOKENS, "f" * 16), "tokenizer 0123456789abcdef there, f+ here"),
     ],
 )

@@ -101,7 +101,7 @@ def scan_folders(root: Path) -> ImageListing:
         )
     beside = sum(is_image(entry.name) for entry in entries if not entry.is_dir())
     if beside:
-        left_out["images outside the folders of the classes"] = beside
+        left_out["outside the class folders"] = beside
     return ImageListing(root, samples, classes, dict(left_out))
 
 

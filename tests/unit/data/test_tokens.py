@@ -426,6 +426,82 @@ def test_published_layout_refuses_codes_beyond_the_checked_codebook(published):
         store.verify()
 
 
+@pytest.mark.parametrize("stray", ["__MACOSX", "ant", ".hidden", "zebra"])
+def test_stray_folder_does_not_move_the_labels_of_a_manifest(published, stray):
+    about = {"layout": "npz", "images": IMAGES, "classes": CLASSES}
+    write_manifest(published, about)
+    (published / stray).mkdir()
+    np.savez(published / stray / "x.npz", codes=random_codes()[0])
+    store = open_tokens(published)
+    assert store.classes == CLASSES and store.labels.tolist() == sorted(LABELS)
+    store.verify()
+
+
+@pytest.mark.parametrize("stray", ["__MACOSX", ".Trash"])
+def test_what_a_system_leaves_behind_is_no_class_without_a_manifest_either(published, stray):
+    (published / stray).mkdir()
+    store = open_tokens(published)
+    assert store.classes == CLASSES and store.labels.tolist() == sorted(LABELS)
+
+
+def test_class_of_the_manifest_whose_folder_is_gone_keeps_its_rank(published):
+    classes = ["ant", *CLASSES]
+    write_manifest(published, {"layout": "npz", "images": IMAGES, "classes": classes})
+    assert open_tokens(published).labels.tolist() == [1 + label for label in sorted(LABELS)]
+
+
+@pytest.mark.parametrize("classes", [["../x"], "cat", [3], ["/etc"], [""], [".."]], ids=str)
+def test_manifest_cannot_name_classes_outside_its_folder(published, classes):
+    write_manifest(published, {"layout": "npz", "classes": classes})
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        open_tokens(published)
+
+
+# ---------------------------------------------------------------------- classes of another set
+@pytest.mark.parametrize("layout", ["cache", "published"])
+def test_labels_are_numbered_by_another_sets_classes(layout, request):
+    store = open_tokens(request.getfixturevalue(layout))
+    names = [store.classes[label] for label in store.labels]
+    store.use_classes(["ant", "dög", "emu", "cat"])
+    assert [store.classes[label] for label in store.labels] == names
+    assert {name: label for name, label in zip(names, store.labels)} == {"cat": 3, "dög": 1}
+    validation = AllTokens(store)
+    assert [label for _, label in (validation[i * VIEWS] for i in range(IMAGES))] == list(
+        store.labels
+    )
+    store.verify()
+
+
+def test_validation_cache_that_lacks_a_class_is_scored_with_the_training_labels(tmp_path):
+    training = write(tmp_path / "train", random_codes())
+    held_out = tmp_path / "val"
+    held_out.mkdir()
+    written = TokenWriter(held_out, VIEWS, TOKENS, CODEBOOK)
+    written.append(random_codes(2))
+    written.finish([0, 0], ["dög/a.png", "dög/b.png"], ["dög"], ABOUT)
+    store = TokenStore(held_out)
+    store.use_classes(TokenStore(training).classes)
+    assert store.labels.tolist() == [1, 1]
+
+
+def test_class_that_the_other_set_lacks_is_refused_by_name(cache):
+    with pytest.raises(InputError, match=f"{cache} has classes that the training set lacks: dög"):
+        TokenStore(cache).use_classes(["cat"])
+
+
+def test_worker_process_keeps_the_other_sets_classes(cache):
+    store = TokenStore(cache)
+    store.use_classes(["ant", "dög", "emu", "cat"])
+    other = pickle.loads(pickle.dumps(store))
+    assert other.classes == store.classes and (other.labels == store.labels).all()
+
+
+def test_labels_beyond_the_classes_are_not_mapped(cache):
+    edit_manifest(cache, classes=["cat"])
+    with pytest.raises(InputError, match="labels beyond its 1 classes"):
+        TokenStore(cache).use_classes(["cat", "dog"])
+
+
 # ---------------------------------------------------------------------- python -m data.tokens
 @pytest.mark.parametrize("layout", ["cache", "published"])
 def test_info_and_verify_on_the_command_line(layout, request, capsys):
@@ -465,6 +541,15 @@ def test_check_refuses_another_tokenizer_and_says_what_differs(cache, asked, nam
     with pytest.raises(InputError, match=named) as error:
         TokenStore(cache).check(*asked)
     assert str(cache) in str(error.value)
+
+
+def test_check_compares_the_heads_where_both_sides_know_them(cache):
+    TokenStore(cache).check(CODEBOOK, TOKENS, ABOUT["tokenizer"], 12)  # an older cache
+    edit_manifest(cache, encoder_heads=12)
+    for heads in (12, None):
+        TokenStore(cache).check(CODEBOOK, TOKENS, ABOUT["tokenizer"], heads)
+    with pytest.raises(InputError, match="encoder_heads 12 there, 8 here"):
+        TokenStore(cache).check(CODEBOOK, TOKENS, ABOUT["tokenizer"], 8)
 
 
 STATE = {

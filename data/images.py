@@ -276,6 +276,8 @@ def random_crop(
 class TrainImages(Dataset):
     """Augmented images by (epoch, index): (3, size, size), uint8, a pure function of the key."""
 
+    STREAM = 2  # apart from (seed, epoch, 1), the stream of `EpochDraws`
+
     def __init__(self, paths: list[str], size: int, resize: int, flip: bool, seed: int):
         self.paths, self.size, self.resize, self.flip, self.seed = paths, size, resize, flip, seed
 
@@ -284,7 +286,7 @@ class TrainImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         epoch, index = key
-        rng = generator_for(self.seed, epoch, index)
+        rng = generator_for(self.seed, epoch, index, self.STREAM)
         image = load_image(self.paths[index])
         return to_uint8(random_crop(image, self.size, self.resize, self.flip, rng))
 

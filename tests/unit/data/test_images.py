@@ -13,6 +13,7 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional as TF
 
 from data import images as module
+from data import order
 from data.images import (
     VIEWS,
     CenterImages,
@@ -440,6 +441,21 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(photos):
     forwards = {key: one[key] for key in keys}
     for key in reversed(keys):
         assert torch.equal(other[key], forwards[key])
+
+
+def test_no_stream_of_augmentation_is_one_of_the_orders_or_the_views(photos, monkeypatch):
+    keys = {module: [], order: []}
+    for room, noted in keys.items():
+        monkeypatch.setattr(
+            room, "generator_for", lambda *key, n=noted: (n.append(key), generator_for(*key))[1]
+        )
+    dataset, draws = TrainImages(photos, 8, 12, True, 5), order.EpochDraws(3, 10, 5, 0.1)
+    samples = order.SampleOrder(3, 1, 5)
+    for epoch in range(4):
+        for index in range(3):
+            dataset[epoch, index], draws.of(epoch, index), samples.sample(3 * epoch + index)
+    assert len(set(keys[module])) == 12 and len(set(keys[order])) == 8
+    assert not set(keys[module]) & set(keys[order])
 
 
 def test_augmentation_differs_between_epochs(photos):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from configs.schema import tokenizer_config
+from configs.load import tokenizer_config
 from data.cache import fingerprint
 from data.encoding import EncodingPlan, encode_folder, load_encoder
 from data.images import is_image, scan_images

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import configs.schema
+import configs.load
 from configs.schema import GeneratorExperiment, GeneratorRun
 from evaluation.compare import Evaluator, show
 from evaluation.sources import open_images
@@ -44,7 +44,7 @@ REMEDY = "give another experiment.output_dir, or remove what sampling left there
 
 
 def main(argv: list[str]) -> None:
-    options = configs.schema.load(GeneratorRun, argv)
+    options = configs.load.load(GeneratorRun, argv, "sample_imagenet")
     experiment, sampler = options.experiment, options.model.generator
     classes = experiment.classes or range(sampler.condition_num_classes)
     check_classes(min(classes), max(classes), sampler.condition_num_classes)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
-import configs.schema
+import configs.load
 from configs.schema import GeneratorRun, OptimizerParams
 from data.images import VIEWS, TrainViews, list_images, to_float
 from data.loader import training_loader
@@ -111,7 +111,7 @@ def export(state: dict[str, Tensor], path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    options = configs.schema.load(GeneratorRun, argv)
+    options = configs.load.load(GeneratorRun, argv, "train_ar")
     experiment, training = options.experiment, options.training
     data, config = options.dataset.params, options.model.generator
     accelerator = start_training(training)
@@ -145,7 +145,7 @@ def main(argv: list[str]) -> None:
     batch, accumulation = training.per_gpu_batch_size, training.gradient_accumulation_steps
     total_steps, global_batch = training.max_train_steps, batch * world * accumulation
     this_run = {
-        **flatten(configs.schema.as_dict(options)),
+        **flatten(configs.load.as_dict(options)),
         "images": images,
         "views": views,
         "batch in all": global_batch,
@@ -182,7 +182,7 @@ def main(argv: list[str]) -> None:
     workers = data.num_workers_per_gpu
     loader = training_loader(draws, images, training, workers, accelerator, first_step)
     folder.open(options)
-    log = RunLog(accelerator, experiment, configs.schema.as_dict(options), first_step, total_steps)
+    log = RunLog(accelerator, experiment, configs.load.as_dict(options), first_step, total_steps)
     for warning in folder.warnings:
         log.say(f"warning: {warning}")
     parameters = sum(p.numel() for p in generator.parameters())

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import configs.schema
+import configs.load
 from benchmarks.common import machine
 from configs.schema import GeneratorRun, OptimizerParams
-from modeling.generator import Attention, Generator, GeneratorConfig, next_code_loss
-from modeling.rotary import rotate
+from modeling.generator import Attention, Generator, GeneratorConfig, SwiGLU, next_code_loss
 from train_ar import adamw, parameter_groups
 from training.optim import FiniteGuard
 from training.utilisation import peak_flops, training_flops
@@ -33,16 +32,26 @@ SMALL = GeneratorConfig(
 OPTIMIZER = OptimizerParams()
 
 
-def masked_attention(self: Attention, x: Tensor, table: Tensor, cache: None = None) -> Tensor:
-    """`Attention.forward` with a dense float mask in place of `is_causal`."""
+def plain_attention(self: Attention, x: Tensor, table: Tensor, cache: None = None) -> Tensor:
+    """`Attention.forward` with a dense float mask, q and k apart and their pairs rotated in halves."""
     B, N, D = x.shape
     qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    q = rotate(self.q_norm(q), table).type_as(v)
-    k = rotate(self.k_norm(k), table).type_as(v)
+
+    def rotated(y: Tensor) -> Tensor:
+        a, b = y.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = table.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(v)
+
     mask = torch.full((N, N), float("-inf"), device=x.device, dtype=q.dtype).triu(1)
+    q, k = rotated(self.q_norm(q)), rotated(self.k_norm(k))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.attn_drop)
     return self.proj_drop(self.proj(y.transpose(1, 2).reshape(B, N, D)))
+
+
+def plain_mlp(self: SwiGLU, x: Tensor) -> Tensor:
+    """`SwiGLU.forward` with two products."""
+    return self.drop(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
 class Way:
@@ -55,7 +64,8 @@ class Way:
         self.guard = FiniteGuard(self.device)
         if plain:
             for block in model.blocks:
-                block.attn.forward = partial(masked_attention, block.attn)
+                block.attn.forward = partial(plain_attention, block.attn)
+                block.mlp.forward = partial(plain_mlp, block.mlp)
             groups = parameter_groups(model, OPTIMIZER.weight_decay)
             self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.96), fused=False)
         else:
@@ -142,7 +152,7 @@ def main() -> None:
         if name == "small":
             measure(name, SMALL, 64, args)
             continue
-        preset = configs.schema.load(GeneratorRun, [f"config=configs/alitok_{name}.yaml"])
+        preset = configs.load.load(GeneratorRun, [f"config=configs/alitok_{name}.yaml"])
         measure(name, preset.model.generator, preset.training.per_gpu_batch_size, args)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs.schema import tokenizer_config
+from configs.load import tokenizer_config
 from data.images import CenterImages, list_images, to_float
 from evaluation.compare import Collector, Side, compare, terms, warnings_of
 from evaluation.features import Inception, full_float32

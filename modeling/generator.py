@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
+from .fields import check_options, option
 from .rotary import rotary_table, rotate, token_layout
 
 
@@ -20,32 +21,39 @@ from .rotary import rotary_table, rotate, token_layout
 class GeneratorConfig:
     """Sizes and dropout of a generator; the defaults are AliTok-B."""
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    codebook_size: int = 4096
-    image_seq_len: int = 273  # T
-    condition_num_classes: int = 1000
-    dropout: float = 0.1  # after the attention's projection and after the MLP
-    attn_drop: float = 0.1  # of attention weights
-    tok_dropout: float = 0.1  # of input embeddings
-    class_label_dropout: float = 0.1  # share of training images that are shown without class
-    use_checkpoint: bool = False  # recompute activations in the backward pass
+    hidden_size: int = option(768, "Channels.", at_least=1, at_most=65536)
+    num_hidden_layers: int = option(24, "Blocks.", at_least=0, at_most=1024)
+    num_attention_heads: int = option(16, "Attention heads.", at_least=1, at_most=1024)
+    codebook_size: int = option(
+        4096, "Codes of the tokenizer's codebook.", at_least=1, at_most=65536
+    )
+    image_seq_len: int = option(273, "Codes per image, T.", at_least=1, at_most=2**20)
+    condition_num_classes: int = option(1000, "Classes.", at_least=1, at_most=2**20)
+    dropout: float = option(
+        0.1, "Dropout after the attention's projection and after the MLP.", at_least=0, below=1
+    )
+    attn_drop: float = option(0.1, "Dropout of attention weights.", at_least=0, below=1)
+    tok_dropout: float = option(0.1, "Dropout of input embeddings.", at_least=0, below=1)
+    class_label_dropout: float = option(
+        0.1, "Share of training images shown without their class.", at_least=0, at_most=1
+    )
+    use_checkpoint: bool = option(
+        False, "Recompute activations in the backward pass: less memory, more time."
+    )
 
     def __post_init__(self):
-        for name in ("image_seq_len", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.generator.{name}={getattr(self, name)}: give 1 or more")
+        check_options(self)
         grid, prefix = token_layout(self.image_seq_len)
         if prefix > grid + 1:
             raise InputError(
-                f"model.generator.image_seq_len={self.image_seq_len} is no g²+g+1 or g²+g: "
-                f"for a {grid}x{grid} grid give {grid * grid + grid + 1}"
+                f"image_seq_len={self.image_seq_len} is neither g²+g+1 nor g²+g: for a "
+                f"{grid}x{grid} grid set {grid * grid + grid + 1}"
             )
         if self.hidden_size % (4 * self.num_attention_heads):
             raise InputError(
-                f"model.generator.hidden_size={self.hidden_size} is no multiple of 4 x "
-                f"num_attention_heads={self.num_attention_heads} (rotary positions need it)"
+                f"hidden_size={self.hidden_size} is not a multiple of 4 x "
+                f"num_attention_heads={self.num_attention_heads}, as rotary positions need: "
+                f"change one"
             )
 
     @property
@@ -93,9 +101,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.type_as(x) * self.weight
+        return rms_normalize(x, self.eps) * self.weight
+
+
+def rms_normalize(x: Tensor, eps: float) -> Tensor:
+    """x divided by the root mean square of its last dimension, in x's type."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return y.type_as(x)
 
 
 class Attention(nn.Module):
@@ -115,9 +128,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, table: Tensor, cache: Optional[KVCache] = None) -> Tensor:
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, h)
-        q = rotate(self.q_norm(q), table).type_as(v)
-        k = rotate(self.k_norm(k), table).type_as(v)
+        v = qkv[:, :, 2].transpose(1, 2)  # (B, H, N, h)
+        # q and k together, as one operation of half the memory traffic: (B, N, 2, H, h).
+        scale = torch.stack([self.q_norm.weight, self.k_norm.weight]).unsqueeze(1)
+        qk = rms_normalize(qkv[:, :, :2], self.q_norm.eps) * scale
+        qk = rotate(qk, table[:, None, None]).type_as(v)
+        q, k = qk.permute(2, 0, 3, 1, 4)  # each (B, H, N, h)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = F.scaled_dot_product_attention(
@@ -139,7 +155,14 @@ class SwiGLU(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        if torch.is_grad_enabled():
+            # One product instead of two: x and its gradient are read and written once. Without
+            # gradients, joining the weights costs more than this saves.
+            w13 = torch.cat([self.w1.weight, self.w3.weight])
+            gate, up = F.linear(x, w13).chunk(2, -1)
+        else:
+            gate, up = self.w1(x), self.w3(x)
+        return self.drop(self.w2(F.silu(gate) * up))
 
 
 class Block(nn.Module):
@@ -160,6 +183,8 @@ class Block(nn.Module):
 class Generator(nn.Module):
     """Predicts code i from the class and codes 0…i-1."""
 
+    rotary: Tensor  # (1 + T, h / 2, 2), see rotary_table
+
     def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.config = config
@@ -178,8 +203,8 @@ class Generator(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         nn.init.zeros_(self.output.weight)  # starts from the uniform distribution
 
     def embed_class(self, labels: Tensor) -> Tensor:

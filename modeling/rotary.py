@@ -39,7 +39,15 @@ def rotary_table(seq_len: int, head_size: int) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate interleaved pairs: x (B, H, T, h), table (T, h / 2, 2) -> (B, H, T, h), float32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, T, h / 2)
-    cos, sin = table.unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    """Rotate interleaved pairs: x (…, h) and table (…, h / 2, 2), which broadcast -> float32.
+
+    A pair (a, b) becomes (a·cos - b·sin, b·cos + a·sin), computed as x·cos + swap(x)·(-sin, sin):
+    one expression per element, which compilers fuse with the norm before it, where separate halves
+    would be written out and joined again.
+    """
+    x = x.float()
+    cos, sin = table.unbind(-1)  # (…, h / 2)
+    cos = torch.stack([cos, cos], -1).flatten(-2)  # (…, h)
+    sin = torch.stack([-sin, sin], -1).flatten(-2)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # the other element of each pair
+    return x * cos + swapped * sin

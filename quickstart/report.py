@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-import configs.schema
+import configs.load
 from configs.schema import TokenizerRun
 from data.images import CenterImages, CroppedImages, list_images
 from data.tokens import TokenStore
@@ -25,7 +25,7 @@ from runtime.program import run
 
 def validation_metrics(folder: Path, stage: int) -> tuple[dict[str, float], torch.Tensor]:
     """Metrics on all validation images, and pairs before | after of the first ones."""
-    options = configs.schema.load(TokenizerRun, [f"config={folder / f'stage{stage}/config.yaml'}"])
+    options = configs.load.load(TokenizerRun, [f"config={folder / f'stage{stage}/config.yaml'}"])
     tokenizer = Tokenizer(options.model.vq_model)
     load_weights(tokenizer, folder / f"stage{stage}/tokenizer.pth")
     # Every tenth image first: all ten classes come into the picture.

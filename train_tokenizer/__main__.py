@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
-import configs.schema
+import configs.load
 from configs.schema import Phase, TokenizerRun
 from data.images import CenterImages, TrainImages, list_paths, to_float
 from data.loader import training_loader
@@ -90,7 +90,7 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
 
 
 def main(argv: list[str]) -> None:
-    options = configs.schema.load(TokenizerRun, argv)
+    options = configs.load.load(TokenizerRun, argv, "train_tokenizer")
     experiment, training, phases = options.experiment, options.training, options.phases
     data, config = options.dataset.params, options.model.vq_model
     total_steps = sum(phase.steps for phase in phases)
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
 
     def this_run(step: int) -> dict:
         """What the run was until `step`, to compare with when it goes on."""
-        so_far = {**configs.schema.as_dict(options), "phases": begun(phases, step)}
+        so_far = {**configs.load.as_dict(options), "phases": begun(phases, step)}
         return {**flatten(so_far), "images": len(paths), "batch in all": global_batch}
 
     evaluator = in_training.open_evaluator(
@@ -167,7 +167,7 @@ def main(argv: list[str]) -> None:
     workers = data.num_workers_per_gpu
     loader = training_loader(draws, len(paths), training, workers, accelerator, first_step)
     folder.open(options)
-    log = RunLog(accelerator, experiment, configs.schema.as_dict(options), first_step, total_steps)
+    log = RunLog(accelerator, experiment, configs.load.as_dict(options), first_step, total_steps)
     for warning in folder.warnings:
         log.say(f"warning: {warning}")
     if (networks.convnext or networks.lpips) and not pretrained:
@@ -332,7 +332,7 @@ def main(argv: list[str]) -> None:
 def begun(phases: list[Phase], step: int) -> list[dict]:
     """The phases with a step up to `step`: what a run has been so far."""
     starts = itertools.accumulate((phase.steps for phase in phases), initial=0)
-    return [configs.schema.as_dict(p) for p, start in zip(phases, starts) if start < step]
+    return [configs.load.as_dict(p) for p, start in zip(phases, starts) if start < step]
 
 
 def add_up(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

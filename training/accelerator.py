@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
+from configs.environment import check_environment
 from configs.schema import Training
 from runtime.errors import InputError
 from runtime.processes import set_matmul_precision
@@ -23,6 +24,7 @@ def precision(training: Training) -> str:
 
 def start_training(training: Training) -> Accelerator:
     """The accelerator of a training program, with the run's matmul precision."""
+    check_environment(training, precision(training))
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=precision(training),

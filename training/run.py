@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-import configs.schema
+import configs.load
 from configs.schema import Experiment
 from runtime.errors import InputError
 from runtime.files import lock_folder
@@ -66,7 +66,7 @@ class RunFolder:
                     f"another run has just saved or removed a checkpoint in {self.path}: give the "
                     f"same command again"
                 )
-            configs.schema.save(options, self.path / "config.yaml")
+            configs.load.save(options, self.path / "config.yaml")
 
         on_main(lock)
 

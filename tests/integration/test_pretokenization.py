@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from configs.schema import tokenizer_config
+from configs.load import tokenizer_config
 from data.encoding import encode, load_encoder
 from data.images import center_crop, load_image, to_float, to_uint8
 from data.tokens import NpzStore, TokenStore

@@ -11,7 +11,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from configs.schema import TokenizerRun, load
+from configs.load import load
+from configs.schema import TokenizerRun
 from modeling.weights import read_state_dict, write_state_dict
 from runtime.errors import InputError
 from tests.integration.conftest import ROOT, execute
@@ -65,17 +66,38 @@ def refusal(train, *args):
     "options, tolerance",
     [
         (["model.use_checkpoint=True"], 1e-6),
-        (["training.per_gpu_batch_size=2", "training.gradient_accumulation_steps=2"], 1e-5),
         (["training.mixed_precision=bf16"], 1e-3),
         (["training.mixed_precision=bf16", "model.vq_model.exact_attention=False"], 1e-3),
     ],
-    ids=["recompute", "accumulation", "bf16", "fast"],
+    ids=["recompute", "bf16", "fast"],
 )
 def test_option_of_speed_or_memory_leaves_the_losses(
     workspace, train, tmp_path, options, tolerance
 ):
     train(1, tmp_path, *options)
     np.testing.assert_allclose(losses(tmp_path), losses(workspace.stage1_run), rtol=tolerance)
+
+
+HALVES = ["training.per_gpu_batch_size=2", "training.gradient_accumulation_steps=2"]
+
+
+def test_accumulation_leaves_the_losses(train, tmp_path):
+    # Clustering moves several unused codes to the same vector. Which of these twins is nearest
+    # depends on rounding, and the optimizer then moves another one. So this test is without it.
+    options = ["model.vq_model.clustering=False"]
+    train(1, tmp_path / "whole", *options)
+    train(1, tmp_path / "halves", *options, *HALVES)
+    np.testing.assert_allclose(losses(tmp_path / "halves"), losses(tmp_path / "whole"), rtol=1e-6)
+
+
+def test_accumulation_clusters_by_the_whole_batch(train, tmp_path):
+    # The codebook after one step, before it has twins; the first learning rate is 0.
+    keep = ["experiment.save_every=1", "experiment.keep_checkpoints=6"]
+    train(1, tmp_path / "whole", *keep)
+    train(1, tmp_path / "halves", *keep, *HALVES)
+    whole, halves = (tensors(tmp_path / run, step=1) for run in ("whole", "halves"))
+    for name in ("quantize.embedding.weight", "quantize.embed_prob"):
+        torch.testing.assert_close(halves[name], whole[name], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.gpu

@@ -3,8 +3,17 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from modeling.generator import Generator, GeneratorConfig, KVCache, RMSNorm, next_code_loss
+from modeling.generator import (
+    Attention,
+    Generator,
+    GeneratorConfig,
+    KVCache,
+    RMSNorm,
+    SwiGLU,
+    next_code_loss,
+)
 from modeling.rotary import rotary_table, rotate, token_layout
 from runtime.errors import InputError
 
@@ -84,14 +93,14 @@ def test_rotation_takes_neighbouring_channels_as_a_pair():
 def test_sequence_length_that_fits_no_grid_is_refused_with_one_that_does(tokens, remedy):
     with pytest.raises(InputError) as caught:
         config(image_seq_len=tokens)
-    assert f"model.generator.image_seq_len={tokens}" in str(caught.value)
-    assert f"give {remedy}" in str(caught.value)
+    assert f"image_seq_len={tokens}" in str(caught.value)
+    assert f"set {remedy}" in str(caught.value)
 
 
 def test_heads_that_do_not_fit_the_hidden_size_are_refused_by_name():
     with pytest.raises(InputError) as caught:
         config(hidden_size=36, num_attention_heads=2)
-    assert "model.generator.hidden_size=36" in str(caught.value)
+    assert "hidden_size=36" in str(caught.value)
     assert "num_attention_heads=2" in str(caught.value)
 
 
@@ -197,6 +206,59 @@ def test_cached_steps_equal_one_pass_in_both_layouts(fill, tokens):
         for t in range(tokens):
             torch.testing.assert_close(model.step(x, cache), whole[:, t], atol=1e-5, rtol=1e-4)
             x = model.embeddings(codes[:, t : t + 1])
+
+
+# ---------------------------------------------------------------------- the formulation
+def attention_by_parts(self, x, table, cache=None):
+    """`Attention.forward` as the specification reads: q and k apart, pairs rotated in halves."""
+    B, N, D = x.shape
+    qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+
+    def turn(y):
+        a, b = y.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = table.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(v)
+
+    y = F.scaled_dot_product_attention(
+        turn(self.q_norm(q)), turn(self.k_norm(k)), v, is_causal=True
+    )
+    return self.proj(y.transpose(1, 2).reshape(B, N, D))
+
+
+def mlp_by_parts(self, x):
+    return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_joined_products_leave_the_loss_and_the_gradients(fill, monkeypatch, bf16):
+    model = fill(Generator(config(**UNDROPPED))).train()
+    codes, labels = inputs()
+
+    def run():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss, _ = next_code_loss(model(codes, labels)[:, :-1], codes)
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    loss, gradients = run()
+    monkeypatch.setattr(Attention, "forward", attention_by_parts)
+    monkeypatch.setattr(SwiGLU, "forward", mlp_by_parts)
+    expected, of_parts = run()
+    # bf16: the gradient of x is a sum of one product rather than of two rounded ones.
+    torch.testing.assert_close(loss, expected, rtol=1e-6 if not bf16 else 1e-4, atol=0)
+    for name, gradient in gradients.items():
+        error = (gradient - of_parts[name]).norm() / of_parts[name].norm()
+        assert error < (1e-2 if bf16 else 1e-6), (name, error)
+
+
+def test_mlp_is_the_same_with_gradients_and_without(fill):
+    mlp = fill(SwiGLU(config(**UNDROPPED)))
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        apart = mlp(x)
+    torch.testing.assert_close(mlp(x).detach(), apart, rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------------- gradient checkpointing

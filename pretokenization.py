@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from configs.load import tokenizer_config
 from data.cache import fingerprint
+from data.classes import printable
 from data.encoding import EncodingPlan, encode_folder, load_encoder
 from data.images import is_image, scan_images
 from runtime.errors import InputError
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     if args.dtype == "tf32" and processes.device.type != "cuda":
         raise InputError("--dtype tf32 exists only on CUDA: choose fp32 or bf16 on a CPU")
     encoder = load_encoder(config, state, args.tokenizer_checkpoint, processes.device)
-    processes.print(f"{choice}{folder}: {images.describe()}")
+    processes.print(printable(f"{choice}{folder}: {images.describe()}"))
     ignored = [flag for flag in WITHOUT_EFFECT if hasattr(args, flag[2:])]
     if ignored:
         processes.print(f"without effect here: {', '.join(ignored)}")

@@ -9,9 +9,15 @@ from runtime.errors import InputError
 NAMES_SHOWN = 3
 
 
+def printable(name: object) -> str:
+    """A name for one line of output: bytes that are not UTF-8 and line breaks are escaped."""
+    text = str(name).replace("\n", "\\n").replace("\r", "\\r")
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def first_names(names: Sequence[str]) -> str:
     """The first names, separated by commas, and an ellipsis where there are more."""
-    return ", ".join([*names[:NAMES_SHOWN], *["…"] * (len(names) > NAMES_SHOWN)])
+    return ", ".join([*map(printable, names[:NAMES_SHOWN]), *["…"] * (len(names) > NAMES_SHOWN)])
 
 
 def describe_classes(classes: Sequence[str], configured: int | None = None) -> str:

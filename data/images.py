@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.classes import describe_classes, first_names
+from data.classes import describe_classes, first_names, printable
 from data.order import EpochDraws
 from runtime.errors import InputError
 from runtime.randomness import generator_for
@@ -45,7 +45,7 @@ class ImageListing:
         """A program's header: numbers of images and classes, first names, and what is left out."""
         text = f"{len(self.samples)} images, {describe_classes(self.classes, configured)}"
         if self.left_out:
-            kinds = [f"{count} {kind}" for kind, count in sorted(self.left_out.items())]
+            kinds = [f"{count} {printable(kind)}" for kind, count in sorted(self.left_out.items())]
             text += f"; left out: {', '.join(kinds)}"
         return text
 

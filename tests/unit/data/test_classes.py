@@ -17,6 +17,11 @@ def test_classes_in_words(classes, configured, words):
     assert describe_classes(classes, configured) == words
 
 
+def test_odd_names_stay_one_line_that_can_be_printed():
+    words = describe_classes(["a\nb", "c\udcff", "dög"])
+    assert words == "3 classes (a\\nb, c\\udcff, dög)" and words.encode()
+
+
 def test_labels_are_mapped_by_name():
     labels = np.array([0, 2, 2, 1], np.int32)
     mapped = map_labels(labels, ["ant", "bee", "cat"], ["cat", "dog", "bee", "ant"], "x")

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data.encoding import EncodingPlan, ReadableCrops, encode, load_encoder, part_batches
+from data.cache import fingerprint
+from data.encoding import (
+    EncodingPlan,
+    ReadableCrops,
+    encode,
+    listing_hash,
+    load_encoder,
+    part_batches,
+)
 from data.images import VIEWS, cut_views
 from data.loader import on_device
 from modeling.tokenizer import Tokenizer, TokenizerConfig
@@ -110,6 +118,12 @@ def test_batches_are_consecutive_and_never_cross_a_part():
     batches = [batch for part in parts for batch in part]
     assert [i for batch in batches for i in batch] == list(range(101))
     assert {len(batch) for batch in batches[:-1]} == {3} and len(batches[-1]) == 2
+
+
+def test_hash_of_a_listing_is_that_of_earlier_caches_and_takes_any_name():
+    paths = ["cat/a.png", "dög/b.png"]
+    assert listing_hash(paths) == fingerprint({"encoder." + "\n".join(paths): torch.zeros(0)})
+    assert listing_hash(["cat/\udcff.png"]) != listing_hash(["cat/\udcfe.png"])
 
 
 def numbered_batches(pinned=False):

@@ -152,8 +152,11 @@ def main(argv: list[str]) -> None:
         "tokenizer": fingerprint_now,
     }
     evaluator = in_training.open_evaluator(
-        experiment.fid_reference, bool(experiment.generate_every), "experiment.generate_every"
-    )
+        experiment.fid_reference, bool(experiment.generate_every), "experiment.generate_every",
+        Path("weights"), options.model.vq_model.image_size,
+    )  # fmt: skip
+    if experiment.generate_every:
+        in_training.job_in_training(options, device)  # refused now, not at the first samples
     set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
     generator = Generator(config)
     ema = copy.deepcopy(generator).requires_grad_(False) if training.use_ema else None

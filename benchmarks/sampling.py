@@ -24,13 +24,13 @@ from torch import Tensor
 
 import modeling.sampling
 from benchmarks.common import machine
+from data.pictures import write_png
 from modeling.engine import Engine, cache_bytes, decode_images
 from modeling.generator import Generator, GeneratorConfig
 from modeling.sampling import Sampling, draw, guidance_schedule, guide, sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.parts import Parts
 from runtime.processes import set_matmul_precision
-from sample_imagenet import write_png
 
 SIZES = {
     "b": (GeneratorConfig(hidden_size=768, num_hidden_layers=24), Sampling(16.0, 1.8)),

@@ -141,7 +141,7 @@ def main() -> None:
     device = torch.device("cuda" if cuda else "cpu")
     batch, steps = args.batch or (48 if cuda else 8), args.steps or (20 if cuda else 3)
     phase = Phase("main", 1, 1e-4, perceptual_weight=0.0 if args.no_perceptual else 1.0)
-    networks = FrozenNetworks([phase], pretrained=False, device=device)
+    networks = FrozenNetworks([phase], weights=None, device=device)
     sizes = {} if cuda else SMALL
     modes = [Mode(name, sizes, networks, phase, device) for name in ("exact", "published", "fast")]
     flops = flops_per_image(modes[0])

@@ -3,16 +3,17 @@
 `data/tokens.py` documents the entries of the manifest.
 """
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from data.classes import map_labels
+from modeling.weights import tensors_hash
 from runtime.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -25,12 +26,7 @@ def fingerprint(state: dict[str, Tensor]) -> str:
     Both stages of one tokenizer have the same fingerprint: only their decoders differ. The number
     of heads is not part of it, because no tensor's shape shows it; the manifest holds it.
     """
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        if name.startswith(("encoder.", "latent_tokens", "quantize.embedding.")):
-            digest.update(name.encode())
-            digest.update(state[name].detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return tensors_hash(state, ("encoder.", "latent_tokens", "quantize.embedding."), torch.float32)
 
 
 def write_manifest(folder: Path, entries: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.classes import describe_classes, first_names, printable
 from data.order import EpochDraws
+from modeling.pixels import to_float as to_float
 from runtime.errors import InputError
 from runtime.randomness import generator_for
 
@@ -190,11 +191,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_uint8(image: Image.Image) -> Tensor:
     """(3, H, W), uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1]."""
-    return images.float() / 255
 
 
 # ---------------------------------------------------------------------- crops

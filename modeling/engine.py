@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .generator import Block, Generator, GeneratorConfig
+from .pixels import to_uint8
 from .sampling import Sampling, check_classes, draw, guidance_schedule, guide
 from .tokenizer import Tokenizer
 
@@ -258,5 +259,5 @@ def decode_images(tokenizer: Tokenizer, codes: Tensor, dtype: torch.dtype) -> Te
     for part in codes.split(DECODED_AT_ONCE):
         with torch.autocast("cuda", torch.bfloat16, codes.is_cuda and dtype == torch.bfloat16):
             pixels = tokenizer.decode(part)
-        images.append((pixels * 255).to(torch.uint8).permute(0, 2, 3, 1))
+        images.append(to_uint8(pixels).permute(0, 2, 3, 1))
     return torch.cat(images)

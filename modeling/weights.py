@@ -1,5 +1,7 @@
 """Reads and writes weight files: tensors only, strictly by name and shape."""
 
+import ctypes
+import hashlib
 import logging
 import os
 import re
@@ -15,21 +17,6 @@ from .files import whole_file
 from .formats import PYTORCH, SAFETENSORS, kind_by_content, unwrap
 
 log = logging.getLogger(__name__)
-
-
-def find_weights(name: str, otherwise: str = "") -> Path:
-    """`weights/NAME`, or the copy in torch's own download cache.
-
-    Raises InputError, which says where to put the file and, if given, what to do `otherwise`.
-    """
-    cache = Path(torch.hub.get_dir()) / "checkpoints" / name
-    for path in (Path("weights") / name, cache):
-        if path.is_file():
-            return path
-    raise InputError(
-        f"no {name} in weights/ or {cache.parent}: put it there (weights/README.md says from "
-        f"where){otherwise}"
-    )
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -114,6 +101,25 @@ def write_state_dict(state: dict[str, Tensor], path: str | Path) -> None:
             save_file(state, partial)
         else:
             torch.save(state, partial)
+
+
+def tensors_hash(
+    state: dict[str, Tensor], prefixes: tuple[str, ...] = ("",), dtype: torch.dtype | None = None
+) -> str:
+    """16 hex digits of the names and bytes of tensors, in the order of their names.
+
+    Only names that start with one of `prefixes` count. With `dtype` the tensors are converted to it
+    first, so that a copy of the same values in another type has the same hash.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        if name.startswith(prefixes):
+            digest.update(name.encode())
+            tensor = state[name].detach().cpu().to(dtype or state[name].dtype).contiguous()
+            if tensor.numel():
+                # The tensor's own memory, without a copy.
+                digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+    return digest.hexdigest()[:16]
 
 
 def describe(state: dict[str, Tensor]) -> str:

@@ -69,11 +69,10 @@ def set_matmul_precision(precision: str) -> None:
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """`set_matmul_precision` for the length of a block; then what was set before holds again."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
     set_matmul_precision(precision)
     try:
         yield
     finally:
-        for backend, allowed in zip(backends, before):
-            backend.allow_tf32 = allowed
+        matmul.allow_tf32, cudnn.allow_tf32 = before

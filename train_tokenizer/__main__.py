@@ -9,29 +9,28 @@ import itertools
 import math
 import time
 from datetime import timedelta
-from typing import Optional
+from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Subset
 
 import configs.load
 from configs.schema import Phase, TokenizerRun
-from data.images import CenterImages, TrainImages, list_paths, to_float
+from data.images import TrainImages, list_paths, to_float
 from data.loader import training_loader
 from evaluation import in_training
-from evaluation.lpips import LPIPS, lpips_is_here
-from evaluation.reconstruction import codebook_use, reconstruct_all
+from evaluation.lpips import LPIPS, lpips_is_available
+from evaluation.reconstruction import Preview, codebook_use, image_batches, reconstruct
 from modeling.tokenizer import Tokenizer
 from modeling.weights import describe, load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
 from runtime.processes import compiles, on_main
 from runtime.program import run
 from runtime.randomness import seed_step
-from runtime.signals import SAVED_AND_STOPPED, StopSignal, outlive_first_signal
+from runtime.signals import SAVED_AND_STOPPED, StopSignal
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training import checkpoint
@@ -113,18 +112,20 @@ def main(argv: list[str]) -> None:
         return {**flatten(so_far), "images": len(paths), "batch in all": global_batch}
 
     evaluator = in_training.open_evaluator(
-        experiment.fid_reference, bool(held_out), "dataset.params.val_dir"
-    )
+        experiment.fid_reference, bool(held_out), "dataset.params.val_dir", Path("weights"),
+        config.image_size,
+    )  # fmt: skip
     set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
     tokenizer = build_tokenizer(options)
     adversarial = any(phase.gan_weight for phase in phases)
     discriminator = Discriminator() if adversarial else None
     pretrained = options.perceptual.pretrained
+    weights = Path("weights")
     with accelerator.local_main_process_first():  # one rank reads the disk, the others its cache
-        networks = FrozenNetworks(phases, pretrained, device)
+        networks = FrozenNetworks(phases, weights if pretrained else None, device)
         lpips = networks.lpips if pretrained else None  # what evaluation measures with
-        if lpips is None and pretrained and held_out and lpips_is_here():
-            lpips = LPIPS(pretrained).to(device)
+        if lpips is None and pretrained and held_out and lpips_is_available(weights):
+            lpips = LPIPS(weights).to(device)
     ema = None
     if training.use_ema:
         average = get_ema_multi_avg_fn(training.ema_decay)
@@ -307,14 +308,12 @@ def main(argv: list[str]) -> None:
                 timed = True
         with window.paused():
             if held_out and evaluates:
-                values = evaluate(accelerator, shown, held_out, batch, workers, lpips)
-                log.metrics(step, {f"val/{k}": v for k, v in values.items()})
-            if previews:
-                before, after = preview(accelerator, shown, held_out or paths)
-                log.images(step, "reconstruction", interleave(before, after), PER_ROW)
-            if evaluates and evaluator is not None:
-                values = in_training.reconstructed(evaluator, shown, held_out, batch, workers)
+                values = in_training.reconstructed(
+                    shown, held_out, batch, workers, PartialState(), lpips, evaluator
+                )
                 log.metrics(step, values)
+            if previews:
+                log.images(step, "reconstruction", preview(shown, held_out or paths), PER_ROW)
             if saves:
                 save(step)
         if stops and not last:
@@ -347,57 +346,15 @@ def has_collapsed(counts: Tensor) -> bool:
     return use < COLLAPSED and counts.sum().item() >= MEANT * len(counts)
 
 
-def evaluate(
-    accelerator: Accelerator,
-    tokenizer: Tokenizer,
-    paths: list[str],
-    batch: int,
-    workers: int,
-    lpips: Optional[LPIPS],
-) -> dict[str, float]:
-    """Reconstruction metrics on held-out images, shared by the ranks; `lpips` where it is given."""
-    dataset = CenterImages(paths, tokenizer.config.image_size)
-    mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    batches = DataLoader(
-        Subset(dataset, list(mine)),
-        batch_size=batch,
-        num_workers=workers,
-        worker_init_fn=outlive_first_signal,
-    )
-    distance = torch.zeros(2, device=accelerator.device)  # sum over images, their number
-
-    def measure(images: Tensor, reconstructions: Tensor) -> None:
-        with torch.autocast(accelerator.device.type, enabled=False):
-            value = lpips.distance(reconstructions, images)
-        distance.add_(torch.stack([value * len(images), value.new_tensor(len(images))]))
-
-    with accelerator.autocast():
-        sums, *_ = reconstruct_all(
-            tokenizer, batches, accelerator.device, None if lpips is None else measure
-        )
-    sums.values = accelerator.reduce(sums.values, "sum")
-    total, count = accelerator.reduce(distance, "sum").tolist()
-    return {**sums.metrics(), **({"lpips": total / count} if count else {})}
-
-
-def preview(
-    accelerator: Accelerator, tokenizer: Tokenizer, paths: list[str]
-) -> tuple[Tensor, Tensor]:
-    """Some images from all over the list, before and after; nothing but on the main process."""
-    if not accelerator.is_main_process:
-        return torch.empty(0), torch.empty(0)
-    chosen = torch.linspace(0, len(paths) - 1, min(PREVIEWS, len(paths))).long().tolist()
-    dataset = Subset(CenterImages(paths, tokenizer.config.image_size), chosen)
-    with accelerator.autocast():
-        _, before, after = reconstruct_all(
-            tokenizer, DataLoader(dataset, batch_size=PREVIEWS), accelerator.device
-        )
-    return before, after
-
-
-def interleave(before: Tensor, after: Tensor) -> Tensor:
-    """(N, …) and (N, …) -> (2N, …): before | after, pair by pair."""
-    return torch.stack([before, after], 1).flatten(0, 1)
+def preview(tokenizer: Tokenizer, paths: list[str]) -> Tensor:
+    """Before | after of some images from all over the list; none except on the main process."""
+    processes, pictures = PartialState(), Preview(PREVIEWS)
+    if processes.is_main_process:
+        chosen = torch.linspace(0, len(paths) - 1, min(PREVIEWS, len(paths))).long().tolist()
+        size = tokenizer.config.image_size
+        batches = image_batches([paths[i] for i in chosen], size, PREVIEWS, workers=0)
+        reconstruct(tokenizer, batches, processes.device, [pictures])
+    return pictures.pairs()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The tokenizer's loss: named terms, each computed only when its weight is not 0."""
 
+from pathlib import Path
 from typing import Optional
 
 import torch
@@ -16,15 +17,18 @@ from train_tokenizer.perceptual import ConvNeXtLogits
 
 
 class FrozenNetworks:
-    """The perceptual networks that at least one phase needs, on the training device."""
+    """The perceptual networks that at least one phase needs, on the training device.
 
-    def __init__(self, phases: list[Phase], pretrained: bool, device: torch.device):
+    `weights` is the folder of their published files; None leaves them random, for tests.
+    """
+
+    def __init__(self, phases: list[Phase], weights: Optional[Path], device: torch.device):
         self.convnext: Optional[ConvNeXtLogits] = None
         self.lpips: Optional[LPIPS] = None
         if any(p.perceptual_weight for p in phases):
-            self.convnext = ConvNeXtLogits(pretrained).to(device)
+            self.convnext = ConvNeXtLogits(weights).to(device)
         if any(p.lpips_weight for p in phases):
-            self.lpips = LPIPS(pretrained).to(device)
+            self.lpips = LPIPS(weights).to(device)
 
 
 def tokenizer_terms(

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from configs.schema import Experiment
+from data.pictures import picture_grid, to_pixels, write_png
 from runtime.errors import InputError
 from runtime.files import write_whole, writing
 
@@ -90,15 +90,11 @@ class RunLog:
         """A grid of images (N, 3, H, W) in [0, 1] as NAME-STEP.png and to wandb."""
         if not self.main:
             return
-        grid = make_grid(images.float().cpu(), nrow=per_row, padding=2, pad_value=1.0)
-        picture = to_pil_image((grid.clamp(0, 1) * 255).to(torch.uint8))
-        folder = self.folder / "previews"
-        with writing(folder):
-            folder.mkdir(exist_ok=True)
-            picture.save(folder / f"{name}-{step:08d}.png")
+        picture = picture_grid(to_pixels(images.float()), per_row, margin=2)
+        write_png(picture, self.folder / "previews" / f"{name}-{step:08d}.png")
         for tracker in self.accelerator.trackers:
             if tracker.name == "wandb":
-                tracker.log_images({name: [picture]}, step=step)
+                tracker.log_images({name: [Image.fromarray(picture)]}, step=step)
 
     def close(self) -> None:
         """End the run's trackers and the progress bar."""

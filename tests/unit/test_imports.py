@@ -17,16 +17,7 @@ ARROWS = {
     "data": ("configs", "runtime", "modeling"),
     "training": ("data", "configs", "runtime", "modeling"),
     "generation": ("data", "configs", "runtime", "modeling"),
-    # The sweep still runs a program; it will call `generation` instead.
-    "evaluation": (
-        "sample_imagenet",
-        "generation",
-        "training",
-        "data",
-        "configs",
-        "runtime",
-        "modeling",
-    ),
+    "evaluation": ("generation", "training", "data", "configs", "runtime", "modeling"),
     "train_tokenizer": ("evaluation", "training", "data", "configs", "runtime", "modeling"),
     "programs": ("evaluation", "generation", "training", "data", "configs", "runtime", "modeling"),
     "quickstart": ("evaluation", "data", "configs", "runtime", "modeling"),

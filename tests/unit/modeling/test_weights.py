@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import math
 import os
 import pickle
@@ -14,10 +15,10 @@ from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import (
     describe,
-    find_weights,
     load_tensors,
     load_weights,
     read_state_dict,
+    tensors_hash,
     write_state_dict,
 )
 from runtime.errors import InputError
@@ -476,21 +477,44 @@ def test_only_named_entries_may_be_extra_or_missing():
         load_tensors(model, state, "file", keep=("bias",))
 
 
-# ---------------------------------------------------------------------- well-known files
-def test_missing_file_is_named_with_the_places_and_the_remedy(nowhere):
-    with pytest.raises(InputError) as caught:
-        find_weights("vgg.pth", ", or do without")
-    message = str(caught.value)
-    assert f"no vgg.pth in weights/ or {nowhere}/hub/checkpoints" in message
-    assert "weights/README.md" in message and message.endswith("where), or do without")
+# ---------------------------------------------------------------------- hashes
+STATE = {
+    "b.weight": torch.arange(6.0).view(2, 3),
+    "a.bias": torch.tensor([0.5, -1.0], dtype=torch.bfloat16),
+    "c.count": torch.tensor([3]),
+}
 
 
-def test_weights_folder_comes_before_the_download_cache(nowhere):
-    cached = nowhere / "hub" / "checkpoints" / "vgg.pth"
-    cached.parent.mkdir(parents=True)
-    cached.touch()
-    assert find_weights("vgg.pth") == cached
-    own = nowhere / "weights" / "vgg.pth"
-    own.parent.mkdir()
-    own.touch()
-    assert find_weights("vgg.pth").resolve() == own
+def test_hash_is_that_of_names_and_bytes_in_the_order_of_names():
+    digest = hashlib.sha256()
+    for name in sorted(STATE):
+        digest.update(name.encode())
+        digest.update(STATE[name].view(torch.uint8).numpy().tobytes())
+    assert tensors_hash(STATE) == digest.hexdigest()[:16]
+    assert tensors_hash(dict(reversed(STATE.items()))) == tensors_hash(STATE)
+    transposed = {**STATE, "b.weight": STATE["b.weight"].T.contiguous().T}  # the same values
+    assert tensors_hash(transposed) == tensors_hash(STATE)
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_hash_changes_with_every_tensor_and_name(name):
+    changed = STATE[name].clone()
+    changed.view(-1)[-1] += 1
+    assert tensors_hash({**STATE, name: changed}) != tensors_hash(STATE)
+    renamed = {("x" if key == name else key): tensor for key, tensor in STATE.items()}
+    assert tensors_hash(renamed) != tensors_hash(STATE)
+
+
+def test_hash_of_some_names_ignores_the_others():
+    alone = {"b.weight": STATE["b.weight"]}
+    assert tensors_hash(STATE, ("b.",)) == tensors_hash(alone) != tensors_hash(STATE)
+
+
+def test_hash_in_one_type_is_that_of_the_values():
+    copies = {name: tensor.float() for name, tensor in STATE.items()}
+    assert tensors_hash(STATE, dtype=torch.float32) == tensors_hash(copies)
+
+
+def test_hash_takes_empty_and_single_values():
+    states = [{"x": torch.zeros(0)}, {"x": torch.tensor(1.0)}, {}]
+    assert len({tensors_hash(state) for state in states}) == 3

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from configs.schema import Phase
-from train_tokenizer.__main__ import add_up, begun, has_collapsed, interleave
+from train_tokenizer.__main__ import add_up, begun, has_collapsed
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,3 @@ def test_values_of_micro_batches_add_up_and_stay_not_finite():
 def test_a_phase_has_begun_once_it_has_a_step(step, names):
     phases = [Phase(name="a", steps=10), Phase(name="b", steps=20), Phase(name="c", steps=1)]
     assert "".join(phase["name"] for phase in begun(phases, step)) == names
-
-
-def test_previews_show_before_and_after_in_turn():
-    before, after = torch.zeros(2, 3, 1, 1), torch.ones(2, 3, 1, 1)
-    assert interleave(before, after)[:, 0, 0, 0].tolist() == [0, 1, 0, 1]

@@ -1,4 +1,4 @@
-"""The packed token store against the published layout, and pretokenization against its encoder.
+"""The packed token store beside the published layout, and pretokenization beside its encoder.
 
 python -m benchmarks.tokens                         the tables in benchmarks/README.md
 python -m benchmarks.tokens --images 10000 --encode 512 --batch_size 32 --views ten_crop
@@ -18,10 +18,13 @@ from accelerate import PartialState
 from PIL import Image
 
 from benchmarks.common import machine
-from data.images import VIEWS, CroppedImages
-from data.tokens import IMAGES_PER_SHARD, NpzStore, TokenStore, TrainTokens, write_manifest
+from data.cache import write_manifest
+from data.encoding import EncodingPlan, ReadableCrops, encode, encode_parts, part_batches
+from data.images import VIEWS
+from data.npz import NpzStore, write_npz_files
+from data.tokens import TokenStore, TrainTokens
+from data.writer import IMAGES_PER_SHARD, write_packed_store
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from pretokenization import Readable, encode, encode_parts, join, write_images
 from runtime.parts import Parts
 from runtime.processes import start_processes
 
@@ -40,7 +43,7 @@ def size(folder: Path) -> int:
 
 
 def stores(folder: Path, images: int) -> None:
-    """Bytes an image, writing, opening and random reading of both layouts, on the same codes."""
+    """Bytes per image, writing, opening and random reading of both layouts, on the same codes."""
     codes = np.random.default_rng(0).integers(0, 4096, (images, *CODES), dtype=np.uint16)
     paths = [f"n{i // 1300:08d}/n{i // 1300:08d}_{i}.JPEG" for i in range(images)]
     labels, classes = [i // 1300 for i in range(images)], sorted({p.split("/")[0] for p in paths})
@@ -51,11 +54,11 @@ def stores(folder: Path, images: int) -> None:
         parts = Parts(folder / "parts", -(-images // 512))
         for number in range(parts.count):
             parts.write(number, codes=codes[512 * number : 512 * (number + 1)])
-        join(packed, parts, CODES[0], TokenizerConfig(), labels, paths, classes, about)
+        write_packed_store(packed, parts, (*CODES, 4096), labels, paths, classes, about)
 
     writing = {
         "packed": seconds(write_packed),  # parts and shards, as pretokenization does
-        "npz": seconds(lambda: write_images(npz, paths, codes)),
+        "npz": seconds(lambda: write_npz_files(npz, paths, codes)),
     }
     opening = {"packed": [], "npz": []}
     reading = {"packed": [], "npz": []}
@@ -72,7 +75,7 @@ def stores(folder: Path, images: int) -> None:
     print(f"{images} images x {CODES[0]} views x {CODES[1]} codes, files in the page cache")
     for name, path in (("packed", packed), ("npz", npz)):
         print(
-            f"  {name:7}{size(path) / images:10.1f} bytes an image{images / writing[name]:10.0f} "
+            f"  {name:7}{size(path) / images:10.1f} bytes per image{images / writing[name]:10.0f} "
             f"images/s written{median(reading[name]):10.0f} random samples/s"
             f"{1e3 * median(opening[name]):10.2f} ms to open"
         )
@@ -103,7 +106,7 @@ def imagenet_open(folder: Path) -> None:
 
 
 def end_to_end(folder: Path, options: argparse.Namespace, processes: PartialState) -> None:
-    """Images to codes, end to end, against the encoder alone on random tensors, in turn."""
+    """Images to codes, end to end, and the encoder alone on random tensors, in turn."""
     rng, files = np.random.default_rng(0), []
     for i in range(options.encode):
         pixels = rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)
@@ -111,33 +114,33 @@ def end_to_end(folder: Path, options: argparse.Namespace, processes: PartialStat
         files.append(str(folder / f"{i}.JPEG"))
         image.save(files[-1], quality=90)
     device = processes.device
-    tokenizer = Tokenizer(TokenizerConfig(), with_decoder=False).to(device).eval()
-    images = Readable(CroppedImages(files, 256, options.views), skip=False)
+    assert device is not None  # accelerate's type hint allows it
+    config = TokenizerConfig(exact_attention=False)  # as pretokenization builds it
+    tokenizer = Tokenizer(config, with_decoder=False).to(device).eval()
     views = VIEWS[options.views]
     batches = -(-options.encode // options.batch_size)
     random = torch.rand(options.batch_size * views, 3, 256, 256, device=device)
-    per_part = 16 * options.batch_size
-    numbers = list(range(-(-options.encode // per_part)))
+    numbers = list(range(len(part_batches(options.encode, options.batch_size))))
     parts = Parts(folder / "encoded", len(numbers))
 
     def alone(dtype: str) -> float:
         started = time.perf_counter()
-        for _ in range(batches):
-            codes = encode(tokenizer, random, dtype)
-        codes.cpu()
+        codes = [encode(tokenizer, random, dtype) for _ in range(batches)]
+        codes[-1].cpu()
         return time.perf_counter() - started
 
     def whole(dtype: str) -> float:
         started = time.perf_counter()
-        args = argparse.Namespace(
-            batch_size=options.batch_size, num_workers=options.num_workers, dtype=dtype
+        plan = EncodingPlan(
+            256, options.views, dtype, options.batch_size, num_workers=options.num_workers
         )
-        for number, _, codes, _ in encode_parts(tokenizer, images, numbers, args, processes):
-            parts.write(number, codes=codes)
+        source = ReadableCrops(files, plan)
+        for part in encode_parts(tokenizer, source, plan, numbers, processes):
+            parts.write(part.number, codes=part.codes)
         return time.perf_counter() - started
 
     print(
-        f"{options.encode} JPEGs of 500 x 375, {options.views}, {options.batch_size} images a batch, "
+        f"{options.encode} JPEGs of 500 x 375, {options.views}, {options.batch_size} images per batch, "
         f"{options.num_workers} workers, the published encoder's sizes"
     )
     exact = None
@@ -154,14 +157,14 @@ def end_to_end(folder: Path, options: argparse.Namespace, processes: PartialStat
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Measure token caches and pretokenization.")
     parser.add_argument("--images", type=int, default=4000, help="in the compared stores")
     parser.add_argument("--encode", type=int, default=8, help="images pretokenized")
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--views", choices=list(VIEWS), default="center_flip")
     parser.add_argument("--num_workers", type=int, default=1)
-    parser.add_argument("--turns", type=int, default=3, help="of encoder and end to end")
-    parser.add_argument("--folder", help="where to write the stores (a temporary folder)")
+    parser.add_argument("--turns", type=int, default=3, help="repetitions of both timings")
+    parser.add_argument("--folder", help="where to write the stores (default: a temporary folder)")
     options = parser.parse_args()
     processes = start_processes()
     print(machine())

@@ -1,6 +1,10 @@
-"""The data loader of both trainers."""
+"""Batches from data workers: the endless loader of both trainers, and copies ahead to a device."""
 
+from collections.abc import Iterable, Iterator
+
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import Training
@@ -18,8 +22,9 @@ def training_loader(
 ) -> DataLoader:
     """Endless micro-batches of this rank from step `first_step` on.
 
-    Every `training.gradient_accumulation_steps` of them are a step. The dataset is indexed by
-    (epoch, index) with index < `items`. Raises InputError where a global batch has more samples.
+    `training.gradient_accumulation_steps` of them make one step. The dataset is indexed by
+    (epoch, index) with index < `items`. Raises InputError where a global batch has more samples than
+    `items`.
     """
     order = SampleOrder(
         items,
@@ -36,3 +41,24 @@ def training_loader(
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=outlive_first_signal,
     )
+
+
+def on_device(
+    batches: Iterable[tuple[Tensor, ...]], device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """Batches on the device, copied there while earlier ones are computed.
+
+    The copies run on a stream of their own, from pinned memory. The host runs ahead of the device
+    as long as the caller reads nothing back from it.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies, compute = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            arrived = tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+        compute.wait_stream(copies)
+        for tensor in arrived:
+            tensor.record_stream(compute)  # no later copy gets its memory before then
+        yield arrived

@@ -1,4 +1,4 @@
-"""The order of training samples: endless, reshuffled every epoch, resumable; and their draws."""
+"""The order of training samples: endless, reshuffled every epoch, resumable. And their random draws."""
 
 from collections.abc import Iterator
 
@@ -10,11 +10,11 @@ from runtime.randomness import Stream, generator_for
 
 
 class SampleOrder(Sampler):
-    """Batches of (epoch, index) for one rank, from batch `start` on, for ever.
+    """Endless batches of (epoch, index) for one rank, from batch `start` on.
 
-    All ranks walk one endless line of samples in which epoch e is a permutation drawn from
-    (seed, e). Global batch m is the line's next world·batch samples, of which this rank takes its
-    contiguous share; so the samples of a step depend on the global batch size alone.
+    All ranks share one endless sequence of samples, in which epoch e is a permutation drawn from
+    (seed, e). Global batch m is the next world·batch samples of that sequence, and each rank takes
+    its contiguous share. So the samples of a step depend on the global batch size alone.
     """
 
     def __init__(
@@ -23,14 +23,14 @@ class SampleOrder(Sampler):
         if items < batch * world:
             raise InputError(
                 f"{items} images are fewer than one global batch of {batch * world}: lower "
-                f"training.per_gpu_batch_size or give more images"
+                f"training.per_gpu_batch_size or use more images"
             )
         self.items, self.batch, self.seed = items, batch, seed
         self.rank, self.world, self.start = rank, world, start
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
 
     def sample(self, position: int) -> tuple[int, int]:
-        """The (epoch, index) at a position of the line."""
+        """The (epoch, index) at a position of the sequence."""
         epoch, place = divmod(position, self.items)
         if epoch != self._epoch:
             self._permutation = generator_for(self.seed, Stream.ORDER, epoch).permutation(
@@ -50,10 +50,10 @@ class SampleOrder(Sampler):
 class EpochDraws:
     """Which view an image shows in an epoch, and whether its class is dropped.
 
-    Pure functions of (seed, epoch, index), whatever the workers or ranks: of the uniforms u
-    (items, 2) that one stream an epoch begins with, item i takes view ⌊views·u[i, 0]⌋ and drops its
-    class where u[i, 1] < class_dropout. Drawn for an epoch at once, since a stream an item costs
-    several times what reading its codes does.
+    Both are pure functions of (seed, epoch, index), whatever the number of workers or ranks. Each
+    epoch has one stream, which begins with uniforms u (items, 2): item i shows view
+    ⌊views·u[i, 0]⌋ and drops its class where u[i, 1] < class_dropout. An epoch is drawn at once,
+    because one stream per item would take several times as long as reading the item's codes.
     """
 
     def __init__(self, items: int, views: int, seed: int, class_dropout: float):

@@ -1,4 +1,4 @@
-"""Work cut into numbered parts, each written once, whole or not at all, by whichever rank."""
+"""Work cut into numbered parts. Any rank may write a part; it is written whole or not at all."""
 
 import json
 import zipfile
@@ -32,10 +32,14 @@ def differing(
     )
 
 
-def check_settings(path: Path, settings: dict[str, Any], remedy: str) -> None:
-    """Write `settings` as JSON, or compare with what an earlier run wrote there.
+def check_settings(
+    path: Path, settings: dict[str, Any], remedy: str, added: tuple[str, ...] = ()
+) -> None:
+    """Write `settings` as JSON, or compare them with what an earlier run wrote there.
 
-    Raises InputError that names the differing entries and the remedy.
+    Earlier versions did not write the entries `added`: where such a one is absent, it is not
+    compared. Raises InputError that names the differing entries and the remedy. One process checks,
+    and the others follow (`runtime.processes.on_main`).
     """
     if not path.exists():
         write_whole(path, json.dumps(settings, indent=1).encode())
@@ -44,7 +48,7 @@ def check_settings(path: Path, settings: dict[str, Any], remedy: str) -> None:
         earlier = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as e:
         raise InputError(f"{path} is damaged; {remedy}") from e
-    changed = differing(earlier, settings)
+    changed = differing({**{key: settings[key] for key in added}, **earlier}, settings)
     if changed:
         raise InputError(f"{path.parent} holds work of other settings: {changed}; {remedy}")
 
@@ -59,11 +63,12 @@ class Parts:
         return self.folder / f"{number:06d}.npz"
 
     def missing(self, rank: int, world: int) -> list[int]:
-        """The parts that this rank has still to make; the others' are elsewhere in the line."""
+        """This rank's share of the parts that do not exist yet."""
         left = [i for i in range(self.count) if not self.path(i).exists()]
         return share_of(left, rank, world)
 
-    def write(self, number: int, **arrays: np.ndarray) -> None:
+    def write(self, number: int, **arrays: Any) -> None:
+        """Write the named arrays as part `number`."""
         with whole_file(self.path(number)) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays)
 
@@ -73,5 +78,5 @@ class Parts:
                 return arrays[name]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
             raise InputError(
-                f"{self.path(number)} is damaged ({e}); remove it and give the same command again"
+                f"{self.path(number)} is damaged ({e}); remove it and run the same command again"
             ) from e

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-import pretokenization
 from configs.load import tokenizer_config
+from data.encoding import encode, load_encoder
 from data.images import center_crop, load_image, to_float, to_uint8
 from data.tokens import NpzStore, TokenStore
 from modeling.tokenizer import Tokenizer
@@ -83,11 +83,11 @@ def copies(folder, images):
 def encoded(runs, views):
     """Codes of PIL images, by the encoder alone."""
     state = read_state_dict(runs.tokenizer)
-    encoder = pretokenization.load_encoder(
+    encoder = load_encoder(
         config_of(runs.workspace), state, str(runs.tokenizer), torch.device("cpu")
     )
     pixels = to_float(torch.stack([to_uint8(view) for view in views]))
-    return pretokenization.encode(encoder, pixels, "fp32").numpy()
+    return encode(encoder, pixels, "fp32").numpy()
 
 
 def test_default_stores_the_codes_of_the_centre_crop_and_of_its_real_mirror_image(
@@ -123,14 +123,77 @@ def test_split_takes_the_folder_below(workspace, runs, tmp_path):
     assert files(tmp_path / "train") == files(tmp_path / "direct")
 
 
-def test_root_without_a_split_is_asked_about(workspace, runs, tmp_path):
-    line = runs.refused(tmp_path / "cache", data=workspace.root)
-    assert str(workspace.root) in line and "--split train or val" in line
+def test_root_without_a_split_means_its_train_folder_and_the_first_line_says_so(
+    workspace, runs, tmp_path
+):
+    output = runs.ok(tmp_path / "root", data=workspace.root).splitlines()
+    said = f"--data_path {workspace.root} holds train/, --split is not set: reading "
+    classes = "14 images, 3 classes (class0, class1, class2)"
+    assert f"{said}{workspace.root}/train: {classes}" == output[0]
+    runs.ok(tmp_path / "direct", data=workspace.root / "train")
+    assert files(tmp_path / "root") == files(tmp_path / "direct")
+
+
+def test_root_without_a_train_folder_is_no_folder_of_classes(workspace, runs, tmp_path):
+    for split in ("training", "validation"):
+        shutil.copytree(workspace.root / "val", tmp_path / "root" / split)
+    line = runs.refused(tmp_path / "cache", data=tmp_path / "root")
+    assert f"{tmp_path}/root is not a folder of classes: training, validation hold" in line
+    assert f"pass the folder above those, such as {tmp_path}/root/training" in line
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "cache.partial").exists()
+
+
+def test_empty_train_folder_is_refused(runs, tmp_path):
+    (tmp_path / "root/train").mkdir(parents=True)
+    line = runs.refused(tmp_path / "cache", data=tmp_path / "root")
+    assert f"{tmp_path}/root/train is not an image folder" in line
+
+
+def test_published_flags_without_effect_are_named_once(runs, tmp_path):
+    published = ["--seed", 3, "--no_pin_mem", "--world_size", 1, "--dist_url", "env://"]
+    output = runs.ok(tmp_path / "flags", *published)
+    said = "without effect here: --seed, --no_pin_mem, --world_size, --dist_url"
+    assert output.count(said) == 1
+    runs.ok(tmp_path / "plain")
+    assert files(tmp_path / "flags") == files(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("option", ["--num_workers=-1", "--batch_size=1e3", "--cached_path="])
+def test_value_without_sense_is_one_line(runs, tmp_path, option):
+    assert option.split("=")[0] in runs.refused(tmp_path / "cache", option)
+    assert not list(tmp_path.iterdir())
 
 
 def test_split_that_is_not_there_is_named(workspace, runs, tmp_path):
     line = runs.refused(tmp_path / "c", "--split", "val", data=workspace.root / "train")
     assert f"{workspace.root}/train/val" in line
+
+
+# ---------------------------------------------------------------------- sizes that no shape shows
+def test_manifest_records_the_heads_and_other_heads_are_refused(workspace, runs, tmp_path):
+    other = tmp_path / "heads.yaml"
+    text = (workspace.root / "generator.yaml").read_text()
+    other.write_text(text.replace("encoder_heads: 2", "encoder_heads: 4"))
+    runs.ok(tmp_path / "cache")
+    assert manifest(tmp_path / "cache")["encoder_heads"] == 2
+    line = runs.refused(tmp_path / "cache", "--config", other)
+    assert "encoder_heads (2 there, 4 now)" in line
+
+
+def test_cache_and_work_from_before_the_heads_were_recorded_are_taken(runs, tmp_path):
+    cache, data = tmp_path / "cache", copies(tmp_path / "data", 36)
+    runs.ok(tmp_path / "whole", data=data)
+    runs.refused(cache, data=data, largest_file=2500)
+    settings = tmp_path / "cache.partial/settings.json"
+    earlier = json.loads(settings.read_text())
+    assert earlier.pop("encoder_heads") == 2
+    settings.write_text(json.dumps(earlier))
+    runs.ok(cache, data=data)
+    assert files(cache) == files(tmp_path / "whole")
+    earlier = manifest(cache)
+    del earlier["encoder_heads"]
+    (cache / "manifest.json").write_text(json.dumps(earlier))
+    assert "is complete" in runs.ok(cache, data=data)
 
 
 # ---------------------------------------------------------------------- precision

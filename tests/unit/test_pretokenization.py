@@ -1,68 +1,12 @@
-"""The encoder as pretokenization runs it: its precisions, and batches on their way to it."""
+"""Pretokenization's command line."""
 
-import numpy as np
 import pytest
-import torch
+from PIL import Image
 
-from data.images import VIEWS, CroppedImages
-from modeling.tokenizer import Tokenizer, TokenizerConfig
-from pretokenization import Readable, encode, image_folder, kind_of_crops, on_device, parse
+from pretokenization import WITHOUT_EFFECT, image_folder, kind_of_crops, parse
 from runtime.errors import InputError
-from tests.golden.fill import images
 
 FOLDER = ["--data_path", "x"]
-
-
-@pytest.fixture
-def tokenizer(fill):
-    return fill(Tokenizer(TokenizerConfig(encoder_layers=2), with_decoder=False))
-
-
-def small():
-    sizes = dict(image_size=16, encoder_width=16, encoder_layers=2, encoder_heads=2)
-    return Tokenizer(TokenizerConfig(**sizes), with_decoder=False).eval()
-
-
-@pytest.fixture
-def pixels():
-    return torch.from_numpy(images(2, 256, 1))
-
-
-def test_fp32_codes_are_the_published_ones(golden, tokenizer, pixels):
-    codes = encode(tokenizer, pixels, "fp32")
-    assert (codes.numpy() == golden("tokenizer_small.npz")["codes"]).all()
-
-
-def test_bf16_codes_are_mostly_those_of_fp32_and_leave_the_next_fp32_exact(tokenizer, pixels):
-    exact = encode(tokenizer, pixels, "fp32")
-    fast = encode(tokenizer, pixels, "bf16")
-    assert 0.5 < (fast == exact).float().mean() < 1
-    assert torch.equal(encode(tokenizer, pixels, "fp32"), exact)
-
-
-@pytest.mark.parametrize("dtype, inside", [("fp32", False), ("tf32", True), ("bf16", False)])
-def test_only_the_encoder_and_only_tf32_may_use_tf32(dtype, inside, monkeypatch):
-    tokenizer, seen = small(), {}
-
-    def note(name, call):
-        def noting(*args):
-            matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
-            seen[name] = (matmul.allow_tf32, conv.allow_tf32)
-            return call(*args)
-
-        return noting
-
-    monkeypatch.setattr(tokenizer.encoder, "forward", note("encoder", tokenizer.encoder.forward))
-    monkeypatch.setattr(tokenizer.quantize, "nearest", note("nearest", tokenizer.quantize.nearest))
-    encode(tokenizer, torch.rand(1, 3, 16, 16), dtype)
-    assert seen == {"encoder": (inside, inside), "nearest": (False, False)}
-
-
-@pytest.mark.parametrize("dtype, exact", [("fp32", True), ("tf32", True), ("bf16", False)])
-def test_attention_follows_the_precision(dtype, exact):
-    tokenizer = small()
-    encode(tokenizer, torch.rand(1, 3, 16, 16), dtype)
-    assert {block.attn.exact for block in tokenizer.encoder.transformer} == {exact}
 
 
 @pytest.mark.parametrize(
@@ -80,47 +24,83 @@ def test_kind_of_crops(options, kind):
     assert kind_of_crops(parse([*FOLDER, *options])) == kind
 
 
+def image(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4)).save(path)
+
+
+@pytest.mark.parametrize("others", [[], ["val"], ["validation", "devkit"]])
+def test_train_of_a_root_is_read_where_no_split_is_set(tmp_path, others):
+    for name in ["train", *others]:
+        image(tmp_path / name / "cat/a.png")
+    folder, words = image_folder(str(tmp_path), None)
+    assert folder == tmp_path / "train"
+    assert f"{tmp_path} holds train/" in words and "--split is not set" in words
+    assert image_folder(str(tmp_path / "train"), None) == (tmp_path / "train", "")
+
+
 def test_a_class_named_train_is_no_split(tmp_path):
-    (tmp_path / "train").mkdir()
-    assert image_folder(str(tmp_path), None) == tmp_path
-    (tmp_path / "val").mkdir()
-    with pytest.raises(InputError, match="--split train or val"):
-        image_folder(str(tmp_path), None)
-    assert image_folder(str(tmp_path), "val") == tmp_path / "val"
+    for name in ("train", "car"):
+        image(tmp_path / name / "a.png")
+    assert image_folder(str(tmp_path), None) == (tmp_path, "")
 
 
-@pytest.mark.parametrize("kind", VIEWS)
-def test_unreadable_image_keeps_its_place_as_black_views(tmp_path, kind):
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no image")
-    views, readable = Readable(CroppedImages([str(bad)], 8, kind), skip=True)[0]
-    assert views.shape == (VIEWS[kind], 3, 8, 8) and views.dtype == torch.uint8
-    assert not views.any() and readable is False
-    with pytest.raises(InputError, match=r"bad\.png"):
-        Readable(CroppedImages([str(bad)], 8, kind), skip=False)[0]
+def test_images_right_in_train_are_not_taken_for_a_class(tmp_path):
+    for name in ("train", "val"):
+        image(tmp_path / name / "a.png")
+    assert image_folder(str(tmp_path), None)[0] == tmp_path / "train"
 
 
-def numbered_batches(pinned=False):
-    batches = [(torch.full((4, 3), i, dtype=torch.uint8), torch.ones(4)) for i in range(20)]
-    return [(views.pin_memory() if pinned else views, ok) for views, ok in batches]
+def test_split_is_the_folder_below(tmp_path):
+    image(tmp_path / "val/cat/a.png")
+    assert image_folder(str(tmp_path), "val") == (tmp_path / "val", "")
+    with pytest.raises(InputError, match="train"):
+        image_folder(str(tmp_path), "train")
 
 
-def test_batches_arrive_in_order_on_a_cpu():
-    arrived = [
-        views[0, 0].item() for views, _ in on_device(numbered_batches(), torch.device("cpu"))
-    ]
-    assert arrived == list(range(20))
+PUBLISHED = [
+    *("--seed", "0", "--pin_mem", "--no_pin_mem", "--world_size", "8", "--local_rank", "-1"),
+    *("--dist_url", "env://", "--dist_on_itp", "--device", "cuda:0"),
+]
 
 
-@pytest.mark.gpu
-def test_batches_arrive_whole_on_a_gpu():
-    device = torch.device("cuda")
-    sums = [views.long().sum() for views, _ in on_device(numbered_batches(True), device)]
-    assert [s.item() for s in sums] == [12 * i for i in range(20)]
+def test_published_flags_are_accepted():
+    args = parse([*FOLDER, *PUBLISHED])
+    assert args.device == "cuda"
+    assert [flag for flag in WITHOUT_EFFECT if flag not in PUBLISHED] == []
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype, share", [("fp32", 0.999), ("tf32", 0.9), ("bf16", 0.5)])
-def test_gpu_codes_agree_with_the_published_ones(golden, tokenizer, pixels, dtype, share):
-    codes = encode(tokenizer.cuda(), pixels.cuda(), dtype).cpu().numpy()
-    assert np.mean(codes == golden("tokenizer_small.npz")["codes"]) >= share
+def test_published_flags_that_are_absent_are_not_mentioned():
+    args = parse(FOLDER)
+    assert not any(hasattr(args, flag[2:]) for flag in WITHOUT_EFFECT)
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        *[(name, value) for name in ("--batch_size", "--img_size", "--num_workers")
+          for value in ("-1", "1e3", "nan", "", "two", "9" * 30)],
+        ("--batch_size", "0"), ("--img_size", "0"), ("--skip_unreadable", "-1"),
+        ("--device", "cuda:1"), ("--device", "gpu"), ("--device", ""), ("--dtype", "fp16"),
+        ("--format", ""), ("--split", "test"), ("--cached_path", ""), ("--cached_path", "."),
+        ("--cached_path", "/"), ("--cached_path", ".."), ("--config", ""),
+        ("--tokenizer_checkpoint", " "), ("--data_path", ""), ("--seed", "x"),
+    ],
+)  # fmt: skip
+def test_value_without_sense_is_one_line_that_names_the_option(option, value):
+    with pytest.raises(InputError, match=option) as error:
+        parse([*FOLDER, f"{option}={value}"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--data_path"], [*FOLDER, "--ten_crops", "--x"]])
+def test_missing_or_unknown_options_are_one_line(arguments):
+    with pytest.raises(InputError) as error:
+        parse(arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parse(["--data_path=~/images", "--cached_path=~/cache"])
+    assert (args.data_path, args.cached_path) == ("/home/me/images", "/home/me/cache")

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_ar
 from configs.schema import OptimizerParams
-from data.tokens import TokenWriter
+from data.writer import TokenWriter
 from modeling.generator import Generator, GeneratorConfig
 from runtime.errors import InputError
 from runtime.files import file_sha256

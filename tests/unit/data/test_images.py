@@ -1,5 +1,6 @@
 import hashlib
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,20 +8,27 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from PIL import __version__ as pillow_version
+from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import functional as TF
 
+from data import images as module
+from data import order
 from data.images import (
     VIEWS,
     CenterImages,
     CroppedImages,
+    SourceCrops,
     TrainImages,
     TrainViews,
     center_crop,
-    crops,
+    cut_views,
     list_images,
     list_paths,
     load_image,
     random_crop,
+    scan_images,
+    source_size,
     to_float,
     to_uint8,
 )
@@ -38,6 +46,13 @@ def sha(image):
 def noise(width, height, mode="RGB"):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
+
+
+def crops(image, size, kind):
+    """The views of an image as PIL images."""
+    source = to_uint8(center_crop(image, source_size(size, kind)))
+    views = cut_views(source[None], size, kind)[0]
+    return [Image.fromarray(view.permute(1, 2, 0).numpy()) for view in views]
 
 
 def same(a, b):
@@ -80,6 +95,51 @@ def test_last_five_of_ten_crop_are_mirrored_views_of_the_same_image():
     # The mirrored image is cut, so its left corner is the right corner mirrored.
     for mirrored, original in zip(ten[5:], (1, 0, 3, 2, 4)):
         assert same(mirrored, ImageOps.mirror(ten[original]))
+
+
+@pytest.mark.parametrize("size", [20, 32, 33, 48, 256])
+@pytest.mark.parametrize("kind", VIEWS)
+def test_views_cut_from_tensors_are_torchvisions_byte_for_byte(kind, size):
+    image = noise(size + 31, size + 12)
+    if kind == "center_flip":
+        whole = center_crop(image, size)
+        expected = [whole, TF.hflip(whole)]
+    else:
+        cut = TF.five_crop if kind == "five_crop" else TF.ten_crop
+        expected = cut(center_crop(image, int(size * 1.1)), size)
+    views = crops(image, size, kind)
+    assert len(views) == len(expected) and all(same(*pair) for pair in zip(views, expected))
+
+
+def test_views_of_a_batch_are_those_of_its_images():
+    sources = torch.randint(0, 256, (3, 3, 35, 35), dtype=torch.uint8)
+    batch = cut_views(sources, 32, "ten_crop")
+    assert batch.shape == (3, 10, 3, 32, 32) and batch.dtype == torch.uint8
+    for source, views in zip(sources, batch):
+        assert torch.equal(cut_views(source[None], 32, "ten_crop")[0], views)
+
+
+@pytest.mark.parametrize(
+    "kind, side", [("center_flip", 256), ("five_crop", 281), ("ten_crop", 281)]
+)
+def test_one_crop_holds_all_views_of_an_image(tmp_path, kind, side):
+    noise(300, 290).save(tmp_path / "a.png")
+    source = SourceCrops([str(tmp_path / "a.png")], 256, kind)[0]
+    assert source.shape == (3, side, side) and source.dtype == torch.uint8
+    views = CroppedImages([str(tmp_path / "a.png")], 256, kind)[0]
+    assert torch.equal(cut_views(source[None], 256, kind)[0], views)
+
+
+def test_a_drawn_view_is_the_only_one_that_is_cut(tmp_path, monkeypatch):
+    noise(40, 30).save(tmp_path / "a.png")
+    calls = []
+    for name in ("center_crop", "cut_view"):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, n=name, f=original: (calls.append(n), f(*a))[1]
+        )
+    TrainViews([(str(tmp_path / "a.png"), 0)], 16, 1, 0.0, 1)[0, 0]
+    assert calls == ["center_crop", "cut_view"]
 
 
 def test_center_flip_is_the_centre_crop_and_its_mirror():
@@ -179,13 +239,74 @@ def test_class_folder_without_images_is_named(tmp_path):
         list_images(tmp_path / "photos")
 
 
+def tree(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith((".png", ".JPEG")):
+            noise(4, 4).save(root / name)
+        else:
+            (root / name).write_bytes(b"")
+
+
+def test_listing_is_that_of_torchvisions_image_folder(tmp_path):
+    tree(
+        tmp_path, "b/2.png", "b/x/1.png", "b/.h/0.png", "a/Z.png", "a/a.JPEG", "C/x.png", "a/n.txt"
+    )
+    expected = ImageFolder(str(tmp_path))
+    assert list_images(tmp_path) == (expected.samples, expected.classes)
+
+
+@pytest.mark.parametrize(
+    "names, nested, remedy",
+    [
+        (["train/cat/a.png", "train/dog/b.png"], "train holds", "train"),
+        (["a/cat/a.png", "b/cat/b.png", "devkit/readme"], "a, b hold", "a"),
+        (["cat/a.png", "val/cat/b.png"], "val holds", "val"),
+    ],
+)
+def test_folder_above_the_classes_is_refused_by_name(tmp_path, names, nested, remedy):
+    root = tmp_path / "root"
+    tree(root, *names)
+    for listed in (scan_images, list_images, list_paths):
+        with pytest.raises(InputError) as error:
+            listed(root)
+        assert f"{root} is not a folder of classes: {nested} folders of images" in str(error.value)
+        assert str(error.value).endswith(f"such as {root / remedy}")
+
+
+def test_class_with_images_and_folders_of_images_is_a_class(tmp_path):
+    tree(tmp_path, "cat/a.png", "cat/more/b.png")
+    assert len(scan_images(tmp_path).samples) == 2
+
+
+def test_header_says_how_many_classes_their_first_names_and_what_is_left_out(tmp_path):
+    tree(tmp_path, *[f"class{i}/a.png" for i in range(5)])
+    assert scan_images(tmp_path).describe(1000) == (
+        "5 images, 5 classes of 1000 configured (class0, class1, class2, …)"
+    )
+    tree(tmp_path, "class1/b.gif", "class2/c.GIF", "class2/notes", "class3/.DS_Store", "top.png")
+    listing = scan_images(tmp_path)
+    assert listing.left_out == {
+        ".gif": 2, "without a suffix": 1, "outside the class folders": 1,
+    }  # fmt: skip
+    assert "left out: 2 .gif, 1 outside the class folders, 1 without" in listing.describe()
+
+
+def test_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    tree(tmp_path, "cat/a.png", "cat/closed/b.png")
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(InputError, match=r"cannot read .*cat/closed: Permission denied"):
+        scan_images(tmp_path)
+
+
 # ---------------------------------------------------------------------- loading
-def with_transparency(image):
-    image = image.convert("P")
-    image.info["transparency"] = 3
-    return image
-
-
 def bytes_of(image, kind, **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
@@ -206,13 +327,11 @@ IMAGES = {
     "black and white": bytes_of(noise(12, 8, "1"), "PNG"),
     "cmyk": bytes_of(noise(12, 8, "CMYK"), "JPEG"),
     "palette": bytes_of(noise(12, 8, "P"), "PNG"),
-    "transparent palette": bytes_of(with_transparency(noise(12, 8)), "PNG"),
     "rgba": bytes_of(noise(12, 8, "RGBA"), "PNG"),
     "exif rotated": rotated_by_exif(),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize("name", IMAGES)
 def test_any_image_becomes_rgb_as_torchvision_converts_it(tmp_path, name):
     path = tmp_path / "image"
@@ -240,6 +359,73 @@ def test_unreadable_image_is_named(tmp_path, content):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def loaded(path, content):
+    path.write_bytes(content)
+    return np.asarray(load_image(path))
+
+
+RAMP = np.array([[0, 1, 257, 32768], [65535, 256, 127 * 257, 300]], np.uint16)
+
+
+def sixteen_bit_pgm():
+    return b"P5 4 2 65535\n" + RAMP.astype(">u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [bytes_of(Image.fromarray(RAMP), "PNG"), bytes_of(Image.fromarray(RAMP), "TIFF"), sixteen_bit_pgm()],
+    ids=["png", "tiff", "pgm"],
+)  # fmt: skip
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path, content):
+    expected = np.rint(RAMP / 257).astype(np.uint8)
+    assert expected.max() == 255 and expected[0, 3] == 128
+    pixels = loaded(tmp_path / "image", content)
+    assert pixels.shape == (2, 4, 3) and (pixels == expected[..., None]).all()
+
+
+@pytest.mark.parametrize("dtype, kind", [(np.float32, "floats"), (np.int32, "32-bit integers")])
+def test_pixels_of_unknown_range_are_refused_by_name(tmp_path, dtype, kind):
+    path = tmp_path / "image.tif"
+    Image.fromarray(np.ones((4, 4), dtype)).save(path)
+    with pytest.raises(InputError, match=rf"image\.tif: its pixels are {kind}.*convert it"):
+        load_image(path)
+
+
+def see_through(mode):
+    """The left half is transparent, with a hidden colour; the right half is opaque."""
+    image = noise(12, 8).convert({"LA": "L", "PA": "P"}.get(mode, mode))
+    if mode in ("RGB", "L", "P"):  # one colour is transparent
+        image.paste(image.getpixel((0, 0)), (0, 0, 6, 8))
+        return bytes_of(image, "PNG", transparency=image.getpixel((0, 0)))
+    alpha = Image.new("L", (12, 8), 255)
+    alpha.paste(0, (0, 0, 6, 8))
+    image.putalpha(alpha)
+    return bytes_of(image, "PNG" if mode != "PA" else "TIFF")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGB", "L", "P"])
+def test_transparent_pixels_become_white_and_opaque_ones_stay(tmp_path, mode):
+    content = see_through(mode)
+    hidden = np.asarray(Image.open(io.BytesIO(content)).convert("RGBA"))
+    pixels = loaded(tmp_path / "image", content)
+    opaque = hidden[..., 3] == 255
+    assert 20 < opaque.sum() <= 48 and (hidden[~opaque][:, 3] == 0).all()
+    assert (pixels[~opaque] == 255).all() and (hidden[~opaque][:, :3] != 255).any()
+    assert (pixels[opaque] == hidden[opaque][:, :3]).all()
+
+
+def test_half_transparent_pixels_are_half_white(tmp_path):
+    content = bytes_of(Image.new("RGBA", (2, 2), (0, 100, 200, 128)), "PNG")
+    pixels = loaded(tmp_path / "image", content)
+    assert np.abs(pixels[0, 0] - np.array([127, 177, 227])).max() <= 1
+
+
+def test_transparent_sixteen_bit_grey_is_white(tmp_path):
+    content = bytes_of(Image.fromarray(RAMP), "PNG", transparency=256)
+    pixels = loaded(tmp_path / "image", content)
+    assert (pixels[1, 1] == 255).all() and (pixels[0, 0] == 0).all()
+
+
 # ---------------------------------------------------------------------- augmentation
 @pytest.fixture
 def photos(tmp_path):
@@ -255,6 +441,21 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(photos):
     forwards = {key: one[key] for key in keys}
     for key in reversed(keys):
         assert torch.equal(other[key], forwards[key])
+
+
+def test_no_stream_of_augmentation_is_one_of_the_orders_or_the_views(photos, monkeypatch):
+    keys = {module: [], order: []}
+    for room, noted in keys.items():
+        monkeypatch.setattr(
+            room, "generator_for", lambda *key, n=noted: (n.append(key), generator_for(*key))[1]
+        )
+    dataset, draws = TrainImages(photos, 8, 12, True, 5), order.EpochDraws(3, 10, 5, 0.1)
+    samples = order.SampleOrder(3, 1, 5)
+    for epoch in range(4):
+        for index in range(3):
+            dataset[epoch, index], draws.of(epoch, index), samples.sample(3 * epoch + index)
+    assert len(set(keys[module])) == 12 and len(set(keys[order])) == 8
+    assert not set(keys[module]) & set(keys[order])
 
 
 def test_augmentation_differs_between_epochs(photos):
@@ -310,6 +511,20 @@ def test_list_file_names_images_relative_to_itself_or_absolutely(tmp_path):
     assert list_paths(listed) == [str(tmp_path / name) for name in expected]
 
 
+def test_list_file_names_images_relative_to_a_root_where_they_are_not_beside_it(tmp_path):
+    tree(tmp_path, "lists/both.png", "root/both.png", "root/cat/a.png")
+    listed = tmp_path / "lists/train.txt"
+    listed.write_text("both.png\ncat/a.png\n")
+    expected = [str(tmp_path / "lists/both.png"), str(tmp_path / "root/cat/a.png")]
+    assert list_paths(listed, tmp_path / "root") == expected
+    with pytest.raises(InputError, match=r"line 2: there is no file .*lists/cat/a\.png$"):
+        list_paths(listed)
+    (tmp_path / "root/cat/a.png").unlink()
+    words = r"line 2: there is no file .*lists/cat/a\.png or .*root/cat/a\.png"
+    with pytest.raises(InputError, match=words):
+        list_paths(listed, tmp_path / "root")
+
+
 def test_folder_lists_its_images_without_classes(tmp_path):
     for name in ("b/2.png", "a/1.png"):
         (tmp_path / name).parent.mkdir()
@@ -321,8 +536,8 @@ def test_folder_lists_its_images_without_classes(tmp_path):
     "content, words",
     [
         (b"a.png\nb.png\n", ["line 2", "there is no file", "b.png"]),
-        (b"\n", ["lists no images", "one path a line"]),
-        (b"\x89PNG\xff", ["no image folder and no text file"]),
+        (b"\n", ["lists no images", "one path per line"]),
+        (b"\x89PNG\xff", ["neither an image folder nor a text file"]),
     ],
 )
 def test_bad_list_file_is_refused_by_name(tmp_path, content, words):

@@ -8,18 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from data import tokens
-from data.tokens import (
-    AllTokens,
-    NpzStore,
-    TokenStore,
-    TokenWriter,
-    TrainTokens,
-    fingerprint,
-    main,
-    open_tokens,
-    write_manifest,
-)
+from data import writer
+from data.cache import fingerprint, write_manifest
+from data.npz import NpzStore
+from data.tokens import AllTokens, TokenStore, TrainTokens, main, open_tokens
+from data.writer import TokenWriter
 from runtime.errors import InputError
 
 IMAGES, VIEWS, TOKENS, CODEBOOK = 10, 3, 5, 4096
@@ -46,7 +39,7 @@ def write(folder, codes, codebook=CODEBOOK, pieces=(3, 8)):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(tokens, "IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr(writer, "IMAGES_PER_SHARD", 4)
 
 
 @pytest.fixture
@@ -161,7 +154,7 @@ def test_codebook_beyond_16_bits_is_refused(tmp_path):
 def test_finishing_with_another_number_of_labels_fails_and_leaves_no_manifest(tmp_path):
     writer = TokenWriter(tmp_path, VIEWS, TOKENS, CODEBOOK)
     writer.append(random_codes())
-    with pytest.raises(ValueError, match="10 images written, 9 labels"):
+    with pytest.raises(ValueError, match="10 images written, but 9 labels"):
         writer.finish(LABELS[:9], PATHS[:9], CLASSES, ABOUT)
     assert not (tmp_path / "manifest.json").exists()
 
@@ -421,7 +414,7 @@ def test_damaged_npz_is_named(published, damage, named):
 
 def test_check_of_the_published_layout_compares_what_it_tells(published):
     store = NpzStore(published)
-    with pytest.raises(InputError, match="codes an image 5 there, 6 here"):
+    with pytest.raises(InputError, match="codes per image 5 there, 6 here"):
         store.check(CODEBOOK, 6, "f" * 16)
     store.check(CODEBOOK, TOKENS, "f" * 16)
 
@@ -431,6 +424,82 @@ def test_published_layout_refuses_codes_beyond_the_checked_codebook(published):
     store.check(int(random_codes().max()), TOKENS)
     with pytest.raises(InputError, match="beyond"):
         store.verify()
+
+
+@pytest.mark.parametrize("stray", ["__MACOSX", "ant", ".hidden", "zebra"])
+def test_stray_folder_does_not_move_the_labels_of_a_manifest(published, stray):
+    about = {"layout": "npz", "images": IMAGES, "classes": CLASSES}
+    write_manifest(published, about)
+    (published / stray).mkdir()
+    np.savez(published / stray / "x.npz", codes=random_codes()[0])
+    store = open_tokens(published)
+    assert store.classes == CLASSES and store.labels.tolist() == sorted(LABELS)
+    store.verify()
+
+
+@pytest.mark.parametrize("stray", ["__MACOSX", ".Trash"])
+def test_what_a_system_leaves_behind_is_no_class_without_a_manifest_either(published, stray):
+    (published / stray).mkdir()
+    store = open_tokens(published)
+    assert store.classes == CLASSES and store.labels.tolist() == sorted(LABELS)
+
+
+def test_class_of_the_manifest_whose_folder_is_gone_keeps_its_rank(published):
+    classes = ["ant", *CLASSES]
+    write_manifest(published, {"layout": "npz", "images": IMAGES, "classes": classes})
+    assert open_tokens(published).labels.tolist() == [1 + label for label in sorted(LABELS)]
+
+
+@pytest.mark.parametrize("classes", [["../x"], "cat", [3], ["/etc"], [""], [".."]], ids=str)
+def test_manifest_cannot_name_classes_outside_its_folder(published, classes):
+    write_manifest(published, {"layout": "npz", "classes": classes})
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        open_tokens(published)
+
+
+# ---------------------------------------------------------------------- classes of another set
+@pytest.mark.parametrize("layout", ["cache", "published"])
+def test_labels_are_numbered_by_another_sets_classes(layout, request):
+    store = open_tokens(request.getfixturevalue(layout))
+    names = [store.classes[label] for label in store.labels]
+    store.use_classes(["ant", "dög", "emu", "cat"])
+    assert [store.classes[label] for label in store.labels] == names
+    assert {name: label for name, label in zip(names, store.labels)} == {"cat": 3, "dög": 1}
+    validation = AllTokens(store)
+    assert [label for _, label in (validation[i * VIEWS] for i in range(IMAGES))] == list(
+        store.labels
+    )
+    store.verify()
+
+
+def test_validation_cache_that_lacks_a_class_is_scored_with_the_training_labels(tmp_path):
+    training = write(tmp_path / "train", random_codes())
+    held_out = tmp_path / "val"
+    held_out.mkdir()
+    written = TokenWriter(held_out, VIEWS, TOKENS, CODEBOOK)
+    written.append(random_codes(2))
+    written.finish([0, 0], ["dög/a.png", "dög/b.png"], ["dög"], ABOUT)
+    store = TokenStore(held_out)
+    store.use_classes(TokenStore(training).classes)
+    assert store.labels.tolist() == [1, 1]
+
+
+def test_class_that_the_other_set_lacks_is_refused_by_name(cache):
+    with pytest.raises(InputError, match=f"{cache} has classes that the training set lacks: dög"):
+        TokenStore(cache).use_classes(["cat"])
+
+
+def test_worker_process_keeps_the_other_sets_classes(cache):
+    store = TokenStore(cache)
+    store.use_classes(["ant", "dög", "emu", "cat"])
+    other = pickle.loads(pickle.dumps(store))
+    assert other.classes == store.classes and (other.labels == store.labels).all()
+
+
+def test_labels_beyond_the_classes_are_not_mapped(cache):
+    edit_manifest(cache, classes=["cat"])
+    with pytest.raises(InputError, match="labels beyond its 1 classes"):
+        TokenStore(cache).use_classes(["cat", "dog"])
 
 
 # ---------------------------------------------------------------------- python -m data.tokens
@@ -464,7 +533,7 @@ def test_check_without_a_fingerprint_compares_sizes_alone(cache):
     "asked, named",
     [
         ((8192, TOKENS, ABOUT["tokenizer"]), "codebook size 4096 there, 8192 here"),
-        ((CODEBOOK, 6, ABOUT["tokenizer"]), "codes an image 5 there, 6 here"),
+        ((CODEBOOK, 6, ABOUT["tokenizer"]), "codes per image 5 there, 6 here"),
         ((CODEBOOK, TOKENS, "f" * 16), "tokenizer 0123456789abcdef there, f+ here"),
     ],
 )
@@ -472,6 +541,15 @@ def test_check_refuses_another_tokenizer_and_says_what_differs(cache, asked, nam
     with pytest.raises(InputError, match=named) as error:
         TokenStore(cache).check(*asked)
     assert str(cache) in str(error.value)
+
+
+def test_check_compares_the_heads_where_both_sides_know_them(cache):
+    TokenStore(cache).check(CODEBOOK, TOKENS, ABOUT["tokenizer"], 12)  # an older cache
+    edit_manifest(cache, encoder_heads=12)
+    for heads in (12, None):
+        TokenStore(cache).check(CODEBOOK, TOKENS, ABOUT["tokenizer"], heads)
+    with pytest.raises(InputError, match="encoder_heads 12 there, 8 here"):
+        TokenStore(cache).check(CODEBOOK, TOKENS, ABOUT["tokenizer"], 8)
 
 
 STATE = {

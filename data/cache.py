@@ -1,0 +1,122 @@
+"""What both layouts of a token cache share: the manifest, and the interface for reading.
+
+`data/tokens.py` documents the entries of the manifest.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.classes import map_labels
+from modeling.weights import tensors_hash
+from runtime.errors import InputError
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "alitok-tokens", 1
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """16 hex digits of the tensors that decide the codes: encoder, latent tokens and codebook.
+
+    Both stages of one tokenizer have the same fingerprint: only their decoders differ. The number
+    of heads is not part of it, because no tensor's shape shows it; the manifest holds it.
+    """
+    return tensors_hash(state, ("encoder.", "latent_tokens", "quantize.embedding."), torch.float32)
+
+
+def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
+    content = {"format": FORMAT, "version": VERSION, **entries}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Raises InputError for a damaged manifest and for one of another format."""
+    try:
+        manifest = json.loads(path.read_text())
+        other = manifest["format"] != FORMAT or manifest["version"] != VERSION
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path} is damaged ({e!r}); make the cache again") from e
+    if other:
+        raise InputError(f"{path} is of another format; make the cache again")
+    return manifest
+
+
+class TokenCache(ABC):
+    """A token cache opened for reading.
+
+    The published layout states neither codebook size nor tokenizer: without a manifest, its entries
+    `codebook_size` and `tokenizer` are None.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    images: int  # N
+    views: int  # V, per image
+    tokens: int  # T, codes per view
+    classes: list[str]  # names; a label is an index into them
+    labels: np.ndarray  # (N,), int32
+    codebook_size: int | None
+
+    @abstractmethod
+    def codes(self, image: int, view: int) -> np.ndarray:
+        """Codes (T,), int64, of one view. Raises InputError for codes beyond the codebook."""
+
+    @abstractmethod
+    def verify(self) -> None:
+        """Read everything and raise InputError for what is damaged or out of range."""
+
+    def check(
+        self,
+        codebook_size: int,
+        tokens: int,
+        tokenizer: str | None = None,
+        encoder_heads: int | None = None,
+    ) -> None:
+        """Refuse a cache that another tokenizer wrote; what either side leaves unknown is not compared.
+
+        From here on, codes beyond `codebook_size` are refused even where the cache states none.
+        """
+        for name, there, here in (
+            ("codebook size", self.manifest["codebook_size"], codebook_size),
+            ("codes per image", self.tokens, tokens),
+            ("tokenizer", self.manifest["tokenizer"], tokenizer),
+            ("encoder_heads", self.manifest.get("encoder_heads"), encoder_heads),
+        ):
+            if None not in (there, here) and there != here:
+                raise InputError(
+                    f"{self.folder} is the cache of another tokenizer: {name} {there} there, "
+                    f"{here} here; pretokenize with this tokenizer or use its cache"
+                )
+        self.codebook_size = codebook_size
+
+    def use_classes(self, classes: list[str]) -> None:
+        """Number the labels by another set's classes, by name.
+
+        Raises InputError where an image's class is not among them.
+        """
+        if classes != self.classes:
+            self.check_labels()
+            self.labels = map_labels(self.labels, self.classes, classes, self.folder)
+            self.classes = list(classes)
+
+    def check_labels(self) -> None:
+        if self.labels.min() < 0 or self.labels.max() >= len(self.classes):
+            raise InputError(
+                f"{self.folder} holds labels beyond its {len(self.classes)} classes; make it again"
+            )
+
+    def check_codes(self, codes: np.ndarray, where: str) -> None:
+        """Refuse codes outside the codebook; `where` names the image or shard in the message."""
+        size = self.codebook_size
+        signed = codes.dtype.kind == "i"
+        if (signed and codes.min() < 0) or (size is not None and codes.max() >= size):
+            limit = "below 0" if size is None else f"beyond {size - 1}"
+            raise InputError(
+                f"{where} of {self.folder} holds codes {limit}: it is damaged or of another "
+                f"tokenizer; make the cache again"
+            )

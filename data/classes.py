@@ -1,0 +1,47 @@
+"""Class names. Two sets of images or codes are compared by the names of their classes, not by labels."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime.errors import InputError
+
+NAMES_SHOWN = 3
+
+
+def printable(name: object) -> str:
+    """A name for one line of output: bytes that are not UTF-8 and line breaks are escaped."""
+    text = str(name).replace("\n", "\\n").replace("\r", "\\r")
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first names, separated by commas, and an ellipsis where there are more."""
+    return ", ".join([*map(printable, names[:NAMES_SHOWN]), *["…"] * (len(names) > NAMES_SHOWN)])
+
+
+def describe_classes(classes: Sequence[str], configured: int | None = None) -> str:
+    """A program's header in words: `10 classes of 1000 configured (n01440764, n01443537, …)`."""
+    count = f"{len(classes)} class{'es' * (len(classes) != 1)}"
+    of = "" if configured is None else f" of {configured} configured"
+    return f"{count}{of} ({first_names(classes)})"
+
+
+def map_labels(
+    labels: np.ndarray, classes: Sequence[str], wanted: Sequence[str], source: object
+) -> np.ndarray:
+    """Labels (N,), indices into `classes`, as int32 indices of the same names in `wanted`.
+
+    Raises InputError, which names `source`, where `wanted` lacks the class of a label. A class
+    without a label may be absent.
+    """
+    places = {name: place for place, name in enumerate(wanted)}
+    table = np.array([places.get(name, -1) for name in classes], np.int32)
+    mapped = table[labels]
+    if (mapped < 0).any():
+        unknown = [str(classes[i]) for i in np.unique(labels[mapped < 0]).tolist()]
+        raise InputError(
+            f"{source} has classes that the training set lacks: {first_names(unknown)}; the training "
+            f"set has {describe_classes(wanted)}. Use sets with the same class names"
+        )
+    return mapped

@@ -1,0 +1,377 @@
+"""Images to codes: the job of pretokenization, resumable and on any number of processes.
+
+Images are encoded in fixed batches of consecutive indices, whoever encodes them, so the bytes of a
+cache do not depend on the number of processes or on interruptions.
+"""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from accelerate import PartialState
+from PIL import __version__ as pillow_version
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data.cache import MANIFEST
+from data.classes import first_names
+from data.images import VIEWS, ImageListing, SourceCrops, cut_views, source_size, to_float
+from data.loader import on_device
+from data.npz import write_npz_files, write_npz_manifest
+from data.tokens import open_tokens
+from data.writer import write_packed_store
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights import load_tensors
+from runtime.errors import InputError
+from runtime.files import lock_folder, sync_folder, writing
+from runtime.parts import Parts, check_settings, differing
+from runtime.processes import matmul_precision, on_main
+
+BATCHES_PER_PART = 16  # what a killed run loses at most, per process
+COMPARED_BATCHES = 2  # encoded in float32 too, where another type is chosen
+ADDED = ("encoder_heads",)  # settings that earlier versions did not record
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodingPlan:
+    """How images become a cache. Everything but the last two fields decides its bytes."""
+
+    image_size: int  # pixels per side of a view
+    crops: str  # a key of `data.images.VIEWS`
+    dtype: str = "fp32"  # of the encoder: fp32, tf32 or bf16
+    batch_size: int = 32  # images encoded together
+    layout: str = "packed"  # or npz, the published layout
+    skip_unreadable: int = 0  # images that may be left out
+    num_workers: int = 8  # decoding processes per rank
+
+
+# ---------------------------------------------------------------------- the encoder
+def load_encoder(
+    config: TokenizerConfig, state: dict[str, Tensor], path: str, device: torch.device
+) -> Tokenizer:
+    """The part of a tokenizer that makes codes, in eval mode. `path` names the weights in errors."""
+    # Attention in the type of its input: float32, or that of autocast.
+    config = dataclasses.replace(config, exact_attention=False)
+    with torch.device("meta"):
+        tokenizer = Tokenizer(config, with_decoder=False)
+    tokenizer.to_empty(device=device)
+    # Either stage's file will do: its decoder, and stage 1's clustering buffer, stay on disk.
+    ignore, keep = ("decoder.", "quantize.embed_prob"), ("quantize.embed_prob",)
+    load_tensors(tokenizer, state, path, ignore=ignore, keep=keep)
+    return tokenizer.eval()
+
+
+@torch.inference_mode()
+def encode(tokenizer: Tokenizer, images: Tensor, dtype: str) -> Tensor:
+    """Images (B, 3, S, S), float32 in [0, 1] -> codes (B, T), int64.
+
+    `dtype` is that of the encoder: fp32 (exact), tf32 (matrix products and convolutions on CUDA) or
+    bf16 (autocast). The nearest code is always chosen in full float32.
+    """
+    bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16")
+    with matmul_precision("tf32" if dtype == "tf32" else "fp32"), bf16:
+        latents = tokenizer.encoder(images, tokenizer.latent_tokens)
+    with matmul_precision("fp32"):
+        return tokenizer.quantize.nearest(latents)
+
+
+# ---------------------------------------------------------------------- the job
+class WorkFolder:
+    """CACHE.partial: the settings, finished parts and, in the end, the store of one cache."""
+
+    def __init__(
+        self, images: ImageListing, plan: EncodingPlan, settings: dict[str, Any], cache: Path
+    ):
+        self.images, self.plan, self.settings, self.cache = images, plan, settings, cache
+        self.paths = [os.path.relpath(path, images.root) for path in images.paths]
+        self.folder = cache.with_name(cache.name + ".partial")
+        self.store = self.folder / "store"
+        self.batches = part_batches(len(self.paths), plan.batch_size)
+        self.parts = Parts(self.folder / "parts", len(self.batches))
+        self._lock: IO[str] | None = None
+
+    def is_complete(self) -> bool:
+        """Whether the cache is there with these settings. Raises InputError for another in its place."""
+        cache = self.cache
+        if not cache.exists():
+            return False
+        if not (cache / MANIFEST).is_file():
+            raise InputError(
+                f"{cache} exists and is not a token cache: choose another --cached_path"
+            )
+        manifest = open_tokens(cache).manifest
+        recorded = {
+            key: manifest.get(key, self.settings[key] if key in ADDED else None)
+            for key in self.settings
+        }
+        changed = differing(recorded, self.settings)
+        if changed:
+            raise InputError(
+                f"{cache} was made with other settings: {changed}; remove it or choose another "
+                f"--cached_path"
+            )
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a run killed while it cleaned up
+        return True
+
+    def claim(self) -> None:
+        """Lock the folder for this process until `release`, and check that its work is ours."""
+        self._lock = lock_folder(self.folder)
+        with writing(self.folder):
+            remedy = "remove it, or choose another --cached_path"
+            check_settings(self.folder / "settings.json", self.settings, remedy, ADDED)
+            if self.plan.layout == "npz" and not self.store.exists():
+                shutil.rmtree(self.folder / "parts", ignore_errors=True)  # their files are gone
+                self.store.mkdir()
+
+    def release(self) -> None:
+        """Remove the folder and its lock."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
+        shutil.rmtree(self.folder, ignore_errors=True)  # NFS keeps a folder with an open file
+
+    def write_part(self, part: "EncodedPart") -> None:
+        codes = part.codes[part.readable]
+        with writing(self.folder):
+            if self.plan.layout == "npz":
+                names = [self.paths[i] for i in part.indices[part.readable]]
+                write_npz_files(self.store, names, codes)
+                codes = codes[:0]  # the part records only that these files are whole
+            self.parts.write(part.number, codes=codes, skipped=part.skipped)
+
+    def skipped(self) -> list[int]:
+        """Sorted indices of the unreadable images in the finished parts."""
+        finished = (n for n in range(self.parts.count) if self.parts.path(n).exists())
+        return sorted(i for n in finished for i in self.parts.read(n, "skipped").tolist())
+
+    def describe_skipped(self, skipped: list[int]) -> str:
+        names = first_names([self.paths[i] for i in sorted(skipped)])
+        return f"{len(skipped)} unreadable image{'s' * (len(skipped) > 1)}: {names}"
+
+    def refuse_too_many(self, skipped: list[int]) -> None:
+        limit = self.plan.skip_unreadable
+        if len(skipped) > limit:
+            raise InputError(
+                f"more than --skip_unreadable {limit}: {self.describe_skipped(skipped)}; repair or "
+                f"remove them, or allow more"
+            )
+
+
+def encode_folder(
+    images: ImageListing,
+    encoder: Tokenizer,
+    tokenizer_hash: str,
+    plan: EncodingPlan,
+    cache: Path,
+    processes: PartialState,
+) -> None:
+    """Encode a folder of images into the token cache `cache`, together with the other processes.
+
+    `encoder` comes from `load_encoder` and `tokenizer_hash` from `data.cache.fingerprint`. What an
+    interrupted call finished, in CACHE.partial, is not encoded again. Raises InputError for a cache
+    of other settings and for more unreadable images than `plan.skip_unreadable`.
+    """
+    paths = [os.path.relpath(path, images.root) for path in images.paths]
+    settings = {
+        "layout": plan.layout,
+        "tokenizer": tokenizer_hash,
+        "encoder_heads": encoder.config.encoder_heads,
+        "image_size": plan.image_size,
+        "crops": plan.crops,
+        "dtype": plan.dtype,
+        "batch_size": plan.batch_size,
+        "listed_images": len(paths),
+        "listing": listing_hash(paths),
+    }
+    work = WorkFolder(images, plan, settings, cache)
+    if on_main(work.is_complete):
+        processes.print(f"{cache} is complete: {len(paths)} images")
+        return
+    on_main(work.claim)
+
+    missing = work.parts.missing(processes.process_index, processes.num_processes)
+    skipped = work.skipped()
+    processes.wait_for_everyone()  # before any rank adds a part that another still counts
+    work.refuse_too_many(skipped)
+    source = ReadableCrops(images.paths, plan)
+    if plan.dtype != "fp32" and processes.is_main_process:
+        print_agreement(encoder, source, plan)
+    with ThreadPoolExecutor(1) as writer:  # writes a part while the next is encoded
+        written = writer.submit(lambda: None)
+        for part in encode_parts(encoder, source, plan, missing, processes):
+            written.result()
+            skipped += part.skipped.tolist()
+            work.refuse_too_many(skipped)
+            written = writer.submit(work.write_part, part)
+        written.result()
+    processes.wait_for_everyone()
+
+    on_main(lambda: publish(work, encoder.config))
+    processes.wait_for_everyone()
+
+
+def publish(work: WorkFolder, config: TokenizerConfig) -> None:
+    """Make the cache from the finished parts, put it into its place and remove the work folder."""
+    plan, images, paths = work.plan, work.images, work.paths
+    skipped = work.skipped()
+    work.refuse_too_many(skipped)
+    kept = sorted(set(range(len(paths))).difference(skipped))
+    if not kept:
+        raise InputError(f"none of the images under {images.root} is readable")
+    views = VIEWS[plan.crops]
+    about = {
+        **{key: value for key, value in work.settings.items() if key != "layout"},
+        "preprocessing": preprocessing(plan.crops, plan.image_size),
+        "skipped": [paths[i] for i in skipped],
+        "software": {
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "pillow": pillow_version,
+            "numpy": np.__version__,
+        },
+    }
+    with writing(work.folder):
+        if plan.layout == "npz":
+            sizes = {"images": len(kept), "views": views, "tokens": config.num_tokens}
+            sizes["codebook_size"] = config.codebook_size
+            write_npz_manifest(work.store, {**sizes, **about, "classes": images.classes})
+        else:
+            labels = [images.samples[i][1] for i in kept]
+            sizes = (views, config.num_tokens, config.codebook_size)
+            names = [paths[i] for i in kept]
+            write_packed_store(work.store, work.parts, sizes, labels, names, images.classes, about)
+        os.rename(work.store, work.cache)
+        sync_folder(work.cache.parent)
+    work.release()
+    if skipped:
+        print(f"skipped {work.describe_skipped(skipped)}; the manifest lists them")
+    print(f"wrote {work.cache}: {len(kept)} images x {views} views, {plan.crops}, {plan.dtype}")
+
+
+def listing_hash(paths: list[str]) -> str:
+    """16 hex digits of the paths of a folder's images, in their order."""
+    text = "encoder." + "\n".join(paths)  # the prefix has no meaning, but earlier caches have it
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def preprocessing(kind: str, size: int) -> str:
+    return (
+        f"8-bit RGB (16-bit grey scaled, transparent pixels on white), EXIF rotation ignored; ADM "
+        f"centre crop to {source_size(size, kind)} px (BOX halvings, then BICUBIC); {kind} of "
+        f"{size} px; values / 255"
+    )
+
+
+# ---------------------------------------------------------------------- encoding
+class ReadableCrops(Dataset):
+    """(source crop (3, L, L), True) of image i. With `skip_unreadable`, an unreadable one is (black, False).
+
+    It keeps its place in its batch, so that what is encoded together does not depend on it.
+    """
+
+    def __init__(self, paths: list[str], plan: EncodingPlan):
+        self.crops = SourceCrops(paths, plan.image_size, plan.crops)
+        self.skip = plan.skip_unreadable > 0
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, bool]:
+        try:
+            return self.crops[index], True
+        except InputError:
+            if not self.skip:
+                raise
+            side = source_size(self.crops.size, self.crops.kind)
+            return torch.zeros(3, side, side, dtype=torch.uint8), False
+
+
+class EncodedPart(NamedTuple):
+    """The codes of the n images of one part; those of unreadable ones mean nothing."""
+
+    number: int
+    indices: np.ndarray  # (n,), of the images
+    codes: np.ndarray  # (n, V, T) uint16
+    readable: np.ndarray  # (n,) bool
+
+    @property
+    def skipped(self) -> np.ndarray:
+        """Indices of the unreadable images."""
+        return self.indices[~self.readable]
+
+
+def part_batches(images: int, batch_size: int) -> list[list[range]]:
+    """The indices of every batch of every part.
+
+    A batch never crosses a part, so the index of an image fixes what it is encoded with.
+    """
+    batches = [range(i, min(i + batch_size, images)) for i in range(0, images, batch_size)]
+    return [batches[i : i + BATCHES_PER_PART] for i in range(0, len(batches), BATCHES_PER_PART)]
+
+
+def encode_parts(
+    encoder: Tokenizer,
+    source: ReadableCrops,
+    plan: EncodingPlan,
+    numbers: list[int],
+    processes: PartialState,
+) -> Iterator[EncodedPart]:
+    """The parts `numbers`, one after the other.
+
+    The workers send one crop per image; views are cut and mirrored on the device.
+    """
+    device = encoder.latent_tokens.device
+    batches = part_batches(len(source), plan.batch_size)
+    loader = DataLoader(
+        source,
+        batch_sampler=[list(batch) for n in numbers for batch in batches[n]],
+        num_workers=plan.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    arriving = on_device(loader, device)
+    total = sum(len(batch) for n in numbers for batch in batches[n])
+    share = f" (1 of {processes.num_processes})" if processes.num_processes > 1 else ""
+    quiet = not processes.is_main_process
+    with tqdm(total=total, unit="img", desc=f"encode{share}", disable=quiet) as bar:
+        for number in numbers:
+            codes, readable = [], []
+            for _ in batches[number]:
+                crops, whole = next(arriving)  # (n, 3, L, L) uint8, (n,) bool
+                codes.append(encode_views(encoder, crops, plan, plan.dtype).int())
+                readable.append(whole)
+                bar.update(len(crops))
+            # The only place that waits for the device, once per part.
+            part = torch.cat(codes).cpu().numpy().astype(np.uint16)
+            indices = np.concatenate([np.array(batch) for batch in batches[number]])
+            yield EncodedPart(number, indices, part, torch.cat(readable).cpu().numpy())
+
+
+def encode_views(encoder: Tokenizer, crops: Tensor, plan: EncodingPlan, dtype: str) -> Tensor:
+    """Source crops (n, 3, L, L), uint8, on the encoder's device -> codes (n, V, T), int64."""
+    views = cut_views(crops, plan.image_size, plan.crops)  # (n, V, 3, S, S)
+    codes = encode(encoder, to_float(views.flatten(0, 1)), dtype)
+    return codes.unflatten(0, views.shape[:2])
+
+
+def print_agreement(encoder: Tokenizer, source: ReadableCrops, plan: EncodingPlan) -> None:
+    """Print the share of the first batches' codes that equal those of exact float32."""
+    equal = []
+    for part in part_batches(len(source), plan.batch_size)[:1]:
+        for batch in part[:COMPARED_BATCHES]:
+            crops = torch.stack([source[i][0] for i in batch]).to(encoder.latent_tokens.device)
+            exact = encode_views(encoder, crops, plan, "fp32")
+            equal.append(encode_views(encoder, crops, plan, plan.dtype) == exact)
+    codes = torch.cat(equal).float()
+    print(
+        f"{plan.dtype} agrees with fp32 on {codes.mean().item():.3%} of the {codes.numel()} codes of "
+        f"the first batches"
+    )

@@ -1,0 +1,116 @@
+"""The published layout of a token cache: one .npz file per image.
+
+CLASS/FILE.JPEG.npz holds the key `codes`, int64, (V, T). The published code writes nothing else, and a
+class's label is the rank of its folder name. Written here, a manifest.json lies beside the folders.
+"""
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.cache import MANIFEST, TokenCache, read_manifest, write_manifest
+from runtime.errors import InputError
+from runtime.files import sync_file, sync_folder
+
+
+class NpzStore(TokenCache):
+    """The published layout, opened for reading.
+
+    Opening lists the folder, so its cost grows with the number of images. Reading a view opens a
+    file and reads all views of the image.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST
+        unknown = {"layout": "npz", "codebook_size": None, "tokenizer": None}
+        self.manifest = {**unknown, **(read_manifest(path) if path.exists() else {})}
+        self.codebook_size = self.manifest["codebook_size"]
+        self.classes = self._class_names()
+        self._files: list[str] = []
+        labels: list[int] = []
+        for label, name in enumerate(self.classes):
+            for parent, _, files in sorted(os.walk(self.folder / name)):
+                self._files += [
+                    os.path.join(parent, f) for f in sorted(files) if f.endswith(".npz")
+                ]
+            labels += [label] * (len(self._files) - len(labels))
+        self.labels, self.images = np.array(labels, np.int32), len(labels)
+        if not self.images:
+            raise InputError(f"no token cache at {self.folder}: make one with pretokenization.py")
+        expected = self.manifest.get("images", self.images)
+        if self.images != expected:
+            raise InputError(
+                f"{self.folder} holds {self.images} .npz files, {expected} expected; make it again"
+            )
+        self.views, self.tokens = 0, 0  # any shape …
+        self.views, self.tokens = self._read(0).shape  # … but that of the first from here on
+
+    def _class_names(self) -> list[str]:
+        """The manifest's classes; without them, the folders, of which a class may be empty.
+
+        The manifest keeps a stray folder from shifting the labels. Without it, only folders that
+        an operating system leaves behind are known to be none: hidden ones and __MACOSX.
+        """
+        names = self.manifest.get("classes")
+        if names is None:
+            folders = (entry.name for entry in os.scandir(self.folder) if entry.is_dir())
+            return sorted(n for n in folders if not n.startswith(".") and n != "__MACOSX")
+        plain = isinstance(names, list) and all(
+            isinstance(n, str) and n not in ("", ".", "..") and os.path.basename(n) == n
+            for n in names
+        )
+        if not plain:
+            raise InputError(
+                f"{self.folder / MANIFEST} is damaged: its classes are not names of folders; make "
+                f"the cache again"
+            )
+        return names
+
+    def _read(self, image: int) -> np.ndarray:
+        """All codes of an image: (V, T)."""
+        file = self._files[image]
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                codes = arrays["codes"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            raise InputError(f"{file} is damaged ({e!r}); make it again") from e
+        fits = codes.ndim == 2 and codes.size and np.issubdtype(codes.dtype, np.integer)
+        if not fits or (self.views and codes.shape != (self.views, self.tokens)):
+            raise InputError(
+                f"{file} holds codes of shape {codes.shape}, {codes.dtype}: integers (views, codes) "
+                f"expected, as in the other files; make it again"
+            )
+        self.check_codes(codes, f"image {image}, {file},")
+        return codes
+
+    def codes(self, image: int, view: int) -> np.ndarray:
+        return self._read(image)[view].astype(np.int64)
+
+    def verify(self) -> None:
+        """Read every file: shape, type and range of its codes. Raises InputError."""
+        for image in range(self.images):
+            self._read(image)
+
+
+def write_npz_files(store: Path, paths: list[str], codes: np.ndarray) -> None:
+    """Write codes (n, V, T) as one file per image; they are durable when this returns."""
+    for path, image in zip(paths, codes):
+        file = store / f"{path}.npz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, codes=image.astype(np.int64))
+    os.sync()  # once for all of them: one fsync per file takes ten times as long
+
+
+def write_npz_manifest(store: Path, entries: dict[str, Any]) -> None:
+    """Write the manifest that the published layout lacks, and one folder per class."""
+    for name in entries["classes"]:
+        (store / name).mkdir(exist_ok=True)  # a class keeps its rank without a readable image
+        sync_folder(store / name)
+    write_manifest(store, {"layout": "npz", **entries})
+    sync_file(store / MANIFEST)
+    sync_folder(store)

@@ -1,0 +1,100 @@
+"""Training on a folder with a few unreadable images: they are replaced, listed and counted."""
+
+import contextlib
+import fcntl
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.data import Dataset
+
+from data.classes import first_names
+from runtime.errors import InputError
+from runtime.files import writing
+
+OPTION = "dataset.params.skip_unreadable"
+
+
+class KeyedImages(Protocol):
+    """A dataset by (epoch, index) whose item is made from `paths[index]` (TrainImages, TrainViews)."""
+
+    @property
+    def paths(self) -> list[str]: ...
+
+    def __getitem__(self, key: tuple[int, int], /) -> Any: ...
+
+
+class SkipUnreadable(Dataset):
+    """`images` by (epoch, index) with index < `items`, with others in the place of unreadable ones.
+
+    The place of an unreadable image is taken by the next readable one of the listing, which starts
+    again after `items`: with its own label, and as it is drawn in that epoch. So an item depends on
+    its key and on the files alone, never on the rank, the worker or the step of resuming.
+
+    At most `limit` different images may be unreadable. All ranks and workers write their paths into
+    the file `report`, one per line, which is the list for the user and the common count; a resumed
+    run continues it. Raises InputError, which names the option, for one more than `limit`.
+    """
+
+    def __init__(self, images: KeyedImages, items: int, limit: int, report: Path):
+        self.images, self.items, self.limit, self.report = images, items, limit, report
+        self._noted: set[int] = set()  # unreadable images that this worker has reported
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, first = key
+        for index in (*range(first, self.items), *range(first)):
+            if index in self._noted:
+                continue
+            try:
+                return self.images[epoch, index]
+            except InputError as e:
+                self._note(index, e)
+        raise InputError(f"none of the {self.items} images is readable")
+
+    def _note(self, index: int, error: InputError) -> None:
+        """Report an unreadable image; raise InputError where that is one too many."""
+        if self.limit == 0:
+            raise InputError(f"{error}, or set {OPTION}=N to replace at most N images") from error
+        try:
+            report_once(self.report, self.images.paths[index], self.limit)
+        except TooMany as full:
+            raise InputError(
+                f"more than {OPTION}={self.limit}: {error}. {self.report} lists the others "
+                f"({first_names(full.listed)}); repair or remove them, or allow more"
+            ) from error
+        self._noted.add(index)
+
+
+class TooMany(Exception):
+    """The list is as long as it may be, and another image is not on it."""
+
+    def __init__(self, listed: list[str]):
+        self.listed = listed
+
+
+def report_once(report: Path, path: str, limit: int) -> None:
+    """Add a path to the list unless it is there; one process at a time.
+
+    Raises TooMany instead of making the list longer than `limit`.
+    """
+    line = path.replace("\n", " ")
+    with writing(report):
+        report.parent.mkdir(parents=True, exist_ok=True)
+        with open(report, "a+", encoding="utf-8", errors="surrogateescape") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.lockf(file, fcntl.LOCK_EX)  # until the file is closed
+            file.seek(0)  # this file alone: closing another one would end the lock
+            listed = file.read().split("\n")[:-1]
+            if line not in listed:
+                if len(listed) >= limit:
+                    raise TooMany(listed)
+                file.write(line + "\n")
+
+
+def lines_of(report: Path) -> list[str]:
+    """The paths that a run has replaced so far; none where there is no such file."""
+    if not report.exists():
+        return []
+    return report.read_text("utf-8", "surrogateescape").split("\n")[:-1]

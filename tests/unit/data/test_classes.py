@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+
+from data.classes import describe_classes, map_labels
+from runtime.errors import InputError
+
+
+@pytest.mark.parametrize(
+    "classes, configured, words",
+    [
+        (["cat"], None, "1 class (cat)"),
+        (["a", "b", "c"], 10, "3 classes of 10 configured (a, b, c)"),
+        (["a", "b", "c", "d"], None, "4 classes (a, b, c, …)"),
+    ],
+)
+def test_classes_in_words(classes, configured, words):
+    assert describe_classes(classes, configured) == words
+
+
+def test_odd_names_stay_one_line_that_can_be_printed():
+    words = describe_classes(["a\nb", "c\udcff", "dög"])
+    assert words == "3 classes (a\\nb, c\\udcff, dög)" and words.encode()
+
+
+def test_labels_are_mapped_by_name():
+    labels = np.array([0, 2, 2, 1], np.int32)
+    mapped = map_labels(labels, ["ant", "bee", "cat"], ["cat", "dog", "bee", "ant"], "x")
+    assert mapped.tolist() == [3, 0, 0, 2] and mapped.dtype == np.int32
+
+
+def test_class_without_images_may_be_unknown():
+    assert map_labels(np.array([1]), ["ant", "bee"], ["bee"], "x").tolist() == [0]
+
+
+def test_unknown_class_with_images_is_named():
+    with pytest.raises(InputError, match="VAL has classes that the training set lacks: bee;"):
+        map_labels(np.array([0, 1]), ["ant", "bee"], ["ant", "cat"], "VAL")

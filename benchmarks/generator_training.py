@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,8 @@ class Way:
         self.loss_of: Callable = next_code_loss
         self.guard = FiniteGuard(Accelerator(cpu=self.device.type == "cpu"))
         if plain:
-            for block in model.blocks:
+            blocks: Any = model.blocks
+            for block in blocks:
                 block.attn.forward = partial(plain_attention, block.attn)
                 block.mlp.forward = partial(plain_mlp, block.mlp)
             groups = parameter_groups(model, OPTIMIZER.weight_decay)
@@ -92,7 +94,8 @@ class Way:
     def seconds(self, steps: int, codes: Tensor, labels: Tensor) -> float:
         """Of one step, mean over `steps`."""
         began = time.perf_counter()
-        for _ in range(steps):
+        loss = self.step(codes, labels)
+        for _ in range(steps - 1):
             loss = self.step(codes, labels)
         loss.item()  # waits for the device
         return (time.perf_counter() - began) / steps
@@ -122,8 +125,8 @@ def measure(name: str, config: GeneratorConfig, batch: int, args: argparse.Names
         for key, way in ways.items():
             times[key].append(way.seconds(args.steps, codes, labels))
     peak = peak_flops(device, "bf16")
-    for key in ways:
-        rate = batch / statistics.median(times[key])
+    rates = {key: batch / statistics.median(times[key]) for key in ways}
+    for key, rate in rates.items():
         line = f"{name} batch {batch} {key}: {rate:.1f} images/s"
         if peak:
             line += f", MFU {rate * training_flops(config) / peak:.1%}, {memory[key]:.1f} GiB"
@@ -132,7 +135,7 @@ def measure(name: str, config: GeneratorConfig, batch: int, args: argparse.Names
     print(f"{name}: ours is {statistics.median(ratios):.2f} x as fast (median of {len(ratios)})")
     if name in PUBLISHED:
         gpus, steps = PUBLISHED[name]
-        hours = steps * batch / rate / 3600  # `rate` is ours, of one GPU
+        hours = steps * batch / rates["ours"] / 3600
         print(
             f"{name}: {steps} steps on {gpus} such GPUs, if they scale without loss: {hours:.0f} h, "
             f"{hours * gpus:.0f} GPU-hours, {hours * gpus * args.price:.0f} USD at {args.price} USD "
@@ -142,7 +145,7 @@ def measure(name: str, config: GeneratorConfig, batch: int, args: argparse.Names
 
 def main() -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("models", nargs="*", default=["b", "l", "xl"] if cuda else ["small"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="a round")

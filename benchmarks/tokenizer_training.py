@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ from data.order import SampleOrder
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 
-STAGE1 = dict(num_buffer_tokens=1, causal=True, prefix_head=True, clustering=True)
-SMALL = dict(
+STAGE1: dict[str, Any] = dict(num_buffer_tokens=1, causal=True, prefix_head=True, clustering=True)
+SMALL: dict[str, Any] = dict(
     codebook_size=1024, token_size=16, image_size=64, patch_size=8, encoder_width=128,
     encoder_layers=3, encoder_heads=4, decoder_width=128, decoder_layers=4, decoder_heads=4,
 )  # fmt: skip
@@ -47,15 +48,20 @@ class Mode:
     """
 
     def __init__(
-        self, name: str, sizes: dict, networks: FrozenNetworks, phase: Phase, device: torch.device
+        self,
+        name: str,
+        sizes: dict[str, Any],
+        networks: FrozenNetworks,
+        phase: Phase,
+        device: torch.device,
     ):
         self.name, self.networks, self.phase, self.device = name, networks, phase, device
         torch.manual_seed(0)
         self.config = TokenizerConfig(**sizes, **STAGE1, exact_attention=name != "fast")
         self.model = Tokenizer(self.config).to(device)
-        self.forward = self.model  # or its compiled form
+        self.forward: Any = self.model  # or its compiled form
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.name != "exact")
@@ -82,6 +88,7 @@ class Mode:
             latents = self.model.encoder(images, self.model.latent_tokens).float()
             vectors, codes, quantizer_loss = self.model.quantize(latents)
         with self.timed("decoder"), self.autocast():
+            assert self.model.decoder is not None
             reconstructions, strip = self.model.decoder(vectors)
         out = TokenizerOutput(reconstructions, strip, latents, codes, quantizer_loss)
         with self.timed("losses"):
@@ -95,7 +102,7 @@ class Mode:
         terms = tokenizer_terms(
             out, images, self.config, 1, self.phase, Losses(), self.networks, None
         )
-        return sum(weight * value for weight, value in terms.values())
+        return torch.stack([weight * value for weight, value in terms.values()]).sum()
 
     def update(self, out: TokenizerOutput) -> None:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -130,7 +137,7 @@ def write_images(folder: Path, count: int, size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--no-perceptual", action="store_true", help="without ConvNeXt-S (MFU)")
     parser.add_argument("--compile", action="store_true", help="the fast mode with torch.compile")
     parser.add_argument("--batch", type=int, help="images per step (48 on CUDA, 8 on a CPU)")
@@ -142,7 +149,7 @@ def main() -> None:
     batch, steps = args.batch or (48 if cuda else 8), args.steps or (20 if cuda else 3)
     phase = Phase("main", 1, 1e-4, perceptual_weight=0.0 if args.no_perceptual else 1.0)
     networks = FrozenNetworks([phase], weights=None, device=device)
-    sizes = {} if cuda else SMALL
+    sizes: dict[str, Any] = {} if cuda else SMALL
     modes = [Mode(name, sizes, networks, phase, device) for name in ("exact", "published", "fast")]
     flops = flops_per_image(modes[0])
     if args.compile:
@@ -175,6 +182,7 @@ def main() -> None:
         rounds = [[measure(mode, batches) for mode in modes] for _ in range(args.rounds)]
         for mode in modes:
             if args.compile and mode.name == "fast":
+                assert mode.model.decoder is not None
                 mode.model.encoder.compile()  # one by one, to tell them apart
                 mode.model.decoder.compile()
                 measure(mode, batches, in_parts=True)

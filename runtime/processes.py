@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -49,21 +49,25 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def compiles(asked: bool | str, option: str) -> bool:
-    """Whether to use torch.compile; auto is on CUDA, where there is a C compiler.
+def compiles(setting: bool | str, option: str) -> bool:
+    """Whether to use torch.compile; "auto" compiles on CUDA where there is a C compiler.
 
-    CUDA programs, too, are linked with it. Raises InputError where it lacks and True was asked for.
+    CUDA code needs the C compiler too, to be linked. Raises InputError where `setting` is True and
+    there is none; `option` names the setting in the message.
     """
     compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-    if asked is True and not compiler:
-        raise InputError(f"{option}=True needs a C compiler: install gcc or leave it out")
-    return torch.cuda.is_available() and compiler if asked == "auto" else asked
+    if setting == "auto":
+        return torch.cuda.is_available() and compiler
+    if setting and not compiler:
+        raise InputError(f"{option}=True needs a C compiler: install gcc or leave the option out")
+    return bool(setting)
 
 
 def set_matmul_precision(precision: str) -> None:
     """Float32 products in full (fp32) or by TensorFloat-32 on CUDA (tf32, bf16)."""
-    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        settings: Any = backend  # the attribute exists, but no declaration of it
+        settings.allow_tf32 = precision != "fp32"
 
 
 @contextmanager

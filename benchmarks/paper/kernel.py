@@ -93,8 +93,8 @@ def fused_attention(head_size: int, int8: bool = False) -> tuple[MachineCode, fl
         "S": "i32",
     }  # fmt: skip
     constants = {
-        "H": 16, "h": head_size, "A": parts[0], "B": parts[1], "BLOCK": module.BLOCK, "EPS": EPS,
+        "H": 16, "h": head_size, "A": parts[0], "B": parts[1], "BLOCK": module.BLOCK[int8], "EPS": EPS,
         "INT8": int8,
     }  # fmt: skip
     code = assemble(module.fused_kernel, signature, constants, module.WARPS)
-    return code, len(code.loop) * code.threads / (2 * module.BLOCK * head_size)
+    return code, len(code.loop) * code.threads / (2 * module.BLOCK[int8] * head_size)

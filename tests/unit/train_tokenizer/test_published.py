@@ -52,7 +52,7 @@ def test_other_presets_start_every_latent_at_its_own_patch(name):
         (
             "tokenizer_stage2",
             "model.cluster_in_critic_steps=true",
-            "needs vq_model.clustering=true",
+            "needs model.vq_model.clustering=true",
         ),
     ],
 )

@@ -1,10 +1,12 @@
 """The presets that say as published take the published value of every option of the recipe."""
 
 import pytest
+import torch
 
 import configs.load
 from configs.schema import GeneratorRun, TokenizerRun
 from runtime.errors import InputError
+from train_tokenizer.__main__ import build_discriminator
 
 
 def tokenizer_preset(name, *options):
@@ -59,3 +61,10 @@ def test_other_presets_start_every_latent_at_its_own_patch(name):
 def test_option_of_the_other_stage_is_refused(preset, option, reason):
     with pytest.raises(InputError, match=reason):
         tokenizer_preset(preset, option)
+
+
+def test_stage2_without_a_discriminator_of_stage1_says_what_to_set(tmp_path):
+    torch.save({"latent_tokens": torch.ones(1)}, tmp_path / "w.pth")
+    run = tokenizer_preset("tokenizer_stage2", f"experiment.stage1_checkpoint={tmp_path}/w.pth")
+    with pytest.raises(InputError, match="no block_in.0.weight.*set model.critic_init=scratch"):
+        build_discriminator(run)

@@ -66,5 +66,5 @@ def test_option_of_the_other_stage_is_refused(preset, option, reason):
 def test_stage2_without_a_discriminator_of_stage1_says_what_to_set(tmp_path):
     torch.save({"latent_tokens": torch.ones(1)}, tmp_path / "w.pth")
     run = tokenizer_preset("tokenizer_stage2", f"experiment.stage1_checkpoint={tmp_path}/w.pth")
-    with pytest.raises(InputError, match="no block_in.0.weight.*set model.critic_init=scratch"):
+    with pytest.raises(InputError, match=r"no block_in.0.weight.*set model.critic_init=scratch"):
         build_discriminator(run)

@@ -126,7 +126,11 @@ def build_discriminator(options: TokenizerRun) -> Discriminator:
     discriminator, source = Discriminator(), options.experiment.stage1_checkpoint
     if options.model.critic_init == "stage1" and source is not None:
         file = on_main(lambda: checkpoint.weights_file(source, "discriminator"))
-        load_tensors(discriminator, read_part(file, "block_in.0.weight"), str(file))
+        try:
+            state = read_part(file, "block_in.0.weight")
+        except InputError as e:  # stage 1 may have had no adversarial phase
+            raise InputError(f"{e}; or set model.critic_init=scratch") from e
+        load_tensors(discriminator, state, str(file))
     return discriminator
 
 

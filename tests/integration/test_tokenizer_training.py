@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 
 from configs.load import load
 from configs.schema import TokenizerRun
+from data.images import CenterImages
 from modeling.weights import read_state_dict, write_state_dict
 from runtime.errors import InputError
 from tests.integration.conftest import ROOT, execute
@@ -416,15 +417,17 @@ def test_figures_that_fail_cost_the_report_and_not_the_training(train, tmp_path,
 
 def test_metrics_and_rfid_come_from_one_pass_over_the_held_out_images(train, tmp_path, monkeypatch):
     loads, added = [], []
-    original = trainer.CenterImages.__getitem__
+    original = CenterImages.__getitem__
     monkeypatch.setattr(
-        trainer.CenterImages, "__getitem__", lambda s, i: (loads.append(i), original(s, i))[1]
+        CenterImages, "__getitem__", lambda s, i: (loads.append(i), original(s, i))[1]
     )
     monkeypatch.setattr(
-        trainer, "Collector", lambda *_: SimpleNamespace(add=lambda at, x: added.append((at, x)))
+        trainer.in_training,
+        "Collector",
+        lambda *_: SimpleNamespace(add=lambda at, x: added.append((at, x))),
     )
     monkeypatch.setattr(
-        trainer.in_training, "open_evaluator", lambda *_: SimpleNamespace(inception=None)
+        trainer.in_training, "open_evaluator", lambda *_: SimpleNamespace(network=None)
     )
     monkeypatch.setattr(trainer.in_training, "metrics_of", lambda *_: {"val/rFID": 1.0})
     train(1, tmp_path, "phases=[{steps: 1, learning_rate: 1e-3}]")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from configs.schema import tokenizer_config
+from configs.load import tokenizer_config
 from data.images import VIEWS, CroppedImages, list_images, to_float
 from data.tokens import MANIFEST, TokenWriter, fingerprint, open_tokens, write_manifest
 from modeling.tokenizer import Tokenizer, TokenizerConfig

@@ -1,16 +1,16 @@
 """Train the generator on a token cache: `accelerate launch train_ar.py config=FILE option=value …`.
 
-The same command goes on after an interruption.
+The same command resumes an interrupted run. `--dry-run` runs a few steps, prints what the whole run
+needs, and writes nothing.
 """
 
-import copy
-import math
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import fsdp2_prepare_model, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,37 +18,35 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-import configs.schema
-from configs.schema import GeneratorRun, OptimizerParams
+import configs.load
+from configs.schema import GeneratorRun
 from data.images import VIEWS, TrainViews, list_images, to_float
-from data.loader import training_loader
 from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_tokens
 from evaluation import in_training
+from evaluation.evaluator import Evaluator
 from modeling.generator import Attention, Generator, SwiGLU, next_code_loss
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
 from runtime.processes import compiles, device_name, on_main
-from runtime.program import run
+from runtime.program import run as run_program
 from runtime.randomness import image_uniforms, seed_step
-from runtime.signals import SAVED_AND_STOPPED, StopSignal
 from training import checkpoint
 from training.accelerator import precision, start_training
-from training.log import RunLog, Window, due
-from training.optim import FiniteGuard
-from training.resume import flatten
-from training.run import RunFolder
+from training.dry_run import Stretch, split_dry_run
+from training.optim import EMA, adamw, clip_gradients, set_learning_rate
+from training.run import Due, Run, flatten
 from training.schedule import generator_lr
-from training.utilisation import peak_flops, training_flops
+from training.utilisation import training_flops
 
+WEIGHTS = Path("weights")  # the published files that metrics need
 GRID_CLASSES, GRID_PER_CLASS = 10, 4  # of a sample grid
-# What a run may change when it goes on: nothing here moves its weights, but for rounding. The
-# data, the batch in all and the tokenizer are compared for themselves, wherever they come from.
-FREE_TO_CHANGE = (
+EXPORTS = {"generator": "generator", "ema": "generator_ema"}  # checkpoint's name -> exported name
+# Settings that may differ when a run is resumed: none of them moves its weights, but for rounding.
+# The number of images, the global batch and the tokenizer are compared by themselves.
+IGNORED_ON_RESUME = (
     "experiment.", "dataset.", "model.vq_model.", "model.generator.randomize_temperature",
     "model.generator.guidance_", "model.generator.top_", "model.generator.seed",
     "model.generator.use_checkpoint",
@@ -56,34 +54,75 @@ FREE_TO_CHANGE = (
     "training.compile", "training.timeout_minutes",
 )  # fmt: skip
 # Whole tensors under the model's own names, however DDP, FSDP or torch.compile wrap it; so a run
-# goes on under another launcher and on another number of processes.
+# resumes under another launcher and on another number of processes.
 WHOLE = StateDictOptions(full_state_dict=True)
 WHOLE_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)  # {} on other ranks
 
 
-def parameter_groups(model: Generator, weight_decay: float) -> list[dict]:
-    """Weight decay on the matrices of attention, MLP and output only, by module, not by name."""
-    decayed = [model.output.weight]
-    for module in model.modules():
-        if isinstance(module, Attention):
-            decayed += [module.qkv.weight, module.proj.weight]
-        if isinstance(module, SwiGLU):
-            decayed += [module.w1.weight, module.w2.weight, module.w3.weight]
-    chosen = {id(p) for p in decayed}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+# ---------------------------------------------------------------------- data
+@dataclass
+class GeneratorData:
+    """What a run learns from and is scored with, and the tokenizer that this may need."""
+
+    dataset: Dataset  # (codes or image, label) by (epoch, index)
+    images: int
+    views: int  # per image
+    tokenizer_hash: str  # of the tokenizer that makes, or made, the codes
+    tokenizer: Optional[Tokenizer]  # for samples and to encode images; on the device, frozen
+    encoder: Optional[Tokenizer]  # the tokenizer, where the dataset yields images to encode
+    validation: Optional[TokenCache]
+    evaluator: Optional[Evaluator]  # for gFID
 
 
-def adamw(model: Generator, params: OptimizerParams) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameter_groups(model, params.weight_decay),
-        lr=0.0,  # set every step
-        betas=(params.beta1, params.beta2),
-        fused=True,
+def open_data(options: GeneratorRun, accelerator: Accelerator) -> GeneratorData:
+    """Open the token cache or the image folder of a run, and what it is evaluated with.
+
+    Raises InputError where one of them does not fit the configured models.
+    """
+    params, config = options.dataset.params, options.model.generator
+    seed, limit = options.training.seed, options.experiment.max_train_examples
+    draws = (seed, config.class_label_dropout, config.no_class)
+    tokenizer, tokenizer_hash = None, None
+    if options.experiment.generate_every or params.train_dir is not None:
+        tokenizer, tokenizer_hash = load_tokenizer(options)
+        tokenizer.to(accelerator.device)
+    if params.train_dir is None:
+        store = open_cache(params.pretokenization, options, tokenizer_hash)
+        images, views, tokenizer_hash = store.images, store.views, store.manifest["tokenizer"]
+        dataset: Dataset = TrainTokens(store, *draws)
+    else:
+        samples, classes = list_images(params.train_dir)
+        check_classes(params.train_dir, classes, options)
+        images, views = len(samples), VIEWS["ten_crop"]
+        dataset = TrainViews(samples, options.model.vq_model.image_size, *draws)
+    validation = None
+    if params.val_pretokenization is not None:
+        validation = open_cache(params.val_pretokenization, options, tokenizer_hash)
+    evaluator = in_training.open_evaluator(
+        options.experiment.fid_reference,
+        bool(options.experiment.generate_every),
+        "experiment.generate_every",
+        WEIGHTS,
+        options.model.vq_model.image_size,
     )
+    if options.experiment.generate_every:
+        in_training.job_in_training(
+            options, accelerator.device
+        )  # refused now, not at first samples
+    encoder = None if params.train_dir is None else tokenizer
+    return GeneratorData(
+        dataset, min(images, limit or images), views, str(tokenizer_hash), tokenizer, encoder,
+        validation, evaluator,
+    )  # fmt: skip
+
+
+def load_tokenizer(options: GeneratorRun) -> tuple[Tokenizer, str]:
+    """The tokenizer of `experiment.tokenizer_checkpoint`, frozen, and its fingerprint."""
+    path = options.experiment.tokenizer_checkpoint
+    tokenizer = Tokenizer(options.model.vq_model)
+    state = read_state_dict(on_main(lambda: checkpoint.weights_file(path, "tokenizer")))
+    load_tensors(tokenizer, state, path)
+    return tokenizer.eval().requires_grad_(False), fingerprint(state)
 
 
 def open_cache(path: str, options: GeneratorRun, tokenizer: str | None) -> TokenCache:
@@ -104,226 +143,168 @@ def check_classes(path: str, classes: list[str], options: GeneratorRun) -> None:
         )
 
 
-def export(state: dict[str, Tensor], path: Path) -> None:
-    """Weights as PATH.bin, the published format, and PATH.safetensors."""
-    for suffix in (".bin", ".safetensors"):
-        write_state_dict(state, path.with_suffix(suffix))
+# ---------------------------------------------------------------------- what is trained
+def parameter_groups(model: Generator, weight_decay: float) -> list[dict]:
+    """Weight decay on the matrices of attention, MLP and output only, by module, not by name."""
+    decayed = [model.output.weight]
+    for module in model.modules():
+        if isinstance(module, Attention):
+            decayed += [module.qkv.weight, module.proj.weight]
+        if isinstance(module, SwiGLU):
+            decayed += [module.w1.weight, module.w2.weight, module.w3.weight]
+    chosen = {id(p) for p in decayed}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
-def main(argv: list[str]) -> None:
-    options = configs.schema.load(GeneratorRun, argv)
-    experiment, training = options.experiment, options.training
-    data, config = options.dataset.params, options.model.generator
-    accelerator = start_training(training)
-    compiled = compiles(training.compile, "training.compile")
-    tokenizer = fingerprint_now = None
-    if experiment.generate_every or data.train_dir is not None:
-        tokenizer = Tokenizer(options.model.vq_model)
-        given = experiment.tokenizer_checkpoint
-        state = read_state_dict(on_main(lambda: checkpoint.weights_file(given, "tokenizer")))
-        load_tensors(tokenizer, state, given)
-        fingerprint_now = fingerprint(state)
-    if data.train_dir is None:
-        store = open_cache(data.pretokenization, options, fingerprint_now)
-        images, views, fingerprint_now = store.images, store.views, store.manifest["tokenizer"]
-        draws = TrainTokens(store, training.seed, config.class_label_dropout, config.no_class)
-    else:
-        samples, classes = list_images(data.train_dir)
-        check_classes(data.train_dir, classes, options)
-        images, views, size = len(samples), VIEWS["ten_crop"], options.model.vq_model.image_size
-        draws = TrainViews(
-            samples, size, training.seed, config.class_label_dropout, config.no_class
+class TrainState:
+    """The generator, its optimizer, its average and the best validation loss: a checkpoint's content.
+
+    Built from the initial weights, or from the checkpoint that `run` resumes from.
+    """
+
+    def __init__(self, run: Run, options: GeneratorRun):
+        training, accelerator = options.training, run.accelerator
+        self.accelerator, self.config = accelerator, options.model.generator
+        set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
+        self.generator = Generator(self.config)
+        self.ema = EMA(self.generator, training.ema_decay) if training.use_ema else None
+        self.best: float = run.saved.get("best", float("inf"))
+        if run.resumed:
+            source = str(run.folder.source)
+            load_tensors(self.generator, run.folder.weights("generator"), source)
+            if self.ema is not None:  # from a run without an average, it starts at the weights
+                load_tensors(self.ema.model, run.folder.weights("ema", "generator"), source)
+
+        groups = parameter_groups(self.generator, options.optimizer.params.weight_decay)
+        optimizer = adamw(groups, options.optimizer.params)
+        self.model, self.optimizer = accelerator.prepare(self.generator, optimizer)
+        if self.ema is not None:
+            self.ema.prepare(accelerator)
+        self.loss_of = next_code_loss
+        self.compiled = bool(compiles(training.compile, "training.compile"))
+        if self.compiled:
+            self.generator.compile()
+            self.loss_of = torch.compile(next_code_loss)  # one pass over the logits
+        if run.resumed:
+            set_optimizer_state_dict(
+                self.generator, self.optimizer.optimizer,
+                optim_state_dict=run.saved["optimizer"], options=WHOLE,
+            )  # fmt: skip
+        self.model.train()
+
+    def weights(self) -> dict[str, dict[str, Any]]:
+        """Whole tensors, on the main process's CPU, by file name; all ranks call this."""
+        weights = {"generator": get_model_state_dict(self.generator, options=WHOLE_ON_MAIN)}
+        if self.ema is not None:
+            weights["ema"] = get_model_state_dict(self.ema.model, options=WHOLE_ON_MAIN)
+        return weights
+
+    def other_state(self) -> dict[str, Any]:
+        """What else a checkpoint keeps; all ranks call this."""
+        optimizer = get_optimizer_state_dict(
+            self.generator, self.optimizer.optimizer, options=WHOLE_ON_MAIN
         )
-    images = min(images, experiment.max_train_examples or images)
-    held_out = None
-    if data.val_pretokenization is not None:
-        held_out = open_cache(data.val_pretokenization, options, fingerprint_now)
+        return {"best": self.best, "optimizer": optimizer}
 
-    device, world = accelerator.device, accelerator.num_processes
-    stop = StopSignal(timedelta(minutes=training.timeout_minutes))
-    folder = RunFolder(accelerator, experiment)
-    batch, accumulation = training.per_gpu_batch_size, training.gradient_accumulation_steps
-    total_steps, global_batch = training.max_train_steps, batch * world * accumulation
-    this_run = {
-        **flatten(configs.schema.as_dict(options)),
-        "images": images,
-        "views": views,
-        "batch in all": global_batch,
-        "tokenizer": fingerprint_now,
-    }
-    evaluator = in_training.open_evaluator(
-        experiment.fid_reference, bool(experiment.generate_every), "experiment.generate_every"
-    )
-    set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
-    generator = Generator(config)
-    ema = copy.deepcopy(generator).requires_grad_(False) if training.use_ema else None
-    average = get_ema_multi_avg_fn(training.ema_decay)
-    first_step, best = folder.first_step, float("inf")
-    if folder.source is not None:
-        state = folder.state(this_run, FREE_TO_CHANGE)
-        best = state.get("best", best)
-        load_tensors(generator, folder.weights("generator"), str(folder.source))
-        if ema is not None:  # without one there, the average begins here
-            load_tensors(ema, folder.weights("ema", "generator"), str(folder.source))
-    model, optimizer = accelerator.prepare(generator, adamw(generator, options.optimizer.params))
-    if ema is not None:
-        ema = fsdp2_prepare_model(accelerator, ema) if accelerator.is_fsdp2 else ema.to(device)
-    loss_of = next_code_loss
-    if compiled:
-        generator.compile()
-        loss_of = torch.compile(next_code_loss)  # one pass over the logits
-    if folder.source is not None:
-        set_optimizer_state_dict(
-            generator, optimizer.optimizer, optim_state_dict=state["optimizer"], options=WHOLE
-        )
-    if tokenizer is not None:
-        tokenizer.to(device).eval().requires_grad_(False)
-
-    workers = data.num_workers_per_gpu
-    loader = training_loader(draws, images, training, workers, accelerator, first_step)
-    folder.open(options)
-    log = RunLog(accelerator, experiment, configs.schema.as_dict(options), first_step, total_steps)
-    for warning in folder.warnings:
-        log.say(f"warning: {warning}")
-    parameters = sum(p.numel() for p in generator.parameters())
-    epochs = total_steps * global_batch / images
-    log.say(
-        f"{parameters / 1e6:.1f}M parameters on {world} x {device_name(device)}, "
-        f"{precision(training)}{', compiled' * compiled}"
-    )
-    log.say(
-        f"{images} images x {views} views; {global_batch} images a step = {batch} x {world} ranks "
-        f"x {accumulation}; steps {first_step} to {total_steps}, {epochs:.1f} epochs of the images "
-        f"or {epochs / views:.1f} of all views, "
-        f"{total_steps * global_batch * config.image_seq_len / 1e9:.3g}G codes"
-    )
-
-    def save(step: int) -> None:
-        weights = {"generator": get_model_state_dict(generator, options=WHOLE_ON_MAIN)}
-        if ema is not None:
-            weights["ema"] = get_model_state_dict(ema, options=WHOLE_ON_MAIN)
-        optimizer_state = get_optimizer_state_dict(
-            generator, optimizer.optimizer, options=WHOLE_ON_MAIN
-        )
-        state = {"best": best, "run": this_run, "optimizer": optimizer_state}
-        folder.save(step, weights, {**state, "window": window.state(accelerator)})
-
-    def shown() -> Generator:
-        """What is evaluated, sampled and exported as the best: the average where there is one."""
-        part = generator if ema is None else ema
-        if not accelerator.is_fsdp2:
+    def to_evaluate(self) -> Generator:
+        """The generator that is evaluated, sampled and exported as the best: the average, if any."""
+        part: Any = self.generator if self.ema is None else self.ema.model
+        if not self.accelerator.is_fsdp2:
             return part
-        whole = Generator(config).to(device)  # a rank alone cannot run what FSDP has cut
+        whole = Generator(self.config).to(self.accelerator.device)  # no rank alone can run shards
         whole.load_state_dict(get_model_state_dict(part, options=WHOLE))
         return whole
 
-    model.train()
-    window, guard = Window(), FiniteGuard(device)
-    if folder.source is not None:
-        window.restore(state.get("window", {}), accelerator)
-        del state  # gigabytes of moments, in host memory
-    flops, peak = training_flops(config), peak_flops(device, precision(training))
-    batches, told = iter(loader), False
-    for step in range(first_step, total_steps + 1):
-        lr = generator_lr(step, total_steps, options.lr_scheduler)
-        seed_step(training.seed, accelerator.process_index, step)
-        for _ in range(accumulation):
-            with window.waiting():
-                codes, labels = (x.to(device, non_blocking=True) for x in next(batches))
-            if data.train_dir is not None:
-                codes = tokenizer.encode(to_float(codes))  # they came as images
-            with accelerator.accumulate(model):
-                with accelerator.autocast():
-                    loss, accuracy = loss_of(model(codes[:, :-1], labels), codes)
-                accelerator.backward(loss)
-            window.add(loss=loss, accuracy=accuracy)
-        window.images += global_batch
-        # Clipping by infinity only measures.
-        norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()  # FSDP: each rank holds a share
-        if due(step, experiment.log_grad_norm_every):
-            window.add(grad_norm=norm)
-        if accelerator.scaler is None:
-            guard.watch(step, norm, {"loss": loss}, optimizer.optimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            average(list(ema.parameters()), list(generator.parameters()), None)
-        log.bar.update()
 
-        last, stops = step == total_steps, stop.agreed()
-        logs = last or due(step, experiment.log_every)
-        evaluates = held_out is not None and (last or due(step, experiment.eval_every))
-        generates = experiment.generate_every and (last or due(step, experiment.generate_every))
-        saves = last or stops or due(step, experiment.save_every)
-        if not (logs or evaluates or generates or saves):
-            continue
-        guard.raise_if_bad(accelerator)  # the first host sync of this step
-        if logs:
-            values = window.close(accelerator)
-            rate = values["images/s"]
-            values["images/s per device"] = rate / world
-            if peak is not None:
-                values["mfu"] = rate / world * flops / peak
-            values["hours left"] = (total_steps - step) * global_batch / rate / 3600
-            if not told:
-                hours = total_steps * global_batch / rate / 3600
-                log.say(f"expected time: {hours:.3g} h, less if the first steps were slow")
-                told = True
-            log.metrics(step, {"lr": lr, **values})
+# ---------------------------------------------------------------------- reports
+def settings_of(run: Run, data: GeneratorData) -> dict[str, Any]:
+    """What makes the run the run that it is, to compare when it is resumed."""
+    return {
+        **flatten(configs.load.as_dict(run.options)),
+        "images": data.images,
+        "views": data.views,
+        "global batch": run.global_batch,
+        "tokenizer": data.tokenizer_hash,
+    }
+
+
+def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
+    """The header of a run: its size, hardware, batch and length."""
+    training, world = run.training, run.accelerator.num_processes
+    parameters = sum(p.numel() for p in state.generator.parameters())
+    samples = run.total_steps * run.global_batch
+    epochs = samples / data.images
+    run.log.say(
+        f"{parameters / 1e6:.1f}M parameters on {world} x {device_name(run.accelerator.device)}, "
+        f"{precision(training)}{', compiled' * state.compiled}"
+    )
+    run.log.say(
+        f"{data.images} images x {data.views} views; {run.global_batch} images per step = "
+        f"{training.per_gpu_batch_size} x {world} ranks x {training.gradient_accumulation_steps}; "
+        f"steps {run.first_step} to {run.total_steps}, {epochs:.1f} epochs of the images or "
+        f"{epochs / data.views:.1f} of all views, {samples * state.config.image_seq_len / 1e9:.3g}G codes"
+    )
+
+
+def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData) -> None:
+    """Validation, samples and gFID of one step, as far as they are due and configured."""
+    options, log = run.options, run.log
+    evaluates = due.evaluate and data.validation is not None
+    generates = due.generate and bool(run.experiment.generate_every)
+    with run.reporting(step, due):
+        if not (evaluates or generates):
+            return
         # Eager: odd batch sizes are not worth compiling for.
-        with window.paused(), torch.compiler.set_stance("force_eager"):
-            if evaluates or generates:
-                model_shown = shown()
+        with torch.compiler.set_stance("force_eager"):
+            generator = state.to_evaluate()
             if evaluates:
-                values = evaluate(accelerator, model_shown, held_out, batch)
-                log.metrics(step, {f"val/{k}": v for k, v in values.items()})
-                if values["loss"] < best:
-                    best = values["loss"]
-                    if accelerator.is_main_process:
-                        export(model_shown.state_dict(), folder.path / "generator_best")
+                sums = run.attempt("validation", lambda: validation_sums(run, generator, data))
+                if sums is not None:
+                    loss, accuracy, count = run.accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
+                    best = min(state.best, run.log.lowest("val/loss"))
+                    if loss / count < best:  # before the record, which says that this is done
+                        state.best = loss / count
+                        export(run, generator.state_dict(), "generator_best")
+                    log.metrics(step, {"val/loss": loss / count, "val/accuracy": accuracy / count})
             if generates:
-                grid = sample_grid(accelerator, model_shown, tokenizer, options)
-                log.images(step, "samples", grid, GRID_CLASSES)
-            if generates and evaluator is not None:
-                values = in_training.generated(evaluator, model_shown, tokenizer, options)
-                log.metrics(step, values)
-            if saves:
-                save(step)
-        if stops and not last:
-            log.say(f"asked to stop: saved step {step}; the same command goes on")
-            log.close()
-            raise SystemExit(SAVED_AND_STOPPED)
-    for name, part in (("generator", generator), ("generator_ema", ema)):
-        if part is not None:
-            state = get_model_state_dict(part, options=WHOLE_ON_MAIN)
-            if accelerator.is_main_process:
-                export(state, folder.path / name)
-    log.say(f"done; weights in {folder.path / 'generator.bin'} and .safetensors")
-    log.close()
+                assert data.tokenizer is not None, "generate_every loads the tokenizer"
+                tokenizer, evaluator = data.tokenizer, data.evaluator
+                grid = run.attempt(
+                    "sampling", lambda: sample_grid(run.accelerator, generator, tokenizer, options)
+                )
+                if grid is not None:
+                    log.images(step, "samples", grid, GRID_CLASSES)
+                if evaluator is not None:
+                    values = run.attempt(
+                        "gFID",
+                        lambda: in_training.generated(evaluator, generator, tokenizer, options),
+                    )
+                    if values is not None:
+                        log.metrics(step, values)
 
 
 @torch.no_grad()
-def evaluate(
-    accelerator: Accelerator, model: nn.Module, store: TokenCache, batch: int
-) -> dict[str, float]:
-    """Loss (nats a code) and top-1 accuracy over every view of a held-out cache."""
-    dataset = AllTokens(store)
-    mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+def validation_sums(run: Run, model: nn.Module, data: GeneratorData) -> Tensor:
+    """Over this rank's share of the held-out views: sums of loss (nats per code) and top-1 accuracy,
+    and their number; (3,), float64."""
+    assert data.validation is not None
+    accelerator, dataset = run.accelerator, AllTokens(data.validation)
+    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     was_training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    for codes, labels in DataLoader(Subset(dataset, list(mine)), batch_size=batch):
+    batch = run.training.per_gpu_batch_size
+    for codes, labels in DataLoader(Subset(dataset, list(share)), batch_size=batch):
         codes, labels = codes.to(accelerator.device), labels.to(accelerator.device)
         with accelerator.autocast():
             loss, accuracy = next_code_loss(model(codes[:, :-1], labels), codes)
         sums += torch.stack([loss * len(codes), accuracy * len(codes), loss.new_tensor(len(codes))])
     model.train(was_training)
-    loss, accuracy, count = accelerator.reduce(sums, "sum").tolist()
-    return {"loss": loss / count, "accuracy": accuracy / count}
+    return sums
 
 
 @torch.no_grad()
@@ -341,5 +322,72 @@ def sample_grid(
     return tokenizer.decode(engine.sample(labels, uniforms))
 
 
+def export(run: Run, state: dict[str, Tensor], name: str) -> None:
+    """Write weights as NAME.bin, the published format, and NAME.safetensors into the run's folder."""
+    if run.accelerator.is_main_process:
+        for suffix in (".bin", ".safetensors"):
+            write_state_dict(state, run.folder.path / (name + suffix))
+
+
+# ---------------------------------------------------------------------- the program
+def main(argv: list[str]) -> None:
+    dry_run, argv = split_dry_run(argv)
+    options = configs.load.load(GeneratorRun, argv, "train_ar")
+    training, total_steps = options.training, options.training.max_train_steps
+
+    # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
+    accelerator = start_training(training)
+    data = open_data(options, accelerator)
+    run = Run(accelerator, options, [Stretch("training", 1, total_steps)], dry_run)
+    settings = settings_of(run, data)
+    run.resume(settings, IGNORED_ON_RESUME)
+    state = TrainState(run, options)
+    run.start(data.dataset, data.images, options.dataset.params.num_workers_per_gpu)
+    run.flops_per_image = training_flops(options.model.generator)
+    describe_run(run, state, data)
+    report(run, run.first_step - 1, run.missing_reports(), state, data)
+
+    for step in run.steps():
+        lr = generator_lr(step, total_steps, options.lr_scheduler)
+        seed_step(training.seed, accelerator.process_index, step)
+
+        # Gradients of the global batch, one micro-batch after another
+        for _ in range(training.gradient_accumulation_steps):
+            codes, labels = run.next_batch()
+            if data.encoder is not None:
+                codes = data.encoder.encode(to_float(codes))  # they are still images
+            with accelerator.accumulate(state.model):
+                with accelerator.autocast():
+                    logits = state.model(codes[:, :-1], labels)
+                    loss, accuracy = state.loss_of(logits, codes)
+                accelerator.backward(loss)
+            run.add(loss=loss, accuracy=accuracy)
+
+        # The update of the weights and of their average
+        norm = clip_gradients(accelerator, state.model, training.max_grad_norm)
+        run.watch(step, norm, state.optimizer)
+        set_learning_rate(state.optimizer, lr)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        if state.ema is not None:
+            state.ema.update(state.generator)
+
+        # What is due: the log, a checkpoint and, after it, reports
+        due = run.due(step)
+        if due.log:
+            run.log_window(step, {"lr": lr})
+        if due.save:
+            run.save(step, settings, state.weights(), state.other_state())
+        if due.stop:
+            run.exit_stopped(step)
+        report(run, step, due, state, data)
+
+    if run.dry_run is not None:
+        return run.report_dry_run({"generator": state.generator})
+    for name, tensors in state.weights().items():
+        export(run, tensors, EXPORTS[name])
+    run.finish(f"weights in {run.folder.path / 'generator.bin'} and .safetensors")
+
+
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

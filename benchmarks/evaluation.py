@@ -16,16 +16,16 @@ import numpy as np
 import torch
 
 from benchmarks.common import machine
-from evaluation.compare import measure
 from evaluation.features import INCEPTION_FILE, Inception
 from evaluation.metrics import frechet_distance_of_moments, precision_recall
 from evaluation.sources import npz_images
+from evaluation.statistics import measure
 from runtime.processes import start_processes
 from tests.inception import write_random_inception
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call on a GPU; on a CPU the time it computed, whatever else runs there."""
+    """Wall time of one call on a GPU; processor time on a CPU, whatever else runs there."""
     if not torch.cuda.is_available():
         started = time.process_time()
         work()
@@ -46,26 +46,27 @@ def peak_mb() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=64, help="in the .npz (64)")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side (256)")
+    parser.add_argument("--size", type=int, default=256, help="height and width in pixels (256)")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5, help="pairs whose median ratio is shown")
-    parser.add_argument("--manifold", type=int, default=10_000, help="features a side")
+    parser.add_argument("--manifold", type=int, default=10_000, help="features per set")
     args = parser.parse_args()
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Path(folder) / "checkpoints"
         checkpoints.mkdir()
-        torch.hub.set_dir(folder)  # random weights are as fast as real ones
-        write_random_inception(checkpoints / INCEPTION_FILE)
+        write_random_inception(checkpoints / INCEPTION_FILE)  # as fast as the real weights
         processes = start_processes()
-        inception = Inception(processes.device)
+        device = processes.device
+        assert device is not None  # accelerate's type hint allows it
+        inception = Inception(device, checkpoints)
         shape = (args.images, args.size, args.size, 3)
         pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         np.savez(f"{folder}/images.npz", pixels)
         del pixels
         images = npz_images(Path(folder) / "images.npz")
         batch = torch.randint(256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8)
-        batch = batch.to(processes.device)
+        batch = batch.to(device)
         batches = -(-args.images // args.batch_size)
 
         def network() -> None:
@@ -83,13 +84,13 @@ def main() -> None:
     print(f"share of the network's own rate: {statistics.median(ratios):.1%}")
     features = torch.randn(2, args.manifold, 2048)
     before = peak_mb()
-    spent = seconds(lambda: precision_recall(*features, processes.device))
+    spent = seconds(lambda: precision_recall(features[0], features[1], device))
     print(
         f"precision and recall, {args.manifold} x {args.manifold}: {spent:.1f} s, "
         f"{peak_mb() - before:.0f} MB more"
     )
-    wide = torch.randn(2, 2500, 2048, dtype=torch.float64, device=processes.device)
-    moments = [m for x in wide for m in (x.mean(0), torch.cov(x.T))]
+    a, b = torch.randn(2, 2500, 2048, dtype=torch.float64, device=device)
+    moments = a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T)
     spent = seconds(lambda: frechet_distance_of_moments(*moments))
     print(f"Fréchet distance of 2048 features: {spent:.1f} s")
 

@@ -14,14 +14,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor
 
-import configs.schema
+import configs.load
 from benchmarks.common import machine
 from configs.schema import GeneratorRun, OptimizerParams
 from modeling.generator import Attention, Generator, GeneratorConfig, SwiGLU, next_code_loss
-from train_ar import adamw, parameter_groups
-from training.optim import FiniteGuard
+from train_ar import parameter_groups
+from training.optim import FiniteGuard, adamw, set_learning_rate
 from training.utilisation import peak_flops, training_flops
 
 PUBLISHED = {"b": (16, 500_000), "l": (32, 500_000), "xl": (64, 250_000)}  # GPUs, steps
@@ -61,7 +62,7 @@ class Way:
         self.model, self.plain = model.train(), plain
         self.device = model.output.weight.device
         self.loss_of: Callable = next_code_loss
-        self.guard = FiniteGuard(self.device)
+        self.guard = FiniteGuard(Accelerator(cpu=self.device.type == "cpu"))
         if plain:
             for block in model.blocks:
                 block.attn.forward = partial(plain_attention, block.attn)
@@ -69,7 +70,8 @@ class Way:
             groups = parameter_groups(model, OPTIMIZER.weight_decay)
             self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.96), fused=False)
         else:
-            self.optimizer = adamw(model, OPTIMIZER)
+            groups = parameter_groups(model, OPTIMIZER.weight_decay)
+            self.optimizer = adamw(groups, OPTIMIZER)
             if compiled:
                 model.compile()
                 self.loss_of = torch.compile(next_code_loss)
@@ -80,9 +82,9 @@ class Way:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not self.plain:
-            self.guard.watch(1, norm, {"loss": loss}, self.optimizer)
-            for group in self.optimizer.param_groups:
-                group["lr"] = 1e-4
+            self.guard.add(loss=loss)
+            self.guard.watch(1, norm, self.optimizer)
+            set_learning_rate(self.optimizer, 1e-4)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss
@@ -152,7 +154,7 @@ def main() -> None:
         if name == "small":
             measure(name, SMALL, 64, args)
             continue
-        preset = configs.schema.load(GeneratorRun, [f"config=configs/alitok_{name}.yaml"])
+        preset = configs.load.load(GeneratorRun, [f"config=configs/alitok_{name}.yaml"])
         measure(name, preset.model.generator, preset.training.per_gpu_batch_size, args)
 
 

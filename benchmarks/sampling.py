@@ -3,11 +3,12 @@
     python -m benchmarks.sampling                     # B, L and XL on a CUDA device
     python -m benchmarks.sampling --sizes b --batch 4 --plain-batch 4 --layers 6   # on a CPU
 
-Both ways sample with random weights, guidance on, in turn, `--rounds` times; times are medians and
-the speed-up is the median of the rounds' ratios. The plain way is the published sampler's: float32
-(TF32 on CUDA), a cache grown by concatenation, eager, then decoding in one go. `--layers` cuts
-generator and decoder down to that many layers where a whole run takes too long: ms a step and
-images/s are then those of the smaller models, and say so.
+Both ways sample with random weights and guidance, in turn, `--rounds` times; times are medians and the
+speed-up is the median of the rounds' ratios. The plain way is the published sampler's: float32 (TF32
+on CUDA), a cache grown by concatenation, eager, then decoding all at once. `--layers` cuts generator
+and decoder down to that many layers where a whole run takes too long; ms per step and images/s are
+then those of the smaller models. `--clock processor` counts the processor time of one thread instead of
+the wall clock, for a CPU that is shared with other work.
 """
 
 import argparse
@@ -22,15 +23,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import modeling.sampling
+import modeling.engine
 from benchmarks.common import machine
-from modeling.engine import Engine, cache_bytes, decode_images
-from modeling.generator import Generator, GeneratorConfig
-from modeling.sampling import Sampling, draw, guidance_schedule, guide, sample_codes
+from data.pictures import write_png
+from modeling.engine import Engine, ImageDecoder, cache_bytes, decode_images
+from modeling.generator import Generator, GeneratorConfig, KVCache
+from modeling.sampling import (
+    CACHES,
+    ENGINES,
+    Sampling,
+    draw,
+    guidance_schedule,
+    guide,
+    sample_codes,
+)
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.parts import Parts
 from runtime.processes import set_matmul_precision
-from sample_imagenet import write_png
 
 SIZES = {
     "b": (GeneratorConfig(hidden_size=768, num_hidden_layers=24), Sampling(16.0, 1.8)),
@@ -40,19 +49,18 @@ SIZES = {
 BATCHES = {"b": 256, "l": 256, "xl": 256}
 
 
-class GrownCache:
+class GrownCache(KVCache):
     """The plain way's cache: every step copies all of it into a longer one."""
 
     def __init__(self, layers: int):
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
+        self.grown: list[tuple[Tensor, Tensor] | None] = [None] * layers
         self.filled = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.keys[layer] is not None:
-            k = torch.cat([self.keys[layer], k], 2)
-            v = torch.cat([self.values[layer], v], 2)
-        self.keys[layer], self.values[layer] = k, v
+        before = self.grown[layer]
+        if before is not None:
+            k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
+        self.grown[layer] = k, v
         return k, v
 
 
@@ -64,7 +72,7 @@ def plain_codes(model: Generator, sampling: Sampling, labels: Tensor, uniforms: 
     cache, codes = GrownCache(config.num_hidden_layers), []
     x = model.embed_class(labels)
     for t in range(config.image_seq_len):
-        logits = guide(model.step(x, cache), scales[t].item())
+        logits = guide(model.step(x, cache), scales[t])
         codes.append(draw(logits, uniforms[:, t], 1.0))
         x = model.embeddings(codes[-1].repeat(2)).unsqueeze(1)
     return torch.stack(codes, 1)
@@ -75,12 +83,16 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+clock = CLOCKS["wall"]  # what `seconds` reads; --clock sets it
+
+
 def seconds(work: Callable[..., object], *arguments: object) -> float:
     synchronize()
-    began = time.perf_counter()
+    began = clock()
     work(*arguments)
     synchronize()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def median(work: Callable[[], object], times: int) -> float:
@@ -122,6 +134,7 @@ def roofline(
     for filled in range(1, T + 1):
         read = (weights * dtype.itemsize + rows * filled * position) / bandwidth
         codes += max(read, 2 * weights * rows / flops)
+    assert tokenizer.decoder is not None
     decoder = sum(p.numel() for p in tokenizer.decoder.transformer.parameters())
     tokens = tokenizer.config.num_tokens + tokenizer.config.num_buffer_tokens
     return codes, 2 * decoder * tokens * batch / flops
@@ -154,7 +167,9 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
     batch, plain_batch = args.batch or BATCHES[size], args.plain_batch
     compiled = args.compile == "yes" or (args.compile == "auto" and cuda)
     began = time.perf_counter()
-    engine = Engine(model, batch, sampling, dtype, compiled)
+    set_matmul_precision(precision)  # before the engine captures its graph
+    engine = Engine(model, batch, sampling, dtype, compiled, args.engine, args.cache)
+    decoder = ImageDecoder(tokenizer, dtype, compiled, batch)
 
     def inputs(n: int) -> tuple[Tensor, Tensor]:
         labels = torch.arange(n, device=device) % config.condition_num_classes
@@ -162,23 +177,24 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
         return labels, uniforms.to(device)
 
     ours, plain = inputs(batch), inputs(plain_batch)
-    engine.sample(*ours)
+    codes = engine.sample(*ours)
+    decoder(codes)
     synchronize()
     print(f"  ready after {time.perf_counter() - began:.1f} s", flush=True)
     plain_ids = torch.randint(config.codebook_size, (plain_batch, 273), device=device)
+    peak = 0
     times: dict[str, list[float]] = {k: [] for k in ("codes", "images", "plain", "plain images")}
     for _ in range(args.rounds):
         set_matmul_precision(precision)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         times["codes"].append(seconds(engine.sample, *ours))
-        codes = engine.codes.clone()
-        times["images"].append(seconds(decode_images, tokenizer, codes, dtype))
+        times["images"].append(seconds(decoder, codes))
         peak = torch.cuda.max_memory_allocated() if cuda else 0
         set_matmul_precision("tf32" if cuda else "fp32")
         times["plain"].append(seconds(plain_codes, model, sampling, *plain))
         times["plain images"].append(seconds(decode_images, tokenizer, plain_ids, torch.float32))
-    images = decode_images(tokenizer, codes, dtype)
+    images = decoder(codes)
     writing = writing_rate(images, codes)
     ratios = [
         (p + q) / plain_batch / ((c + i) / batch)
@@ -193,17 +209,18 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
     total = t["codes"] + t["images"]
     steps = config.image_seq_len
     print(
-        f"  ours   batch {batch}, {'compiled' if compiled else 'eager'}: "
+        f"  ours   batch {batch}, {'compiled' if engine.compiled else 'eager'}, "
+        f"{'fused' if engine.fused else 'plain'} attention, {len(engine.streams)} streams: "
         f"{batch / total:.3f} images/s; codes {batch / t['codes']:.3f}/s "
-        f"({t['codes'] / steps * 1e3:.2f} ms a step), decoding {batch / t['images']:.3f}/s, "
+        f"({t['codes'] / steps * 1e3:.2f} ms per step), decoding {batch / t['images']:.3f}/s, "
         f"writing {batch / writing:.1f}/s (beside the others); cache "
-        f"{batch * cache_bytes(config, sampling, dtype) / 2**30:.2f} GiB"
+        f"{batch * cache_bytes(config, sampling, dtype, args.cache) / 2**30:.2f} GiB"
         + (f", peak {peak / 2**30:.2f} GiB" if cuda else "")
     )
     print(
         f"  plain  batch {plain_batch}: {plain_batch / (t['plain'] + t['plain images']):.3f} "
         f"images/s; codes {plain_batch / t['plain']:.3f}/s "
-        f"({t['plain'] / steps * 1e3:.2f} ms a step), "
+        f"({t['plain'] / steps * 1e3:.2f} ms per step), "
         f"decoding {plain_batch / t['plain images']:.3f}/s"
     )
     print(
@@ -259,11 +276,11 @@ def changes(args: argparse.Namespace) -> None:
     for before, name in zip([None, *ways], ways):
         milliseconds = statistics.median(times[name]) / config.image_seq_len * 1e3
         gain = [b / n for b, n in zip(times[before or name], times[name])]
-        print(f"  {name}: {milliseconds:.1f} ms a step, x {statistics.median(gain):.2f}")
+        print(f"  {name}: {milliseconds:.1f} ms per step, x {statistics.median(gain):.2f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES) if cuda else ["b"])
     parser.add_argument("--precisions", nargs="+", default=["bf16"] if cuda else ["fp32", "bf16"])
@@ -271,9 +288,16 @@ def main() -> None:
     parser.add_argument("--plain-batch", type=int, default=125 if cuda else 4)
     parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="the attention")
+    parser.add_argument("--cache", choices=CACHES, default="auto", help="type of keys and values")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--changes", action="store_true", help="a CPU's log of changes instead")
     args = parser.parse_args()
+    global clock
+    clock = CLOCKS[args.clock]
+    if args.clock == "processor":
+        torch.set_num_threads(1)
     print(machine())
     if args.changes:
         return changes(args)

@@ -133,15 +133,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--no-perceptual", action="store_true", help="without ConvNeXt-S (MFU)")
     parser.add_argument("--compile", action="store_true", help="the fast mode with torch.compile")
-    parser.add_argument("--batch", type=int, help="images a step (48 on CUDA, 8 on a CPU)")
-    parser.add_argument("--steps", type=int, help="in a round (20 on CUDA, 3 on a CPU)")
+    parser.add_argument("--batch", type=int, help="images per step (48 on CUDA, 8 on a CPU)")
+    parser.add_argument("--steps", type=int, help="per round (20 on CUDA, 3 on a CPU)")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     batch, steps = args.batch or (48 if cuda else 8), args.steps or (20 if cuda else 3)
     phase = Phase("main", 1, 1e-4, perceptual_weight=0.0 if args.no_perceptual else 1.0)
-    networks = FrozenNetworks([phase], pretrained=False, device=device)
+    networks = FrozenNetworks([phase], weights=None, device=device)
     sizes = {} if cuda else SMALL
     modes = [Mode(name, sizes, networks, phase, device) for name in ("exact", "published", "fast")]
     flops = flops_per_image(modes[0])

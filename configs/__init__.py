@@ -1,1 +1,1 @@
-"""YAML presets and the one schema they obey (`configs.schema`)."""
+"""The options of the programs: their schema, how they are read and shown, and YAML presets."""

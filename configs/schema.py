@@ -1,160 +1,213 @@
-"""The typed schema of every program's options, and the reading of `config=FILE option=value …`.
+"""Every option of the programs that take `config=FILE option=value …`: the dataclasses, nothing else.
 
-Option names are those of the published configs; a name that is not listed here stops the program
-before anything is built. Plain dataclasses come out, and go into the models as they are.
+Option names are those of the published configs. `configs.load` reads them, `configs.help` lists
+them; plain dataclasses go into the models. `modeling.fields.option` declares each one: its default,
+one sentence, the values that it takes. Notes beside them: `path` (a text where `~` is the home
+folder), `recorded=False` (accepted for the sake of published configs; has no effect on a run).
 """
 
-import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Optional
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
+from modeling.fields import check_options, option, short
 from modeling.generator import GeneratorConfig
-from modeling.sampling import Sampling
+from modeling.sampling import CACHES, ENGINES, SCHEDULES, Sampling
 from modeling.tokenizer import TokenizerConfig
 from runtime.errors import InputError
-from runtime.files import write_whole
 
-T = TypeVar("T")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
 
 
 # ---------------------------------------------------------------------- both trainers
 @dataclass
 class OptimizerParams:
-    """AdamW. The tokenizer's phases set its learning rate; there this one is not read."""
+    learning_rate: float = option(4e-4, "The highest learning rate.", at_least=0)
+    beta1: float = option(0.9, "Decay of the first moment.", at_least=0, below=1)
+    beta2: float = option(0.96, "Decay of the second moment.", at_least=0, below=1)
+    weight_decay: float = option(
+        0.03, "Decay of the matrices of attention, MLP and output.", at_least=0, at_most=1000
+    )
 
-    learning_rate: float = 4e-4
-    beta1: float = 0.9
-    beta2: float = 0.96
-    weight_decay: float = 0.03
+    def __post_init__(self):
+        check_options(self)
 
 
 @dataclass
 class Optimizer:
-    params: OptimizerParams = field(default_factory=OptimizerParams)
+    name: str = option("adamw", "The optimizer.", choices=("adamw",), recorded=False)
+    params: OptimizerParams = option(OptimizerParams, "Parameters of AdamW.")
+
+    def __post_init__(self):
+        check_options(self)
 
 
 @dataclass
 class Training:
-    gradient_accumulation_steps: int = 1
-    per_gpu_batch_size: int = 128
-    mixed_precision: str = "auto"  # auto (bf16 on CUDA, else no), no, bf16, fp16
-    enable_tf32: bool = True
-    enable_wandb: bool = False  # WANDB_MODE=offline or disabled are honoured
-    use_ema: bool = False
-    ema_decay: float = 0.9999
-    compile: Any = False  # torch.compile of the trained model: True, False or auto (CUDA only)
-    timeout_minutes: int = 30  # after which ranks that wait for a dead one give up
-    seed: int = 42
-    max_train_steps: int = 500_000
-    max_grad_norm: float = 1.0  # 0 switches clipping off
+    gradient_accumulation_steps: int = option(
+        1, "Batches per optimizer step.", at_least=1, at_most=2**20
+    )
+    per_gpu_batch_size: int = option(
+        128, "Images per process and batch.", at_least=1, at_most=2**20
+    )
+    mixed_precision: str = option(
+        "auto", "Autocast type; auto: bf16 on CUDA, no elsewhere.", choices=PRECISIONS
+    )
+    enable_tf32: bool = option(True, "Float32 products in TensorFloat-32 on CUDA.")
+    enable_wandb: bool = option(False, "Log to Weights & Biases too; it obeys WANDB_MODE.")
+    use_ema: bool = option(False, "Keep a moving average of the weights.")
+    ema_decay: float = option(
+        0.9999, "Share of the average that each step keeps.", at_least=0, at_most=1
+    )
+    compile: Any = option(
+        False, "torch.compile the trained model; auto: on CUDA.", choices=(True, False, "auto")
+    )
+    timeout_minutes: int = option(
+        30, "Minutes after which ranks give up waiting for a dead one.", at_least=1, at_most=10**6
+    )
+    seed: int = option(
+        42, "Seed of weights, order, crops and dropout; null: 42.", at_least=0, null=42
+    )
+    max_train_steps: int = option(500_000, "Optimizer steps of the run.", at_least=1)
+    max_grad_norm: float = option(
+        1.0, "Clip the gradient to this norm; 0 or null: no clipping.", at_least=0, null=0.0
+    )
 
     def __post_init__(self):
-        choices = ("auto", "no", "bf16", "fp16")
-        if self.mixed_precision not in choices:
-            raise InputError(
-                f"training.mixed_precision={self.mixed_precision}: choose one of "
-                f"{', '.join(choices)}"
-            )
-        if self.compile not in (True, False, "auto"):
-            raise InputError(f"training.compile={self.compile}: give True, False or auto")
-        for name in ("gradient_accumulation_steps", "per_gpu_batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"training.{name}={getattr(self, name)}: give 1 or more")
-        if self.seed < 0:
-            raise InputError(f"training.seed={self.seed}: give 0 or more")
+        check_options(self)
 
 
 @dataclass
 class Experiment:
-    """Where a run lives and how often it reports; every period is in steps, 0 is never."""
-
-    project: str = "alitok"
-    name: str = "alitok"
-    output_dir: str = "output/alitok"
-    # True: go on from the newest checkpoint; False: refuse a used folder; a path: start from that.
-    resume: Any = True
-    save_every: int = 10_000
-    keep_checkpoints: int = 2
-    keep_every: int = 0  # checkpoints of these steps stay for good
-    eval_every: int = 10_000
-    generate_every: int = 10_000
-    log_every: int = 100
-    log_grad_norm_every: int = 100
-    max_train_examples: Optional[int] = None  # use only the first so many images
-    # Score against this while training (evaluate.py --reference says what it may be); None: never.
-    # The generator whenever it draws samples, the tokenizer whenever it is evaluated.
-    fid_reference: Optional[str] = None
+    project: str = option("alitok", "Project in Weights & Biases.")
+    name: str = option("alitok", "Name of the run in Weights & Biases.")
+    output_dir: str = option("output/alitok", "Folder of the run.", path=True)
+    resume: Any = option(
+        True,
+        "true: resume from the newest checkpoint; false: refuse a used folder; a path: start from "
+        "that checkpoint or run.",
+        path=True,
+        expects="set True, False or a path",
+    )
+    save_every: int = option(10_000, "Steps between checkpoints; 0: none.", at_least=0)
+    keep_checkpoints: int = option(
+        2, "Newest checkpoints to keep; with 2, one is left when the newest is damaged.", at_least=2
+    )
+    keep_every: int = option(
+        0, "Keep the checkpoints of multiples of this step for good; 0: none.", at_least=0
+    )
+    eval_every: int = option(10_000, "Steps between evaluations; 0: none.", at_least=0)
+    generate_every: int = option(
+        10_000, "Steps between grids of samples or reconstructions; 0: none.", at_least=0
+    )
+    log_every: int = option(100, "Steps between lines of the log; 0: none.", at_least=0)
+    log_grad_norm_every: int = option(
+        100, "Steps between logged gradient norms; 0: none.", at_least=0
+    )
+    max_train_examples: Optional[int] = option(
+        None, "Train on this many images only; null: all.", at_least=1
+    )
+    fid_reference: Optional[str] = option(
+        None,
+        "Score against this while training, as evaluate.py --reference; null: never.",
+        path=True,
+    )
 
     def __post_init__(self):
-        if not isinstance(self.resume, (bool, str)):
-            raise InputError(f"experiment.resume={self.resume}: give True, False or a path")
-        if self.keep_checkpoints < 2:
+        check_options(self)
+        if self.resume == "" or not isinstance(self.resume, (bool, str)):
+            raise InputError(f"resume={short(self.resume)}: set True, False or a path")
+        if Path(self.output_dir).name in ("", ".."):
             raise InputError(
-                f"experiment.keep_checkpoints={self.keep_checkpoints}: give 2 or more, so that one "
-                f"is left when the newest is damaged"
+                f"output_dir={short(self.output_dir)}: set the name of a folder of its own, such as "
+                f"output/alitok"
             )
 
 
 # ---------------------------------------------------------------------- generator
 @dataclass
 class GeneratorExperiment(Experiment):
-    generator_checkpoint: Optional[str] = None  # the weights to sample from
-    tokenizer_checkpoint: str = "weights/AliTok.pth"
-    num_fid_samples: int = 50_000
-    # Images sampled together, one fixed chunk of indices; None: as many as memory allows, up to 256
-    per_proc_batch_size: Optional[int] = None
-    save_png: bool = True
-    evaluate: Optional[str] = None  # score the samples against this reference when all are there
-    precision: str = "auto"  # of sampling: fp32, tf32, bf16; auto: bf16 on CUDA, fp32 on a CPU
-    compile: Any = "auto"  # of sampling: True, False; auto: on CUDA
-    classes: Optional[list[int]] = None  # image i has class classes[i mod their number]; None: all
-    codes: Optional[str] = None  # decode the codes of this .npz instead of sampling new ones
-    grid: int = 0  # N: the first N x N images also as one picture, OUTPUT_DIR_grid.png
+    generator_checkpoint: Optional[str] = option(
+        None, "Weights to sample from: a file or a run folder.", path=True
+    )
+    tokenizer_checkpoint: str = option(
+        "weights/AliTok.pth", "The tokenizer's weights: a file or a run folder.", path=True
+    )
+    num_fid_samples: int = option(50_000, "Images to sample.", at_least=1)
+    per_proc_batch_size: Optional[int] = option(
+        None,
+        "Images sampled together; null: as many as memory allows, at most 512.",
+        at_least=1,
+        at_most=2**20,
+    )
+    save_png: bool = option(True, "Write every image as a PNG too.")
+    evaluate: Optional[str] = option(
+        None, "Score the samples against this reference at the end; null: do not.", path=True
+    )
+    precision: str = option(
+        "auto",
+        "Precision of sampling; auto: bf16 on CUDA, fp32 on a CPU.",
+        choices=("auto", "fp32", "tf32", "bf16"),
+    )
+    compile: Any = option(
+        "auto", "torch.compile the sampler; auto: on CUDA.", choices=("auto", True, False)
+    )
+    engine: str = option(
+        "auto", "Attention of sampling; auto: fused on CUDA if it is right there.", choices=ENGINES
+    )
+    cache: str = option(
+        "auto",
+        "Keys and values in sampling; int8: half the bytes of bf16, slightly other images; auto: as "
+        "the precision.",
+        choices=CACHES,
+    )
+    classes: Optional[list[int]] = option(
+        None, "Image i has class classes[i mod their number]; null: all classes.", at_least=0
+    )
+    codes: Optional[str] = option(
+        None, "Decode the codes of this .npz instead of sampling new ones.", path=True
+    )
+    grid: int = option(
+        0, "N: write the first N x N images as one picture too; 0: none.", at_least=0, at_most=1000
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("num_fid_samples", 1), ("per_proc_batch_size", 1), ("grid", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"experiment.{name}={value}: give {least} or more")
-        if self.precision not in ("auto", "fp32", "tf32", "bf16"):
-            raise InputError(
-                f"experiment.precision={self.precision}: choose auto, fp32, tf32 or bf16"
-            )
-        if self.compile not in ("auto", True, False):
-            raise InputError(f"experiment.compile={self.compile}: choose auto, True or False")
         if self.classes is not None and not self.classes:
-            raise InputError("experiment.classes is empty: give at least one, for example [207]")
+            raise InputError("classes=[]: set at least one class, for example [207]")
 
 
 @dataclass
 class GeneratorOptions(GeneratorConfig):
-    """`model.generator`: the architecture, then how to sample from it."""
+    """The generator's architecture, then how to sample from it."""
 
-    codebook_size: int = "${model.vq_model.codebook_size}"  # type: ignore[assignment]
-    randomize_temperature: float = 1.0  # of sampling
-    guidance_scale: float = 16.0  # 0 or 1: no guidance
-    guidance_scale_pow: float = 1.8  # of the power-cosine schedule
-    guidance_schedule: str = "power-cosine"  # as published; or constant, linear
-    top_k: int = 0  # draw among the so many most likely codes; 0: all
-    top_p: float = 1.0  # draw among the fewest codes that hold this probability; 1: all
-    seed: int = 42  # of sampling
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.seed < 0:
-            raise InputError(f"model.generator.seed={self.seed}: give 0 or more")
-        if self.randomize_temperature <= 0:
-            raise InputError(
-                f"model.generator.randomize_temperature={self.randomize_temperature}: give more "
-                f"than 0 (1e-5 takes the most likely code)"
-            )
-        _ = self.sampling  # refuses the other values that make no sense
+    num_hidden_layers: int = option(24, "Blocks.", at_least=1, at_most=1024)
+    codebook_size: int = option(
+        "${model.vq_model.codebook_size}",
+        "Codes of the tokenizer's codebook.",
+        at_least=1,
+        at_most=65536,
+    )
+    randomize_temperature: float = option(
+        1.0,
+        "Softmax temperature of sampling; 1e-5 takes the most likely code.",
+        above=0,
+        at_least=1e-6,
+    )
+    guidance_scale: float = option(
+        16.0, "Scale of classifier-free guidance; 0 or 1: none.", at_least=0, at_most=10_000
+    )
+    guidance_scale_pow: float = option(
+        1.8, "Power of the power-cosine guidance schedule.", at_least=0, at_most=1000
+    )
+    guidance_schedule: str = option(
+        "power-cosine", "How guidance grows from token to token.", choices=SCHEDULES
+    )
+    top_k: int = option(0, "Draw among this many most likely codes; 0: all.", at_least=0)
+    top_p: float = option(
+        1.0, "Draw among the fewest codes that hold this probability; 1: all.", above=0, at_most=1
+    )
+    seed: int = option(42, "Seed of sampling; null: 42.", at_least=0, null=42)
 
     @property
     def sampling(self) -> Sampling:
@@ -170,203 +223,354 @@ class GeneratorOptions(GeneratorConfig):
 
 @dataclass
 class GeneratorModels:
-    vq_model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    generator: GeneratorOptions = field(default_factory=GeneratorOptions)
+    vq_model: TokenizerConfig = option(TokenizerConfig, "The tokenizer's sizes.")
+    generator: GeneratorOptions = option(
+        GeneratorOptions, "The generator's sizes, its dropout and its sampling."
+    )
 
     def __post_init__(self):
-        given, needed = self.generator.image_seq_len, self.vq_model.num_tokens
-        if given != needed:
+        check_options(self)
+        check_layers(self.vq_model)
+        generator, tokenizer = self.generator, self.vq_model
+        if generator.image_seq_len != tokenizer.num_tokens:
             raise InputError(
-                f"model.generator.image_seq_len={given}, but the tokenizer makes {needed} codes an "
-                f"image (model.vq_model): give the same number"
+                f"generator.image_seq_len={generator.image_seq_len}, but the tokenizer "
+                f"(model.vq_model) makes {tokenizer.num_tokens} codes per image: set the same number"
+            )
+        if generator.codebook_size not in (
+            tokenizer.codebook_size,
+            "${model.vq_model.codebook_size}",
+        ):
+            raise InputError(
+                f"generator.codebook_size={generator.codebook_size}, but "
+                f"vq_model.codebook_size={tokenizer.codebook_size}: leave the former out"
             )
 
 
 @dataclass
 class TokenDataParams:
-    pretokenization: str = "cache_alitok"  # the token cache to train on
-    # Train on the ten crops of this image folder instead; the tokenizer encodes them on the fly.
-    train_dir: Optional[str] = None
-    val_pretokenization: Optional[str] = None  # a held-out cache for eval_every
-    num_workers_per_gpu: int = 4
+    pretokenization: str = option("cache_alitok", "The token cache to train on.", path=True)
+    train_dir: Optional[str] = option(
+        None,
+        "Train on the ten crops of this image folder instead, encoded on the fly.",
+        path=True,
+    )
+    val_pretokenization: Optional[str] = option(
+        None, "A held-out token cache for experiment.eval_every.", path=True
+    )
+    num_workers_per_gpu: int = option(
+        4, "Reading processes per GPU; 0: none.", at_least=0, at_most=1024
+    )
+
+    def __post_init__(self):
+        check_options(self)
 
 
 @dataclass
 class TokenData:
-    params: TokenDataParams = field(default_factory=TokenDataParams)
+    params: TokenDataParams = option(TokenDataParams, "Where the codes come from.")
+    preprocessing: dict = option(
+        dict,
+        "Accepted from published configs, without effect: pretokenization.py crops the images. "
+        "Sizes other than model.vq_model.image_size are refused.",
+        null={},
+        recorded=False,
+    )
+
+    def __post_init__(self):
+        check_options(self)
 
 
 @dataclass
 class SchedulerParams:
-    learning_rate: float = "${optimizer.params.learning_rate}"  # type: ignore[assignment]
-    warmup_steps: int = 62_500
-    end_lr: float = 1e-5
+    learning_rate: float = option(
+        "${optimizer.params.learning_rate}", "The highest rate.", at_least=0
+    )
+    warmup_steps: int = option(62_500, "Steps of linear warm-up; 0: none.", at_least=0)
+    end_lr: float = option(1e-5, "The rate at the end of the cosine.", at_least=0)
+    count_from: int = option(
+        1,
+        "Number of the first update in the schedule; 0 (as published): its rate is 0, and the last "
+        "one's is not quite end_lr.",
+        choices=(0, 1),
+    )
+
+    def __post_init__(self):
+        check_options(self)
 
 
 @dataclass
 class Scheduler:
-    scheduler: str = "cosine"
-    params: SchedulerParams = field(default_factory=SchedulerParams)
+    scheduler: str = option(
+        "cosine", "The rate's shape after the warm-up.", choices=("cosine", "constant")
+    )
+    params: SchedulerParams = option(SchedulerParams, "Its rates and warm-up.")
 
     def __post_init__(self):
-        if self.scheduler not in ("cosine", "constant"):
-            raise InputError(f"lr_scheduler.scheduler={self.scheduler}: choose cosine or constant")
+        check_options(self)
 
 
 @dataclass
 class GeneratorRun:
     """Options of train_ar.py and sample_imagenet.py."""
 
-    experiment: GeneratorExperiment = field(default_factory=GeneratorExperiment)
-    model: GeneratorModels = field(default_factory=GeneratorModels)
-    dataset: TokenData = field(default_factory=TokenData)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    lr_scheduler: Scheduler = field(default_factory=Scheduler)
-    training: Training = field(default_factory=Training)
+    experiment: GeneratorExperiment = option(
+        GeneratorExperiment, "Where a run lives, how often it reports, what is sampled."
+    )
+    model: GeneratorModels = option(GeneratorModels, "The two models.")
+    dataset: TokenData = option(TokenData, "The training data.")
+    optimizer: Optimizer = option(Optimizer, "The optimizer, AdamW.")
+    lr_scheduler: Scheduler = option(Scheduler, "The learning rate.")
+    training: Training = option(Training, "Batches, precision, steps.")
+
+    def __post_init__(self):
+        check_options(self)
+        size = self.model.vq_model.image_size
+        for name in ("resize_shorter_edge", "crop_size"):
+            value = self.dataset.preprocessing.get(name, size)
+            if value != size:
+                raise InputError(
+                    f"dataset.preprocessing.{name}={value}: the images of this model have {size} "
+                    f"pixels a side (model.vq_model.image_size); leave it out"
+                )
 
 
 # ---------------------------------------------------------------------- tokenizer
 @dataclass
 class TokenizerExperiment(Experiment):
-    stage1_checkpoint: Optional[str] = None  # stage 2 takes encoder and codebook from it
+    stage1_checkpoint: Optional[str] = option(
+        None, "Stage 2: where encoder and codebook come from, a file or a run folder.", path=True
+    )
 
 
 @dataclass
 class TokenizerModels:
-    stage: int = 1
-    vq_model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    # Stage 2's decoder starts from stage 1's (all but the buffer tokens and positions), as the
-    # published code in effect does, or from scratch, as the paper says.
-    decoder_init: str = "stage1"
-    use_checkpoint: bool = False  # recompute activations in the backward pass
+    stage: int = option(1, "Stage of training.", choices=(1, 2))
+    vq_model: TokenizerConfig = option(TokenizerConfig, "The tokenizer's sizes.")
+    decoder_init: str = option(
+        "stage1",
+        "Stage 2's decoder starts from stage 1's (as the published code) or from scratch (as the "
+        "paper says).",
+        choices=("stage1", "scratch"),
+    )
+    critic_init: str = option(
+        "scratch",
+        "Stage 2's discriminator starts from stage 1's (as published) or from scratch.",
+        choices=("stage1", "scratch"),
+    )
+    cluster_in_critic_steps: bool = option(
+        False, "Cluster the codebook in the discriminator's steps too (as published)."
+    )
+    use_checkpoint: bool = option(
+        False, "Recompute activations in the backward pass: less memory, more time."
+    )
 
     def __post_init__(self):
-        if self.stage not in (1, 2):
-            raise InputError(f"model.stage={self.stage}: give 1 or 2")
-        if self.decoder_init not in ("stage1", "scratch"):
-            raise InputError(f"model.decoder_init={self.decoder_init}: give stage1 or scratch")
-        if self.stage == 2 and (self.vq_model.prefix_head or self.vq_model.clustering):
+        check_options(self)
+        check_layers(self.vq_model)
+        if self.stage == 1 and self.critic_init != "scratch":
             raise InputError(
-                "stage 2 trains neither a prefix head nor the codebook: leave "
-                "model.vq_model.prefix_head and clustering out of its config"
+                f"critic_init={self.critic_init}: stage 1 always starts from scratch; this is an "
+                f"option of stage=2"
+            )
+        if self.cluster_in_critic_steps and not self.vq_model.clustering:
+            raise InputError(
+                "cluster_in_critic_steps=True needs vq_model.clustering=true: set it, or leave the "
+                "former out"
+            )
+        for name in ("prefix_head", "clustering"):
+            if self.stage == 2 and getattr(self.vq_model, name):
+                raise InputError(
+                    f"vq_model.{name}=True: stage 2 trains neither a prefix head nor the codebook; "
+                    f"leave vq_model.prefix_head and vq_model.clustering out of its config"
+                )
+        if self.stage == 1 and self.decoder_init != "stage1":
+            raise InputError(
+                f"decoder_init={self.decoder_init}: stage 1 always starts from scratch; this is an "
+                f"option of stage=2"
             )
 
 
 @dataclass
 class ImageDataParams:
-    # Each a folder with a folder a class, or a text file with an image's path on every line.
-    train_dir: str = "imagenet/train"
-    val_dir: Optional[str] = None  # held-out images for eval_every and previews
-    resize: Optional[int] = None  # shorter side before the random crop; None: the image size
-    random_flip: bool = True
-    num_workers_per_gpu: int = 8
+    train_dir: str = option(
+        "imagenet/train",
+        "A folder with one folder per class, or a text file with one image path per line.",
+        path=True,
+    )
+    val_dir: Optional[str] = option(
+        None, "Held-out images, likewise, for evaluation and previews.", path=True
+    )
+    resize: Optional[int] = option(
+        None,
+        "Shorter side in pixels before the random crop; null: the image size.",
+        at_least=1,
+        at_most=65536,
+    )
+    random_flip: bool = option(True, "Mirror half of the training images.")
+    num_workers_per_gpu: int = option(
+        8, "Reading processes per GPU; 0: none.", at_least=0, at_most=1024
+    )
+
+    def __post_init__(self):
+        check_options(self)
 
 
 @dataclass
 class ImageData:
-    params: ImageDataParams = field(default_factory=ImageDataParams)
+    params: ImageDataParams = option(ImageDataParams, "Where the images are.")
+
+    def __post_init__(self):
+        check_options(self)
 
 
 @dataclass
 class Phase:
     """A stretch of tokenizer training; a term of weight 0 is not computed."""
 
-    name: str = "main"
-    steps: int = 0
-    learning_rate: float = 1e-4
-    end_lr: Optional[float] = None
-    # constant, or the way from learning_rate to end_lr: cosine or linear. None: what end_lr tells,
-    # constant without it and cosine with it.
-    shape: Optional[str] = None
-    perceptual_weight: float = 0.0  # ConvNeXt-S logits
-    lpips_weight: float = 0.0
-    gan_weight: float = 0.0  # of -mean(D(fake)); > 0 alternates tokenizer and discriminator steps
+    name: str = option("main", "Name of the phase in the log.")
+    steps: int = option(0, "Steps of the phase.", at_least=1)
+    learning_rate: float = option(1e-4, "The first rate.", at_least=0)
+    end_lr: Optional[float] = option(None, "The last rate; null: constant.", at_least=0)
+    shape: Optional[str] = option(
+        None,
+        "The way from the first rate to the last; null: constant without end_lr, cosine with it.",
+        choices=("constant", "cosine", "linear"),
+    )
+    perceptual_weight: float = option(
+        0.0, "Weight of the ConvNeXt-S logits' MSE.", at_least=0, at_most=1e6
+    )
+    lpips_weight: float = option(0.0, "Weight of LPIPS.", at_least=0, at_most=1e6)
+    gan_weight: float = option(
+        0.0,
+        "Weight of -mean(D(fake)); above 0, tokenizer and discriminator steps alternate.",
+        at_least=0,
+        at_most=1e6,
+    )
+    critic_after: int = option(
+        1,
+        "With gan_weight: steps of the tokenizer before the discriminator's first step in the "
+        "phase; then they alternate.",
+        at_least=1,
+    )
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise InputError(f"phase {self.name}: steps={self.steps}; give 1 or more")
+        try:
+            check_options(self)
+        except InputError as e:
+            raise InputError(f"{e} (phase {short(self.name)})") from e
         if self.shape is None:
             self.shape = "constant" if self.end_lr is None else "cosine"
-        if self.shape not in ("constant", "cosine", "linear"):
-            raise InputError(
-                f"phase {self.name}: shape={self.shape}; choose constant, cosine or linear"
-            )
         if (self.shape == "constant") != (self.end_lr is None):
             raise InputError(
-                f"phase {self.name}: shape={self.shape} and end_lr={self.end_lr}; a constant rate "
+                f"shape={self.shape} and end_lr={self.end_lr} (phase {short(self.name)}): a constant rate "
                 f"has no end_lr, the other shapes need one"
             )
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, float) and not 0 <= value < float("inf"):
-                raise InputError(f"phase {self.name}: {entry.name}={value}; give 0 or more")
 
 
 @dataclass
 class Losses:
     """Weights that stay the same in all phases; a term of weight 0 is not computed."""
 
-    # What the prefix tokens are judged by. strip (v1): the MSE of their strip, times K / g²;
-    # stitched (v3): MSE and perceptual term of an image whose first row of patches is the strip.
-    aux: str = "strip"
-    aux_weight: float = 10.0
-    quantizer_weight: float = 1.0
+    aux: str = option(
+        "strip",
+        "How the prefix tokens are judged. strip (v1): MSE of their strip, times K / g²; stitched "
+        "(v3): MSE and perceptual term of an image whose first row of patches is the strip.",
+        choices=("strip", "stitched"),
+    )
+    aux_weight: float = option(10.0, "Weight of that term.", at_least=0, at_most=1e6)
+    quantizer_weight: float = option(
+        1.0, "Weight of the quantizer's loss.", at_least=0, at_most=1e6
+    )
+    critic_weight: float = option(
+        1.0, "Weight of the discriminator's hinge loss (published: 0.1).", above=0, at_most=1e6
+    )
 
     def __post_init__(self):
-        if self.aux not in ("strip", "stitched"):
-            raise InputError(f"losses.aux={self.aux}: choose strip or stitched")
-        for name in ("aux_weight", "quantizer_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"losses.{name}={getattr(self, name)}: give 0 or more")
+        check_options(self)
 
 
 @dataclass
 class Perceptual:
-    pretrained: bool = True  # false: random networks, for tests only
+    pretrained: bool = option(
+        True, "Pretrained perceptual networks; false: random ones, for tests only."
+    )
+
+    def __post_init__(self):
+        check_options(self)
 
 
 @dataclass
 class TokenizerOptimizerParams:
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.01
-    warmup_steps: int = 10_000
+    beta1: float = option(0.9, "Decay of the first moment.", at_least=0, below=1)
+    beta2: float = option(0.999, "Decay of the second moment.", at_least=0, below=1)
+    weight_decay: float = option(0.01, "Weight decay.", at_least=0, at_most=1000)
+    warmup_steps: int = option(
+        10_000,
+        "The tokenizer's own steps of linear warm-up at the start of the run; 0: none.",
+        at_least=0,
+    )
+    count_from: int = option(
+        1,
+        "Number of the first step in the warm-up; 0 (as published): its rate is 0.",
+        choices=(0, 1),
+    )
+    critic_learning_rate: Optional[float] = option(
+        None,
+        "The discriminator's constant rate (published: 1e-4); null: that of the tokenizer.",
+        at_least=0,
+    )
+
+    def __post_init__(self):
+        check_options(self)
 
 
 @dataclass
 class TokenizerOptimizer:
-    params: TokenizerOptimizerParams = field(default_factory=TokenizerOptimizerParams)
+    name: str = option("adamw", "The optimizer.", choices=("adamw",), recorded=False)
+    params: TokenizerOptimizerParams = option(
+        TokenizerOptimizerParams, "Parameters of AdamW; the phases set its learning rate."
+    )
+
+    def __post_init__(self):
+        check_options(self)
 
 
 @dataclass
 class TokenizerTraining(Training):
-    per_gpu_batch_size: int = 48
-    # The phases rule. A number here is only compared with the sum of their steps.
-    max_train_steps: Optional[int] = None
+    per_gpu_batch_size: int = option(48, "Images per process and batch.", at_least=1, at_most=2**20)
+    max_train_steps: Optional[int] = option(  # type: ignore[assignment]  # the phases rule
+        None, "Only compared with the sum of the phases' steps; null: not.", at_least=1
+    )
 
 
 @dataclass
 class TokenizerRun:
     """Options of train_tokenizer."""
 
-    experiment: TokenizerExperiment = field(default_factory=TokenizerExperiment)
-    model: TokenizerModels = field(default_factory=TokenizerModels)
-    dataset: ImageData = field(default_factory=ImageData)
-    optimizer: TokenizerOptimizer = field(default_factory=TokenizerOptimizer)
-    losses: Losses = field(default_factory=Losses)
-    perceptual: Perceptual = field(default_factory=Perceptual)
-    phases: list[Phase] = field(default_factory=list)
-    training: TokenizerTraining = field(default_factory=TokenizerTraining)
+    experiment: TokenizerExperiment = option(
+        TokenizerExperiment, "Where a run lives and how often it reports."
+    )
+    model: TokenizerModels = option(TokenizerModels, "The tokenizer and its stage.")
+    dataset: ImageData = option(ImageData, "The training data.")
+    optimizer: TokenizerOptimizer = option(TokenizerOptimizer, "The optimizer, AdamW.")
+    losses: Losses = option(Losses, "Loss weights that stay the same in all phases.")
+    perceptual: Perceptual = option(Perceptual, "The perceptual networks.")
+    phases: list[Phase] = option(
+        list, "The phases in their order, always the whole list: [{name: main, steps: 1000}, …]."
+    )
+    training: TokenizerTraining = option(TokenizerTraining, "Batches, precision.")
 
     def __post_init__(self):
+        check_options(self)
         if not self.phases:
             raise InputError("no phases: list at least one, with its steps, in the config")
         total, expected = sum(p.steps for p in self.phases), self.training.max_train_steps
         if expected not in (None, total):
             steps = " + ".join(str(p.steps) for p in self.phases)
             raise InputError(
-                f"phases do not add up: {steps} = {total} steps, but "
-                f"training.max_train_steps={expected}; correct one, or leave the latter out"
+                f"training.max_train_steps={expected}, but the phases have {steps} = {total} "
+                f"steps: correct one, or leave the former out"
             )
         model, losses = self.model.vq_model, self.losses
         if model.prefix_head and not losses.aux_weight:
@@ -379,101 +583,62 @@ class TokenizerRun:
                 f"losses.aux=stitched puts the strip in place of the image's first row, so it has "
                 f"no corner token: set model.vq_model.num_latent_tokens={model.grid**2 + model.grid}"
             )
+        if self.model.stage == 1 and self.experiment.stage1_checkpoint is not None:
+            raise InputError(
+                f"experiment.stage1_checkpoint={short(self.experiment.stage1_checkpoint)}: stage 1 "
+                f"does not use it; set model.stage=2 for stage 2, or experiment.resume=PATH to start "
+                f"stage 1 from a checkpoint"
+            )
 
 
-# ---------------------------------------------------------------------- reading
-def load(schema: type[T], argv: list[str]) -> T:
-    """Options of one program: schema defaults, then `config=FILE`, then `section.option=value` …
-
-    `--help` prints them all and ends the program.
-    Raises InputError for a missing file, a misspelt option (with the nearest name), a value of the
-    wrong type or a combination that does not hold together.
-    """
-    if {"-h", "--help"} & set(argv):
-        print(
-            "usage: config=FILE option=value …   (presets are in configs/)\n\noptions, by default:\n"
-        )
-        print(OmegaConf.to_yaml(OmegaConf.structured(schema)))
-        raise SystemExit
-    pairs = []
-    for argument in argv:
-        key, equals, value = argument.lstrip("-").partition("=")
-        if not equals:
-            raise InputError(f"'{argument}' is no option=value; write config=FILE option=value …")
-        pairs.append((key, value))
-    files = [value for key, value in pairs if key == "config"]
-    if len(files) != 1:
-        raise InputError("give one config=FILE, for example config=configs/alitok_b.yaml")
-    from_file = read_yaml(files[0])
-    try:
-        from_command = OmegaConf.from_dotlist([f"{k}={v}" for k, v in pairs if k != "config"])
-        check_names(schema, from_file, files[0])
-        check_names(schema, from_command, "the command line")
-        merged = OmegaConf.merge(OmegaConf.structured(schema), from_file, from_command)
-        return OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError) as e:
-        raise InputError(f"config {files[0]}: {two_lines(e)}") from e
+def check_layers(tokenizer: TokenizerConfig) -> None:
+    """Refuse a tokenizer without blocks, which the model allows and no run means."""
+    for name in ("encoder_layers", "decoder_layers"):
+        if getattr(tokenizer, name) < 1:
+            raise InputError(f"vq_model.{name}={getattr(tokenizer, name)}: set 1 or more")
 
 
-def two_lines(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines()[:2])
-
-
-def read_yaml(path: str | Path) -> DictConfig:
-    """The options of a YAML file as they stand there. Raises InputError where it has none."""
-    if not Path(path).is_file():
-        raise InputError(f"no config file {path}; the presets are in configs/")
-    try:
-        options = OmegaConf.load(path)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as e:
-        raise InputError(f"config {path}: {two_lines(e)}") from e
-    if not OmegaConf.is_dict(options):
-        raise InputError(f"{path} holds no options")
-    return options
-
-
-def tokenizer_config(path: str | Path | None, **known: Any) -> TokenizerConfig:
-    """A tokenizer's sizes: what is `known`, then `model.vq_model` of a YAML file, then the defaults."""
-    options: Any = {}
-    try:
-        if path is not None:
-            found = OmegaConf.select(read_yaml(path), "model.vq_model")
-            options = {} if found is None else found
-            if found is not None and not OmegaConf.is_dict(found):
-                raise InputError(f"config {path}: model.vq_model holds no options")
-            check_names(TokenizerConfig, options, str(path), "model.vq_model.")
-        merged = OmegaConf.merge(OmegaConf.structured(TokenizerConfig), options, known)
-        return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as e:
-        raise InputError(f"config {path}: {two_lines(e)}") from e
-
-
-def check_names(schema: type, config: Any, source: str, prefix: str = "") -> None:
-    """Refuse names that the schema lacks, saying which is nearest."""
-    hints = get_type_hints(schema)
-    names = [f.name for f in fields(schema)]
-    for key in config:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1, 0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(names)}"
-            raise InputError(f"{source}: there is no option {prefix}{key}; {hint}")
-        value = config._get_node(key)
-        if is_dataclass(hints[key]) and OmegaConf.is_dict(value):
-            check_names(hints[key], value, source, f"{prefix}{key}.")
-        elif get_origin(hints[key]) is list:
-            if not OmegaConf.is_list(value):
-                raise InputError(f"{source}: {prefix}{key} is a list; give all of it: [{{…}}, …]")
-            for i in range(len(value)):
-                item = value._get_node(i)
-                if OmegaConf.is_dict(item):
-                    check_names(get_args(hints[key])[0], item, source, f"{prefix}{key}[{i}].")
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """Options as plain nested dicts, for trackers and comparisons."""
-    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-
-
-def save(config: Any, path: str | Path) -> None:
-    """Write the options of a run, resolved, as YAML that `load` reads again."""
-    write_whole(path, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+# ---------------------------------------------------------------------- options of the other program
+# {program: {option or section that it does not use: what to set instead, if anything}}. Setting one
+# on the command line is refused; a YAML file may hold it, because both programs read one preset.
+UNUSED = {
+    "train_ar": {
+        "experiment.generator_checkpoint": "experiment.resume=RUN_DIR to start from a checkpoint",
+        "experiment.save_png": "experiment.generate_every for sample grids",
+        "experiment.evaluate": "experiment.fid_reference",
+        "experiment.compile": "training.compile",
+        "experiment.engine": "",
+        "experiment.cache": "",
+        "experiment.codes": "",
+        "experiment.grid": "experiment.generate_every for sample grids",
+    },
+    "sample_imagenet": {
+        "experiment.project": "",
+        "experiment.name": "experiment.output_dir",
+        "experiment.resume": "experiment.output_dir; sampling always resumes what is there",
+        "experiment.save_every": "",
+        "experiment.keep_checkpoints": "",
+        "experiment.keep_every": "",
+        "experiment.eval_every": "",
+        "experiment.generate_every": "experiment.grid for one picture of the images",
+        "experiment.log_every": "",
+        "experiment.log_grad_norm_every": "",
+        "experiment.max_train_examples": "experiment.num_fid_samples",
+        "experiment.fid_reference": "experiment.evaluate",
+        "model.generator.dropout": "",
+        "model.generator.attn_drop": "",
+        "model.generator.tok_dropout": "",
+        "model.generator.class_label_dropout": "",
+        "model.generator.use_checkpoint": "",
+        "dataset": "",
+        "optimizer": "",
+        "lr_scheduler": "",
+        "training": "",
+        "training.compile": "experiment.compile",
+        "training.mixed_precision": "experiment.precision",
+        "training.enable_tf32": "experiment.precision=tf32",
+        "training.per_gpu_batch_size": "experiment.per_proc_batch_size",
+        "training.seed": "model.generator.seed",
+        "training.use_ema": "experiment.generator_checkpoint; of a run folder, the average is used",
+    },
+}

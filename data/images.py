@@ -11,8 +11,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as TF
 
 from data.order import EpochDraws
+from modeling.pixels import to_float as to_float
 from runtime.errors import InputError
-from runtime.randomness import generator_for
+from runtime.randomness import Stream, generator_for
 
 # Of the many that Pillow knows; one of them (EPS) would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
@@ -110,11 +111,6 @@ def to_uint8(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1]."""
-    return images.float() / 255
-
-
 class TrainImages(Dataset):
     """Augmented images by (epoch, index): (3, size, size), uint8, a pure function of its key."""
 
@@ -126,7 +122,7 @@ class TrainImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         epoch, index = key
-        rng = generator_for(self.seed, epoch, index)
+        rng = generator_for(self.seed, Stream.CROP, epoch, index)
         image = load_image(self.paths[index])
         return to_uint8(random_crop(image, self.size, self.resize, self.flip, rng))
 

@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from runtime.errors import InputError
-from runtime.randomness import generator_for
+from runtime.randomness import Stream, generator_for
 
 
 class SampleOrder(Sampler):
@@ -33,7 +33,9 @@ class SampleOrder(Sampler):
         """The (epoch, index) at a position of the line."""
         epoch, place = divmod(position, self.items)
         if epoch != self._epoch:
-            self._permutation = generator_for(self.seed, epoch).permutation(self.items)
+            self._permutation = generator_for(self.seed, Stream.ORDER, epoch).permutation(
+                self.items
+            )
             self._epoch = epoch
         return epoch, int(self._permutation[place])
 
@@ -54,8 +56,6 @@ class EpochDraws:
     several times what reading its codes does.
     """
 
-    STREAM = 1  # apart from the order of the epoch's samples, the stream of (seed, epoch) itself
-
     def __init__(self, items: int, views: int, seed: int, class_dropout: float):
         self.items, self.views, self.seed = items, views, seed
         self.class_dropout = class_dropout
@@ -64,7 +64,7 @@ class EpochDraws:
     def of(self, epoch: int, index: int) -> tuple[int, bool]:
         """(view, whether the class is dropped)."""
         if epoch != self._epoch:
-            rng = generator_for(self.seed, epoch, self.STREAM)
+            rng = generator_for(self.seed, Stream.VIEW, epoch)
             uniforms = rng.random((self.items, 2), np.float32)
             self._view = (uniforms[:, 0] * self.views).astype(np.int32)
             self._dropped = uniforms[:, 1] < self.class_dropout

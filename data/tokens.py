@@ -51,6 +51,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.order import EpochDraws
+from modeling.weights import tensors_hash
 from runtime.errors import InputError
 from runtime.files import file_sha256
 from runtime.program import run
@@ -65,12 +66,7 @@ def fingerprint(state: dict[str, Tensor]) -> str:
 
     The same for both stages of one tokenizer, whose decoders differ.
     """
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        if name.startswith(("encoder.", "latent_tokens", "quantize.embedding.")):
-            digest.update(name.encode())
-            digest.update(state[name].detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return tensors_hash(state, ("encoder.", "latent_tokens", "quantize.embedding."), torch.float32)
 
 
 def write_manifest(folder: Path, entries: dict[str, Any]) -> None:

@@ -1,45 +1,45 @@
-"""Inception features as the ADM evaluator reads them: the TF-2015 network in torch-fidelity's port."""
+"""Inception features as the ADM evaluator computes them: torch-fidelity's port of the 2015 network."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from modeling.weights import describe, find_weights, read_state_dict
+from modeling.weights import describe, read_state_dict
 from runtime.errors import InputError
 from runtime.files import file_sha256
+from runtime.processes import matmul_precision
+from runtime.published import find_published
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the end: how its SHA-256 begins
 SPATIAL_CHANNELS = 7
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """No TF32: with it features are good to three digits only."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
+class FeatureNetwork(Protocol):
+    """What the statistics need of a network; `Inception` is the one that figures are made with."""
+
+    widths: tuple[int, int, int]  # of pooled features, spatial features and logits
+    identity: str  # tells features of one weight file from those of another
+    published: bool  # whether the weights are the published ones
+    device: torch.device
+
+    def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class Inception:
     """uint8 images -> pool_3, spatial features and logits without bias, all float32.
 
-    `identity` tells features of one weight file from those of another.
+    `weights` is the folder of the published file, which torch's download cache may hold too. Raises
+    InputError where the file is missing or is not this network.
     """
 
-    widths = (2048, 17 * 17 * SPATIAL_CHANNELS, 1008)
+    widths: tuple[int, int, int] = (2048, 17 * 17 * SPATIAL_CHANNELS, 1008)
 
-    def __init__(self, device: torch.device | str):
-        path = find_weights(INCEPTION_FILE)
-        # Checked here first, tensors only: the package itself would load any pickle.
+    def __init__(self, device: torch.device | str, weights: Path):
+        path = find_published(INCEPTION_FILE, weights)
+        # Read here first, tensors only: the package itself would load any pickle.
         state = read_state_dict(path)
         if state.get("fc.weight", torch.empty(0)).shape != (1008, 2048):
             raise InputError(
@@ -65,6 +65,7 @@ class Inception:
 
         The resize to 299x299 is TensorFlow's, without antialiasing, and part of the network.
         """
-        with full_float32(), torch.autocast(self.device.type, enabled=False):
+        # With TF32 features would be good to three digits only.
+        with matmul_precision("fp32"), torch.autocast(self.device.type, enabled=False):
             pool, logits = self.network(images.to(self.device, non_blocking=True))
         return pool, self.spatial.permute(0, 2, 3, 1).flatten(1), logits

@@ -1,37 +1,77 @@
-"""FID while training: the trainers' models against `experiment.fid_reference`, on all processes."""
+"""Scores while training: the trainers' models on held-out images and against a reference."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Optional
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader
 
 from configs.schema import GeneratorRun
-from data.images import CenterImages, to_float
-from evaluation.compare import Collector, Evaluator
+from evaluation.evaluator import Evaluator
+from evaluation.lpips import LPIPS
+from evaluation.reconstruction import (
+    Consumer,
+    PerceptualDistance,
+    ReconstructionFeatures,
+    ReconstructionSums,
+    image_batches,
+    reconstruct,
+)
+from evaluation.statistics import Collector
+from generation.images import sample_images
+from generation.job import SamplingJob, sampling_job
 from modeling.engine import Engine
 from modeling.generator import Generator
 from modeling.tokenizer import Tokenizer
 from runtime.errors import InputError
-from runtime.randomness import image_uniforms
+from runtime.parts import share_of
+from runtime.processes import matmul_precision
 from runtime.signals import outlive_first_signal
 
-CHUNK = 64  # images sampled together where the config leaves it open
+CHUNK = 64  # images sampled together where the config sets no number
 
 
-def open_evaluator(reference: Optional[str], ready: bool, needed: str) -> Optional[Evaluator]:
-    """The reference's side, if one is given; `needed` names the options that it cannot do without."""
+def open_evaluator(
+    reference: Optional[str], ready: bool, needed: str, weights: Path, image_size: int
+) -> Optional[Evaluator]:
+    """The reference to score against, if there is one.
+
+    `needed` names the options that a score cannot do without, `ready` says that they are set;
+    `weights` is the folder of Inception's file. Raises InputError, also for a reference of another
+    size than image_size x image_size pixels.
+    """
     if reference is None:
         return None
     if not ready:
         raise InputError(f"experiment.fid_reference={reference} needs {needed}")
-    return Evaluator.open(reference, PartialState())
+    return Evaluator.open(reference, PartialState(), weights, size=(image_size, image_size))
+
+
+def job_in_training(options: GeneratorRun, device: torch.device) -> SamplingJob:
+    """What sample_imagenet.py would sample, in chunks that leave room for the training.
+
+    Nothing is compiled: that takes too long here. Raises InputError for what cannot be sampled on
+    this device, so that a trainer can call it before its first step.
+    """
+    options = replace(options, experiment=replace(options.experiment, compile=False))
+    job = sampling_job(options, device)
+    return replace(job, chunk=job.chunk or CHUNK)
+
+
+def sampling_engine(generator: Generator, options: GeneratorRun, batch: int) -> Engine:
+    """What sample_imagenet.py would sample with, but not compiled."""
+    job = job_in_training(options, generator.output.weight.device)
+    return Engine(generator, batch, job.sampling, job.dtype)
 
 
 def metrics_of(evaluator: Evaluator, collector: Collector, name: str) -> dict[str, float]:
-    """The known figures, for the log; the Fréchet distance under `name`. Empty but on rank 0."""
+    """The known metrics for the log, the Fréchet distance as `name`; empty except on rank 0.
+
+    All processes must call this.
+    """
     samples = collector.finish()
-    metrics = evaluator.result(samples, samples.images).get("metrics", {})
+    metrics = evaluator.result(samples, collector.images).get("metrics", {})
     return {
         f"val/{name if key == 'gFID' else key}": value
         for key, value in metrics.items()
@@ -39,53 +79,75 @@ def metrics_of(evaluator: Evaluator, collector: Collector, name: str) -> dict[st
     }
 
 
-def sampling_engine(generator: Generator, options: GeneratorRun, batch: int) -> Engine:
-    """What sample_imagenet.py would sample with, but for its compiling, which is too long here."""
-    cuda = generator.output.weight.is_cuda
-    dtype = torch.bfloat16 if cuda else torch.float32
-    return Engine(generator, batch, options.model.generator.sampling, dtype)
-
-
 @torch.no_grad()
 def generated(
     evaluator: Evaluator, generator: Generator, tokenizer: Tokenizer, options: GeneratorRun
 ) -> dict[str, float]:
-    """gFID and the rest of `experiment.num_fid_samples` images, the ones that sampling would make."""
-    sampler, vq_model = options.model.generator, options.model.vq_model
-    count = options.experiment.num_fid_samples
-    chunk = options.experiment.per_proc_batch_size or CHUNK
-    processes, size = evaluator.processes, (vq_model.image_size, vq_model.image_size)
-    collector = Collector("generated images", count, size, evaluator.inception)
-    engine = sampling_engine(generator, options, chunk)
-    for start in range(0, count, chunk)[processes.process_index :: processes.num_processes]:
-        indices = range(start, min(start + chunk, count))
-        labels = torch.tensor([i % sampler.condition_num_classes for i in indices])
-        uniforms = image_uniforms(sampler.seed, indices, sampler.image_seq_len)
-        codes = engine.sample(labels, uniforms)
-        collector.add(start, (tokenizer.decode(codes) * 255).to(torch.uint8))
+    """val/gFID and the other metrics of the images that sample_imagenet.py would make."""
+    processes, size = evaluator.processes, options.model.vq_model.image_size
+    job = job_in_training(options, generator.output.weight.device)
+    chunk = job.chunk or CHUNK
+    collector = Collector("generated images", job.count, (size, size), evaluator.network)
+    starts = share_of(range(0, job.count, chunk), processes.process_index, processes.num_processes)
+    batches = [range(start, min(start + chunk, job.count)) for start in starts]
+    with matmul_precision(job.precision):
+        engine = Engine(generator, chunk, job.sampling, job.dtype)
+        for batch in sample_images(engine, tokenizer, job, batches):
+            pixels = torch.from_numpy(batch.images).permute(0, 3, 1, 2)
+            collector.add(batch.indices.start, pixels)
     return metrics_of(evaluator, collector, "gFID")
 
 
-@torch.no_grad()
-def reconstructed(
-    evaluator: Evaluator, tokenizer: Tokenizer, paths: list[str], batch: int, workers: int
-) -> dict[str, float]:
-    """rFID and the rest of the reconstructions of the images at `paths`, by ADM's centre crop.
+class ReconstructionScores:
+    """Metrics of the reconstructions of the images at `paths` (ADM's centre crop), from one pass.
 
-    A true rFID where the reference is the statistics of these very images.
+    Two calls, so that an image that one rank cannot read leaves no other rank waiting: `measure`
+    reads this rank's share of the images, `reduced` adds up over all ranks. Call both outside
+    autocast: like evaluate.py they reconstruct in float32.
     """
-    processes, size = evaluator.processes, tokenizer.config.image_size
-    collector = Collector("reconstructions", len(paths), (size, size), evaluator.inception)
-    starts = range(0, len(paths), batch)[processes.process_index :: processes.num_processes]
-    batches = [list(range(start, min(start + batch, len(paths)))) for start in starts]
-    was_training = tokenizer.training
-    tokenizer.eval()
-    loader = DataLoader(
-        CenterImages(paths, size), batch_sampler=batches, num_workers=workers,
-        worker_init_fn=outlive_first_signal,
-    )  # fmt: skip
-    for start, pixels in zip(starts, loader):
-        images = tokenizer.decode(tokenizer.encode(to_float(pixels.to(processes.device))))
-        collector.add(start, (images * 255).to(torch.uint8))
-    tokenizer.train(was_training)
-    return metrics_of(evaluator, collector, "rFID")
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        paths: list[str],
+        processes: PartialState,
+        lpips: Optional[LPIPS] = None,
+        evaluator: Optional[Evaluator] = None,
+    ):
+        self.tokenizer, self.paths, self.processes = tokenizer, paths, processes
+        self.evaluator, self.device = evaluator, tokenizer.latent_tokens.device
+        self.sums = ReconstructionSums(tokenizer.config.codebook_size, self.device)
+        self.perceptual = None if lpips is None else PerceptualDistance(lpips, self.device)
+        self.collector = None
+        if evaluator is not None:
+            side = tokenizer.config.image_size
+            self.collector = Collector(
+                "reconstructions", len(paths), (side, side), evaluator.network
+            )
+
+    def measure(self, batch: int, workers: int) -> "ReconstructionScores":
+        """Reconstruct this rank's share, `batch` images at once, read by `workers` processes."""
+        consumers: list[Consumer] = [self.sums]
+        if self.perceptual is not None:
+            consumers.append(self.perceptual)
+        if self.collector is not None:
+            consumers.append(ReconstructionFeatures(self.collector))
+        rank, world = self.processes.process_index, self.processes.num_processes
+        size = self.tokenizer.config.image_size
+        batches = image_batches(self.paths, size, batch, workers, rank, world, outlive_first_signal)
+        reconstruct(self.tokenizer, batches, self.device, consumers)
+        return self
+
+    def reduced(self) -> dict[str, float]:
+        """Metrics of all ranks' shares; all ranks call this together.
+
+        val/psnr, val/codebook_use and val/perplexity on all ranks; val/lpips with LPIPS; with an
+        evaluator, on rank 0 only, val/rFID and its other metrics: a true rFID where the reference
+        holds these very images.
+        """
+        values = {f"val/{name}": value for name, value in self.sums.metrics().items()}
+        if self.perceptual is not None:
+            values["val/lpips"] = self.perceptual.mean()
+        if self.evaluator is not None and self.collector is not None:
+            values |= metrics_of(self.evaluator, self.collector, "rFID")
+        return values

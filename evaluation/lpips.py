@@ -1,52 +1,68 @@
 """LPIPS, the learned perceptual distance: a metric, and a term of the tokenizer's loss."""
 
 import itertools
+from pathlib import Path
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
-from modeling.weights import find_weights, load_tensors, read_state_dict
+from modeling.weights import load_tensors, read_state_dict
 from runtime.errors import InputError
+from runtime.published import find_published
 
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's name, ImageNet weights V1
 LPIPS_FILE = "lpips_vgg.pth"  # weights/v0.1/vgg.pth of the LPIPS repository
 NOT_AS_A_LOSS = " (in training: or set the weight of its loss to 0)"
 
 
-def lpips_is_here() -> bool:
-    """Whether both files of the pretrained LPIPS are there."""
+def lpips_is_available(weights: Path) -> bool:
+    """Whether both files of the pretrained LPIPS are in `weights` or in torch's download cache."""
     try:
-        return bool(find_weights(VGG_FILE) and find_weights(LPIPS_FILE))
+        return bool(find_published(VGG_FILE, weights) and find_published(LPIPS_FILE, weights))
     except InputError:
         return False
 
 
+class Head(nn.Module):
+    """Weights the squared differences of one tap's channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        # Published keys: lin0.model.1.weight … (index 0 was a dropout).
+        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
+
+
 class LPIPS(nn.Module):
-    """Learned perceptual distance on VGG16 (Zhang et al. 2018, version 0.1), mean over the batch."""
+    """Learned perceptual distance on VGG16 (Zhang et al. 2018, version 0.1), mean over the batch.
+
+    `weights` is the folder of both published files, which torch's download cache may hold too; None
+    leaves the network random, for tests. Raises InputError where a file is missing or damaged.
+    """
 
     # Indices in torchvision's VGG16 after which relu1_2 … relu5_3 are read, with their channels.
     TAPS = ((4, 64), (9, 128), (16, 256), (23, 512), (30, 512))
 
-    def __init__(self, pretrained: bool):
+    def __init__(self, weights: Optional[Path]):
         super().__init__()
         vgg = vgg16()
-        if pretrained:
-            path = find_weights(VGG_FILE, NOT_AS_A_LOSS)
+        if weights is not None:
+            path = find_published(VGG_FILE, weights, NOT_AS_A_LOSS)
             load_tensors(vgg, read_state_dict(path), str(path))
+        layers = list(vgg.features.children())
         bounds = [0] + [end for end, _ in self.TAPS]
-        self.stages = nn.ModuleList(vgg.features[a:b] for a, b in itertools.pairwise(bounds))
-        # Published keys: lin0.model.1.weight … (index 0 was a dropout).
-        for i, (_, channels) in enumerate(self.TAPS):
-            head = nn.Module()
-            head.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
-            self.add_module(f"lin{i}", head)
-        if pretrained:
-            path = find_weights(LPIPS_FILE, NOT_AS_A_LOSS)
+        self.stages = nn.ModuleList(
+            nn.Sequential(*layers[a:b]) for a, b in itertools.pairwise(bounds)
+        )
+        heads = [Head(channels) for _, channels in self.TAPS]
+        self.lin0, self.lin1, self.lin2, self.lin3, self.lin4 = heads
+        if weights is not None:
+            path = find_published(LPIPS_FILE, weights, NOT_AS_A_LOSS)
             load_tensors(self, read_state_dict(path), str(path), keep=("stages.",))
         else:
-            for i in range(len(self.TAPS)):  # distances are non-negative
-                nn.init.uniform_(getattr(self, f"lin{i}").model[1].weight, 0, 1)
+            for head in heads:  # distances are non-negative
+                nn.init.uniform_(head.get_parameter("model.1.weight"), 0, 1)
         # VGG's normalisation, for images in [-1, 1].
         self.shift = (-0.030, -0.088, -0.188)
         self.scale = (0.458, 0.448, 0.450)
@@ -65,8 +81,9 @@ class LPIPS(nn.Module):
     def distance(self, images: Tensor, targets: Tensor) -> Tensor:
         """LPIPS of images and targets (B, 3, H, W) in [0, 1], a scalar."""
         with torch.no_grad():
-            wanted = self.features(targets * 2 - 1)
+            target_features = self.features(targets * 2 - 1)
         total = images.new_zeros(())
-        for i, (a, b) in enumerate(zip(self.features(images * 2 - 1), wanted)):
-            total = total + getattr(self, f"lin{i}").model((a - b).square()).mean()
+        heads = (self.lin0, self.lin1, self.lin2, self.lin3, self.lin4)
+        for head, a, b in zip(heads, self.features(images * 2 - 1), target_features):
+            total = total + head.model((a - b).square()).mean()
         return total

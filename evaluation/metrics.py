@@ -4,6 +4,8 @@ Sums are streamed, so memory does not grow with the number of images, and add up
 processes (`reduced`, which all of them call).
 """
 
+from typing import Optional
+
 import numpy as np
 import torch
 from accelerate.utils import reduce
@@ -11,9 +13,16 @@ from torch import Tensor
 
 from runtime.errors import InputError
 
-IS_SPLIT = 5000  # images a split of the Inception Score
+IS_SPLIT = 5000  # images per split of the Inception Score
 NEIGHBOURS = 3  # k of precision and recall
 BLOCK = 4096  # rows and columns of a block of distances: 134 MB
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes; all of them must call this."""
+    total = reduce(values, "sum")
+    assert isinstance(total, Tensor)  # accelerate also reduces nested tensors
+    return total
 
 
 # ---------------------------------------------------------------------- Fréchet distance
@@ -42,11 +51,11 @@ class Moments:
 
     def reduced(self) -> tuple[Tensor, Tensor]:
         """Mean (width,) and unbiased covariance (width, width) of all processes' features."""
-        count = reduce(torch.tensor([self.count], device=self.mean.device), "sum").item()
-        mean = reduce(self.mean * self.count, "sum") / count
+        count = summed(torch.tensor([self.count], device=self.mean.device)).item()
+        mean = summed(self.mean * self.count) / count
         step = self.mean - mean
         scatter = torch.addr(self.scatter, step, step, alpha=self.count)
-        return mean, reduce(scatter, "sum") / (count - 1)
+        return mean, summed(scatter) / (count - 1)
 
 
 def frechet_distance_of_moments(
@@ -65,7 +74,7 @@ def frechet_distance_of_moments(
 
 
 def factor(covariance: Tensor) -> Tensor:
-    """F (D, rank) with F Fᵀ = the covariance (D, D); what rounding left of its null space is cut."""
+    """F (D, rank) with F Fᵀ = the covariance (D, D), without what rounding left of its null space."""
     covariance = covariance.double()
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1].abs()
@@ -101,7 +110,7 @@ class InceptionScore:
 
     def reduced(self) -> tuple[float, float]:
         """Mean and standard deviation over the splits."""
-        sums = reduce(self.sums, "sum")
+        sums = summed(self.sums)
         mean_p = sums[:, :-2] / sums[:, -1:]
         divergence = sums[:, -2] / sums[:, -1] - torch.xlogy(mean_p, mean_p).sum(1)
         scores = divergence.exp()
@@ -110,53 +119,77 @@ class InceptionScore:
 
 # ---------------------------------------------------------------------- precision and recall
 def precision_recall(
-    reference: Tensor, samples: Tensor, device: torch.device | str = "cpu", block: int = BLOCK
+    reference: Tensor,
+    samples: Tensor,
+    device: torch.device | str = "cpu",
+    block: int = BLOCK,
+    half: bool = False,
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019) of features (N, D) and (M, D), k = 3.
 
     Precision: the share of samples within the radius of at least one reference feature, which is
     the distance to its third neighbour in its own set. Recall: the other way round. Distances are
-    computed in blocks on `device`.
+    computed in blocks on `device`, in float64; with `half` in float16, as ADM's script computes them.
     """
     if min(len(reference), len(samples)) <= NEIGHBOURS:
         raise InputError(
-            f"precision and recall need more than {NEIGHBOURS} images a side: there are "
-            f"{len(samples)} samples and {len(reference)} of reference"
+            f"precision and recall need more than {NEIGHBOURS} images on either side: there are "
+            f"{len(samples)} samples and {len(reference)} reference images"
         )
-    precision = covered(samples, reference, radii(reference, device, block), device, block)
-    recall = covered(reference, samples, radii(samples, device, block), device, block)
+    limits = [radii(features, device, block, half) for features in (reference, samples)]
+    precision = covered(samples, reference, limits[0], device, block, half)
+    recall = covered(reference, samples, limits[1], device, block, half)
     return precision, recall
 
 
-def squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
-    """(R, D) and (C, D) -> (R, C). In float64: in float32 near neighbours would drown."""
-    norms = rows.square().sum(1, keepdim=True) + columns.square().sum(1)
-    return norms.addmm_(rows, columns.T, alpha=-2).clamp_(min=0)
+def squared_distances(rows: Tensor, columns: Tensor, half: bool = False) -> Tensor:
+    """(R, D) and (C, D) -> (R, C), in float64: rounding in float32 exceeds small distances.
+
+    With `half` norms, products and sums are float16, and float32 for a block in which float16
+    overflows, as in ADM's script.
+    """
+    if not half:
+        rows, columns = rows.double(), columns.double()
+        norms = rows.square().sum(1, keepdim=True) + columns.square().sum(1)
+        return norms.addmm_(rows, columns.T, alpha=-2).clamp_(min=0)
+    for dtype in (torch.float16, torch.float32):
+        a, b = rows.to(dtype), columns.to(dtype)
+        norms_a, norms_b = a.square().sum(1, keepdim=True), b.square().sum(1)
+        distances = (norms_a - 2 * (a @ b.T) + norms_b).clamp(min=0)
+        if distances.isfinite().all():
+            break
+    return distances.float()
 
 
-def radii(features: Tensor, device: torch.device | str, block: int) -> Tensor:
+def radii(features: Tensor, device: torch.device | str, block: int, half: bool = False) -> Tensor:
     """Squared distance (N,) of every feature to its third neighbour, itself not counted."""
     result = []
     for rows in features.split(block):
-        rows = rows.to(device, torch.float64)
-        nearest = rows.new_empty(len(rows), 0)
+        rows = rows.to(device)
+        nearest: Optional[Tensor] = None
         for columns in features.split(block):
-            found = squared_distances(rows, columns.to(device, torch.float64))
-            nearest = torch.cat([nearest, found], 1)
+            distances = squared_distances(rows, columns.to(device), half)
+            nearest = distances if nearest is None else torch.cat([nearest, distances], 1)
             nearest = nearest.topk(min(NEIGHBOURS + 1, nearest.shape[1]), largest=False).values
+        assert nearest is not None
         result.append(nearest[:, NEIGHBOURS])
     return torch.cat(result)
 
 
 def covered(
-    points: Tensor, centres: Tensor, limits: Tensor, device: torch.device | str, block: int
+    points: Tensor,
+    centres: Tensor,
+    limits: Tensor,
+    device: torch.device | str,
+    block: int,
+    half: bool = False,
 ) -> float:
     """Share of points (N, D) within the limit (M,) of at least one centre (M, D)."""
-    inside = 0
+    count = 0
     for rows in points.split(block):
-        rows = rows.to(device, torch.float64)
-        found = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        rows = rows.to(device)
+        inside = torch.zeros(len(rows), dtype=torch.bool, device=device)
         for columns, limit in zip(centres.split(block), limits.split(block)):
-            found |= (squared_distances(rows, columns.to(rows)) <= limit).any(1)
-        inside += found.sum().item()
-    return inside / len(points)
+            inside |= (squared_distances(rows, columns.to(device), half) <= limit).any(1)
+        count += int(inside.sum().item())
+    return count / len(points)

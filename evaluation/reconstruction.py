@@ -1,15 +1,86 @@
-"""How well a tokenizer reconstructs: PSNR and use of the codebook."""
+"""Images through a tokenizer and back: one loop, and what is computed from its batches.
 
-from collections.abc import Callable, Iterable
-from typing import Optional
+`reconstruct` encodes and decodes every batch once and hands it to each of its consumers: sums of
+PSNR and code use, LPIPS, SSIM, features for rFID, pictures. A consumer takes `add(batch)`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Optional, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from data.images import to_float
+from data.images import CenterImages
+from evaluation.lpips import LPIPS
+from evaluation.metrics import summed
+from evaluation.statistics import Collector
+from modeling.pixels import to_float, to_uint8
 from modeling.tokenizer import Tokenizer
+from runtime.parts import share_of
+
+SSIM_WINDOW = 11  # pixels, height and width
 
 
+@dataclass
+class Batch:
+    """Consecutive images of a set and their reconstructions, on the tokenizer's device."""
+
+    first: int  # index of the first image in the set
+    pixels: Tensor  # (B, 3, S, S), uint8, on the CPU or the device
+    images: Tensor  # (B, 3, S, S), float32 in [0, 1]
+    codes: Tensor  # (B, T), int64
+    reconstructions: Tensor  # (B, 3, S, S) in [0, 1]
+
+
+class Consumer(Protocol):
+    def add(self, batch: Batch) -> None: ...
+
+
+@torch.no_grad()
+def reconstruct(
+    tokenizer: Tokenizer,
+    batches: Iterable[tuple[int, Tensor]],
+    device: torch.device,
+    consumers: Sequence[Consumer],
+) -> None:
+    """Encode and decode all batches in eval mode; the tokenizer is left in the mode it was in.
+
+    `batches` are (index of the first image, uint8 images (B, 3, S, S)), as of `image_batches`.
+    """
+    was_training = tokenizer.training
+    tokenizer.eval()
+    for first, pixels in batches:
+        images = to_float(pixels.to(device))
+        codes = tokenizer.encode(images)
+        batch = Batch(first, pixels, images, codes, tokenizer.decode(codes))
+        for consumer in consumers:
+            consumer.add(batch)
+    tokenizer.train(was_training)
+
+
+def image_batches(
+    paths: list[str],
+    size: int,
+    batch: int,
+    workers: int,
+    rank: int = 0,
+    world: int = 1,
+    worker_init: Optional[Callable[[int], None]] = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """This rank's share of fixed batches of ADM's centre crops, for `reconstruct`."""
+    starts = share_of(range(0, len(paths), batch), rank, world)
+    indices = [list(range(start, min(start + batch, len(paths)))) for start in starts]
+    loader = DataLoader(
+        CenterImages(paths, size), batch_sampler=indices, num_workers=workers,
+        worker_init_fn=worker_init,
+    )  # fmt: skip
+    yield from zip(starts, loader)
+
+
+# ---------------------------------------------------------------------- PSNR and code use
 def codebook_use(counts: Tensor) -> tuple[float, float]:
     """Share of codes that occur, and perplexity exp(entropy), of counts (codebook_size,)."""
     share = counts.double() / counts.sum().clamp(min=1)
@@ -23,42 +94,113 @@ class ReconstructionSums:
     def __init__(self, codebook_size: int, device: torch.device):
         self.values = torch.zeros(2 + codebook_size, dtype=torch.float64, device=device)
 
-    def add(self, images: Tensor, reconstructions: Tensor, codes: Tensor) -> None:
-        """Images and reconstructions (B, 3, S, S) in [0, 1], codes (B, T)."""
-        mse = (images - reconstructions).double().square().mean((1, 2, 3))
+    def add(self, batch: Batch) -> None:
+        mse = (batch.images - batch.reconstructions).double().square().mean((1, 2, 3))
         self.values[0] += (-10 * mse.clamp(min=1e-10).log10()).sum()
-        self.values[1] += len(images)
-        self.values[2:] += torch.bincount(codes.flatten(), minlength=len(self.values) - 2)
+        self.values[1] += len(batch.images)
+        self.values[2:] += torch.bincount(batch.codes.flatten(), minlength=len(self.values) - 2)
 
     def metrics(self) -> dict[str, float]:
-        """`psnr`: mean over images of 10·log10(1 / MSE), in dB; `codebook_use`; `perplexity`."""
-        use, perplexity = codebook_use(self.values[2:])
-        psnr = (self.values[0] / self.values[1]).item()
-        return {"psnr": psnr, "codebook_use": use, "perplexity": perplexity}
+        """Over all processes, which must all call this: `psnr`, the mean over images of
+        10·log10(1 / MSE), in dB; `codebook_use`; `perplexity`."""
+        values = summed(self.values)
+        use, perplexity = codebook_use(values[2:])
+        return {
+            "psnr": (values[0] / values[1]).item(), "codebook_use": use, "perplexity": perplexity
+        }  # fmt: skip
 
 
-@torch.no_grad()
-def reconstruct_all(
-    tokenizer: Tokenizer,
-    batches: Iterable[Tensor],
-    device: torch.device,
-    also: Optional[Callable[[Tensor, Tensor], None]] = None,
-) -> tuple[ReconstructionSums, Tensor, Tensor]:
-    """Encode and decode uint8 batches (B, 3, S, S); returns sums and the first batch, before and
-    after, in [0, 1]. `also(images, reconstructions)` is called with every batch. The tokenizer is
-    left in its mode."""
-    was_training = tokenizer.training
-    tokenizer.eval()
-    sums = ReconstructionSums(tokenizer.config.codebook_size, device)
-    first = torch.empty(0), torch.empty(0)  # a rank may have no images
-    for batch in batches:
-        images = to_float(batch.to(device))
-        codes = tokenizer.encode(images)
-        reconstructions = tokenizer.decode(codes)
-        sums.add(images, reconstructions, codes)
-        if also is not None:
-            also(images, reconstructions)
-        if not len(first[0]):
-            first = images, reconstructions
-    tokenizer.train(was_training)
-    return sums, *first
+# ---------------------------------------------------------------------- LPIPS and SSIM
+class ImageMean:
+    """The mean over images of a figure, over all processes."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # of the figure; images
+
+    def update(self, total: Tensor, images: int) -> None:
+        """Add the sum of the figure over `images` images."""
+        self.sums += torch.stack([total.double(), self.sums.new_tensor(images)])
+
+    def mean(self) -> float:
+        """All processes must call this."""
+        total, images = summed(self.sums).tolist()
+        return total / images
+
+
+class PerceptualDistance(ImageMean):
+    """Mean LPIPS, in float32 whatever autocast says."""
+
+    def __init__(self, lpips: LPIPS, device: torch.device):
+        super().__init__(device)
+        self.lpips = lpips
+
+    def add(self, batch: Batch) -> None:
+        with torch.autocast(batch.images.device.type, enabled=False):
+            distance = self.lpips.distance(batch.reconstructions.float(), batch.images)
+        self.update(distance * len(batch.images), len(batch.images))
+
+
+class StructuralSimilarity(ImageMean):
+    """Mean SSIM."""
+
+    def add(self, batch: Batch) -> None:
+        self.update(ssim(batch.images, batch.reconstructions).sum(), len(batch.images))
+
+
+def ssim(images: Tensor, others: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of images (B, 3, H, W) in [0, 1]: (B,), float64.
+
+    Gaussian window of 11 pixels and σ 1.5, per colour channel, at all places where it fits.
+    """
+    window = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=images.device).sub(5).div(1.5)
+    window = window.square().mul(-0.5).softmax(0)  # exp(-d²/2σ²), normalised
+    a, b = images.double(), others.double()
+    maps = torch.cat([a, b, a * a, b * b, a * b], 1)  # (B, 15, H, W)
+    kernel = window.expand(maps.shape[1], 1, 1, -1)
+    maps = F.conv2d(maps, kernel, groups=maps.shape[1])
+    maps = F.conv2d(maps, kernel.transpose(2, 3), groups=maps.shape[1])
+    mean_a, mean_b, aa, bb, ab = maps.chunk(5, 1)
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
+    structure = (2 * (ab - mean_a * mean_b) + c2) / (
+        aa - mean_a.square() + bb - mean_b.square() + c2
+    )
+    return (luminance * structure).mean((1, 2, 3))
+
+
+# ---------------------------------------------------------------------- features and pictures
+class ReconstructionFeatures:
+    """Collects the statistics of the reconstructions, truncated to uint8 as published samples are."""
+
+    def __init__(self, collector: Collector):
+        self.collector = collector
+
+    def add(self, batch: Batch) -> None:
+        self.collector.add(batch.first, to_uint8(batch.reconstructions))
+
+
+class OriginalFeatures:
+    """Collects the statistics of the images themselves."""
+
+    def __init__(self, collector: Collector):
+        self.collector = collector
+
+    def add(self, batch: Batch) -> None:
+        self.collector.add(batch.first, batch.pixels)
+
+
+class Preview:
+    """Keeps the first `count` images of this process's first batch, before and after, in [0, 1]."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.before, self.after = torch.empty(0), torch.empty(0)  # a rank may have no images
+
+    def add(self, batch: Batch) -> None:
+        if not len(self.before):
+            self.before = batch.images[: self.count]
+            self.after = batch.reconstructions[: self.count]
+
+    def pairs(self) -> Tensor:
+        """Before | after, image by image: (2N, 3, S, S)."""
+        return torch.stack([self.before, self.after], 1).flatten(0, 1)

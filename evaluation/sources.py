@@ -6,12 +6,12 @@ import tempfile
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Optional, Protocol, cast
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.images import load_image
+from data.images import center_crop, load_image
 from runtime.errors import InputError
 
 
@@ -23,6 +23,7 @@ class Images(Protocol):
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Images start … stop - 1: (n, H, W, 3), uint8. Called from several threads."""
+        ...
 
 
 class ArrayImages:
@@ -31,45 +32,54 @@ class ArrayImages:
     def __init__(self, name: str, array: np.ndarray):
         if array.ndim != 4 or array.shape[3] != 3 or not len(array):
             raise InputError(
-                f"{name} is of shape {array.shape}: give images as (N, height, width, 3)"
+                f"{name} is of shape {array.shape}: pass images as (N, height, width, 3)"
             )
         if array.dtype != np.uint8:
-            raise InputError(f"{name} is {array.dtype}: give uint8 images, 0 … 255")
-        self.name, self.array, self.shape = name, array, array.shape
+            raise InputError(f"{name} is {array.dtype}: pass uint8 images, 0 … 255")
+        self.name, self.array = name, array
+        self.shape = cast(tuple[int, int, int, int], array.shape)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return np.array(self.array[start:stop], order="C")
 
 
 class FolderImages:
-    """All images below a folder, sorted by path; they must be of one size."""
+    """All images below a folder, sorted by path.
 
-    def __init__(self, folder: Path):
-        self.name = str(folder)
+    They must be of one size, or become so by ADM's centre crop to `crop` x `crop` pixels.
+    """
+
+    def __init__(self, folder: Path, crop: Optional[int] = None):
+        self.name, self.crop = str(folder), crop
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
         if not self.paths:
             raise InputError(f"{folder} holds no images")
-        first = load_image(self.paths[0])
-        self.shape = (len(self.paths), first.height, first.width, 3)
+        height, width, colours = self.load(self.paths[0]).shape
+        self.shape = (len(self.paths), height, width, colours)
+
+    def load(self, path: Path) -> np.ndarray:
+        """One image: (H, W, 3), uint8."""
+        image = load_image(path)
+        return np.asarray(image if self.crop is None else center_crop(image, self.crop))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         images = np.empty((stop - start, *self.shape[1:]), np.uint8)
-        for image, path in zip(images, self.paths[start:stop]):
-            loaded = np.asarray(load_image(path))
-            if loaded.shape != image.shape:
+        for i, path in enumerate(self.paths[start:stop]):
+            loaded = self.load(path)
+            (height, width, _), (_, first_height, first_width, _) = loaded.shape, self.shape
+            if (height, width) != (first_height, first_width):
                 raise InputError(
-                    f"{path} is {loaded.shape[1]}x{loaded.shape[0]} pixels, not "
-                    f"{image.shape[1]}x{image.shape[0]} like {self.paths[0].name}: crop all images "
-                    f"of {self.name} to one size"
+                    f"{path} is {width}x{height} pixels, not {first_width}x{first_height} like {self.paths[0].name}: crop all images "
+                    f"of {self.name} to one size, or pass --crop SIZE"
                 )
-            image[:] = loaded
+            images[i] = loaded
         return images
 
 
 def map_npz(path: Path, key: str) -> np.ndarray:
-    """An array of an .npz without loading it: mapped from the file.
+    """An array of an .npz, mapped from the file instead of loaded.
 
-    A compressed one is unpacked into a temporary file first (TMPDIR says where).
+    A compressed array is unpacked into a temporary file first (TMPDIR says where).
     """
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{key}.npy")
@@ -78,10 +88,11 @@ def map_npz(path: Path, key: str) -> np.ndarray:
             if version not in ((1, 0), (2, 0)):
                 raise zipfile.BadZipFile(f"an array in format {version[0]}.{version[1]}")
             read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+            source: Path | IO[bytes] = path
             shape, fortran, dtype = read_header(file)
             start = file.tell()
             if dtype.hasobject:
-                raise InputError(f"{path}: {key} holds Python objects; give plain uint8 images")
+                raise InputError(f"{path}: {key} holds Python objects; save plain uint8 images")
             needed = start + int(np.prod(shape)) * dtype.itemsize
             if entry.file_size < needed:
                 raise zipfile.BadZipFile("an array is shorter than it says")
@@ -90,18 +101,17 @@ def map_npz(path: Path, key: str) -> np.ndarray:
                     raw.seek(entry.header_offset)
                     # The lengths of name and extra field end the local header's 30 bytes.
                     start += entry.header_offset + 30 + sum(struct.unpack("<26xHH", raw.read(30)))
-                source = path
             else:
                 file.seek(0)
                 source = tempfile.TemporaryFile()  # noqa: SIM115 (the map keeps it)
                 shutil.copyfileobj(file, source)
-    return np.memmap(source, dtype, "r", start, shape, "F" if fortran else "C")
+    return np.memmap(source, dtype, "r", start, shape, "F" if fortran else "C")  # type: ignore[call-overload] (a file is fine)
 
 
 def npz_keys(path: Path) -> list[str]:
-    """Names of the arrays of an .npz; a damaged file or none is refused."""
+    """Names of the arrays of an .npz; a missing or damaged file is refused."""
     if not path.is_file():
-        raise InputError(f"no {path}: give an .npz or a folder of images")
+        raise InputError(f"no {path}: pass an .npz or a folder of images")
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
@@ -111,7 +121,7 @@ def npz_keys(path: Path) -> list[str]:
 
 def damaged(path: Path, error: Exception) -> InputError:
     return InputError(
-        f"{path} is no .npz, or was cut short ({str(error).splitlines()[0]}); make or copy it again"
+        f"{path} is not an .npz, or was cut short ({str(error).splitlines()[0]}); make or copy it again"
     )
 
 
@@ -120,7 +130,9 @@ def npz_images(path: Path) -> ArrayImages:
     keys = npz_keys(path)
     key = "arr_0" if "arr_0" in keys else keys[0] if len(keys) == 1 else None
     if key is None:
-        raise InputError(f"{path} holds no arr_0 of images but {', '.join(keys[:5])}")
+        raise InputError(
+            f"{path} holds no arr_0 of images but {', '.join(keys[:5])}: save the images as arr_0"
+        )
     try:
         return ArrayImages(str(path), map_npz(path, key))
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, struct.error) as e:
@@ -136,7 +148,11 @@ def npz_values(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
         raise damaged(path, e) from e
 
 
-def open_images(path: str | Path) -> Images:
-    """Images of an .npz or of a folder."""
+def open_images(path: str | Path, crop: Optional[int] = None) -> Images:
+    """Images of an .npz or of a folder; those of a folder by ADM's centre crop, with `crop` pixels."""
     path = Path(path)
-    return FolderImages(path) if path.is_dir() else npz_images(path)
+    if path.is_dir():
+        return FolderImages(path, crop)
+    if crop is not None:
+        raise InputError(f"{path} is not a folder: --crop takes the images of a folder")
+    return npz_images(path)

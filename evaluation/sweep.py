@@ -4,129 +4,152 @@
         --powers 1.0,1.4,1.8 --num_samples 10000 --output output/sweep \\
         config=configs/alitok_b.yaml experiment.generator_checkpoint=weights/alitok_b.bin
 
-Options with `=` go to sample_imagenet.py. Started again it goes on; a cell's images are removed when
-its result is written, and its codes stay.
+Options with `=` are those of sample_imagenet.py. The same command resumes a stopped sweep. A cell's
+images are removed when its result is written; its codes stay.
 """
 
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageFont
 
-import sample_imagenet
-from evaluation.compare import Evaluator
+import configs.load
+from configs.schema import GeneratorRun
+from evaluation.evaluator import Evaluator
 from evaluation.sources import open_images
+from generation.folder import SampleFolder
+from generation.job import SamplingJob, sampling_job
+from generation.models import generator_checkpoint, load_models
 from runtime.errors import InputError
 from runtime.files import write_whole
 from runtime.parts import check_settings
-from runtime.processes import start_processes
+from runtime.processes import on_main, start_processes
 from runtime.program import run
+from training.checkpoint import read_weights
 
 CELL, MARGIN = (120, 60), 70  # pixels of the heat map
 BEST, WORST = (38, 130, 142), (253, 231, 200)
-REMEDY = "remove it, or give another --output"
+REMEDY = "remove it, or use another --output"
+# Options that the sweep sets for each cell.
+PER_CELL = (
+    "experiment.output_dir", "experiment.num_fid_samples", "experiment.save_png",
+    "experiment.evaluate", "model.generator.guidance_scale", "model.generator.guidance_scale_pow",
+)  # fmt: skip
 
 
 def numbers(text: str) -> list[float]:
     try:
         return [float(x) for x in text.split(",")]
     except ValueError as e:
-        raise InputError(f"{text}: give numbers with commas between, for example 8,12,16") from e
+        raise InputError(f"{text}: write numbers with commas between, for example 8,12,16") from e
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The sweep's own arguments, and the options of the sampling."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.sweep", description=__doc__)
     parser.add_argument("--reference", required=True, help="as for evaluate.py")
     parser.add_argument("--scales", required=True, help="guidance scales, for example 8,12,16")
     parser.add_argument("--powers", required=True, help="guidance powers, for example 1.0,1.4,1.8")
-    parser.add_argument("--num_samples", type=int, default=10_000, help="images a cell (10000)")
+    parser.add_argument("--num_samples", type=int, default=10_000, help="images per cell (10000)")
     parser.add_argument("--output", default="output/sweep", help="folder of the results")
     args, options = parser.parse_known_args(argv)
     args.scales, args.powers = numbers(args.scales), numbers(args.powers)
-    mine = ("output_dir", "num_fid_samples", "save_png", "evaluate", "guidance_scale", "_pow")
+    if args.num_samples < 2:
+        raise InputError(f"--num_samples {args.num_samples}: use 2 or more")
     for option in options:
-        if option.split("=")[0].endswith(mine):
+        if option.lstrip("-").split("=")[0] in PER_CELL:
             raise InputError(f"{option}: the sweep sets this itself; see --help")
     return args, options
 
 
 def main(argv: list[str]) -> None:
-    args, options = parse(argv)
-    processes, folder = start_processes(), Path(args.output)
-    evaluator = Evaluator.open(args.reference, processes)
+    args, arguments = parse(argv)
+    options = configs.load.load(GeneratorRun, arguments, "sample_imagenet")
+    experiment = options.experiment
+    if experiment.codes is not None:
+        raise InputError(
+            f"experiment.codes={experiment.codes}: the sweep samples new codes; leave it out"
+        )
+    generator_state = read_weights(generator_checkpoint(experiment), "ema", "generator")
+    tokenizer_state = read_weights(experiment.tokenizer_checkpoint, "tokenizer")
+
+    processes, output = start_processes(), Path(args.output)
+    device = processes.device
+    assert device is not None  # accelerate's type hint allows it
+    job = replace(sampling_job(options, device), count=args.num_samples)
+    jobs = {(s, p): guided(job, s, p) for s in args.scales for p in args.powers}
+    models = load_models(options.model, experiment, tokenizer_state, generator_state, device)
+    side = options.model.vq_model.image_size
+    evaluator = Evaluator.open(args.reference, processes, Path("weights"), size=(side, side))
     settings = {
         "num_samples": args.num_samples,
         "reference": evaluator.reference.hash,
-        "features": evaluator.inception.identity,
-        "options": sorted(options),
+        "features": evaluator.network.identity,
+        "options": sorted(arguments),
+        "weights": models.hashes,
     }
+    on_main(lambda: check_settings(output / "sweep.json", settings, REMEDY))
+    for (scale, power), cell_job in jobs.items():
+        result = cell_file(output, scale, power)
+        folder = SampleFolder(
+            result.with_suffix(""), cell_job, models, processes, grid=experiment.grid
+        )
+        if not result.exists():
+            processes.print(f"guidance scale {scale:g}, power {power:g}")
+            score_cell(folder, evaluator, result)
+        elif processes.is_main_process:
+            remove_images(folder)  # left by a run killed before it did
     if processes.is_main_process:
-        check_settings(folder / "sweep.json", settings, REMEDY)
-    processes.wait_for_everyone()
-    check_settings(folder / "sweep.json", settings, REMEDY)
-    for scale in args.scales:
-        for power in args.powers:
-            if not cell_file(folder, scale, power).exists():
-                score_cell(folder, scale, power, args.num_samples, options, evaluator, processes)
-            elif processes.is_main_process:
-                remove_images(folder, scale, power)  # of a run killed before it did
-    if processes.is_main_process:
-        grid = [[metrics_of(cell_file(folder, s, p)) for p in args.powers] for s in args.scales]
-        print(table(grid, args.scales, args.powers))
-        heat_map(grid, args.scales, args.powers).save(folder / "sweep.png")
-        print(f"heat map of gFID: {folder / 'sweep.png'}")
+        report(output, args.scales, args.powers)
 
 
-def cell_file(folder: Path, scale: float, power: float) -> Path:
-    return folder / f"scale{scale:g}_power{power:g}.json"
+def guided(job: SamplingJob, scale: float, power: float) -> SamplingJob:
+    """The job of one cell."""
+    return replace(job, sampling=replace(job.sampling, guidance_scale=scale, guidance_power=power))
 
 
-def metrics_of(cell: Path) -> dict[str, Any]:
+def cell_file(output: Path, scale: float, power: float) -> Path:
+    return output / f"scale{scale:g}_power{power:g}.json"
+
+
+def score_cell(folder: SampleFolder, evaluator: Evaluator, path: Path) -> None:
+    """Sample one cell's images, write its result, remove the images; on all processes together."""
+    images = folder.fill()
+    result = evaluator.evaluate(open_images(images), folder.count)
+    if evaluator.processes.is_main_process:
+        result["weights"] = folder.models.hashes
+        write_whole(path, json.dumps(result, indent=1, ensure_ascii=False).encode())
+        remove_images(folder)
+    evaluator.processes.wait_for_everyone()  # a result that exists is whole for all
+
+
+def remove_images(folder: SampleFolder) -> None:
+    """Remove a cell's images; its codes stay."""
+    folder.images_file.unlink(missing_ok=True)
+    shutil.rmtree(folder.output, ignore_errors=True)
+
+
+def report(output: Path, scales: list[float], powers: list[float]) -> None:
+    """Print the table of all cells and write the heat map."""
+    grid = [[read_metrics(cell_file(output, s, p)) for p in powers] for s in scales]
+    print(table(grid, scales, powers))
+    heat_map(grid, scales, powers).save(output / "sweep.png")
+    print(f"heat map of gFID: {output / 'sweep.png'}")
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(cell.read_text())["metrics"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{cell} is damaged: remove it and give the same command again") from e
-
-
-def score_cell(
-    folder: Path, scale: float, power: float, count: int, options: list[str],
-    evaluator: Evaluator, processes: PartialState,
-) -> None:  # fmt: skip
-    """Sample one cell's images, write its result, remove the images."""
-    result_file = cell_file(folder, scale, power)
-    samples = result_file.with_suffix("")
-    processes.print(f"guidance scale {scale:g}, power {power:g}")
-    sample_imagenet.main(
-        [
-            *options,
-            f"experiment.output_dir={samples}",
-            f"experiment.num_fid_samples={count}",
-            "experiment.save_png=False",
-            f"model.generator.guidance_scale={scale}",
-            f"model.generator.guidance_scale_pow={power}",
-        ]
-    )
-    images = samples.with_name(samples.name + ".npz")
-    result = evaluator.evaluate(open_images(images), count)
-    if processes.is_main_process:
-        write_whole(result_file, json.dumps(result, indent=1, ensure_ascii=False).encode())
-        remove_images(folder, scale, power)
-    processes.wait_for_everyone()  # a file that exists is whole for all
-
-
-def remove_images(folder: Path, scale: float, power: float) -> None:
-    """A cell's images; its codes stay."""
-    samples = cell_file(folder, scale, power).with_suffix("")
-    samples.with_name(samples.name + ".npz").unlink(missing_ok=True)
-    shutil.rmtree(samples, ignore_errors=True)
+        return json.loads(path.read_text())["metrics"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path} is damaged: remove it and run the same command again") from e
 
 
 def table(grid: list[list[dict[str, Any]]], scales: list[float], powers: list[float]) -> str:
-    """gFID / IS, a row a scale; the lowest gFID is marked."""
+    """gFID / IS, one row per scale; the lowest gFID is marked."""
     best = min(cell["gFID"] for row in grid for cell in row)
     lines = [["scale \\ power", *(f"{power:g}" for power in powers)]]
     for scale, row in zip(scales, grid):
@@ -141,7 +164,7 @@ def table(grid: list[list[dict[str, Any]]], scales: list[float], powers: list[fl
 def heat_map(
     grid: list[list[dict[str, Any]]], scales: list[float], powers: list[float]
 ) -> Image.Image:
-    """gFID by colour, darkest the lowest, with gFID above IS in every cell."""
+    """gFID by colour, the lowest darkest, with gFID above IS in every cell."""
     low = min(cell["gFID"] for row in grid for cell in row)
     span = max(cell["gFID"] for row in grid for cell in row) - low or 1.0
     (width, height), font = CELL, ImageFont.load_default(15)

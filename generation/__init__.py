@@ -1,1 +1,1 @@
-"""The sampling job: from classes to images, in chunks that a killed run resumes."""
+"""The sampling job: classes or stored codes in, images out, in chunks that a later run resumes."""

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError
+from .sampling import ENGINES
 
 EPS = 1e-5  # of the norms, as in `generator.RMSNorm`
-ENGINES = ("auto", "fused", "plain")
 # The largest |fused - plain| / (1 + |plain|) that rounding explains, by type, for states of size 1.
 # float32: the order of the sums. bfloat16: one unit in the last place. int8: a value that is rounded
 # up in one form and down in the other, with a scale of 8 / 127.

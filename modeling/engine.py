@@ -32,10 +32,11 @@ from .decode_attention import (
 )
 from .errors import InputError
 from .generator import Block, Generator, GeneratorConfig
-from .sampling import Sampling, check_classes, draw, guidance_schedule, guide
+from .pixels import to_uint8
+from .quantizer import full_float32
+from .sampling import CACHES, Sampling, check_classes, draw, guidance_schedule, guide
 from .tokenizer import Decoder, Tokenizer
 
-CACHES = ("auto", "int8")
 DECODED_AT_ONCE = 64  # images; more do not fill a GPU better and take more memory
 # Two streams halve the rows of every product and read the weights twice, so a half must be large.
 STREAMED_BATCH = 128
@@ -147,18 +148,6 @@ def compiling() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def float32_products() -> Iterator[None]:
-    """Products of float32 matrices without TensorFloat-32, whatever the process has set."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
-
-
 # ---------------------------------------------------------------------- weights and state
 def pack(weight: Tensor, rows: int) -> Tensor:
     """A matrix (out, in) in the layout in which oneDNN multiplies it by a few `rows`.
@@ -191,8 +180,7 @@ def block_weights(
 
 def rotation_turns(model: Generator) -> Tensor:
     """The rotary table as factors of x and of x with swapped pairs: (1 + T, 2, h), float32."""
-    table: Tensor = model.get_buffer("rotary").float()
-    cos, sin = table.unbind(-1)  # (1 + T, h / 2)
+    cos, sin = model.rotary.float().unbind(-1)  # (1 + T, h / 2)
     turns = [torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]
     return torch.stack(turns, 1).flatten(2)
 
@@ -368,7 +356,7 @@ class Engine:
             x, qkv = functions.between(x, y, block, following)
         y = attend(qkv, blocks[-1].qk_norm, weights.turns, at, stream.caches[-1])
         x = functions.leave(x, y, blocks[-1], weights.norm)
-        with float32_products():
+        with full_float32(self.device.type):
             logits = linear(x, weights.output, weights.output_bias)  # (N, V)
         s = self.sampling
         codes = functions.choose(
@@ -424,6 +412,37 @@ def copy_to(target: Tensor, source: Tensor) -> None:
     target.copy_(source, non_blocking=True)
 
 
+# ---------------------------------------------------------------------- devices
+def find_device(name: Optional[str] = None) -> torch.device:
+    """A device by its name ("cpu", "cuda", "cuda:1"); None: CUDA where there is a GPU.
+
+    Raises InputError for a name that is not one and for a GPU that is not there.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(name or ("cuda" if gpus else "cpu"))
+    except RuntimeError as e:
+        raise InputError(f"device={name} is not a device: choose cpu, cuda or cuda:N") from e
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        if not gpus:
+            raise InputError(f"device={name}: no CUDA device is usable here; use cpu")
+        raise InputError(
+            f"device={name}: GPUs here are cuda:0 to cuda:{gpus - 1}; choose one of them"
+        )
+    return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a CUDA device computes in bfloat16 (Ampere and later) instead of emulating it."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs that compute in it, else float32."""
+    fast = device.type == "cuda" and has_bfloat16(device)
+    return torch.bfloat16 if fast else torch.float32
+
+
 def check_type(dtype: torch.dtype, device: torch.device) -> None:
     """Refuse bfloat16 on a GPU that only emulates it."""
     if device.type == "cuda" and dtype == torch.bfloat16 and not has_bfloat16(device):
@@ -432,9 +451,10 @@ def check_type(dtype: torch.dtype, device: torch.device) -> None:
         )
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a CUDA device computes in bfloat16 (Ampere and later)."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process can still use: free, or reserved by it and not in use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def cache_bytes(
@@ -468,7 +488,8 @@ class ImageDecoder:
     ):
         assert tokenizer.decoder is not None, "a tokenizer without its decoder"
         self.embedding, self.decoder = tokenizer.quantize.embedding, tokenizer.decoder
-        self.autocast = self.embedding.weight.is_cuda and dtype == torch.bfloat16
+        self.device = self.embedding.weight.device
+        self.autocast = dtype == torch.bfloat16 and decodes_in_bfloat16(self.device)
         self.part = min(batch, DECODED_AT_ONCE)
         self.compiled = False
         if self.autocast:
@@ -482,9 +503,8 @@ class ImageDecoder:
         for block in self.decoder.transformer:
             block.forward = compile_function(block.forward)  # type: ignore[method-assign]
         try:
-            device = self.embedding.weight.device
             with compiling():
-                self._decode(torch.zeros(self.part, tokens, dtype=torch.int64, device=device))
+                self._decode(torch.zeros(self.part, tokens, dtype=torch.int64, device=self.device))
             self.compiled = True
         except Exception as e:
             self.decoder = eager
@@ -498,9 +518,14 @@ class ImageDecoder:
         count = len(codes)
         if self.compiled:
             codes = F.pad(codes, (0, 0, 0, self.part - count))
-        with torch.autocast("cuda", torch.bfloat16, self.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, self.autocast):
             pixels = self.decoder(self.embedding(codes))[0][:count]
-        return (pixels * 255).to(torch.uint8).permute(0, 2, 3, 1)
+        return to_uint8(pixels).permute(0, 2, 3, 1)
+
+
+def decodes_in_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 makes decoding faster: it does not on CPUs, whose large products are slower."""
+    return device.type == "cuda"
 
 
 def shallow_copy(module: Decoder) -> Decoder:

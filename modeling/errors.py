@@ -1,8 +1,8 @@
-"""The one exception that a user, rather than a programmer, is meant to read."""
+"""The one exception whose message is written for users."""
 
 
 class InputError(Exception):
-    """A mistake in what the user gave: a path, an option, a file.
+    """A mistake in what the user passed: a path, an option, a file.
 
     The message is one line that names the thing and the remedy. Every program prints it after
     `error:` and exits with status 2; any other exception is a bug and keeps its traceback.

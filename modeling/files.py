@@ -1,6 +1,7 @@
-"""Files that are there whole or not at all, and errors of writing in one line."""
+"""Files that are whole or absent, and write errors in one line."""
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from .errors import InputError
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """A full disk, or a place that may not be written, becomes InputError, which names it."""
+    """Turn a full disk or a missing permission into InputError, which names the place."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -22,23 +23,29 @@ def writing(path: str | Path) -> Iterator[None]:
         lines = str(getattr(e, "strerror", None) or e).strip().splitlines() or [type(e).__name__]
         raise InputError(
             f"cannot write {getattr(e, 'filename', None) or path} ({lines[0]}): what is finished "
-            f"stays; make room, or the folder writable, and give the same command again"
+            f"stays; make room, or the folder writable, and run the same command again"
         ) from e
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A name to write to instead of `path`; then the file is synced and takes `path`'s place.
+    """A name to write to instead of `path`; then that file is synced and replaces `path`.
 
-    So `path` is absent, as it was, or complete, even if the process or the machine stops. Missing
-    folders are made. Raises InputError where it cannot be written.
+    So `path` is absent, unchanged or complete, even if the process or the machine stops. Its mode
+    follows the umask, whatever the library that writes it sets. Missing folders are created. Raises
+    InputError where it cannot be written.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            partial.unlink(missing_ok=True)  # of a killed process, perhaps with another mode
+            partial.touch()
+            mode = partial.stat().st_mode
             yield partial
+            if partial.stat().st_mode != mode:  # safetensors creates its files as 0600
+                partial.chmod(stat.S_IMODE(mode))
             sync_file(partial)
             os.replace(partial, path)
         except BaseException:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .decode_attention import EPS, Cache, head_parts
 
-# A tile of 64 positions and 4 warps: 16-byte loads and no spilled registers on sm_90 for head sizes
-# 48, 64 and 80.
-BLOCK = 64
+# Positions per tile, and warps. On sm_90, for head sizes 48, 64 and 80, 64 positions take 119 to 128
+# registers per thread and 16-byte loads; an int8 tile as long would take up to 212 registers.
+BLOCK = {False: 64, True: 32}  # by whether the cache is int8
 WARPS = 4
 
 
@@ -159,6 +159,6 @@ def fused_attention(
     scales = (cache.k_scale, cache.v_scale) if int8 else (cache.k, cache.v)
     fused_kernel[(N * H,)](
         qkv, qk_norm, turns, position, cache.k, cache.v, *scales, out, S,
-        H=H, h=h, A=parts[0], B=parts[1], BLOCK=BLOCK, EPS=EPS, INT8=int8, num_warps=WARPS,
+        H=H, h=h, A=parts[0], B=parts[1], BLOCK=BLOCK[int8], EPS=EPS, INT8=int8, num_warps=WARPS,
     )  # fmt: skip
     return out

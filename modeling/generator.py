@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
+from .fields import check_options, option
 from .rotary import rotary_table, rotate, token_layout
 
 
@@ -20,32 +21,39 @@ from .rotary import rotary_table, rotate, token_layout
 class GeneratorConfig:
     """Sizes and dropout of a generator; the defaults are AliTok-B."""
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    codebook_size: int = 4096
-    image_seq_len: int = 273  # T
-    condition_num_classes: int = 1000
-    dropout: float = 0.1  # after the attention's projection and after the MLP
-    attn_drop: float = 0.1  # of attention weights
-    tok_dropout: float = 0.1  # of input embeddings
-    class_label_dropout: float = 0.1  # share of training images that are shown without class
-    use_checkpoint: bool = False  # recompute activations in the backward pass
+    hidden_size: int = option(768, "Channels.", at_least=1, at_most=65536)
+    num_hidden_layers: int = option(24, "Blocks.", at_least=0, at_most=1024)
+    num_attention_heads: int = option(16, "Attention heads.", at_least=1, at_most=1024)
+    codebook_size: int = option(
+        4096, "Codes of the tokenizer's codebook.", at_least=1, at_most=65536
+    )
+    image_seq_len: int = option(273, "Codes per image, T.", at_least=1, at_most=2**20)
+    condition_num_classes: int = option(1000, "Classes.", at_least=1, at_most=2**20)
+    dropout: float = option(
+        0.1, "Dropout after the attention's projection and after the MLP.", at_least=0, below=1
+    )
+    attn_drop: float = option(0.1, "Dropout of attention weights.", at_least=0, below=1)
+    tok_dropout: float = option(0.1, "Dropout of input embeddings.", at_least=0, below=1)
+    class_label_dropout: float = option(
+        0.1, "Share of training images shown without their class.", at_least=0, at_most=1
+    )
+    use_checkpoint: bool = option(
+        False, "Recompute activations in the backward pass: less memory, more time."
+    )
 
     def __post_init__(self):
-        for name in ("image_seq_len", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.generator.{name}={getattr(self, name)}: give 1 or more")
+        check_options(self)
         grid, prefix = token_layout(self.image_seq_len)
         if prefix > grid + 1:
             raise InputError(
-                f"model.generator.image_seq_len={self.image_seq_len} is no g²+g+1 or g²+g: "
-                f"for a {grid}x{grid} grid give {grid * grid + grid + 1}"
+                f"image_seq_len={self.image_seq_len} is neither g²+g+1 nor g²+g: for a "
+                f"{grid}x{grid} grid set {grid * grid + grid + 1}"
             )
         if self.hidden_size % (4 * self.num_attention_heads):
             raise InputError(
-                f"model.generator.hidden_size={self.hidden_size} is no multiple of 4 x "
-                f"num_attention_heads={self.num_attention_heads} (rotary positions need it)"
+                f"hidden_size={self.hidden_size} is not a multiple of 4 x "
+                f"num_attention_heads={self.num_attention_heads}, as rotary positions need: "
+                f"change one"
             )
 
     @property

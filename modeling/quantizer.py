@@ -1,5 +1,8 @@
 """Vector quantizer with online codebook clustering (CVQ-VAE, Zheng & Vedaldi 2023)."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -7,14 +10,79 @@ from torch import Tensor, nn
 
 EMBED_PROB_DECAY = 0.99  # of the running share of tokens that choose each code
 COMMITMENT = 0.25
+# Where torch keeps how it multiplies float32 matrices: the backends and their operations.
+FLOAT32_SETTINGS = (
+    (torch.backends.cuda, "matmul"),
+    (torch.backends.cudnn, "conv"),
+    (torch.backends.cudnn, "rnn"),  # torch wants both of cuDNN to agree
+    (torch.backends.mkldnn, "matmul"),
+    (torch.backends.mkldnn, "conv"),
+)
+
+
+@contextmanager
+def full_float32(device_type: str) -> Iterator[None]:
+    """Products and convolutions of float32 tensors in full float32: no autocast, TF32 or bfloat16.
+
+    For eager code. A compiled graph keeps the setting that it was compiled under, so code that uses
+    this is an operator of its own there (`nearest_codes`), or is not compiled.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device_type, enabled=False))
+        # Torch has these settings under old names too, and kernels raise where the two disagree.
+        matmul, cudnn = old_settings()
+        for backend, operation in FLOAT32_SETTINGS:
+            setting = getattr(backend, operation)
+            stack.callback(setattr, setting, "fp32_precision", setting.fp32_precision)
+        stack.callback(torch.set_float32_matmul_precision, matmul)
+        stack.callback(setattr, torch.backends.cudnn, "allow_tf32", cudnn)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        for backend, operation in FLOAT32_SETTINGS:
+            getattr(backend, operation).fp32_precision = "ieee"
+        yield
+
+
+def old_settings() -> tuple[str, bool]:
+    """The precision of products, and whether cuDNN may use TF32, by torch's old names.
+
+    Torch refuses to read them where a program has set the new names alone. They are then what torch
+    starts with.
+    """
+    matmul, cudnn = "highest", True
+    with suppress(RuntimeError):
+        matmul = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        cudnn = torch.backends.cudnn.allow_tf32
+    return matmul, cudnn
+
+
+def squared_distances(z: Tensor, codebook: Tensor) -> Tensor:
+    """Squared L2 distance of vectors (N, C) to every code (K, C): (N, K)."""
+    return z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T
+
+
+@torch.library.custom_op("alitok::nearest_codes", mutates_args=())
+def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest of K codes by L2, int64 (N,), of vectors (N, C); all in float32."""
+    with full_float32(z.device.type):
+        return squared_distances(z, codebook).argmin(1)
+
+
+@nearest_codes.register_fake
+def _(z: Tensor, codebook: Tensor) -> Tensor:
+    return z.new_empty(len(z), dtype=torch.int64)
 
 
 class VectorQuantizer(nn.Module):
-    """Replaces each vector by the nearest of `codebook_size` codes, by L2, always in float32.
+    """Replaces each vector by the nearest of `codebook_size` codes by L2, without normalising them.
 
-    On CUDA a trainer's `enable_tf32` reaches the products of the distances too, as published.
-    `clustering` adds the buffer `embed_prob` that `cluster` needs; the inference format has none.
+    Distances, codes, loss and clustering are in full float32, whatever the autocast type and
+    whether TF32 is on. `clustering` adds the buffer `embed_prob` that `cluster` needs; the inference
+    format has none.
     """
+
+    embed_prob: Tensor
 
     def __init__(self, codebook_size: int, token_size: int, clustering: bool):
         super().__init__()
@@ -22,15 +90,11 @@ class VectorQuantizer(nn.Module):
         if clustering:
             self.register_buffer("embed_prob", torch.zeros(codebook_size))
 
-    def distances(self, z: Tensor) -> Tensor:
-        """Squared L2 distance of vectors (N, token_size) to every code: (N, codebook_size)."""
-        e = self.embedding.weight.float()
-        return z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * z @ e.T
-
     def nearest(self, z: Tensor) -> Tensor:
         """Codes (B, T), int64, of vectors (B, T, token_size)."""
-        with torch.autocast(z.device.type, enabled=False):
-            return self.distances(z.float().flatten(0, 1)).argmin(1).view(z.shape[:2])
+        flat = z.detach().float().flatten(0, 1)
+        codes = nearest_codes(flat, self.embedding.weight.detach().float())
+        return codes.view(z.shape[:2])
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize (B, T, token_size); returns float32 vectors of that shape, codes and loss.
@@ -51,11 +115,17 @@ class VectorQuantizer(nn.Module):
         `z` (N, token_size) is this rank's share of the batch. Every code e moves towards the vector
         of the whole batch that is closest to it, e <- (1-a)·e + a·closest with
         a = exp(-10·codebook_size·p / (1-decay) - 1e-3) and p the running share of its tokens, so a
-        code in use stays where it is. Ranks exchange one candidate a code, never their distances;
-        the result is that of one process holding the concatenated batch.
+        code in use stays where it is. Ranks exchange one candidate per code, never their distances;
+        the result equals that of one process with the concatenated batch.
+
+        Published training does this inside every forward pass, after the lookup and the loss, in
+        the discriminator's steps too. Nothing in the backward pass reads the codebook, so the
+        result is the same anywhere between that forward pass and the optimizer's step, which moves
+        the moved codes by the gradient of the lookup.
         """
-        z = z.float()
-        distances = self.distances(z)
+        z, codebook = z.float(), self.embedding.weight
+        with full_float32(z.device.type):
+            distances = squared_distances(z, codebook.float())
         codes = distances.argmin(1)
         # Not bincount, which makes the host wait for the device.
         counts = torch.zeros_like(self.embed_prob)
@@ -73,6 +143,6 @@ class VectorQuantizer(nn.Module):
 
         decay = EMBED_PROB_DECAY
         self.embed_prob.mul_(decay).add_(counts / counts.sum(), alpha=1 - decay)
-        reuse = 10 * self.embed_prob.numel() * self.embed_prob / (1 - decay)
+        reuse = 10 * len(codebook) * self.embed_prob / (1 - decay)
         a = torch.exp(-reuse - 1e-3).unsqueeze(1)
-        self.embedding.weight.copy_((1 - a) * self.embedding.weight + a * closest)
+        codebook.copy_((1 - a) * codebook + a * closest)

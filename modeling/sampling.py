@@ -12,35 +12,38 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .fields import check_options, option
 from .generator import Generator, KVCache
 
 SCHEDULES = ("power-cosine", "constant", "linear")
+# How `engine.Engine` computes attention, and in which type it keeps keys and values.
+ENGINES = ("auto", "fused", "plain")
+CACHES = ("auto", "int8")
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How codes are drawn from logits."""
 
-    guidance_scale: float = 1.0  # 0 or 1: no guidance
-    guidance_power: float = 1.0  # of the power-cosine schedule
-    guidance_schedule: str = "power-cosine"
-    temperature: float = 1.0
-    top_k: int = 0  # draw among the k most likely codes; 0: all
-    top_p: float = 1.0  # draw among the fewest codes that hold this probability; 1: all
+    guidance_scale: float = option(
+        1.0, "Scale of classifier-free guidance; 0 or 1: none.", at_least=0, at_most=10_000
+    )
+    guidance_power: float = option(
+        1.0, "Power of the power-cosine schedule.", at_least=0, at_most=1000
+    )
+    guidance_schedule: str = option(
+        "power-cosine", "How the scale grows from step to step.", choices=SCHEDULES
+    )
+    temperature: float = option(
+        1.0, "Softmax temperature; 1e-5 takes the most likely code.", above=0, at_least=1e-6
+    )
+    top_k: int = option(0, "Draw among this many most likely codes; 0: all.", at_least=0)
+    top_p: float = option(
+        1.0, "Draw among the fewest codes that hold this probability; 1: all.", above=0, at_most=1
+    )
 
     def __post_init__(self):
-        if self.guidance_schedule not in SCHEDULES:
-            raise InputError(
-                f"guidance schedule {self.guidance_schedule}: choose one of {', '.join(SCHEDULES)}"
-            )
-        if not self.temperature > 0:
-            raise InputError(
-                f"temperature {self.temperature}: set more than 0 (1e-5 takes the most likely code)"
-            )
-        if self.top_k < 0:
-            raise InputError(f"top_k {self.top_k}: set 1 or more codes, or 0 for all")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p {self.top_p}: set more than 0 and at most 1")
+        check_options(self)
 
     @property
     def guided(self) -> bool:
@@ -79,7 +82,7 @@ def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered, place = logits.sort(dim=1, descending=True, stable=True)
         p = torch.softmax(ordered, 1)
         dropped = p.double().cumsum(1) - p >= top_p  # the more likely codes are enough without it
-        dropped = torch.zeros_like(dropped).scatter(1, place, dropped)
+        dropped = dropped.scatter(1, place, dropped)  # back to the order of the codes
         logits = logits.masked_fill(dropped, -math.inf)
     return logits
 

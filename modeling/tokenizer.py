@@ -1,9 +1,9 @@
 """The AliTok tokenizer: images to codes that are predictable from left to right, and back.
 
-One set of classes makes both training stages. Stage 1 decodes causally and reads the prefix tokens
+One set of classes serves both training stages. Stage 1 decodes causally and reads the prefix tokens
 through a second head; stage 2, the published format, decodes bidirectionally with buffer tokens.
 
-Shape suffixes: B images, g grid (patches a side), K prefix tokens, T = K + g² tokens, D width.
+Shape suffixes: B images, g grid (patches per side), K prefix tokens, T = K + g² tokens, D width.
 Attribute names are the keys of the published state dicts.
 """
 
@@ -16,50 +16,67 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
-from .quantizer import VectorQuantizer
+from .fields import check_options, option
+from .quantizer import VectorQuantizer, full_float32
 from .tokenizer_blocks import TokenizerBlock
 
 
 @dataclass
 class TokenizerConfig:
-    """Sizes of a tokenizer; the defaults are the published inference model."""
+    """Sizes of a tokenizer; the defaults are the published inference model.
 
-    codebook_size: int = 4096
-    token_size: int = 32  # channels of a code vector
-    num_latent_tokens: Optional[int] = None  # T; None stands for g² + g + 1 (K = g + 1)
-    image_size: int = 256
-    patch_size: int = 16
-    encoder_width: int = 768
-    encoder_layers: int = 12
-    encoder_heads: int = 12
-    decoder_width: int = 1024
-    decoder_layers: int = 24
-    decoder_heads: int = 16
-    num_buffer_tokens: int = 32  # learned tokens before the codes in the decoder; stage 1: one
-    causal: bool = False  # the decoder's attention; stage 1: true
-    prefix_head: bool = False  # the auxiliary head over the prefix tokens; stage 1: true
-    clustering: bool = False  # codebook clustering while training; stage 1: true
-    exact_attention: bool = True  # attention in float32 whatever the autocast type
+    g = image_size / patch_size, K prefix tokens, T = K + g² codes per image.
+    """
+
+    codebook_size: int = option(4096, "Codes in the codebook.", at_least=1, at_most=65536)
+    token_size: int = option(32, "Channels of a code vector.", at_least=1, at_most=4096)
+    num_latent_tokens: Optional[int] = option(
+        None, "Codes per image, T; null: g² + g + 1, so K = g + 1.", at_least=1, at_most=2**20
+    )
+    image_size: int = option(256, "Side of the square images in pixels.", at_least=1, at_most=8192)
+    patch_size: int = option(16, "Side of a patch in pixels.", at_least=1, at_most=1024)
+    encoder_width: int = option(768, "Channels of the encoder.", at_least=1, at_most=65536)
+    encoder_layers: int = option(12, "Blocks of the encoder.", at_least=0, at_most=1024)
+    encoder_heads: int = option(12, "Attention heads of the encoder.", at_least=1, at_most=1024)
+    decoder_width: int = option(1024, "Channels of the decoder.", at_least=1, at_most=65536)
+    decoder_layers: int = option(24, "Blocks of the decoder.", at_least=0, at_most=1024)
+    decoder_heads: int = option(16, "Attention heads of the decoder.", at_least=1, at_most=1024)
+    num_buffer_tokens: int = option(
+        32, "Learned tokens before the codes in the decoder; stage 1: 1.", at_least=0, at_most=4096
+    )
+    causal: bool = option(False, "Causal attention in the decoder; stage 1: true.")
+    prefix_head: bool = option(
+        False, "The auxiliary head that reads the prefix tokens; stage 1: true."
+    )
+    clustering: bool = option(False, "Codebook clustering in training; stage 1: true.")
+    exact_attention: bool = option(
+        False,
+        "Attention in float32 whatever the autocast type; published training used that type.",
+    )
+    position_init: str = option(
+        "normal",
+        "Start of the encoder's positions: normal, as published, or own_patch, by which every "
+        "latent attends to its own patch from the first step.",
+        choices=("normal", "own_patch"),
+    )
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "encoder_heads", "decoder_heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.vq_model.{name}={getattr(self, name)}: give 1 or more")
+        check_options(self)
         if self.image_size % self.patch_size:
             raise InputError(
-                f"image size {self.image_size} is no multiple of the patch size {self.patch_size}: "
-                f"choose a model.vq_model.image_size that model.vq_model.patch_size divides"
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: "
+                f"choose a size that the patch divides"
             )
         for part in ("encoder", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             if width % heads:
                 raise InputError(
-                    f"model.vq_model.{part}_width={width} is no multiple of {part}_heads={heads}"
+                    f"{part}_width={width} is not a multiple of {part}_heads={heads}: change one"
                 )
         if self.num_prefix_tokens not in (self.grid, self.grid + 1):
             raise InputError(
-                f"model.vq_model.num_latent_tokens={self.num_latent_tokens} does not fit a "
-                f"{self.grid}x{self.grid} grid: give {self.grid**2 + self.grid + 1} (with the "
+                f"num_latent_tokens={self.num_latent_tokens} does not fit a "
+                f"{self.grid}x{self.grid} grid: set {self.grid**2 + self.grid + 1} (with the "
                 f"corner token, as published) or {self.grid**2 + self.grid}"
             )
 
@@ -79,24 +96,24 @@ class TokenizerConfig:
 
 
 class TokenizerOutput(NamedTuple):
-    """What a training step needs of one forward pass; images and strip are in [0, 1]."""
+    """The results of one forward pass that a training step uses; images and strip in [0, 1]."""
 
     images: Tensor  # (B, 3, S, S) reconstructions
-    strip: Optional[Tensor]  # (B, 3, patch, K·patch), what the prefix tokens alone show
+    strip: Optional[Tensor]  # (B, 3, patch, K·patch), read from the prefix tokens alone
     latents: Tensor  # (B, T, token_size) float32, before quantization
     codes: Tensor  # (B, T) int64
     quantizer_loss: Tensor  # scalar
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, recompute: bool) -> Tensor:
-    """Apply the blocks in turn, keeping only their inputs for the backward pass if `recompute`."""
+    """Apply the blocks in turn; `recompute` keeps only their inputs for the backward pass."""
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
     return x
 
 
 class Encoder(nn.Module):
-    """Patches and learned latents through bidirectional blocks; the latents come out."""
+    """Sends patches and learned latents through bidirectional blocks and returns the latents."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -136,7 +153,7 @@ class Decoder(nn.Module):
         self.num_prefix_tokens = config.num_prefix_tokens
         self.recompute = False  # gradient checkpointing
         self.decoder_embed = nn.Linear(config.token_size, width)
-        # Published name; it holds the buffer tokens and has nothing to do with classes.
+        # The published name. It holds the buffer tokens, not classes.
         self.class_embedding = nn.Parameter(torch.empty(config.num_buffer_tokens, width))
         self.latent_token_positional_embedding = nn.Parameter(
             torch.empty(config.num_buffer_tokens + config.num_tokens, width)
@@ -176,7 +193,7 @@ class Decoder(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Encoder, quantizer and decoder. `with_decoder=False` leaves the decoder out (encoding only)."""
+    """Encoder, quantizer and decoder; `with_decoder=False` builds no decoder, for encoding only."""
 
     def __init__(self, config: TokenizerConfig, with_decoder: bool = True):
         super().__init__()
@@ -186,55 +203,85 @@ class Tokenizer(nn.Module):
         self.quantize = VectorQuantizer(
             config.codebook_size, config.token_size, clustering=config.clustering
         )
-        self.decoder = Decoder(config) if with_decoder else None
+        self.decoder: Optional[Decoder] = Decoder(config) if with_decoder else None
+        self.encoder_frozen = False  # set by freeze_encoder
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Start as published: weights trunc_normal(0, 0.02), biases 0, latent tokens, class
+        embedding and positions normal(0, width^-0.5); the encoder's positions by `position_init`."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, 0.0, 0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-        encoder, grid, width = self.encoder, self.config.grid, self.config.encoder_width
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        encoder, width = self.encoder, self.config.encoder_width
         nn.init.normal_(self.latent_tokens, std=width**-0.5)
-        # No source gives the positions' start; ours lets every latent look at its own patch from
-        # the first step, instead of spending thousands of steps on finding it.
+        if self.config.position_init == "normal":
+            nn.init.normal_(encoder.positional_embedding, std=width**-0.5)
+            nn.init.normal_(encoder.latent_token_positional_embedding, std=width**-0.5)
+        else:
+            self.align_positions()
+        if self.decoder is not None:
+            width = self.config.decoder_width
+            nn.init.normal_(self.decoder.class_embedding, std=width**-0.5)
+            nn.init.normal_(self.decoder.latent_token_positional_embedding, std=width**-0.5)
+
+    @torch.no_grad()
+    def align_positions(self) -> None:
+        """`own_patch`: the position of every latent is that of its patch, plus noise of a quarter."""
+        encoder, grid, width = self.encoder, self.config.grid, self.config.encoder_width
         patches = nn.init.normal_(encoder.positional_embedding, std=2 * width**-0.5)
         own = torch.cat([patches[:grid], patches])  # the prefix shows the first row …
         if self.config.num_prefix_tokens > grid:
             own = torch.cat([patches[:1], own])  # … after the corner
         latents = nn.init.normal_(encoder.latent_token_positional_embedding, std=0.5 * width**-0.5)
-        with torch.no_grad():
-            latents.add_(own)
-        if self.decoder is not None:
-            width = self.config.decoder_width
-            nn.init.normal_(self.decoder.class_embedding, std=width**-0.5)
-            nn.init.normal_(self.decoder.latent_token_positional_embedding, std=width**-0.5)
+        latents.add_(own)
 
     def freeze_encoder(self) -> None:
         """Stage 2: encoder, latent tokens and codebook keep their values; the decoder trains."""
         self.latent_tokens.requires_grad_(False)
         self.encoder.requires_grad_(False)
         self.quantize.requires_grad_(False)
+        self.encoder_frozen = True
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S), float in [0, 1] -> latents (B, T, token_size), before quantization.
+
+        A frozen encoder (`freeze_encoder`) runs in full float32 whatever the autocast type and
+        whether TF32 is on, so that the decoder learns the very codes that pretokenization writes.
+        """
+        if self.encoder_frozen:
+            return self.exact_latents(images)  # pyright: ignore - torch types disable as it is not
+        return self.encoder(images, self.latent_tokens)
+
+    @torch.compiler.disable  # a compiled graph would keep the precision that it was compiled under
+    @torch.no_grad()
+    def exact_latents(self, images: Tensor) -> Tensor:
+        """`latents` in full float32, without gradients."""
+        with full_float32(images.device.type):
+            return self.encoder(images.float(), self.latent_tokens)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S), float in [0, 1] -> codes (B, T), int64."""
-        return self.quantize.nearest(self.encoder(images, self.latent_tokens))
+        return self.quantize.nearest(self.latents(images))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, T), int64 -> images (B, 3, S, S), float32 in [0, 1]."""
+        assert self.decoder is not None, "a tokenizer without decoder only encodes"
         return self.decoder(self.quantize.embedding(codes))[0]
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """One training pass over images (B, 3, S, S) in [0, 1]."""
-        latents = self.encoder(images, self.latent_tokens).float()  # (B, T, token_size)
+        assert self.decoder is not None, "a tokenizer without decoder only encodes"
+        latents = self.latents(images).float()  # (B, T, token_size)
         vectors, codes, quantizer_loss = self.quantize(latents)
         reconstructions, strip = self.decoder(vectors)
         return TokenizerOutput(reconstructions, strip, latents, codes, quantizer_loss)
 
 
 def prefix_target(images: Tensor, config: TokenizerConfig) -> Tensor:
-    """What the prefix tokens' strip should show: (B, 3, S, S) -> (B, 3, patch, K·patch).
+    """The target of the prefix tokens' strip: (B, 3, S, S) -> (B, 3, patch, K·patch).
 
     [top-left patch | first row of patches]; without the corner token (K = g) the row alone.
     """

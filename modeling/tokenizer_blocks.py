@@ -11,8 +11,9 @@ from torch import Tensor, nn
 class TokenizerAttention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D).
 
-    `exact` computes the attention itself in float32 whatever the autocast type, as the published
-    model does; otherwise it runs in the type of its input.
+    `exact` computes the attention itself in float32 whatever the autocast type. Otherwise it runs
+    in the autocast type, as in published training: the published model casts q, k and v to float32,
+    but under autocast PyTorch casts them back. Without autocast both are float32.
     """
 
     def __init__(self, width: int, heads: int, causal: bool, exact: bool):

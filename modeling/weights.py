@@ -1,7 +1,13 @@
-"""Reading and writing weight files: tensors only, strictly by name and shape."""
+"""Reads and writes weight files: tensors only, strictly by name and shape."""
 
+import ctypes
+import hashlib
+import logging
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,49 +15,122 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .files import whole_file
+from .formats import PYTORCH, SAFETENSORS, kind_by_content, unwrap
 
-
-def find_weights(name: str, otherwise: str = "") -> Path:
-    """`weights/NAME`, or the copy in torch's own download cache.
-
-    Raises InputError, which says where to put the file and, if given, what to do `otherwise`.
-    """
-    cache = Path(torch.hub.get_dir()) / "checkpoints" / name
-    for path in (Path("weights") / name, cache):
-        if path.is_file():
-            return path
-    raise InputError(
-        f"no {name} in weights/ or {cache.parent}: put it there (weights/README.md says from "
-        f"where){otherwise}"
-    )
+log = logging.getLogger(__name__)
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a .pth, .pt, .bin or .safetensors file, on the CPU, memory-mapped.
 
-    No code in the file is ever run (`weights_only`). Raises InputError for a file that is missing,
-    damaged or holds anything but a flat dict of tensors.
+    A checkpoint that wraps or prefixes them (`formats.unwrap`; the published trainer's `last.pth` is
+    one) is unwrapped, and a line in the log names what was removed. No code in the file is ever run
+    (`weights_only`). Raises InputError for a file that is missing, unreadable or damaged, that is of
+    another kind, or that holds no tensors or two candidates.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"no weights at {path}: put the published file there (see weights/README.md) or give "
-            f"the path of your own"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with open(path, "rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"  # older files (VGG's, LPIPS's) cannot be mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as e:  # a damaged pickle raises almost anything
-        reason = str(e).strip().splitlines()[0][:100] if str(e).strip() else type(e).__name__
-        raise InputError(
-            f"{path} is no file of plain tensors, or is damaged; fetch or export it again ({reason})"
-        ) from e
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path} holds no flat dict of tensors; export the model's weights alone")
+    content = read_file(Path(path))
+    state, removed = unwrap(content, str(path))
+    say_unwrapped(path, removed)
     return state
+
+
+def read_part(path: str | Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one model in a file of several: those with the prefix of tensor `name`.
+
+    So the discriminator is read from the `criterion_state` of the published trainer's `last.pth`,
+    or from a file of its own. Raises InputError as `read_state_dict` does, and where no tensor, or
+    more than one, has this name.
+    """
+    content = read_file(Path(path))
+    entries = {"": content}
+    if isinstance(content, dict):
+        entries |= {key: value for key, value in content.items() if isinstance(value, dict)}
+    found = [
+        (entry, key.removesuffix(name))
+        for entry, tensors in entries.items()
+        for key in tensors
+        if isinstance(key, str) and (key == name or key.endswith(f".{name}"))
+    ]
+    if len(found) != 1:
+        many = " and ".join(f"{entry} {prefix}{name}".strip() for entry, prefix in found)
+        raise InputError(
+            f"{path} holds {many or 'no ' + name}: pass a run folder or file with one "
+            f"{name.partition('.')[0]} model"
+        )
+    ((entry, prefix),) = found
+    say_unwrapped(path, [part for part in (entry, prefix) if part])
+    tensors = entries[entry]
+    return {
+        key.removeprefix(prefix): value
+        for key, value in tensors.items()
+        if isinstance(value, Tensor) and key.startswith(prefix)
+    }
+
+
+def say_unwrapped(path: str | Path, removed: list[str]) -> None:
+    # torchrun and accelerate number their processes in RANK: one of them says it.
+    if removed and os.environ.get("RANK", "0") == "0":
+        log.warning("%s: took the weights from %s", path, " -> ".join(removed))
+
+
+def read_file(path: Path) -> Any:
+    """Whatever tensors and plain values a weights file holds, as they are nested there."""
+    try:
+        kind = kind_by_content(path)
+    except PermissionError as e:
+        raise InputError(
+            f"cannot read {path}: permission denied; ask its owner to make it readable"
+        ) from e
+    except OSError as e:
+        raise no_file(path) from e
+    named = SAFETENSORS if path.suffix == ".safetensors" else PYTORCH
+    if kind in (SAFETENSORS, PYTORCH) and kind != named:
+        suffix = ".safetensors" if kind == SAFETENSORS else ".pth"
+        raise InputError(
+            f"{path} is a {kind} file under another name: rename it to {path.stem}{suffix}"
+        )
+    if kind not in (None, SAFETENSORS, PYTORCH):
+        raise InputError(f"{path} is {kind}")
+    try:
+        if named == SAFETENSORS:
+            return load_file(path)
+        # Older files (VGG's, LPIPS's) are not zip archives and cannot be mapped.
+        mmap = kind == PYTORCH
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as e:  # a damaged pickle raises almost anything
+        raise not_tensors(path, e) from e
+
+
+def no_file(path: Path) -> InputError:
+    """For a path where no file is: with the weights that lie beside it, if any do."""
+    beside = []
+    if path.suffix == ".safetensors" and path.parent.is_dir():  # a run of the other kind
+        beside = sorted(file.name for file in path.parent.glob("*.safetensors"))
+    if beside:
+        return InputError(
+            f"no weights at {path}, but {', '.join(beside)}: give a run of the right kind, or one "
+            f"of these files"
+        )
+    return InputError(
+        f"no weights at {path}: put the published file there (see weights/README.md) or pass the "
+        f"path of your own"
+    )
+
+
+def not_tensors(path: Path, error: Exception) -> InputError:
+    """For a file that could not be loaded, with torch's reason but without its advice."""
+    text = str(error).strip()
+    found = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", text, re.IGNORECASE)
+    if found:
+        return InputError(
+            f"{path} is not a file of plain tensors: it holds a Python object ({found[1]}), which "
+            f"is never loaded, since it may run code; save the tensors alone"
+        )
+    text = text.rpartition("WeightsUnpickler error: ")[2]
+    reason = text.splitlines()[0][:100] if text else type(error).__name__
+    return InputError(
+        f"{path} is not a file of plain tensors, or is damaged; fetch or export it again ({reason})"
+    )
 
 
 def write_state_dict(state: dict[str, Tensor], path: str | Path) -> None:
@@ -64,6 +143,25 @@ def write_state_dict(state: dict[str, Tensor], path: str | Path) -> None:
             save_file(state, partial)
         else:
             torch.save(state, partial)
+
+
+def tensors_hash(
+    state: dict[str, Tensor], prefixes: tuple[str, ...] = ("",), dtype: torch.dtype | None = None
+) -> str:
+    """16 hex digits of the names and bytes of tensors, in the order of their names.
+
+    Only names that start with one of `prefixes` count. With `dtype` the tensors are converted to it
+    first, so that a copy of the same values in another type has the same hash.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        if name.startswith(prefixes):
+            digest.update(name.encode())
+            tensor = state[name].detach().cpu().to(dtype or state[name].dtype).contiguous()
+            if tensor.numel():
+                # The tensor's own memory, without a copy.
+                digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+    return digest.hexdigest()[:16]
 
 
 def describe(state: dict[str, Tensor]) -> str:
@@ -99,12 +197,7 @@ def describe(state: dict[str, Tensor]) -> str:
 def load_weights(
     model: nn.Module, path: str | Path, ignore: Iterable[str] = (), keep: Iterable[str] = ()
 ) -> None:
-    """Load a file into a model, strictly.
-
-    Entries of the file that start with one of `ignore` are left out; entries of the model that
-    start with one of `keep` may be missing from the file and keep their values. Everything else
-    must match by name and shape, or InputError says which does not and what the file seems to be.
-    """
+    """Load a file into a model, strictly (`load_tensors`)."""
     load_tensors(model, read_state_dict(path), str(path), tuple(ignore), tuple(keep))
 
 
@@ -115,15 +208,21 @@ def load_tensors(
     ignore: tuple[str, ...] = (),
     keep: tuple[str, ...] = (),
 ) -> None:
-    """`load_weights` from tensors in memory; `source` names them in messages."""
+    """Load tensors into a model, strictly; `source` names them in messages.
+
+    Entries of `state` that start with one of `ignore` are left out. Entries of the model that start
+    with one of `keep` may be missing from `state` and keep their values. Everything else must match
+    by name and shape and must be finite. InputError names what does not match, and what the file
+    seems to be, or the first tensor with NaN or infinite values; the model is then unchanged.
+    """
     wanted = model.state_dict()
-    given = {k: v for k, v in state.items() if not (ignore and k.startswith(ignore))}
-    missing = [k for k in wanted if k not in given and not (keep and k.startswith(keep))]
-    unknown = [k for k in given if k not in wanted]
+    found = {k: v for k, v in state.items() if not (ignore and k.startswith(ignore))}
+    missing = [k for k in wanted if k not in found and not (keep and k.startswith(keep))]
+    unknown = [k for k in found if k not in wanted]
     shapes = [
-        f"{k} {tuple(given[k].shape)} instead of {tuple(wanted[k].shape)}"
+        f"{k} {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}"
         for k in wanted
-        if k in given and given[k].shape != wanted[k].shape
+        if k in found and found[k].shape != wanted[k].shape
     ]
     problems = [
         f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
@@ -133,7 +232,22 @@ def load_tensors(
     if problems:
         raise InputError(
             f"{source} does not fit the configured {type(model).__name__.lower()}: "
-            f"{'; '.join(problems)}. The file seems to be {describe(state)}; "
-            f"give the matching config or weights"
+            f"{'; '.join(problems)}. The file seems to be {describe(state)}; pass the matching "
+            f"config or weights"
         )
-    model.load_state_dict(given, strict=False)  # strictness was checked above, with reasons
+    check_finite(found, source)
+    model.load_state_dict(found, strict=False)  # strictness was checked above, with reasons
+
+
+def check_finite(state: dict[str, Tensor], source: str) -> None:
+    """InputError that names the first tensor with NaN or infinite values."""
+    for name, tensor in state.items():
+        if tensor.is_meta or not tensor.is_floating_point():  # meta tensors have no values
+            continue
+        wide = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit types lack isfinite
+        bad = wide.numel() - int(torch.isfinite(wide).sum())
+        if bad:
+            raise InputError(
+                f"{source} holds {bad} NaN or infinite values in {name}, of {tensor.numel()}: fetch "
+                f"or export it again, or take an earlier checkpoint"
+            )

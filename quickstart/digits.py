@@ -1,6 +1,6 @@
 """Write scikit-learn's 1,797 handwritten digits as an ImageFolder: `python -m quickstart.digits DIR`.
 
-1,500 for training and 297 for validation, drawn by class, 8x8 scans enlarged to 32x32 PNGs.
+1,500 digits for training and 297 for validation, split by class; 8x8 scans enlarged to 32x32 PNGs.
 """
 
 import sys
@@ -15,14 +15,14 @@ VALIDATION = 297
 
 
 def write_digits(folder: Path) -> None:
-    digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    values, classes = load_digits(return_X_y=True)  # (1797, 64) in 0 … 16, (1797,)
+    pixels = np.round(np.asarray(values) * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     train, val = train_test_split(
-        np.arange(len(pixels)), test_size=VALIDATION, stratify=digits.target, random_state=0
+        np.arange(len(pixels)), test_size=VALIDATION, stratify=classes, random_state=0
     )
     for split, indices in (("train", train), ("val", val)):
         for i in indices:
-            target = folder / split / str(digits.target[i]) / f"{i:04d}.png"
+            target = folder / split / str(classes[i]) / f"{i:04d}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(pixels[i]).resize((32, 32), Image.Resampling.BILINEAR)
             image.save(target)

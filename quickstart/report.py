@@ -1,4 +1,4 @@
-"""The end of the quickstart: two pictures and one table, from the files that its programs wrote."""
+"""The report of the quickstart: two pictures and one table, from the files that its programs wrote."""
 
 import json
 import sys
@@ -6,34 +6,37 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from sklearn.svm import SVC
-from torch.utils.data import DataLoader
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
-import configs.schema
+import configs.load
 from configs.schema import TokenizerRun
 from data.images import CenterImages, CroppedImages, list_images
+from data.pictures import picture_grid, to_pixels, write_png
 from data.tokens import TokenStore
 from evaluation.metrics import frechet_distance
-from evaluation.reconstruction import reconstruct_all
+from evaluation.reconstruction import Preview, ReconstructionSums, image_batches, reconstruct
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_weights
 from runtime.program import run
 
+CPU = torch.device("cpu")
 
-def validation_metrics(folder: Path, stage: int) -> tuple[dict[str, float], torch.Tensor]:
-    """Metrics on all validation images, and pairs before | after of the first ones."""
-    options = configs.schema.load(TokenizerRun, [f"config={folder / f'stage{stage}/config.yaml'}"])
+PAIRS = 30  # reconstructions in the picture
+GREY = 127  # between the images of a picture
+
+
+def validation_metrics(folder: Path, stage: int) -> tuple[dict[str, float], np.ndarray]:
+    """Metrics on all validation images, and pixels before | after of the first ones."""
+    options = configs.load.load(TokenizerRun, [f"config={folder / f'stage{stage}/config.yaml'}"])
     tokenizer = Tokenizer(options.model.vq_model)
     load_weights(tokenizer, folder / f"stage{stage}/tokenizer.pth")
-    # Every tenth image first: all ten classes come into the picture.
+    # Every tenth image first, so that all ten classes come into the picture.
     paths = [path for path, _ in list_images(folder / "data/val")[0]]
     paths = [p for start in range(10) for p in paths[start::10]]
-    images = CenterImages(paths, tokenizer.config.image_size)
-    sums, before, after = reconstruct_all(tokenizer, DataLoader(images, 33), torch.device("cpu"))
-    return sums.metrics(), torch.stack([before, after], 1).flatten(0, 1)
+    sums, preview = ReconstructionSums(tokenizer.config.codebook_size, CPU), Preview(PAIRS)
+    batches = image_batches(paths, tokenizer.config.image_size, batch=33, workers=0)
+    reconstruct(tokenizer, batches, CPU, [sums, preview])
+    return sums.metrics(), to_pixels(preview.pairs())
 
 
 def features(images: np.ndarray) -> np.ndarray:
@@ -65,41 +68,47 @@ def best_validation(folder: Path) -> dict[str, float]:
     return {**best, "loss": training[-1]["loss"]}
 
 
+def scores(folder: Path, images: np.ndarray) -> dict[str, float]:
+    """How real the generated digits are, by a classifier and by the Fréchet distance of pixels."""
+    size = images.shape[1]
+    real, classes = real_digits(folder / "data/train", size, "five_crop")
+    held_out, _ = real_digits(folder / "data/val", size, "five_crop")
+    classifier = SVC(C=10.0).fit(real, classes)
+    labels = np.arange(len(images)) % 10
+    return {
+        "fid": frechet_distance(features(images), real),
+        "fid_val": frechet_distance(held_out, real),
+        "recognised": (classifier.predict(features(images)) == labels).mean(),
+        "recognised_val": float(classifier.score(*real_digits(folder / "data/val", size, None))),
+    }
+
+
+def copied_share(folder: Path) -> float:
+    """Share of generated digits whose codes are those of a training view."""
+    codes = np.load(folder / "samples_codes.npz")["arr_0"]
+    store = TokenStore(folder / "cache_train")
+    known = {store.codes(i, v).tobytes() for i in range(store.images) for v in range(store.views)}
+    return float(np.mean([row.astype(np.int64).tobytes() in known for row in codes]))
+
+
 def main(argv: list[str]) -> None:
     folder = Path(argv[0])
     stage1, _ = validation_metrics(folder, 1)
     stage2, pairs = validation_metrics(folder, 2)
-    picture(pairs[:60], folder / "reconstructions.png", 12)
-
+    write_picture(pairs, folder / "reconstructions.png", 12)
     images = np.load(folder / "samples.npz")["arr_0"]
-    codes = np.load(folder / "samples_codes.npz")["arr_0"]
-    asked = np.arange(len(images)) % 10
-    shown = torch.from_numpy(images[:100]).permute(0, 3, 1, 2) / 255  # 0…9, ten times
-    picture(shown, folder / "generated.png", 10)
-
-    size = images.shape[1]
-    real, classes = real_digits(folder / "data/train", size, "five_crop")
-    held_out, _ = real_digits(folder / "data/val", size, "five_crop")
-    fid = frechet_distance(features(images), real), frechet_distance(held_out, real)
-    classifier = SVC(C=10.0).fit(real, classes)
-    on_real = classifier.score(*real_digits(folder / "data/val", size, None))
-    on_generated = (classifier.predict(features(images)) == asked).mean()
-
-    store = TokenStore(folder / "cache_train")
-    known = {store.codes(i, v).tobytes() for i in range(store.images) for v in range(store.views)}
-    copies = np.mean([row.astype(np.int64).tobytes() in known for row in codes])
-    generator = best_validation(folder)
-
+    write_picture(images[:100], folder / "generated.png", 10)  # 0…9, ten times
+    score, generator = scores(folder, images), best_validation(folder)
     rows = [
         ("reconstruction PSNR, stage 1 (causal decoder)", f"{stage1['psnr']:.2f} dB"),
         ("reconstruction PSNR, stage 2 (bidirectional decoder)", f"{stage2['psnr']:.2f} dB"),
         ("codes in use on validation images", f"{stage2['codebook_use']:.1%}"),
         ("generator loss, training | validation", f"{generator['loss']:.3f} | {generator['val/loss']:.3f}"),
         ("generator top-1 accuracy, validation", f"{generator['val/accuracy']:.1%}"),
-        (f"{len(images)} generated digits read as the class asked for", f"{on_generated:.1%}"),
-        ("real validation digits read right by the same classifier", f"{on_real:.1%}"),
-        ("FID to training digits, of generated | validation ones", f"{fid[0]:.2f} | {fid[1]:.2f}"),
-        ("generated digits whose codes copy a training image's", f"{copies:.1%}"),
+        (f"{len(images)} generated digits read as the class asked for", f"{score['recognised']:.1%}"),
+        ("real validation digits read right by the same classifier", f"{score['recognised_val']:.1%}"),
+        ("FID to training digits, of generated | validation ones", f"{score['fid']:.2f} | {score['fid_val']:.2f}"),
+        ("generated digits whose codes copy a training image's", f"{copied_share(folder):.1%}"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
@@ -108,10 +117,10 @@ def main(argv: list[str]) -> None:
     )
 
 
-def picture(images: torch.Tensor, path: Path, per_row: int) -> None:
-    """A grid of (N, 3, H, W) in [0, 1], twice as large, as PNG."""
-    grid = to_pil_image(make_grid(images, nrow=per_row, padding=2, pad_value=0.5))
-    grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST).save(path)
+def write_picture(images: np.ndarray, path: Path, columns: int) -> None:
+    """A grid of (N, H, W, 3), uint8, enlarged twice."""
+    grid = picture_grid(images, columns, margin=2, background=GREY)
+    write_png(grid.repeat(2, 0).repeat(2, 1), path)
 
 
 if __name__ == "__main__":

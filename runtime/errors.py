@@ -1,4 +1,7 @@
-"""The exception for users' mistakes; `modeling` defines it, because `modeling` imports no other room."""
+"""The exception for users' mistakes, for all rooms but `modeling`, which defines it.
+
+(`modeling` imports nothing from the other rooms.)
+"""
 
 from modeling.errors import InputError
 

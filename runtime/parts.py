@@ -3,20 +3,32 @@
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from runtime.errors import InputError
 from runtime.files import whole_file, write_whole
 
+S = TypeVar("S", range, list)
 
-def differing(earlier: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The entries in which two settings differ, with both values; empty where they agree."""
+
+def share_of(items: S, rank: int, world: int) -> S:
+    """The items of one of `world` ranks: every world-th, from the rank-th on."""
+    return items[rank::world]
+
+
+def differing(
+    earlier: dict[str, Any], settings: dict[str, Any], ignored: tuple[str, ...] = ()
+) -> str:
+    """The entries in which two settings differ, with both values; empty where they agree.
+
+    Entries whose names start with one of `ignored` are not compared.
+    """
     return ", ".join(
         f"{key} ({earlier.get(key)} there, {settings.get(key)} now)"
         for key in sorted(earlier.keys() | settings.keys())
-        if earlier.get(key) != settings.get(key)
+        if earlier.get(key) != settings.get(key) and not key.startswith(ignored)
     )
 
 
@@ -49,7 +61,7 @@ class Parts:
     def missing(self, rank: int, world: int) -> list[int]:
         """The parts that this rank has still to make; the others' are elsewhere in the line."""
         left = [i for i in range(self.count) if not self.path(i).exists()]
-        return left[rank::world]
+        return share_of(left, rank, world)
 
     def write(self, number: int, **arrays: np.ndarray) -> None:
         with whole_file(self.path(number)) as partial, open(partial, "wb") as file:

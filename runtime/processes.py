@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -63,3 +64,15 @@ def set_matmul_precision(precision: str) -> None:
     """Float32 products in full (fp32) or by TensorFloat-32 on CUDA (tf32, bf16)."""
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """`set_matmul_precision` for the length of a block; then what was set before holds again."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    set_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

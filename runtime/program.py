@@ -1,7 +1,9 @@
 """How every program begins and ends: its arguments, and errors in one line."""
 
+import contextlib
 import errno
 import os
+import select
 import signal
 import sys
 import time
@@ -11,43 +13,79 @@ from typing import NoReturn
 
 from runtime.errors import InputError
 
-NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+SPACE, RIGHTS = "make room", "change its permissions or choose another place"
+REMEDIES = {
+    errno.ENOSPC: SPACE, errno.EDQUOT: SPACE, errno.EFBIG: SPACE,
+    errno.ENAMETOOLONG: "choose a shorter name", errno.ENOTDIR: "choose another place",
+    errno.EROFS: RIGHTS, errno.EACCES: RIGHTS, errno.EPERM: RIGHTS,
+}  # fmt: skip
+READER_GONE = 128 + signal.SIGPIPE  # as the shell reports other programs
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run a program's `main(arguments)`; a user's mistake ends it with one line and status 2.
 
-    So does a full disk or a closed folder, wherever the program meets it.
+    So does a full disk or a closed folder, wherever the program meets it. A reader that closes the
+    pipe (`| head`) ends it quietly.
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except SystemExit:
+        if reader_is_gone():
+            leave(READER_GONE)
+        raise
     except Exception as e:
+        if isinstance(e, BrokenPipeError) and reader_is_gone():
+            leave(READER_GONE)
         if isinstance(e, InputError):
             # A DataLoader's worker wraps the message into its traceback; the line itself comes last.
             message = str(e).rsplit("InputError: ")[-1].strip()
-        elif isinstance(e, OSError) and e.errno in NO_PLACE:
-            message = f"{e.filename or 'a file'}: {e.strerror}; make room or rights, and try again"
+        elif isinstance(e, OSError) and e.errno in REMEDIES:
+            message = f"{e.filename or 'a file'}: {e.strerror}; {REMEDIES[e.errno]}, then try again"
         else:
             traceback.print_exc()
             leave(1)
-        # Every rank finds the same mistake. Rank 0 says it first, and the launcher ends the others
-        # while they wait; a mistake that only another rank found is still said.
+        # Every rank meets the same mistake. Rank 0 reports it first, and the launcher ends the
+        # others while they wait; a mistake that only another rank met is reported all the same.
         if int(os.environ.get("RANK", 0)) > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer only notes the launcher's
             time.sleep(3)
-        print(f"error: {message}", file=sys.stderr)
+        report(f"error: {message}")
         leave(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from what is saved", file=sys.stderr)
+        report("stopped; the same command resumes from what is saved")
         leave(130)
 
 
-def leave(status: int) -> NoReturn:
-    """Exit at once: neither for a collective that others still wait in, nor for data workers.
+def report(line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr)
 
-    These outlive the one signal that the interpreter sends them on its own way out
-    (`runtime.signals`), and it would wait for them for ever.
+
+def reader_is_gone() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+        except BrokenPipeError:
+            return True
+        except (OSError, ValueError):
+            continue  # closed, or not a file
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            return True
+    return False
+
+
+def leave(status: int) -> NoReturn:
+    """Exit at once, without waiting for a collective or for data workers.
+
+    Other ranks may still wait in the collective. Data workers outlive the one signal that the
+    interpreter sends them at its exit (`runtime.signals`), and it would wait for them forever.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(status)

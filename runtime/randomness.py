@@ -1,24 +1,40 @@
-"""All randomness is derived from what it is for, so that resuming needs no saved generator."""
+"""All randomness is derived from its purpose, so that resuming needs no saved generator."""
+
+from enum import IntEnum
 
 import numpy as np
 import torch
 
+from modeling.randomness import image_uniforms
 
-def generator_for(seed: int, *key: int) -> np.random.Generator:
-    """The stream of one purpose: a pure function of the seed and, say, (epoch, index)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
+__all__ = ["STREAMS_VERSION", "Stream", "generator_for", "image_uniforms", "seed_step"]
+
+
+class Stream(IntEnum):
+    """What a stream of training is for; the first number of its key, so that no two streams meet.
+
+    Sampling's streams have the image's index alone as their key (`image_uniforms`): published
+    samples depend on it. Every key here is longer.
+    """
+
+    ORDER = 1  # (epoch): the order of an epoch's images
+    VIEW = 2  # (epoch): the view of each image and whether its class is dropped
+    CROP = 3  # (epoch, index): the random crop and flip of an image
+    STEP = 4  # (rank, step): torch's generators, for dropout
+
+
+# Raised whenever the streams of training change: a run resumed from a checkpoint of another version
+# sees other orders, crops and dropout masks from there on.
+STREAMS_VERSION = 2
+
+
+def generator_for(seed: int, stream: Stream, *key: int) -> np.random.Generator:
+    """A stream of training: a pure function of the seed, the purpose and, for example, the epoch."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(stream, *key))
+    return np.random.Generator(np.random.Philox(sequence))
 
 
 def seed_step(seed: int, rank: int, step: int) -> None:
     """Seed torch's generators (dropout) for one step of one rank."""
-    state = np.random.SeedSequence(seed, spawn_key=(rank, step)).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]))
-
-
-def image_uniforms(seed: int, indices: range, steps: int) -> torch.Tensor:
-    """Uniforms in [0, 1) of the images `indices`: (len(indices), steps), float32.
-
-    Row i depends on (seed, index) alone, never on the rank, the batch or the device.
-    """
-    rows = [generator_for(seed, i).random(steps, dtype=np.float32) for i in indices]
-    return torch.from_numpy(np.stack(rows))
+    sequence = np.random.SeedSequence(seed, spawn_key=(Stream.STEP, rank, step))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

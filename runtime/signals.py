@@ -1,4 +1,4 @@
-"""Stopping on request: the step is finished on all ranks together, saved, and the status says so."""
+"""Stopping on a signal: all ranks finish the same step and save it; the exit status says so."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-SAVED_AND_STOPPED = 75  # exit status: the same command goes on (sysexits' EX_TEMPFAIL)
-ASKING = (signal.SIGTERM, signal.SIGUSR1)
+SAVED_AND_STOPPED = 75  # exit status: the same command resumes (sysexits' EX_TEMPFAIL)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PATIENCE = 3.0  # seconds
 
 
-class Request:
+class StopRequest:
     """A signal handler that notes the first signal and ends the process at the second."""
 
     def __init__(self) -> None:
@@ -34,18 +34,21 @@ class Request:
 class StopSignal:
     """SIGTERM or SIGUSR1 to any rank asks all of them to stop; a second one exits at once.
 
-    One request may arrive twice, from whoever signals all processes and from torchrun, which passes
-    it on: only `PATIENCE` seconds after the first is it a second one.
-    `agreed` is one small all-reduce between the CPUs of the ranks; it waits for no device, and
-    for a rank that does not answer no longer than `timeout`.
+    One request may arrive twice: from the scheduler that signals all processes, and from torchrun,
+    which passes it on. So a signal counts as a second one only `PATIENCE` seconds after the first.
+    `agreed` is one small all-reduce between the CPUs of the ranks. It does not wait for a device,
+    and it waits for a rank that does not answer no longer than `timeout`.
     """
 
     def __init__(self, timeout: timedelta) -> None:
-        self.request = Request()
-        self.group = None
+        self.request = StopRequest()
+        self.group: dist.ProcessGroup | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self.group = dist.new_group(backend="gloo", timeout=timeout)
-        for number in ASKING:
+            group = dist.new_group(backend="gloo", timeout=timeout)
+            self.group = (
+                group if isinstance(group, dist.ProcessGroup) else None
+            )  # all ranks are in it
+        for number in STOP_SIGNALS:
             signal.signal(number, self.request)
 
     def agreed(self) -> bool:
@@ -58,11 +61,11 @@ class StopSignal:
 
 
 def outlive_first_signal(worker: int) -> None:
-    """A DataLoader's `worker_init_fn`: the step that is to be finished needs its workers.
+    """A DataLoader's `worker_init_fn`: the step that must be finished needs its data workers.
 
-    torchrun signals a whole process group, workers included, which PyTorch lets die of it. They end
-    when their rank asks them to or is gone.
+    torchrun signals a whole process group, workers included, and by default they would die of it.
+    With this they end when their rank tells them to, or has ended itself.
     """
-    request = Request()
-    for number in ASKING:
+    request = StopRequest()
+    for number in STOP_SIGNALS:
         signal.signal(number, request)

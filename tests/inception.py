@@ -31,7 +31,7 @@ class TinyFeatures:
     widths = (12, 6, 5)
     published = True
 
-    def __init__(self, device="cpu", identity="tiny"):
+    def __init__(self, device="cpu", weights=None, identity="tiny"):
         self.device, self.identity = torch.device(device), identity
         generator = torch.Generator().manual_seed(1)
         self.bases = [torch.randn(16, width, generator=generator) for width in self.widths]

@@ -1,404 +1,494 @@
 """Train the tokenizer: `accelerate launch -m train_tokenizer config=FILE option=value …`.
 
-Stage 1 trains everything with a causal decoder; stage 2 keeps encoder and codebook of a stage-1
-checkpoint and trains a bidirectional decoder. One command runs all phases of a stage, and the same
-command goes on after an interruption.
+Stage 1 trains everything with a causal decoder; stage 2 keeps the encoder and the codebook of a
+stage-1 checkpoint and trains a bidirectional decoder. One command runs all phases of a stage; the
+same command resumes an interrupted run. `--dry-run` runs a few steps of every phase, prints what the
+whole run needs, and writes nothing.
 """
 
 import itertools
-import math
-import time
-from datetime import timedelta
-from typing import Optional
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Subset
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, set_seed
+from torch import Tensor, nn
 
-import configs.schema
+import configs.load
 from configs.schema import Phase, TokenizerRun
-from data.images import CenterImages, TrainImages, list_paths, to_float
-from data.loader import training_loader
+from data.images import TrainImages, list_paths, to_float
 from evaluation import in_training
-from evaluation.lpips import LPIPS, lpips_is_here
-from evaluation.reconstruction import codebook_use, reconstruct_all
-from modeling.tokenizer import Tokenizer
-from modeling.weights import describe, load_tensors, read_state_dict, write_state_dict
+from evaluation.evaluator import Evaluator
+from evaluation.lpips import LPIPS, lpips_is_available
+from evaluation.reconstruction import Preview, codebook_use, image_batches, reconstruct
+from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
+from modeling.weights import (
+    describe,
+    load_tensors,
+    read_part,
+    read_state_dict,
+    write_state_dict,
+)
 from runtime.errors import InputError
 from runtime.processes import compiles, on_main
-from runtime.program import run
+from runtime.program import run as run_program
 from runtime.randomness import seed_step
-from runtime.signals import SAVED_AND_STOPPED, StopSignal, outlive_first_signal
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training import checkpoint
 from training.accelerator import start_training
-from training.log import RunLog, Window, due
-from training.optim import FiniteGuard
-from training.resume import flatten
-from training.run import RunFolder
-from training.schedule import phase_at, tokenizer_lr
+from training.dry_run import Stretch, split_dry_run
+from training.optim import EMA, adamw, clip_gradients, set_learning_rate
+from training.run import Due, Run, flatten
+from training.schedule import is_critic_step, phase_at, tokenizer_lr
 
+WEIGHTS = Path("weights")  # the published files that the losses and metrics need
 PREVIEWS, PER_ROW = 16, 8  # images in a preview, and pictures (before | after) in its row
 STAGE1_ONLY = ("decoder.ffn_aux", "decoder.conv_out_aux", "quantize.embed_prob")
 BUFFERS_AND_POSITIONS = ("decoder.class_embedding", "decoder.latent_token_positional_embedding")
-# In a checkpoint, "tokenizer" is what the run has to show: with EMA the average. These are then
-# the weights that training goes on from.
-UNAVERAGED = "unaveraged"
-# What a run may change when it goes on: nothing here moves its weights, but for rounding. Of the
-# phases, those that have begun are compared.
-FREE_TO_CHANGE = (
+# In a checkpoint, "tokenizer" holds the weights to use: with EMA, the average. The weights that
+# training continues from are then under this name.
+RAW_WEIGHTS = "unaveraged"
+# Settings that may differ when a run is resumed: none of them moves its weights, but for rounding.
+# Of the phases, those that have begun are compared.
+IGNORED_ON_RESUME = (
     "experiment.", "dataset.params.train_dir", "dataset.params.val_dir",
     "dataset.params.num_workers_per_gpu", "model.use_checkpoint",
     "training.gradient_accumulation_steps", "training.per_gpu_batch_size", "training.enable_",
     "training.compile", "training.timeout_minutes", "training.max_train_steps",
 )  # fmt: skip
-COLLAPSED = 0.1  # less of the codebook in use than this is worth a warning …
-MEANT = 10  # … once a window has so many tokens a code that chance does not explain it
+MIN_CODEBOOK_USE = 0.1  # a smaller share of the codebook in use is worth a warning …
+MIN_TOKENS_PER_CODE = 10  # … once a window has enough tokens that chance does not explain it
 
 
+# ---------------------------------------------------------------------- data
+@dataclass
+class TokenizerData:
+    """What a run learns from, and the held-out images and networks that it is evaluated with."""
+
+    paths: list[str]
+    dataset: TrainImages
+    validation: list[str]  # paths of held-out images; may be empty
+    evaluator: Optional[Evaluator]  # for rFID
+
+
+def open_data(options: TokenizerRun) -> TokenizerData:
+    """List the images of a run. Raises InputError where there are none, or they would be too small."""
+    params, size = options.dataset.params, options.model.vq_model.image_size
+    resize = params.resize or size
+    if resize < size:
+        raise InputError(f"dataset.params.resize={resize} is smaller than the image size {size}")
+    paths = list_paths(params.train_dir)[: options.experiment.max_train_examples]
+    validation = list_paths(params.val_dir) if params.val_dir else []
+    evaluator = in_training.open_evaluator(
+        options.experiment.fid_reference, bool(validation), "dataset.params.val_dir", WEIGHTS, size
+    )
+    dataset = TrainImages(paths, size, resize, params.random_flip, options.training.seed)
+    return TokenizerData(paths, dataset, validation, evaluator)
+
+
+# ---------------------------------------------------------------------- what is trained
 def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     """Stage 1: from scratch. Stage 2: encoder, codebook and, by default, decoder of stage 1."""
     tokenizer = Tokenizer(options.model.vq_model)
+    assert tokenizer.encoder is not None and tokenizer.decoder is not None
     tokenizer.encoder.recompute = tokenizer.decoder.recompute = options.model.use_checkpoint
     if options.model.stage == 1:
-        # Without its loss no gradient reaches the codebook, for which DDP would wait.
+        # Without its loss no gradient reaches the codebook, and DDP would wait for one.
         tokenizer.quantize.requires_grad_(options.losses.quantizer_weight > 0)
         return tokenizer
-    given = options.experiment.stage1_checkpoint
-    if given is None:
+    source = options.experiment.stage1_checkpoint
+    if source is None:
         raise InputError(
-            "stage 2 needs the tokenizer that stage 1 trained: give "
+            "stage 2 needs the tokenizer that stage 1 trained: set "
             "experiment.stage1_checkpoint=RUN_DIR or a weights file"
         )
-    state = read_state_dict(on_main(lambda: checkpoint.weights_file(given, "tokenizer")))
-    if options.model.decoder_init == "stage1":
+    state = read_state_dict(on_main(lambda: checkpoint.weights_file(source, "tokenizer")))
+    from_stage1 = options.model.decoder_init == "stage1"
+    if from_stage1:
         ignore, keep = STAGE1_ONLY + BUFFERS_AND_POSITIONS, BUFFERS_AND_POSITIONS
     else:
         ignore, keep = (*STAGE1_ONLY, "decoder."), ("decoder.",)
-    load_tensors(tokenizer, state, given, ignore, keep)
-    if options.model.decoder_init == "stage1" and not any(k.startswith(STAGE1_ONLY) for k in state):
+    load_tensors(tokenizer, state, source, ignore, keep)
+    if from_stage1 and not any(k.startswith(STAGE1_ONLY) for k in state):
         raise InputError(
-            f"{given} is no checkpoint of stage 1 but {describe(state)}: give stage 1's run, or "
-            f"model.decoder_init=scratch to take only encoder and codebook from it"
+            f"{source} is not a checkpoint of stage 1 but {describe(state)}: pass stage 1's run, or "
+            f"set model.decoder_init=scratch to take only encoder and codebook from it"
         )
     tokenizer.freeze_encoder()
     return tokenizer
 
 
-def main(argv: list[str]) -> None:
-    options = configs.schema.load(TokenizerRun, argv)
-    experiment, training, phases = options.experiment, options.training, options.phases
-    data, config = options.dataset.params, options.model.vq_model
-    total_steps = sum(phase.steps for phase in phases)
-    resize = data.resize or config.image_size
-    if resize < config.image_size:
-        raise InputError(f"dataset.params.resize={resize} is smaller than the image size")
-    paths = list_paths(data.train_dir)[: experiment.max_train_examples]
-    held_out = list_paths(data.val_dir) if data.val_dir else []
+def build_discriminator(options: TokenizerRun) -> Discriminator:
+    """From scratch or, in stage 2, from stage 1's checkpoint."""
+    discriminator, source = Discriminator(), options.experiment.stage1_checkpoint
+    if options.model.critic_init == "stage1" and source is not None:
+        file = on_main(lambda: checkpoint.weights_file(source, "discriminator"))
+        load_tensors(discriminator, read_part(file, "block_in.0.weight"), str(file))
+    return discriminator
 
-    accelerator = start_training(training)
-    device, world = accelerator.device, accelerator.num_processes
-    stop = StopSignal(timedelta(minutes=training.timeout_minutes))
-    folder = RunFolder(accelerator, experiment)
-    batch, accumulation = training.per_gpu_batch_size, training.gradient_accumulation_steps
-    global_batch = batch * world * accumulation
 
-    def this_run(step: int) -> dict:
-        """What the run was until `step`, to compare with when it goes on."""
-        so_far = {**configs.schema.as_dict(options), "phases": begun(phases, step)}
-        return {**flatten(so_far), "images": len(paths), "batch in all": global_batch}
+class CodebookUse:
+    """How often each code was chosen since the last report, on the device; warns of a collapse."""
 
-    evaluator = in_training.open_evaluator(
-        experiment.fid_reference, bool(held_out), "dataset.params.val_dir"
-    )
-    set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
-    tokenizer = build_tokenizer(options)
-    adversarial = any(phase.gan_weight for phase in phases)
-    discriminator = Discriminator() if adversarial else None
-    pretrained = options.perceptual.pretrained
-    with accelerator.local_main_process_first():  # one rank reads the disk, the others its cache
-        networks = FrozenNetworks(phases, pretrained, device)
-        lpips = networks.lpips if pretrained else None  # what evaluation measures with
-        if lpips is None and pretrained and held_out and lpips_is_here():
-            lpips = LPIPS(pretrained).to(device)
-    ema = None
-    if training.use_ema:
-        average = get_ema_multi_avg_fn(training.ema_decay)
-        ema = AveragedModel(tokenizer, device=device, multi_avg_fn=average)
+    def __init__(self, config: TokenizerConfig, device: torch.device):
+        self.counts = torch.zeros(config.codebook_size, device=device)  # of this rank
+        self.clustering, self.latents = config.clustering, []
+        self.warned = False
 
-    first_step, source = folder.first_step, str(folder.source)
-    if folder.source is not None:
-        state = folder.state(this_run(first_step - 1), FREE_TO_CHANGE)
-        load_tensors(tokenizer, folder.weights(UNAVERAGED, "tokenizer"), source)
-        if ema is not None and "averaged" in state:  # else the average begins here
-            load_tensors(ema.module, folder.weights("tokenizer"), source)
-            ema.n_averaged.fill_(state["averaged"])
-        if adversarial and "critic_optimizer" in state:  # not after phases without one
-            load_tensors(discriminator, folder.weights("discriminator"), source)
+    def add(self, out: TokenizerOutput) -> None:
+        """Codes (B, T) and latents (B, T, d) of a micro-batch; the latents are kept for clustering."""
+        codes = out.codes.flatten()
+        if self.clustering:
+            self.latents.append(out.latents.detach().flatten(0, 1))
+        self.counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=self.counts.dtype))
 
-    def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
-        params = options.optimizer.params
-        return torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=0.0,  # set every step
-            betas=(params.beta1, params.beta2),
-            weight_decay=params.weight_decay,
-            fused=True,
-        )
+    def take_latents(self) -> Tensor:
+        """The latents (N, d) of this rank's micro-batches since the last call."""
+        latents, self.latents = torch.cat(self.latents), []
+        return latents
 
-    compile_it = compiles(training.compile, "training.compile")
-    compiled = torch.compile(tokenizer) if compile_it else tokenizer
-    model, optimizer = accelerator.prepare(compiled, adamw(tokenizer))
-    if adversarial:
-        critic, critic_optimizer = accelerator.prepare(discriminator, adamw(discriminator))
-    if folder.source is not None:
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-        except ValueError as e:  # possible for a checkpoint that was given by name
-            raise InputError(f"{source} is of a run that trained other parameters: {e}") from e
-        if adversarial and "critic_optimizer" in state:
-            critic_optimizer.load_state_dict(state["critic_optimizer"])
+    def total(self, accelerator: Accelerator) -> Tensor:
+        """Counts (codebook_size,) over all ranks, which call this together."""
+        return accelerator.reduce(self.counts, "sum")  # type: ignore[return-value] - of a tensor, a tensor
 
-    draws = TrainImages(paths, config.image_size, resize, data.random_flip, training.seed)
-    workers = data.num_workers_per_gpu
-    loader = training_loader(draws, len(paths), training, workers, accelerator, first_step)
-    folder.open(options)
-    log = RunLog(accelerator, experiment, configs.schema.as_dict(options), first_step, total_steps)
-    for warning in folder.warnings:
-        log.say(f"warning: {warning}")
-    if (networks.convnext or networks.lpips) and not pretrained:
-        log.say("warning: perceptual.pretrained=false: the networks are random, for tests only")
-    if held_out and lpips is None:
-        log.say("no val/lpips: it needs VGG16 and its heads (weights/README.md)")
-    trained = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in tokenizer.parameters()) - trained
-    log.say(
-        f"stage {options.model.stage}: {trained / 1e6:.1f}M parameters train, "
-        f"{frozen / 1e6:.1f}M frozen; {len(paths)} images, {global_batch} a step; "
-        + " + ".join(f"{p.name} {p.steps}" for p in phases)
-        + f" = {total_steps} steps = {total_steps * global_batch / len(paths):.1f} epochs; from step {first_step} on {world} x {device.type}"
-    )
-
-    shown = tokenizer if ema is None else ema.module  # what is evaluated, previewed and exported
-
-    def save(step: int) -> None:
-        weights = {"tokenizer": shown.state_dict()}
-        state = {"run": this_run(step), "optimizer": optimizer.state_dict()}
-        if ema is not None:
-            weights[UNAVERAGED] = tokenizer.state_dict()
-            state["averaged"] = ema.n_averaged.item()
-        if adversarial:
-            weights["discriminator"] = discriminator.state_dict()
-            state["critic_optimizer"] = critic_optimizer.state_dict()
-        state["window"] = window.state(accelerator)
-        state["code_counts"] = accelerator.reduce(code_counts, "sum").cpu()  # of the window
-        folder.save(step, weights, state)
-
-    model.train()
-    window, guard = Window(), FiniteGuard(device)
-    code_counts = torch.zeros(config.codebook_size, device=device)
-    if folder.source is not None:
-        window.restore(state["window"], accelerator)
+    def restore(self, counts: Tensor, accelerator: Accelerator) -> None:
+        """Resume from the `total` of a checkpoint."""
         if accelerator.is_main_process:
-            code_counts += state["code_counts"].to(device)
-        del state  # gigabytes of moments, in host memory
-    collapse_said = False
-    # Compiling and the first choices of kernels are over after one step: time counts from there.
-    began, timed = time.perf_counter(), False
-    batches = iter(loader)
-    for step in range(first_step, total_steps + 1):
-        phase, within = phase_at(phases, step)
-        number = 1 + [id(p) for p in phases].index(id(phase))  # two phases may be equal
-        lr = tokenizer_lr(phases, step, options.optimizer.params.warmup_steps)
-        seed_step(training.seed, accelerator.process_index, step)
-        train_critic = bool(phase.gan_weight) and within % 2 == 0  # the first such step is ours
-        if within == 1 or step == first_step:
-            log.say(f"phase {phase.name}: step {within} of {phase.steps}")
-        latents, watched = [], {}
-        for _ in range(accumulation):
-            with window.waiting():
-                images = to_float(next(batches).to(device, non_blocking=True))
-            window.images += batch * world
-            if train_critic:
-                with torch.no_grad(), accelerator.autocast():
-                    fake = compiled(images).images
-                with accelerator.accumulate(critic):
-                    real_logits, fake_logits = critic(torch.cat([images, fake])).chunk(2)
-                    loss = hinge_loss(real_logits, fake_logits)
-                    accelerator.backward(loss)
-                values = {"critic": loss, "real": real_logits.mean(), "fake": fake_logits.mean()}
-                window.add(**values)
-                add_up(watched, values)
-                continue
-            with accelerator.accumulate(model):
-                out = model(images)
-                terms = tokenizer_terms(
-                    out, images, config, options.model.stage, phase, options.losses, networks,
-                    discriminator,
-                )  # fmt: skip
-                loss = sum(weight * value for weight, value in terms.values())
-                accelerator.backward(loss)
-            latents.append(out.latents.detach().flatten(0, 1))
-            codes = out.codes.flatten()
-            code_counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=code_counts.dtype))
-            values = {"loss": loss, **{name: value for name, (_, value) in terms.items()}}
-            window.add(**values)
-            add_up(watched, values)
+            self.counts += counts.to(self.counts.device)
 
-        active, active_optimizer = (
-            (critic, critic_optimizer) if train_critic else (model, optimizer)
-        )
-        if config.clustering and not train_critic:
-            # Between backward and step, as published: the optimizer then moves the moved codes.
-            tokenizer.quantize.cluster(torch.cat(latents))
-        # Clipping by infinity only measures.
-        norm = accelerator.clip_grad_norm_(active.parameters(), training.max_grad_norm or math.inf)
-        if due(step, experiment.log_grad_norm_every):
-            window.add(grad_norm=norm)
-        if accelerator.scaler is not None:
-            # Loss scaling meets infinite gradients by design; the losses have to be finite.
-            norm = accelerator.reduce(watched["critic" if train_critic else "loss"], "sum")
-        guard.watch(step, norm, watched, active_optimizer.optimizer)
-        for group in active_optimizer.param_groups:
-            group["lr"] = lr
-        active_optimizer.step()
-        optimizer.zero_grad()
-        if adversarial:
-            critic_optimizer.zero_grad()  # the tokenizer's step leaves gradients there too
-        if ema is not None and not train_critic:
-            ema.update_parameters(tokenizer)
-        log.bar.update()
-
-        last, stops = step == total_steps, stop.agreed()
-        logs, evaluates, previews, saves = (
-            last or due(step, every)
-            for every in (
-                experiment.log_every, experiment.eval_every, experiment.generate_every,
-                experiment.save_every,
+    def report(self, run: Run) -> dict[str, float]:
+        """Share of codes used and perplexity, none if no code was counted; counts start anew."""
+        counts = self.total(run.accelerator)
+        self.counts.zero_()
+        if not counts.any():  # all steps were the discriminator's
+            return {}
+        use, perplexity = codebook_use(counts)
+        if not self.warned and has_collapsed(counts):
+            self.warned = True
+            run.log.say(
+                f"warning: the codebook has collapsed: {use:.2%} of {len(counts)} codes are used, "
+                f"perplexity {perplexity:.1f}; lower the learning rate, or train stage 1 with "
+                f"clustering"
             )
-        )  # fmt: skip
-        saves = saves or stops
-        if logs or evaluates or previews or saves:
-            guard.raise_if_bad(accelerator)
-        if logs:
-            values = {"lr": lr, "phase": number, **window.close(accelerator)}
-            counts = accelerator.reduce(code_counts, "sum")
-            code_counts.zero_()
-            if counts.any():  # else all steps were the discriminator's
-                values["codes used"], values["perplexity"] = codebook_use(counts)
-                if not collapse_said and has_collapsed(counts):
-                    collapse_said = True
-                    log.say(
-                        f"warning: the codebook has collapsed: {values['codes used']:.2%} of "
-                        f"{len(counts)} codes are used, perplexity {values['perplexity']:.1f}; "
-                        f"lower the learning rate, or train stage 1 with clustering"
-                    )
-            log.metrics(step, values)
-            if not timed and step > first_step:
-                seconds = (time.perf_counter() - began) / (step - first_step)
-                log.say(
-                    f"expected time: {(total_steps - step) * seconds / 3600:.2f} hours for the "
-                    f"{total_steps - step} steps left, at this phase's {seconds:.3g} s a step"
-                )
-                timed = True
-        with window.paused():
-            if held_out and evaluates:
-                values = evaluate(accelerator, shown, held_out, batch, workers, lpips)
-                log.metrics(step, {f"val/{k}": v for k, v in values.items()})
-            if previews:
-                before, after = preview(accelerator, shown, held_out or paths)
-                log.images(step, "reconstruction", interleave(before, after), PER_ROW)
-            if evaluates and evaluator is not None:
-                values = in_training.reconstructed(evaluator, shown, held_out, batch, workers)
-                log.metrics(step, values)
-            if saves:
-                save(step)
-        if stops and not last:
-            log.say(f"asked to stop: saved step {step}; the same command goes on")
-            log.close()
-            raise SystemExit(SAVED_AND_STOPPED)
-        if step == first_step:
-            began = time.perf_counter()
-    if accelerator.is_main_process:
-        write_state_dict(shown.state_dict(), folder.path / "tokenizer.pth")
-    log.say(f"done; weights in {folder.path / 'tokenizer.pth'}")
-    log.close()
+        return {"codes used": use, "perplexity": perplexity}
+
+
+def has_collapsed(counts: Tensor) -> bool:
+    """Whether counts (codebook_size,) use too few codes for chance to explain it."""
+    use, _ = codebook_use(counts)
+    return use < MIN_CODEBOOK_USE and counts.sum().item() >= MIN_TOKENS_PER_CODE * len(counts)
+
+
+class TrainState:
+    """Tokenizer, discriminator, their optimizers, the average and the frozen networks of the losses.
+
+    Built from the initial weights, or from the checkpoint that `run` resumes from. `critic` is the
+    discriminator as the accelerator wraps it; without an adversarial phase there is none.
+    """
+
+    def __init__(self, run: Run, options: TokenizerRun, evaluates: bool):
+        training, accelerator = options.training, run.accelerator
+        self.run, self.options, self.accelerator = run, options, accelerator
+        self.config = options.model.vq_model
+        set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
+        self.tokenizer = build_tokenizer(options)
+        adversarial = any(phase.gan_weight for phase in options.phases)
+        self.discriminator = build_discriminator(options) if adversarial else None
+        weights = WEIGHTS if options.perceptual.pretrained else None
+        # One rank reads the disk, the others its cache.
+        with accelerator.local_main_process_first():
+            self.networks = FrozenNetworks(options.phases, weights, accelerator.device)
+            # Evaluation measures with the published LPIPS alone.
+            self.lpips = None if weights is None else self.networks.lpips
+            if self.lpips is None and weights and evaluates and lpips_is_available(weights):
+                self.lpips = LPIPS(weights).to(accelerator.device)
+        self.ema = EMA(self.tokenizer, training.ema_decay) if training.use_ema else None
+        if run.resumed:
+            self._load_weights()
+
+        params = options.optimizer.params
+        trained = [p for p in self.tokenizer.parameters() if p.requires_grad]
+        compiled = compiles(training.compile, "training.compile")
+        # The same module, compiled or not, but without DDP: for the discriminator's steps.
+        self.forward: Any = torch.compile(self.tokenizer) if compiled else self.tokenizer
+        self.model, self.optimizer = accelerator.prepare(self.forward, adamw(trained, params))
+        self.critic: Any = None
+        self.critic_optimizer: Any = None
+        if self.discriminator is not None:
+            self.critic, self.critic_optimizer = accelerator.prepare(
+                self.discriminator, adamw(self.discriminator.parameters(), params)
+            )
+        if self.ema is not None:
+            self.ema.prepare(accelerator)
+        self.codes = CodebookUse(self.config, accelerator.device)
+        if run.resumed:
+            self._load_optimizers()
+        self.model.train()
+
+    def _load_weights(self) -> None:
+        folder, source = self.run.folder, str(self.run.folder.source)
+        load_tensors(self.tokenizer, folder.weights(RAW_WEIGHTS, "tokenizer"), source)
+        if self.ema is not None:  # from a run without an average, it starts at the weights
+            load_tensors(self.ema.model, folder.weights("tokenizer"), source)
+        if self.discriminator is not None and "critic_optimizer" in self.run.saved:
+            load_tensors(self.discriminator, folder.weights("discriminator"), source)
+
+    def _load_optimizers(self) -> None:
+        saved = self.run.saved
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except ValueError as e:  # possible for a checkpoint that was named
+            source = self.run.folder.source
+            raise InputError(f"{source} is of a run that trained other parameters: {e}") from e
+        if self.critic is not None and "critic_optimizer" in saved:  # not after phases without one
+            self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
+        self.codes.restore(saved["code_counts"], self.accelerator)
+
+    @property
+    def averaged(self) -> Tokenizer:
+        """The tokenizer that is evaluated, previewed and exported: the average, if there is one."""
+        part: Any = self.tokenizer if self.ema is None else self.ema.model
+        return part
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """A checkpoint's weights, by file name."""
+        weights = {"tokenizer": self.averaged.state_dict()}
+        if self.ema is not None:
+            weights[RAW_WEIGHTS] = self.tokenizer.state_dict()
+        if self.discriminator is not None:
+            weights["discriminator"] = self.discriminator.state_dict()
+        return weights
+
+    def other_state(self) -> dict[str, Any]:
+        """What else a checkpoint keeps; all ranks call this."""
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "code_counts": self.codes.total(self.accelerator).cpu(),
+        }
+        if self.critic is not None:
+            state["critic_optimizer"] = self.critic_optimizer.state_dict()
+        return state
+
+    def models(self) -> dict[str, nn.Module]:
+        """What is trained, by name."""
+        models: dict[str, nn.Module] = {"tokenizer": self.tokenizer}
+        return (
+            models
+            if self.discriminator is None
+            else {**models, "discriminator": self.discriminator}
+        )
+
+    def tokenizer_turn(self) -> tuple[nn.Module, Any]:
+        return self.model, self.optimizer
+
+    def critic_turn(self) -> tuple[nn.Module, Any]:
+        return self.critic, self.critic_optimizer
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+        if self.critic is not None:
+            self.critic_optimizer.zero_grad()  # the tokenizer's step leaves gradients there too
+
+
+# ---------------------------------------------------------------------- reports
+def settings_of(run: Run, data: TokenizerData, step: int) -> dict[str, Any]:
+    """What has made the run the run that it is until `step`, to compare when it is resumed."""
+    options = run.options
+    so_far = {**configs.load.as_dict(options), "phases": begun(options.phases, step)}
+    return {**flatten(so_far), "images": len(data.paths), "global batch": run.global_batch}
 
 
 def begun(phases: list[Phase], step: int) -> list[dict]:
     """The phases with a step up to `step`: what a run has been so far."""
     starts = itertools.accumulate((phase.steps for phase in phases), initial=0)
-    return [configs.schema.as_dict(p) for p, start in zip(phases, starts) if start < step]
+    return [configs.load.as_dict(p) for p, start in zip(phases, starts) if start < step]
 
 
-def add_up(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Add the detached values of one micro-batch, in place; what is not finite stays so."""
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0) + value.detach()
+def stretches_of(phases: list[Phase]) -> list[Stretch]:
+    """The phases as what a dry run measures one by one."""
+    starts = itertools.accumulate((phase.steps for phase in phases), initial=1)
+    return [Stretch(phase.name, start, phase.steps) for phase, start in zip(phases, starts)]
 
 
-def has_collapsed(counts: Tensor) -> bool:
-    """Whether so few codes occur in counts (codebook_size,) that it is no accident."""
-    use, _ = codebook_use(counts)
-    return use < COLLAPSED and counts.sum().item() >= MEANT * len(counts)
+def enter_phase(run: Run, phases: list[Phase], step: int) -> tuple[Phase, int, int]:
+    """The phase of a step, its number and the step's number in it, both from 1; announces a phase."""
+    phase, step_in_phase = phase_at(phases, step)
+    number = 1 + [id(p) for p in phases].index(id(phase))  # two phases may be equal
+    if step_in_phase == 1 or step == run.first_step:
+        run.log.say(f"phase {phase.name}: step {step_in_phase} of {phase.steps}")
+    return phase, number, step_in_phase
 
 
-def evaluate(
-    accelerator: Accelerator,
-    tokenizer: Tokenizer,
-    paths: list[str],
-    batch: int,
-    workers: int,
-    lpips: Optional[LPIPS],
-) -> dict[str, float]:
-    """Reconstruction metrics on held-out images, shared by the ranks; `lpips` where it is given."""
-    dataset = CenterImages(paths, tokenizer.config.image_size)
-    mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    batches = DataLoader(
-        Subset(dataset, list(mine)),
-        batch_size=batch,
-        num_workers=workers,
-        worker_init_fn=outlive_first_signal,
+def refuse_fsdp(accelerator: Accelerator) -> Accelerator:
+    """Raise InputError under FSDP: it would shard the codebook that clustering rewrites in place."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise InputError(
+            "the tokenizer does not train under FSDP, which shards the codebook that clustering "
+            "moves: launch with torchrun, or accelerate without --use_fsdp (its models fit on one "
+            "GPU)"
+        )
+    return accelerator
+
+
+def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
+    """The header of a run: what trains, on what, for how long; and what is missing or unusual."""
+    options, log, networks = state.options, run.log, state.networks
+    if (networks.convnext or networks.lpips) and not options.perceptual.pretrained:
+        log.say("warning: perceptual.pretrained=false: the networks are random, for tests only")
+    if data.validation and state.lpips is None:
+        log.say("no val/lpips: it needs VGG16 and its heads (weights/README.md)")
+    trained = sum(p.numel() for p in state.tokenizer.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in state.tokenizer.parameters()) - trained
+    phases = " + ".join(f"{p.name} {p.steps}" for p in options.phases)
+    epochs = run.total_steps * run.global_batch / len(data.paths)
+    log.say(
+        f"stage {options.model.stage}: {trained / 1e6:.1f}M parameters train, "
+        f"{frozen / 1e6:.1f}M frozen; {len(data.paths)} images, {run.global_batch} per step; "
+        f"{phases} = {run.total_steps} steps = {epochs:.1f} epochs; from step {run.first_step} on "
+        f"{run.accelerator.num_processes} x {run.accelerator.device.type}"
     )
-    distance = torch.zeros(2, device=accelerator.device)  # sum over images, their number
-
-    def measure(images: Tensor, reconstructions: Tensor) -> None:
-        with torch.autocast(accelerator.device.type, enabled=False):
-            value = lpips.distance(reconstructions, images)
-        distance.add_(torch.stack([value * len(images), value.new_tensor(len(images))]))
-
-    with accelerator.autocast():
-        sums, *_ = reconstruct_all(
-            tokenizer, batches, accelerator.device, None if lpips is None else measure
-        )
-    sums.values = accelerator.reduce(sums.values, "sum")
-    total, count = accelerator.reduce(distance, "sum").tolist()
-    return {**sums.metrics(), **({"lpips": total / count} if count else {})}
 
 
-def preview(
-    accelerator: Accelerator, tokenizer: Tokenizer, paths: list[str]
-) -> tuple[Tensor, Tensor]:
-    """Some images from all over the list, before and after; nothing but on the main process."""
-    if not accelerator.is_main_process:
-        return torch.empty(0), torch.empty(0)
-    chosen = torch.linspace(0, len(paths) - 1, min(PREVIEWS, len(paths))).long().tolist()
-    dataset = Subset(CenterImages(paths, tokenizer.config.image_size), chosen)
-    with accelerator.autocast():
-        _, before, after = reconstruct_all(
-            tokenizer, DataLoader(dataset, batch_size=PREVIEWS), accelerator.device
-        )
-    return before, after
+def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData) -> None:
+    """Validation metrics, rFID and previews of one step, as far as they are due and configured."""
+    tokenizer = state.averaged
+    with run.reporting(step, due):
+        if due.evaluate and data.validation:
+            values = evaluate(run, state, data)
+            if values is not None:
+                run.log.metrics(step, values)
+        if due.generate:
+            pictures = run.attempt(
+                "preview",
+                lambda: preview(tokenizer, data.validation or data.paths),
+            )
+            if pictures is not None:
+                run.log.images(step, "reconstruction", pictures, PER_ROW)
 
 
-def interleave(before: Tensor, after: Tensor) -> Tensor:
-    """(N, …) and (N, …) -> (2N, …): before | after, pair by pair."""
-    return torch.stack([before, after], 1).flatten(0, 1)
+def evaluate(run: Run, state: TrainState, data: TokenizerData) -> Optional[dict[str, float]]:
+    """Metrics of the held-out reconstructions, and rFID with a reference, from one pass over them.
+
+    None, after a warning, where an image cannot be read.
+    """
+    scores = in_training.ReconstructionScores(
+        state.averaged, data.validation, PartialState(), state.lpips, data.evaluator
+    )
+    batch, workers = run.training.per_gpu_batch_size, run.options.dataset.params.num_workers_per_gpu
+    measured = run.attempt("evaluation", lambda: scores.measure(batch, workers))
+    return None if measured is None else measured.reduced()
+
+
+def preview(tokenizer: Tokenizer, paths: list[str]) -> Tensor:
+    """Images from all over the list, each before and after: (2N, 3, S, S) in [0, 1] on the main
+    process, empty on the others."""
+    processes, pictures = PartialState(), Preview(PREVIEWS)
+    if processes.is_main_process:
+        chosen = torch.linspace(0, len(paths) - 1, min(PREVIEWS, len(paths))).long().tolist()
+        size = tokenizer.config.image_size
+        batches = image_batches([paths[i] for i in chosen], size, PREVIEWS, workers=0)
+        reconstruct(tokenizer, batches, tokenizer.latent_tokens.device, [pictures])
+    return pictures.pairs()
+
+
+# ---------------------------------------------------------------------- the program
+def critic_loss(state: TrainState, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The discriminator's weighted hinge loss on images and reconstructions, and what to log."""
+    with torch.no_grad(), state.accelerator.autocast():
+        out = state.forward(images)
+    if state.options.model.cluster_in_critic_steps:
+        state.codes.add(out)
+    real_logits, fake_logits = state.critic(torch.cat([images, out.images])).chunk(2)
+    loss = state.options.losses.critic_weight * hinge_loss(real_logits, fake_logits)
+    return loss, {"critic": loss, "real": real_logits.mean(), "fake": fake_logits.mean()}
+
+
+def tokenizer_loss(
+    state: TrainState, images: Tensor, phase: Phase
+) -> tuple[Tensor, dict[str, Tensor], TokenizerOutput]:
+    """The weighted sum of the phase's terms, what to log, and the tokenizer's output."""
+    out = state.model(images)
+    options = state.options
+    terms = tokenizer_terms(
+        out, images, state.config, options.model.stage, phase, options.losses, state.networks,
+        state.discriminator,
+    )  # fmt: skip
+    loss: Any = sum(weight * value for weight, value in terms.values())
+    return loss, {"loss": loss, **{name: value for name, (_, value) in terms.items()}}, out
+
+
+def learning_rate(options: TokenizerRun, step: int, train_critic: bool) -> float:
+    """The rate of a step; the discriminator's is the tokenizer's unless it has one of its own."""
+    params = options.optimizer.params
+    if train_critic and params.critic_learning_rate is not None:
+        return params.critic_learning_rate
+    return tokenizer_lr(options.phases, step, params)
+
+
+def main(argv: list[str]) -> None:
+    dry_run, argv = split_dry_run(argv)
+    options = configs.load.load(TokenizerRun, argv, "train_tokenizer")
+    training, phases = options.training, options.phases
+
+    # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
+    accelerator = refuse_fsdp(start_training(training))
+    data = open_data(options)
+    run = Run(accelerator, options, stretches_of(phases), dry_run)
+    run.resume(settings_of(run, data, run.first_step - 1), IGNORED_ON_RESUME)
+    state = TrainState(run, options, evaluates=bool(data.validation))
+    run.start(data.dataset, len(data.paths), options.dataset.params.num_workers_per_gpu)
+    describe_run(run, state, data)
+    report(run, run.first_step - 1, run.missing_reports(), state, data)
+
+    for step in run.steps():
+        phase, number, step_in_phase = enter_phase(run, phases, step)
+        train_critic = is_critic_step(phase, step_in_phase)  # the tokenizer begins
+        lr = learning_rate(options, step, train_critic)
+        seed_step(training.seed, accelerator.process_index, step)
+        model, optimizer = state.critic_turn() if train_critic else state.tokenizer_turn()
+
+        # Gradients of the global batch, one micro-batch after another
+        for _ in range(training.gradient_accumulation_steps):
+            images = to_float(run.next_batch())
+            with accelerator.accumulate(model):
+                if train_critic:
+                    loss, values = critic_loss(state, images)
+                else:
+                    loss, values, out = tokenizer_loss(state, images, phase)
+                    state.codes.add(out)
+                accelerator.backward(loss)
+            run.add(**values)
+
+        # The update of the weights; clustering comes before it, as published: it moves moved codes
+        if state.codes.latents:
+            state.tokenizer.quantize.cluster(state.codes.take_latents())
+        norm = clip_gradients(accelerator, model, training.max_grad_norm)
+        run.watch(step, norm, optimizer)
+        set_learning_rate(optimizer, lr)
+        optimizer.step()
+        state.zero_grad()
+        if state.ema is not None and not train_critic:
+            state.ema.update(state.tokenizer)
+
+        # What is due: the log, a checkpoint and, after it, reports
+        due = run.due(step)
+        if due.log:
+            run.log_window(step, {"lr": lr, "phase": number, **state.codes.report(run)})
+        if due.save:
+            run.save(step, settings_of(run, data, step), state.weights(), state.other_state())
+        if due.stop:
+            run.exit_stopped(step)
+        report(run, step, due, state, data)
+
+    if run.dry_run is not None:
+        return run.report_dry_run(state.models())
+    path = run.folder.path / "tokenizer.pth"
+    on_main(lambda: write_state_dict(state.averaged.state_dict(), path))
+    run.finish(f"weights in {path}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -1,4 +1,4 @@
-"""The patch discriminator of the adversarial phase, and its hinge losses.
+"""The patch discriminator of the adversarial phase, and the losses of both sides.
 
 Attribute names are the keys of the published state dict.
 """
@@ -22,12 +22,14 @@ def same_padding(x: Tensor, kernel: int, stride: int) -> Tensor:
 class SameConv2d(nn.Conv2d):
     """A convolution of stride 1 that keeps the image size."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(same_padding(x, self.kernel_size[0], 1))
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(same_padding(input, self.kernel_size[0], 1))
 
 
 class BlurDownsample(nn.Module):
     """Halve the image through the binomial kernel (1, 3, 3, 1)."""
+
+    kernel: Tensor
 
     def __init__(self):
         super().__init__()
@@ -76,6 +78,6 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
-def generator_loss(fake_logits: Tensor) -> Tensor:
+def adversarial_loss(fake_logits: Tensor) -> Tensor:
     """The tokenizer's adversarial loss: -mean(D(fake))."""
     return -fake_logits.mean()

@@ -1,5 +1,6 @@
 """The tokenizer's loss: named terms, each computed only when its weight is not 0."""
 
+from pathlib import Path
 from typing import Optional
 
 import torch
@@ -9,22 +10,25 @@ from torch import Tensor
 from configs.schema import Losses, Phase
 from evaluation.lpips import LPIPS
 from modeling.tokenizer import TokenizerConfig, TokenizerOutput, prefix_target
-from train_tokenizer.discriminator import Discriminator, generator_loss
+from train_tokenizer.discriminator import Discriminator, adversarial_loss
 from train_tokenizer.perceptual import ConvNeXtLogits
 
-# The published generator term is -mean(D(fake)) × 0.1 × 0.05; a phase's gan_weight is the product.
+# The published adversarial term is -mean(D(fake)) × 0.1 × 0.05; a phase's gan_weight is the product.
 
 
 class FrozenNetworks:
-    """The perceptual networks that at least one phase needs, on the training device."""
+    """The perceptual networks that at least one phase needs, on the training device.
 
-    def __init__(self, phases: list[Phase], pretrained: bool, device: torch.device):
+    `weights` is the folder of their published files; None leaves them random, for tests.
+    """
+
+    def __init__(self, phases: list[Phase], weights: Optional[Path], device: torch.device):
         self.convnext: Optional[ConvNeXtLogits] = None
         self.lpips: Optional[LPIPS] = None
         if any(p.perceptual_weight for p in phases):
-            self.convnext = ConvNeXtLogits(pretrained).to(device)
+            self.convnext = ConvNeXtLogits(weights).to(device)
         if any(p.lpips_weight for p in phases):
-            self.lpips = LPIPS(pretrained).to(device)
+            self.lpips = LPIPS(weights).to(device)
 
 
 def tokenizer_terms(
@@ -37,34 +41,43 @@ def tokenizer_terms(
     networks: FrozenNetworks,
     discriminator: Optional[Discriminator],
 ) -> dict[str, tuple[float, Tensor]]:
-    """(weight, value) of every term of one step, on images in [0, 1], in float32."""
+    """(weight, value) of every term of one step, on images (B, 3, S, S) in [0, 1], in float32.
+
+    The terms and their weights are those of the paper's section on two-stage training; `networks`
+    and `discriminator` are only used, and only needed, where the phase's weights are not 0.
+    """
     terms = {"mse": (1.0, F.mse_loss(out.images, images))}
     if out.strip is not None and losses.aux == "strip":
-        # As many patches of weight as the strip has, next to the image's g².
+        # The strip's mean counts in proportion to its K patches, next to the image's g².
         weight = losses.aux_weight * config.num_prefix_tokens / config.grid**2
         terms["aux"] = (weight, F.mse_loss(out.strip, prefix_target(images, config)))
     elif out.strip is not None:
         stitched = stitch(out)
         terms["aux"] = (losses.aux_weight, F.mse_loss(stitched, images))
         if phase.perceptual_weight:
+            assert networks.convnext is not None
             value = networks.convnext.distance(stitched, images)
             terms["aux_perceptual"] = (losses.aux_weight * phase.perceptual_weight, value)
     if stage == 1 and losses.quantizer_weight:
         terms["quantizer"] = (losses.quantizer_weight, out.quantizer_loss)
     if phase.perceptual_weight:
+        assert networks.convnext is not None
         value = networks.convnext.distance(out.images, images)
         terms["perceptual"] = (phase.perceptual_weight, value)
     if phase.lpips_weight:
+        assert networks.lpips is not None
         terms["lpips"] = (phase.lpips_weight, networks.lpips.distance(out.images, images))
     if phase.gan_weight:
-        terms["gan"] = (phase.gan_weight, generator_loss(discriminator(out.images)))
+        assert discriminator is not None
+        terms["gan"] = (phase.gan_weight, adversarial_loss(discriminator(out.images)))
     return terms
 
 
 def stitch(out: TokenizerOutput) -> Tensor:
     """The strip (K = g) above the other rows of patches of the reconstruction: (B, 3, S, S).
 
-    The reconstruction is detached: it is the surroundings in which the strip is judged.
+    The reconstruction is detached: the loss of the stitched image trains the strip alone.
     """
+    assert out.strip is not None
     below = out.images[:, :, out.strip.shape[2] :].detach()
     return torch.cat([out.strip, below], 2)

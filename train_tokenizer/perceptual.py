@@ -1,24 +1,35 @@
-"""The frozen network behind the perceptual term. Its weights are in no checkpoint."""
+"""The frozen network of the perceptual term. Checkpoints do not hold its weights."""
+
+from pathlib import Path
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import convnext_small
 
-from modeling.weights import find_weights, load_tensors, read_state_dict
+from modeling.weights import load_tensors, read_state_dict
+from runtime.published import find_published
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONVNEXT_FILE = "convnext_small-0c510722.pth"  # torchvision's name, ImageNet weights V1
 
 
 class ConvNeXtLogits(nn.Module):
-    """ConvNeXt-S logits (B, 1000) of images (B, 3, H, W) in [0, 1], read at 224 px."""
+    """ConvNeXt-S logits (B, 1000) of images (B, 3, H, W) in [0, 1], resized to 224 px.
 
-    def __init__(self, pretrained: bool):
+    `weights` is the folder of the published file, which torch's download cache may hold too; None
+    leaves the network random, for tests. Raises InputError where the file is missing or damaged.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, weights: Optional[Path]):
         super().__init__()
         self.network = convnext_small()
-        if pretrained:
-            path = find_weights(CONVNEXT_FILE, ", or set the weight of its loss to 0")
+        if weights is not None:
+            path = find_published(CONVNEXT_FILE, weights, ", or set the weight of its loss to 0")
             load_tensors(self.network, read_state_dict(path), str(path))
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
@@ -31,5 +42,5 @@ class ConvNeXtLogits(nn.Module):
     def distance(self, images: Tensor, targets: Tensor) -> Tensor:
         """Mean squared difference of the logits, a scalar."""
         with torch.no_grad():
-            wanted = self(targets)
-        return F.mse_loss(self(images), wanted)
+            target_logits = self(targets)
+        return F.mse_loss(self(images), target_logits)

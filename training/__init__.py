@@ -1,1 +1,1 @@
-"""Pieces that both trainers share: runtime, checkpoints, learning rates, randomness, logs."""
+"""What both trainers share: run, checkpoint, optim, schedule, log, utilisation, plot."""

@@ -1,4 +1,4 @@
-"""The accelerator of a training program: autocast type, launcher, FSDP."""
+"""The accelerator of a training program: its processes, autocast type and FSDP."""
 
 import os
 from datetime import timedelta
@@ -11,6 +11,7 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
 )
 
+from configs.environment import check_environment
 from configs.schema import Training
 from runtime.errors import InputError
 from runtime.processes import set_matmul_precision
@@ -31,6 +32,7 @@ def precision(training: Training) -> str:
 
 def start_training(training: Training) -> Accelerator:
     """The accelerator of a training program, with the run's matmul precision."""
+    check_environment(training, precision(training))
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=precision(training),
@@ -51,11 +53,12 @@ def start_training(training: Training) -> Accelerator:
 
 
 def start_fsdp(accelerator: Accelerator) -> None:
-    """Make the FSDP that accelerate's config asks for run on CPUs too, and compute as DDP does."""
+    """Let the FSDP that accelerate's config asks for run on CPUs too, and compute as DDP does."""
     state = accelerator.state
-    if state.distributed_type == DistributedType.MULTI_CPU:  # accelerate leaves FSDP to GPUs
+    if state.distributed_type == DistributedType.MULTI_CPU:  # accelerate: FSDP on GPUs only
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin()  # reads the launcher's environment
-    # Autocast alone decides the types. FSDP's own policy would round what enters each block too:
+    # Autocast alone decides the types. FSDP's own policy would also round what enters each block:
     # the rotary table and the residual stream.
+    assert state.fsdp_plugin is not None, "accelerate sets it where FSDP is asked for"
     state.fsdp_plugin.mixed_precision_policy = None

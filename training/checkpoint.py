@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent: written aside, synced, then renamed.
 
 A checkpoint is a folder `checkpoints/step-00001000` of files and a manifest with their sizes and
-sha256. It counts only while its manifest holds, so a killed save or a damaged disk costs one
-checkpoint and no more. Tensors and plain values only; nothing in it is ever executed.
+sha256. It is valid only while its files match the manifest, so a killed save or a damaged disk costs
+at most one checkpoint. It holds tensors and plain values only; nothing in it is ever executed.
 """
 
 import json
@@ -31,18 +31,18 @@ def save(
     keep_every: int = 0,
     origin: str | None = None,
 ) -> Path:
-    """Write one checkpoint, then remove later ones and all but the newest `keep`.
+    """Write one checkpoint; remove those of later steps and all but the newest `keep`.
 
     `weights` become NAME.safetensors, usable on their own; `state` (optimizers and plain values)
-    becomes state.pt. Steps that `keep_every` divides stay for good. `origin` is the path that the
-    run was started from by name, if it was. Raises InputError, with the earlier checkpoints
-    untouched, where the disk is full or not writable.
+    becomes state.pt. Checkpoints whose step is a multiple of `keep_every` are never removed as old.
+    `origin` is the checkpoint that the user named to start the run from, if any. Raises InputError,
+    with the earlier checkpoints untouched, where the disk is full or not writable.
     """
     folder = run_dir / "checkpoints"
     final = folder / f"step-{step:08d}"
     aside = folder / f"{final.name}.partial"
-    for left in folder.glob("*.partial"):  # by a run killed while it saved
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in folder.glob("*.partial"):  # of a run killed while it saved
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         with writing(final):
             aside.mkdir(parents=True)
@@ -53,8 +53,9 @@ def save(
                     f"needed, {free / 1e9:.2f} GB free; make room and run the same command again"
                 )
             write_files(aside, step, weights, state, origin)
-            # Later ones, and a damaged one of the same step, are of a run that was left: this one
-            # went on from an earlier checkpoint. None may outlive the new one by a kill.
+            # The run was resumed from an earlier checkpoint, so those of later steps, and a damaged
+            # one of this step, are obsolete. They are removed before the rename: if a kill left one
+            # beside the new checkpoint, the next start would resume from it.
             for other in reversed(all_checkpoints(run_dir)):
                 if step_of(other) >= step:
                     shutil.rmtree(other)
@@ -77,7 +78,7 @@ def write_files(
     state: dict[str, Any],
     origin: str | None,
 ) -> None:
-    """The files of a checkpoint and, last of all, their manifest."""
+    """The files of a checkpoint, then their manifest."""
     for name, tensors in weights.items():
         write_state_dict(tensors, folder / f"{name}.safetensors")
     with whole_file(folder / "state.pt") as partial:
@@ -101,7 +102,7 @@ def size_of(tree: Any) -> int:
 
 
 def step_of(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
+    return int(path.name.removeprefix("step-"))
 
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
@@ -112,7 +113,11 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with a checkpoint, or None.
+
+    Raises InputError where its files may not be read: that is no damage, and an older checkpoint is
+    no remedy.
+    """
     try:
         entries = json.loads((path / MANIFEST).read_text())["files"]
         if not entries:
@@ -123,13 +128,17 @@ def problem(path: Path) -> str | None:
                 return f"its manifest names {name}, outside its folder"
             if file_sha256(path / name) != entry["sha256"]:
                 return f"{name} was altered or cut short"
+    except PermissionError as e:
+        raise InputError(
+            f"no permission to read {e.filename}: make it readable (chmod), or run as its owner"
+        ) from e
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f"its manifest or a file of it is missing or unreadable ({type(e).__name__})"
     return None
 
 
 def origin_of(path: Path) -> str | None:
-    """What `save` was given as `origin`."""
+    """The `origin` that `save` wrote."""
     try:
         return json.loads((path / MANIFEST).read_text())["origin"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -139,37 +148,38 @@ def origin_of(path: Path) -> str | None:
 def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
     """The checkpoint that a run starts from (None: from the beginning) and warnings to print.
 
-    `resume` True takes the newest valid one of the run, False refuses a run that has any, a path
-    takes that checkpoint, or that run's newest; or what this run has saved since it took it, so
-    that the same command goes on. A folder that holds another run's is refused then.
+    `resume` is `experiment.resume`. True: the run's newest valid checkpoint. False: none; a folder
+    that has checkpoints is refused. A path to a checkpoint, or to a run (its newest one): that
+    checkpoint, or the newest that this run has saved since it started from it, so that the same
+    command resumes. A folder that holds checkpoints of another origin is refused then.
     """
-    found = all_checkpoints(run_dir)
+    candidates = all_checkpoints(run_dir)
     if resume is False:
-        if found:
+        if candidates:
             raise InputError(
-                f"{run_dir} already holds {found[-1].name} and experiment.resume=False: give "
+                f"{run_dir} already holds {candidates[-1].name} and experiment.resume=False: set "
                 f"another experiment.output_dir"
             )
         return None, []
     if isinstance(resume, str):
-        given = Path(resume).resolve()
-        ours = [path for path in found if origin_of(path) == str(given)]
-        if len(ours) < len(found) and not given.is_relative_to(run_dir.resolve()):
+        named = Path(resume).resolve()
+        own = [path for path in candidates if origin_of(path) == str(named)]
+        if len(own) < len(candidates) and not named.is_relative_to(run_dir.resolve()):
             raise InputError(
                 f"{run_dir} holds checkpoints that did not come from experiment.resume={resume}: "
-                f"give another experiment.output_dir"
+                f"set another experiment.output_dir"
             )
-        found = all_checkpoints(given) if (given / "checkpoints").is_dir() else [given]
-        found = [path for path in found if path.is_dir()] + ours
-        if not found:
+        candidates = all_checkpoints(named) if (named / "checkpoints").is_dir() else [named]
+        candidates = [path for path in candidates if path.is_dir()] + own
+        if not candidates:
             raise InputError(f"experiment.resume={resume}: no checkpoint there")
-    warnings = []
-    for path in reversed(found):
+    warnings, reason = [], None
+    for path in reversed(candidates):
         reason = problem(path)
         if reason is None:
             return path, warnings
         warnings.append(f"checkpoint {path} is damaged: {reason}; trying the one before")
-    if found:
+    if candidates:
         raise InputError(
             f"no checkpoint of {run_dir if resume is True else resume} is whole: {reason}"
         )
@@ -177,39 +187,42 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save` was given as `state`."""
+    """The `state` that `save` wrote."""
     file = path / "state.pt"
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # a forged pickle raises almost anything
         raise InputError(
-            f"{file} is no file of tensors and plain values: remove {path}, or give another "
+            f"{file} is not a file of tensors and plain values: remove {path}, or set another "
             f"experiment.resume"
         ) from e
 
 
 def first_weights(path: Path, *names: str) -> Path:
-    """The file of the first of `names` that a checkpoint holds weights of, else that of the last."""
+    """The weights file of the first of `names` that a checkpoint holds; the last one's if none."""
     files = [path / f"{name}.safetensors" for name in names]
     return next((file for file in files if file.is_file()), files[-1])
 
 
 def load_weights_of(path: Path, *names: str) -> dict[str, torch.Tensor]:
-    """What `save` was given as `weights[name]`, of the first of `names` that is there."""
+    """The `weights[name]` that `save` wrote, for the first of `names` that the checkpoint holds."""
     return read_state_dict(first_weights(path, *names))
 
 
-def weights_file(given: str | Path, *names: str) -> Path:
-    """The weights behind a path: the file itself, or `first_weights` of a run's newest checkpoint."""
-    given = Path(given)
-    if not given.is_dir():
-        return given  # whoever reads it says what is wrong with it
-    newest, _ = choose(given, True)
+def weights_file(path: str | Path, *names: str) -> Path:
+    """The weights file that a path stands for.
+
+    A file is itself; for a run's folder it is `first_weights` of the newest valid checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path  # whoever reads it says what is wrong with it
+    newest, _ = choose(path, True)
     if newest is None:
-        raise InputError(f"{given} holds no checkpoints: give a weights file or a run folder")
+        raise InputError(f"{path} holds no checkpoints: pass a weights file or a run folder")
     return first_weights(newest, *names)
 
 
-def read_weights(given: str | Path, *names: str) -> dict[str, torch.Tensor]:
-    """Tensors of a weights file, or of a run's newest valid checkpoint (`weights_file`)."""
-    return read_state_dict(weights_file(given, *names))
+def read_weights(path: str | Path, *names: str) -> dict[str, torch.Tensor]:
+    """The tensors of `weights_file(path, *names)`."""
+    return read_state_dict(weights_file(path, *names))

@@ -1,7 +1,8 @@
-"""What a person watches: a progress bar, a line a window, metrics.jsonl, PNGs and wandb."""
+"""What a person watches: a progress bar, a line per window, metrics.jsonl, PNGs and wandb."""
 
 import json
 import math
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,18 +11,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from configs.schema import Experiment
+from data.pictures import picture_grid, to_pixels, write_png
 from runtime.errors import InputError
 from runtime.files import write_whole, writing
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens at this one."""
+    """Whether something that happens every `every` steps (0: never) happens at this one."""
     return every > 0 and step % every == 0
 
 
@@ -33,77 +34,114 @@ def step_of(record: str) -> float:
         return math.inf
 
 
-class RunLog:
-    """Reports of one run, from the main process only; on the others every call does nothing."""
+def wandb_id(folder: Path) -> str:
+    """The id of the run's page at wandb: chosen once and kept in the run's folder.
 
-    def __init__(self, accelerator: Accelerator, experiment: Experiment, config: dict[str, Any],
-                 first_step: int, total_steps: int):  # fmt: skip
+    So all restarts of a run, after a crash or a scheduler's requeue, continue one page.
+    """
+    path = folder / "wandb_id"
+    if not path.is_file():
+        write_whole(path, secrets.token_hex(4).encode())
+    return path.read_text().strip()
+
+
+class RunLog:
+    """Reports of one run, from the main process only; on the others every call does nothing.
+
+    With `write=False` nothing goes to files or to wandb; lines are still printed.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        experiment: Experiment,
+        config: dict[str, Any],
+        first_step: int,
+        total_steps: int,
+        write: bool = True,
+    ):
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
+        self.write = self.main and write
         self.folder = Path(experiment.output_dir)
-        if accelerator.log_with:
-            try:
-                accelerator.init_trackers(
-                    experiment.project,
-                    config=config,
-                    init_kwargs={"wandb": {"name": experiment.name, "dir": str(self.folder)}},
-                )
-            except Exception as e:  # wandb's errors share no base class
-                reason = str(e).strip().splitlines()[0]
-                raise InputError(
-                    f"wandb did not start ({reason}); run `wandb login`, set WANDB_MODE=offline or "
-                    f"training.enable_wandb=False"
-                ) from e
-        if self.main:
+        self._earlier: set[tuple[float, frozenset[str]]] = set()
+        if accelerator.log_with and write:
+            self._start_wandb(experiment, config)
+        if self.write:
             self._cut(first_step)
             with writing(self.folder):
                 self.file = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115
         self.bar = tqdm(
-            total=total_steps, initial=first_step - 1, unit="step", disable=not self.main
+            total=total_steps, initial=first_step - 1, unit="step", disable=not self.write
         )
 
+    def _start_wandb(self, experiment: Experiment, config: dict[str, Any]) -> None:
+        init = {"name": experiment.name, "dir": str(self.folder), "resume": "allow"}
+        if self.main:
+            init["id"] = wandb_id(self.folder)
+        try:
+            self.accelerator.init_trackers(
+                experiment.project, config=config, init_kwargs={"wandb": init}
+            )
+        except Exception as e:  # wandb's errors share no base class
+            reason = str(e).strip().splitlines()[0]
+            raise InputError(
+                f"wandb did not start ({reason}); run `wandb login`, set WANDB_MODE=offline or "
+                f"training.enable_wandb=False"
+            ) from e
+
     def _cut(self, first_step: int) -> None:
-        """Drop records of steps that a resumed run will make again."""
+        """Drop records of steps that a resumed run will repeat; note those of the step before."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             lines = path.read_text().splitlines()
             kept = [line for line in lines if step_of(line) < first_step]
             if kept != lines:
                 write_whole(path, "".join(line + "\n" for line in kept).encode())
+            for line in kept:
+                if step_of(line) == first_step - 1:
+                    record = json.loads(line)
+                    self._earlier.add((record.pop("step"), frozenset(record)))
 
     def say(self, text: str) -> None:
         if self.main:
             tqdm.write(f"{time.strftime('%H:%M:%S')} {text}")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One record: a line on screen, a line in metrics.jsonl, and wandb."""
-        if not self.main:
+        """One record: a line on screen, a line in metrics.jsonl, and wandb.
+
+        A record that an earlier start of the run has written (same step and names) is not repeated.
+        """
+        if not self.main or (step, frozenset(values)) in self._earlier:
             return
-        shown = " ".join(f"{k} {v:.4g}" for k, v in values.items())
-        self.say(f"step {step} {shown}")
-        with writing(self.file.name):
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-            self.file.flush()
-        self.accelerator.log(values, step=step)
+        line = " ".join(f"{k} {v:.4g}" for k, v in values.items())
+        self.say(f"step {step} {line}")
+        if self.write:
+            with writing(self.file.name):
+                self.file.write(json.dumps({"step": step, **values}) + "\n")
+                self.file.flush()
+            self.accelerator.log(values, step=step)
+
+    def lowest(self, name: str) -> float:
+        """The lowest value of `name` in the records so far; infinite where there is none."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if self.write else []
+        return min((json.loads(line).get(name, math.inf) for line in lines), default=math.inf)
 
     def images(self, step: int, name: str, images: Tensor, per_row: int) -> None:
         """A grid of images (N, 3, H, W) in [0, 1] as NAME-STEP.png and to wandb."""
-        if not self.main:
+        if not self.write:
             return
-        grid = make_grid(images.float().cpu(), nrow=per_row, padding=2, pad_value=1.0)
-        picture = to_pil_image((grid.clamp(0, 1) * 255).to(torch.uint8))
-        folder = self.folder / "previews"
-        with writing(folder):
-            folder.mkdir(exist_ok=True)
-            picture.save(folder / f"{name}-{step:08d}.png")
+        picture = picture_grid(to_pixels(images.float()), per_row, margin=2)
+        write_png(picture, self.folder / "previews" / f"{name}-{step:08d}.png")
         for tracker in self.accelerator.trackers:
             if tracker.name == "wandb":
-                tracker.log_images({name: [picture]}, step=step)
+                tracker.log_images({name: [Image.fromarray(picture)]}, step=step)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """End the run's trackers and the progress bar."""
         self.bar.close()
-        if self.main:
+        if self.write:
             self.file.close()
         self.accelerator.end_training()
 
@@ -133,38 +171,44 @@ class Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around evaluation, previews and saving: their time is no training time."""
+        """Around evaluation, previews and saving: their time does not count as training time."""
         began = time.perf_counter()
         yield
         self.started += time.perf_counter() - began
 
     def state(self, accelerator: Accelerator) -> dict[str, Any]:
-        """What a checkpoint within the window needs for the same means; on all ranks together."""
+        """What a checkpoint must keep of a window under way: sums (ranks, names), counts.
+
+        All ranks call this together.
+        """
         names = sorted(self.sums)
         if not names:
             return {}
-        sums = accelerator.gather(torch.stack([self.sums[n] for n in names])[None])  # a row a rank
+        row: Any = torch.stack([self.sums[n] for n in names])[None]
+        sums: Any = accelerator.gather(row)  # a row per rank
         return {"names": names, "sums": sums.cpu(), "counts": self.counts}
 
     def restore(self, state: dict[str, Any], accelerator: Accelerator) -> None:
-        """Go on with a window's `state`, on as many ranks or on others with the same mean."""
+        """Resume a window from its `state`; on another number of ranks, each gets the mean."""
         if not state:
             return
         sums = state["sums"]
-        own = len(sums) == accelerator.num_processes
-        sums = (sums[accelerator.process_index] if own else sums.mean(0)).to(accelerator.device)
+        same_ranks = len(sums) == accelerator.num_processes
+        sums = (sums[accelerator.process_index] if same_ranks else sums.mean(0)).to(
+            accelerator.device
+        )
         self.sums, self.counts = dict(zip(state["names"], sums)), dict(state["counts"])
 
     def close(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over the window and all ranks, images/s in all, share of time spent on data.
+        """Means over the window and all ranks, images/s of all ranks, share of time spent on data.
 
         The window starts anew.
         """
         names = sorted(self.sums)
-        means = torch.stack([self.sums[n] / self.counts[n] for n in names])
-        means = accelerator.reduce(means, "mean").tolist()
+        own: Any = torch.stack([self.sums[n] / self.counts[n] for n in names])
+        means: Any = accelerator.reduce(own, "mean")
         seconds = time.perf_counter() - self.started
-        result = dict(zip(names, means))
+        result = dict(zip(names, means.tolist()))
         result["images/s"] = self.images / seconds
         result["data wait"] = self.waited / seconds
         self.__init__()

@@ -1,49 +1,128 @@
-"""Stops a run at its first non-finite gradient, before any weight is touched, without host syncs."""
+"""What a step does with its gradients: clipping, the guard, AdamW, the average of the weights."""
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import fsdp2_prepare_model
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from runtime.errors import InputError
 
 
-class FiniteGuard:
-    """Latches the first step whose gradient norm is not finite, and keeps the optimizer from it.
+class AdamWParams(Protocol):
+    """`optimizer.params` of either trainer."""
 
-    The norm is that of gradients reduced over the ranks, so all ranks latch the same step. Until
-    `raise_if_bad` reads the latch, once a log window, the fused optimizers skip every step through
-    the flag that loss scaling uses (`found_inf`): the weights stay those of the last good step.
-    Not for fp16, whose loss scaling meets infinite gradients by design.
+    beta1: float
+    beta2: float
+    weight_decay: float
+
+
+def adamw(parameters: Iterable[Any], params: AdamWParams) -> torch.optim.AdamW:
+    """Fused AdamW over parameters or groups of them; a group's own weight decay takes precedence.
+
+    The learning rate is 0 until `set_learning_rate`, which every step calls.
+    """
+    return torch.optim.AdamW(
+        parameters,
+        lr=0.0,
+        betas=(params.beta1, params.beta2),
+        weight_decay=params.weight_decay,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> Tensor:
+    """Clip the gradients to a global L2 norm of `max_norm` (0 or None: do not clip).
+
+    Returns the norm before clipping, a scalar on the device, the same on every rank.
+    """
+    # Clipping to infinity only measures.
+    norm: Any = accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP: a share per rank
+
+
+class FiniteGuard:
+    """Stops a run at its first non-finite step, before any weight is changed, without host syncs.
+
+    The guard latches the first step whose gradient norm is not finite. The norm is that of
+    gradients reduced over the ranks, so all ranks latch the same step. Until `raise_if_bad` reads
+    the latch, once per log window, the fused optimizers skip every step through the flag that loss
+    scaling uses (`found_inf`): the weights stay those of the last good step.
+
+    With fp16, loss scaling meets infinite gradients by design. There the sum of the step's terms
+    over all ranks is judged instead of the norm; the scaler skips the step itself.
     """
 
-    def __init__(self, device: torch.device):
-        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # 0: none
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=accelerator.device)  # 0: none
         self.bad_terms: dict[str, Tensor] = {}  # whether each term was not finite at that step
+        self.terms: dict[str, Tensor] = {}  # of the step under way, summed over its micro-batches
 
-    def watch(
-        self,
-        step: int,
-        norm: Tensor,
-        terms: dict[str, Tensor],
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        """Call between backward and `optimizer.step()`; `optimizer` is the fused torch optimizer."""
-        good_so_far = self.bad_step == 0
+    def add(self, **terms: Tensor) -> None:
+        """Add the terms of one micro-batch; a sum with a non-finite term is not finite."""
         for name, value in terms.items():
-            bad = good_so_far & ~torch.isfinite(value.detach())
-            self.bad_terms[name] = self.bad_terms.get(name, torch.zeros_like(bad)) | bad
-        self.bad_step += step * (good_so_far & ~torch.isfinite(norm.detach()))
-        optimizer.found_inf = (self.bad_step > 0).float()
+            self.terms[name] = self.terms.get(name, 0) + value.detach().float()
 
-    def raise_if_bad(self, accelerator: Accelerator) -> None:
-        """Raise InputError on every rank if a step was bad; one host sync."""
+    def watch(self, step: int, norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Call between backward and `optimizer.step()`; `optimizer` is the fused torch optimizer."""
+        if self.accelerator.scaler is not None:
+            total = torch.stack(list(self.terms.values())).sum()
+            norm = self.accelerator.reduce(total, "sum")  # type: ignore[assignment] - a tensor stays one
+        good_so_far = self.bad_step == 0
+        for name, value in self.terms.items():
+            bad = good_so_far & ~torch.isfinite(value)
+            self.bad_terms[name] = self.bad_terms.get(name, torch.zeros_like(bad)) | bad
+        self.terms = {}
+        self.bad_step += step * (good_so_far & ~torch.isfinite(norm.detach()))
+        optimizer.found_inf = (self.bad_step > 0).float()  # type: ignore[attr-defined] - read by step()
+
+    def raise_if_bad(self) -> None:
+        """Raise InputError on every rank if a step was not finite; one host sync."""
         if not int(self.bad_step):
             return
         names = sorted(self.bad_terms)
-        flags = torch.stack([self.bad_terms[name].float() for name in names])
-        flags = accelerator.reduce(flags, "sum").tolist()
-        guilty = [name for name, flag in zip(names, flags) if flag] or ["the gradient alone"]
+        flags: Any = torch.stack([self.bad_terms[name].float() for name in names])
+        flags = self.accelerator.reduce(flags, "sum").tolist()  # type: ignore[union-attr]
+        culprits = [name for name, flag in zip(names, flags) if flag] or ["the gradient alone"]
         raise InputError(
-            f"not finite at step {int(self.bad_step)}: {', '.join(guilty)}; no weight was changed "
-            f"by it. Go on from the last checkpoint with a lower learning rate"
+            f"not finite at step {int(self.bad_step)}: {', '.join(culprits)}; no weight was "
+            f"changed by it. Resume from the last checkpoint with a lower learning rate"
         )
+
+
+class EMA:
+    """Exponential moving average of a model's weights: avg ← decay · avg + (1 − decay) · weights.
+
+    The average starts as a copy of the weights that the model has when the average is built: the
+    initial weights of a new run, or the loaded ones where a run that had no average is resumed. The
+    first update already mixes; there is no warm-up of the decay. Buffers are copied, not averaged.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self._mix = get_ema_multi_avg_fn(decay)
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Move the average to the device; shard it where FSDP shards the model."""
+        if accelerator.is_fsdp2:
+            self.model = fsdp2_prepare_model(accelerator, self.model)
+        else:
+            self.model = self.model.to(accelerator.device)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self._mix(list(self.model.parameters()), list(model.parameters()), None)  # type: ignore[arg-type]
+        for average, buffer in zip(self.model.buffers(), model.buffers()):
+            average.copy_(buffer)

@@ -13,12 +13,12 @@ def read_records(folder: Path) -> list[dict[str, float]]:
     """The records of a run's metrics.jsonl; a line that a kill cut short is left out."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise InputError(f"no metrics.jsonl in {folder}: give the output_dir of a training run")
+        raise InputError(f"no metrics.jsonl in {folder}: pass the output_dir of a training run")
     return [json.loads(line) for line in path.read_text().splitlines() if step_of(line) < 1e18]
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(description="Draw the curves of one or several runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="output_dir of a run")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="(curves.png)")
     args = parser.parse_args(argv)
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     except ImportError as e:
         raise InputError("plots need matplotlib: pip install matplotlib") from e
 
-    # One panel a quantity; validation is drawn into the panel of its training counterpart.
+    # One panel per quantity; validation is drawn into the panel of its training counterpart.
     names = {name for records in runs.values() for record in records for name in record}
     panels = sorted({name.removeprefix("val/") for name in names - {"step"}})
     if not panels:

@@ -1,77 +1,154 @@
-"""The folder of a training run: what the run goes on from, its lock, its checkpoints."""
+"""What both training loops share: `Run`, and the folder that it works in, `RunFolder`."""
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn, Optional, TypeVar
 
+import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import gather_object, send_to_device
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-import configs.schema
-from configs.schema import Experiment
+import configs.load
+from configs.schema import Experiment, Training
+from data.loader import training_loader
 from runtime.errors import InputError
-from runtime.files import lock_folder
+from runtime.files import lock_folder, write_whole
+from runtime.parts import differing
 from runtime.processes import on_main
+from runtime.randomness import STREAMS_VERSION
+from runtime.signals import SAVED_AND_STOPPED, StopSignal
 from training import checkpoint
-from training.resume import check_same_run
+from training.accelerator import precision
+from training.dry_run import DryRun, Stretch
+from training.log import RunLog, Window, due
+from training.optim import FiniteGuard
+from training.utilisation import peak_flops
+
+T = TypeVar("T")
+REPORTED = ".reported"  # in a run's folder: the last checkpointed step whose reports are complete
+RENAMED_SETTINGS = {"batch in all": "global batch"}  # as earlier checkpoints call them
 
 
+# ---------------------------------------------------------------------- the same run?
+def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options -> {"section.option": value}; sections in a list become "name[0].option"."""
+    flat = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for i, item in enumerate(value):
+                flat |= flatten(item, f"{prefix}{name}[{i}].")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def check_same_run(
+    earlier: dict[str, Any], now: dict[str, Any], ignored: tuple[str, ...], source: str, fork: bool
+) -> list[str]:
+    """Compare settings with those of the checkpoint `source`; returns warnings for the user.
+
+    Names that start with one of `ignored` may differ. Any other difference raises InputError that
+    lists all of them, unless `fork` says that the checkpoint was named on purpose.
+    """
+    changed = differing(earlier, now, ignored)
+    if changed and not fork:
+        raise InputError(
+            f"{source} belongs to a run with other options: {changed}; restore those, or start "
+            f"another run from it with another experiment.output_dir and "
+            f"experiment.resume={source}"
+        )
+    return [f"resumes from {source} with other options: {changed}"] * bool(changed)
+
+
+# ---------------------------------------------------------------------- its folder
 class RunFolder:
-    """Looked through and written by the main process; the other ranks follow what it found.
+    """The folder of a run: the checkpoint to resume from, the lock, the checkpoints to write.
 
-    `source` is the checkpoint that the run goes on from (None: from the beginning), `first_step`
+    The main process looks through the folder and writes; the other ranks follow what it found.
+    `source` is the checkpoint that the run resumes from (None: from the beginning), `first_step`
     the step after it, `warnings` are for the user. Every method is called on all ranks. What the
-    main process cannot do is an InputError on all; reading is each rank's own.
+    main process cannot do is an InputError on all; each rank reads weights by itself.
     """
 
     def __init__(self, accelerator: Accelerator, experiment: Experiment):
         self.accelerator, self.experiment = accelerator, experiment
         self.path, resume = Path(experiment.output_dir), experiment.resume
+        self._lock: IO[str] | None = None
 
         def choose() -> tuple:
             source, warnings = checkpoint.choose(self.path, resume)
             earlier = None if source is None else checkpoint.origin_of(source)
             return source, earlier, warnings, checkpoint.all_checkpoints(self.path)
 
-        self.source, earlier, self.warnings, self._seen = on_main(choose)
+        self.source: Path | None
+        self.source, earlier, self.warnings, self._checkpoints = on_main(choose)
         self.first_step = 1 if self.source is None else checkpoint.step_of(self.source) + 1
         named = None if isinstance(resume, bool) else str(Path(resume).resolve())
-        # Started from a checkpoint by name, now; not merely gone on with what came of that.
+        # Whether this start branches off from a checkpoint that was named, rather than resumes what
+        # an earlier start from that checkpoint has saved since.
         self.forks = named is not None and named != earlier
         self.origin = named if self.forks else earlier
 
-    def state(self, this_run: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
-        """The `state` of `source` as `save` was given it; loss scaling goes on from there.
+    def state(self, settings: dict[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
+        """The `state` that `save` wrote into `source`; loss scaling resumes from it.
 
-        `this_run` is compared with its "run" (`check_same_run`).
+        `settings` are compared with those of the checkpoint (`check_same_run`).
         """
-        state = checkpoint.load_state(self.source)
+        source = self._source()
+        state = checkpoint.load_state(source)
         if "run" not in state:
-            raise InputError(f"{self.source} is of an earlier version: start the run anew")
-        self.warnings += check_same_run(state["run"], this_run, free, str(self.source), self.forks)
+            raise InputError(f"{source} is of an earlier version: start a new run")
+        earlier = dict(state["run"])
+        for old, new in RENAMED_SETTINGS.items():
+            if old in earlier:
+                earlier[new] = earlier.pop(old)
+        self.warnings += check_same_run(earlier, settings, ignored, str(source), self.forks)
+        if state.pop("streams", 1) != STREAMS_VERSION:
+            self.warnings.append(
+                f"{source} is of a version that drew random numbers otherwise: from here on the order "
+                f"of the images, their crops and dropout are not those that this run would have had"
+            )
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return state
 
+    def _source(self) -> Path:
+        assert self.source is not None, "a run from the beginning has no checkpoint to read"
+        return self.source
+
     def weights(self, *names: str) -> dict[str, Tensor]:
-        """The tensors of `source` under the first of `names` that `save` was given weights for."""
-        return checkpoint.load_weights_of(self.source, *names)
+        """The tensors of `source` under the first of `names` that the checkpoint holds."""
+        return checkpoint.load_weights_of(self._source(), *names)
+
+    def holds(self, name: str) -> bool:
+        """Whether `source` has weights under this name."""
+        return self.source is not None and checkpoint.first_weights(self.source, name).is_file()
 
     def open(self, options: Any) -> None:
         """Keep other runs out until this process ends, and write the options down."""
 
         def lock() -> None:
-            self._lock = lock_folder(self.path)
-            if checkpoint.all_checkpoints(self.path) != self._seen:
+            self._lock = lock_folder(self.path)  # held while this object lives
+            if checkpoint.all_checkpoints(self.path) != self._checkpoints:
                 raise InputError(
-                    f"another run has just saved or removed a checkpoint in {self.path}: give the "
+                    f"another run has just saved or removed a checkpoint in {self.path}: run the "
                     f"same command again"
                 )
-            configs.schema.save(options, self.path / "config.yaml")
+            configs.load.save(options, self.path / "config.yaml")
 
         on_main(lock)
 
     def save(self, step: int, weights: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """One checkpoint, whole when this returns; the main process's tensors are written."""
+        state = {**state, "streams": STREAMS_VERSION}
         if self.accelerator.scaler is not None:
             state = {**state, "scaler": self.accelerator.scaler.state_dict()}
         keep, keep_every = self.experiment.keep_checkpoints, self.experiment.keep_every
@@ -80,3 +157,238 @@ class RunFolder:
             checkpoint.save(self.path, step, weights, state, keep, keep_every, self.origin)
 
         on_main(write)
+
+
+# ---------------------------------------------------------------------- the run
+@dataclass(frozen=True)
+class Due:
+    """What follows a step. `stop`: a signal asked for it; the checkpoint is `save`'s."""
+
+    log: bool = False
+    save: bool = False
+    evaluate: bool = False
+    generate: bool = False
+    stop: bool = False
+
+    def __bool__(self) -> bool:
+        return any(astuple(self))
+
+
+class Run:
+    """Everything around a training step that does not depend on what is trained.
+
+    In this order: `Run(…)` finds the checkpoint to resume from; `resume` reads its state; the
+    program builds its models; `start` builds the loader, locks the folder and opens the log, so that
+    nothing is written by a command that is refused. Then, within `for step in run.steps()`:
+    `next_batch`, `add`, `watch`, `due`, and whatever is due. Last, `finish`.
+    """
+
+    loader_iterator: Iterator[Any]
+    log: RunLog
+
+    def __init__(
+        self, accelerator: Accelerator, options: Any, stretches: list[Stretch], dry_run: bool
+    ):
+        self.accelerator, self.options = accelerator, options
+        self.experiment: Experiment = options.experiment
+        self.training: Training = options.training
+        self.total_steps = sum(stretch.steps for stretch in stretches)
+        self.batch = self.training.per_gpu_batch_size * accelerator.num_processes
+        self.global_batch = self.batch * self.training.gradient_accumulation_steps
+        self.flops_per_image: float | None = None  # for the log's MFU
+        self.stop = StopSignal(timedelta(minutes=self.training.timeout_minutes))
+        self.folder = RunFolder(accelerator, self.experiment)
+        self.first_step = self.folder.first_step
+        self.dry_run = None
+        if dry_run:
+            self.dry_run = DryRun(stretches, self.first_step, accelerator.device)
+        self.saved: dict[str, Any] = {}  # the state of the checkpoint, until `start`
+        self.window, self.guard = Window(), FiniteGuard(accelerator)
+        self._timed_from: float | None = None
+        self._time_said = False
+
+    # -------------------------------------------------- set-up
+    def resume(self, settings: dict[str, Any], ignored: tuple[str, ...]) -> None:
+        """Read the checkpoint's state, if there is a checkpoint, into `saved`.
+
+        Raises InputError where `settings` differ from the checkpoint's, but for `ignored` ones.
+        """
+        if self.folder.source is not None:
+            self.saved = self.folder.state(settings, ignored)
+
+    @property
+    def resumed(self) -> bool:
+        return self.folder.source is not None
+
+    def start(self, dataset: Dataset, images: int, workers: int) -> None:
+        """Build the loader over (epoch, index < `images`), lock the folder, open the log."""
+        accelerator = self.accelerator
+        loader = training_loader(
+            dataset, images, self.training, workers, accelerator, self.first_step
+        )
+        self.loader_iterator = iter(loader)
+        if self.dry_run is None:
+            self.folder.open(self.options)
+        self.log = RunLog(
+            accelerator, self.experiment, configs.load.as_dict(self.options), self.first_step,
+            self.total_steps, write=self.dry_run is None,
+        )  # fmt: skip
+        for warning in self.folder.warnings:
+            self.log.say(f"warning: {warning}")
+        self.window = Window()
+        self.window.restore(self.saved.get("window", {}), accelerator)
+        self.saved = {}  # gigabytes of optimizer moments, in host memory
+
+    # -------------------------------------------------- around a step
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps to make; of a dry run, a few per stretch."""
+        if self.dry_run is not None:
+            yield from self.dry_run.steps()
+            return
+        for step in range(self.first_step, self.total_steps + 1):
+            yield step
+            if step == self.first_step:  # compiling and choosing kernels end with the first step
+                self._timed_from = time.perf_counter()
+
+    def next_batch(self) -> Any:
+        """The next micro-batch of this rank, on the device."""
+        with self.window.waiting():
+            batch = send_to_device(
+                next(self.loader_iterator), self.accelerator.device, non_blocking=True
+            )
+        self.window.images += self.batch
+        return batch
+
+    def add(self, **values: Tensor) -> None:
+        """Add a micro-batch's values to the log window and to the guard's terms of this step."""
+        self.window.add(**values)
+        self.guard.add(**values)
+
+    def watch(self, step: int, norm: Tensor, optimizer: Any) -> None:
+        """Keep a non-finite step from the weights; `optimizer` is the prepared one."""
+        if due(step, self.experiment.log_grad_norm_every):
+            self.window.add(grad_norm=norm)
+        self.guard.watch(step, norm, optimizer.optimizer)
+
+    def due(self, step: int) -> Due:
+        """What is due after this step, the same on every rank.
+
+        Raises InputError where a step since the last report was not finite, before anything of it
+        is logged or saved. That is the first host sync of a step, and there is none where nothing
+        is due.
+        """
+        if self.dry_run is not None:
+            return Due()
+        self.log.bar.update()
+        found = self.scheduled(step, self.stop.agreed())
+        if found:
+            self.guard.raise_if_bad()
+        return found
+
+    def scheduled(self, step: int, stop: bool = False) -> Due:
+        """What the periods ask for at this step; when a run stops, its reports wait for the resume."""
+        last, experiment = step == self.total_steps, self.experiment
+        reports = last or not stop
+        return Due(
+            log=last or due(step, experiment.log_every),
+            save=last or stop or due(step, experiment.save_every),
+            evaluate=reports and (last or due(step, experiment.eval_every)),
+            generate=reports and (last or due(step, experiment.generate_every)),
+            stop=stop and not last,
+        )
+
+    # -------------------------------------------------- after a step
+    def log_window(self, step: int, values: dict[str, float]) -> None:
+        """Log `values` and the window's means, rates and hours left; the window starts anew."""
+        window, world = self.window.close(self.accelerator), self.accelerator.num_processes
+        rate = window["images/s"]
+        values = {**values, **window, "images/s per device": rate / world}
+        peak = peak_flops(self.accelerator.device, precision(self.training))
+        if self.flops_per_image is not None and peak is not None:
+            values["mfu"] = rate / world * self.flops_per_image / peak
+        left = self.total_steps - step
+        values["hours left"] = left * self.global_batch / rate / 3600
+        self.log.metrics(step, values)
+        if self._timed_from is not None and not self._time_said:
+            seconds = (time.perf_counter() - self._timed_from) / (step - self.first_step)
+            self.log.say(
+                f"expected time: {left * seconds / 3600:.2f} hours for the {left} steps left, at "
+                f"{seconds:.3g} s per step"
+            )
+            self._time_said = True
+
+    @contextmanager
+    def reporting(self, step: int, due: Due) -> Iterator[None]:
+        """Around the reports of a step, whose time does not count as training time.
+
+        Notes that the reports of a checkpointed step are complete (`missing_reports`).
+        """
+        with self.window.paused():
+            yield
+        if due.save or (due and step < self.first_step):
+            on_main(lambda: write_whole(self.folder.path / REPORTED, str(step).encode()))
+
+    def save(
+        self,
+        step: int,
+        settings: dict[str, Any],
+        weights: dict[str, dict[str, Tensor]],
+        other_state: dict[str, Any],
+    ) -> None:
+        """Write a checkpoint: of the run that has these settings, with the log window's sums."""
+        with self.window.paused():
+            window = self.window.state(self.accelerator)
+            self.folder.save(step, weights, {**other_state, "run": settings, "window": window})
+
+    def attempt(self, name: str, work: Callable[[], T]) -> Optional[T]:
+        """`work()`, or None on every rank, and a warning, where it failed on any of them.
+
+        A report that fails must not end a training. `work` should not talk to other ranks before
+        everything in it that can fail has succeeded.
+        """
+        result, problem = None, None
+        try:
+            result = work()
+        except torch.AcceleratorError:
+            raise  # the device is unusable from here on
+        except Exception as e:
+            text = str(e).rsplit("InputError: ")[-1].strip().splitlines() or [type(e).__name__]
+            problem = text[0] if isinstance(e, InputError) else f"{type(e).__name__}: {text[0]}"
+        problems = [p for p in gather_object([problem]) if p is not None]
+        if problems:
+            self.log.say(f"warning: {name} failed: {problems[0]}; training continues without it")
+            return None
+        return result
+
+    def missing_reports(self) -> Due:
+        """What was due at the checkpoint that the run resumes from, if a kill prevented it.
+
+        Checkpoints are written before the reports of their step.
+        """
+        step, path = self.first_step - 1, self.folder.path / REPORTED
+
+        def complete() -> bool:
+            return path.is_file() and path.read_text().strip() == str(step)
+
+        if not self.resumed or self.folder.forks or self.dry_run is not None or on_main(complete):
+            return Due()
+        found = self.scheduled(step)
+        return Due(evaluate=found.evaluate, generate=found.generate)
+
+    def exit_stopped(self, step: int) -> NoReturn:
+        """End the process after a signal, once `step` is saved."""
+        self.log.say(f"asked to stop: saved step {step}; run the same command again to resume")
+        self.log.close()
+        raise SystemExit(SAVED_AND_STOPPED)
+
+    def finish(self, message: str) -> None:
+        self.log.say(f"done; {message}")
+        self.log.close()
+
+    def report_dry_run(self, models: dict[str, nn.Module]) -> None:
+        """Print what a dry run found; raises InputError where a step was not finite."""
+        assert self.dry_run is not None
+        self.guard.raise_if_bad()
+        for line in self.dry_run.report(models, self.global_batch):
+            self.log.say(line)
+        self.log.close()

@@ -2,11 +2,11 @@
 
 import math
 
-from configs.schema import Phase, Scheduler
+from configs.schema import Phase, Scheduler, TokenizerOptimizerParams
 from runtime.errors import InputError
 
 
-def interpolate(start: float, end: float, progress: float, shape: str) -> float:
+def interpolate(start: float, end: float, progress: float, shape: str | None) -> float:
     """From `start` (progress 0) to `end` (progress 1) along a half cosine or a line."""
     if shape == "cosine":
         progress = 0.5 * (1 - math.cos(math.pi * progress))
@@ -14,8 +14,12 @@ def interpolate(start: float, end: float, progress: float, shape: str) -> float:
 
 
 def generator_lr(step: int, total: int, options: Scheduler) -> float:
-    """Learning rate of step 1…total: a linear warm-up from 0, then a half cosine to `end_lr`."""
+    """Learning rate of step 1…total: a linear warm-up from 0, then a half cosine to `end_lr`.
+
+    The schedule counts its steps from `count_from`: with 0, as published, step 1 has rate 0.
+    """
     peak, warmup = options.params.learning_rate, options.params.warmup_steps
+    step = step - 1 + options.params.count_from
     if step < warmup:
         return peak * step / warmup
     if options.scheduler == "constant":
@@ -34,10 +38,33 @@ def phase_at(phases: list[Phase], step: int) -> tuple[Phase, int]:
     raise InputError(f"step {step} lies beyond the last phase")
 
 
-def tokenizer_lr(phases: list[Phase], step: int, warmup_steps: int) -> float:
-    """Learning rate of step 1…total: the phase's own way, scaled by one warm-up at the start."""
+def is_critic_step(phase: Phase, within: int) -> bool:
+    """Whether step `within` (from 1) of a phase is the discriminator's; the tokenizer begins."""
+    after = within - phase.critic_after
+    return bool(phase.gan_weight) and after > 0 and after % 2 == 1
+
+
+def tokenizer_steps(phases: list[Phase], step: int) -> int:
+    """How many of the steps 1…step are the tokenizer's own."""
+    count = 0
+    for phase in phases:
+        made = min(step, phase.steps)
+        critic = max(made - phase.critic_after + 1, 0) // 2 if phase.gan_weight else 0
+        count, step = count + made - critic, step - made
+    return count
+
+
+def tokenizer_lr(phases: list[Phase], step: int, params: TokenizerOptimizerParams) -> float:
+    """Learning rate of step 1…total: the phase's own curve, scaled by one warm-up at the start.
+
+    The warm-up counts the tokenizer's own steps from `count_from`: with 0, as published, the first
+    has rate 0.
+    """
     phase, within = phase_at(phases, step)
     lr = phase.learning_rate
     if phase.end_lr is not None:
         lr = interpolate(lr, phase.end_lr, within / phase.steps, phase.shape)
-    return lr * min(1.0, step / warmup_steps) if warmup_steps else lr
+    if not params.warmup_steps:
+        return lr
+    done = tokenizer_steps(phases, step) - 1 + params.count_from
+    return lr * min(1.0, done / params.warmup_steps)

@@ -1,4 +1,4 @@
-"""How well the hardware is used: model FLOPs, and the peaks to hold them against."""
+"""How well the hardware is used: the model's FLOPs and the devices' peak FLOP/s."""
 
 import torch
 from torch import nn
@@ -6,8 +6,8 @@ from torch import nn
 from modeling.generator import Generator, GeneratorConfig
 from runtime.processes import device_name
 
-# Dense bf16 peaks in TFLOP/s by a part of the device's name, from the makers' data sheets. The
-# first that fits counts, so that a longer name stands before a shorter one.
+# Dense bf16 peaks in TFLOP/s by a part of the device's name, from the vendors' data sheets. The
+# first match counts, so a longer name stands before a shorter one.
 PEAKS = {
     "B200": 2250,
     "H100 PCIe": 756,
@@ -33,10 +33,10 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def training_flops(config: GeneratorConfig) -> float:
-    """FLOPs of forward and backward for one image: what the model needs, not what is recomputed.
+    """FLOPs of forward and backward for one image, without what recomputation adds.
 
-    Every weight of a matrix makes 2 FLOPs a position forward and 4 backward. Attention is counted
-    causally: half of the N x N scores, 2h FLOPs each for q·k and for its share of v, times 3.
+    Every weight of a matrix costs 2 FLOPs per position forward and 4 backward. Attention is counted
+    causally: half of the N x N scores, 2h FLOPs each for q·k and for the weighted sum of v, times 3.
     """
     with torch.device("meta"):
         model = Generator(config)

@@ -1,6 +1,8 @@
 """A user's mistakes: one line that names the thing and the remedy, status 2, nothing half-written."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,51 @@ def test_papers_pretokenization_command_asks_for_the_weights(workspace, tmp_path
     )  # fmt: skip
     refused(done, f"no weights at {tmp_path}/AliTok.pth")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "program, config, option, words",
+    [
+        ("train_ar.py", "generator", "experiment.generator_checkpoint=x", "does not use"),
+        ("sample_imagenet.py", "generator", "training.compile=True", "set experiment.compile"),
+        ("train_tokenizer", "stage1", "training.max_grad_norm=-1", "0 or more (the command line)"),
+        ("train_tokenizer", "stage1", "experiment.output_dir=.", "a folder of its own"),
+    ],
+)
+def test_option_without_use_or_sense_stops_before_anything_is_written(
+    workspace, tmp_path, program, config, option, words
+):
+    done = execute(
+        program, f"config={workspace.root}/{config}.yaml",
+        f"experiment.output_dir={tmp_path}/run", option, check=False,
+    )  # fmt: skip
+    refused(done, option.split("=")[0], words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_environment_that_overrules_the_config_stops_before_anything_is_written(
+    workspace, tmp_path
+):
+    done = execute(
+        "train_tokenizer", f"config={workspace.root}/stage1.yaml",
+        f"experiment.output_dir={tmp_path}/run", f"dataset.params.train_dir={workspace.root}/train",
+        env={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, check=False,
+    )  # fmt: skip
+    refused(done, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4", "gradient_accumulation_steps=1")
+    assert not (tmp_path / "run").exists()
+
+
+PROGRAMS = (
+    "train_ar.py", "sample_imagenet.py", "pretokenization.py", "evaluate.py", "-m train_tokenizer",
+    "-m evaluation.sweep",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_ends_quietly_when_its_reader_leaves(program, tmp_path):
+    command = f"{sys.executable} {program} --help 2> {tmp_path}/stderr | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 1 and (tmp_path / "stderr").read_text() == ""
 
 
 def test_stage2_without_a_stage1_checkpoint_stops(workspace, tmp_path):
@@ -81,7 +128,7 @@ def test_unreadable_image_is_named(workspace, tmp_path, workers):
 
 def test_image_size_that_the_patch_does_not_divide(workspace, tmp_path):
     done = workspace.pretokenize(tmp_path / "cache", "--img_size", "18", check=False)
-    refused(done, "image size 18 is no multiple of the patch size 4")
+    refused(done, "image_size=18 is not a multiple of", "patch_size=4")
 
 
 def test_image_size_of_other_weights(workspace, tmp_path):

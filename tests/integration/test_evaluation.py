@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import evaluation.compare
+import evaluation.evaluator
 from evaluation.features import INCEPTION_FILE
 from tests.inception import TinyFeatures, write_random_inception
 from tests.integration.conftest import execute
@@ -63,7 +63,7 @@ def test_missing_inception_weights_end_in_one_line(tmp_path):
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Run programs here, on features that cost nothing, with a reference at hand."""
-    monkeypatch.setattr(evaluation.compare, "Inception", TinyFeatures)
+    monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
     np.savez(tmp_path / "reference.npz", pictures(15))
     yield tmp_path / "reference.npz"
     torch.set_grad_enabled(True)
@@ -83,6 +83,32 @@ def test_sampler_scores_its_samples(workspace, tmp_path, tiny, capsys):
     assert first["samples"]["path"] == f"{tmp_path}/samples.npz"
     sample_imagenet.main(argv)  # complete by now
     assert result_of(capsys.readouterr().out) == first
+
+
+def test_sweep_samples_each_cell_as_the_sampler_does_and_loads_weights_once(
+    workspace, tmp_path, tiny, monkeypatch
+):
+    from evaluation import sweep
+
+    loads = []
+    read = sweep.read_weights
+    monkeypatch.setattr(sweep, "read_weights", lambda *names: loads.append(names) or read(*names))
+    sweep.main([
+        f"--reference={tiny}", "--scales=1,3", "--powers=0.5", "--num_samples=14",
+        f"--output={tmp_path}/sweep", f"config={workspace.root}/generator.yaml",
+        f"experiment.generator_checkpoint={workspace.generator}",
+        f"experiment.tokenizer_checkpoint={workspace.tokenizer}",
+    ])  # fmt: skip
+    assert len(loads) == 2  # generator and tokenizer, whatever the number of cells
+    workspace.sample(
+        tmp_path / "samples", "experiment.num_fid_samples=14", "model.generator.guidance_scale=3",
+        "model.generator.guidance_scale_pow=0.5",
+    )  # fmt: skip
+    codes = tmp_path / "sweep/scale3_power0.5_codes.npz"
+    assert codes.read_bytes() == (tmp_path / "samples_codes.npz").read_bytes()
+    settings = json.loads((tmp_path / "samples/sampling.json").read_text())
+    weights = json.loads((tmp_path / "sweep/scale3_power0.5.json").read_text())["weights"]
+    assert weights == {name: settings[name] for name in ("tokenizer", "generator")}
 
 
 def test_generator_is_scored_in_training_as_its_samples_are(workspace, tmp_path, tiny):
@@ -109,7 +135,7 @@ def test_generator_is_scored_in_training_as_its_samples_are(workspace, tmp_path,
 
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "show", said.append)
+        patch.setattr(evaluate, "print_result", said.append)
         evaluate.main([
             f"--samples={tmp_path}/samples.npz", f"--reference={tiny}", "--num_samples=14",
         ])  # fmt: skip

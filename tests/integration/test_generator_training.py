@@ -106,7 +106,7 @@ def test_images_without_a_cache_train_as_their_ten_crop_cache(workspace, tmp_pat
 
 def test_non_finite_loss_stops_two_ranks_in_one_line(workspace, tmp_path):
     done = workspace.train_ar(
-        tmp_path / "run", "optimizer.params.learning_rate=1e38", "experiment.log_every=4",
+        tmp_path / "run", "optimizer.params.learning_rate=9e18", "lr_scheduler.params.warmup_steps=1", "optimizer.params.weight_decay=1000", "experiment.log_every=4",
         "training.per_gpu_batch_size=2", **TWO, check=False,
     )  # fmt: skip
     lines = [line for line in done.stderr.splitlines() if "error: " in line]

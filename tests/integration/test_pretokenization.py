@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 import pretokenization
-from configs.schema import tokenizer_config
+from configs.load import tokenizer_config
 from data.images import center_crop, load_image, to_float, to_uint8
 from data.tokens import NpzStore, TokenStore
 from modeling.tokenizer import Tokenizer

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from generation.folder import concatenate_parts
 from runtime.parts import Parts
-from sample_imagenet import join
 from tests.integration.conftest import execute
 from tests.integration.test_bad_input import refused
 
@@ -162,7 +162,7 @@ def test_joining_holds_one_part_at_a_time(tmp_path):
     shape = (16 * parts.count, 128, 128, 3)
     tracemalloc.start()
     try:
-        join(parts, tmp_path / "all.npz", "images", shape, np.uint8)
+        concatenate_parts(parts, tmp_path / "all.npz", "images", shape, np.uint8)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -5,13 +5,16 @@ Most runs happen in this process, which saves the import of everything; those on
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import set_seed
 
-from configs.schema import TokenizerRun, load
+from configs.load import load
+from configs.schema import TokenizerRun
 from modeling.weights import read_state_dict, write_state_dict
 from runtime.errors import InputError
 from tests.integration.conftest import ROOT, execute
@@ -132,15 +135,17 @@ def test_average_is_that_of_the_steps_and_is_what_the_run_shows(workspace, train
     assert losses(run) == losses(workspace.stage1_run)
     assert equal(tensors(run, "unaveraged"), tensors(workspace.stage1_run))
     name = "decoder.ffn.0.weight"
-    average = tensors(run, "unaveraged", 1)[name]
-    for step in range(2, 7):
+    set_seed(42)
+    average = trainer.build_tokenizer(load(TokenizerRun, [f"config={workspace.root}/stage1.yaml"]))
+    average = average.state_dict()[name]
+    for step in range(1, 7):
         average = 0.5 * average + 0.5 * tensors(run, "unaveraged", step)[name]
     torch.testing.assert_close(tensors(run)[name], average)
     assert equal(read_state_dict(run / "tokenizer.pth"), tensors(run))
     export.main([str(run), str(tmp_path / "out.safetensors")])
     assert equal(read_state_dict(tmp_path / "out.safetensors"), tensors(run))
-    mine, plain = (r[-1]["val/psnr"] for r in (records(run), records(workspace.stage1_run)))
-    assert mine != plain
+    averaged, plain = (r[-1]["val/psnr"] for r in (records(run), records(workspace.stage1_run)))
+    assert averaged != plain
 
 
 def test_run_with_an_average_resumed_is_the_run_uninterrupted(train, tmp_path):
@@ -301,7 +306,9 @@ def test_evaluation_measures_lpips_where_its_weights_are(train, tmp_path, monkey
 def test_stage2_tokenizer_as_stage1_is_refused_but_for_its_encoder(workspace, train, tmp_path):
     given = f"experiment.stage1_checkpoint={workspace.tokenizer}"
     message = refusal(train, 2, tmp_path / "run", given)
-    assert f"{workspace.tokenizer} is no checkpoint of stage 1 but a stage-2 tokenizer" in message
+    assert (
+        f"{workspace.tokenizer} is not a checkpoint of stage 1 but a stage-2 tokenizer" in message
+    )
     assert "model.decoder_init=scratch" in message and not (tmp_path / "run").exists()
     train(2, tmp_path / "run", given, "model.decoder_init=scratch")
 
@@ -316,6 +323,51 @@ def test_stage1_of_another_layout_is_refused(workspace, train, tmp_path):
     options = [f"experiment.stage1_checkpoint={workspace.stage1_run}"]
     message = refusal(train, 2, tmp_path / "run", *options, "model.vq_model.num_latent_tokens=20")
     assert "latent_tokens (21, 16) instead of (20, 16)" in message
+
+
+# ---------------------------------------------------------------------- reports and dry runs
+def test_unreadable_held_out_image_costs_the_report_and_not_the_training(
+    workspace, train, tmp_path
+):
+    shutil.copytree(workspace.root / "val", tmp_path / "val")
+    broken = next((tmp_path / "val").rglob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:60])
+    said = train(1, tmp_path / "run", f"dataset.params.val_dir={tmp_path}/val")
+    assert losses(tmp_path / "run") == losses(workspace.stage1_run)
+    assert f"warning: evaluation failed: unreadable image {broken}" in said
+    assert not any("val/psnr" in r for r in records(tmp_path / "run"))
+    assert (tmp_path / "run/tokenizer.pth").exists()
+
+
+def test_metrics_and_rfid_come_from_one_pass_over_the_held_out_images(train, tmp_path, monkeypatch):
+    loads, added = [], []
+    original = trainer.CenterImages.__getitem__
+    monkeypatch.setattr(
+        trainer.CenterImages, "__getitem__", lambda s, i: (loads.append(i), original(s, i))[1]
+    )
+    monkeypatch.setattr(
+        trainer, "Collector", lambda *_: SimpleNamespace(add=lambda at, x: added.append((at, x)))
+    )
+    monkeypatch.setattr(
+        trainer.in_training, "open_evaluator", lambda *_: SimpleNamespace(inception=None)
+    )
+    monkeypatch.setattr(trainer.in_training, "metrics_of", lambda *_: {"val/rFID": 1.0})
+    train(1, tmp_path, "phases=[{steps: 1, learning_rate: 1e-3}]")
+    assert sorted(loads[:5]) == [0, 1, 2, 3, 4] and len(loads) == 5 + 5  # the others: the preview's
+    assert [at for at, _ in added] == [0, 4] and [len(x) for _, x in added] == [4, 1]
+    assert all(x.dtype == torch.uint8 for _, x in added)
+    (record,) = [r for r in records(tmp_path) if "val/psnr" in r]
+    assert record["val/rFID"] == 1.0
+
+
+def test_dry_run_measures_every_phase_and_writes_nothing(train, tmp_path):
+    phases = "phases=[{name: mse, steps: 90, learning_rate: 1e-3}, {name: gan, steps: 40, gan_weight: 1e-3}]"
+    said = train(1, tmp_path / "run", phases, "--dry-run")
+    for words in ("parameters of the tokenizer: ", "parameters of the discriminator: 1,909,889 trained",
+                  "GiB of host memory", "hours for 90 steps", "hours for 40 steps",
+                  "hours for the 130 steps left", "nothing was written"):  # fmt: skip
+        assert words in said
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------- not finite

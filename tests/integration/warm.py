@@ -71,7 +71,7 @@ def child(request, rank, port):
         obey_permissions()
     if request["die_before"] and rank == 0:
         die_before(request["die_before"])
-    from runtime.processes import run
+    from runtime.program import run
 
     status = 0
     try:

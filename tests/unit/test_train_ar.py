@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from configs.schema import OptimizerParams
 from data.tokens import TokenWriter
 from modeling.generator import Generator, GeneratorConfig
 from runtime.errors import InputError
+from runtime.files import file_sha256
+from training import checkpoint, optim, run
 
 TINY = """
 model:
@@ -60,7 +64,7 @@ def train(cache, tmp_path):
 # ---------------------------------------------------------------------- the recipe
 def test_decayed_parameters_are_exactly_the_papers():
     model = Generator(GeneratorConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
-    groups = train_ar.adamw(model, OptimizerParams()).param_groups
+    groups = optim.adamw(train_ar.parameter_groups(model, 0.03), OptimizerParams()).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, others = ({names[id(p)] for p in group["params"]} for group in groups)
     matrices = ("attn.qkv", "attn.proj", "mlp.w1", "mlp.w2", "mlp.w3")
@@ -93,7 +97,7 @@ def test_records_say_how_fast_and_how_long(train, capsys):
     assert records[0]["hours left"] > records[1]["hours left"] > 0
     assert "mfu" not in records[0]  # no peak is known of a CPU
     header = capsys.readouterr().out
-    for words in ("24 images x 2 views; 8 images a step = 4 x 1 ranks x 2", "steps 1 to 3",
+    for words in ("24 images x 2 views; 8 images per step = 4 x 1 ranks x 2", "steps 1 to 3",
                   "1.0 epochs of the images or 0.5 of all views", "expected time"):  # fmt: skip
         assert words in header
 
@@ -156,10 +160,135 @@ def test_last_best_and_average_are_exported_in_both_formats(train, tmp_path):
     assert not torch.equal(best["output.bias"], last["output.bias"])
 
 
+# ---------------------------------------------------------------------- checkpoints come first
+def without_clock(records):
+    clock = ("images/s", "images/s per device", "data wait", "hours left")
+    return [{k: v for k, v in record.items() if k not in clock} for record in records]
+
+
+@pytest.mark.parametrize("moment", ["before the report", "after validation", "after the report"])
+def test_reports_that_a_kill_prevented_are_made_on_resuming(train, tmp_path, monkeypatch, moment):
+    options = ["experiment.save_every=10", "experiment.eval_every=10"]
+    whole = train(*options, run="whole")
+
+    def killed(name, at):
+        original = getattr(train_ar, name) if at == "after" else None
+        module = run if name == "write_whole" else train_ar
+
+        def function(*args):
+            if original is not None:
+                original(*args)
+            if name != "report" or args[1] == 10:
+                raise KeyboardInterrupt
+
+        return module, name, function
+
+    with monkeypatch.context() as patch:
+        if moment == "before the report":
+            patch.setattr(*killed("report", "before"))
+        elif moment == "after validation":
+            patch.setattr(*killed("report", "after"))
+        else:
+            patch.setattr(*killed("write_whole", "before"))
+        with pytest.raises(KeyboardInterrupt):
+            train(*options)
+    assert (tmp_path / "run/checkpoints/step-00000010").is_dir()
+    assert without_clock(train(*options)) == without_clock(whole)
+    names = [f"generator_best.{suffix}" for suffix in ("bin", "safetensors")]
+    assert all(
+        (tmp_path / f"run/{name}").read_bytes() == (tmp_path / f"whole/{name}").read_bytes()
+        for name in names
+    )
+
+
+def test_best_of_a_resumed_run_is_still_the_best(train, tmp_path):
+    options = ["experiment.save_every=10", "experiment.eval_every=10"]
+    train(*options)
+    best = (tmp_path / "run/generator_best.bin").read_bytes()
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000020")
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    (number,) = [i for i, line in enumerate(lines) if '"step": 10, "val/loss"' in line]
+    lines[number] = json.dumps({"step": 10, "val/loss": 0.0, "val/accuracy": 1.0})
+    (tmp_path / "run/metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "run/generator_best.bin").write_bytes(b"the best")
+    train(*options)
+    assert (tmp_path / "run/generator_best.bin").read_bytes() == b"the best" != best
+
+
+def test_validation_that_fails_is_said_and_training_continues(train, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise InputError("code 99 out of range in cache")
+
+    monkeypatch.setattr(train_ar, "validation_sums", fail)
+    records = train("experiment.save_every=10")
+    assert [r["step"] for r in records] == list(range(1, 21))
+    said = capsys.readouterr().out
+    assert said.count("warning: validation failed: code 99 out of range in cache; training ") == 2
+    assert (tmp_path / "run/generator.bin").exists()
+
+
+def test_training_data_that_fails_ends_training(train, monkeypatch):
+    def fail(self, key):
+        raise InputError("code 99 out of range in cache")
+
+    monkeypatch.setattr(train_ar.TrainTokens, "__getitem__", fail)
+    with pytest.raises(InputError, match="code 99"):
+        train()
+
+
+def test_checkpoint_of_the_version_before_resumes_and_says_what_differs(train, tmp_path, capsys):
+    train("experiment.save_every=10")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000020")
+    folder = tmp_path / "run/checkpoints/step-00000010"
+    state = checkpoint.load_state(folder)
+    del state["streams"]
+    state["run"]["batch in all"] = state["run"].pop("global batch")
+    torch.save(state, folder / "state.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        entry["sha256"] = file_sha256(folder / entry["name"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert train("experiment.save_every=10")[-1]["step"] == 20
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "the order of the images" in warnings[0]
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000010")
+    train()  # of this version: nothing to say
+    assert "warning" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- dry run
+@pytest.mark.parametrize("flag", ["--dry-run", "--dry_run"])
+def test_dry_run_says_what_the_run_needs_and_writes_nothing(cache, tmp_path, capsys, flag):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    before = sorted(tmp_path.rglob("*"))
+    train_ar.main([
+        f"config={tmp_path}/tiny.yaml", f"experiment.output_dir={tmp_path}/run", flag,
+        f"dataset.params.pretokenization={cache}", "training.max_train_steps=3600",
+    ])  # fmt: skip
+    said = capsys.readouterr().out
+    parameters = sum(p.numel() for p in Generator(GeneratorConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_seq_len=21,
+        condition_num_classes=3, codebook_size=32,
+    )).parameters())  # fmt: skip
+    assert f"parameters of the generator: {parameters:,} trained, 0 frozen" in said
+    assert re.search(r"memory: [\d.]+ GiB of host memory", said)
+    seconds = float(re.search(r"images/s, ([\d.e-]+) s per step", said)[1])
+    hours = float(re.search(r"expected time: ([\d.e-]+) hours for the 3600 steps left", said)[1])
+    assert hours == pytest.approx(seconds, rel=0.02)
+    assert "nothing was written" in said and sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_refuses_what_the_run_would(train, tmp_path):
+    train("training.max_train_steps=2")
+    with pytest.raises(InputError, match=r"training\.max_train_steps \(2 there, 4 now\)"):
+        train("training.max_train_steps=4", "--dry-run")
+
+
 # ---------------------------------------------------------------------- bad input
 def test_non_finite_loss_stops_without_a_report_due(train, tmp_path):
     with pytest.raises(InputError, match="not finite at step 2: loss"):
-        train("optimizer.params.learning_rate=1e38", "experiment.log_every=100",
+        train("optimizer.params.learning_rate=9e18", "lr_scheduler.params.warmup_steps=1", "optimizer.params.weight_decay=1000", "experiment.log_every=100",
               "experiment.save_every=5")  # fmt: skip
     assert not (tmp_path / "run/checkpoints").exists()
 
@@ -176,7 +305,7 @@ def test_resume_with_another_recipe_lists_what_differs(train, tmp_path):
 
 def test_resume_with_another_batch_or_data_is_refused(train):
     train("training.max_train_steps=2")
-    with pytest.raises(InputError, match=r"batch in all \(8 there, 4 now\)"):
+    with pytest.raises(InputError, match=r"global batch \(8 there, 4 now\)"):
         train("training.max_train_steps=2", "training.gradient_accumulation_steps=1")
     with pytest.raises(InputError, match=r"images \(24 there, 16 now\)"):
         train("training.max_train_steps=2", "experiment.max_train_examples=16")

@@ -1,5 +1,7 @@
 """The real network on random weights: against torch-fidelity's own metrics, and the definitions."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,15 +9,18 @@ from accelerate import PartialState
 from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from evaluation.compare import compare, load_side, measure, save_side
+from evaluation.evaluator import compare
 from evaluation.features import INCEPTION_FILE, Inception
 from evaluation.metrics import frechet_distance_of_moments
+from evaluation.references import load_statistics, save_statistics
 from evaluation.sources import ArrayImages
+from evaluation.statistics import measure
 from runtime.errors import InputError
 from tests.inception import write_random_inception
 from tests.payload import Payload
 
 CPU = torch.device("cpu")
+WEIGHTS = Path("weights")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inception(weights):
-    return Inception(CPU)
+    return Inception(CPU, WEIGHTS)
 
 
 def pictures(count, seed, contrast, brightest):
@@ -171,7 +176,7 @@ def test_missing_weights_are_asked_for_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(InputError, match=f"no {INCEPTION_FILE} in weights/ .*weights/README.md"):
-        Inception(CPU)
+        Inception(CPU, WEIGHTS)
 
 
 def test_another_file_under_that_name_is_refused(tmp_path, monkeypatch):
@@ -179,15 +184,15 @@ def test_another_file_under_that_name_is_refused(tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     torch.save({"head.weight": torch.zeros(3)}, tmp_path / "weights" / INCEPTION_FILE)
     with pytest.raises(InputError, match="not the TF-2015 Inception"):
-        Inception(CPU)
+        Inception(CPU, WEIGHTS)
 
 
 def test_pickled_code_under_that_name_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
     torch.save({"fc.weight": Payload(tmp_path / "ran")}, tmp_path / "weights" / INCEPTION_FILE)
-    with pytest.raises(InputError, match="no file of plain tensors"):
-        Inception(CPU)
+    with pytest.raises(InputError, match="not a file of plain tensors"):
+        Inception(CPU, WEIGHTS)
     assert not (tmp_path / "ran").exists()
 
 
@@ -205,6 +210,6 @@ def test_tf32_and_autocast_stay_out_of_the_features(inception, features, monkeyp
 
 
 def test_statistics_of_other_weights_are_refused(sides, inception, tmp_path):
-    save_side(sides[1], tmp_path / "stats.npz", "inception-v3-compat 6726825d00000000")
+    save_statistics(sides[1], tmp_path / "stats.npz", "inception-v3-compat 6726825d00000000")
     with pytest.raises(InputError, match=r"statistics of other features .*--save_stats"):
-        load_side(tmp_path / "stats.npz", inception)
+        load_statistics(tmp_path / "stats.npz", inception)

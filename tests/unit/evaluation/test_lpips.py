@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torchvision.models import vgg16
 
-from evaluation.lpips import LPIPS, LPIPS_FILE, VGG_FILE, lpips_is_here
+from evaluation.lpips import LPIPS, LPIPS_FILE, VGG_FILE, lpips_is_available
 from runtime.errors import InputError
 
+WEIGHTS = Path("weights")
 HEADS = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
 
 
@@ -23,7 +24,7 @@ def empty_on_cpu(build):
 # ---------------------------------------------------------------------- weight files
 def test_pretrained_network_without_its_file_is_refused(nowhere):
     with torch.device("meta"), pytest.raises(InputError) as caught:
-        LPIPS(pretrained=True)
+        LPIPS(WEIGHTS)
     message = str(caught.value)
     assert f"no {VGG_FILE} in weights/ or {nowhere}/hub/checkpoints" in message
     assert "weights/README.md" in message and "set the weight of its loss to 0" in message
@@ -41,14 +42,14 @@ def test_pretrained_network_takes_torchvisions_and_the_packages_files(nowhere):
     with torch.device("meta"):
         save_shapes(vgg16(), nowhere / "weights" / VGG_FILE)
         (nowhere / "weights" / LPIPS_FILE).write_bytes(HEADS.read_bytes())
-        LPIPS(pretrained=True)
+        LPIPS(WEIGHTS)
 
 
 def test_another_file_in_the_place_of_vgg_is_refused(nowhere):
     with torch.device("meta"):
         save_shapes(nn.Linear(2, 2), nowhere / "weights" / VGG_FILE)
         with pytest.raises(InputError, match=VGG_FILE):
-            LPIPS(pretrained=True)
+            LPIPS(WEIGHTS)
 
 
 # ---------------------------------------------------------------------- distance
@@ -67,7 +68,7 @@ def published_lpips():
 
 @pytest.fixture(scope="module")
 def own_lpips(published_lpips):
-    model = empty_on_cpu(lambda: LPIPS(pretrained=False))
+    model = empty_on_cpu(lambda: LPIPS(None))
     convolutions = [m for m in published_lpips.net.modules() if isinstance(m, nn.Conv2d)]
     own = [m for m in model.stages.modules() if isinstance(m, nn.Conv2d)]
     for mine, theirs in zip(own, convolutions, strict=True):
@@ -128,10 +129,10 @@ def test_lpips_gradient_reaches_the_images_alone(own_lpips):
     assert gradients_reach(own_lpips) == (True, False, False)
 
 
-def test_lpips_is_here_with_both_files_only(nowhere):
+def test_lpips_is_available_with_both_files_only(nowhere):
     (nowhere / "weights").mkdir()
-    assert not lpips_is_here()
+    assert not lpips_is_available(WEIGHTS)
     (nowhere / "weights" / VGG_FILE).touch()
-    assert not lpips_is_here()
+    assert not lpips_is_available(WEIGHTS)
     (nowhere / "weights" / LPIPS_FILE).touch()
-    assert lpips_is_here()
+    assert lpips_is_available(WEIGHTS)

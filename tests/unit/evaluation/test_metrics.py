@@ -174,5 +174,31 @@ def test_distant_sets_cover_nothing():
 
 
 def test_as_many_images_as_neighbours_are_too_few():
-    with pytest.raises(InputError, match="more than 3 images a side: there are 5 samples and 3"):
+    with pytest.raises(
+        InputError, match="more than 3 images on either side: there are 5 samples and 3"
+    ):
         precision_recall(random(3, 2), random(5, 2))
+
+
+def test_half_precision_is_that_of_adms_script():
+    """Norms, product and sums in float16; float32 where float16 overflows."""
+    reference, samples = random(40, 16).float(), random(30, 16, seed=1).float()
+
+    def by_numpy(a, b):
+        a, b = a.numpy().astype(np.float16), b.numpy().astype(np.float16)
+        norms = [np.square(x).sum(1, dtype=np.float16) for x in (a, b)]
+        return np.maximum(norms[0][:, None] - 2 * (a @ b.T) + norms[1], 0).astype(np.float32)
+
+    def share(points, centres):
+        limits = np.sort(by_numpy(centres, centres), 1)[:, 3]
+        return (by_numpy(points, centres) <= limits).any(1).mean()
+
+    expected = share(samples, reference), share(reference, samples)
+    found = precision_recall(reference, samples, half=True)
+    assert found == pytest.approx(expected, abs=0.07)  # two images: float16 sums round differently
+    assert 0.2 < expected[0] < 1
+    large = metrics.squared_distances(300 * reference, 300 * samples, half=True)
+    exact = metrics.squared_distances(300 * reference, 300 * samples)
+    torch.testing.assert_close(large.double(), exact, rtol=1e-3, atol=1e3)
+    rough = metrics.squared_distances(reference, samples, half=True)
+    assert 1e-4 < (rough.double() - metrics.squared_distances(reference, samples)).abs().max() < 0.1

@@ -2,8 +2,16 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
-from evaluation.reconstruction import ReconstructionSums, codebook_use, reconstruct_all
+from evaluation.reconstruction import (
+    Batch,
+    Preview,
+    ReconstructionSums,
+    codebook_use,
+    image_batches,
+    reconstruct,
+)
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 
 CPU = torch.device("cpu")
@@ -11,8 +19,12 @@ CPU = torch.device("cpu")
 
 def sums_of(images, reconstructions, codes, codebook=8):
     sums = ReconstructionSums(codebook, CPU)
-    sums.add(images, reconstructions, codes)
+    add(sums, images, reconstructions, codes)
     return sums
+
+
+def add(consumer, images, reconstructions, codes):
+    consumer.add(Batch(0, (images * 255).byte(), images, codes, reconstructions))
 
 
 def pair(*differences):
@@ -44,7 +56,7 @@ def test_sums_of_two_halves_add_up_to_the_whole():
     one = sums_of(images[:2], reconstructions[:2], codes[:2])
     other = sums_of(images[2:], reconstructions[2:], codes[2:])
     torch.testing.assert_close(one.values + other.values, whole.values, rtol=1e-12, atol=0)
-    one.add(images[2:], reconstructions[2:], codes[2:])
+    add(one, images[2:], reconstructions[2:], codes[2:])
     assert one.metrics() == pytest.approx(whole.metrics())
 
 
@@ -82,31 +94,74 @@ def tokenizer():
 BATCHES = torch.arange(3 * 2 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(3, 2, 3, 8, 8)
 
 
+class Everything:
+    def __init__(self):
+        self.batches = []
+
+    def add(self, batch):
+        self.batches.append(batch)
+
+
+def run(tokenizer, batches, *consumers):
+    numbered = ((2 * i, pixels) for i, pixels in enumerate(batches))
+    reconstruct(tokenizer, numbered, CPU, consumers)
+
+
 def test_all_batches_are_reconstructed_and_the_first_is_shown(tokenizer):
-    sums, before, after = reconstruct_all(tokenizer, BATCHES, CPU)
+    sums, preview = ReconstructionSums(16, CPU), Preview(2)
+    run(tokenizer, BATCHES, sums, preview)
     images = BATCHES.flatten(0, 1) / 255
     codes = tokenizer.eval().encode(images)
     with torch.no_grad():
         expected = tokenizer.decode(codes)
-    torch.testing.assert_close(before, images[:2])
-    torch.testing.assert_close(after, expected[:2])
+    torch.testing.assert_close(preview.before, images[:2])
+    torch.testing.assert_close(preview.after, expected[:2])
+    torch.testing.assert_close(preview.pairs()[[0, 2]], preview.before)
+    torch.testing.assert_close(preview.pairs()[[1, 3]], preview.after)
     assert sums.metrics() == pytest.approx(sums_of(images, expected, codes, 16).metrics())
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_reconstructing_leaves_the_tokenizer_in_its_mode(tokenizer, training):
     tokenizer.train(training)
-    reconstruct_all(tokenizer, BATCHES[:1], CPU)
+    run(tokenizer, BATCHES[:1])
     assert tokenizer.training is training and tokenizer.encoder.training is training
 
 
-def test_every_batch_is_shown_to_whoever_measures_more(tokenizer):
-    seen = []
-    _, before, after = reconstruct_all(tokenizer, BATCHES, CPU, lambda *pair: seen.append(pair))
-    assert len(seen) == 3
-    assert torch.equal(seen[0][0], before) and torch.equal(seen[0][1], after)
+def test_every_consumer_gets_every_batch_once(tokenizer, monkeypatch):
+    calls = []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda codes: calls.append(codes) or decode(codes))
+    first, second = Everything(), Everything()
+    run(tokenizer, BATCHES, first, second)
+    assert len(calls) == len(first.batches) == len(second.batches) == 3
+    assert [batch.first for batch in first.batches] == [0, 2, 4]
+    assert all(a is b for a, b in zip(first.batches, second.batches))
+    assert torch.equal(first.batches[1].pixels, BATCHES[1])
 
 
 def test_no_images_are_no_error(tokenizer):
-    sums, before, after = reconstruct_all(tokenizer, [], CPU)  # a rank beyond the held-out images
-    assert len(before) == len(after) == 0 and not sums.values.any()
+    sums, preview = ReconstructionSums(16, CPU), Preview(2)
+    run(tokenizer, [], sums, preview)  # a rank beyond the held-out images
+    assert len(preview.before) == len(preview.after) == 0 and not sums.values.any()
+
+
+def test_ranks_share_fixed_batches_of_consecutive_images(tmp_path):
+    paths = []
+    for i in range(7):
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(paths[-1])
+    whole = dict(image_batches(paths, 8, 2, workers=0))
+    assert list(whole) == [0, 2, 4, 6] and whole[6].shape == (1, 3, 8, 8)
+    for world in (2, 3, 5):
+        shares = [dict(image_batches(paths, 8, 2, 0, rank, world)) for rank in range(world)]
+        assert sorted(first for share in shares for first in share) == [0, 2, 4, 6]
+        for share in shares:
+            assert all(torch.equal(pixels, whole[first]) for first, pixels in share.items())
+    assert whole[4][1, 0, 0, 0] == 5
+
+
+def test_previews_show_before_and_after_in_turn():
+    preview = Preview(2)
+    add(preview, torch.zeros(3, 3, 1, 1), torch.ones(3, 3, 1, 1), torch.zeros(3, 5))
+    assert preview.pairs()[:, 0, 0, 0].tolist() == [0, 1, 0, 1]

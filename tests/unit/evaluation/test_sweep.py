@@ -1,48 +1,59 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import evaluation.compare
-import sample_imagenet
+import evaluation.evaluator
 from evaluation import sweep
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
 
+CONFIG = """
+experiment: {{name: {name}, generator_checkpoint: {name}.bin}}
+model:
+  vq_model: {{image_size: 8, patch_size: 4}}
+  generator: {{image_seq_len: 7}}
+"""
+
 
 @pytest.fixture
-def asked(tmp_path, monkeypatch):
+def jobs(tmp_path, monkeypatch):
     """An empty folder with a reference, and a sampler whose images grow paler with the scale."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation.compare, "Inception", TinyFeatures)
+    monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
+    for name in "cd":
+        (tmp_path / f"{name}.yaml").write_text(CONFIG.format(name=name))
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 100, (16, 8, 8, 3), dtype=np.uint8)
     np.savez("reference.npz", noise)
-    calls = []
+    sampled = []
 
-    def sample(argv):
-        given = dict(option.split("=") for option in argv)
-        calls.append(given)
-        folder = tmp_path / given["experiment.output_dir"]
-        folder.mkdir(parents=True)
-        shift = float(given["model.generator.guidance_scale"]) * 10
-        shift += float(given["model.generator.guidance_scale_pow"])
-        count = int(given["experiment.num_fid_samples"])
-        np.savez(f"{folder}.npz", (noise[:count] + shift).astype(np.uint8))
+    class Folder(sweep.SampleFolder):
+        def fill(self):
+            sampled.append(self.job)
+            self.output.mkdir(parents=True)
+            shift = self.job.sampling.guidance_scale * 10 + self.job.sampling.guidance_power
+            np.savez(self.images_file, (noise[: self.count] + shift).astype(np.uint8))
+            return self.images_file
 
-    monkeypatch.setattr(sample_imagenet, "main", sample)
-    return calls
+    monkeypatch.setattr(sweep, "SampleFolder", Folder)
+    sampled_from = {"tokenizer": "t", "generator": "g"}
+    models = SimpleNamespace(hashes=sampled_from)
+    monkeypatch.setattr(sweep, "load_models", lambda *_: models)
+    monkeypatch.setattr(sweep, "read_weights", lambda *_: {})
+    return SimpleNamespace(sampled=sampled, models=models)
 
 
 ARGUMENTS = ["--reference=reference.npz", "--num_samples=16", "--output=out", "config=c.yaml"]
 GRID = ["--scales=2,0.5", "--powers=1,3"]
 
 
-def test_every_cell_is_sampled_scored_and_shown(asked, tmp_path, capsys):
+def test_every_cell_is_sampled_scored_and_shown(jobs, tmp_path, capsys):
     sweep.main([*ARGUMENTS, *GRID])
-    assert [c["model.generator.guidance_scale"] for c in asked] == ["2.0", "2.0", "0.5", "0.5"]
-    assert [c["model.generator.guidance_scale_pow"] for c in asked] == ["1.0", "3.0"] * 2
-    assert {c["config"] for c in asked} == {"c.yaml"}
+    assert [job.sampling.guidance_scale for job in jobs.sampled] == [2.0, 2.0, 0.5, 0.5]
+    assert [job.sampling.guidance_power for job in jobs.sampled] == [1.0, 3.0] * 2
+    assert {job.count for job in jobs.sampled} == {16}
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines() if " / " in line][1:]
     assert [row[0] for row in rows] == ["2", "0.5"]
@@ -50,10 +61,11 @@ def test_every_cell_is_sampled_scored_and_shown(asked, tmp_path, capsys):
     result = json.loads((tmp_path / "out/scale2_power3.json").read_text())
     assert f"{result['metrics']['gFID']:.2f}" == rows[0][4]
     assert result["samples"]["images"] == 16
+    assert result["weights"] == {"tokenizer": "t", "generator": "g"}
     assert not list(tmp_path.glob("out/*.npz")) and not (tmp_path / "out/scale2_power3").exists()
 
 
-def test_heat_map_is_darkest_at_the_lowest_distance(asked, tmp_path):
+def test_heat_map_is_darkest_at_the_lowest_distance(jobs, tmp_path):
     from PIL import Image
 
     sweep.main([*ARGUMENTS, *GRID])
@@ -69,33 +81,51 @@ def test_heat_map_is_darkest_at_the_lowest_distance(asked, tmp_path):
     assert corners[0, 0] not in (sweep.BEST, sweep.WORST)
 
 
-def test_finished_cells_are_not_sampled_again(asked, capsys):
+def test_finished_cells_are_not_sampled_again(jobs, capsys):
     sweep.main([*ARGUMENTS, "--scales=2", "--powers=1"])
     sweep.main([*ARGUMENTS, *GRID])
-    assert len(asked) == 4  # one, and the three that were missing
+    assert len(jobs.sampled) == 4  # one, and the three that were missing
     sweep.main([*ARGUMENTS, *GRID])
-    assert len(asked) == 4
+    assert len(jobs.sampled) == 4
 
 
 @pytest.mark.parametrize("other", ["--num_samples=12", "config=d.yaml"])
-def test_results_of_other_settings_are_not_mixed_in(asked, other):
+def test_results_of_other_settings_are_not_mixed_in(jobs, other):
     sweep.main([*ARGUMENTS, "--scales=2", "--powers=1"])
     arguments = [a for a in ARGUMENTS if a.split("=")[0] != other.split("=")[0]]
     with pytest.raises(InputError, match=r"other settings.*--output"):
         sweep.main([*arguments, other, "--scales=2", "--powers=1"])
-    assert len(asked) == 1
+    assert len(jobs.sampled) == 1
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "generator"])
+def test_results_of_other_weights_behind_the_same_path_are_not_mixed_in(jobs, part):
+    sweep.main([*ARGUMENTS, "--scales=2", "--powers=1"])
+    jobs.models.hashes = {**jobs.models.hashes, part: "another"}
+    with pytest.raises(InputError, match=r"weights \(.* there, .*another.* now\).*--output"):
+        sweep.main([*ARGUMENTS, *GRID])
+    assert len(jobs.sampled) == 1
 
 
 @pytest.mark.parametrize(
     "argument, words",
     [
-        ("--scales=2,x", "2,x: give numbers"),
+        ("--scales=2,x", "2,x: write numbers"),
         ("model.generator.guidance_scale=3", "the sweep sets this itself"),
         ("model.generator.guidance_scale_pow=3", "the sweep sets this itself"),
         ("experiment.output_dir=x", "the sweep sets this itself"),
+        ("experiment.codes=x.npz", "the sweep samples new codes"),
+        ("model.generator.guidance_schedule=steep", "guidance_schedule=steep: choose"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(asked, argument, words):
+def test_arguments_that_do_not_fit_are_refused(jobs, argument, words):
     with pytest.raises(InputError, match=words):
         sweep.main([*ARGUMENTS, *GRID, argument])
-    assert not asked
+    assert not jobs.sampled
+
+
+def test_codes_in_the_config_are_refused_too(jobs, tmp_path):
+    text = (tmp_path / "c.yaml").read_text().replace("{name", "{codes: x.npz, name")
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError, match="the sweep samples new codes"):
+        sweep.main([*ARGUMENTS, *GRID])

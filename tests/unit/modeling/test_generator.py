@@ -93,14 +93,14 @@ def test_rotation_takes_neighbouring_channels_as_a_pair():
 def test_sequence_length_that_fits_no_grid_is_refused_with_one_that_does(tokens, remedy):
     with pytest.raises(InputError) as caught:
         config(image_seq_len=tokens)
-    assert f"model.generator.image_seq_len={tokens}" in str(caught.value)
-    assert f"give {remedy}" in str(caught.value)
+    assert f"image_seq_len={tokens}" in str(caught.value)
+    assert f"set {remedy}" in str(caught.value)
 
 
 def test_heads_that_do_not_fit_the_hidden_size_are_refused_by_name():
     with pytest.raises(InputError) as caught:
         config(hidden_size=36, num_attention_heads=2)
-    assert "model.generator.hidden_size=36" in str(caught.value)
+    assert "hidden_size=36" in str(caught.value)
     assert "num_attention_heads=2" in str(caught.value)
 
 

@@ -4,6 +4,7 @@ import torch
 from modeling.engine import decode_images
 from modeling.generator import Generator, GeneratorConfig
 from modeling.pipeline import Pipeline
+from modeling.randomness import image_uniforms
 from modeling.sampling import sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import write_state_dict
@@ -44,7 +45,7 @@ def test_pipeline_reads_the_sizes_and_makes_the_images_of_its_parts(made):
     pipeline = Pipeline(*files, tokenizer_config=SMALL, device="cpu")
     assert pipeline.generator.config == TINY
     images = pipeline([2, 0], seed=5, guidance_scale=4.0, guidance_power=1.5)
-    uniforms = torch.rand(2, 7, generator=torch.Generator().manual_seed(5))
+    uniforms = image_uniforms(5, range(2), 7)
     codes = sample_codes(generator, torch.tensor([2, 0]), uniforms, 4.0, 1.5)
     assert torch.equal(images, decode_images(tokenizer, codes, torch.float32))
     assert images.shape == (2, 16, 16, 3)
@@ -55,7 +56,34 @@ def test_pipeline_refuses_files_in_the_wrong_order_and_unknown_classes(made):
     *_, generator, tokenizer = made
     with pytest.raises(InputError, match="does not fit the configured tokenizer"):
         Pipeline(tokenizer, generator, tokenizer_config=SMALL)
-    with pytest.raises(InputError, match="is no generator but a stage-2 tokenizer"):
+    with pytest.raises(InputError, match="is not a generator but a stage-2 tokenizer"):
         Pipeline(tokenizer, tokenizer, tokenizer_config=SMALL)
     with pytest.raises(InputError, match="class 9 asked for"):
         Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cpu")([9])
+
+
+@pytest.mark.parametrize(
+    "classes, words",
+    [([], "at least one class number"), (1, "pass a list"), ([0.5], "pass a list"), ([-1], "-1")],
+)
+def test_pipeline_refuses_classes_that_make_no_images(made, classes, words):
+    *_, generator, tokenizer = made
+    pipeline = Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cpu")
+    with pytest.raises(InputError, match=words):
+        pipeline(classes)
+
+
+def test_pipeline_refuses_unknown_settings_and_devices_that_are_not_there(made, monkeypatch):
+    *_, generator, tokenizer = made
+    pipeline = Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cpu")
+    with pytest.raises(InputError, match=r"no sampling setting guidance: there are guidance_scale"):
+        pipeline([0], guidance=4.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no CUDA device"):
+        Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cuda")
+
+
+def test_an_image_does_not_depend_on_what_is_made_with_it(made):
+    *_, generator, tokenizer = made
+    pipeline = Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cpu")
+    assert torch.equal(pipeline([1, 2, 0], seed=3)[:2], pipeline([1, 2], seed=3))

@@ -6,7 +6,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from modeling.quantizer import VectorQuantizer
+from modeling import quantizer as quantizer_module
+from modeling.quantizer import (
+    FLOAT32_SETTINGS,
+    VectorQuantizer,
+    full_float32,
+    old_settings,
+    squared_distances,
+)
 
 CODES, SIZE = 16, 4
 
@@ -80,6 +87,110 @@ def test_autocast_leaves_codes_vectors_and_loss_in_float32():
 def test_half_precision_input_is_raised_to_float32():
     vectors, _, loss = quantizer()(torch.randn(1, 3, SIZE, dtype=torch.bfloat16))
     assert vectors.dtype == loss.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------- precision of products
+def products():
+    """How float32 matrices are multiplied now, by backend and operation."""
+    return [getattr(backend, operation).fp32_precision for backend, operation in FLOAT32_SETTINGS]
+
+
+@pytest.fixture(params=["tf32 by the old name", "tf32", "cudnn by the new", "medium", "autocast"])
+def loose_products(request):
+    """The ways in which a program makes float32 products less exact."""
+    cuda, conv = torch.backends.cuda.matmul, torch.backends.cudnn
+    before, setting = torch.get_float32_matmul_precision(), cuda.fp32_precision
+    allowed = conv.allow_tf32
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=request.param == "autocast")
+    if request.param == "tf32 by the old name":
+        cuda.allow_tf32 = conv.allow_tf32 = True
+    if request.param == "tf32":
+        cuda.fp32_precision = "tf32"
+    if request.param == "cudnn by the new":
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # against the default of its old name
+    if request.param == "medium":
+        torch.set_float32_matmul_precision("medium")  # bfloat16, also on CPUs that have it
+    with autocast:
+        yield
+    torch.set_float32_matmul_precision(before)
+    conv.allow_tf32 = allowed
+    cuda.fp32_precision = setting
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+def near_ties():
+    """Vectors whose nearest code a product of 8 or 11 bits often gets wrong."""
+    model = VectorQuantizer(2048, 32, clustering=True)
+    torch.nn.init.normal_(model.embedding.weight)
+    model.embed_prob.uniform_(0, 1e-6)
+    return model, torch.randn(4, 128, 32)
+
+
+def test_codes_and_clustering_are_full_float32(loose_products, monkeypatch):
+    model, z = near_ties()
+    seen, found = [], {}
+
+    def watched(*given):
+        result = squared_distances(*given)
+        # Read as kernels read them: this raises where torch's old and new settings disagree.
+        tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        seen.append((products(), tf32, torch.is_autocast_enabled("cpu"), result.dtype))
+        return result
+
+    monkeypatch.setattr(quantizer_module, "squared_distances", watched)
+    around = products(), old_settings()
+    found["codes"] = model.nearest(z)
+    found["forward"] = model(z)[1]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found["compiled"] = compiled(z.requires_grad_())[1]
+    start = model.embedding.weight.detach().clone()
+    model.cluster(z.detach().flatten(0, 1))
+    assert seen == [(["ieee"] * 5, (False, False), False, torch.float32)] * 4
+    assert (products(), old_settings()) == around  # as they were
+    exact = torch.cdist(z.detach().double(), start.double()).argmin(2)
+    for codes in found.values():
+        assert (codes == exact).float().mean() > 0.999
+        assert torch.equal(codes, found["codes"])
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="a CPU that multiplies in float32 only"
+)
+def test_bfloat16_products_of_this_cpu_would_change_codes():
+    # That the test above has something to find here.
+    model, z = near_ties()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    loose = squared_distances(z.flatten(0, 1), model.embedding.weight).argmin(1)
+    torch.set_float32_matmul_precision(before)
+    assert (loose.view(4, 128) != model.nearest(z)).any()
+
+
+def test_precision_of_products_is_restored_after_an_error():
+    before = products()
+    with pytest.raises(ValueError), full_float32("cpu"):
+        raise ValueError
+    assert products() == before
+
+
+@pytest.mark.gpu
+def test_tf32_leaves_codes_and_clustering_alone_on_cuda():
+    model, z = near_ties()
+    model, z = model.cuda(), z.cuda()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    results = {}
+    for allow in (False, True):
+        model.load_state_dict(state)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
+        with torch.autocast("cuda", torch.bfloat16, enabled=allow):
+            results[allow] = [model.nearest(z), torch.compile(model)(z)[1]]
+            loose = squared_distances(z.flatten(0, 1), model.embedding.weight).argmin(1)
+            model.cluster(z.flatten(0, 1))
+        results[allow] += [v.clone() for v in model.state_dict().values()]
+        assert torch.backends.cuda.matmul.allow_tf32 is allow
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    assert all(torch.equal(a, b) for a, b in zip(results[False], results[True]))
+    assert (loose.view(4, 128) != results[True][0]).any()  # there was something to find
 
 
 def test_only_clustering_adds_a_buffer():

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -42,21 +43,21 @@ def patches(images, patch=TINY.patch_size):
 # ---------------------------------------------------------------------- configuration
 def test_patch_that_does_not_divide_the_image_is_refused_by_name():
     message = refusal(image_size=33)
-    assert "33" in message and "patch size 8" in message
-    assert "choose a model.vq_model.image_size" in message
+    assert "33" in message and "patch_size=8" in message
+    assert "image_size=33" in message and "choose a size" in message
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_heads_that_do_not_divide_the_width_are_refused_by_name(part):
     message = refusal(**{f"{part}_width": 16, f"{part}_heads": 3})
-    assert f"model.vq_model.{part}_width=16" in message and f"{part}_heads=3" in message
+    assert f"{part}_width=16" in message and f"{part}_heads=3" in message
 
 
 @pytest.mark.parametrize("tokens", [16, 19, 22, 273])
 def test_number_of_latent_tokens_that_fits_no_layout_is_refused_with_those_that_do(tokens):
     message = refusal(num_latent_tokens=tokens)
-    assert f"model.vq_model.num_latent_tokens={tokens}" in message
-    assert "4x4" in message and "give 21 " in message and "or 20" in message
+    assert f"num_latent_tokens={tokens}" in message
+    assert "4x4" in message and "set 21 " in message and "or 20" in message
 
 
 def test_default_config_is_the_published_model():
@@ -64,7 +65,7 @@ def test_default_config_is_the_published_model():
     assert (published.grid, published.num_prefix_tokens, published.num_tokens) == (16, 17, 273)
     assert (published.codebook_size, published.token_size) == (4096, 32)
     assert (published.num_buffer_tokens, published.causal) == (32, False)
-    assert published.exact_attention
+    assert not published.exact_attention and published.position_init == "normal"
 
 
 # ---------------------------------------------------------------------- layouts and sizes
@@ -202,6 +203,57 @@ def test_freezing_the_encoder_leaves_exactly_the_decoder_to_train():
     assert trainable == {f"decoder.{name}" for name, _ in model.decoder.named_parameters()}
 
 
+def low_precision():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_frozen_encoder_gives_the_codes_of_float32_under_autocast(fill):
+    sizes = dict(codebook_size=512, encoder_width=64, encoder_layers=4)
+    model = fill(Tokenizer(config(**sizes)))
+    images = torch.rand(8, 3, 32, 32)
+    exact = model.encode(images)
+    with low_precision():
+        assert (model.encode(images) != exact).any()  # there is something to find
+    model.freeze_encoder()
+    model.train()
+    with low_precision():
+        out = model(images)
+        assert torch.equal(model.encode(images), exact)
+    assert torch.equal(out.codes, exact)
+    assert out.latents.dtype == torch.float32 and not out.latents.requires_grad
+    assert not out.quantizer_loss.requires_grad
+
+
+def test_frozen_encoder_leaves_the_decoder_its_precision_and_gradients(fill, monkeypatch):
+    model = fill(Tokenizer(TINY))
+    model.freeze_encoder()
+    seen = []
+    attention = F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        seen.append((q.dtype, torch.backends.cuda.matmul.fp32_precision))
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr("modeling.tokenizer_blocks.F.scaled_dot_product_attention", spy)
+    around = torch.backends.cuda.matmul.fp32_precision
+    with low_precision():
+        model(torch.rand(1, 3, 32, 32)).images.sum().backward()
+    assert seen == [(torch.float32, "ieee")] * 2 + [(torch.bfloat16, around)] * 2
+    grads = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert grads == {f"decoder.{name}" for name, _ in model.decoder.named_parameters()}
+
+
+def test_frozen_encoder_keeps_its_precision_in_a_compiled_pass_and_in_copies(fill):
+    sizes = dict(codebook_size=512, encoder_width=64, encoder_layers=4)
+    model = fill(Tokenizer(config(**sizes)))
+    images = torch.rand(4, 3, 32, 32)
+    exact = model.encode(images)
+    model.freeze_encoder()
+    with low_precision():
+        assert torch.equal(torch.compile(model, backend="aot_eager")(images).codes, exact)
+        assert torch.equal(copy.deepcopy(model)(images).codes, exact)
+
+
 def test_without_decoder_the_codes_are_the_same(fill):
     model = fill(Tokenizer(TINY))
     encoding = Tokenizer(TINY, with_decoder=False)
@@ -231,9 +283,30 @@ def test_exact_attention_runs_in_float32_whatever_the_autocast_type(monkeypatch,
 
 
 # ---------------------------------------------------------------------- initial values
+def test_published_positions_start_as_noise_of_the_width():
+    model = Tokenizer(config(encoder_width=256, decoder_width=192, image_size=64))
+    positions = {
+        name: p for name, p in model.named_parameters()
+        if "positional_embedding" in name or name in ("latent_tokens", "decoder.class_embedding")
+    }  # fmt: skip
+    assert len(positions) == 5
+    for name, p in positions.items():
+        assert p.std().item() == pytest.approx(p.shape[1] ** -0.5, rel=0.1), name
+        assert abs(p.mean().item()) < 0.1 * p.shape[1] ** -0.5, name
+    encoder = model.encoder
+    similarity = encoder.latent_token_positional_embedding @ encoder.positional_embedding.T
+    assert similarity.abs().max() < 0.5  # 0 ± 0.0625 between independent vectors of length 1
+
+
+def test_start_of_the_positions_that_is_not_known_is_refused():
+    message = refusal(position_init="own")
+    assert "position_init=own" in message and "normal" in message and "own_patch" in message
+
+
 @pytest.mark.parametrize("tokens, own", [(21, [0, 0, 1, 2, 3]), (20, [0, 1, 2, 3])])
-def test_initial_positions_align_every_latent_with_its_patch(tokens, own):
-    encoder = Tokenizer(config(num_latent_tokens=tokens, encoder_width=128)).encoder
+def test_own_patch_aligns_every_latent_with_its_patch(tokens, own):
+    sizes = dict(num_latent_tokens=tokens, encoder_width=128)
+    encoder = Tokenizer(config(**sizes, position_init="own_patch")).encoder
     similarity = encoder.latent_token_positional_embedding @ encoder.positional_embedding.T
     assert similarity.argmax(1).tolist() == own + list(range(GRID**2))
 

@@ -1,6 +1,12 @@
+import gzip
+import hashlib
+import math
 import os
 import pickle
+import re
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,10 +15,11 @@ from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import (
     describe,
-    find_weights,
     load_tensors,
     load_weights,
+    read_part,
     read_state_dict,
+    tensors_hash,
     write_state_dict,
 )
 from runtime.errors import InputError
@@ -117,19 +124,86 @@ def test_truncated_file_is_refused(tmp_path, name, share):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-        b"<!DOCTYPE html>",
-        b"PK\x03\x04junk",
-        b"h\xff\x80\x02",
-        bytes(range(256)),
-    ],
-)
-def test_file_of_another_kind_is_refused(tmp_path, name, content):
+@pytest.mark.parametrize("content", [b"PK\x03\x04junk", b"h\xff\x80\x02", bytes(range(256))])
+def test_bytes_of_no_known_kind_are_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert "no file of plain tensors" in refusal(tmp_path / name)
+    assert "not a file of plain tensors" in refusal(tmp_path / name)
+
+
+def npz(path):
+    with open(path, "wb") as file:
+        np.savez(file, codes=np.zeros(3))
+
+
+def zipped(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("AliTok.pth", b"tensors")
+
+
+KINDS = {
+    "a Git LFS pointer.*run git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "an HTML page.*download the file itself": b"\n<!DOCTYPE html><html><body>Sign in",
+    "a NumPy archive": npz,
+    "a zip archive: unpack it": zipped,
+    "a gzip archive: unpack it": gzip.compress(b"tensors"),
+    "an image": b"\x89PNG\r\n\x1a\n",
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_file_of_another_kind_is_named_by_its_first_bytes(tmp_path, name, kind):
+    content = KINDS[kind]
+    if callable(content):
+        content(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    assert re.search(kind, refusal(tmp_path / name))
+
+
+def test_weights_under_another_formats_name_are_told_apart(tmp_path):
+    write_state_dict(tensors(), tmp_path / "w.safetensors")
+    write_state_dict(tensors(), tmp_path / "v.pth")
+    os.rename(tmp_path / "w.safetensors", tmp_path / "w.pth")
+    os.rename(tmp_path / "v.pth", tmp_path / "v.safetensors")
+    assert "is a safetensors file under another name: rename it to w.safetensors" in refusal(
+        tmp_path / "w.pth"
+    )
+    assert "is a PyTorch file under another name: rename it to v.pth" in refusal(
+        tmp_path / "v.safetensors"
+    )
+
+
+def test_run_of_the_other_kind_is_told_by_what_lies_there(tmp_path):
+    for name in ("ema", "generator"):
+        write_state_dict(tensors(), tmp_path / f"{name}.safetensors")
+    message = refusal(tmp_path / "tokenizer.safetensors")
+    assert "but ema.safetensors, generator.safetensors: give a run of the right kind" in message
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_file_that_may_not_be_read_is_a_matter_of_permission(tmp_path, monkeypatch, name):
+    write_state_dict(tensors(), tmp_path / name)
+
+    def forbid(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", forbid)  # root, who runs tests, may read anything
+    with pytest.raises(InputError, match=r"cannot read .*: permission denied"):
+        read_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_mode_of_a_file_follows_the_umask(tmp_path, name, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_state_dict(tensors(), tmp_path / name)
+        (tmp_path / f"{name}.partial").touch(0o600)  # as a killed process may leave it
+        write_state_dict(tensors(), tmp_path / name)
+    finally:
+        os.umask(before)
+    assert (tmp_path / name).stat().st_mode & 0o777 == mode
 
 
 def dump(content, path):
@@ -144,7 +218,8 @@ def save_old(content, path):
 def test_code_in_a_file_is_refused_and_never_run(tmp_path, write):
     mark = tmp_path / "executed"
     write({"a": torch.ones(2), "b": Payload(mark)}, tmp_path / "w.pth")
-    assert "no file of plain tensors" in refusal(tmp_path / "w.pth")
+    message = refusal(tmp_path / "w.pth")
+    assert "not a file of plain tensors" in message and "weights_only" not in message
     assert not mark.exists()
     if write is not dump:  # it would have worked
         torch.load(tmp_path / "w.pth", weights_only=False)
@@ -153,11 +228,131 @@ def test_code_in_a_file_is_refused_and_never_run(tmp_path, write):
 
 @pytest.mark.parametrize(
     "content",
-    [{"model": {"a": torch.ones(2)}}, {"a": torch.ones(2), "epoch": 3}, [torch.ones(2)]],
+    [
+        {"a": torch.ones(2), "epoch": 3},
+        [torch.ones(2)],
+        {"model": {}},
+        {"criterion_state": {"a": torch.ones(2)}, "epoch": 3},
+        {"model": {"a": [torch.ones(2)]}},
+        {"model": {1: torch.ones(2)}},
+    ],
 )
 def test_anything_but_a_flat_dict_of_tensors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     assert "no flat dict of tensors" in refusal(tmp_path / "w.pth")
+
+
+# ---------------------------------------------------------------------- wrapped tensors
+def prefixed(prefix):
+    return {prefix + name: tensor for name, tensor in NAMES.items()}
+
+
+NAMES = {"encoder.weight": torch.ones(2), "encoder.module.bias": torch.zeros(2)}
+OPTIMIZER = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4}]}
+PUBLISHED = {
+    "model_state": NAMES,
+    "criterion_state": {"discriminator.block_in.0.weight": torch.ones(1)},
+    "optimizer_state": OPTIMIZER,
+    "epoch": 7,
+    "name": "stage1",
+}
+WRAPPED = {
+    "model_state": PUBLISHED,
+    "model_state -> module.": {**PUBLISHED, "model_state": prefixed("module.")},
+    "state_dict": {"state_dict": NAMES, "optimizer": OPTIMIZER, "ema": None},
+    "state_dict -> model.": {"state_dict": prefixed("model."), "epoch": 1},
+    "model": {"model": NAMES, "step": 3},
+    "ema": {"ema": NAMES, "step": 3},
+    "module.": prefixed("module."),
+    "ema -> module.": {"ema": {**prefixed("module."), "n_averaged": torch.tensor(5)}},
+    "_orig_mod.": prefixed("_orig_mod."),
+    "module. -> _orig_mod.": prefixed("module._orig_mod."),
+    "_orig_mod. -> module.": prefixed("_orig_mod.module."),
+    "_checkpoint_wrapped_module.": {
+        f"encoder._checkpoint_wrapped_module.{name.removeprefix('encoder.')}": tensor
+        for name, tensor in NAMES.items()
+    },
+}
+
+
+@pytest.mark.parametrize("removed", WRAPPED)
+def test_wrapped_tensors_are_read_and_said(tmp_path, caplog, removed):
+    torch.save(WRAPPED[removed], tmp_path / "last.pth")
+    state = read_state_dict(tmp_path / "last.pth")
+    assert state.keys() == NAMES.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in NAMES.items())
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{tmp_path / 'last.pth'}: took the weights from {removed}"
+    ]
+
+
+def test_prefixed_safetensors_are_read(tmp_path):
+    write_state_dict(prefixed("module."), tmp_path / "w.safetensors")
+    assert read_state_dict(tmp_path / "w.safetensors").keys() == NAMES.keys()
+
+
+def test_unwrapping_is_said_by_one_process_and_never_of_plain_files(tmp_path, caplog, monkeypatch):
+    write_state_dict(NAMES, tmp_path / "plain.pth")
+    read_state_dict(tmp_path / "plain.pth")
+    torch.save(PUBLISHED, tmp_path / "last.pth")
+    monkeypatch.setenv("RANK", "1")
+    read_state_dict(tmp_path / "last.pth")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "content, candidates",
+    [
+        ({"model": NAMES, "ema": NAMES, "step": 3}, "model, ema"),
+        ({"state_dict": NAMES, "model_ema": NAMES}, "state_dict, model_ema"),
+        ({"state_dict": {**prefixed("model."), **prefixed("ema.")}}, "ema, model"),
+        ({**prefixed("module."), **prefixed("generator.")}, "generator, module"),
+    ],
+)
+def test_two_candidates_are_refused_and_named(tmp_path, content, candidates):
+    torch.save(content, tmp_path / "w.pth")
+    assert f"holds more than one set of weights: {candidates};" in refusal(tmp_path / "w.pth")
+
+
+CRITIC = {"block_in.0.weight": torch.ones(2), "to_logits.0.bias": torch.zeros(1)}
+IN_CRITERION = {f"discriminator.{name}": tensor for name, tensor in CRITIC.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        CRITIC,
+        {**PUBLISHED, "criterion_state": {**IN_CRITERION, "lpips.lin0.weight": torch.ones(1)}},
+        {f"module.{name}": tensor for name, tensor in CRITIC.items()},
+        {**PUBLISHED, "criterion_state": CRITIC},
+    ],
+)
+def test_one_model_is_read_out_of_a_file_of_several(tmp_path, content):
+    torch.save(content, tmp_path / "last.pth")
+    state = read_part(tmp_path / "last.pth", "block_in.0.weight")
+    assert state.keys() == CRITIC.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in CRITIC.items())
+
+
+def test_a_model_that_is_not_there_or_there_twice_is_refused(tmp_path):
+    torch.save(NAMES, tmp_path / "none.pth")
+    with pytest.raises(InputError, match=r"none.pth holds no block_in.0.weight"):
+        read_part(tmp_path / "none.pth", "block_in.0.weight")
+    torch.save({"a": CRITIC, "b": IN_CRITERION}, tmp_path / "two.pth")
+    twice = r"holds a block_in.0.weight and b discriminator.block_in.0.weight"
+    with pytest.raises(InputError, match=twice):
+        read_part(tmp_path / "two.pth", "block_in.0.weight")
+
+
+def test_tensor_that_is_there_twice_is_refused(tmp_path):
+    torch.save({"a.b": torch.ones(1), "a._orig_mod.b": torch.ones(1)}, tmp_path / "w.pth")
+    assert "holds a.b twice, as a.b and as a._orig_mod.b" in refusal(tmp_path / "w.pth")
+
+
+def test_names_of_a_wrapper_among_others_are_the_models_own(tmp_path, caplog):
+    state = {"model.weight": torch.ones(1), "lin.model.weight": torch.ones(1)}
+    write_state_dict(state, tmp_path / "w.pth")
+    assert read_state_dict(tmp_path / "w.pth").keys() == state.keys() and not caplog.records
 
 
 # ---------------------------------------------------------------------- descriptions
@@ -280,6 +475,27 @@ def test_half_precision_weights_are_loaded_in_the_type_of_the_model():
     assert model.weight.dtype == torch.float32 and (model.weight == 1).all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path, value, kind):
+    model = nn.Linear(2, 2)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {k: torch.ones_like(v).to(kind) for k, v in model.state_dict().items()}
+    state["bias"][1] = value
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(InputError) as caught:
+        load_weights(model, tmp_path / "w.pth")
+    message = str(caught.value)
+    assert f"{tmp_path / 'w.pth'} holds 1 NaN or infinite values in bias" in message
+    assert "\n" not in message
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_ignored_tensors_need_not_be_finite():
+    state = {**nn.Linear(2, 2).state_dict(), "aux.weight": torch.tensor([math.nan])}
+    load_tensors(nn.Linear(2, 2), state, "file", ignore=("aux.",))
+
+
 def test_only_named_entries_may_be_extra_or_missing():
     model = nn.Linear(2, 2)
     bias = model.bias.detach().clone()
@@ -292,21 +508,44 @@ def test_only_named_entries_may_be_extra_or_missing():
         load_tensors(model, state, "file", keep=("bias",))
 
 
-# ---------------------------------------------------------------------- well-known files
-def test_missing_file_is_named_with_the_places_and_the_remedy(nowhere):
-    with pytest.raises(InputError) as caught:
-        find_weights("vgg.pth", ", or do without")
-    message = str(caught.value)
-    assert f"no vgg.pth in weights/ or {nowhere}/hub/checkpoints" in message
-    assert "weights/README.md" in message and message.endswith("where), or do without")
+# ---------------------------------------------------------------------- hashes
+STATE = {
+    "b.weight": torch.arange(6.0).view(2, 3),
+    "a.bias": torch.tensor([0.5, -1.0], dtype=torch.bfloat16),
+    "c.count": torch.tensor([3]),
+}
 
 
-def test_weights_folder_comes_before_the_download_cache(nowhere):
-    cached = nowhere / "hub" / "checkpoints" / "vgg.pth"
-    cached.parent.mkdir(parents=True)
-    cached.touch()
-    assert find_weights("vgg.pth") == cached
-    own = nowhere / "weights" / "vgg.pth"
-    own.parent.mkdir()
-    own.touch()
-    assert find_weights("vgg.pth").resolve() == own
+def test_hash_is_that_of_names_and_bytes_in_the_order_of_names():
+    digest = hashlib.sha256()
+    for name in sorted(STATE):
+        digest.update(name.encode())
+        digest.update(STATE[name].view(torch.uint8).numpy().tobytes())
+    assert tensors_hash(STATE) == digest.hexdigest()[:16]
+    assert tensors_hash(dict(reversed(STATE.items()))) == tensors_hash(STATE)
+    transposed = {**STATE, "b.weight": STATE["b.weight"].T.contiguous().T}  # the same values
+    assert tensors_hash(transposed) == tensors_hash(STATE)
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_hash_changes_with_every_tensor_and_name(name):
+    changed = STATE[name].clone()
+    changed.view(-1)[-1] += 1
+    assert tensors_hash({**STATE, name: changed}) != tensors_hash(STATE)
+    renamed = {("x" if key == name else key): tensor for key, tensor in STATE.items()}
+    assert tensors_hash(renamed) != tensors_hash(STATE)
+
+
+def test_hash_of_some_names_ignores_the_others():
+    alone = {"b.weight": STATE["b.weight"]}
+    assert tensors_hash(STATE, ("b.",)) == tensors_hash(alone) != tensors_hash(STATE)
+
+
+def test_hash_in_one_type_is_that_of_the_values():
+    copies = {name: tensor.float() for name, tensor in STATE.items()}
+    assert tensors_hash(STATE, dtype=torch.float32) == tensors_hash(copies)
+
+
+def test_hash_takes_empty_and_single_values():
+    states = [{"x": torch.zeros(0)}, {"x": torch.tensor(1.0)}, {}]
+    assert len({tensors_hash(state) for state in states}) == 3

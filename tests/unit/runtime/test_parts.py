@@ -6,7 +6,7 @@ import pytest
 from runtime import files
 from runtime import parts as module
 from runtime.errors import InputError
-from runtime.parts import Parts, check_settings
+from runtime.parts import Parts, check_settings, share_of
 
 SETTINGS = {"tokenizer": "abc", "images": 10, "crops": "ten_crop"}
 
@@ -111,3 +111,11 @@ def test_damaged_settings_are_named(tmp_path, content):
     with pytest.raises(InputError) as error:
         check_settings(path, SETTINGS, "remove it")
     assert str(path) in str(error.value) and "remove it" in str(error.value)
+
+
+@pytest.mark.parametrize("world", [1, 3, 8])
+def test_shares_of_all_ranks_are_everything_once(world):
+    items = range(5, 12)
+    shares = [share_of(items, rank, world) for rank in range(world)]
+    assert sorted(i for share in shares for i in share) == list(items)
+    assert [i for i in shares[0]][:2] == [5, 5 + world][: len(shares[0])]

@@ -49,7 +49,7 @@ def test_a_users_mistake_is_one_line_and_status_2(program):
 def test_a_closed_or_full_place_is_one_line_wherever_it_is_met(program):
     status, lines = program("open('/dev/full', 'wb', buffering=0).write(b'x')")
     assert status == 2 and lines == [
-        "error: a file: No space left on device; make room or rights, and try again"
+        "error: a file: No space left on device; make room, then try again"
     ]
 
 
@@ -83,6 +83,49 @@ def test_a_mistake_found_by_a_dataloaders_worker_is_one_line_too(program, tmp_pa
     status, lines = program(body, str(tmp_path / "none.bin"))
     assert status == 2 and len(lines) == 1
     assert lines[0].startswith(f"error: no weights at {tmp_path / 'none.bin'}: put the ")
+
+
+def test_a_place_without_permission_is_not_said_to_be_full(program):
+    body = "raise PermissionError(13, 'Permission denied', 'output/run')"
+    assert program(body) == (
+        2,
+        ["error: output/run: Permission denied; change its permissions or choose another place, "
+         "then try again"],
+    )  # fmt: skip
+
+
+PRINTS = {
+    "while printing": "for i in range(100_000): print(i)",
+    "at the end": "print('\\n'.join(map(str, range(1000))))",
+    "before it exits": "print('\\n'.join(map(str, range(1000))))\nraise SystemExit",
+    "with a mistake": (
+        "from runtime.errors import InputError\n"
+        "import time; print(1, flush=True); time.sleep(0.5)\nraise InputError('x')"
+    ),
+}
+
+
+@pytest.mark.parametrize("when", PRINTS)
+def test_a_reader_that_closes_the_pipe_ends_it_without_a_word(tmp_path, when):
+    body = PRINTS[when].replace("\n", "\n    ")
+    script = tmp_path / "program.py"
+    script.write_text(f"def main(argv):\n    {body}\nfrom runtime.program import run\nrun(main)\n")
+    command = f"{sys.executable} {script} 2> {tmp_path}/stderr | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    status = int(done.stdout.splitlines()[-1])
+    error = (tmp_path / "stderr").read_text()
+    if when == "with a mistake":  # which is reported all the same
+        assert (status, error) == (2, "error: x\n")
+    else:
+        assert error == "" and status in (0, 141)  # 0: all was written before the reader left
+
+
+def test_a_broken_pipe_of_another_kind_is_a_bug(program):
+    status, lines = program("raise BrokenPipeError('a socket')")
+    assert status == 1 and lines[-1] == "BrokenPipeError: a socket"
 
 
 def test_success_is_status_0_and_says_nothing(program):

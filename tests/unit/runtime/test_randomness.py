@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.randomness import generator_for, image_uniforms, seed_step
+from runtime.randomness import Stream, generator_for, image_uniforms, seed_step
 
 
 def test_uniforms_of_an_image_do_not_depend_on_what_is_drawn_with_it():
@@ -43,14 +43,33 @@ def test_uniforms_leave_torchs_generator_alone():
 
 
 def test_streams_of_different_keys_differ():
-    keys = list(product(range(3), range(1, 4), range(1, 4)))
+    keys = list(product(range(3), Stream, range(1, 4), range(1, 4)))
     draws = {generator_for(*key).random(4).tobytes() for key in keys}
     assert len(draws) == len(keys)
 
 
+def test_no_purpose_draws_what_another_draws():
+    """An epoch's order, its views, a crop, a step and an image's uniforms, of the same numbers."""
+    small = range(6)
+    draws = [image_uniforms(7, range(i, i + 1), 4).numpy().tobytes() for i in small]
+    for stream in (Stream.ORDER, Stream.VIEW):
+        draws += [generator_for(7, stream, i).random(4, np.float32).tobytes() for i in small]
+    for stream in (Stream.CROP, Stream.STEP):
+        for i, j in product(small, small):
+            draws.append(generator_for(7, stream, i, j).random(4, np.float32).tobytes())
+    assert len(set(draws)) == len(draws)
+
+
+def test_uniforms_of_sampling_are_those_of_published_samples():
+    expected = [0.11611402034759521, 0.3161378502845764, 0.32390618324279785]
+    assert image_uniforms(42, range(5, 6), 3).tolist() == [expected]
+
+
 def test_stream_is_a_function_of_seed_and_key():
-    assert (generator_for(1, 2, 3).random(4) == generator_for(1, 2, 3).random(4)).all()
-    assert isinstance(generator_for(1, 2, 3), np.random.Generator)
+    assert (
+        generator_for(1, Stream.CROP, 3).random(4) == generator_for(1, Stream.CROP, 3).random(4)
+    ).all()
+    assert isinstance(generator_for(1, Stream.CROP, 3), np.random.Generator)
 
 
 def draw(seed, rank, step):

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from tests.golden.fill import images
-from train_tokenizer.discriminator import Discriminator, generator_loss, hinge_loss, same_padding
+from train_tokenizer.discriminator import Discriminator, adversarial_loss, hinge_loss, same_padding
 
 
 def test_logits_are_the_published_ones(golden, fill):
@@ -26,4 +26,4 @@ def test_same_padding_puts_the_odd_pixel_last():
 def test_hinge_losses_on_known_logits():
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
     assert hinge_loss(real, fake).item() == 0.5 * (0.5 + 1.0)
-    assert generator_loss(fake).item() == 1.0
+    assert adversarial_loss(fake).item() == 1.0

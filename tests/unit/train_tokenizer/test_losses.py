@@ -192,7 +192,7 @@ def test_quantizer_term_of_weight_zero_is_not_computed():
     ],
 )
 def test_only_networks_that_a_phase_needs_are_built(monkeypatch, phases, built):
-    monkeypatch.setattr(losses, "ConvNeXtLogits", lambda pretrained: torch.nn.Identity())
-    monkeypatch.setattr(losses, "LPIPS", lambda pretrained: torch.nn.Identity())
-    networks = FrozenNetworks(phases, False, torch.device("cpu"))
+    monkeypatch.setattr(losses, "ConvNeXtLogits", lambda weights: torch.nn.Identity())
+    monkeypatch.setattr(losses, "LPIPS", lambda weights: torch.nn.Identity())
+    networks = FrozenNetworks(phases, None, torch.device("cpu"))
     assert {name for name in ("convnext", "lpips") if getattr(networks, name)} == built

@@ -1,8 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from configs.schema import Phase
-from train_tokenizer.__main__ import add_up, begun, has_collapsed, interleave
+from runtime.errors import InputError
+from train_tokenizer.__main__ import begun, has_collapsed, refuse_fsdp
 
 
 @pytest.mark.parametrize(
@@ -15,20 +19,13 @@ def test_codebook_has_collapsed_below_a_tenth_once_enough_tokens_are_counted(use
     assert has_collapsed(counts) is collapsed
 
 
-def test_values_of_micro_batches_add_up_and_stay_not_finite():
-    sums = {}
-    for loss, mse in ((1.0, float("inf")), (2.0, -float("inf"))):
-        add_up(sums, {"loss": torch.tensor(loss, requires_grad=True), "mse": torch.tensor(mse)})
-    assert sums["loss"].item() == 3.0 and not sums["loss"].requires_grad
-    assert not sums["mse"].isfinite()
-
-
 @pytest.mark.parametrize("step, names", [(0, ""), (1, "a"), (10, "a"), (11, "ab"), (30, "ab")])
 def test_a_phase_has_begun_once_it_has_a_step(step, names):
     phases = [Phase(name="a", steps=10), Phase(name="b", steps=20), Phase(name="c", steps=1)]
     assert "".join(phase["name"] for phase in begun(phases, step)) == names
 
 
-def test_previews_show_before_and_after_in_turn():
-    before, after = torch.zeros(2, 3, 1, 1), torch.ones(2, 3, 1, 1)
-    assert interleave(before, after)[:, 0, 0, 0].tolist() == [0, 1, 0, 1]
+def test_fsdp_is_refused_in_one_line_with_the_remedy():
+    refuse_fsdp(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
+    with pytest.raises(InputError, match=r"does not train under FSDP.*launch with torchrun"):
+        refuse_fsdp(SimpleNamespace(distributed_type=DistributedType.FSDP))

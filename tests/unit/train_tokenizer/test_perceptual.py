@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from train_tokenizer.perceptual import CONVNEXT_FILE, ConvNeXtLogits
 # ---------------------------------------------------------------------- weight files
 def test_pretrained_network_without_its_file_is_refused(nowhere):
     with torch.device("meta"), pytest.raises(InputError) as caught:
-        ConvNeXtLogits(pretrained=True)
+        ConvNeXtLogits(Path("weights"))
     message = str(caught.value)
     assert f"no {CONVNEXT_FILE} in weights/ or {nowhere}/hub/checkpoints" in message
     assert "weights/README.md" in message and "set the weight of its loss to 0" in message
@@ -25,7 +27,7 @@ def test_pretrained_network_takes_torchvisions_file(nowhere):
             for k, v in convnext_small().state_dict().items()
         }
         torch.save(state, nowhere / "weights" / CONVNEXT_FILE)
-        ConvNeXtLogits(pretrained=True)
+        ConvNeXtLogits(Path("weights"))
 
 
 def gradients_reach(network):
@@ -45,7 +47,7 @@ def convnext():
         patch.setattr(
             nn.init, "trunc_normal_", lambda *_, **__: None
         )  # its slow start is not needed
-        return ConvNeXtLogits(pretrained=False)
+        return ConvNeXtLogits(None)
 
 
 def test_convnext_distance_of_equal_images_is_zero(convnext):

@@ -307,3 +307,33 @@ def test_no_room_is_said_before_anything_is_written(run_dir, monkeypatch):
 def test_size_counts_every_tensor():
     tree = {"a": torch.zeros(3), "b": [{"c": torch.zeros(2, dtype=torch.int64)}, 7, "text"]}
     assert checkpoint.size_of(tree) == 12 + 16
+
+
+# ---------------------------------------------------------------------- permissions
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_modes_of_all_files_follow_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        path = save(tmp_path / "run", 1)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()}
+    assert set(modes.values()) == {mode} and "ema.safetensors" in modes, modes
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "ema.safetensors"])
+def test_checkpoint_that_may_not_be_read_is_not_passed_over_as_damaged(run_dir, monkeypatch, name):
+    closed = folder(run_dir, 3) / name
+
+    def guarded(original):
+        def read(path, *args, **kwargs):
+            if Path(path) == closed:
+                raise PermissionError(13, "Permission denied", str(path))
+            return original(path, *args, **kwargs)
+
+        return read
+
+    monkeypatch.setattr(checkpoint, "file_sha256", guarded(checkpoint.file_sha256))
+    monkeypatch.setattr(Path, "read_text", guarded(Path.read_text))
+    with pytest.raises(InputError, match=f"no permission to read {closed}"):
+        checkpoint.choose(run_dir, True)

@@ -192,3 +192,37 @@ def test_paused_time_does_not_count(accelerator, clock):
 )
 def test_due(step, every, expected):
     assert due(step, every) is expected
+
+
+# ---------------------------------------------------------------------- restarts
+def test_a_record_of_the_last_step_before_is_not_repeated(open_log, tmp_path):
+    write_steps(open_log(), range(1, 5))
+    resumed = open_log(first_step=5)
+    resumed.metrics(4, {"loss": 4.0})
+    resumed.metrics(4, {"val/loss": 1.0})  # of the same step, but another record
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 4]
+
+
+def test_all_starts_of_a_run_have_one_page_at_wandb(accelerator, tmp_path, monkeypatch):
+    starts = []
+    monkeypatch.setattr(accelerator, "log_with", ["wandb"])
+    monkeypatch.setattr(
+        accelerator, "init_trackers", lambda *_, init_kwargs, **__: starts.append(init_kwargs)
+    )
+    for name in ("run", "run", "other"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        log = RunLog(accelerator, Experiment(output_dir=str(tmp_path / name)), {}, 1, 9)
+        log.file.close(), log.bar.close()
+    first, second, other = (start["wandb"] for start in starts)
+    assert first["id"] == second["id"] != other["id"] and first["resume"] == "allow"
+    assert first["id"] == (tmp_path / "run/wandb_id").read_text()
+
+
+def test_without_writing_it_only_prints(accelerator, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(accelerator, "log_with", ["wandb"])
+    monkeypatch.setattr(accelerator, "init_trackers", lambda *_, **__: pytest.fail("wandb"))
+    log = RunLog(accelerator, Experiment(output_dir=str(tmp_path / "run")), {}, 1, 9, write=False)
+    log.metrics(1, {"loss": 1.0})
+    log.images(1, "samples", torch.rand(2, 3, 4, 4), 2)
+    log.close()
+    assert "step 1 loss 1" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -3,34 +3,89 @@ import torch
 from accelerate import Accelerator
 
 from runtime.errors import InputError
-from training.optim import FiniteGuard
+from training.optim import EMA, FiniteGuard, clip_gradients
 
 
 def take_step(guard, weight, optimizer, step, gradient, loss):
     weight.grad = torch.tensor([gradient])
-    guard.watch(step, weight.grad.norm(), {"mse": torch.tensor(loss)}, optimizer)
+    guard.add(mse=torch.tensor(loss))
+    guard.watch(step, weight.grad.norm(), optimizer)
     optimizer.step()
 
 
 def test_weights_stay_those_of_the_last_good_step_and_the_first_bad_one_is_named():
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    guard = FiniteGuard(torch.device("cpu"))
+    guard = FiniteGuard(Accelerator(cpu=True))
     take_step(guard, weight, optimizer, 1, 1.0, 2.0)
     good = weight.item()
     assert good != 1.0
-    guard.raise_if_bad(Accelerator(cpu=True))
+    guard.raise_if_bad()
     take_step(guard, weight, optimizer, 2, float("nan"), float("inf"))
     take_step(guard, weight, optimizer, 3, 1.0, 2.0)
     assert weight.item() == good
     with pytest.raises(InputError, match="step 2: mse"):
-        guard.raise_if_bad(Accelerator(cpu=True))
+        guard.raise_if_bad()
 
 
 def test_infinite_gradient_of_finite_terms_is_named_so():
     weight = torch.nn.Parameter(torch.ones(1))
-    guard = FiniteGuard(torch.device("cpu"))
+    guard = FiniteGuard(Accelerator(cpu=True))
     optimizer = torch.optim.AdamW([weight], fused=True)
     take_step(guard, weight, optimizer, 5, float("inf"), 2.0)
     with pytest.raises(InputError, match="step 5: the gradient alone"):
-        guard.raise_if_bad(Accelerator(cpu=True))
+        guard.raise_if_bad()
+
+
+def test_values_of_micro_batches_add_up_and_stay_not_finite():
+    guard = FiniteGuard(Accelerator(cpu=True))
+    for loss, mse in ((1.0, float("inf")), (2.0, -float("inf"))):
+        guard.add(loss=torch.tensor(loss, requires_grad=True), mse=torch.tensor(mse))
+    assert guard.terms["loss"].item() == 3.0 and not guard.terms["loss"].requires_grad
+    assert not guard.terms["mse"].isfinite()
+
+
+def scaled_step(guard, step, gradient, loss):
+    """A step under fp16's loss scaling, of which the guard only judges the losses."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    for value in loss:  # of its micro-batches
+        guard.add(loss=torch.tensor(value))
+    guard.watch(step, torch.tensor(gradient), optimizer)
+
+
+def test_loss_scaling_may_meet_infinite_gradients_but_no_micro_batch_of_infinite_loss():
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    guard = FiniteGuard(accelerator)
+    scaled_step(guard, 1, float("inf"), [2.0, 2.0])
+    guard.raise_if_bad()
+    scaled_step(guard, 2, 1.0, [float("nan"), 2.0])
+    scaled_step(guard, 3, 1.0, [2.0, 2.0])
+    with pytest.raises(InputError, match="step 2: loss"):
+        guard.raise_if_bad()
+
+
+# ---------------------------------------------------------------------- average of the weights
+def test_average_starts_as_a_copy_and_its_first_update_mixes():
+    model = torch.nn.BatchNorm1d(1)
+    average = EMA(model, decay=0.75)
+    assert average.model.weight.item() == 1.0
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+        model.running_mean.fill_(3.0)
+    average.update(model)
+    assert average.model.weight.item() == 2.0  # 0.75 * 1 + 0.25 * 5
+    assert average.model.running_mean.item() == 3.0  # buffers are copied
+    average.update(model)
+    assert average.model.weight.item() == 2.75
+    assert model.weight.item() == 5.0 and not average.model.weight.requires_grad
+
+
+# ---------------------------------------------------------------------- clipping
+@pytest.mark.parametrize("limit, length", [(2.0, 2.0), (0, 5.0), (None, 5.0), (9.0, 5.0)])
+def test_gradients_are_clipped_to_the_norm_and_without_one_only_measured(limit, length):
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert clip_gradients(Accelerator(cpu=True), model, limit).item() == 5.0
+    assert model.weight.grad.norm().item() == pytest.approx(length, rel=1e-5)

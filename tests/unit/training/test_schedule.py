@@ -1,8 +1,14 @@
 import pytest
 
-from configs.schema import Phase, Scheduler, SchedulerParams
+from configs.schema import Phase, Scheduler, SchedulerParams, TokenizerOptimizerParams
 from runtime.errors import InputError
-from training.schedule import generator_lr, phase_at, tokenizer_lr
+from training.schedule import (
+    generator_lr,
+    is_critic_step,
+    phase_at,
+    tokenizer_lr,
+    tokenizer_steps,
+)
 
 PARAMS = SchedulerParams(learning_rate=4e-4, warmup_steps=62_500, end_lr=1e-5)
 PHASES = [
@@ -14,6 +20,10 @@ PHASES = [
 
 def exactly(value):
     return pytest.approx(value, rel=1e-9, abs=0)
+
+
+def warmup(steps, **others):
+    return TokenizerOptimizerParams(warmup_steps=steps, **others)
 
 
 # ---------------------------------------------------------------------- generator
@@ -68,7 +78,7 @@ def test_there_is_no_phase_beyond_the_last():
 
 @pytest.mark.parametrize("step", [1, 25, 50])
 def test_tokenizer_lr_of_a_phase_without_end_is_constant(step):
-    assert tokenizer_lr(PHASES, step, 0) == 1e-4
+    assert tokenizer_lr(PHASES, step, warmup(0)) == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -80,12 +90,12 @@ def test_tokenizer_lr_of_a_phase_without_end_is_constant(step):
     ],
 )
 def test_tokenizer_lr_falls_along_a_half_cosine(step, lr):
-    assert tokenizer_lr(PHASES, step, 0) == exactly(lr)
+    assert tokenizer_lr(PHASES, step, warmup(0)) == exactly(lr)
 
 
 @pytest.mark.parametrize("step, lr", [(251, 2e-5 - 1.8e-7), (275, 1.55e-5), (350, 2e-6)])
 def test_tokenizer_lr_falls_along_a_line(step, lr):
-    assert tokenizer_lr(PHASES, step, 0) == exactly(lr)
+    assert tokenizer_lr(PHASES, step, warmup(0)) == exactly(lr)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +108,55 @@ def test_shape_of_a_phase_follows_from_its_end_unless_it_is_given(end, given, sh
 
 @pytest.mark.parametrize("step, share", [(1, 0.1), (5, 0.5), (10, 1.0), (11, 1.0)])
 def test_tokenizer_lr_warms_up_from_the_start(step, share):
-    assert tokenizer_lr(PHASES, step, 10) == exactly(share * 1e-4)
+    assert tokenizer_lr(PHASES, step, warmup(10)) == exactly(share * 1e-4)
 
 
 def test_warm_up_longer_than_a_phase_goes_on_in_the_next():
-    assert tokenizer_lr(PHASES, 250, 1000) == exactly(0.25 * 2e-5)
+    assert tokenizer_lr(PHASES, 250, warmup(1000)) == exactly(0.25 * 2e-5)
 
 
 def test_a_new_phase_is_not_warmed_up_again():
-    assert tokenizer_lr(PHASES, 251, 10) == tokenizer_lr(PHASES, 251, 0)
+    assert tokenizer_lr(PHASES, 251, warmup(10)) == tokenizer_lr(PHASES, 251, warmup(0))
+
+
+# ---------------------------------------------------------------------- as published
+def test_published_generator_schedule_starts_from_rate_zero_one_step_later():
+    ours = SchedulerParams(1e-3, 3, 1e-5)
+    published = SchedulerParams(1e-3, 3, 1e-5, count_from=0)
+    rates = [generator_lr(step, 7, Scheduler("cosine", published)) for step in range(1, 8)]
+    assert rates[0] == 0
+    for step in range(1, 7):
+        assert rates[step] == generator_lr(step, 7, Scheduler("cosine", ours))
+
+
+ALTERNATING = [
+    Phase("plain", 3, 1e-4),
+    Phase("gan", 6, 1e-4, gan_weight=0.1),
+    Phase("late", 6, 1e-4, gan_weight=0.1, critic_after=2),
+]
+
+
+def kinds(phases):
+    made = sum(phase.steps for phase in phases)
+    turns = (is_critic_step(*phase_at(phases, step)) for step in range(1, made + 1))
+    return "".join("GD"[turn] for turn in turns)
+
+
+def test_discriminator_takes_every_other_step_after_the_tokenizers_first():
+    assert kinds(ALTERNATING) == "GGG" + "GDGDGD" + "GGDGDG"
+
+
+def test_tokenizer_steps_are_those_that_the_discriminator_leaves():
+    turns = kinds(ALTERNATING)
+    for step in range(1, len(turns) + 1):
+        assert tokenizer_steps(ALTERNATING, step) == turns[:step].count("G")
+
+
+def test_warm_up_counts_the_tokenizers_own_steps_from_zero_or_one():
+    def rates(**options):
+        steps = [4, 6, 8]  # the tokenizer's first, second and third of a phase with both
+        phases = [Phase("plain", 3, 1e-4), *ALTERNATING[1:]]
+        return [tokenizer_lr(phases, step, warmup(10, **options)) / 1e-4 for step in steps]
+
+    assert rates() == [exactly(0.4), exactly(0.5), exactly(0.6)]
+    assert rates(count_from=0) == [exactly(0.3), exactly(0.4), exactly(0.5)]

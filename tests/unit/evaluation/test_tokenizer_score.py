@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,10 +8,11 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 import evaluate
-import evaluation.tokenizer
+import evaluation.tokenizer_score
 from data.images import center_crop, load_image
 from evaluation.metrics import frechet_distance
-from evaluation.tokenizer import MAGNIFIED, load_tokenizer, ssim
+from evaluation.reconstruction import ssim
+from evaluation.tokenizer_score import MAGNIFICATION, load_tokenizer
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import write_state_dict
 from runtime.errors import InputError
@@ -57,8 +59,8 @@ def test_ssim_of_equal_images_is_one_and_of_negatives_is_below_zero():
 
 # ---------------------------------------------------------------------- the whole command
 class HalfDistance:
-    def __init__(self, pretrained):
-        assert pretrained
+    def __init__(self, weights):
+        assert weights == Path("weights")
 
     def to(self, device):
         return self
@@ -82,7 +84,7 @@ def run_folder(request, tmp_path):
 def score(run_folder, monkeypatch, capsys):
     folder, tokenizer = run_folder
     monkeypatch.setattr(evaluate, "Inception", TinyFeatures)
-    monkeypatch.setattr(evaluation.tokenizer, "LPIPS", HalfDistance)
+    monkeypatch.setattr(evaluate, "LPIPS", HalfDistance)
     rng = np.random.default_rng(0)
     for i in range(13):
         path = folder / "images/val" / f"c{i % 2}" / f"{i:02d}.png"
@@ -138,7 +140,7 @@ def test_picture_shows_before_after_and_difference(score):
     second = picture[16:32].reshape(16, 3, 16, 3).transpose(1, 3, 0, 2)
     np.testing.assert_array_equal(second[0], before[1])
     np.testing.assert_array_equal(second[1], (after[1] * 255).to(torch.uint8))
-    difference = (MAGNIFIED * (before[1] / 255 - after[1]).abs()).clamp(max=1) * 255
+    difference = (MAGNIFICATION * (before[1] / 255 - after[1]).abs()).clamp(max=1) * 255
     np.testing.assert_allclose(second[2], difference, atol=1)
 
 
@@ -157,7 +159,9 @@ def test_folder_that_is_not_there_is_named(score):
 # ---------------------------------------------------------------------- loading
 def test_a_runs_folder_brings_its_config(run_folder, monkeypatch):
     folder, tokenizer = run_folder
-    monkeypatch.setattr(evaluation.tokenizer, "read_weights", lambda *_: tokenizer.state_dict())
+    monkeypatch.setattr(
+        evaluation.tokenizer_score, "read_weights", lambda *_: tokenizer.state_dict()
+    )
     loaded = load_tokenizer(str(folder))
     assert loaded.config.causal is tokenizer.config.causal and not loaded.training
     codes = torch.randint(16, (2, tokenizer.config.num_tokens))
@@ -175,7 +179,7 @@ def test_stage_of_published_sizes_is_read_from_the_weights(run_folder, monkeypat
         seen.append(config)
         raise Seen
 
-    monkeypatch.setattr(evaluation.tokenizer, "Tokenizer", build)
+    monkeypatch.setattr(evaluation.tokenizer_score, "Tokenizer", build)
     with pytest.raises(Seen):
         load_tokenizer(str(folder / "tokenizer.pth"))
     stage1 = tokenizer.config.prefix_head

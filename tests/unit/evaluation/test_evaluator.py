@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 import evaluate
-import evaluation.compare
-from evaluation.compare import Collector, in_order
+import evaluation.evaluator
+import evaluation.statistics
+from data.images import center_crop
 from evaluation.metrics import frechet_distance
+from evaluation.statistics import Collector, in_order
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
 
@@ -27,7 +29,7 @@ SAMPLES, REFERENCE = pictures(20, 0), pictures(30, 1)
 def score(tmp_path, monkeypatch, capsys):
     """Run evaluate.py on files in an empty folder; returns the JSON result and all that it said."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation.compare, "Inception", TinyFeatures)
+    monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
     np.savez("samples.npz", SAMPLES)
     np.savez("reference.npz", REFERENCE)
 
@@ -130,6 +132,48 @@ def test_adm_statistics_alone_give_no_precision(score):
     assert "precision  not known: the reference holds no images" in said
 
 
+def test_mean_and_covariance_alone_give_fid_and_leave_sfid_out(score):
+    write_adm("adm.npz")
+    with np.load("adm.npz") as arrays:
+        np.savez("pytorch_fid.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+    both, _ = score(reference="adm.npz")
+    result, said = score(reference="pytorch_fid.npz")
+    assert result["metrics"]["gFID"] == both["metrics"]["gFID"]
+    assert result["metrics"]["sFID"] is None
+    assert "sFID       not known: the reference holds no spatial statistics" in said
+
+
+def test_reference_of_larger_pictures_is_cropped_as_adm_does(score, tmp_path):
+    large = pictures(9, 1, 20)
+    write_folder(tmp_path / "large", large)
+    (tmp_path / "cropped").mkdir()
+    for i, image in enumerate(large):
+        center_crop(Image.fromarray(image), 8).save(tmp_path / f"cropped/{i}.png")
+    expected, _ = score(reference="cropped")
+    result, _ = score("--crop=8", reference="large")
+    assert result["metrics"] == expected["metrics"]
+    assert result["reference"]["hash"] == expected["reference"]["hash"]
+    refused(lambda: score("--crop=8"), "reference.npz is not a folder")
+    refused(lambda: score("--crop=0", reference="large"), "use 1 or more")
+
+
+def test_manifold_in_half_precision_is_said_and_changes_no_distance(score):
+    exact, _ = score()
+    half, _ = score("--half_manifold")
+    same = ("gFID", "sFID", "IS", "IS_std")
+    assert all(half["metrics"][name] == exact["metrics"][name] for name in same)
+    assert (exact["protocol"]["distances"], half["protocol"]["distances"]) == ("float64", "float16")
+    assert half["metrics"]["precision"] == pytest.approx(exact["metrics"]["precision"], abs=0.15)
+
+
+def test_protocol_names_what_figures_compare_by(score):
+    result, _ = score()
+    protocol = result["protocol"]
+    assert protocol["network"] == "tiny" and protocol["images"] == 20
+    assert protocol["reference"] == result["reference"]["hash"]
+    assert protocol["image_size"] == [8, 8] and "299" in protocol["resize"]
+
+
 def test_adm_file_of_both_gives_moments_from_one_and_precision_from_the_other(score):
     write_adm("adm.npz")
     write_adm("both.npz", REFERENCE)
@@ -141,7 +185,7 @@ def test_adm_file_of_both_gives_moments_from_one_and_precision_from_the_other(sc
 
 
 def test_large_manifolds_are_thinned_evenly(monkeypatch):
-    monkeypatch.setattr(evaluation.compare, "MANIFOLD_IMAGES", 5)
+    monkeypatch.setattr(evaluation.statistics, "MANIFOLD_IMAGES", 5)
     collector = Collector("memory", 20, (8, 8), TinyFeatures())
     pixels = torch.from_numpy(SAMPLES).permute(0, 3, 1, 2)
     for first in (12, 0, 6):
@@ -182,19 +226,29 @@ def test_incomplete_set_is_refused_before_the_reference_is_read(score):
 
 
 def test_more_images_than_asked_are_refused(score):
-    refused(lambda: score(count=19), "20 images, 19 are asked for", "--num_samples 20")
+    refused(lambda: score(count=19), "20 images, 19 are expected", "--num_samples 20")
 
 
 def test_images_of_another_size_than_the_references_are_refused(score):
     np.savez("large.npz", pictures(30, 1, 16))
-    refused(lambda: score(reference="large.npz"), "is of 8x8 pixels, large.npz of 16x16")
+    refused(lambda: score(reference="large.npz"), "have 8x8 pixels, large.npz has 16x16")
     score("--save_stats=stats.npz", samples=None, reference="large.npz")
-    refused(lambda: score(reference="stats.npz"), "is of 8x8 pixels")
+    refused(lambda: score(reference="stats.npz"), "have 8x8 pixels")
+
+
+def test_sizes_are_compared_before_the_network_reads_an_image(score, monkeypatch):
+    class Unused(TinyFeatures):
+        def __call__(self, images):
+            raise AssertionError("an image went through the network")
+
+    monkeypatch.setattr(evaluation.evaluator, "Inception", Unused)
+    np.savez("large.npz", pictures(30, 1, 16))
+    refused(lambda: score(reference="large.npz"), "large.npz has 16x16")
 
 
 def test_statistics_of_other_features_are_refused(score, monkeypatch):
     score("--save_stats=stats.npz", samples=None)
-    monkeypatch.setattr(evaluation.compare, "Inception", lambda d: TinyFeatures(d, "other"))
+    monkeypatch.setattr(evaluation.evaluator, "Inception", lambda d, w: TinyFeatures(d, w, "other"))
     refused(lambda: score(reference="stats.npz"), "other features (tiny, here other)")
 
 
@@ -211,9 +265,11 @@ def test_unfit_statistics_are_refused(score, changed, words):
     refused(lambda: score(reference="bad.npz"), *words)
 
 
-def test_statistics_without_spatial_moments_are_refused(score):
-    np.savez("half.npz", mu=np.zeros(12), sigma=np.eye(12))
-    refused(lambda: score(reference="half.npz"), "lacks mu_s, sigma_s")
+def test_statistics_that_lack_a_moment_are_refused(score):
+    np.savez("half.npz", mu=np.zeros(12), sigma=np.eye(12), mu_s=np.zeros(6))
+    refused(lambda: score(reference="half.npz"), "lacks sigma_s")
+    np.savez("half.npz", mu=np.zeros(12))
+    refused(lambda: score(reference="half.npz"), "lacks sigma")
 
 
 def test_truncated_files_are_refused(score, tmp_path):
@@ -226,12 +282,12 @@ def test_truncated_files_are_refused(score, tmp_path):
 
 
 def test_features_that_are_not_finite_are_refused(score, monkeypatch):
-    def broken(device):
+    def broken(device, weights):
         features = TinyFeatures(device)
         features.bases[0][3, 2] = float("nan")
         return features
 
-    monkeypatch.setattr(evaluation.compare, "Inception", broken)
+    monkeypatch.setattr(evaluation.evaluator, "Inception", broken)
     refused(score, "30 of 30 images of reference.npz", "NaN")
 
 
@@ -262,7 +318,7 @@ def test_one_image_has_no_covariance(score):
         (["--reconstruction"], "takes --tokenizer and --data_path"),
         (["--reconstruction", "--data_path=d", "--samples=a.npz"], "no other images"),
         (["--reference=a.npz", "--save_stats=b"], "ends in .npz"),
-        (["--reference=a.npz", "--samples=b.npz", "--batch_size=0"], "give 1 or more"),
+        (["--reference=a.npz", "--samples=b.npz", "--batch_size=0"], "use 1 or more"),
     ],
 )
 def test_arguments_that_make_no_task_are_refused(argv, words):

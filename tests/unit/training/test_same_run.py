@@ -1,7 +1,7 @@
 import pytest
 
 from runtime.errors import InputError
-from training.resume import check_same_run, flatten
+from training.run import check_same_run, flatten
 
 EARLIER = {"a.lr": 1.0, "a.steps": 10, "paths.cache": "x", "images": 5}
 

@@ -1,0 +1,67 @@
+"""Variables that accelerate and PyTorch read and that would overrule a run's config in silence.
+
+`accelerate launch` and its config file set some of them. The config decides; a variable that says
+otherwise is refused, so that a run is what its `config.yaml` says. Variables that only place
+processes (ranks, ports, devices) or shard them (FSDP) are the launcher's own business.
+"""
+
+import os
+from collections.abc import Mapping
+
+from configs.schema import Training
+from runtime.errors import InputError
+
+OFF = ("", "0", "no", "false", "none", "off")
+# {variable: what to do instead}; refused unless it is off.
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "launch without DeepSpeed; configs/accelerate_fsdp.yaml shards models",
+    "ACCELERATE_USE_MEGATRON_LM": "launch without Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "launch without a parallelism config",
+    "ACCELERATE_DYNAMO_BACKEND": "set training.compile=True instead of a dynamo backend",
+    "XLA_USE_BF16": "set training.mixed_precision=bf16 instead",
+    "XLA_DOWNCAST_BF16": "set training.mixed_precision=bf16 instead",
+}
+
+
+def check_environment(
+    training: Training, precision: str, environment: Mapping[str, str] = os.environ
+) -> None:
+    """Refuse an environment that contradicts the config, before anything is built.
+
+    `precision` is what training.mixed_precision stands for on this machine: no, bf16 or fp16.
+    Raises InputError that names the variable and the option.
+    """
+
+    def value_of(name: str) -> str:
+        return environment.get(name, "").strip().lower()
+
+    for name, remedy in UNSUPPORTED.items():
+        if value_of(name) not in OFF:
+            raise InputError(f"the environment has {name}={environment[name]}: {remedy}")
+    name, steps = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", training.gradient_accumulation_steps
+    if value_of(name) not in ("", "auto", str(steps)):
+        raise contradiction(environment, name, f"training.gradient_accumulation_steps={steps}")
+    name = "ACCELERATE_MIXED_PRECISION"
+    if value_of(name) not in (*OFF, precision):
+        said = f"training.mixed_precision={training.mixed_precision}"
+        raise contradiction(environment, name, said + f" ({precision})" * (precision not in said))
+    # Both overrule torch's own switches, which enable_tf32 sets.
+    for name in ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):
+        forces = {"0": False, "1": True}.get(value_of(name))
+        if name.startswith("TORCH") and not forces:
+            continue  # 0 is as if it were not set
+        if forces is not None and forces != training.enable_tf32:
+            raise contradiction(environment, name, f"training.enable_tf32={training.enable_tf32}")
+    if value_of("ACCELERATE_USE_FSDP") == "true" and value_of("FSDP_VERSION") != "2":
+        raise InputError(
+            f"the environment has ACCELERATE_USE_FSDP=true with FSDP_VERSION="
+            f"{environment.get('FSDP_VERSION', '1')}: only FSDP 2 is supported, as "
+            f"configs/accelerate_fsdp.yaml sets it"
+        )
+
+
+def contradiction(environment: Mapping[str, str], name: str, option: str) -> InputError:
+    return InputError(
+        f"the environment has {name}={environment[name]}, but the config has {option}: unset the "
+        f"variable or change the option"
+    )

@@ -1,0 +1,183 @@
+"""One set of images compared with another: the metrics, and all that their values depend on."""
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from accelerate import PartialState
+
+from evaluation.features import INCEPTION_FILE, FeatureNetwork, Inception
+from evaluation.metrics import (
+    IS_SPLIT,
+    NEIGHBOURS,
+    frechet_distance_of_moments,
+    precision_recall,
+)
+from evaluation.references import check_sizes, open_reference
+from evaluation.sources import Images
+from evaluation.statistics import SetStatistics, measure
+from runtime.errors import InputError
+from runtime.processes import device_name
+
+STANDARD_COUNT = 50_000  # images of a published figure
+RESIZE = "TensorFlow's bilinear to 299x299, not antialiased, within the network"
+
+
+@dataclass
+class Evaluator:
+    """A reference, its network and its processes, to compare any number of sample sets with.
+
+    `half_manifold` computes precision and recall in float16, as ADM's own script does.
+    """
+
+    network: FeatureNetwork
+    processes: PartialState
+    reference: SetStatistics
+    batch: int
+    workers: int
+    half_manifold: bool = False
+
+    @classmethod
+    def open(
+        cls,
+        reference: str | Path,
+        processes: PartialState,
+        weights: Path,
+        batch: int = 64,
+        workers: int = 8,
+        size: Optional[tuple[int, int]] = None,
+        crop: Optional[int] = None,
+        half_manifold: bool = False,
+    ) -> "Evaluator":
+        """Read or measure the reference; `weights` is the folder of Inception's file.
+
+        `size` (height, width) is that of the samples, where it is known already, and `crop` that of
+        the crops to take of the reference's images (`references.open_reference`).
+        """
+        assert processes.device is not None  # accelerate's type hint allows it
+        network = Inception(processes.device, weights)
+        side = open_reference(reference, network, processes, batch, workers, size, crop)
+        return cls(network, processes, side, batch, workers, half_manifold)
+
+    def evaluate(
+        self, images: Images, expected: int, allow_partial: bool = False
+    ) -> dict[str, Any]:
+        """The result of a set of samples that should be `expected` many; empty but on rank 0."""
+        check_count(images.shape[0], expected, images.name, allow_partial)
+        if self.reference.size is not None:
+            check_sizes(self.reference.name, self.reference.size, images.shape[1:3])
+        samples = measure(images, self.network, self.processes, self.batch, self.workers)
+        return self.result(samples, expected)
+
+    def result(self, samples: SetStatistics, expected: int) -> dict[str, Any]:
+        """Metrics, and all that defines them, on the main process; empty elsewhere."""
+        if not self.processes.is_main_process:
+            return {}
+        metrics = compare(samples, self.reference, self.network.device, self.half_manifold)
+        return {
+            "metrics": {"gFID": metrics.pop("FID"), **metrics},
+            "protocol": protocol(self.network, samples, self.reference, self.half_manifold),
+            "images_asked": expected,
+            "partial": samples.images is not None and samples.images < expected,
+            "samples": samples.summary(),
+            "reference": self.reference.summary(),
+            **conditions(self.network, self.batch),
+            "warnings": warnings_of(self.network, self.reference, samples),
+        }
+
+
+def check_count(count: int, expected: int, name: str, allow_partial: bool) -> None:
+    """Refuse a set with more or fewer images than expected."""
+    if count > expected:
+        raise InputError(
+            f"{name} holds {count} images, {expected} are expected: pass --num_samples {count}"
+        )
+    if count < expected and not allow_partial:
+        raise InputError(
+            f"{name} is incomplete: {count} of {expected} images; complete it, pass --num_samples "
+            f"{count} if these are all, or --allow_partial"
+        )
+
+
+def compare(
+    samples: SetStatistics,
+    reference: SetStatistics,
+    device: torch.device,
+    half_manifold: bool = False,
+) -> dict[str, Any]:
+    """FID, sFID, IS, precision and recall; None where the reference does not hold enough."""
+    ours, theirs = ([m.to(device) for m in side.moments] for side in (samples, reference))
+    score = samples.inception_score or (None, None)
+    metrics: dict[str, Any] = {
+        "FID": frechet_distance_of_moments(*ours[:2], *theirs[:2]),
+        "sFID": None,
+        "IS": score[0],
+        "IS_std": score[1],
+        "precision": None,
+        "recall": None,
+    }
+    if len(theirs) == 4:
+        metrics["sFID"] = frechet_distance_of_moments(*ours[2:], *theirs[2:])
+    if reference.manifold is not None and samples.manifold is not None:
+        metrics["precision"], metrics["recall"] = precision_recall(
+            reference.manifold, samples.manifold, device, half=half_manifold
+        )
+    return metrics
+
+
+def protocol(
+    network: FeatureNetwork,
+    samples: SetStatistics,
+    reference: SetStatistics,
+    half_manifold: bool = False,
+) -> dict[str, Any]:
+    """What must be the same for two results to be comparable."""
+    return {
+        "network": network.identity,
+        "resize": RESIZE,
+        "images": samples.images,
+        "image_size": None if samples.size is None else list(samples.size),
+        "reference": reference.hash,
+        "distances": "float16" if half_manifold else "float64",  # of precision and recall
+    }
+
+
+def conditions(network: FeatureNetwork, batch: int) -> dict[str, Any]:
+    """What else a result depends on besides the images."""
+    pool, spatial, classes = network.widths
+    return {
+        "features": {
+            "network": network.identity,
+            "weights_published": network.published,
+            "FID": f"pool_3 ({pool})",
+            "sFID": f"first 7 channels of mixed_6/conv ({spatial})",
+            "IS": f"logits without bias ({classes}), splits of {IS_SPLIT} in file order",
+            "precision_recall": f"pool_3, k = {NEIGHBOURS}",
+        },
+        "precision": {"network": "float32 without TF32", "statistics": "float64"},
+        "batch_size": batch,
+        "device": device_name(network.device),
+        "versions": {
+            name: version(name) for name in ("torch", "torch-fidelity", "numpy", "pillow")
+        },
+    }
+
+
+def warnings_of(network: FeatureNetwork, *sides: SetStatistics) -> list[str]:
+    """What a reader of the figures should know, a line each."""
+    warnings = []
+    for side in sides:
+        if side.duplicates:
+            warnings.append(f"{side.duplicates} images of {side.name} are copies of others in it")
+        if side.images and side.images < network.widths[0]:
+            warnings.append(
+                f"{side.name} holds {side.images} images, fewer than the {network.widths[0]} "
+                f"features: FID is biased upwards"
+            )
+    if not network.published:
+        warnings.append(
+            f"{INCEPTION_FILE} is not the published file: figures compare with its own only"
+        )
+    return warnings

@@ -1,0 +1,121 @@
+"""Reference statistics: from images, from other projects' files, or from a file written here."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from evaluation.features import FeatureNetwork
+from evaluation.sources import Images, npz_images, npz_keys, npz_values, open_images
+from evaluation.statistics import SetStatistics, measure
+from runtime.errors import InputError
+from runtime.files import whole_file
+
+MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names; others' files hold the first two
+
+
+def open_reference(
+    path: str | Path,
+    network: FeatureNetwork,
+    processes: PartialState,
+    batch: int,
+    workers: int,
+    size: Optional[tuple[int, int]] = None,
+    crop: Optional[int] = None,
+) -> SetStatistics:
+    """Statistics of images, of another project's .npz, or of a file of `save_statistics`.
+
+    Moments that a file holds take precedence: those of ADM's files describe a larger set than the
+    images beside them. `size` (height, width) is that of the samples; a reference of another size
+    is refused before the network reads any image. `crop`: see `sources.open_images`.
+    """
+    path = Path(path)
+    keys = [] if path.is_dir() else npz_keys(path)
+    if "mu" not in keys:
+        images = open_images(path, crop)
+        check_size(images, size)
+        return measure(images, network, processes, batch, workers)
+    stored = load_statistics(path, network)
+    if stored.size is not None:
+        check_sizes(stored.name, stored.size, size)
+    if "arr_0" in keys:
+        images = npz_images(path)
+        check_size(images, size)
+        side = measure(images, network, processes, batch, workers)
+        stored.manifold, stored.size = side.manifold, side.size
+        stored.hash, stored.duplicates = f"{stored.hash} + {side.hash}", side.duplicates
+    return stored
+
+
+def check_size(images: Images, size: Optional[tuple[int, int]]) -> None:
+    check_sizes(images.name, images.shape[1:3], size)
+
+
+def check_sizes(name: str, size: tuple[int, int], samples: Optional[tuple[int, int]]) -> None:
+    """Refuse a reference of another size (height, width) than the samples, where both are known."""
+    if samples is not None and size != samples:
+        raise InputError(
+            f"the samples have {samples[1]}x{samples[0]} pixels, {name} has {size[1]}x{size[0]}: "
+            f"compare images of one size"
+        )
+
+
+def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
+    """Moments of an .npz, and what else `save_statistics` wrote there.
+
+    A file of mu and sigma alone, as pytorch-fid writes it, leaves the spatial moments out.
+    """
+    values = npz_values(path, [*MOMENTS, "features", "images", "size", "hash", "pool_3"])
+    keys = MOMENTS if {"mu_s", "sigma_s"} & values.keys() else MOMENTS[:2]
+    missing = [key for key in keys if key not in values]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}: use a file with {', '.join(keys)}")
+    pool, spatial, _ = network.widths
+    for key, width in zip(keys, (pool, pool, spatial, spatial)):
+        check_moment(path, key, values[key], width)
+    # Other projects' files do not say; by convention they come from the published weights.
+    features = str(values.get("features", network.identity))
+    if features != network.identity:
+        raise InputError(
+            f"{path} holds statistics of other features ({features}, here {network.identity}): "
+            f"make them again with --save_stats"
+        )
+    digest = hashlib.sha256(b"".join(values[key].tobytes() for key in keys)).hexdigest()[:16]
+    try:
+        height_width = tuple(map(int, values["size"])) if "size" in values else None
+        return SetStatistics(
+            str(path),
+            int(values["images"]) if "images" in values else None,
+            None if height_width is None else (height_width[0], height_width[1]),
+            str(values.get("hash", digest)),
+            moments=tuple(torch.from_numpy(values[key]).double() for key in keys),
+            manifold=torch.from_numpy(values["pool_3"]) if "pool_3" in values else None,
+        )
+    except (TypeError, ValueError, IndexError) as e:
+        raise InputError(f"{path} is damaged ({e}): make it again with --save_stats") from e
+
+
+def check_moment(path: Path, key: str, values: np.ndarray, width: int) -> None:
+    """Refuse a mean or covariance of other features, or one that is not finite."""
+    expected = (width, width) if "sigma" in key else (width,)
+    if values.shape != expected:
+        raise InputError(
+            f"{path}: {key} is of shape {values.shape}, not {expected}: these are statistics of "
+            f"other features; make them with --save_stats"
+        )
+    if values.dtype.kind != "f" or not np.isfinite(values).all():
+        raise InputError(f"{path}: {key} holds NaN or infinity; make it again")
+
+
+def save_statistics(side: SetStatistics, path: str | Path, identity: str) -> None:
+    """Write statistics as a reference for later, whole or not at all; `identity` of the features."""
+    arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in zip(MOMENTS, side.moments)}
+    arrays |= {"features": np.array(identity), "hash": np.array(side.hash)}
+    for key, value in (("images", side.images), ("size", side.size), ("pool_3", side.manifold)):
+        if value is not None:
+            arrays[key] = np.asarray(value)
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)

@@ -1,0 +1,147 @@
+"""A tokenizer's score on an image folder: rFID, PSNR, SSIM, LPIPS, use of the codebook."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.load import tokenizer_config
+from data.images import list_images
+from data.pictures import picture_grid, to_pixels, write_png
+from evaluation.evaluator import compare, conditions, protocol, warnings_of
+from evaluation.features import FeatureNetwork
+from evaluation.lpips import LPIPS
+from evaluation.reconstruction import (
+    SSIM_WINDOW,
+    OriginalFeatures,
+    PerceptualDistance,
+    Preview,
+    ReconstructionFeatures,
+    ReconstructionSums,
+    StructuralSimilarity,
+    image_batches,
+    reconstruct,
+)
+from evaluation.statistics import Collector, SetStatistics
+from modeling.tokenizer import Tokenizer
+from modeling.weights import load_tensors
+from runtime.errors import InputError
+from runtime.processes import matmul_precision
+from training.checkpoint import read_weights
+
+PREVIEW_IMAGES = 8
+MAGNIFICATION = 4  # of the differences in the picture
+
+
+def load_tokenizer(source: str, config: Optional[str] = None) -> Tokenizer:
+    """A tokenizer of either stage, in eval mode, from a weights file or a run's folder.
+
+    Its sizes are those of `model.vq_model` in the config: by default the run's own config, else the
+    published sizes with the decoder of the stage whose weights these are.
+    """
+    state = read_weights(source, "tokenizer")
+    run_config = Path(source) / "config.yaml"
+    if config is None and run_config.is_file():
+        config = str(run_config)
+    decoder: dict[str, Any] = {}
+    if config is None and "decoder.ffn_aux.0.weight" in state:
+        decoder = {"causal": True, "prefix_head": True, "num_buffer_tokens": 1}
+    with torch.device("meta"):  # random initial weights would cost seconds
+        tokenizer = Tokenizer(tokenizer_config(config, **decoder))
+    tokenizer.to_empty(device="cpu")
+    # The clustering's running mean has no effect on images.
+    buffer = ("quantize.embed_prob",)
+    load_tensors(tokenizer, state, source, ignore=buffer, keep=buffer)
+    return tokenizer.eval()
+
+
+def score_tokenizer(
+    tokenizer: Tokenizer,
+    folder: Path,
+    network: FeatureNetwork,
+    lpips: LPIPS,
+    processes: PartialState,
+    batch: int,
+    workers: int,
+    picture: Path,
+) -> tuple[dict[str, Any], SetStatistics]:
+    """Reconstruct all images of a folder (ADM's centre crop) once, in float32, and measure them.
+
+    Returns the result, empty except on the main process, and the statistics of the originals.
+    Writes before | after | difference of the first images to `picture`.
+    """
+    size, device = tokenizer.config.image_size, tokenizer.latent_tokens.device
+    check_window(size)
+    paths = [path for path, _ in list_images(folder)[0]]
+    before, after = (
+        Collector(name, len(paths), (size, size), network)
+        for name in (str(folder), "its reconstructions")
+    )
+    sums = ReconstructionSums(tokenizer.config.codebook_size, device)
+    similarity, perceptual = StructuralSimilarity(device), PerceptualDistance(lpips, device)
+    preview = Preview(PREVIEW_IMAGES)
+    consumers = [
+        sums, similarity, perceptual, OriginalFeatures(before), ReconstructionFeatures(after),
+        preview,
+    ]  # fmt: skip
+    rank, world = processes.process_index, processes.num_processes
+    batches = image_batches(paths, size, batch, workers, rank, world)
+    with matmul_precision("fp32"):
+        reconstruct(tokenizer, progress(batches, len(paths), processes), device, consumers)
+    originals, reconstructions = before.finish(), after.finish()
+    figures = {**sums.metrics(), "ssim": similarity.mean(), "lpips": perceptual.mean()}
+    if not processes.is_main_process:
+        return {}, originals
+    draw_preview(preview, picture)
+    result = {
+        "metrics": {
+            "rFID": compare(reconstructions, originals, device)["FID"],
+            "PSNR": figures["psnr"],
+            "SSIM": figures["ssim"],
+            "LPIPS": figures["lpips"],
+            "codebook_use": figures["codebook_use"],
+            "perplexity": figures["perplexity"],
+        },
+        "protocol": protocol(network, reconstructions, originals),
+        "images_asked": len(paths),
+        "partial": False,
+        "samples": reconstructions.summary(),
+        "reference": originals.summary(),
+        "picture": str(picture),
+        **conditions(network, batch),
+        "warnings": warnings_of(network, originals, reconstructions),
+    }
+    return result, originals
+
+
+def check_window(size: int) -> None:
+    """Refuse images (size x size pixels) without a place for SSIM's window."""
+    if size < SSIM_WINDOW:
+        raise InputError(
+            f"images of {size} px are smaller than the window of SSIM, {SSIM_WINDOW} px: use a "
+            f"tokenizer of larger images"
+        )
+
+
+def progress(
+    batches: Iterable[tuple[int, Tensor]], images: int, processes: PartialState
+) -> Iterator[tuple[int, Tensor]]:
+    """The batches, with a bar of this process's share on the main process."""
+    share = -(-images // processes.num_processes)
+    with tqdm(
+        total=share, unit="img", desc="reconstruct", disable=not processes.is_main_process
+    ) as bar:
+        for first, pixels in batches:
+            yield first, pixels
+            bar.update(len(pixels))
+
+
+def draw_preview(preview: Preview, path: Path) -> None:
+    """A PNG with a row before | after | difference (magnified) per image."""
+    difference = (preview.before - preview.after).abs() * MAGNIFICATION
+    rows = torch.stack([preview.before, preview.after, difference], 1).flatten(0, 1)
+    write_png(picture_grid(to_pixels(rows), 3), path)

@@ -1,0 +1,272 @@
+"""A sampling job as files: chunks that a killed run leaves and the next one resumes, then one .npz.
+
+OUTPUT/sampling.json     the settings; a run with other settings is refused
+OUTPUT/chunks/           chunks of consecutive images and codes, until the end
+OUTPUT/000000.png …      the images, if wanted
+OUTPUT.npz               all images (N, S, S, 3), uint8; its existence means that all is done
+OUTPUT_codes.npz         their codes (N, T), uint16
+OUTPUT_grid.png          the first images as one picture, if wanted
+"""
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, Optional
+
+import numpy as np
+from accelerate import PartialState
+from tqdm import tqdm
+
+from data.pictures import picture_grid, write_png
+from generation.images import ImageBatch, decode_stored, sample_images
+from generation.job import SamplingJob
+from generation.models import Models, largest_batch
+from modeling.tokenizer import TokenizerConfig
+from runtime.errors import InputError
+from runtime.files import lock_folder, whole_file, writing
+from runtime.parts import Parts, check_settings
+from runtime.processes import on_main, set_matmul_precision
+
+LARGEST_CHUNK = 512  # larger chunks gain little and are shared less evenly among processes
+# Not "remove the folder": the generator's training run may be in it.
+REMEDY = "use another experiment.output_dir, or remove what sampling left there"
+
+
+class SampleFolder:
+    """The output of one sampling job, written by all processes together.
+
+    With `codes` (N, T) they are decoded instead of sampling new ones. `png` writes every image as a
+    file, `grid` the first grid x grid images as one picture.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        job: SamplingJob,
+        models: Models,
+        processes: PartialState,
+        codes: Optional[np.ndarray] = None,
+        png: bool = False,
+        grid: int = 0,
+    ):
+        self.output, self.job, self.models, self.processes = output, job, models, processes
+        self.codes, self.png, self.grid = codes, png, grid
+        self.count = job.count if codes is None else len(codes)
+        self.images_file = output.with_name(output.name + ".npz")
+        self.codes_file = output.with_name(output.name + "_codes.npz")
+        self.settings_file = output / "sampling.json"
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the files, but for the size of the chunks."""
+        job, hashes = self.job, self.models.hashes
+        settings = {
+            "images": self.count,
+            "tokenizer": hashes["tokenizer"],
+            "png": self.png,
+            "grid": self.grid,
+            "precision": job.precision,
+        }
+        if self.codes is not None:
+            digest = hashlib.sha256(np.ascontiguousarray(self.codes).tobytes())
+            return {**settings, "codes": digest.hexdigest()[:16]}
+        assert self.models.generator is not None
+        known = self.models.generator.config.condition_num_classes
+        if job.cache != "auto":  # folders from before the option have no such entry
+            settings["cache"] = job.cache
+        return {
+            **settings,
+            "classes": known if job.classes == tuple(range(known)) else list(job.classes),
+            "guidance_scale": job.sampling.guidance_scale,
+            "guidance_scale_pow": job.sampling.guidance_power,
+            "guidance_schedule": job.sampling.guidance_schedule,
+            "temperature": job.sampling.temperature,
+            "top_k": job.sampling.top_k,
+            "top_p": job.sampling.top_p,
+            "seed": job.seed,
+            "compile": job.compiled,
+            "generator": hashes["generator"],
+        }
+
+    def fill(self) -> Path:
+        """Make what is missing and return the .npz of all images; all processes must call this.
+
+        Raises InputError for a folder in use or of other settings, and where memory or disk do not
+        suffice; finished chunks stay.
+        """
+        set_matmul_precision(self.job.precision)
+        lock: list[IO[str]] = []  # held until all is written, or this process ends
+        chunk = on_main(lambda: self._claim(lock))
+        if self.images_file.exists():
+            if self.processes.is_main_process:
+                shutil.rmtree(self.output / "chunks", ignore_errors=True)  # of a killed clean-up
+            self.processes.print(f"{self.images_file} is complete: {self.count} images")
+            return self.images_file
+        self._check_memory(chunk)
+        parts = Parts(self.output / "chunks", -(-self.count // chunk))
+        numbers = parts.missing(self.processes.process_index, self.processes.num_processes)
+        self.processes.wait_for_everyone()  # before any rank adds a chunk that another still counts
+        if numbers:
+            self._write_chunks(parts, chunk, numbers)
+        self.processes.wait_for_everyone()
+        if self.processes.is_main_process:
+            self._assemble(parts)
+            shutil.rmtree(parts.folder)
+            lock[0].close()
+        self.processes.wait_for_everyone()
+        self.processes.print(f"wrote {self.images_file}: {self.count} images")
+        return self.images_file
+
+    # ------------------------------------------------------------------ claiming
+    def _claim(self, lock: list[IO[str]]) -> int:
+        """Lock the folder, compare its settings with the job's and return the size of the chunks.
+
+        A job that would not fit into memory is refused before anything is written, a finished one
+        never.
+        """
+        finished = self.images_file.exists()
+        if finished and not self.settings_file.exists():
+            raise InputError(f"{self.images_file} exists, but sampling did not write it: {REMEDY}")
+        chunk = self.job.chunk or self._earlier_chunk()
+        if not finished:
+            self._check_memory(chunk or 1)
+        lock.append(lock_folder(self.output))
+        chunk = chunk or self._earlier_chunk()
+        if chunk is None:
+            chunk = max(min(largest_batch(self.models, self.job), LARGEST_CHUNK, self.count), 1)
+        check_settings(self.settings_file, {**self.settings(), "chunk": chunk}, REMEDY)
+        return chunk
+
+    def _earlier_chunk(self) -> Optional[int]:
+        """The chunk size that an earlier run wrote down, if there is a readable one."""
+        try:
+            return int(json.loads(self.settings_file.read_text())["chunk"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # check_settings reports damage
+
+    def _check_memory(self, chunk: int) -> None:
+        most = largest_batch(self.models, self.job)
+        if chunk <= most:
+            return
+        if not most:
+            remedy = "free some memory"
+        elif self._earlier_chunk() is not None:
+            # The chunks that are there can only be continued at their own size.
+            remedy = (
+                f"free some memory, or use another experiment.output_dir with "
+                f"experiment.per_proc_batch_size={most}"
+            )
+        else:
+            remedy = f"set experiment.per_proc_batch_size={most}"
+        raise InputError(
+            f"too little free memory on {self.models.device} for {chunk} images at once: {most} "
+            f"fit; {remedy}"
+        )
+
+    # ------------------------------------------------------------------ writing
+    def _write_chunks(self, parts: Parts, chunk: int, numbers: list[int]) -> None:
+        """Make this process's chunks; threads write them while the next ones are made."""
+        ranges = [range(n * chunk, min((n + 1) * chunk, self.count)) for n in numbers]
+        with (
+            tqdm(
+                total=sum(map(len, ranges)), unit="img", desc="sample",
+                disable=not self.processes.is_main_process,
+            ) as bar,
+            ThreadPoolExecutor() as painters,
+            ThreadPoolExecutor(1) as writer,
+        ):  # fmt: skip
+            writes: deque[Future] = deque()
+            for number, batch in zip(numbers, self._batches(chunk, ranges)):
+                if len(writes) == 2:  # at most two chunks wait for the disk
+                    writes.popleft().result()
+                writes.append(writer.submit(self._write_chunk, parts, number, batch, painters, bar))
+            for write in writes:
+                write.result()
+
+    def _batches(self, chunk: int, ranges: list[range]) -> Iterator[ImageBatch]:
+        job, models = self.job, self.models
+        if self.codes is not None:
+            return decode_stored(self.codes, models.tokenizer, job, ranges)
+        self.processes.print(
+            f"sampling {chunk} images at once, {job.precision}, compile={job.compiled}"
+        )
+        return sample_images(models.engine(job, chunk), models.tokenizer, job, ranges)
+
+    def _write_chunk(
+        self, parts: Parts, number: int, batch: ImageBatch, painters: ThreadPoolExecutor, bar: tqdm
+    ) -> None:
+        with writing(self.output):
+            if self.png:
+                # Before the chunk: a chunk that exists has all its pictures.
+                names = [self.output / f"{i:06d}.png" for i in batch.indices]
+                list(painters.map(write_png, batch.images, names))
+            parts.write(number, images=batch.images, codes=batch.codes.astype(np.uint16))
+        bar.update(len(batch.indices))
+
+    def _assemble(self, parts: Parts) -> None:
+        """All chunks as the final files, the images last."""
+        config = self.models.tokenizer.config
+        with writing(self.output):
+            shape = (self.count, config.num_tokens)
+            concatenate_parts(parts, self.codes_file, "codes", shape, np.uint16)
+            if self.grid:
+                images = first_images(parts, self.grid**2)
+                path = self.output.with_name(self.output.name + "_grid.png")
+                write_png(picture_grid(images, self.grid), path)
+            shape = (self.count, config.image_size, config.image_size, 3)
+            concatenate_parts(parts, self.images_file, "images", shape, np.uint8)
+
+
+def first_images(parts: Parts, count: int) -> np.ndarray:
+    """At most `count` images from the first parts on: (n, S, S, 3), uint8."""
+    images: list[np.ndarray] = []
+    for number in range(parts.count):
+        if len(images) >= count:
+            break
+        images.extend(parts.read(number, "images"))
+    return np.stack(images[:count])
+
+
+def concatenate_parts(
+    parts: Parts, path: Path, name: str, shape: tuple[int, ...], dtype: type
+) -> None:
+    """Stream one array of all parts into an .npz (key `arr_0`), one part in memory at a time."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    with whole_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        entry = zipfile.ZipInfo("arr_0.npy")  # a fixed date: the same images, the same bytes
+        with archive.open(entry, "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for number in tqdm(range(parts.count), unit="chunk", desc=path.name):
+                file.write(np.ascontiguousarray(parts.read(number, name)).data)
+
+
+def read_codes(path: str, config: TokenizerConfig) -> np.ndarray:
+    """Codes (N, T), uint16, of an .npz as `OUTPUT_codes.npz`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            codes = file["arr_0"]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+        raise InputError(
+            f"experiment.codes={path} is not an .npz of codes ({type(e).__name__}): use an "
+            f"OUTPUT_DIR_codes.npz"
+        ) from e
+    fits = codes.ndim == 2 and codes.shape[1] == config.num_tokens and len(codes)
+    if not fits or codes.dtype.kind not in "iu":
+        raise InputError(
+            f"experiment.codes={path} holds {codes.dtype} {codes.shape} instead of integers "
+            f"(images, {config.num_tokens}): use the config of the run that made it"
+        )
+    if codes.min() < 0 or codes.max() >= config.codebook_size:
+        raise InputError(
+            f"experiment.codes={path} holds codes {codes.min()}…{codes.max()}, but this tokenizer "
+            f"has 0…{config.codebook_size - 1}: use the config of the run that made it"
+        )
+    return codes.astype(np.uint16)

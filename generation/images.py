@@ -1,0 +1,95 @@
+"""Codes to images, batch after batch: the loop that every sampler and every score uses."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from generation.job import SamplingJob
+from modeling.engine import DECODED_AT_ONCE, Engine, ImageDecoder
+from modeling.tokenizer import Tokenizer
+from runtime.randomness import image_uniforms
+
+
+class ImageBatch(NamedTuple):
+    """Finished images of consecutive indices, on the CPU."""
+
+    indices: range
+    images: np.ndarray  # (B, S, S, 3), uint8
+    codes: np.ndarray  # (B, T), int64
+
+
+def sample_images(
+    engine: Engine, tokenizer: Tokenizer, job: SamplingJob, batches: Iterable[range]
+) -> Iterator[ImageBatch]:
+    """The images of a job at the given indices. A batch has at most `engine.batch` of them."""
+
+    def sample(indices: range) -> Tensor:
+        uniforms = image_uniforms(job.seed, indices, engine.config.image_seq_len)
+        return engine.sample(job.labels(indices), uniforms)
+
+    compiled = job.compiled and engine.device.type == "cuda"
+    decoder = ImageDecoder(tokenizer, job.dtype, compiled, min(engine.batch, DECODED_AT_ONCE))
+    return images_of(sample, decoder, batches)
+
+
+def decode_stored(
+    codes: np.ndarray, tokenizer: Tokenizer, job: SamplingJob, batches: Iterable[range]
+) -> Iterator[ImageBatch]:
+    """The images of stored codes (N, T) at the given indices."""
+    device = tokenizer.latent_tokens.device
+
+    def read(indices: range) -> Tensor:
+        part = codes[indices.start : indices.stop].astype(np.int64)
+        return torch.from_numpy(part).to(device)
+
+    return images_of(read, ImageDecoder(tokenizer, job.dtype), batches)
+
+
+def images_of(
+    codes_of: Callable[[range], Tensor], decoder: ImageDecoder, batches: Iterable[range]
+) -> Iterator[ImageBatch]:
+    """Images of the codes (B, T) that `codes_of(indices)` returns on the decoder's device.
+
+    On CUDA a batch is decoded while the next one is sampled, so it comes out one batch later.
+    """
+    stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
+    previous = None
+    for indices in batches:
+        pending = indices, start_decoding(decoder, codes_of(indices), stream)
+        if previous is not None:
+            yield ImageBatch(previous[0], *previous[1]())
+        previous = pending
+    if previous is not None:
+        yield ImageBatch(previous[0], *previous[1]())
+
+
+# Returns images (B, S, S, 3) and codes (B, T), once they are on the CPU.
+Pending = Callable[[], tuple[np.ndarray, np.ndarray]]
+
+
+def start_decoding(
+    decoder: ImageDecoder, codes: Tensor, stream: Optional[torch.cuda.Stream]
+) -> Pending:
+    """Decode on a CUDA stream, beside what the current stream does next; without one, now."""
+    if stream is None:
+        images = decoder(codes)
+        return lambda: (images.numpy(), codes.numpy())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        codes.record_stream(stream)
+        images = decoder(codes)
+        on_host = [
+            torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            for x in (images, codes)
+        ]
+        decoded = torch.cuda.Event()
+        decoded.record()
+
+    def wait() -> tuple[np.ndarray, np.ndarray]:
+        decoded.synchronize()
+        return on_host[0].numpy(), on_host[1].numpy()
+
+    return wait

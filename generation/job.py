@@ -1,0 +1,69 @@
+"""What a sampling job makes, as settings: everything its images depend on besides the weights."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from configs.schema import GeneratorRun
+from modeling.engine import default_dtype
+from modeling.sampling import Sampling, check_classes
+from runtime.errors import InputError
+from runtime.processes import compiles
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    """Images 0 … count - 1. Image i has class classes[i mod their number], and (seed, i) alone
+    decides its random numbers, so that any process can make any image."""
+
+    count: int
+    classes: tuple[int, ...]
+    seed: int
+    sampling: Sampling
+    precision: str  # fp32, tf32 or bf16
+    compiled: bool
+    chunk: Optional[int]  # images sampled together; None: as many as memory allows
+    engine: str = "auto"  # see modeling.engine.Engine
+    cache: str = "auto"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the generator's matrices."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def labels(self, indices: range) -> torch.Tensor:
+        """Classes of the images at `indices`: (len(indices),), int64."""
+        return torch.tensor([self.classes[i % len(self.classes)] for i in indices])
+
+
+def sampling_job(options: GeneratorRun, device: torch.device) -> SamplingJob:
+    """The job that the options describe on this device, where `auto` is decided.
+
+    Raises InputError for classes that the generator lacks, and for what the device cannot do.
+    """
+    experiment, generator = options.experiment, options.model.generator
+    known = generator.condition_num_classes
+    classes = tuple(experiment.classes or range(known))
+    check_classes(min(classes), max(classes), known)
+    return SamplingJob(
+        count=experiment.num_fid_samples,
+        classes=classes,
+        seed=generator.seed,
+        sampling=generator.sampling,
+        precision=sampling_precision(experiment.precision, device),
+        compiled=compiles(experiment.compile, "experiment.compile"),
+        chunk=experiment.per_proc_batch_size,
+        engine=experiment.engine,
+        cache=experiment.cache,
+    )
+
+
+def sampling_precision(precision: str, device: torch.device) -> str:
+    """fp32, tf32 or bf16; auto is bf16 on CUDA (from Ampere on) and fp32 elsewhere."""
+    cuda = device.type == "cuda"
+    if precision == "auto":
+        return "bf16" if default_dtype(device) == torch.bfloat16 else "fp32"
+    if precision == "tf32" and not cuda:
+        raise InputError("experiment.precision=tf32 works only on CUDA: choose fp32 or bf16")
+    return precision

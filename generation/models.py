@@ -1,0 +1,92 @@
+"""The models of a sampling job with their weights, on the device, and how many images fit there."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import psutil
+import torch
+from torch import Tensor
+
+from configs.schema import GeneratorExperiment, GeneratorModels
+from generation.job import SamplingJob
+from modeling.engine import DECODED_AT_ONCE, Engine, cache_bytes, free_memory
+from modeling.generator import Generator
+from modeling.tokenizer import Tokenizer
+from modeling.weights import load_tensors, tensors_hash
+from runtime.errors import InputError
+
+
+@dataclass
+class Models:
+    """A tokenizer and, unless stored codes are decoded, a generator, in eval mode on one device."""
+
+    tokenizer: Tokenizer
+    generator: Optional[Generator]
+    hashes: dict[str, str]  # of the weights, by "tokenizer" and "generator"
+    device: torch.device
+
+    def engine(self, job: SamplingJob, batch: int) -> Engine:
+        """The job's engine for batches of up to `batch` images."""
+        assert self.generator is not None
+        return Engine(
+            self.generator,
+            batch,
+            job.sampling,
+            job.dtype,
+            job.compiled,
+            job.engine,
+            job.cache,
+        )
+
+
+def generator_checkpoint(experiment: GeneratorExperiment) -> str:
+    """The path of the generator's weights. Raises InputError where the option is missing."""
+    if experiment.generator_checkpoint is None:
+        raise InputError(
+            "set experiment.generator_checkpoint=FILE, for example weights/alitok_b.bin"
+        )
+    return experiment.generator_checkpoint
+
+
+def load_models(
+    sizes: GeneratorModels,
+    experiment: GeneratorExperiment,
+    tokenizer_state: dict[str, Tensor],
+    generator_state: Optional[dict[str, Tensor]],
+    device: torch.device,
+) -> Models:
+    """Models of these sizes with these weights; `experiment` names the files in messages.
+
+    Raises InputError where weights do not fit the sizes.
+    """
+    tokenizer, generator = Tokenizer(sizes.vq_model), None
+    load_tensors(tokenizer, tokenizer_state, experiment.tokenizer_checkpoint)
+    tokenizer.to(device).eval()
+    hashes = {"tokenizer": tensors_hash(tokenizer_state)}
+    if generator_state is not None:
+        generator = Generator(sizes.generator)
+        load_tensors(generator, generator_state, generator_checkpoint(experiment))
+        generator.to(device).eval()
+        hashes["generator"] = tensors_hash(generator_state)
+    return Models(tokenizer, generator, hashes, device)
+
+
+def largest_batch(models: Models, job: SamplingJob) -> int:
+    """How many images at once fit into free memory, by a conservative estimate."""
+    device, config = models.device, models.tokenizer.config
+    if device.type == "cuda":
+        free = free_memory(device)
+    else:
+        free = psutil.virtual_memory().available
+    # Decoding: a few activations as wide as the MLP, and pixels in float32 and as bytes.
+    tokens = config.num_tokens + config.num_buffer_tokens
+    pixels = 3 * config.image_size**2
+    shared = DECODED_AT_ONCE * 4 * (4 * 4 * tokens * config.decoder_width + 4 * pixels)
+    image = 8 * pixels  # as bytes: on the device, pinned, and in the two chunks being written
+    if models.generator is not None:
+        # The engine's weights, and sorted and summed logits in float64.
+        sizes = models.generator.config
+        shared += 4 * 12 * sizes.num_hidden_layers * sizes.hidden_size**2
+        image += cache_bytes(sizes, job.sampling, job.dtype, job.cache)
+        image += 64 * sizes.codebook_size
+    return max(int(0.9 * free - shared) // image, 0)

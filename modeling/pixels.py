@@ -1,0 +1,17 @@
+"""Pixels as numbers: uint8 as files hold them, float32 in [0, 1] as the models read and write them."""
+
+import torch
+from torch import Tensor
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images of any shape -> float32 in [0, 1]."""
+    return images.float() / 255
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images of any shape in [0, 1] -> uint8, by ×255 and truncation as published.
+
+    Values outside [0, 1] are clamped.
+    """
+    return (images.clamp(0, 1) * 255).to(torch.uint8)

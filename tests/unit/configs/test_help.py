@@ -1,0 +1,50 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from configs.help import PROGRAMS, describe, entries, markdown, used
+from configs.load import load
+from configs.schema import GeneratorRun, TokenizerRun
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_has_every_option_of_the_program_with_default_values_and_a_sentence(program):
+    schema = PROGRAMS[program][0]
+    text = describe(schema, program)
+    for entry in entries(schema):
+        line = f"\n  {entry.name}: {entry.default}  ({entry.kind}"
+        assert (line in text) == (used(entry.name, program) and bool(entry.kind)), entry.name
+        assert entry.sentence.endswith(".") and len(entry.sentence) > 6, entry.name
+
+
+def test_help_has_the_phases_and_the_ranges():
+    text = describe(TokenizerRun, "train_tokenizer")
+    assert "phases[i].gan_weight: 0.0  (number: at least 0" in text
+    assert "phases[i].steps: required  (integer: at least 1" in text
+    assert "(choice: one of auto, no, bf16, fp16)" in text
+    assert max(map(len, text.splitlines())) < 200
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_examples_of_the_help_are_commands_that_load(program):
+    schema, _, examples = PROGRAMS[program]
+    for example in examples:
+        words = [word.strip("'") for word in example.split()]
+        arguments = words[next(i for i, w in enumerate(words) if w.startswith("config=")) :]
+        assert isinstance(load(schema, arguments, program), schema)
+        assert any(word in (f"{program}.py", program) for word in words)
+
+
+def test_the_document_of_the_options_is_up_to_date():
+    assert (ROOT / "docs/options.md").read_text() == markdown(), (
+        "run: python -m configs.help > docs/options.md"
+    )
+
+
+def test_the_document_has_every_option_of_both_schemas():
+    rows = set(re.findall(r"^\| `([^`]+)` \|", markdown(), re.MULTILINE))
+    wanted = {e.name for s in (GeneratorRun, TokenizerRun) for e in entries(s) if e.kind}
+    assert rows == wanted

@@ -1,0 +1,413 @@
+"""How what is written becomes a value, and what a refusal says about it."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.load import as_dict, load, save, tokenizer_config
+from configs.schema import UNUSED, GeneratorRun, TokenizerRun
+from runtime.errors import InputError
+from tests.unit.configs.test_schema import STAGE1, B, option, refusal, written
+
+# The options that spec.md lists of the published configs, as such a file has them.
+AUTHORS = """
+experiment:
+    project: "alitok"
+    name: "alitok_b"
+    output_dir: "alitok_b"
+    generator_checkpoint: null
+    resume: True
+    save_every: 10_000
+    eval_every: 10_000
+    generate_every: 10_000
+    log_every: 100
+    log_grad_norm_every: 1_000
+    max_train_examples: 1_281_167
+model:
+    vq_model:
+        codebook_size: 4096
+        token_size: 32
+        num_latent_tokens: 273
+    generator:
+        hidden_size: 768
+        num_hidden_layers: 24
+        num_attention_heads: 16
+        dropout: 0.1
+        attn_drop: 0.1
+        tok_dropout: 0.1
+        class_label_dropout: 0.1
+        image_seq_len: 273
+        condition_num_classes: 1000
+        randomize_temperature: 1.0
+        guidance_scale: 16.0
+        guidance_scale_pow: 1.8
+        use_checkpoint: False
+        seed: 42
+dataset:
+    params:
+        pretokenization: "cache_alitok"
+        num_workers_per_gpu: 12
+    preprocessing:
+        crop_size: 256
+        random_flip: True
+optimizer:
+    name: adamw
+    params:
+        learning_rate: 4e-4
+        beta1: 0.9
+        beta2: 0.96
+        weight_decay: 0.03
+lr_scheduler:
+    scheduler: "cosine"
+    params:
+        learning_rate: ${optimizer.params.learning_rate}
+        warmup_steps: 62_500
+        end_lr: 1e-5
+training:
+    gradient_accumulation_steps: 1
+    per_gpu_batch_size: 128
+    mixed_precision: no
+    enable_tf32: True
+    enable_wandb: False
+    use_ema: False
+    seed: 42
+    max_train_steps: 500_000
+    max_grad_norm: 1.0
+"""
+
+
+# ---------------------------------------------------------------------- texts
+@pytest.mark.parametrize(
+    "text",
+    ["2024_06_01", "run #3", "1e3", "0x10", "007", "no", "null", "a: b", "[x]", "'x'", "1:30"],
+)
+@pytest.mark.parametrize("name", ["experiment.output_dir", "experiment.name"])
+def test_text_of_the_command_line_is_taken_as_it_was_typed(name, text):
+    assert option(load(GeneratorRun, [B, f"{name}={text}"]), name) == text
+
+
+@pytest.mark.parametrize("text", ["2024_06_01", "007", "1e3", "no", "12:30"])
+def test_text_of_a_file_is_taken_as_it_stands_there(tmp_path, text):
+    options = load(GeneratorRun, [written(tmp_path, f"experiment: {{output_dir: {text}}}")])
+    assert options.experiment.output_dir == text
+
+
+@pytest.mark.parametrize(
+    "name", ["experiment.output_dir", "experiment.evaluate", "experiment.resume",
+             "dataset.params.pretokenization", "dataset.params.val_pretokenization"]
+)  # fmt: skip
+def test_a_path_starts_at_home(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert option(load(GeneratorRun, [B, f"{name}=~/runs/a"]), name) == "/home/ada/runs/a"
+    keys = name.split(".")
+    text = "{" + ": {".join(keys) + ": ~/runs/a" + "}" * len(keys)
+    assert option(load(GeneratorRun, [written(tmp_path, text)]), name) == "/home/ada/runs/a"
+
+
+def test_every_option_that_is_a_path_expands_home():
+    names = {"output_dir", "resume", "fid_reference", "generator_checkpoint", "evaluate", "codes",
+             "tokenizer_checkpoint", "stage1_checkpoint", "pretokenization", "train_dir",
+             "val_pretokenization", "val_dir"}  # fmt: skip
+    from configs.help import entries
+
+    found = {
+        entry.name.split(".")[-1]
+        for schema in (GeneratorRun, TokenizerRun)
+        for entry in entries(schema)
+        if "path" in entry.kind
+    }
+    assert found == names
+
+
+def test_a_home_that_is_not_there_is_refused():
+    message = refusal(GeneratorRun, B, "experiment.output_dir=~nobody-has-this-name/run")
+    assert "experiment.output_dir=~nobody-has-this-name/run" in message and "./~nobody" in message
+
+
+@pytest.mark.parametrize("word", ["False", "true", "None"])
+def test_a_flag_in_place_of_an_optional_path_is_refused_with_null(tmp_path, word):
+    remedy = f"set a path (./{word} for a file of this name) or null for none"
+    assert remedy in refusal(GeneratorRun, B, f"experiment.evaluate={word}")
+    file = written(tmp_path, f"dataset: {{params: {{train_dir: {word}}}}}")
+    assert f"{remedy} ({tmp_path}/own.yaml, line 1)" in refusal(GeneratorRun, file)
+
+
+@pytest.mark.parametrize("text", ["", " ", "a\nb", "a\x00b", "\udcff"])
+def test_text_that_cannot_name_anything_is_refused(text):
+    assert "experiment.output_dir=" in refusal(GeneratorRun, B, f"experiment.output_dir={text}")
+
+
+@pytest.mark.parametrize("folder", [".", "..", "/", "a/..", "./"])
+def test_a_run_needs_a_folder_of_its_own(folder):
+    message = refusal(GeneratorRun, B, f"experiment.output_dir={folder}")
+    assert f"experiment.output_dir={folder}: set the name of a folder of its own" in message
+
+
+# ---------------------------------------------------------------------- words, numbers, null
+@pytest.mark.parametrize("word", ["no", "No", "NO", "off", "false", "False", "'no'", '"no"'])
+def test_precision_no_is_a_word_in_yaml_too(tmp_path, word):
+    file = written(tmp_path, f"training: {{mixed_precision: {word}}}")
+    assert load(GeneratorRun, [file]).training.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("word", ["no", "No", "False", "off"])
+def test_precision_no_is_a_word_on_the_command_line(word):
+    options = load(GeneratorRun, [B, f"training.mixed_precision={word}"])
+    assert options.training.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    "text, value", [("1", [1]), ("[1]", [1]), ("[3, 4]", [3, 4]), ("null", None)]
+)
+def test_one_class_or_several(text, value):
+    assert load(GeneratorRun, [B, f"experiment.classes={text}"]).experiment.classes == value
+
+
+def test_null_is_off_for_clipping_and_the_default_for_seeds(tmp_path):
+    text = "{training: {seed: null, max_grad_norm: null}, model: {generator: {seed: ~}}}"
+    for argv in (
+        [written(tmp_path, text)],
+        [B, "training.seed=null", "training.max_grad_norm=null", "model.generator.seed=null"],
+    ):
+        options = load(GeneratorRun, argv)
+        assert (options.training.seed, options.model.generator.seed) == (42, 42)
+        assert options.training.max_grad_norm == 0.0
+
+
+@pytest.mark.parametrize("text", ["1e-3", "0.001", "1.0e-3", "1E-3"])
+def test_a_rate_is_a_number_however_it_is_written(tmp_path, text):
+    file = written(tmp_path, f"optimizer: {{params: {{learning_rate: {text}}}}}")
+    assert load(GeneratorRun, [file]).optimizer.params.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    "schema, argument, remedy",
+    [
+        (GeneratorRun, "training.max_grad_norm=-1", "0 or more"),
+        (GeneratorRun, "training.max_train_steps=0", "1 or more"),
+        (GeneratorRun, "training.max_train_steps=-3", "1 or more"),
+        (GeneratorRun, "training.ema_decay=7", "1 or less"),
+        (GeneratorRun, "training.timeout_minutes=0", "1 or more"),
+        (GeneratorRun, "optimizer.params.learning_rate=-1e-4", "0 or more"),
+        (GeneratorRun, "optimizer.params.learning_rate=nan", "0 or more"),
+        (GeneratorRun, "optimizer.params.learning_rate=inf", "a finite number"),
+        (GeneratorRun, "optimizer.params.beta1=1.5", "less than 1"),
+        (GeneratorRun, "optimizer.params.beta2=1", "less than 1"),
+        (GeneratorRun, "optimizer.params.weight_decay=-0.1", "0 or more"),
+        (GeneratorRun, "lr_scheduler.params.end_lr=-1", "0 or more"),
+        (GeneratorRun, "lr_scheduler.params.warmup_steps=-1", "0 or more"),
+        (GeneratorRun, "lr_scheduler.params.warmup_steps=600000", "longer than the run"),
+        (GeneratorRun, "dataset.params.num_workers_per_gpu=-1", "0 or more"),
+        (GeneratorRun, "model.generator.dropout=2", "less than 1"),
+        (GeneratorRun, "model.generator.class_label_dropout=1.5", "1 or less"),
+        (GeneratorRun, "model.generator.num_hidden_layers=0", "1 or more"),
+        (GeneratorRun, "model.generator.hidden_size=0", "1 or more"),
+        (GeneratorRun, "model.generator.guidance_scale=nan", "0 or more"),
+        (GeneratorRun, "model.generator.guidance_scale_pow=inf", "1000 or less"),
+        (GeneratorRun, "model.generator.randomize_temperature=nan", "more than 0"),
+        (GeneratorRun, "model.generator.top_p=0", "more than 0"),
+        (GeneratorRun, "model.generator.codebook_size=32", "leave the former out"),
+        (GeneratorRun, "model.vq_model.encoder_width=0", "1 or more"),
+        (GeneratorRun, "model.vq_model.decoder_layers=0", "1 or more"),
+        (GeneratorRun, "model.vq_model.codebook_size=70000", "65536 or less"),
+        (GeneratorRun, "experiment.save_every=-1", "0 or more"),
+        (GeneratorRun, "experiment.classes=[-1]", "0 or more"),
+        (GeneratorRun, "experiment.classes=[a]", "list of integers"),
+        (TokenizerRun, "optimizer.params.beta1=-0.1", "0 or more"),
+        (TokenizerRun, "optimizer.params.warmup_steps=400000", "longer than the run"),
+        (TokenizerRun, "dataset.params.resize=0", "1 or more"),
+        (TokenizerRun, "model.vq_model.encoder_layers=0", "1 or more"),
+        (TokenizerRun, "phases=[{steps: 10, learning_rate: -1}]", "0 or more"),
+        (TokenizerRun, "phases=[{steps: 10, end_lr: .nan}]", "0 or more"),
+    ],
+)
+def test_number_without_sense_is_refused_with_the_remedy(schema, argument, remedy):
+    message = refusal(schema, B if schema is GeneratorRun else STAGE1, argument)
+    assert argument.split("=")[0] in message and remedy in message
+    assert message.endswith("(the command line)")
+
+
+# ---------------------------------------------------------------------- the place of a value
+def test_a_refusal_names_the_file_and_the_line(tmp_path):
+    file = written(tmp_path, "# mine\ntraining:\n  seed: 3\n  max_grad_norm: -2\n")
+    message = refusal(GeneratorRun, file)
+    assert message == (f"training.max_grad_norm=-2.0: set 0 or more ({tmp_path}/own.yaml, line 4)")
+
+
+def test_a_refusal_blames_the_command_line_for_what_came_from_there(tmp_path):
+    file = written(tmp_path, "model: {generator: {image_seq_len: 273}}")
+    message = refusal(GeneratorRun, file, "model.generator.image_seq_len=50")
+    assert message.startswith("model.generator.image_seq_len=50 is neither")
+    assert message.endswith("(the command line)")
+    assert "own.yaml" not in message
+
+
+def test_a_line_is_known_inside_a_list_too(tmp_path):
+    file = written(tmp_path, "phases:\n  - {steps: 3}\n  - steps: 4\n    gan_weight: -1\n")
+    message = refusal(TokenizerRun, file, "optimizer.params.warmup_steps=0")
+    assert "phases[1].gan_weight=-1.0: set 0 or more (phase main)" in message
+    assert message.endswith(f"({tmp_path}/own.yaml, line 4)")
+
+
+def test_a_key_that_is_written_twice_is_refused_by_its_line(tmp_path):
+    message = refusal(GeneratorRun, written(tmp_path, "training:\n  seed: 3\n  seed: 4\n"))
+    assert "line 3: seed is there twice" in message
+
+
+def test_merge_keys_and_anchors_are_yaml_as_ever(tmp_path):
+    text = "training: &t {seed: 3, max_train_steps: 70000}\noptimizer: {params: {beta1: 0.5}}\n"
+    assert load(GeneratorRun, [written(tmp_path, text)]).training.seed == 3
+    text = (
+        "phases:\n- &p {steps: 20, gan_weight: 0.5}\n- {<<: *p, steps: 30}\n"
+        "optimizer: {params: {warmup_steps: 0}}\n"
+    )
+    phases = load(TokenizerRun, [written(tmp_path, text)]).phases
+    assert [(p.steps, p.gan_weight) for p in phases] == [(20, 0.5), (30, 0.5)]
+
+
+# ---------------------------------------------------------------------- published files
+def test_the_authors_config_loads_unchanged_in_both_programs(tmp_path, capsys):
+    file = written(tmp_path, AUTHORS)
+    for program in ("train_ar", "sample_imagenet"):
+        options = load(GeneratorRun, [file], program)
+        warning = capsys.readouterr().err
+        assert warning.count("dataset.preprocessing (crop_size, random_flip) has no effect") == 1
+        assert warning.count("\n") == 1
+    assert options.training.mixed_precision == "no" and options.optimizer.name == "adamw"
+    assert options.lr_scheduler.params.learning_rate == 4e-4
+    assert "name" not in as_dict(options)["optimizer"]  # has no effect on a run
+    assert "preprocessing" not in as_dict(options)["dataset"]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (("name: adamw", "name: sgd"), "optimizer.name=sgd: choose adamw"),
+        (("crop_size: 256", "crop_size: 224"), "dataset.preprocessing.crop_size=224"),
+        (("preprocessing:", "preprocesing:"), "did you mean dataset.preprocessing?"),
+        (("beta1: 0.9", "beta1: 0.9\n        momentum: 0.9"), "optimizer.params.momentum"),
+    ],
+)
+def test_a_published_value_that_is_not_honoured_is_refused(tmp_path, change, words):
+    assert words in refusal(GeneratorRun, written(tmp_path, AUTHORS.replace(*change)))
+
+
+@pytest.mark.parametrize("value", ["", "null", "{}"])
+def test_preprocessing_may_be_empty(tmp_path, capsys, value):
+    file = written(tmp_path, f"dataset:\n  preprocessing: {value}\n")
+    assert load(GeneratorRun, [file]).dataset.preprocessing == {}
+    assert not capsys.readouterr().err
+
+
+def test_preprocessing_of_a_python_object_is_refused(tmp_path):
+    file = written(tmp_path, "dataset: {preprocessing: {a: !!python/object:os.x 1}}")
+    assert "dataset.preprocessing" in refusal(GeneratorRun, file)
+
+
+def test_preprocessing_may_be_set_on_the_command_line():
+    options = load(GeneratorRun, [B, "dataset.preprocessing.crop_size=256"])
+    assert options.dataset.preprocessing == {"crop_size": 256}
+    message = refusal(GeneratorRun, B, "dataset.preprocessing.crop_size=128")
+    assert "dataset.preprocessing.crop_size=128" in message and "(the command line)" in message
+
+
+# ---------------------------------------------------------------------- the other program's options
+@pytest.mark.parametrize(
+    "program, name, instead",
+    [
+        ("train_ar", "experiment.generator_checkpoint", "experiment.resume=RUN_DIR"),
+        ("train_ar", "experiment.compile", "training.compile"),
+        ("train_ar", "experiment.evaluate", "experiment.fid_reference"),
+        ("sample_imagenet", "training.compile", "experiment.compile"),
+        ("sample_imagenet", "training.seed", "model.generator.seed"),
+        ("sample_imagenet", "experiment.fid_reference", "experiment.evaluate"),
+        ("sample_imagenet", "lr_scheduler.params.end_lr", "leave it out"),
+    ],
+)
+def test_option_of_the_other_program_is_refused_on_the_command_line(program, name, instead):
+    with pytest.raises(InputError) as error:
+        load(GeneratorRun, [B, f"{name}=1"], program)
+    assert str(error.value).startswith(f"{program} does not use {name}: ")
+    assert instead in str(error.value)
+
+
+def test_option_of_the_other_program_is_found_in_a_section_of_the_command_line():
+    with pytest.raises(
+        InputError, match=r"train_ar does not use experiment\.compile: set training"
+    ):
+        load(GeneratorRun, [B, "experiment={compile: True}"], "train_ar")
+
+
+def test_option_of_the_other_program_is_accepted_in_a_shared_file(tmp_path):
+    file = written(
+        tmp_path, AUTHORS.replace("generator_checkpoint: null", "generator_checkpoint: x")
+    )
+    assert load(GeneratorRun, [file], "train_ar").experiment.generator_checkpoint == "x"
+
+
+def test_the_table_of_unused_options_names_options_alone():
+    from configs.help import entries
+
+    names = {entry.name for entry in entries(GeneratorRun)}
+    for table in UNUSED.values():
+        assert table.keys() <= names
+
+
+@pytest.mark.parametrize(
+    "argument, remedy",
+    [
+        ("experiment.stage1_checkpoint=run", "model.stage=2"),
+        ("model.decoder_init=scratch", "option of model.stage=2"),
+    ],
+)
+def test_stage_1_refuses_what_only_stage_2_uses(argument, remedy):
+    message = refusal(TokenizerRun, STAGE1, argument)
+    assert message.startswith(argument) and remedy in message
+
+
+# ---------------------------------------------------------------------- a warm-up longer than the run
+def test_a_run_that_is_shortened_over_its_preset_is_warned_of(capsys):
+    load(GeneratorRun, [B, "training.max_train_steps=20"], "train_ar")
+    assert "lr_scheduler.params.warmup_steps=62500 is longer than the run of 20 steps" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_file_whose_warmup_is_longer_than_its_run_is_refused(tmp_path):
+    text = "lr_scheduler: {params: {warmup_steps: 9}}\ntraining: {max_train_steps: 8}\n"
+    assert "longer than the run of 8 steps: set fewer" in refusal(
+        GeneratorRun, written(tmp_path, text)
+    )
+    text = "optimizer: {params: {warmup_steps: 9}}\nphases: [{steps: 4}, {steps: 4}]\n"
+    assert "line 1" in refusal(TokenizerRun, written(tmp_path, text))
+
+
+# ---------------------------------------------------------------------- files
+def test_a_run_folder_brings_its_own_config(tmp_path):
+    options = load(GeneratorRun, [B, "experiment.name=mine"])
+    save(options, tmp_path / "config.yaml")
+    assert load(GeneratorRun, [f"config={tmp_path}"]) == options
+
+
+@pytest.mark.parametrize(
+    "name", ["no", "2024_06_01", "null", "ü #3", "1e-4", "~x", "a: b", "${x", "${a}"]
+)
+def test_odd_texts_survive_being_saved(tmp_path, name):
+    options = load(GeneratorRun, [B])
+    options.experiment.project = name
+    save(options, tmp_path / "config.yaml")
+    if "${" in name:  # a reference, which nothing resolves
+        assert "config.yaml" in refusal(GeneratorRun, f"config={tmp_path}/config.yaml")
+    else:
+        assert load(GeneratorRun, [f"config={tmp_path}/config.yaml"]) == options
+
+
+def test_tokenizer_config_of_a_file_with_other_sections(tmp_path):
+    path = Path(written(tmp_path, AUTHORS + "anything: 3\n").removeprefix("config="))
+    assert tokenizer_config(path, image_size=256).codebook_size == 4096
+    with pytest.raises(InputError, match=r"model\.vq_model\.image_size=100 is not a multiple"):
+        tokenizer_config(path, image_size=100)
+
+
+def test_nesting_without_end_is_one_line(tmp_path):
+    assert "own.yaml" in refusal(GeneratorRun, written(tmp_path, "training: " + "[" * 50_000))

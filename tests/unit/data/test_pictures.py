@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.pictures import picture_grid, to_pixels, write_png
+from runtime.errors import InputError
+
+IMAGES = np.arange(5 * 2 * 3 * 3, dtype=np.uint8).reshape(5, 2, 3, 3)
+
+
+def test_images_stand_row_after_row_and_the_rest_is_background():
+    grid = picture_grid(IMAGES, 3)
+    assert grid.shape == (4, 9, 3)
+    for i, image in enumerate(IMAGES):
+        y, x = i // 3 * 2, i % 3 * 3
+        np.testing.assert_array_equal(grid[y : y + 2, x : x + 3], image)
+    assert (grid[2:, 6:] == 255).all()
+
+
+def test_a_margin_surrounds_and_separates_the_images():
+    grid = picture_grid(IMAGES, 3, margin=2, background=127)
+    assert grid.shape == (2 * 4 + 2, 3 * 5 + 2, 3)
+    np.testing.assert_array_equal(grid[6:8, 7:10], IMAGES[4])
+    assert (grid[:2] == 127).all() and (grid[4:6] == 127).all() and (grid[:, 5:7] == 127).all()
+
+
+def test_a_row_is_no_longer_than_there_are_images():
+    assert picture_grid(IMAGES[:2], 7).shape == (2, 6, 3)
+
+
+def test_pixels_are_truncated_and_channels_come_last():
+    images = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    pixels = to_pixels(images)
+    assert pixels.shape == (1, 2, 2, 3) and pixels[0, 1, 1].tolist() == [0, 127, 255]
+
+
+def test_png_holds_the_pixels_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    write_png(IMAGES[0], tmp_path / "new/a.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new/a.png")), IMAGES[0])
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write .*file"):
+        write_png(IMAGES[0], tmp_path / "file/b.png")

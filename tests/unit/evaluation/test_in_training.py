@@ -1,0 +1,165 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+import evaluation.evaluator
+from configs.schema import GeneratorExperiment, GeneratorModels, GeneratorOptions, GeneratorRun
+from evaluation import in_training
+from evaluation.evaluator import Evaluator
+from evaluation.in_training import ReconstructionScores, generated, job_in_training, open_evaluator
+from evaluation.statistics import digests_of
+from generation.images import sample_images
+from modeling.generator import Generator
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from runtime.errors import InputError
+from runtime.processes import matmul_precision
+from tests.inception import TinyFeatures
+
+CPU, WEIGHTS = torch.device("cpu"), Path("weights")
+SIZES = TokenizerConfig(
+    codebook_size=16,
+    token_size=4,
+    image_size=16,
+    patch_size=8,
+    encoder_width=16,
+    encoder_layers=1,
+    encoder_heads=2,
+    decoder_width=16,
+    decoder_layers=1,
+    decoder_heads=2,
+)
+GENERATOR = GeneratorOptions(
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    codebook_size=16,
+    image_seq_len=7,
+    condition_num_classes=3,
+    guidance_scale=2.0,
+)
+
+
+@pytest.fixture
+def options():
+    experiment = GeneratorExperiment(num_fid_samples=14, per_proc_batch_size=4)
+    return GeneratorRun(experiment=experiment, model=GeneratorModels(SIZES, GENERATOR))
+
+
+@pytest.fixture
+def evaluator(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "r.npz", rng.integers(0, 256, (15, 16, 16, 3), dtype=np.uint8))
+    return Evaluator.open(tmp_path / "r.npz", PartialState(cpu=True), WEIGHTS)
+
+
+@pytest.fixture
+def models(fill):
+    return fill(Generator(GENERATOR)), fill(Tokenizer(SIZES))
+
+
+def scored_images(evaluator, models, options, monkeypatch):
+    """Digests of the images that `generated` scores, by index, and its metrics."""
+    digests = {}
+
+    class Collector(in_training.Collector):
+        def add(self, first, images, known=None):
+            for i, digest in enumerate(digests_of(images.permute(0, 2, 3, 1).numpy())):
+                digests[first + i] = digest.tobytes()
+            super().add(first, images, known)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(in_training, "Collector", Collector)
+        metrics = generated(evaluator, *models, options)
+    return [digests[i] for i in range(len(digests))], metrics
+
+
+def test_generated_images_are_those_of_the_options(evaluator, models, options, monkeypatch):
+    generator, tokenizer = models
+    scored = {}
+    for classes in (None, [2, 0]):
+        options.experiment.classes = classes
+        digests, metrics = scored_images(evaluator, models, options, monkeypatch)
+        job = job_in_training(options, CPU)
+        assert job.classes == tuple(classes or range(3))
+        engine = in_training.sampling_engine(generator, options, 14)
+        (batch,) = sample_images(engine, tokenizer, job, [range(14)])
+        assert digests == [digest.tobytes() for digest in digests_of(batch.images)]
+        scored[classes is None] = metrics["val/gFID"]
+        assert metrics.keys() >= {"val/sFID", "val/IS", "val/precision", "val/recall"}
+    assert scored[True] != scored[False]
+
+
+def test_precision_is_that_of_the_options_and_leaves_that_of_training(
+    evaluator, models, options, monkeypatch
+):
+    dtypes, precisions = [], []
+
+    class Engine(in_training.Engine):
+        def __init__(self, model, batch, sampling, dtype):
+            dtypes.append(dtype)
+            precisions.append(torch.backends.cuda.matmul.allow_tf32)
+            super().__init__(model, batch, sampling, dtype)
+
+    monkeypatch.setattr(in_training, "Engine", Engine)
+    with matmul_precision("tf32"):  # that of the training
+        for precision in ("bf16", "fp32"):
+            options.experiment.precision = precision
+            generated(evaluator, *models, options)
+            assert torch.backends.cuda.matmul.allow_tf32
+    assert dtypes == [torch.bfloat16, torch.float32] and precisions == [True, False]
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [(dict(precision="tf32"), "works only on CUDA"), (dict(classes=[3]), "class 3")],
+)
+def test_what_cannot_be_sampled_is_refused_before_training(options, changed, words):
+    for name, value in changed.items():
+        setattr(options.experiment, name, value)
+    with pytest.raises(InputError, match=words):
+        job_in_training(options, CPU)
+
+
+# ---------------------------------------------------------------------- reconstructions
+class Distance:
+    def distance(self, images, targets):
+        return (images - targets).abs().mean()
+
+
+def test_one_pass_gives_all_metrics(evaluator, models, tmp_path, monkeypatch):
+    _, tokenizer = models
+    paths = []
+    rng = np.random.default_rng(1)
+    for i in range(11):
+        paths.append(str(tmp_path / f"{i:02d}.png"))
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(paths[-1])
+    encoded = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda x: encoded.append(len(x)) or encode(x))
+    processes = evaluator.processes
+    values = (
+        ReconstructionScores(tokenizer, paths, processes, Distance(), evaluator)
+        .measure(4, 0)
+        .reduced()
+    )
+    assert encoded == [4, 4, 3]  # every image once
+    expected = {"psnr", "codebook_use", "perplexity", "lpips", "rFID", "sFID", "precision"}
+    assert values.keys() >= {f"val/{name}" for name in expected} and "val/gFID" not in values
+    alone = ReconstructionScores(tokenizer, paths, processes).measure(11, 0).reduced()
+    assert alone.keys() == {"val/psnr", "val/codebook_use", "val/perplexity"}
+    assert alone == pytest.approx({name: values[name] for name in alone})
+
+
+def test_a_reference_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
+    assert open_evaluator(None, False, "x", WEIGHTS, 16) is None
+    with pytest.raises(InputError, match=r"fid_reference=r\.npz needs experiment\.eval_every"):
+        open_evaluator("r.npz", False, "experiment.eval_every", WEIGHTS, 16)
+    np.savez(tmp_path / "r.npz", np.zeros((5, 8, 8, 3), np.uint8))
+    with pytest.raises(InputError, match=r"the samples have 16x16 pixels, .*r\.npz has 8x8"):
+        open_evaluator(str(tmp_path / "r.npz"), True, "", WEIGHTS, 16)

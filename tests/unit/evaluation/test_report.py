@@ -1,0 +1,65 @@
+import json
+
+import pytest
+
+from evaluation import report
+from runtime.errors import InputError
+
+
+def result(**changed):
+    protocol = {"network": "tiny", "images": 20, "reference": "abc", "distances": "float64"}
+    return {
+        "metrics": {"gFID": 1.5, "sFID": None, "IS": 300.25},
+        "samples": {"path": "x.npz"},
+        "protocol": {**protocol, **changed},
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    def save(name, content):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return save
+
+
+def test_results_of_one_protocol_make_a_table(write, capsys):
+    other = result()
+    other["metrics"] = {"gFID": 2.0, "IS": 200.0, "precision": 0.5}
+    printed = f"samples  x.npz: 20 images\n{json.dumps(other)}\n"  # all that evaluate.py prints
+    files = [write("a.json", json.dumps(result(), indent=1)), write("b.txt", printed)]
+    report.main(files)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("protocol: network tiny, images 20")
+    rows = [line.split() for line in said[1:]]
+    assert rows[0] == ["gFID", "sFID", "IS", "precision"]
+    assert rows[1] == [files[0], "1.5000", "-", "300.2500", "-"]
+    assert rows[2] == [files[1], "2.0000", "-", "200.0000", "0.5000"]
+
+
+@pytest.mark.parametrize(
+    "key, value", [("images", 10), ("reference", "def"), ("distances", "float16"), ("new", 1)]
+)
+def test_results_of_other_protocols_are_refused(write, key, value, capsys):
+    files = [write("a.json", result()), write("b.json", result(**{key: value}))]
+    with pytest.raises(InputError, match=rf"not comparable.*{key} \(.*{value} in .*b\.json"):
+        report.main(files)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "no json", '{"metrics": 1, "samples": {}}'])
+def test_other_files_are_named(write, content):
+    path = write("a.json", content)
+    with pytest.raises(InputError, match=f"{path} is not a result"):
+        report.main([path])
+    with pytest.raises(InputError, match=r"no file none\.json"):
+        report.main(["none.json"])
+
+
+def test_a_result_without_protocol_is_refused(write):
+    old = result()
+    del old["protocol"]
+    with pytest.raises(InputError, match="names no protocol"):
+        report.main([write("a.json", old)])

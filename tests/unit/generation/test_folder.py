@@ -1,0 +1,126 @@
+"""The files of a job, resumed, refused and finished; the real program is in tests/integration."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from accelerate import PartialState
+
+from generation import folder as module
+from generation.folder import SampleFolder
+from runtime.errors import InputError
+
+
+@pytest.fixture
+def fill_folder(models, job, tmp_path):
+    """Run a job in a folder; returns the folder's object."""
+
+    def start(name="a", codes=None, png=False, grid=0, **changed):
+        made = SampleFolder(
+            tmp_path / name, replace(job, **changed), models, PartialState(cpu=True), codes, png, grid
+        )  # fmt: skip
+        made.fill()
+        return made
+
+    return start
+
+
+def array(path):
+    return np.load(path)["arr_0"]
+
+
+def test_files_are_those_of_the_docstring(fill_folder, tmp_path):
+    made = fill_folder(png=True, grid=2, chunk=3)
+    assert array(made.images_file).shape == (8, 16, 16, 3)
+    assert array(made.codes_file).dtype == np.uint16
+    names = sorted(p.name for p in made.output.iterdir())
+    assert names == [".lock", *(f"{i:06d}.png" for i in range(8)), "sampling.json"]
+    assert (tmp_path / "a_grid.png").exists()
+
+
+def test_settings_keep_their_names(fill_folder):
+    made = fill_folder(chunk=3)
+    settings = json.loads(made.settings_file.read_text())
+    assert settings == {
+        "images": 8, "tokenizer": "t" * 16, "png": False, "grid": 0, "precision": "fp32",
+        "classes": 3, "guidance_scale": 2.0, "guidance_scale_pow": 1.0,
+        "guidance_schedule": "power-cosine", "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+        "seed": 5, "compile": False, "generator": "g" * 16, "chunk": 3,
+    }  # fmt: skip
+
+
+def test_only_missing_chunks_are_made(fill_folder, monkeypatch, tmp_path):
+    whole = fill_folder("whole", chunk=3)
+    made = []
+    original = module.sample_images
+
+    def stop_after_two(engine, tokenizer, job, batches):
+        for i, batch in enumerate(original(engine, tokenizer, job, batches)):
+            made.append(batch.indices.start)
+            if len(made) == 2 and i == 1:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(module, "sample_images", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        fill_folder(chunk=3)
+    assert [p.name for p in sorted((tmp_path / "a/chunks").iterdir())] == ["000000.npz"]
+    resumed = fill_folder(chunk=3)
+    assert made == [0, 3, 3, 6]
+    assert resumed.images_file.read_bytes() == whole.images_file.read_bytes()
+
+
+def test_other_settings_are_refused(fill_folder):
+    fill_folder(chunk=3)
+    with pytest.raises(InputError, match=r"seed \(5 there, 6 now\)"):
+        fill_folder(chunk=3, seed=6)
+
+
+def test_a_file_of_another_origin_is_not_overwritten(fill_folder, tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"a\.npz exists, but sampling did not write it"):
+        fill_folder()
+    assert (tmp_path / "a.npz").read_bytes() == b"mine"
+
+
+# ---------------------------------------------------------------------- memory
+def test_a_finished_run_needs_no_memory(fill_folder, monkeypatch, capsys):
+    made = fill_folder(chunk=3)
+    before = made.images_file.read_bytes()
+    monkeypatch.setattr(module, "largest_batch", lambda *_: 0)
+    fill_folder(chunk=3)
+    fill_folder()  # with the size of the chunks left open, too
+    assert made.images_file.read_bytes() == before
+    assert capsys.readouterr().out.count("is complete: 8 images") == 2
+
+
+def test_nothing_is_written_where_memory_is_too_low(fill_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "largest_batch", lambda *_: 2)
+    with pytest.raises(InputError, match=r"2 fit; set experiment\.per_proc_batch_size=2$"):
+        fill_folder(chunk=3)
+    assert not list(tmp_path.iterdir())
+    fill_folder(chunk=2)
+    monkeypatch.setattr(module, "largest_batch", lambda *_: 0)
+    with pytest.raises(InputError, match=r"free some memory$"):
+        fill_folder("b")
+
+
+def test_advice_for_a_folder_with_larger_chunks_can_be_followed(fill_folder, monkeypatch):
+    made = fill_folder(chunk=3)
+    made.images_file.unlink()  # as if killed at the end
+    monkeypatch.setattr(module, "largest_batch", lambda *_: 2)
+    for chunk in (None, 3):
+        with pytest.raises(InputError) as caught:
+            fill_folder(chunk=chunk)
+        advice = str(caught.value).split("; ")[1]
+        assert "free some memory" in advice and "another experiment.output_dir" in advice
+        size = int(re.search(r"per_proc_batch_size=(\d+)", advice)[1])
+    with pytest.raises(InputError, match="chunk"):
+        fill_folder(chunk=size)  # in the same folder it would be refused
+    assert fill_folder("another", chunk=size).images_file.exists()
+    monkeypatch.undo()
+    fill_folder()  # with memory again
+    shutil.rmtree(made.output)

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from configs.schema import GeneratorRun
+from generation import job as module
+from generation.job import sampling_job, sampling_precision
+from runtime.errors import InputError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    "precision, device, expected",
+    [
+        ("auto", CPU, "fp32"),
+        ("auto", CUDA, "bf16"),
+        ("bf16", CPU, "bf16"),
+        ("tf32", CUDA, "tf32"),
+        ("fp32", CUDA, "fp32"),
+    ],
+)
+def test_precision_is_decided_by_the_device_where_it_is_open(
+    precision, device, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert sampling_precision(precision, device) == expected
+
+
+def test_gpu_before_ampere_samples_in_float32_by_default(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert sampling_precision("auto", CUDA) == "fp32"
+
+
+def test_tf32_on_a_cpu_is_refused():
+    with pytest.raises(InputError, match=r"experiment\.precision=tf32 .*choose fp32 or bf16"):
+        sampling_precision("tf32", CPU)
+
+
+def test_job_takes_the_options(monkeypatch):
+    monkeypatch.setattr(module, "compiles", lambda value, _: value is True)
+    options = GeneratorRun()
+    options.experiment.classes = [207, 3]
+    options.experiment.num_fid_samples = 9
+    options.experiment.precision = "bf16"
+    options.experiment.per_proc_batch_size = 4
+    options.model.generator.guidance_scale = 3.5
+    options.model.generator.seed = 7
+    job = sampling_job(options, CPU)
+    assert (job.classes, job.count, job.chunk, job.seed) == ((207, 3), 9, 4, 7)
+    assert job.sampling.guidance_scale == 3.5 and job.dtype == torch.bfloat16
+    options.experiment.classes = None
+    assert sampling_job(options, CPU).classes == tuple(range(1000))
+    options.experiment.classes = [1000]
+    with pytest.raises(InputError, match="class 1000"):
+        sampling_job(options, CPU)

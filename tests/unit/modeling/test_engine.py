@@ -1,0 +1,361 @@
+"""What surrounds the numbers of the engine: memory, compiling, types, options. Codes: test_sampling."""
+
+import gc
+import shutil
+import time
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from modeling import engine as engine_module
+from modeling.engine import (
+    Engine,
+    ImageDecoder,
+    StepFunctions,
+    cache_bytes,
+    check_type,
+    copy_to,
+    default_dtype,
+    find_device,
+    free_memory,
+)
+from modeling.generator import Generator, GeneratorConfig
+from modeling.sampling import Sampling
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from runtime.errors import InputError
+
+compiles_on_cpu = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("c++"), reason="compiling for a CPU needs a C++ compiler"),
+]
+
+
+def config(**changes):
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        codebook_size=16,
+        image_seq_len=7,
+        condition_num_classes=3,
+    )
+    return GeneratorConfig(**{**sizes, **changes})
+
+
+@pytest.fixture
+def model(fill):
+    return fill(Generator(config()))
+
+
+def inputs(batch=4, steps=7):
+    return torch.arange(batch) % 3, torch.rand(batch, steps)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile with Dynamo alone: the functions are traced, but no code is generated."""
+    compile_function = torch.compile
+
+    def trace(function, **options):
+        options.pop("options")
+        return compile_function(function, backend="eager", **options)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", trace)
+    yield
+    torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------- memory
+@pytest.mark.parametrize("compiled", [False, True])
+def test_memory_is_free_after_del_without_the_garbage_collector(model, traced, compiled):
+    engine = Engine(model, 4, Sampling(3.0), compiled=compiled)
+    engine.sample(*inputs())
+    assert engine.compiled == compiled
+    alive = [weakref.ref(x) for x in (engine, engine.streams[0].caches[0].k, engine.weights.turns)]
+    gc.disable()
+    try:
+        del engine
+        assert [ref() for ref in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_bytes_are_the_bytes_of_the_caches(model, dtype, scale, cache):
+    engine = Engine(model, 5, Sampling(scale), dtype, cache=cache, streams=2)
+    tensors = [x for s in engine.streams for c in s.caches for x in c if x is not None]
+    total = sum(x.numel() * x.element_size() for x in tensors)
+    assert total == 5 * cache_bytes(model.config, Sampling(scale), dtype, cache)
+
+
+def test_keys_and_values_are_separate_allocations_of_exactly_the_positions(model):
+    storages = [
+        x.untyped_storage()
+        for cache in Engine(model, 4, Sampling()).streams[0].caches
+        for x in (cache.k, cache.v)
+    ]
+    assert len({s.data_ptr() for s in storages}) == 6
+    assert {s.nbytes() for s in storages} == {4 * 7 * 32 * 4}
+
+
+def test_positions_that_are_not_filled_are_not_read(model):
+    labels, uniforms = inputs()
+    engine = Engine(model, 4, Sampling(3.0), streams=2)
+    expected = engine.sample(labels, uniforms)
+    with torch.inference_mode():
+        for stream in engine.streams:
+            for cache in stream.caches:
+                cache.k.fill_(torch.nan)
+                cache.v.fill_(torch.nan)
+    assert torch.equal(engine.sample(labels, uniforms), expected)
+
+
+# ---------------------------------------------------------------------- compiling
+def test_no_compiled_function_sees_the_cache(model, traced):
+    """Inductor copies a mutated input whole where it cannot prove that it need not."""
+    engine = Engine(model, 4, Sampling(3.0), compiled=True)
+    caches = {x.data_ptr() for c in engine.streams[0].caches for x in (c.k, c.v)}
+    seen = []
+
+    def watch(function):
+        def call(*arguments):
+            flat = torch.utils._pytree.tree_leaves(arguments)
+            seen.extend(x for x in flat if isinstance(x, torch.Tensor))
+            return function(*arguments)
+
+        return call
+
+    engine.functions = StepFunctions(*map(watch, engine.functions))
+    engine.sample(*inputs())
+    assert len(seen) > 100
+    assert not {x.untyped_storage().data_ptr() for x in seen} & caches
+
+
+@pytest.mark.parametrize("positions", [7, 273], ids=["short", "long"])
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=compiles_on_cpu)])
+def test_compiled_step_takes_no_longer_than_eager_whatever_the_capacity(fill, positions, compiled):
+    """In processor time. With the whole cache copied, a step of the long one took ten times as much."""
+    model = fill(Generator(config(hidden_size=64, image_seq_len=positions)))
+    times = {}
+    for way in (False, compiled):
+        engine = Engine(model, 64, Sampling(3.0), compiled=way)
+        assert engine.compiled == way
+        rounds = []
+        for _ in range(5):
+            began = time.process_time()
+            with torch.inference_mode():
+                engine.streams[0].position.zero_()
+                for t in range(7):
+                    engine._step(t)
+            rounds.append(time.process_time() - began)
+        times[way] = min(rounds)
+    assert times[True] < 1.5 * times[False]
+
+
+def test_three_sizes_in_two_types_fit_into_one_process(fill, traced, recwarn):
+    """More programs of one function than Dynamo keeps by default: it would run the rest eagerly."""
+    for size in (32, 64, 96):
+        model = fill(Generator(config(hidden_size=size)))
+        for dtype in (torch.float32, torch.bfloat16):
+            for batch in (2, 3):
+                engine = Engine(model, batch, Sampling(3.0), dtype, compiled=True)
+                assert engine.compiled
+                engine.sample(*inputs(batch))
+    assert not [w for w in recwarn if "not compiled" in str(w.message)]
+
+
+def test_engine_that_does_not_compile_says_so_once_and_stays_eager(model, monkeypatch):
+    def fail(*arguments, **options):
+        def call(*inputs):
+            raise RuntimeError("the compiler\nis broken")
+
+        return call
+
+    labels, uniforms = inputs()
+    expected = Engine(model, 4, Sampling(3.0)).sample(labels, uniforms)
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.warns(
+        UserWarning, match=r"is not compiled.*: RuntimeError: the compiler$"
+    ) as caught:
+        engine = Engine(model, 4, Sampling(3.0), compiled=True)
+    assert len(caught) == 1 and not engine.compiled
+    assert torch.equal(engine.sample(labels, uniforms), expected)
+
+
+def test_functions_are_compiled_whole_for_fixed_shapes_without_choices_by_timing(monkeypatch):
+    options = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **given: options.update(given))
+    engine_module.compile_function(engine_module.between)
+    assert options == {"dynamic": False, "fullgraph": True, "options": {"deterministic": True}}
+
+
+# ---------------------------------------------------------------------- types and devices
+def test_output_layer_is_float32_without_tf32_and_the_setting_is_kept(model, monkeypatch):
+    linear, states = engine_module.linear, []
+
+    def watch(x, weight, bias=None):
+        states.append((len(weight), x.dtype, torch.backends.cuda.matmul.fp32_precision))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(engine_module, "linear", watch)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        Engine(model, 4, Sampling(3.0), torch.bfloat16).sample(*inputs())
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+    assert {s for s in states if s[0] == 16} == {(16, torch.float32, "ieee")}
+    assert {s[1:] for s in states if s[0] != 16} == {(torch.bfloat16, "tf32")}
+
+
+def test_embeddings_and_norms_stay_float32(model):
+    weights = Engine(model, 4, Sampling(), torch.bfloat16).weights
+    block = weights.blocks[0]
+    floats = (weights.embeddings, weights.norm, weights.output, block.norm1, block.qk_norm)
+    assert {x.dtype for x in floats} == {torch.float32}
+    assert {x.dtype for x in (block.qkv, block.w13, block.w2, block.proj)} == {torch.bfloat16}
+
+
+def test_engine_works_on_its_own_gpu_not_on_the_current_one(model):
+    engine = Engine(model, 4, Sampling())
+    engine.device = torch.device("cuda:1")
+    context = engine.on_device()
+    assert isinstance(context, torch.cuda.device) and context.idx == 1
+
+
+def test_bfloat16_is_refused_before_ampere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for capability in ((7, 5), (8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        check_type(torch.float32, torch.device("cuda"))
+        if capability < (8, 0):
+            with pytest.raises(
+                InputError, match="Tesla T4 does not compute in bfloat16: use float32"
+            ):
+                check_type(torch.bfloat16, torch.device("cuda"))
+        else:
+            check_type(torch.bfloat16, torch.device("cuda"))
+
+
+def test_default_type_is_what_the_device_computes_in(monkeypatch):
+    assert default_dtype(torch.device("cpu")) == torch.float32
+    for capability, dtype in (((7, 5), torch.float32), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert default_dtype(torch.device("cuda")) == dtype
+
+
+@pytest.mark.parametrize(
+    "gpus, name, words",
+    [
+        (0, "cuda", "device=cuda: no CUDA device is usable here; use cpu"),
+        (1, "cuda:1", "device=cuda:1: GPUs here are cuda:0 to cuda:0; choose"),
+        (8, "cuda:9", "device=cuda:9: GPUs here are cuda:0 to cuda:7; choose"),
+        (1, "gpu", "device=gpu is not a device: choose cpu, cuda or cuda:N"),
+    ],
+)
+def test_device_that_is_not_there_is_refused(monkeypatch, gpus, name, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(InputError, match=words):
+        find_device(name)
+    assert find_device() == torch.device("cuda" if gpus else "cpu")
+    if gpus > 1:
+        assert find_device("cuda:7").index == 7
+
+
+def test_free_memory_counts_what_the_allocator_holds_without_using_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert free_memory(torch.device("cuda")) == 130
+
+
+def test_what_travels_to_a_gpu_is_pinned():
+    copied = []
+    target = SimpleNamespace(is_cuda=True, copy_=lambda x, non_blocking: copied.append(x))
+    copy_to(target, SimpleNamespace(is_cuda=False, pin_memory=lambda: "pinned"))
+    on_device = SimpleNamespace(is_cuda=True)
+    copy_to(target, on_device)
+    assert copied == ["pinned", on_device]
+
+
+def test_unknown_cache_is_refused(model):
+    with pytest.raises(InputError, match="cache=int4: choose one of auto, int8"):
+        Engine(model, 4, Sampling(), cache="int4")
+
+
+# ---------------------------------------------------------------------- int8 cache
+def test_int8_cache_keeps_the_logits_near_float32(fill):
+    model = fill(Generator(config(hidden_size=64, image_seq_len=21)))
+    labels, uniforms = inputs(3, 21)
+    logits = {}
+    for cache in ("auto", "int8"):
+        engine = Engine(model, 3, Sampling(3.0), cache=cache)
+        functions, steps = engine.functions, []
+        # The codes of every step are the first one's, so that both see the same sequence.
+        engine.functions = functions._replace(
+            choose=lambda x, uniform, *rest, s=steps: s.append(x.clone()) or (uniform * 16).long()
+        )
+        engine.sample(labels, uniforms)
+        logits[cache] = torch.stack(steps)
+    error = (logits["int8"] - logits["auto"]).std(-1) / logits["auto"].std(-1)
+    assert 0 < error.max() < 0.03
+
+
+# ---------------------------------------------------------------------- pixels
+SHALLOW = TokenizerConfig(
+    exact_attention=True,
+    image_size=64, encoder_layers=1, encoder_width=64, encoder_heads=2,
+    decoder_layers=4, decoder_width=256, decoder_heads=4,
+)  # fmt: skip
+
+
+def test_bfloat16_decoding_stays_near_float32_and_leaves_the_tokenizer_alone(fill, monkeypatch):
+    """On CUDA this is the default; here on a CPU, told that bfloat16 pays."""
+    tokenizer = fill(Tokenizer(SHALLOW))
+    codes = torch.randint(4096, (3, SHALLOW.num_tokens))
+    exact = ImageDecoder(tokenizer, torch.float32)(codes)
+    assert torch.equal(ImageDecoder(tokenizer, torch.bfloat16)(codes), exact)  # a CPU's choice
+    monkeypatch.setattr(engine_module, "decodes_in_bfloat16", lambda device: True)
+    decoder = ImageDecoder(tokenizer, torch.bfloat16)
+    rough = decoder(codes)
+    assert all(block.attn.exact for block in tokenizer.decoder.transformer)
+    assert not any(block.attn.exact for block in decoder.decoder.transformer)
+    for ours, theirs in zip(decoder.decoder.parameters(), tokenizer.decoder.parameters()):
+        assert ours is theirs
+    difference = (rough.float() - exact.float()).abs()
+    assert 0 < difference.mean() < 0.5 and difference.max() <= 4  # of 255
+    assert exact.float().std() > 10  # a picture, not a grey field
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_compiled_decoding_fills_parts_up_and_cuts_them_again(fill, traced, count):
+    tokenizer = fill(Tokenizer(SHALLOW))
+    codes = torch.randint(4096, (count, SHALLOW.num_tokens))
+    decoder = ImageDecoder(tokenizer, torch.float32, compiled=True, batch=4)
+    assert decoder.compiled and decoder.part == 4
+    images = decoder(codes)
+    expected = ImageDecoder(tokenizer, torch.float32)(codes)
+    assert (images.int() - expected.int()).abs().max() <= 1  # truncation beside rounding
+
+
+def test_decoder_that_does_not_compile_says_so_once_and_stays_eager(fill, monkeypatch):
+    def fail(*arguments, **options):
+        def call(*inputs):
+            raise RuntimeError("broken")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fail)
+    tokenizer = fill(Tokenizer(SHALLOW))
+    with pytest.warns(UserWarning, match="decoding is not compiled.*: RuntimeError: broken"):
+        decoder = ImageDecoder(tokenizer, torch.float32, compiled=True, batch=2)
+    assert not decoder.compiled
+    assert decoder(torch.zeros(3, SHALLOW.num_tokens, dtype=torch.int64)).shape == (3, 64, 64, 3)

@@ -1,0 +1,62 @@
+"""`pip install .` gives the models alone, as `alitok`."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The files that a wheel would hold, made by setuptools itself, without a network."""
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-c", "import setuptools; setuptools.setup()", "-q"]
+    subprocess.run(
+        [*build, "build_py", f"--build-lib={folder}"], cwd=ROOT, check=True, capture_output=True
+    )
+    return folder
+
+
+def test_the_package_holds_the_models_and_nothing_else(installed):
+    modules = {path.relative_to(ROOT / "modeling") for path in (ROOT / "modeling").rglob("*.py")}
+    assert {path.relative_to(installed / "alitok") for path in installed.rglob("*.py")} == modules
+
+
+def test_every_module_imports_without_the_checkout(installed, tmp_path):
+    names = [f"alitok.{path.stem}" for path in (installed / "alitok").glob("*.py")]
+    script = f"""
+import importlib, sys
+sys.path.insert(0, {str(installed)!r})
+for name in {names!r}:
+    importlib.import_module(name.removesuffix(".__init__"))
+rooms = {{"modeling", "runtime", "configs", "data", "accelerate", "omegaconf"}}
+print(sorted(rooms & set(sys.modules)))
+from alitok.generator import Generator, GeneratorConfig
+print(sum(p.numel() for p in Generator(GeneratorConfig(32, 1, 2)).parameters()) > 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["[]", "True"], done.stderr
+
+
+def test_the_requirements_agree_with_the_packages():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    programs = {line for line in lines if line and not line.startswith("#")}
+    core = set(PROJECT["project"]["dependencies"])
+    assert core <= programs
+    assert {re.split("[><=]", line)[0] for line in core} == {"torch", "einops", "safetensors"}
+
+
+def test_the_checks_of_a_commit_are_those_of_the_test_suite():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    suite = (ROOT / "tests/run.sh").read_text()
+    for command in ("ruff check", "ruff format", "basedpyright --level error"):
+        assert command in hooks and command in suite, command
+    assert "bash tests/run.sh" in (ROOT / ".github/workflows/tests.yml").read_text()

@@ -65,9 +65,12 @@ def compiles(setting: bool | str, option: str) -> bool:
 
 def set_matmul_precision(precision: str) -> None:
     """Float32 products in full (fp32) or by TensorFloat-32 on CUDA (tf32, bf16)."""
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        settings: Any = backend  # the attribute exists, but no declaration of it
-        settings.allow_tf32 = precision != "fp32"
+    backends: list[Any] = [
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn,
+    ]  # undeclared attributes
+    for backend in backends:
+        backend.allow_tf32 = precision != "fp32"
 
 
 @contextmanager

@@ -65,18 +65,22 @@ def compiles(setting: bool | str, option: str) -> bool:
 
 def set_matmul_precision(precision: str) -> None:
     """Float32 products in full (fp32) or by TensorFloat-32 on CUDA (tf32, bf16)."""
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        settings: Any = backend  # the attribute exists, but no declaration of it
-        settings.allow_tf32 = precision != "fp32"
+    backends: list[Any] = [
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn,
+    ]  # undeclared attributes
+    for backend in backends:
+        backend.allow_tf32 = precision != "fp32"
 
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """`set_matmul_precision` for the length of a block; then what was set before holds again."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [backend.allow_tf32 for backend in backends]
     set_matmul_precision(precision)
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value

@@ -265,6 +265,7 @@ def main() -> int:
     if args.tiny:
         readme = Path(tempfile.mkdtemp(prefix="alitok-benchmarks-")) / "README.md"
         readme.write_text(README.read_text())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends its command too
     device = machine() + (" (tiny: figures mean nothing)" if args.tiny else "")
     chosen = [step for step in steps() if not args.only or args.only in step.name]
     print(f"{device}: {len(chosen)} steps, at most {sum(s.limit for s in chosen) / 60:.0f} minutes")

@@ -78,10 +78,11 @@ def set_tf32(products: bool, convolutions: bool) -> None:
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """`set_matmul_precision` for the length of a block; then what was set before holds again."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [backend.allow_tf32 for backend in backends]
     set_matmul_precision(precision)
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value

@@ -92,9 +92,10 @@ def fused_attention(head_size: int, int8: bool = False) -> tuple[MachineCode, fl
         "k_cache": cache, "v_cache": cache, "k_scale": scale, "v_scale": scale, "out": "*bf16",
         "S": "i32",
     }  # fmt: skip
+    block = module.BLOCK[int8]
     constants = {
-        "H": 16, "h": head_size, "A": parts[0], "B": parts[1], "BLOCK": module.BLOCK[int8], "EPS": EPS,
+        "H": 16, "h": head_size, "A": parts[0], "B": parts[1], "BLOCK": block, "EPS": EPS,
         "INT8": int8,
     }  # fmt: skip
     code = assemble(module.fused_kernel, signature, constants, module.WARPS)
-    return code, len(code.loop) * code.threads / (2 * module.BLOCK[int8] * head_size)
+    return code, len(code.loop) * code.threads / (2 * block * head_size)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.paper.inductor import InternalsMoved, Program, parse
 from benchmarks.paper.kernel import longest_loop
@@ -16,6 +17,8 @@ from benchmarks.paper.model import product, sampling_roofline, sampling_step, to
 from modeling.generator import GeneratorConfig
 
 ROOT = Path(__file__).parents[3]
+# Where the instrument is known to work; there, failing is a fault of this project and no reason to skip.
+TRIED = ("2.11.", "2.14.", "2.15.")
 
 
 def run(*command):
@@ -37,8 +40,14 @@ def paper(tmp_path_factory):
 def counted(paper, kind):
     values = paper[0][kind]["b"]
     if "moved" in values:
-        pytest.skip(f"cannot be worked out here: {values['moved']}")
+        skip(values["moved"])
     return values
+
+
+def skip(reason):
+    if torch.__version__.startswith(TRIED):
+        pytest.fail(reason)
+    pytest.skip(f"PyTorch's internals have moved: {reason}")
 
 
 # ---------------------------------------------------------------------- the generated code
@@ -54,10 +63,10 @@ def test_three_kernels_and_four_products_lie_between_two_attentions(paper):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["bf16", "int8"])
-def test_fused_attention_takes_few_instructions_per_element_and_spills_nothing(paper, cache):
+@pytest.mark.parametrize("cache, most", [("bf16", 5.5), ("int8", 6.5)])
+def test_fused_attention_takes_few_instructions_per_element_and_spills_nothing(paper, cache, most):
     values = counted(paper, "sampling")[cache]
-    assert 2 < values["instructions"] <= 5.5
+    assert 2 < values["instructions"] <= most
     assert values["spilled"] == 0
     # Three programs of 4 warps share the 65,536 registers of a multiprocessor; bf16 with Triton 3.8
     # (124 registers) four, with Triton 3.6 (162) three.
@@ -104,7 +113,7 @@ except InternalsMoved as e:
 def test_copies_of_a_cache_that_is_written_through_two_views_are_seen():
     found = json.loads(run("-c", FAULT).splitlines()[-1])
     if isinstance(found, str):
-        pytest.skip(f"cannot be worked out here: {found}")
+        skip(found)
     apart, one = found
     assert apart == []
     assert len(one) >= 2  # clones, and the copy back

@@ -247,13 +247,16 @@ class TrainState:
         self.accelerator, self.config = accelerator, options.model.generator
         set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
         self.generator = Generator(self.config)
-        self.ema = EMA(self.generator, training.ema_decay) if training.use_ema else None
+        self.ema = None
+        if training.use_ema:
+            self.ema = EMA(self.generator, training.ema_decay, training.ema_warmup)
         self.best: float = run.saved.get("best", float("inf"))
         if run.resumed:
             source = str(run.folder.source)
             load_tensors(self.generator, run.folder.weights("generator"), source)
             if self.ema is not None:  # from a run without an average, it starts at the weights
                 load_tensors(self.ema.model, run.folder.weights("ema", "generator"), source)
+                self.ema.updates = run.saved.get("ema_updates", 0)
 
         groups = parameter_groups(self.generator, options.optimizer.params.weight_decay)
         optimizer = adamw(groups, options.optimizer.params)
@@ -284,7 +287,8 @@ class TrainState:
         optimizer = get_optimizer_state_dict(
             self.generator, self.optimizer.optimizer, options=WHOLE_ON_MAIN
         )
-        return {"best": self.best, "optimizer": optimizer}
+        updates = {} if self.ema is None else {"ema_updates": self.ema.updates}
+        return {"best": self.best, "optimizer": optimizer, **updates}
 
     def to_evaluate(self) -> Generator:
         """The generator that is evaluated, sampled and exported as the best: the average, if any."""

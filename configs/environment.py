@@ -8,6 +8,7 @@ processes (ranks, ports, devices) or shard them (FSDP) are the launcher's own bu
 import os
 from collections.abc import Mapping
 
+from configs.numerics import resolve
 from configs.schema import Training
 from runtime.errors import InputError
 
@@ -45,13 +46,20 @@ def check_environment(
     if value_of(name) not in (*OFF, precision):
         said = f"training.mixed_precision={training.mixed_precision}"
         raise contradiction(environment, name, said + f" ({precision})" * (precision not in said))
-    # Both overrule torch's own switches, which enable_tf32 sets.
+    # Both overrule torch's own switches, which the run sets.
+    numerics = resolve(training, cuda=True)
+    tf32 = {numerics.tf32_products, numerics.tf32_convolutions}
     for name in ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):
         forces = {"0": False, "1": True}.get(value_of(name))
         if name.startswith("TORCH") and not forces:
             continue  # 0 is as if it were not set
-        if forces is not None and forces != training.enable_tf32:
-            raise contradiction(environment, name, f"training.enable_tf32={training.enable_tf32}")
+        if forces is not None and {forces} != tf32:
+            said = f"training.enable_tf32={training.enable_tf32}"
+            if training.numerics != "auto":
+                said = f"training.numerics={training.numerics}"
+            elif training.enable_tf32 == "auto":
+                said += f" ({numerics.tf32_products})"
+            raise contradiction(environment, name, said)
     if value_of("ACCELERATE_USE_FSDP") == "true" and value_of("FSDP_VERSION") != "2":
         raise InputError(
             f"the environment has ACCELERATE_USE_FSDP=true with FSDP_VERSION="

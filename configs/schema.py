@@ -17,6 +17,7 @@ from modeling.tokenizer import TokenizerConfig
 from runtime.errors import InputError
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+NUMERICS = ("auto", "published", "fast", "exact")
 
 
 # ---------------------------------------------------------------------- both trainers
@@ -50,14 +51,34 @@ class Training:
     per_gpu_batch_size: int = option(
         128, "Images per process and batch.", at_least=1, at_most=2**20
     )
-    mixed_precision: str = option(
-        "auto", "Autocast type; auto: bf16 on CUDA, no elsewhere.", choices=PRECISIONS
+    numerics: str = option(
+        "auto",
+        "Precision of training. published: as the published programs on CUDA (tokenizer: fp16 with "
+        "a loss scaler, discriminator in float32, TF32 in convolutions only; generator: bf16); "
+        "fast: bf16; exact: float32 without TF32; auto: fast, as far as the two options below, and "
+        "exact_attention, leave it.",
+        choices=NUMERICS,
     )
-    enable_tf32: bool = option(True, "Float32 products in TensorFloat-32 on CUDA.")
+    mixed_precision: str = option(
+        "auto",
+        "Autocast type; auto: that of the numerics (bf16 by default) on CUDA, no elsewhere.",
+        choices=PRECISIONS,
+    )
+    enable_tf32: Any = option(
+        "auto",
+        "Float32 products and convolutions in TensorFloat-32 on CUDA; auto: as the numerics say "
+        "(true by default).",
+        choices=("auto", True, False),
+    )
     enable_wandb: bool = option(False, "Log to Weights & Biases too; it obeys WANDB_MODE.")
     use_ema: bool = option(False, "Keep a moving average of the weights.")
     ema_decay: float = option(
         0.9999, "Share of the average that each step keeps.", at_least=0, at_most=1
+    )
+    ema_warmup: bool = option(
+        False,
+        "Warm the decay up: after n updates of the average it is (1 + n) / (10 + n), at most "
+        "ema_decay.",
     )
     compile: Any = option(
         False, "torch.compile the trained model; auto: on CUDA.", choices=(True, False, "auto")

@@ -65,12 +65,14 @@ def compiles(setting: bool | str, option: str) -> bool:
 
 def set_matmul_precision(precision: str) -> None:
     """Float32 products in full (fp32) or by TensorFloat-32 on CUDA (tf32, bf16)."""
-    backends: list[Any] = [
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn,
-    ]  # undeclared attributes
-    for backend in backends:
-        backend.allow_tf32 = precision != "fp32"
+    set_tf32(precision != "fp32", precision != "fp32")
+
+
+def set_tf32(products: bool, convolutions: bool) -> None:
+    """Whether float32 products and convolutions use TensorFloat-32 on CUDA."""
+    backends: Any = torch.backends  # the attributes exist, but no declaration of them
+    backends.cuda.matmul.allow_tf32 = products
+    backends.cudnn.allow_tf32 = convolutions
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from runtime.randomness import seed_step
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training import checkpoint
-from training.accelerator import start_training
+from training.accelerator import numerics_of, precision, start_training
 from training.dry_run import Stretch, split_dry_run
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run, flatten
@@ -151,7 +151,8 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
 
 def build_discriminator(options: TokenizerRun) -> Discriminator:
     """From scratch or, in stage 2, from stage 1's checkpoint."""
-    discriminator, source = Discriminator(), options.experiment.stage1_checkpoint
+    discriminator = Discriminator(exact=numerics_of(options.training).exact_critic)
+    source = options.experiment.stage1_checkpoint
     if options.model.critic_init == "stage1" and source is not None:
         file = on_main(lambda: checkpoint.weights_file(source, "discriminator"))
         try:
@@ -237,7 +238,9 @@ class TrainState:
             self.lpips = None if weights is None else self.networks.lpips
             if self.lpips is None and weights and evaluates and lpips_is_available(weights):
                 self.lpips = LPIPS(weights).to(accelerator.device)
-        self.ema = EMA(self.tokenizer, training.ema_decay) if training.use_ema else None
+        self.ema = None
+        if training.use_ema:
+            self.ema = EMA(self.tokenizer, training.ema_decay, training.ema_warmup)
         if run.resumed:
             self._load_weights()
 
@@ -265,6 +268,7 @@ class TrainState:
         load_tensors(self.tokenizer, folder.weights(RAW_WEIGHTS, "tokenizer"), source)
         if self.ema is not None:  # from a run without an average, it starts at the weights
             load_tensors(self.ema.model, folder.weights("tokenizer"), source)
+            self.ema.updates = self.run.saved.get("ema_updates", 0)
         if self.discriminator is not None and "critic_optimizer" in self.run.saved:
             load_tensors(self.discriminator, folder.weights("discriminator"), source)
 
@@ -302,6 +306,8 @@ class TrainState:
         }
         if self.critic is not None:
             state["critic_optimizer"] = self.critic_optimizer.state_dict()
+        if self.ema is not None:
+            state["ema_updates"] = self.ema.updates
         return state
 
     def models(self) -> dict[str, nn.Module]:
@@ -318,6 +324,15 @@ class TrainState:
 
     def critic_turn(self) -> tuple[nn.Module, Any]:
         return self.critic, self.critic_optimizer
+
+    def judge(self, images: Tensor) -> Tensor:
+        """The discriminator's logits in the tokenizer's loss, float32, computed as in its own steps.
+
+        Not by the wrapped module: DDP would wait for its gradients, which no step uses.
+        """
+        assert self.discriminator is not None
+        with self.accelerator.autocast():
+            return self.discriminator(images).float()
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
@@ -385,7 +400,8 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
         f"stage {options.model.stage}: {trained / 1e6:.1f}M parameters train, "
         f"{frozen / 1e6:.1f}M frozen; {len(data.paths)} images, {run.global_batch} per step; "
         f"{phases} = {run.total_steps} steps = {epochs:.1f} epochs; from step {run.first_step} on "
-        f"{run.accelerator.num_processes} x {run.accelerator.device.type}"
+        f"{run.accelerator.num_processes} x {run.accelerator.device.type}; numerics "
+        f"{options.training.numerics}: autocast {precision(options.training)}"
     )
 
 
@@ -451,7 +467,7 @@ def tokenizer_loss(
     options = state.options
     terms = tokenizer_terms(
         out, images, state.config, options.model.stage, phase, options.losses, state.networks,
-        state.discriminator,
+        state.judge,
     )  # fmt: skip
     loss: Any = sum(weight * value for weight, value in terms.values())
     return loss, {"loss": loss, **{name: value for name, (_, value) in terms.items()}}, out
@@ -471,7 +487,8 @@ def main(argv: list[str]) -> None:
     training, phases = options.training, options.phases
 
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
-    accelerator = refuse_fsdp(start_training(training))
+    exact_attention = options.model.vq_model.exact_attention
+    accelerator = refuse_fsdp(start_training(training, exact_attention))
     data = open_data(options)
     run = Run(accelerator, options, stretches_of(phases), dry_run)
     run.resume(settings_of(run, data, run.first_step - 1), IGNORED_ON_RESUME)

@@ -44,10 +44,15 @@ class BlurDownsample(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] -> logits (B, 1, 16, 16), high for real."""
+    """Images (B, 3, H, W) in [0, 1] -> logits (B, 1, 16, 16), high for real.
 
-    def __init__(self, channels: int = 128):
+    `exact` computes in float32 whatever the autocast type, as published; otherwise convolutions
+    run in that type.
+    """
+
+    def __init__(self, channels: int = 128, exact: bool = True):
         super().__init__()
+        self.exact = exact
         self.block_in = nn.Sequential(SameConv2d(3, channels, 5), nn.LeakyReLU(0.1))
         widths = [channels, channels, 2 * channels, 4 * channels]
         self.blocks = nn.ModuleList(
@@ -67,6 +72,13 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
+        # accelerate puts autocast inside the forward it wraps, so only the module can leave it.
+        if self.exact and torch.is_autocast_enabled(images.device.type):
+            with torch.autocast(images.device.type, enabled=False):
+                return self.logits(images.float())
+        return self.logits(images)
+
+    def logits(self, images: Tensor) -> Tensor:
         x = self.block_in(images)
         for block in self.blocks:
             x = block(x)

@@ -12,9 +12,9 @@ from accelerate.utils import (
 )
 
 from configs.environment import check_environment
+from configs.numerics import Numerics, resolve
 from configs.schema import Training
-from runtime.errors import InputError
-from runtime.processes import set_matmul_precision
+from runtime.processes import set_tf32
 
 # Gradients per all-reduce. torch.compile also splits a model at every bucket and compiles each part:
 # with PyTorch's 25 MiB, B is compiled in 26 parts and XL in 66.
@@ -22,20 +22,26 @@ BUCKET_MIB = 250
 
 
 def precision(training: Training) -> str:
-    """The autocast type by accelerate's name; auto is bf16 on CUDA and float32 on a CPU."""
-    if training.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("training.mixed_precision=fp16 needs a CUDA device: choose bf16 or no")
-    if training.mixed_precision != "auto":
-        return training.mixed_precision
-    return "bf16" if torch.cuda.is_available() else "no"
+    """The autocast type by accelerate's name."""
+    return numerics_of(training).autocast
 
 
-def start_training(training: Training) -> Accelerator:
-    """The accelerator of a training program, with the run's matmul precision."""
-    check_environment(training, precision(training))
+def numerics_of(training: Training, exact_attention: bool = False) -> Numerics:
+    """What a run's options mean on this machine (`configs.numerics.resolve`)."""
+    return resolve(training, torch.cuda.is_available(), exact_attention)
+
+
+def start_training(training: Training, exact_attention: bool = False) -> Accelerator:
+    """The accelerator of a training program, with the run's numerics.
+
+    Raises InputError where `training.numerics` is contradicted by other options, among them the
+    tokenizer's `exact_attention`, or the environment contradicts the options.
+    """
+    numerics = numerics_of(training, exact_attention)
+    check_environment(training, numerics.autocast)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision=precision(training),
+        mixed_precision=numerics.autocast,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         log_with="wandb" if training.enable_wandb else None,
         kwargs_handlers=[
@@ -48,7 +54,7 @@ def start_training(training: Training) -> Accelerator:
     )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1:
         start_fsdp(accelerator)
-    set_matmul_precision("tf32" if training.enable_tf32 else "fp32")
+    set_tf32(numerics.tf32_products, numerics.tf32_convolutions)
     return accelerator
 
 

@@ -107,12 +107,15 @@ class EMA:
 
     The average starts as a copy of the weights that the model has when the average is built: the
     initial weights of a new run, or the loaded ones where a run that had no average is resumed. The
-    first update already mixes; there is no warm-up of the decay. Buffers are copied, not averaged.
+    first update already mixes. With `warmup` the decay after n updates is (1 + n) / (10 + n), at most
+    `decay`, so that the average soon forgets its start; a checkpoint has to keep `updates`, which is
+    n. Buffers are copied, not averaged.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self._mix = get_ema_multi_avg_fn(decay)
+        self.decay, self.warmup = decay, warmup
+        self.updates = 0
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Move the average to the device; shard it where FSDP shards the model."""
@@ -121,8 +124,16 @@ class EMA:
         else:
             self.model = self.model.to(accelerator.device)
 
+    def next_decay(self) -> float:
+        """The decay of the next update."""
+        if not self.warmup:
+            return self.decay
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        self._mix(list(self.model.parameters()), list(model.parameters()), None)  # type: ignore[arg-type]
+        mix = get_ema_multi_avg_fn(self.next_decay())
+        mix(list(self.model.parameters()), list(model.parameters()), None)  # type: ignore[arg-type]
+        self.updates += 1
         for average, buffer in zip(self.model.buffers(), model.buffers()):
             average.copy_(buffer)

@@ -1,5 +1,6 @@
 """What both training loops share: `Run`, and the folder that it works in, `RunFolder`."""
 
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,18 @@ T = TypeVar("T")
 UNREADABLE = "unreadable.txt"  # in a run's folder: images that others replace, one path per line
 REPORTED = ".reported"  # in a run's folder: the last checkpointed step whose reports are complete
 RENAMED_SETTINGS = {"batch in all": "global batch"}  # as earlier checkpoints call them
+# Options that earlier checkpoints do not name, with the values that those runs had.
+ADDED_SETTINGS = {
+    "training.numerics": "auto",
+    "training.ema_warmup": False,
+    "optimizer.params.count_from": 1,
+    "lr_scheduler.params.count_from": 1,
+    "model.critic_init": "scratch",
+    "model.cluster_in_critic_steps": False,
+    "model.vq_model.position_init": "own_patch",
+    "losses.critic_weight": 1.0,
+    "phases.critic_after": 1,  # of every phase
+}
 
 
 # ---------------------------------------------------------------------- the same run?
@@ -112,6 +125,10 @@ class RunFolder:
         for old, new in RENAMED_SETTINGS.items():
             if old in earlier:
                 earlier[new] = earlier.pop(old)
+        for name in settings:
+            option = re.sub(r"\[\d+\]", "", name)
+            if option in ADDED_SETTINGS:
+                earlier.setdefault(name, ADDED_SETTINGS[option])
         self.warnings += check_same_run(earlier, settings, ignored, str(source), self.forks)
         if state.pop("streams", 1) != STREAMS_VERSION:
             self.warnings.append(

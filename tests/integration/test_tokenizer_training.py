@@ -150,11 +150,14 @@ def test_average_is_that_of_the_steps_and_is_what_the_run_shows(workspace, train
     assert averaged != plain
 
 
-def test_run_with_an_average_resumed_is_the_run_uninterrupted(train, tmp_path):
-    train(1, tmp_path / "whole", *EMA)
+@pytest.mark.parametrize("warmup", [False, True])
+def test_run_with_an_average_resumed_is_the_run_uninterrupted(train, tmp_path, warmup):
+    # A decay that the warm-up does not reach, so that every update depends on their number.
+    options = [*EMA, f"training.ema_warmup={warmup}", *["training.ema_decay=0.9"] * warmup]
+    train(1, tmp_path / "whole", *options)
     shutil.copytree(tmp_path / "whole", tmp_path / "halves")
     shutil.rmtree(tmp_path / "halves/checkpoints/step-00000006")
-    train(1, tmp_path / "halves", *EMA)
+    train(1, tmp_path / "halves", *options)
     for name in ("tokenizer", "unaveraged"):
         assert equal(tensors(tmp_path / "halves", name), tensors(tmp_path / "whole", name))
 

@@ -2,7 +2,7 @@
 
 `tests/golden/README-training.md` says how the figures were made and what tolerances they have. The
 programs run in this process with tiny models, filled weights and samples in order; everything else
-is theirs. `Recorder` watches them from outside.
+is theirs. The numerics are the published ones: float32 on a CPU, as in the published programs. `Recorder` watches them from outside.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image
 
 import train_ar
 import train_tokenizer.__main__ as train_tokenizer
-from data.tokens import TokenWriter
+from data.writer import TokenWriter
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from modeling.weights import read_state_dict
 from tests.golden.fill import fill_value, generator_inputs, images
@@ -28,7 +28,7 @@ TOKENIZER = """
 model: {{stage: {stage}, {loop}, vq_model: {sizes}, {own}}}}}
 dataset: {{params: {{num_workers_per_gpu: 0, random_flip: false}}}}
 experiment: {{log_every: 1, eval_every: 0, generate_every: 0, save_every: 1000, log_grad_norm_every: 1}}
-training: {{per_gpu_batch_size: 4, mixed_precision: 'no', enable_tf32: false}}
+training: {{per_gpu_batch_size: 4, numerics: published}}
 # The published weight of the strip, 10 * 17 / 256, at this grid of 4 x 4.
 losses: {{aux_weight: 2.125}}
 """
@@ -45,7 +45,7 @@ dataset: {params: {num_workers_per_gpu: 0}}
 experiment: {log_every: 1, eval_every: 0, generate_every: 0, save_every: 1000, log_grad_norm_every: 1}
 optimizer: {params: {learning_rate: 1.0e-3, beta1: 0.9, beta2: 0.96, weight_decay: 0.03}}
 lr_scheduler: {params: {warmup_steps: 3, end_lr: 1.0e-5}}
-training: {per_gpu_batch_size: 2, mixed_precision: 'no', enable_tf32: false, max_train_steps: 7}
+training: {per_gpu_batch_size: 2, numerics: published, max_train_steps: 7}
 """
 # What "as published" takes, of the recipe that the figures show.
 PUBLISHED_TOKENIZER = [

@@ -1,7 +1,7 @@
 import pytest
 
 from configs.environment import check_environment
-from configs.schema import Training
+from configs.schema import TokenizerTraining, Training
 from runtime.errors import InputError
 
 # What `accelerate launch` sets where nothing was asked for, and this project's FSDP config.
@@ -41,7 +41,7 @@ def test_an_environment_that_agrees_with_the_config_is_accepted(variables):
         ("ACCELERATE_USE_DEEPSPEED", "true", "without DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "without Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "without a parallelism config"),
-        ("NVIDIA_TF32_OVERRIDE", "0", "training.enable_tf32=True"),
+        ("NVIDIA_TF32_OVERRIDE", "0", "training.enable_tf32=auto (True)"),
         ("FSDP_VERSION", "1", "only FSDP 2"),
     ],
 )
@@ -65,3 +65,10 @@ def test_the_trainers_accelerator_checks_the_environment(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(InputError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4"):
         start_training(Training())
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_tf32_for_all_or_nothing_is_refused_where_the_numerics_want_it_in_convolutions(value):
+    training = TokenizerTraining(numerics="published")
+    with pytest.raises(InputError, match=r"training\.numerics=published"):
+        check_environment(training, "fp16", {"NVIDIA_TF32_OVERRIDE": value})

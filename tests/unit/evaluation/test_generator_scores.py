@@ -9,7 +9,7 @@ from PIL import Image
 
 import evaluate
 import train_ar
-from data.tokens import TokenWriter
+from data.writer import TokenWriter
 from modeling.generator import Generator, GeneratorConfig
 from runtime.errors import InputError
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.tokens import TokenWriter, open_tokens
+from data.tokens import open_tokens
+from data.writer import TokenWriter
 from evaluation.likelihood import Likelihood, measure_likelihood, position_sums
 from modeling.generator import Generator, GeneratorConfig, next_code_loss
 

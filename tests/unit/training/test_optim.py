@@ -82,6 +82,28 @@ def test_average_starts_as_a_copy_and_its_first_update_mixes():
     assert model.weight.item() == 5.0 and not average.model.weight.requires_grad
 
 
+def test_decay_warms_up_with_the_number_of_updates_and_resumes_from_it():
+    def averages(average, values):
+        for value in values:
+            with torch.no_grad():
+                model.weight.fill_(value)
+            average.update(model)
+        return average.model.weight.item()
+
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    warm, resumed = EMA(model, 0.25, warmup=True), EMA(model, 0.25, warmup=True)
+    # Decays 1/10, 2/11, then 3/12 = 0.25, where the limit holds
+    second = 2 / 11 * (0.9 * 1) + 9 / 11 * 2
+    last = 0.25 * (0.25 * second + 0.75 * 3) + 0.75 * 4
+    assert averages(warm, [1, 2]) == pytest.approx(second, rel=1e-6)
+    resumed.model.load_state_dict(warm.model.state_dict())
+    resumed.updates = warm.updates
+    assert averages(warm, [3, 4]) == pytest.approx(last, rel=1e-6)
+    assert averages(resumed, [3, 4]) == pytest.approx(last, rel=1e-6)
+    assert warm.updates == 4
+
+
 # ---------------------------------------------------------------------- clipping
 @pytest.mark.parametrize("limit, length", [(2.0, 2.0), (0, 5.0), (None, 5.0), (9.0, 5.0)])
 def test_gradients_are_clipped_to_the_norm_and_without_one_only_measured(limit, length):

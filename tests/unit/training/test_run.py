@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -95,6 +97,22 @@ def test_a_checkpoint_of_an_earlier_version_is_named(accelerator, tmp_path):
     folder.save(5, {"generator": {"w": torch.zeros(1)}}, {"step": 5})
     with pytest.raises(InputError, match=r"step-00000005 is of an earlier version"):
         folder_of(accelerator, tmp_path).state(RUN, ())
+
+
+def test_options_that_an_earlier_version_did_not_have_count_as_its_behaviour(accelerator, tmp_path):
+    folder = folder_of(accelerator, tmp_path)
+    earlier = {"phases[0].steps": 5}
+    folder.save(5, {"generator": {"w": torch.zeros(1)}}, {"run": earlier})
+    as_before = {
+        **earlier,
+        "training.numerics": "auto",
+        "training.ema_warmup": False,
+        "phases[0].critic_after": 1,
+    }
+    folder_of(accelerator, tmp_path).state(as_before, ())
+    for name, value in (("training.numerics", "published"), ("phases[0].critic_after", 2)):
+        with pytest.raises(InputError, match=re.escape(name)):
+            folder_of(accelerator, tmp_path).state({**as_before, name: value}, ())
 
 
 def test_loss_scaling_goes_on(accelerator, tmp_path):

@@ -38,7 +38,7 @@ from runtime.randomness import seed_step
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training import checkpoint
-from training.accelerator import start_training
+from training.accelerator import start_training, tune_convolutions
 from training.dry_run import Stretch, split_dry_run
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run, flatten
@@ -291,11 +291,6 @@ class TrainState:
     def critic_turn(self) -> tuple[nn.Module, Any]:
         return self.critic, self.critic_optimizer
 
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
-        if self.critic is not None:
-            self.critic_optimizer.zero_grad()  # the tokenizer's step leaves gradients there too
-
 
 # ---------------------------------------------------------------------- reports
 def settings_of(run: Run, data: TokenizerData, step: int) -> dict[str, Any]:
@@ -439,6 +434,7 @@ def main(argv: list[str]) -> None:
 
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
     accelerator = refuse_fsdp(start_training(training))
+    tune_convolutions(accelerator.device)
     data = open_data(options)
     run = Run(accelerator, options, stretches_of(phases), dry_run)
     run.resume(settings_of(run, data, run.first_step - 1), IGNORED_ON_RESUME)
@@ -473,7 +469,7 @@ def main(argv: list[str]) -> None:
         run.watch(step, norm, optimizer)
         set_learning_rate(optimizer, lr)
         optimizer.step()
-        state.zero_grad()
+        optimizer.zero_grad()
         if state.ema is not None and not train_critic:
             state.ema.update(state.tokenizer)
 

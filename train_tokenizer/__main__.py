@@ -38,10 +38,10 @@ from runtime.errors import InputError
 from runtime.processes import compiles, on_main
 from runtime.program import run as run_program
 from runtime.randomness import seed_step
-from train_tokenizer.discriminator import Discriminator, hinge_loss
+from train_tokenizer.discriminator import Discriminator, hinge_loss, weights_frozen
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training import checkpoint
-from training.accelerator import numerics_of, precision, start_training
+from training.accelerator import numerics_of, precision, start_training, tune_convolutions
 from training.dry_run import Stretch, split_dry_run
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run, flatten
@@ -328,16 +328,11 @@ class TrainState:
     def judge(self, images: Tensor) -> Tensor:
         """The discriminator's logits in the tokenizer's loss, float32, computed as in its own steps.
 
-        Not by the wrapped module: DDP would wait for its gradients, which no step uses.
+        Its weights take no gradients here. Not by the wrapped module: DDP would wait for them.
         """
         assert self.discriminator is not None
-        with self.accelerator.autocast():
+        with weights_frozen(self.discriminator), self.accelerator.autocast():
             return self.discriminator(images).float()
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
-        if self.critic is not None:
-            self.critic_optimizer.zero_grad()  # the tokenizer's step leaves gradients there too
 
 
 # ---------------------------------------------------------------------- reports
@@ -489,6 +484,7 @@ def main(argv: list[str]) -> None:
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
     exact_attention = options.model.vq_model.exact_attention
     accelerator = refuse_fsdp(start_training(training, exact_attention))
+    tune_convolutions(accelerator.device)
     data = open_data(options)
     run = Run(accelerator, options, stretches_of(phases), dry_run)
     run.resume(settings_of(run, data, run.first_step - 1), IGNORED_ON_RESUME)
@@ -524,7 +520,7 @@ def main(argv: list[str]) -> None:
         run.watch(step, norm, optimizer)
         set_learning_rate(optimizer, lr)
         optimizer.step()
-        state.zero_grad()
+        optimizer.zero_grad()
         if state.ema is not None and not train_critic:
             state.ema.update(state.tokenizer)
 

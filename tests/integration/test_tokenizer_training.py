@@ -19,10 +19,13 @@ from configs.schema import TokenizerRun
 from data.images import CenterImages
 from modeling.weights import read_state_dict, write_state_dict
 from runtime.errors import InputError
+from tests.host_syncs import count_in
 from tests.integration.conftest import ROOT, execute
 from train_tokenizer import __main__ as trainer
 from train_tokenizer import export
 from train_tokenizer.discriminator import Discriminator
+
+EMA = ["training.use_ema=True", "training.ema_decay=0.5"]
 
 
 @pytest.fixture
@@ -127,8 +130,27 @@ def test_fp16_without_cuda_is_refused(train, tmp_path):
     assert "training.mixed_precision=fp16 needs a CUDA device" in message
 
 
+# ---------------------------------------------------------------------- speed
+def test_only_reporting_steps_wait_for_the_device(train, tmp_path, monkeypatch):
+    phases = (
+        "phases=[{steps: 1, learning_rate: 1e-3, perceptual_weight: 0.1, lpips_weight: 1.0}, "
+        "{steps: 4, gan_weight: 0.005, lpips_weight: 1.0}]"  # its second and last: discriminator's
+    )
+    periods = [f"experiment.{name}_every=100" for name in ("eval", "generate", "save", "log")]
+    syncs = count_in(trainer, monkeypatch)
+    with syncs:
+        out = train(
+            1, tmp_path, phases, *periods, *EMA, "perceptual.pretrained=False",
+            "model.cluster_in_critic_steps=True", "training.max_grad_norm=1.0",
+            "training.gradient_accumulation_steps=2", "training.per_gpu_batch_size=2",
+            "experiment.log_grad_norm_every=1",
+        )  # fmt: skip
+    assert {step: found for step, found in syncs.found.items() if step != 5} == {}
+    assert 5 in syncs.found  # the last step reports
+    assert {"critic", "gan", "lpips", "perceptual", "quantizer"} <= records(tmp_path)[0].keys(), out
+
+
 # ---------------------------------------------------------------------- average of the weights
-EMA = ["training.use_ema=True", "training.ema_decay=0.5"]
 
 
 def test_average_is_that_of_the_steps_and_is_what_the_run_shows(workspace, train, tmp_path):
@@ -471,6 +493,7 @@ def test_step_that_is_not_finite_is_never_saved(train, tmp_path, monkeypatch):
 POISONED = """
 import os
 import torch
+from tests.host_syncs import count_in
 from train_tokenizer import __main__ as trainer
 from runtime.program import run
 

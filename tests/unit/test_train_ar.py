@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_ar
 from configs.schema import OptimizerParams
@@ -14,6 +13,7 @@ from data.writer import TokenWriter
 from modeling.generator import Generator, GeneratorConfig
 from runtime.errors import InputError
 from runtime.files import file_sha256
+from tests.host_syncs import count_in
 from training import checkpoint, optim, run
 
 TINY = """
@@ -278,30 +278,12 @@ def test_records_say_how_fast_and_how_long(train, capsys):
         assert words in header
 
 
-class HostSyncs(TorchDispatchMode):
-    """Counts the reads of a tensor's value, each of which waits for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.steps = {}
-        self.step = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.steps[self.step] = self.steps.get(self.step, 0) + 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_only_reporting_steps_wait_for_the_device(train, monkeypatch):
-    syncs = HostSyncs()
-
-    def seed_step(seed, rank, step):
-        syncs.step = step
-
-    monkeypatch.setattr(train_ar, "seed_step", seed_step)
+    syncs = count_in(train_ar, monkeypatch)
     with syncs:
         train("experiment.log_every=4", "training.max_train_steps=8", "training.use_ema=True")
-    assert set(syncs.steps) - {0} == {4, 8}
+    assert {step: found for step, found in syncs.found.items() if step not in (4, 8)} == {}
+    assert set(syncs.found) == {4, 8}
 
 
 # ---------------------------------------------------------------------- averages and export

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.load import tokenizer_config
+from configs.load import UNSEEN_SIZES, config_beside, sizes_for
 from data.images import list_images
 from data.pictures import picture_grid, to_pixels, write_png
 from evaluation.evaluator import compare, conditions, protocol, warnings_of
@@ -44,14 +44,11 @@ def load_tokenizer(source: str, config: Optional[str] = None) -> Tokenizer:
     published sizes with the decoder of the stage whose weights these are.
     """
     state = read_weights(source, "tokenizer")
-    run_config = Path(source) / "config.yaml"
-    if config is None and run_config.is_file():
-        config = str(run_config)
     decoder: dict[str, Any] = {}
-    if config is None and "decoder.ffn_aux.0.weight" in state:
+    if config is None and config_beside(source) is None and "decoder.ffn_aux.0.weight" in state:
         decoder = {"causal": True, "prefix_head": True, "num_buffer_tokens": 1}
     with torch.device("meta"):  # random initial weights would cost seconds
-        tokenizer = Tokenizer(tokenizer_config(config, **decoder))
+        tokenizer = Tokenizer(sizes_for(source, config, UNSEEN_SIZES, **decoder))
     tokenizer.to_empty(device="cpu")
     # The clustering's running mean has no effect on images.
     buffer = ("quantize.embed_prob",)
@@ -81,7 +78,7 @@ def score_tokenizer(
         Collector(name, len(paths), (size, size), network)
         for name in (str(folder), "its reconstructions")
     )
-    sums = ReconstructionSums(tokenizer.config.codebook_size, device)
+    sums = ReconstructionSums(tokenizer.config.codebook_size, tokenizer.config.num_tokens, device)
     similarity, perceptual = StructuralSimilarity(device), PerceptualDistance(lpips, device)
     preview = Preview(PREVIEW_IMAGES)
     consumers = [
@@ -105,6 +102,7 @@ def score_tokenizer(
             "LPIPS": figures["lpips"],
             "codebook_use": figures["codebook_use"],
             "perplexity": figures["perplexity"],
+            **{name: figures[name] for name in ("code_agreement",) if name in figures},
         },
         "protocol": protocol(network, reconstructions, originals),
         "images_asked": len(paths),

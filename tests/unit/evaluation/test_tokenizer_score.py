@@ -118,7 +118,7 @@ def test_all_figures_are_those_of_centre_crops_and_their_reconstructions(score):
     result, said = score()
     before, codes, after = reconstructions(score)
     metrics = result["metrics"]
-    names = ["rFID", "PSNR", "SSIM", "LPIPS", "codebook_use", "perplexity"]
+    names = ["rFID", "PSNR", "SSIM", "LPIPS", "codebook_use", "perplexity", "code_agreement"]
     assert list(metrics) == names and "gFID" not in said
     features = [TinyFeatures()(x)[0] for x in (before, (after * 255).to(torch.uint8))]
     assert metrics["rFID"] == pytest.approx(frechet_distance(*features), rel=1e-5)

@@ -110,8 +110,9 @@ def main(argv: list[str]) -> None:
         "features": evaluator.network.identity,
         "options": sorted(arguments),
         "weights": models.hashes,
+        "sampling": shared_settings(job),
     }
-    on_main(lambda: check_settings(output / "sweep.json", settings, REMEDY))
+    on_main(lambda: check_settings(output / "sweep.json", settings, REMEDY, ("sampling",)))
     for (scale, power), cell_job in jobs.items():
         result = cell_file(output, scale, power)
         folder = SampleFolder(
@@ -129,6 +130,21 @@ def main(argv: list[str]) -> None:
 def guided(job: SamplingJob, scale: float, power: float) -> SamplingJob:
     """The job of one cell."""
     return replace(job, sampling=replace(job.sampling, guidance_scale=scale, guidance_power=power))
+
+
+def shared_settings(job: SamplingJob) -> dict[str, Any]:
+    """What all cells share, whichever file or option it came from."""
+    return {
+        "classes": list(job.classes),
+        "seed": job.seed,
+        "precision": job.precision,
+        "compile": job.compiled,
+        "cache": job.cache,
+        "guidance_schedule": job.sampling.guidance_schedule,
+        "temperature": job.sampling.temperature,
+        "top_k": job.sampling.top_k,
+        "top_p": job.sampling.top_p,
+    }
 
 
 def cell_file(output: Path, scale: float, power: float) -> Path:

@@ -28,11 +28,12 @@ from evaluation.reconstruction import (
 )
 from evaluation.statistics import Collector, SetStatistics
 from modeling.tokenizer import Tokenizer
-from modeling.weights import load_tensors
+from modeling.weights import load_tensors, tensors_hash
 from runtime.errors import InputError
 from runtime.processes import matmul_precision
 from training.checkpoint import read_weights
 
+UNUSED = ("quantize.embed_prob",)  # the clustering's running mean has no effect on images
 PREVIEW_IMAGES = 8
 MAGNIFICATION = 4  # of the differences in the picture
 
@@ -50,10 +51,14 @@ def load_tokenizer(source: str, config: Optional[str] = None) -> Tokenizer:
     with torch.device("meta"):  # random initial weights would cost seconds
         tokenizer = Tokenizer(sizes_for(source, config, UNSEEN_SIZES, **decoder))
     tokenizer.to_empty(device="cpu")
-    # The clustering's running mean has no effect on images.
-    buffer = ("quantize.embed_prob",)
-    load_tensors(tokenizer, state, source, ignore=buffer, keep=buffer)
+    load_tensors(tokenizer, state, source, ignore=UNUSED, keep=UNUSED)
     return tokenizer.eval()
+
+
+def weights_hash(tokenizer: Tokenizer) -> str:
+    """Hash of all weights that images depend on."""
+    state = tokenizer.state_dict()
+    return tensors_hash({name: state[name] for name in state if not name.startswith(UNUSED)})
 
 
 def score_tokenizer(
@@ -110,6 +115,10 @@ def score_tokenizer(
         "samples": reconstructions.summary(),
         "reference": originals.summary(),
         "picture": str(picture),
+        "weights": {
+            "tokenizer": weights_hash(tokenizer),
+            **{name: getattr(tokenizer.config, name) for name in UNSEEN_SIZES},
+        },
         **conditions(network, batch),
         "warnings": warnings_of(network, originals, reconstructions),
     }

@@ -28,6 +28,7 @@ from evaluation.report import print_result
 from evaluation.selfcheck import selfcheck
 from evaluation.sources import open_images
 from evaluation.tokenizer_score import load_tokenizer, score_tokenizer
+from runtime.arguments import Parser, new_file, number, path
 from runtime.errors import InputError
 from runtime.processes import start_processes
 from runtime.program import run
@@ -36,13 +37,24 @@ WEIGHTS = Path("weights")  # the published files
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--samples", help="what to score: .npz (arr_0, uint8) or folder of PNGs")
-    parser.add_argument("--reference", help=".npz of images or statistics, or a folder of images")
-    parser.add_argument("--crop", type=int, help="ADM centre crop of a reference folder, in pixels")
-    parser.add_argument("--save_stats", help="write the reference's statistics to this .npz")
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--num_samples", type=int, default=STANDARD_COUNT, help="images expected (50000)"
+        "--samples", type=path, help="what to score: .npz (arr_0, uint8) or folder of PNGs"
+    )
+    parser.add_argument(
+        "--reference", type=path, help=".npz of images or statistics, or a folder of images"
+    )
+    parser.add_argument(
+        "--crop", type=number(1, 8192), help="ADM centre crop of a reference folder, in pixels"
+    )
+    parser.add_argument(
+        "--save_stats", type=new_file(".npz"), help="write the reference's statistics to this .npz"
+    )
+    parser.add_argument(
+        "--num_samples",
+        type=number(1, 10**9),
+        default=STANDARD_COUNT,
+        help="images expected (50000)",
     )
     parser.add_argument("--allow_partial", action="store_true", help="score fewer, and say so")
     parser.add_argument(
@@ -54,14 +66,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="feature spaces, for example inception,dinov2 (inception)",
     )  # fmt: skip
     parser.add_argument("--reconstruction", action="store_true", help="score a tokenizer")
-    parser.add_argument("--tokenizer", default="weights/AliTok.pth", help="weights or a run folder")
-    parser.add_argument("--config", help="YAML whose model.vq_model describes another tokenizer")
-    parser.add_argument("--data_path", help="image folder: one folder per class")
-    parser.add_argument("--split", default="", help="folder in data_path, for example val")
-    parser.add_argument("--generator", help="score a generator's loss: weights or a run folder")
-    parser.add_argument("--cache", help="token cache on whose every view to score --generator")
     parser.add_argument(
-        "--compare", nargs="+", default=[], metavar="RUN_DIR", help="runs to score at the same step"
+        "--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder"
+    )
+    parser.add_argument(
+        "--config", type=path, help="YAML whose model.vq_model describes another tokenizer"
+    )
+    parser.add_argument("--data_path", type=path, help="image folder: one folder per class")
+    parser.add_argument("--split", default="", help="folder in data_path, for example val")
+    parser.add_argument(
+        "--generator", type=path, help="score a generator's loss: weights or a run folder"
+    )
+    parser.add_argument(
+        "--cache", type=path, help="token cache on whose every view to score --generator"
+    )
+    parser.add_argument(
+        "--compare",
+        type=path,
+        nargs="+",
+        default=[],
+        metavar="RUN_DIR",
+        help="runs to score at the same step",
     )
     parser.add_argument(
         "--precision", default="auto", choices=PRECISIONS,
@@ -69,11 +94,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--selfcheck", action="store_true", help="check the evaluator itself")
     parser.add_argument(
-        "--picture", help="PNG to draw (output/reconstruction.png or output/generator.png)"
+        "--picture",
+        type=new_file(".png"),
+        help="PNG to draw (output/reconstruction.png or output/generator.png)",
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="images per batch (64)")
     parser.add_argument(
-        "--num_workers", type=int, default=8, help="reading threads per process (8)"
+        "--batch_size", type=number(1, 65_536), default=64, help="images per batch (64)"
+    )
+    parser.add_argument(
+        "--num_workers", type=number(0, 1024), default=8, help="reading threads per process (8)"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="CUDA where there is one")
     args = parser.parse_args(argv)
@@ -83,10 +112,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse arguments that make no task."""
-    if args.batch_size < 1 or args.num_samples < 1 or (args.crop is not None and args.crop < 1):
-        raise InputError("--batch_size, --num_samples and --crop: use 1 or more")
-    if args.num_workers < 0:
-        raise InputError(f"--num_workers {args.num_workers}: use 0 or more")
     if args.generator or args.cache or args.compare:
         if not (args.generator and args.cache) or args.reconstruction or args.samples:
             raise InputError("--generator and --cache go together, alone or with --compare")
@@ -115,8 +140,6 @@ def check_images(args: argparse.Namespace) -> None:
             "nothing to do: pass --samples and --reference, --reference and --save_stats, "
             "--reconstruction with --tokenizer and --data_path, --generator and --cache, or --selfcheck"
         )
-    if args.save_stats and Path(args.save_stats).suffix != ".npz":
-        raise InputError(f"--save_stats {args.save_stats}: use a name that ends in .npz")
 
 
 def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:

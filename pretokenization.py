@@ -8,15 +8,14 @@ The same command resumes an interrupted run, and the cache is the same bytes on 
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
-from configs.load import tokenizer_config
+from configs.load import sizes_for
 from data.cache import fingerprint
 from data.classes import printable
 from data.encoding import EncodingPlan, encode_folder, load_encoder
 from data.images import is_image, scan_images
+from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
 from runtime.processes import start_processes
 from runtime.program import run
@@ -34,7 +33,7 @@ WITHOUT_EFFECT = {
 def main(argv: list[str]) -> None:
     args = parse(argv)
     size = {} if args.img_size is None else {"image_size": args.img_size}
-    config = tokenizer_config(args.config, **size)
+    config = sizes_for(args.tokenizer_checkpoint, args.config, ("encoder_heads",), **size)
     folder, choice = image_folder(args.data_path, args.split)
     images = scan_images(folder)
     state = read_weights(args.tokenizer_checkpoint, "tokenizer")
@@ -52,29 +51,6 @@ def main(argv: list[str]) -> None:
         args.skip_unreadable, args.num_workers,
     )  # fmt: skip
     encode_folder(images, encoder, fingerprint(state), plan, Path(args.cached_path), processes)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
-def number(lowest: int, highest: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        value = int(text)
-        if not lowest <= value <= highest:
-            raise argparse.ArgumentTypeError(f"{value}: choose {lowest} to {highest}")
-        return value
-
-    return integer
-
-
-def path(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty")
-    return os.path.expanduser(text)
 
 
 def cache_path(text: str) -> str:
@@ -113,7 +89,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="a few large shards, or the published layout of one .npz per image (default: packed)")
     add("--tokenizer_checkpoint", type=path, default="weights/AliTok.pth", metavar="PATH",
         help="weights or a run folder (default: weights/AliTok.pth)")
-    add("--config", type=path, metavar="YAML", help="its model.vq_model describes the tokenizer")
+    add("--config", type=path, metavar="YAML", help="its model.vq_model describes the tokenizer (default: its run's config)")
     add("--dtype", choices=["fp32", "tf32", "bf16"], default="fp32",
         help="precision of the encoder: exact (fp32), or faster with some other codes "
              "(default: fp32)")

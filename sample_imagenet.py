@@ -7,14 +7,16 @@ A killed run resumes with the same command; `OUTPUT_DIR.npz` appears when all im
 
 from pathlib import Path
 
+from accelerate import PartialState
+
 import configs.load
 from configs.schema import GeneratorRun
 from evaluation.evaluator import Evaluator
 from evaluation.report import print_result
 from evaluation.sources import open_images
 from generation.folder import SampleFolder, read_codes
-from generation.job import sampling_job
-from generation.models import generator_checkpoint, load_models
+from generation.job import SamplingJob, sampling_job
+from generation.models import generator_checkpoint, load_models, untrained_classes
 from runtime.processes import start_processes
 from runtime.program import run
 from training.checkpoint import read_weights
@@ -34,6 +36,8 @@ def main(argv: list[str]) -> None:
     device = processes.device
     assert device is not None  # accelerate's type hint allows it
     job = sampling_job(options, device)
+    if generator_state is not None:
+        warn_of_untrained(generator_checkpoint(experiment), job, processes)
     models = load_models(options.model, experiment, tokenizer_state, generator_state, device)
     folder = SampleFolder(
         Path(experiment.output_dir), job, models, processes, codes, experiment.save_png,
@@ -49,6 +53,17 @@ def main(argv: list[str]) -> None:
     images = folder.fill()
     if evaluator is not None:
         print_result(evaluator.evaluate(open_images(images), folder.count))
+
+
+def warn_of_untrained(checkpoint: str, job: SamplingJob, processes: PartialState) -> None:
+    """Say which classes the run of the generator never saw, where that is known."""
+    unseen = untrained_classes(checkpoint, job.classes)
+    if unseen:
+        few = ", ".join(map(str, unseen[:5])) + ", …" * (len(unseen) > 5)
+        processes.print(
+            f"warning: {len(unseen)} of {len(set(job.classes))} classes were never trained: {few}; "
+            f"choose others with experiment.classes"
+        )
 
 
 if __name__ == "__main__":

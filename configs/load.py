@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Optional, TypeVar, cast, get_args, get_origin
 
@@ -41,6 +41,18 @@ T = TypeVar("T")
 
 TRUE, FALSE = ("true", "yes", "y", "on", "1"), ("false", "no", "n", "off", "0")
 COMMAND_LINE = "the command line"
+# What weights were trained with: no shape of their tensors shows it.
+UNSEEN_SIZES = ("encoder_heads", "decoder_heads", "causal")
+# All that decides what a model computes.
+SIZES_OF_TOKENIZER = tuple(
+    field.name
+    for field in fields(TokenizerConfig)
+    if field.name not in ("clustering", "exact_attention", "position_init")
+)
+SIZES_OF_GENERATOR = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "codebook_size", "image_seq_len",
+    "condition_num_classes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,11 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
         if place.source == COMMAND_LINE:
             refuse_unused(program, name)
     options = build(schema, tree, str(path))
-    warnings = [*warmup_warning(options, places), *without_effect(options)]
+    warnings = [
+        *sizes_of_runs(options, places),
+        *warmup_warning(options, places),
+        *without_effect(options),
+    ]
     if os.environ.get("RANK", "0") == "0":
         for warning in warnings:
             print(f"warning: {path}: {warning}", file=sys.stderr)
@@ -125,6 +141,43 @@ def tokenizer_config(path: str | Path | None, **known: Any) -> TokenizerConfig:
         else:
             tree = read_section(TokenizerConfig, node, prefix, source)
     return build(TokenizerConfig, tree, source, prefix, known)
+
+
+def config_beside(path: str | Path) -> Optional[Path]:
+    """The config that describes weights: of their run, or written beside them by train_tokenizer.export.
+
+    `path` is a run's folder, a checkpoint of it (`step-…`), or a weights file. None where there is
+    no config: the weights came from elsewhere.
+    """
+    place = Path(os.path.expanduser(path))
+    runs = [place] if place.is_dir() else [place.parent]
+    if runs[0].parent.name == "checkpoints":
+        runs.append(runs[0].parent.parent)
+    found = [run / "config.yaml" for run in runs if place == run or (run / "checkpoints").is_dir()]
+    if not place.is_dir():
+        found.insert(0, place.with_suffix(".yaml"))
+    return next((file for file in found if file.is_file()), None)
+
+
+def sizes_for(
+    weights: str, config: Optional[str], names: tuple[str, ...], **known: Any
+) -> TokenizerConfig:
+    """`tokenizer_config` of `config` or, by default, of what lies beside the weights.
+
+    Raises InputError where the two differ in one of `names`, which no tensor's shape shows.
+    """
+    beside = config_beside(weights)
+    sizes = tokenizer_config(config or beside, **known)
+    if config is not None and beside is not None:
+        trained = tokenizer_config(beside)
+        for name in names:
+            here, there = getattr(sizes, name), getattr(trained, name)
+            if here != there:
+                raise InputError(
+                    f"model.vq_model.{name}={here} ({config}) contradicts {beside}, by which "
+                    f"{weights} was trained: set {there}, or leave --config out"
+                )
+    return sizes
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -536,6 +589,49 @@ def warmup_warning(options: Any, places: dict[str, Place]) -> list[str]:
     if mine is None or (others is not None and mine.source != others.source == COMMAND_LINE):
         return [f"{said}: the learning rate never reaches its peak"]
     raise InputError(f"{said}: set fewer, 0 for none{mine.where}")
+
+
+def sizes_of_runs(options: Any, places: dict[str, Place]) -> list[str]:
+    """Set the sizes of models to those of the runs whose weights are used, and say which changed.
+
+    Some of them (`encoder_heads`, `causal`) no tensor's shape shows, so that other sizes would change
+    codes and images without an error. Raises InputError where the command line contradicts a run.
+    """
+    if not isinstance(options, GeneratorRun):
+        return []
+    model, said = options.model, []
+    experiment, sections = options.experiment, {}
+    file = config_beside(experiment.tokenizer_checkpoint)
+    if file is not None:
+        sections["vq_model"] = (file, tokenizer_config(file), UNSEEN_SIZES)
+    weights = experiment.generator_checkpoint
+    # A generator's tensors show all its sizes; a folder is the run, and stands for its config.
+    file = config_beside(weights) if weights and Path(weights).is_dir() else None
+    if file is not None:
+        root = compose_file(file)[1]
+        run = build(GeneratorRun, read_section(GeneratorRun, root, "", str(file)), str(file))
+        sections["generator"] = (file, run.model.generator, SIZES_OF_GENERATOR)
+    for section, (file, run, names) in sections.items():
+        used = getattr(model, section)
+        if section == "vq_model" and Path(experiment.tokenizer_checkpoint).is_dir():
+            names = SIZES_OF_TOKENIZER
+        changes = {n: getattr(run, n) for n in names if getattr(run, n) != getattr(used, n)}
+        for name, value in changes.items():
+            option = f"model.{section}.{name}"
+            if option in places and places[option].source == COMMAND_LINE:
+                raise InputError(
+                    f"{option}={getattr(used, name)} contradicts {file}, by which the weights were "
+                    f"trained: leave it out, or set {value}{places[option].where}"
+                )
+            said.append(f"{option}={value}, from {file}, instead of {getattr(used, name)}")
+        sections[section] = replace(used, **changes)
+    if said:
+        vq_model = sections.get("vq_model", model.vq_model)
+        generator = sections.get("generator", model.generator)
+        if "generator" not in sections:
+            generator = replace(generator, codebook_size=vq_model.codebook_size)
+        options.model = replace(model, vq_model=vq_model, generator=generator)
+    return said
 
 
 def without_effect(options: Any) -> list[str]:

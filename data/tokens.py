@@ -37,7 +37,6 @@ Shards hold `images_per_shard` images each, the last one the rest, so view v of 
 too (layout "npz"; no images_per_shard, codes_dtype and files).
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ from data.cache import MANIFEST, TokenCache, fingerprint, read_manifest
 from data.classes import describe_classes
 from data.npz import NpzStore
 from data.order import EpochDraws
+from runtime.arguments import Parser, path
 from runtime.errors import InputError
 from runtime.files import file_sha256
 from runtime.program import run
@@ -189,11 +189,9 @@ class AllTokens(Dataset):
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.tokens", description="Describe or verify a token cache."
-    )
+    parser = Parser(prog="python -m data.tokens", description="Describe or verify a token cache.")
     parser.add_argument("action", choices=["info", "verify"])
-    parser.add_argument("folder")
+    parser.add_argument("folder", type=path)
     args = parser.parse_args(argv)
     cache = open_tokens(args.folder)
     about = {**cache.manifest, "images": cache.images, "views": cache.views, "tokens": cache.tokens}

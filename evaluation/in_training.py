@@ -141,7 +141,9 @@ class ReconstructionScores:
     ):
         self.tokenizer, self.paths, self.processes = tokenizer, paths, processes
         self.evaluator, self.device = evaluator, tokenizer.latent_tokens.device
-        self.sums = ReconstructionSums(tokenizer.config.codebook_size, self.device)
+        self.sums = ReconstructionSums(
+            tokenizer.config.codebook_size, tokenizer.config.num_tokens, self.device
+        )
         self.perceptual = None if lpips is None else PerceptualDistance(lpips, self.device)
         self.collector = None
         if evaluator is not None:
@@ -166,7 +168,7 @@ class ReconstructionScores:
     def reduced(self) -> dict[str, float]:
         """Metrics of all ranks' shares; all ranks call this together.
 
-        val/psnr, val/codebook_use and val/perplexity on all ranks; val/lpips with LPIPS; with an
+        val/psnr, val/codebook_use, val/perplexity and val/code_agreement on all ranks; val/lpips with LPIPS; with an
         evaluator, on rank 0 only, val/rFID and its other metrics: a true rFID where the reference
         holds these very images.
         """

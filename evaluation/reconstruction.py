@@ -88,26 +88,55 @@ def codebook_use(counts: Tensor) -> tuple[float, float]:
     return (counts > 0).double().mean().item(), entropy.exp().item()
 
 
-class ReconstructionSums:
-    """Sums over images, on the device, that add up over ranks: [PSNR sum, images, code counts]."""
+class PositionCounts:
+    """How often each code was chosen at each position of an image, on the device."""
 
-    def __init__(self, codebook_size: int, device: torch.device):
-        self.values = torch.zeros(2 + codebook_size, dtype=torch.float64, device=device)
+    def __init__(self, tokens: int, codebook_size: int, device: torch.device):
+        self.counts = torch.zeros(tokens, codebook_size, dtype=torch.float64, device=device)
+
+    def add(self, codes: Tensor) -> None:
+        """Codes (B, T) of B images."""
+        codes = codes.T
+        ones = torch.ones_like(codes, dtype=self.counts.dtype)
+        self.counts.scatter_add_(1, codes, ones)
+
+
+def code_agreement(counts: Tensor) -> float:
+    """The share of pairs of images that have the same code at a position, mean over positions.
+
+    `counts` (T, codebook_size) are those of `PositionCounts`, of all ranks. 1: every image has the
+    same codes, however many of the codebook they are; with independent codes it is the sum of their
+    squared shares. There must be two images or more.
+    """
+    images = counts[0].sum()
+    same = (counts * (counts - 1)).sum(1) / (images * (images - 1))
+    return same.mean().item()
+
+
+class ReconstructionSums:
+    """Sums over images, on the device, that add up over ranks: PSNR, images, codes by position."""
+
+    def __init__(self, codebook_size: int, tokens: int, device: torch.device):
+        self.values = torch.zeros(2, dtype=torch.float64, device=device)  # PSNR sum, images
+        self.codes = PositionCounts(tokens, codebook_size, device)
 
     def add(self, batch: Batch) -> None:
         mse = (batch.images - batch.reconstructions).double().square().mean((1, 2, 3))
         self.values[0] += (-10 * mse.clamp(min=1e-10).log10()).sum()
         self.values[1] += len(batch.images)
-        self.values[2:] += torch.bincount(batch.codes.flatten(), minlength=len(self.values) - 2)
+        self.codes.add(batch.codes)
 
     def metrics(self) -> dict[str, float]:
         """Over all processes, which must all call this: `psnr`, the mean over images of
-        10·log10(1 / MSE), in dB; `codebook_use`; `perplexity`."""
-        values = summed(self.values)
-        use, perplexity = codebook_use(values[2:])
-        return {
+        10·log10(1 / MSE), in dB; `codebook_use`; `perplexity`; of two images or more, `code_agreement`."""
+        values, counts = summed(self.values), summed(self.codes.counts)
+        use, perplexity = codebook_use(counts.sum(0))
+        metrics = {
             "psnr": (values[0] / values[1]).item(), "codebook_use": use, "perplexity": perplexity
         }  # fmt: skip
+        if values[1] > 1:
+            metrics["code_agreement"] = code_agreement(counts)
+        return metrics
 
 
 # ---------------------------------------------------------------------- LPIPS and SSIM

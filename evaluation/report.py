@@ -6,7 +6,6 @@ A file holds one result of `evaluate.py` or of the sweep: the JSON alone, or all
 printed. Results of different protocols are not put into one table.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Optional
 
 from tqdm import tqdm
 
+from runtime.arguments import Parser, as_path
 from runtime.errors import InputError
 from runtime.program import run
 
@@ -138,8 +138,8 @@ def results_table(files: list[Path], columns: Columns) -> str:
 
 def main(argv: list[str]) -> None:
     description = "Results of evaluate.py in one table."
-    parser = argparse.ArgumentParser(prog="python -m evaluation.report", description=description)
-    parser.add_argument("files", nargs="+", type=Path, help="results of one protocol, as JSON")
+    parser = Parser(prog="python -m evaluation.report", description=description)
+    parser.add_argument("files", nargs="+", type=as_path, help="results of one protocol, as JSON")
     args = parser.parse_args(argv)
     results = {path: read_result(path) for path in args.files}
     columns = columns_of(results)

@@ -11,6 +11,7 @@ images are removed when its result is written; its codes stay.
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from evaluation.sources import open_images
 from generation.folder import SampleFolder
 from generation.job import SamplingJob, sampling_job
 from generation.models import generator_checkpoint, load_models
+from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
 from runtime.files import write_whole
 from runtime.parts import check_settings
@@ -41,25 +43,42 @@ PER_CELL = (
 )  # fmt: skip
 
 
-def numbers(text: str) -> list[float]:
-    try:
-        return [float(x) for x in text.split(",")]
-    except ValueError as e:
-        raise InputError(f"{text}: write numbers with commas between, for example 8,12,16") from e
+def numbers(highest: float) -> Callable[[str], list[float]]:
+    """The type of a list of different numbers from 0 to `highest`."""
+
+    def read(text: str) -> list[float]:
+        try:
+            values = [float(x) for x in text.split(",")]
+        except ValueError:
+            values = []
+        if not values or not all(0 <= x <= highest for x in values):
+            raise argparse.ArgumentTypeError(
+                f"{text}: write numbers from 0 to {highest:g} with commas between, for example "
+                f"1,1.5,2"
+            )
+        return list(dict.fromkeys(values))
+
+    return read
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The sweep's own arguments, and the options of the sampling."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.sweep", description=__doc__)
-    parser.add_argument("--reference", required=True, help="as for evaluate.py")
-    parser.add_argument("--scales", required=True, help="guidance scales, for example 8,12,16")
-    parser.add_argument("--powers", required=True, help="guidance powers, for example 1.0,1.4,1.8")
-    parser.add_argument("--num_samples", type=int, default=10_000, help="images per cell (10000)")
-    parser.add_argument("--output", default="output/sweep", help="folder of the results")
+    parser = Parser(prog="python -m evaluation.sweep", description=__doc__)
+    parser.add_argument("--reference", type=path, required=True, help="as for evaluate.py")
+    parser.add_argument(
+        "--scales", type=numbers(10_000), required=True, help="guidance scales, for example 8,12,16"
+    )
+    parser.add_argument(
+        "--powers",
+        type=numbers(1000),
+        required=True,
+        help="guidance powers, for example 1.0,1.4,1.8",
+    )
+    parser.add_argument(
+        "--num_samples", type=number(2, 10**9), default=10_000, help="images per cell (10000)"
+    )
+    parser.add_argument("--output", type=path, default="output/sweep", help="folder of the results")
     args, options = parser.parse_known_args(argv)
-    args.scales, args.powers = numbers(args.scales), numbers(args.powers)
-    if args.num_samples < 2:
-        raise InputError(f"--num_samples {args.num_samples}: use 2 or more")
     for option in options:
         if option.lstrip("-").split("=")[0] in PER_CELL:
             raise InputError(f"{option}: the sweep sets this itself; see --help")
@@ -91,8 +110,9 @@ def main(argv: list[str]) -> None:
         "features": evaluator.network.identity,
         "options": sorted(arguments),
         "weights": models.hashes,
+        "sampling": shared_settings(job),
     }
-    on_main(lambda: check_settings(output / "sweep.json", settings, REMEDY))
+    on_main(lambda: check_settings(output / "sweep.json", settings, REMEDY, ("sampling",)))
     for (scale, power), cell_job in jobs.items():
         result = cell_file(output, scale, power)
         folder = SampleFolder(
@@ -110,6 +130,21 @@ def main(argv: list[str]) -> None:
 def guided(job: SamplingJob, scale: float, power: float) -> SamplingJob:
     """The job of one cell."""
     return replace(job, sampling=replace(job.sampling, guidance_scale=scale, guidance_power=power))
+
+
+def shared_settings(job: SamplingJob) -> dict[str, Any]:
+    """What all cells share, whichever file or option it came from."""
+    return {
+        "classes": list(job.classes),
+        "seed": job.seed,
+        "precision": job.precision,
+        "compile": job.compiled,
+        "cache": job.cache,
+        "guidance_schedule": job.sampling.guidance_schedule,
+        "temperature": job.sampling.temperature,
+        "top_k": job.sampling.top_k,
+        "top_p": job.sampling.top_p,
+    }
 
 
 def cell_file(output: Path, scale: float, power: float) -> Path:

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.load import tokenizer_config
+from configs.load import UNSEEN_SIZES, config_beside, sizes_for
 from data.classes import printable
 from data.images import scan_images
 from data.pictures import picture_grid, to_pixels, write_png
@@ -29,11 +29,12 @@ from evaluation.reconstruction import (
 )
 from evaluation.statistics import Collector, SetStatistics
 from modeling.tokenizer import Tokenizer
-from modeling.weights import load_tensors
+from modeling.weights import load_tensors, tensors_hash
 from runtime.errors import InputError
 from runtime.processes import matmul_precision
 from training.checkpoint import read_weights
 
+UNUSED = ("quantize.embed_prob",)  # the clustering's running mean has no effect on images
 PREVIEW_IMAGES = 8
 MAGNIFICATION = 4  # of the differences in the picture
 
@@ -45,19 +46,20 @@ def load_tokenizer(source: str, config: Optional[str] = None) -> Tokenizer:
     published sizes with the decoder of the stage whose weights these are.
     """
     state = read_weights(source, "tokenizer")
-    run_config = Path(source) / "config.yaml"
-    if config is None and run_config.is_file():
-        config = str(run_config)
     decoder: dict[str, Any] = {}
-    if config is None and "decoder.ffn_aux.0.weight" in state:
+    if config is None and config_beside(source) is None and "decoder.ffn_aux.0.weight" in state:
         decoder = {"causal": True, "prefix_head": True, "num_buffer_tokens": 1}
     with torch.device("meta"):  # random initial weights would cost seconds
-        tokenizer = Tokenizer(tokenizer_config(config, **decoder))
+        tokenizer = Tokenizer(sizes_for(source, config, UNSEEN_SIZES, **decoder))
     tokenizer.to_empty(device="cpu")
-    # The clustering's running mean has no effect on images.
-    buffer = ("quantize.embed_prob",)
-    load_tensors(tokenizer, state, source, ignore=buffer, keep=buffer)
+    load_tensors(tokenizer, state, source, ignore=UNUSED, keep=UNUSED)
     return tokenizer.eval()
+
+
+def weights_hash(tokenizer: Tokenizer) -> str:
+    """Hash of all weights that images depend on."""
+    state = tokenizer.state_dict()
+    return tensors_hash({name: state[name] for name in state if not name.startswith(UNUSED)})
 
 
 def score_tokenizer(
@@ -84,7 +86,7 @@ def score_tokenizer(
         Collector(name, len(paths), (size, size), network)
         for name in (str(folder), "its reconstructions")
     )
-    sums = ReconstructionSums(tokenizer.config.codebook_size, device)
+    sums = ReconstructionSums(tokenizer.config.codebook_size, tokenizer.config.num_tokens, device)
     similarity, perceptual = StructuralSimilarity(device), PerceptualDistance(lpips, device)
     preview = Preview(PREVIEW_IMAGES)
     consumers = [
@@ -108,6 +110,7 @@ def score_tokenizer(
             "LPIPS": figures["lpips"],
             "codebook_use": figures["codebook_use"],
             "perplexity": figures["perplexity"],
+            **{name: figures[name] for name in ("code_agreement",) if name in figures},
         },
         "protocol": protocol(network, reconstructions, originals),
         "images_asked": len(paths),
@@ -115,6 +118,10 @@ def score_tokenizer(
         "samples": reconstructions.summary(),
         "reference": originals.summary(),
         "picture": str(picture),
+        "weights": {
+            "tokenizer": weights_hash(tokenizer),
+            **{name: getattr(tokenizer.config, name) for name in UNSEEN_SIZES},
+        },
         **conditions(network, batch),
         "warnings": warnings_of(network, originals, reconstructions),
     }

@@ -33,6 +33,8 @@ from runtime.parts import Parts, check_settings
 from runtime.processes import on_main, set_matmul_precision
 
 LARGEST_CHUNK = 512  # larger chunks gain little and are shared less evenly among processes
+# Sizes of the tokenizer that no tensor's shape shows; earlier versions did not record them.
+ADDED = ("encoder_heads", "decoder_heads", "causal")
 # Not "remove the folder": the generator's training run may be in it.
 REMEDY = "use another experiment.output_dir, or remove what sampling left there"
 
@@ -70,6 +72,7 @@ class SampleFolder:
             "png": self.png,
             "grid": self.grid,
             "precision": job.precision,
+            **{name: getattr(self.models.tokenizer.config, name) for name in ADDED},
         }
         if self.codes is not None:
             digest = hashlib.sha256(np.ascontiguousarray(self.codes).tobytes())
@@ -138,7 +141,7 @@ class SampleFolder:
         chunk = chunk or self._earlier_chunk()
         if chunk is None:
             chunk = max(min(largest_batch(self.models, self.job), LARGEST_CHUNK, self.count), 1)
-        check_settings(self.settings_file, {**self.settings(), "chunk": chunk}, REMEDY)
+        check_settings(self.settings_file, {**self.settings(), "chunk": chunk}, REMEDY, ADDED)
         return chunk
 
     def _earlier_chunk(self) -> Optional[int]:

@@ -34,7 +34,10 @@ def validation_metrics(folder: Path, stage: int) -> tuple[dict[str, float], np.n
     # Every tenth image first, so that all ten classes come into the picture.
     paths = [path for path, _ in list_images(folder / "data/val")[0]]
     paths = [p for start in range(10) for p in paths[start::10]]
-    sums, preview = ReconstructionSums(tokenizer.config.codebook_size, CPU), Preview(PAIRS)
+    sums, preview = (
+        ReconstructionSums(tokenizer.config.codebook_size, tokenizer.config.num_tokens, CPU),
+        Preview(PAIRS),
+    )
     batches = image_batches(paths, tokenizer.config.image_size, batch=33, workers=0)
     reconstruct(tokenizer, batches, CPU, [sums, preview])
     return sums.metrics(), to_pixels(preview.pairs())

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import select
 import signal
 import sys
@@ -51,11 +52,17 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
         if int(os.environ.get("RANK", 0)) > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer only notes the launcher's
             time.sleep(3)
-        report(f"error: {message}")
+        report(f"error: {one_line(message)}")
         leave(2)
     except KeyboardInterrupt:
         report("stopped; the same command resumes from what is saved")
         leave(130)
+
+
+def one_line(message: str) -> str:
+    """A message in one readable line, whatever values of the user's it quotes."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    return re.sub(r"\S{300,}", lambda match: f"{match[0][:250]}…", line)
 
 
 def report(line: str) -> None:

@@ -25,7 +25,14 @@ from data.subset import spread_over_classes
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from evaluation.lpips import LPIPS, lpips_is_available
-from evaluation.reconstruction import Preview, codebook_use, image_batches, reconstruct
+from evaluation.reconstruction import (
+    PositionCounts,
+    Preview,
+    code_agreement,
+    codebook_use,
+    image_batches,
+    reconstruct,
+)
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
 from modeling.weights import (
     describe,
@@ -65,6 +72,9 @@ IGNORED_ON_RESUME = (
 )  # fmt: skip
 MIN_CODEBOOK_USE = 0.1  # a smaller share of the codebook in use is worth a warning …
 MIN_TOKENS_PER_CODE = 10  # … once a window has enough tokens that chance does not explain it
+# Two images with the same code at a larger share of positions are worth a warning, too, once a
+# window has enough images.
+MAX_AGREEMENT, MIN_IMAGES = 0.9, 8
 
 
 # ---------------------------------------------------------------------- data
@@ -168,8 +178,9 @@ class CodebookUse:
 
     def __init__(self, config: TokenizerConfig, device: torch.device):
         self.counts = torch.zeros(config.codebook_size, device=device)  # of this rank
+        self.positions = PositionCounts(config.num_tokens, config.codebook_size, device)
         self.clustering, self.latents = config.clustering, []
-        self.warned = False
+        self.warned = self.warned_of_agreement = False
 
     def add(self, out: TokenizerOutput) -> None:
         """Codes (B, T) and latents (B, T, d) of a micro-batch; the latents are kept for clustering."""
@@ -177,6 +188,7 @@ class CodebookUse:
         if self.clustering:
             self.latents.append(out.latents.detach().flatten(0, 1))
         self.counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=self.counts.dtype))
+        self.positions.add(out.codes)
 
     def take_latents(self) -> Tensor:
         """The latents (N, d) of this rank's micro-batches since the last call."""
@@ -187,15 +199,22 @@ class CodebookUse:
         """Counts (codebook_size,) over all ranks, which call this together."""
         return accelerator.reduce(self.counts, "sum")  # type: ignore[return-value] - of a tensor, a tensor
 
-    def restore(self, counts: Tensor, accelerator: Accelerator) -> None:
-        """Resume from the `total` of a checkpoint."""
+    def at_positions(self, accelerator: Accelerator) -> Tensor:
+        """Counts (T, codebook_size) of all ranks; all ranks call this."""
+        counts: Any = accelerator.reduce(self.positions.counts, "sum")
+        return counts
+
+    def restore(self, saved: dict[str, Any], accelerator: Accelerator) -> None:
+        """Resume from what a checkpoint keeps; earlier versions kept no counts by position."""
         if accelerator.is_main_process:
-            self.counts += counts.to(self.counts.device)
+            self.counts += saved["code_counts"].to(self.counts.device)
+            if "position_counts" in saved:
+                self.positions.counts += saved["position_counts"].to(self.counts.device)
 
     def report(self, run: Run) -> dict[str, float]:
         """Share of codes used and perplexity, none if no code was counted; counts start anew."""
-        counts = self.total(run.accelerator)
-        self.counts.zero_()
+        counts, at_positions = self.total(run.accelerator), self.at_positions(run.accelerator)
+        self.counts.zero_(), self.positions.counts.zero_()
         if not counts.any():  # all steps were the discriminator's
             return {}
         use, perplexity = codebook_use(counts)
@@ -206,7 +225,22 @@ class CodebookUse:
                 f"perplexity {perplexity:.1f}; lower the learning rate, or train stage 1 with "
                 f"clustering"
             )
-        return {"codes used": use, "perplexity": perplexity}
+        values = {"codes used": use, "perplexity": perplexity}
+        if at_positions[0].sum().item() < 2:
+            return values
+        agreement = code_agreement(at_positions)
+        if not self.warned_of_agreement and images_look_alike(at_positions):
+            self.warned_of_agreement = True
+            run.log.say(
+                f"warning: the codes hardly depend on the image: two images have the same code at "
+                f"{agreement:.1%} of positions; lower the learning rate, and look at the previews"
+            )
+        return {**values, "code agreement": agreement}
+
+
+def images_look_alike(counts: Tensor) -> bool:
+    """Whether counts (T, codebook_size) are of enough images, nearly all with the same codes."""
+    return counts[0].sum().item() >= MIN_IMAGES and code_agreement(counts) > MAX_AGREEMENT
 
 
 def has_collapsed(counts: Tensor) -> bool:
@@ -281,7 +315,7 @@ class TrainState:
             raise InputError(f"{source} is of a run that trained other parameters: {e}") from e
         if self.critic is not None and "critic_optimizer" in saved:  # not after phases without one
             self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
-        self.codes.restore(saved["code_counts"], self.accelerator)
+        self.codes.restore(saved, self.accelerator)
 
     @property
     def averaged(self) -> Tokenizer:
@@ -303,6 +337,7 @@ class TrainState:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "code_counts": self.codes.total(self.accelerator).cpu(),
+            "position_counts": self.codes.at_positions(self.accelerator).cpu(),
         }
         if self.critic is not None:
             state["critic_optimizer"] = self.critic_optimizer.state_dict()

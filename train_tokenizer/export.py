@@ -1,20 +1,34 @@
 """Write a run's newest tokenizer in the published format: `python -m train_tokenizer.export`."""
 
-import argparse
+from pathlib import Path
 
+import yaml
+
+from configs.load import as_dict, config_beside, tokenizer_config
 from modeling.weights import describe, read_state_dict, write_state_dict
+from runtime.arguments import Parser, new_file, path
+from runtime.files import write_whole
 from runtime.program import run
 from training.checkpoint import weights_file
 
+FORMATS = (".pth", ".pt", ".bin", ".safetensors")
+
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m train_tokenizer.export", description=__doc__)
-    parser.add_argument("run_dir", help="the run's folder (experiment.output_dir)")
-    parser.add_argument("file", help="what to write: .pth or .safetensors")
+    parser = Parser(prog="python -m train_tokenizer.export", description=__doc__)
+    parser.add_argument(
+        "run_dir", type=path, help="the run's folder (experiment.output_dir), or a checkpoint of it"
+    )
+    parser.add_argument("file", type=new_file(*FORMATS), help="what to write: .pth or .safetensors")
     args = parser.parse_args(argv)
     source = weights_file(args.run_dir, "tokenizer")
     state = read_state_dict(source)
     write_state_dict(state, args.file)
+    config = config_beside(args.run_dir)
+    if config is not None:
+        # The numbers of heads, and whether the decoder is causal, are in no tensor's shape.
+        sizes = {"model": {"vq_model": as_dict(tokenizer_config(config))}}
+        write_whole(Path(args.file).with_suffix(".yaml"), yaml.safe_dump(sizes).encode())
     print(f"wrote {args.file}: {describe(state)}, from {source}")
 
 

@@ -212,14 +212,23 @@ def load_weights_of(path: Path, *names: str) -> dict[str, torch.Tensor]:
 def weights_file(path: str | Path, *names: str) -> Path:
     """The weights file that a path stands for.
 
-    A file is itself; for a run's folder it is `first_weights` of the newest valid checkpoint.
+    A file is itself; for a run's folder it is `first_weights` of the newest valid checkpoint, for a
+    checkpoint's folder (`step-…`) of that checkpoint. Raises InputError for any other folder and for
+    a damaged checkpoint.
     """
     path = Path(path)
     if not path.is_dir():
         return path  # whoever reads it says what is wrong with it
+    if NAME.fullmatch(path.resolve().name):
+        reason = problem(path)
+        if reason is not None:
+            raise InputError(f"checkpoint {path} is damaged: {reason}; pass another one")
+        return first_weights(path, *names)
     newest, _ = choose(path, True)
     if newest is None:
-        raise InputError(f"{path} holds no checkpoints: pass a weights file or a run folder")
+        raise InputError(
+            f"{path} holds no checkpoints: pass a weights file, a run folder or a checkpoint of it"
+        )
     return first_weights(newest, *names)
 
 

@@ -1,10 +1,11 @@
 """Draw the curves of one or several runs: `python -m training.plot RUN_DIR… [--reference]`."""
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.arguments import Parser, as_path, new_file
 from runtime.errors import InputError
+from runtime.files import writing
 from runtime.program import run
 from training.reference import Records, closest_reference, curve, run_records
 
@@ -12,14 +13,19 @@ if TYPE_CHECKING:  # not needed by anything but plots
     from matplotlib.figure import Figure
 
 
+FORMATS = (".png", ".pdf", ".svg", ".jpg")
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Draw the curves of one or several runs.")
-    parser.add_argument("runs", nargs="+", type=Path, help="output_dir of a run")
+    parser = Parser(description="Draw the curves of one or several runs.")
+    parser.add_argument("runs", nargs="+", type=as_path, help="output_dir of a run")
     parser.add_argument(
         "--reference", action="store_true",
         help="draw the first run over the quickstart's curves of the same kind (docs/reference)",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="(curves.png)")
+    parser.add_argument(
+        "--output", type=new_file(*FORMATS), default="curves.png", help="(curves.png)"
+    )
     args = parser.parse_args(argv)
     runs = {str(folder): run_records(folder) for folder in args.runs}
     if not any(
@@ -34,8 +40,10 @@ def main(argv: list[str]) -> None:
         figure = draw(runs, reference)
     except ImportError as e:
         raise InputError("plots need matplotlib: pip install matplotlib") from e
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=110)
+    output = Path(args.output)
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=110)
     print(f"wrote {args.output}")
 
 

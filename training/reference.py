@@ -8,10 +8,10 @@ high/QUANTITY the smallest and largest of the smoothed values of all folders. Sp
 `python -m training.plot RUN_DIR --reference` draws a run over the fitting file.
 """
 
-import argparse
 import json
 from pathlib import Path
 
+from runtime.arguments import Parser, as_path
 from runtime.errors import InputError
 from runtime.files import write_whole
 from runtime.program import run
@@ -128,11 +128,9 @@ def closest_reference(records: Records, folder: Path = REFERENCE) -> tuple[str, 
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.reference", description="Make the reference curves."
-    )
-    parser.add_argument("folders", nargs="+", type=Path, help="output of a quickstart per seed")
-    parser.add_argument("--output", type=Path, default=REFERENCE, help="(docs/reference)")
+    parser = Parser(prog="python -m training.reference", description="Make the reference curves.")
+    parser.add_argument("folders", nargs="+", type=as_path, help="output of a quickstart per seed")
+    parser.add_argument("--output", type=as_path, default=REFERENCE, help="(docs/reference)")
     args = parser.parse_args(argv)
     names = sorted(path.parent.name for path in args.folders[0].glob("*/metrics.jsonl"))
     if not names:

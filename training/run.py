@@ -66,21 +66,43 @@ def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_same_run(
-    earlier: dict[str, Any], now: dict[str, Any], ignored: tuple[str, ...], source: str, fork: bool
+    earlier: dict[str, Any],
+    now: dict[str, Any],
+    ignored: tuple[str, ...],
+    source: str,
+    fork: bool,
+    ranks: int = 1,
 ) -> list[str]:
     """Compare settings with those of the checkpoint `source`; returns warnings for the user.
 
     Names that start with one of `ignored` may differ. Any other difference raises InputError that
-    lists all of them, unless `fork` says that the checkpoint was named on purpose.
+    lists all of them, unless `fork` says that the checkpoint was named on purpose. Where the global
+    batch differs, the message names the batch per GPU that restores it on `ranks` GPUs.
     """
     changed = differing(earlier, now, ignored)
     if changed and not fork:
         raise InputError(
-            f"{source} belongs to a run with other options: {changed}; restore those, or start "
+            f"{source} belongs to a run with other options: {changed}; restore those"
+            f"{batch_remedy(earlier, now, ranks)}, or start "
             f"another run from it with another experiment.output_dir and "
             f"experiment.resume={source}"
         )
     return [f"resumes from {source} with other options: {changed}"] * bool(changed)
+
+
+def batch_remedy(earlier: dict[str, Any], now: dict[str, Any], ranks: int) -> str:
+    """The options that restore the earlier global batch on `ranks` GPUs; empty where it is kept."""
+    batch = earlier.get("global batch")
+    if not isinstance(batch, int) or batch == now.get("global batch"):
+        return ""
+    if batch % ranks:
+        return f" (on a number of GPUs that divides {batch}, not {ranks})"
+    per_gpu = batch // ranks
+    return (
+        f" (on {ranks} GPUs, training.per_gpu_batch_size x training.gradient_accumulation_steps = "
+        f"{per_gpu}, for example training.per_gpu_batch_size={per_gpu} "
+        f"training.gradient_accumulation_steps=1)"
+    )
 
 
 # ---------------------------------------------------------------------- its folder
@@ -129,7 +151,9 @@ class RunFolder:
             option = re.sub(r"\[\d+\]", "", name)
             if option in ADDED_SETTINGS:
                 earlier.setdefault(name, ADDED_SETTINGS[option])
-        self.warnings += check_same_run(earlier, settings, ignored, str(source), self.forks)
+        self.warnings += check_same_run(
+            earlier, settings, ignored, str(source), self.forks, self.accelerator.num_processes
+        )
         if state.pop("streams", 1) != STREAMS_VERSION:
             self.warnings.append(
                 f"{source} is of a version that drew random numbers otherwise: from here on the order "

@@ -61,12 +61,20 @@ def test_stage2_decoder_starts_from_stage1_or_from_scratch(workspace, tmp_path):
 
 
 def test_export_writes_the_newest_checkpoint(workspace, tmp_path):
+    import configs.load
+    from configs.load import sizes_for
     from tests.integration.conftest import execute
 
     run = workspace.tokenizer.parent
     for name in ("a.pth", "a.safetensors"):
         execute("train_tokenizer.export", run, tmp_path / name)
         assert equal_weights(tmp_path / name, workspace.tokenizer)
+    # What no tensor's shape shows comes with it: without a config the sizes are those of the run.
+    sizes = sizes_for(str(tmp_path / "a.pth"), None, ())
+    assert sizes == configs.load.tokenizer_config(run) and sizes.encoder_heads == 2
+    step = run / "checkpoints/step-00000003"
+    execute("train_tokenizer.export", step, tmp_path / "b.pth")
+    assert equal_weights(tmp_path / "b.pth", step / "tokenizer.safetensors")
 
 
 def test_token_cache_is_the_same_bytes_from_one_and_two_ranks(workspace, tmp_path):

@@ -360,6 +360,25 @@ def test_collapsed_codebook_is_warned_of_once(train, tmp_path):
     assert "of 64 codes are used" in said
 
 
+def test_identical_codes_for_every_image_are_warned_of_once(train, tmp_path):
+    options = ["model.vq_model.clustering=False", "phases=[{steps: 6, learning_rate: 0.0}]"]
+    options += ["training.per_gpu_batch_size=14"]
+    stage1 = trainer.build_tokenizer
+
+    def blind(given):
+        tokenizer = stage1(given)
+        with torch.no_grad():
+            tokenizer.encoder.patch_embed.weight.zero_()
+        return tokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "build_tokenizer", blind)
+        said = train(1, tmp_path, *options)
+    assert said.count("warning: the codes hardly depend on the image") == 1
+    found = [r["code agreement"] for r in records(tmp_path) if "code agreement" in r]
+    assert found == [1.0] * 6 and "collapsed" not in said
+
+
 @pytest.mark.slow
 def test_evaluation_measures_lpips_where_its_weights_are(train, tmp_path, monkeypatch):
     import lpips

@@ -170,7 +170,9 @@ def test_one_pass_gives_all_metrics(evaluator, models, tmp_path, monkeypatch):
     expected = {"psnr", "codebook_use", "perplexity", "lpips", "rFID", "sFID", "precision"}
     assert values.keys() >= {f"val/{name}" for name in expected} and "val/gFID" not in values
     alone = ReconstructionScores(tokenizer, paths, processes).measure(11, 0).reduced()
-    assert alone.keys() == {"val/psnr", "val/codebook_use", "val/perplexity"}
+    assert alone.keys() == {
+        "val/psnr", "val/codebook_use", "val/perplexity", "val/code_agreement"
+    }  # fmt: skip
     assert alone == pytest.approx({name: values[name] for name in alone})
 
 

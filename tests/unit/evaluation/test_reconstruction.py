@@ -6,8 +6,10 @@ from PIL import Image
 
 from evaluation.reconstruction import (
     Batch,
+    PositionCounts,
     Preview,
     ReconstructionSums,
+    code_agreement,
     codebook_use,
     image_batches,
     reconstruct,
@@ -15,10 +17,11 @@ from evaluation.reconstruction import (
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 
 CPU = torch.device("cpu")
+T = 7  # codes of an image of `tokenizer`
 
 
 def sums_of(images, reconstructions, codes, codebook=8):
-    sums = ReconstructionSums(codebook, CPU)
+    sums = ReconstructionSums(codebook, codes.shape[1], CPU)
     add(sums, images, reconstructions, codes)
     return sums
 
@@ -62,7 +65,8 @@ def test_sums_of_two_halves_add_up_to_the_whole():
 
 def test_code_counts_are_those_of_all_images():
     sums = sums_of(*pair(0.1, 0.1), torch.tensor([[0, 1, 1], [7, 1, 0]]))
-    assert sums.values[1:].tolist() == [2, 2, 3, 0, 0, 0, 0, 0, 1]
+    assert sums.values[1] == 2
+    assert sums.codes.counts.sum(0).tolist() == [2, 3, 0, 0, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("used", [1, 3, 8])
@@ -71,6 +75,27 @@ def test_perplexity_of_evenly_used_codes_is_their_number(used):
     counts[:used] = 5
     use, perplexity = codebook_use(counts)
     assert use == used / 8 and perplexity == pytest.approx(used)
+
+
+def agreement(codes):
+    counts = PositionCounts(codes.shape[1], 8, CPU)
+    for part in codes.split(2):
+        counts.add(part)
+    return code_agreement(counts.counts)
+
+
+def test_agreement_by_hand():
+    codes = torch.tensor([[0, 1], [0, 2], [0, 2], [3, 4]])
+    assert agreement(codes) == pytest.approx((3 / 6 + 1 / 6) / 2)  # of the 6 pairs of images
+
+
+def test_identical_codes_agree_however_many_they_are():
+    same, other = torch.arange(8).expand(5, 8), torch.arange(8)[:, None].expand(8, 8)
+    assert agreement(same) == 1 and agreement(other) == 0
+    images = torch.zeros(5, 3, 4, 4)
+    metrics = sums_of(images, images, same).metrics()
+    assert metrics["codebook_use"] == 1 and metrics["code_agreement"] == 1
+    assert "code_agreement" not in sums_of(images[:1], images[:1], same[:1]).metrics()
 
 
 def test_perplexity_by_hand():
@@ -108,7 +133,7 @@ def run(tokenizer, batches, *consumers):
 
 
 def test_all_batches_are_reconstructed_and_the_first_is_shown(tokenizer):
-    sums, preview = ReconstructionSums(16, CPU), Preview(2)
+    sums, preview = ReconstructionSums(16, T, CPU), Preview(2)
     run(tokenizer, BATCHES, sums, preview)
     images = BATCHES.flatten(0, 1) / 255
     codes = tokenizer.eval().encode(images)
@@ -141,7 +166,7 @@ def test_every_consumer_gets_every_batch_once(tokenizer, monkeypatch):
 
 
 def test_no_images_are_no_error(tokenizer):
-    sums, preview = ReconstructionSums(16, CPU), Preview(2)
+    sums, preview = ReconstructionSums(16, T, CPU), Preview(2)
     run(tokenizer, [], sums, preview)  # a rank beyond the held-out images
     assert len(preview.before) == len(preview.after) == 0 and not sums.values.any()
 

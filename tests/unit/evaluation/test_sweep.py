@@ -65,6 +65,14 @@ def test_every_cell_is_sampled_scored_and_shown(jobs, tmp_path, capsys):
     assert not list(tmp_path.glob("out/*.npz")) and not (tmp_path / "out/scale2_power3").exists()
 
 
+def test_a_config_that_was_edited_is_another_sweep(jobs, tmp_path):
+    sweep.main([*ARGUMENTS, *GRID])
+    config = tmp_path / "c.yaml"
+    config.write_text(config.read_text().replace("image_seq_len: 7", "image_seq_len: 7, top_k: 3"))
+    with pytest.raises(InputError, match="holds work of other settings: sampling"):
+        sweep.main([*ARGUMENTS, *GRID])
+
+
 def test_heat_map_is_darkest_at_the_lowest_distance(jobs, tmp_path):
     from PIL import Image
 

@@ -12,7 +12,7 @@ import evaluation.tokenizer_score
 from data.images import center_crop, load_image
 from evaluation.metrics import frechet_distance
 from evaluation.reconstruction import ssim
-from evaluation.tokenizer_score import MAGNIFICATION, load_tokenizer
+from evaluation.tokenizer_score import MAGNIFICATION, load_tokenizer, weights_hash
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import write_state_dict
 from runtime.errors import InputError
@@ -118,7 +118,7 @@ def test_all_figures_are_those_of_centre_crops_and_their_reconstructions(score):
     result, said = score()
     before, codes, after = reconstructions(score)
     metrics = result["metrics"]
-    names = ["rFID", "PSNR", "SSIM", "LPIPS", "codebook_use", "perplexity"]
+    names = ["rFID", "PSNR", "SSIM", "LPIPS", "codebook_use", "perplexity", "code_agreement"]
     assert list(metrics) == names and "gFID" not in said
     features = [TinyFeatures()(x)[0] for x in (before, (after * 255).to(torch.uint8))]
     assert metrics["rFID"] == pytest.approx(frechet_distance(*features), rel=1e-5)
@@ -129,6 +129,8 @@ def test_all_figures_are_those_of_centre_crops_and_their_reconstructions(score):
     assert metrics["LPIPS"] == pytest.approx(expected, rel=1e-5)
     assert metrics["codebook_use"] == len(codes.unique()) / 16
     assert result["samples"]["images"] == result["reference"]["images"] == 13
+    assert result["weights"]["tokenizer"] == weights_hash(score.tokenizer)
+    assert result["weights"]["encoder_heads"] == score.tokenizer.config.encoder_heads
 
 
 def test_picture_shows_before_after_and_difference(score):
@@ -210,3 +212,13 @@ def test_images_smaller_than_the_window_of_ssim_are_refused(score):
     write_state_dict(tokenizer.state_dict(), score.folder / "small.pth")
     with pytest.raises(InputError, match="images of 8 px are smaller than the window of SSIM"):
         score(f"--tokenizer={score.folder}/small.pth", f"--config={small}")
+
+
+def test_result_names_the_weights_whatever_the_unused_buffer_holds(score):
+    before = weights_hash(score.tokenizer)
+    with torch.no_grad():
+        for name, tensor in score.tokenizer.state_dict().items():
+            tensor.add_(0.5 if name == "quantize.embed_prob" else 0)
+        assert weights_hash(score.tokenizer) == before
+        score.tokenizer.quantize.embedding.weight[0, 0] += 1
+    assert weights_hash(score.tokenizer) != before

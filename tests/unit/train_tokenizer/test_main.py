@@ -6,7 +6,13 @@ from accelerate.utils import DistributedType
 
 from configs.schema import Phase
 from runtime.errors import InputError
-from train_tokenizer.__main__ import begun, has_collapsed, refuse_fsdp
+from train_tokenizer.__main__ import (
+    MIN_IMAGES,
+    begun,
+    has_collapsed,
+    images_look_alike,
+    refuse_fsdp,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +23,22 @@ def test_codebook_has_collapsed_below_a_tenth_once_enough_tokens_are_counted(use
     counts = torch.zeros(100)
     counts[:used] = each
     assert has_collapsed(counts) is collapsed
+
+
+@pytest.mark.parametrize(
+    "images, different, alike",
+    [
+        (MIN_IMAGES, 0, True),  # every image has the same codes, 40 % of the codebook
+        (MIN_IMAGES - 1, 0, False),  # too few images
+        (100, 1, True),
+        (100, 40, False),
+    ],
+)
+def test_identical_codes_for_all_images_are_seen_however_many_they_are(images, different, alike):
+    counts = torch.zeros(40, 100, dtype=torch.float64)
+    counts[range(40), range(40)] = images - different
+    counts[range(40), range(40, 80)] = different
+    assert not has_collapsed(counts.sum(0)) and images_look_alike(counts) is alike
 
 
 @pytest.mark.parametrize("step, names", [(0, ""), (1, "a"), (10, "a"), (11, "ab"), (30, "ab")])

@@ -275,6 +275,14 @@ def test_a_weights_file_stands_for_itself(run_dir):
     assert checkpoint.weights_file(str(file), "ema") == file
 
 
+def test_a_checkpoint_of_a_run_stands_for_its_weights(run_dir):
+    path = folder(run_dir, 2)
+    assert checkpoint.weights_file(path, "ema", "generator") == path / "ema.safetensors"
+    altered(path / "generator.safetensors")
+    with pytest.raises(InputError, match=r"step-00000002 is damaged: generator\.safetensors"):
+        checkpoint.weights_file(path, "ema")
+
+
 def test_a_folder_without_checkpoints_has_no_weights(tmp_path):
     with pytest.raises(InputError) as error:
         checkpoint.weights_file(tmp_path, "generator")

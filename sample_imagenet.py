@@ -7,13 +7,16 @@ A killed run resumes with the same command; `OUTPUT_DIR.npz` appears when all im
 
 from pathlib import Path
 
+from accelerate import PartialState
+
 import configs.load
 from configs.schema import GeneratorRun
+from data.classes import first_names, printable, untrained_labels
 from evaluation.evaluator import Evaluator
 from evaluation.report import print_result
 from evaluation.sources import open_images
 from generation.folder import SampleFolder, read_codes
-from generation.job import sampling_job
+from generation.job import SamplingJob, sampling_job
 from generation.models import generator_checkpoint, load_models
 from runtime.processes import start_processes
 from runtime.program import run
@@ -34,6 +37,8 @@ def main(argv: list[str]) -> None:
     device = processes.device
     assert device is not None  # accelerate's type hint allows it
     job = sampling_job(options, device)
+    if codes is None:
+        warn_of_untrained(generator_checkpoint(experiment), job, processes)
     models = load_models(options.model, experiment, tokenizer_state, generator_state, device)
     folder = SampleFolder(
         Path(experiment.output_dir), job, models, processes, codes, experiment.save_png,
@@ -49,6 +54,17 @@ def main(argv: list[str]) -> None:
     images = folder.fill()
     if evaluator is not None:
         print_result(evaluator.evaluate(open_images(images), folder.count))
+
+
+def warn_of_untrained(weights: str, job: SamplingJob, processes: PartialState) -> None:
+    """Say which classes the job samples that the generator was never trained on, if that is known."""
+    missing = untrained_labels(weights, job.classes)
+    if missing:
+        names = first_names([str(label) for label in missing])
+        processes.print(
+            f"warning: {len(missing)} of {len(set(job.classes))} classes ({names}) were never trained "
+            f"in {printable(weights)}: set experiment.classes to those that were"
+        )
 
 
 if __name__ == "__main__":

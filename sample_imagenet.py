@@ -11,12 +11,13 @@ from accelerate import PartialState
 
 import configs.load
 from configs.schema import GeneratorRun
+from data.classes import first_names, printable, untrained_labels
 from evaluation.evaluator import Evaluator
 from evaluation.report import print_result
 from evaluation.sources import open_images
 from generation.folder import SampleFolder, read_codes
 from generation.job import SamplingJob, sampling_job
-from generation.models import generator_checkpoint, load_models, untrained_classes
+from generation.models import generator_checkpoint, load_models
 from runtime.processes import start_processes
 from runtime.program import run
 from training.checkpoint import read_weights
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     device = processes.device
     assert device is not None  # accelerate's type hint allows it
     job = sampling_job(options, device)
-    if generator_state is not None:
+    if codes is None:
         warn_of_untrained(generator_checkpoint(experiment), job, processes)
     models = load_models(options.model, experiment, tokenizer_state, generator_state, device)
     folder = SampleFolder(
@@ -55,14 +56,14 @@ def main(argv: list[str]) -> None:
         print_result(evaluator.evaluate(open_images(images), folder.count))
 
 
-def warn_of_untrained(checkpoint: str, job: SamplingJob, processes: PartialState) -> None:
-    """Say which classes the run of the generator never saw, where that is known."""
-    unseen = untrained_classes(checkpoint, job.classes)
-    if unseen:
-        few = ", ".join(map(str, unseen[:5])) + ", …" * (len(unseen) > 5)
+def warn_of_untrained(weights: str, job: SamplingJob, processes: PartialState) -> None:
+    """Say which classes the job samples that the generator was never trained on, if that is known."""
+    missing = untrained_labels(weights, job.classes)
+    if missing:
+        names = first_names([str(label) for label in missing])
         processes.print(
-            f"warning: {len(unseen)} of {len(set(job.classes))} classes were never trained: {few}; "
-            f"choose others with experiment.classes"
+            f"warning: {len(missing)} of {len(set(job.classes))} classes ({names}) were never trained "
+            f"in {printable(weights)}: set experiment.classes to those that were"
         )
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import configs.load
 from configs.schema import GeneratorRun
-from data.classes import describe_classes, printable
+from data.classes import describe_classes, printable, write_trained
 from data.images import VIEWS, TrainViews, scan_images, to_float
 from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
 from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_tokens
@@ -345,6 +345,12 @@ def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
         )
 
 
+def note_classes(run: Run, train: TrainingSet) -> None:
+    """Write into the run's folder what its generator knows, for the sampler's warning."""
+    trained = np.unique(train.labels).tolist()
+    on_main(lambda: write_trained(run.folder.path, train.classes, trained))
+
+
 def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData) -> None:
     """Validation, samples and gFID of one step, as far as they are due and configured."""
     options, log = run.options, run.log
@@ -438,6 +444,8 @@ def main(argv: list[str]) -> None:
     state = TrainState(run, options)
     workers = options.dataset.params.num_workers_per_gpu
     run.start(data.train.dataset, data.train.images, workers, data.train.skip_unreadable)
+    if not dry_run:
+        note_classes(run, data.train)
     run.flops_per_image = training_flops(options.model.generator)
     describe_run(run, state, data)
     report(run, run.first_step - 1, run.missing_reports(), state, data)

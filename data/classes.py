@@ -1,12 +1,16 @@
 """Class names. Two sets of images or codes are compared by the names of their classes, not by labels."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from runtime.errors import InputError
+from runtime.files import write_whole
 
 NAMES_SHOWN = 3
+TRAINED = "classes.json"  # in a generator's run folder: the classes that it was trained on
 
 
 def printable(name: object) -> str:
@@ -45,3 +49,25 @@ def map_labels(
             f"set has {describe_classes(wanted)}. Use sets with the same class names"
         )
     return mapped
+
+
+def write_trained(folder: Path, classes: Sequence[str], labels: Iterable[int]) -> None:
+    """Note in a run's folder which of its training set's classes have images: their `labels`."""
+    trained = {str(label): classes[label] for label in labels}
+    write_whole(folder / TRAINED, json.dumps(trained, indent=1).encode())
+
+
+def untrained_labels(weights: str | Path, labels: Iterable[int]) -> list[int]:
+    """Those of the labels that a generator was not trained on; none where that is unknown.
+
+    `weights` is a run folder, one of its checkpoints or a file in either.
+    """
+    path = Path(weights).absolute()
+    for folder in (path, *path.parents[:3]):
+        if (folder / TRAINED).is_file():
+            try:
+                trained = {int(label) for label in json.loads((folder / TRAINED).read_text())}
+            except (OSError, ValueError, TypeError):
+                return []  # it only serves a warning
+            return sorted(set(labels) - trained)
+    return []

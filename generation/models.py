@@ -1,16 +1,13 @@
 """The models of a sampling job with their weights, on the device, and how many images fit there."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Optional
 
 import psutil
 import torch
 from torch import Tensor
 
-from configs.load import config_beside, load
-from configs.schema import GeneratorExperiment, GeneratorModels, GeneratorRun
-from data.tokens import open_tokens
+from configs.schema import GeneratorExperiment, GeneratorModels
 from generation.job import SamplingJob
 from modeling.engine import DECODED_AT_ONCE, Engine, cache_bytes, free_memory
 from modeling.generator import Generator
@@ -72,23 +69,6 @@ def load_models(
         generator.to(device).eval()
         hashes["generator"] = tensors_hash(generator_state)
     return Models(tokenizer, generator, hashes, device)
-
-
-def untrained_classes(checkpoint: str, classes: tuple[int, ...]) -> list[int]:
-    """Those of `classes` that the token cache of the generator's run lacks.
-
-    Empty where `checkpoint` is no folder of a run, or the run's cache is no longer there: then
-    nobody knows.
-    """
-    config = config_beside(checkpoint) if Path(checkpoint).is_dir() else None
-    if config is None:
-        return []
-    run = load(GeneratorRun, [f"config={config}"])
-    if run.dataset.params.train_dir or not Path(run.dataset.params.pretokenization).is_dir():
-        return []
-    return sorted(
-        set(classes) - set(open_tokens(run.dataset.params.pretokenization).labels.tolist())
-    )
 
 
 def largest_batch(models: Models, job: SamplingJob) -> int:

@@ -155,7 +155,7 @@ def test_caches_of_encoders_with_other_heads_are_refused(train, tmp_path, tokeni
     train(option, f"dataset.params.val_pretokenization={cache}", "training.max_train_steps=1")
 
 
-def test_header_names_the_classes_and_warns_of_missing_ones(train, cache, capsys):
+def test_header_names_the_classes_and_warns_of_missing_ones(train, cache, tmp_path, capsys):
     train("training.max_train_steps=1")
     said = capsys.readouterr().out
     assert f"{cache}: 24 images, 3 classes of 3 configured (a, b, c)" in said
@@ -163,6 +163,8 @@ def test_header_names_the_classes_and_warns_of_missing_ones(train, cache, capsys
     train("training.max_train_steps=1", "model.generator.condition_num_classes=10", run="ten")
     said = capsys.readouterr().out
     assert "3 classes of 10 configured" in said
+    trained = json.loads((tmp_path / "ten/classes.json").read_text())
+    assert trained == {"0": "a", "1": "b", "2": "c"}
     assert "warning: 7 of model.generator.condition_num_classes=10 classes have no image" in said
 
 

@@ -297,15 +297,6 @@ class TrainState:
     def critic_turn(self) -> tuple[nn.Module, Any]:
         return self.critic, self.critic_optimizer
 
-    def judge(self, images: Tensor) -> Tensor:
-        """The discriminator's logits in the tokenizer's loss, float32, computed as in its own steps.
-
-        Not by the wrapped module: DDP would wait for its gradients, which no step uses.
-        """
-        assert self.discriminator is not None
-        with self.accelerator.autocast():
-            return self.discriminator(images).float()
-
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
         if self.critic is not None:
@@ -434,7 +425,7 @@ def tokenizer_loss(
     options = state.options
     terms = tokenizer_terms(
         out, images, state.config, options.model.stage, phase, options.losses, state.networks,
-        state.judge,
+        state.discriminator,
     )  # fmt: skip
     loss: Any = sum(weight * value for weight, value in terms.values())
     return loss, {"loss": loss, **{name: value for name, (_, value) in terms.items()}}, out

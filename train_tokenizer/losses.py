@@ -1,6 +1,5 @@
 """The tokenizer's loss: named terms, each computed only when its weight is not 0."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from configs.schema import Losses, Phase
 from evaluation.lpips import LPIPS
 from modeling.tokenizer import TokenizerConfig, TokenizerOutput, prefix_target
-from train_tokenizer.discriminator import adversarial_loss
+from train_tokenizer.discriminator import Discriminator, adversarial_loss
 from train_tokenizer.perceptual import ConvNeXtLogits
 
 # The published adversarial term is -mean(D(fake)) × 0.1 × 0.05; a phase's gan_weight is the product.
@@ -40,7 +39,7 @@ def tokenizer_terms(
     phase: Phase,
     losses: Losses,
     networks: FrozenNetworks,
-    discriminator: Optional[Callable[[Tensor], Tensor]],
+    discriminator: Optional[Discriminator],
 ) -> dict[str, tuple[float, Tensor]]:
     """(weight, value) of every term of one step, on images (B, 3, S, S) in [0, 1], in float32.
 

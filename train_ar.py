@@ -4,10 +4,11 @@ The same command resumes an interrupted run. `--dry-run` runs a few steps, print
 needs, and writes nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -22,7 +23,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import configs.load
 from configs.schema import GeneratorRun
-from data.images import VIEWS, TrainViews, list_images, to_float
+from data.classes import describe_classes, printable
+from data.images import VIEWS, TrainViews, scan_images, to_float
+from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
 from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_tokens
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
@@ -43,6 +46,7 @@ from training.utilisation import training_flops
 
 WEIGHTS = Path("weights")  # the published files that metrics need
 GRID_CLASSES, GRID_PER_CLASS = 10, 4  # of a sample grid
+PROBED = 16  # images of a cache whose codes are read before the first step
 EXPORTS = {"generator": "generator", "ema": "generator_ema"}  # checkpoint's name -> exported name
 # Settings that may differ when a run is resumed: none of them moves its weights, but for rounding.
 # The number of images, the global batch and the tokenizer are compared by themselves.
@@ -61,59 +65,126 @@ WHOLE_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)  # {} o
 
 # ---------------------------------------------------------------------- data
 @dataclass
+class TrainingSet:
+    """What a run learns from: all of a token cache or of an image folder, or a part of it."""
+
+    source: str
+    dataset: Dataset  # (codes or image, label) by (epoch, index)
+    listed: int  # images in the source
+    images: int  # of these, that are trained on
+    views: int  # per image
+    labels: np.ndarray  # (images,)
+    classes: list[str]  # names; a label is an index into them
+    skip_unreadable: Optional[int]  # None for codes
+    left_out: str = ""  # what else the source holds, in words
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run compares. Earlier versions trained on the first images, not a sample."""
+        sample = {} if self.images == self.listed else {"choice of images": "even over classes"}
+        return {"images": self.images, "views": self.views, **sample}
+
+    @property
+    def shown_classes(self) -> list[str]:
+        """The names of the classes that have an image."""
+        return [self.classes[label] for label in np.unique(self.labels)]
+
+
+@dataclass
 class GeneratorData:
     """What a run learns from and is scored with, and the tokenizer that this may need."""
 
-    dataset: Dataset  # (codes or image, label) by (epoch, index)
-    images: int
-    views: int  # per image
+    train: TrainingSet
     tokenizer_hash: str  # of the tokenizer that makes, or made, the codes
     tokenizer: Optional[Tokenizer]  # for samples and to encode images; on the device, frozen
     encoder: Optional[Tokenizer]  # the tokenizer, where the dataset yields images to encode
-    validation: Optional[TokenCache]
+    validation: Optional[TokenCache]  # its labels are the training set's
     evaluator: Optional[Evaluator]  # for gFID
 
 
 def open_data(options: GeneratorRun, accelerator: Accelerator) -> GeneratorData:
     """Open the token cache or the image folder of a run, and what it is evaluated with.
 
-    Raises InputError where one of them does not fit the configured models.
+    Raises InputError where one of them does not fit the configured models, or the other.
     """
-    params, config = options.dataset.params, options.model.generator
-    seed, limit = options.training.seed, options.experiment.max_train_examples
-    draws = (seed, config.class_label_dropout, config.no_class)
-    tokenizer, tokenizer_hash = None, None
-    if options.experiment.generate_every or params.train_dir is not None:
+    params, experiment = options.dataset.params, options.experiment
+    tokenizer = tokenizer_hash = encoder = heads = None
+    if experiment.generate_every or params.train_dir is not None:
         tokenizer, tokenizer_hash = load_tokenizer(options)
         tokenizer.to(accelerator.device)
+        heads = options.model.vq_model.encoder_heads
+    known = tokenizer_hash
     if params.train_dir is None:
-        store = open_cache(params.pretokenization, options, tokenizer_hash)
-        images, views, tokenizer_hash = store.images, store.views, store.manifest["tokenizer"]
-        dataset: Dataset = TrainTokens(store, *draws)
+        store = open_cache(params.pretokenization, options, known, heads)
+        tokenizer_hash = store.manifest["tokenizer"]
+        known, heads = known or tokenizer_hash, heads or store.manifest.get("encoder_heads")
+        train = train_on_codes(store, options)
     else:
-        samples, classes = list_images(params.train_dir)
-        check_classes(params.train_dir, classes, options)
-        images, views = len(samples), VIEWS["ten_crop"]
-        dataset = TrainViews(samples, options.model.vq_model.image_size, *draws)
+        train, encoder = train_on_images(params.train_dir, options), tokenizer
     validation = None
     if params.val_pretokenization is not None:
-        validation = open_cache(params.val_pretokenization, options, tokenizer_hash)
+        validation = open_cache(params.val_pretokenization, options, known, heads)
+        validation.use_classes(train.classes)
     evaluator = in_training.open_evaluator(
-        options.experiment.fid_reference,
-        bool(options.experiment.generate_every),
-        "experiment.generate_every",
+        experiment.fid_reference,
+        experiment.num_fid_samples if experiment.generate_every else 0,
+        f"experiment.{'num_fid_samples' if experiment.generate_every else 'generate_every'}",
         WEIGHTS,
         options.model.vq_model.image_size,
     )
-    if options.experiment.generate_every:
-        in_training.job_in_training(
-            options, accelerator.device
-        )  # refused now, not at first samples
-    encoder = None if params.train_dir is None else tokenizer
-    return GeneratorData(
-        dataset, min(images, limit or images), views, str(tokenizer_hash), tokenizer, encoder,
-        validation, evaluator,
+    if experiment.generate_every:  # refused now, not at the first samples
+        in_training.job_in_training(options, accelerator.device)
+    return GeneratorData(train, str(tokenizer_hash), tokenizer, encoder, validation, evaluator)
+
+
+def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
+    """The images of a token cache, or a sample of them."""
+    if options.dataset.params.skip_unreadable:
+        raise InputError(
+            f"dataset.params.skip_unreadable={options.dataset.params.skip_unreadable}: a token cache "
+            f"holds no images; leave it out, or set dataset.params.train_dir to train on images "
+            f"(pretokenization.py has --skip_unreadable)"
+        )
+    dataset = TrainTokens(store, *draws_of(options))
+    source = str(store.folder)
+    return sampled(
+        TrainingSet(
+            source, dataset, store.images, store.images, store.views, store.labels, store.classes,
+            skip_unreadable=None,
+        ),
+        options,
     )  # fmt: skip
+
+
+def train_on_images(folder: str, options: GeneratorRun) -> TrainingSet:
+    """The ten crops of the images of a folder, or of a sample of them."""
+    listing = scan_images(folder)
+    check_classes(folder, listing.classes, options)
+    dataset = TrainViews(listing.samples, options.model.vq_model.image_size, *draws_of(options))
+    labels = np.array([label for _, label in listing.samples])
+    return sampled(
+        TrainingSet(
+            folder, dataset, len(labels), len(labels), VIEWS["ten_crop"], labels, listing.classes,
+            options.dataset.params.skip_unreadable, listing.describe_left_out(),
+        ),
+        options,
+    )  # fmt: skip
+
+
+def draws_of(options: GeneratorRun) -> tuple[int, float, int]:
+    """Seed, share of dropped labels and the label that stands for them."""
+    config = options.model.generator
+    return options.training.seed, config.class_label_dropout, config.no_class
+
+
+def sampled(train: TrainingSet, options: GeneratorRun) -> TrainingSet:
+    """The part that `experiment.max_train_examples` leaves, spread over all classes."""
+    limit = options.experiment.max_train_examples
+    if limit is None or limit >= train.images:
+        return train
+    chosen = spread_over_classes(train.labels, limit)
+    return replace(
+        train, dataset=KeyedSubset(train.dataset, chosen), images=limit, labels=train.labels[chosen]
+    )
 
 
 def load_tokenizer(options: GeneratorRun) -> tuple[Tokenizer, str]:
@@ -125,12 +196,17 @@ def load_tokenizer(options: GeneratorRun) -> tuple[Tokenizer, str]:
     return tokenizer.eval().requires_grad_(False), fingerprint(state)
 
 
-def open_cache(path: str, options: GeneratorRun, tokenizer: str | None) -> TokenCache:
-    """A token cache that fits the configured models and, where it is known, the tokenizer."""
-    store = open_tokens(path)
-    model = options.model
-    store.check(model.vq_model.codebook_size, model.vq_model.num_tokens, tokenizer)
+def open_cache(
+    path: str, options: GeneratorRun, tokenizer: str | None, encoder_heads: int | None
+) -> TokenCache:
+    """A token cache that fits the configured models and, where these are known, the fingerprint of
+    the tokenizer and its encoder's heads. Labels and some codes are read: a mistake shows now."""
+    store, sizes = open_tokens(path), options.model.vq_model
+    store.check(sizes.codebook_size, sizes.num_tokens, tokenizer, encoder_heads)
     check_classes(path, store.classes, options)
+    store.check_labels()
+    for image in evenly_spaced(store.images, min(store.images, PROBED)).tolist():
+        store.codes(image, 0)
     return store
 
 
@@ -229,8 +305,7 @@ def settings_of(run: Run, data: GeneratorData) -> dict[str, Any]:
     """What makes the run the run that it is, to compare when it is resumed."""
     return {
         **flatten(configs.load.as_dict(run.options)),
-        "images": data.images,
-        "views": data.views,
+        **data.train.identity(),
         "global batch": run.global_batch,
         "tokenizer": data.tokenizer_hash,
     }
@@ -241,17 +316,33 @@ def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
     training, world = run.training, run.accelerator.num_processes
     parameters = sum(p.numel() for p in state.generator.parameters())
     samples = run.total_steps * run.global_batch
-    epochs = samples / data.images
+    epochs = samples / data.train.images
+    describe_data(run, state, data.train)
     run.log.say(
         f"{parameters / 1e6:.1f}M parameters on {world} x {device_name(run.accelerator.device)}, "
         f"{precision(training)}{', compiled' * state.compiled}"
     )
     run.log.say(
-        f"{data.images} images x {data.views} views; {run.global_batch} images per step = "
+        f"{data.train.images} images x {data.train.views} views; {run.global_batch} images per step = "
         f"{training.per_gpu_batch_size} x {world} ranks x {training.gradient_accumulation_steps}; "
         f"steps {run.first_step} to {run.total_steps}, {epochs:.1f} epochs of the images or "
-        f"{epochs / data.views:.1f} of all views, {samples * state.config.image_seq_len / 1e9:.3g}G codes"
+        f"{epochs / data.train.views:.1f} of all views, {samples * state.config.image_seq_len / 1e9:.3g}G codes"
     )
+
+
+def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
+    """The header's lines on images and classes, and a warning where classes are missing."""
+    configured, shown = state.config.condition_num_classes, train.shown_classes
+    sample = "" if train.images == train.listed else f"{train.images}, spread over all classes, of "
+    run.log.say(
+        f"{printable(train.source)}: {sample}{train.listed} images, "
+        f"{describe_classes(shown, configured)}{train.left_out}"
+    )
+    if len(shown) < configured:
+        run.log.say(
+            f"warning: {configured - len(shown)} of model.generator.condition_num_classes="
+            f"{configured} classes have no image to train on: samples of them will mean nothing"
+        )
 
 
 def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData) -> None:
@@ -283,10 +374,9 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData
                 if grid is not None:
                     log.images(step, "samples", grid, GRID_CLASSES)
                 if evaluator is not None:
-                    values = run.attempt(
-                        "gFID",
-                        lambda: in_training.generated(evaluator, generator, tokenizer, options),
-                    )
+                    scores = in_training.GeneratedScores(evaluator, generator, tokenizer, options)
+                    measured = run.attempt("gFID", scores.measure)
+                    values = None if measured is None else run.attempt("gFID", measured.reduced)
                     if values is not None:
                         log.metrics(step, values)
 
@@ -346,7 +436,8 @@ def main(argv: list[str]) -> None:
     settings = settings_of(run, data)
     run.resume(settings, IGNORED_ON_RESUME)
     state = TrainState(run, options)
-    run.start(data.dataset, data.images, options.dataset.params.num_workers_per_gpu)
+    workers = options.dataset.params.num_workers_per_gpu
+    run.start(data.train.dataset, data.train.images, workers, data.train.skip_unreadable)
     run.flops_per_image = training_flops(options.model.generator)
     describe_run(run, state, data)
     report(run, run.first_step - 1, run.missing_reports(), state, data)

@@ -126,7 +126,9 @@ class Experiment:
         100, "Steps between logged gradient norms; 0: none.", at_least=0
     )
     max_train_examples: Optional[int] = option(
-        None, "Train on this many images only; null: all.", at_least=1
+        None,
+        "Train on this many images only, spread over all classes; null: all.",
+        at_least=1,
     )
     fid_reference: Optional[str] = option(
         None,
@@ -279,6 +281,12 @@ class TokenDataParams:
     val_pretokenization: Optional[str] = option(
         None, "A held-out token cache for experiment.eval_every.", path=True
     )
+    skip_unreadable: int = option(
+        0,
+        "Unreadable images that the next readable one may replace; unreadable.txt in the run's folder "
+        "lists them. Only with train_dir.",
+        at_least=0,
+    )
     num_workers_per_gpu: int = option(
         4, "Reading processes per GPU; 0: none.", at_least=0, at_most=1024
     )
@@ -421,6 +429,18 @@ class ImageDataParams:
     )
     val_dir: Optional[str] = option(
         None, "Held-out images, likewise, for evaluation and previews.", path=True
+    )
+    train_root: Optional[str] = option(
+        None,
+        "Folder of the relative paths in those text files; null: the folder of the file, which "
+        "always comes first.",
+        path=True,
+    )
+    skip_unreadable: int = option(
+        0,
+        "Unreadable images that the next readable one may replace; unreadable.txt in the run's folder "
+        "lists them.",
+        at_least=0,
     )
     resize: Optional[int] = option(
         None,

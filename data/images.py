@@ -44,11 +44,13 @@ class ImageListing:
 
     def describe(self, configured: int | None = None) -> str:
         """A program's header: numbers of images and classes, first names, and what is left out."""
-        text = f"{len(self.samples)} images, {describe_classes(self.classes, configured)}"
-        if self.left_out:
-            kinds = [f"{count} {printable(kind)}" for kind, count in sorted(self.left_out.items())]
-            text += f"; left out: {', '.join(kinds)}"
-        return text
+        classes = describe_classes(self.classes, configured)
+        return f"{len(self.samples)} images, {classes}{self.describe_left_out()}"
+
+    def describe_left_out(self) -> str:
+        """`; left out: 2 .gif, …`; empty where nothing is."""
+        kinds = [f"{count} {printable(kind)}" for kind, count in sorted(self.left_out.items())]
+        return f"; left out: {', '.join(kinds)}" * bool(kinds)
 
 
 def scan_images(root: str | Path) -> ImageListing:

@@ -33,18 +33,19 @@ CHUNK = 64  # images sampled together where the config sets no number
 
 
 def open_evaluator(
-    reference: Optional[str], ready: bool, needed: str, weights: Path, image_size: int
+    reference: Optional[str], images: int, needed: str, weights: Path, image_size: int
 ) -> Optional[Evaluator]:
     """The reference to score against, if there is one.
 
-    `needed` names the options that a score cannot do without, `ready` says that they are set;
-    `weights` is the folder of Inception's file. Raises InputError, also for a reference of another
-    size than image_size x image_size pixels.
+    `images` is the number of images to score, 0 where the options `needed`, which a score cannot do
+    without, are not set; `weights` is the folder of Inception's file. Raises InputError, also for a
+    reference of another size than image_size x image_size pixels.
     """
     if reference is None:
         return None
-    if not ready:
-        raise InputError(f"experiment.fid_reference={reference} needs {needed}")
+    if images < 2:
+        more = "" if images == 0 else ", of 2 images or more"
+        raise InputError(f"experiment.fid_reference={reference} needs {needed}{more}")
     return Evaluator.open(reference, PartialState(), weights, size=(image_size, image_size))
 
 
@@ -79,23 +80,47 @@ def metrics_of(evaluator: Evaluator, collector: Collector, name: str) -> dict[st
     }
 
 
-@torch.no_grad()
-def generated(
-    evaluator: Evaluator, generator: Generator, tokenizer: Tokenizer, options: GeneratorRun
-) -> dict[str, float]:
-    """val/gFID and the other metrics of the images that sample_imagenet.py would make."""
-    processes, size = evaluator.processes, options.model.vq_model.image_size
-    job = job_in_training(options, generator.output.weight.device)
-    chunk = job.chunk or CHUNK
-    collector = Collector("generated images", job.count, (size, size), evaluator.network)
-    starts = share_of(range(0, job.count, chunk), processes.process_index, processes.num_processes)
-    batches = [range(start, min(start + chunk, job.count)) for start in starts]
-    with matmul_precision(job.precision):
-        engine = Engine(generator, chunk, job.sampling, job.dtype)
-        for batch in sample_images(engine, tokenizer, job, batches):
-            pixels = torch.from_numpy(batch.images).permute(0, 3, 1, 2)
-            collector.add(batch.indices.start, pixels)
-    return metrics_of(evaluator, collector, "gFID")
+class GeneratedScores:
+    """val/gFID and the other metrics of the images that sample_imagenet.py would make.
+
+    Two calls, so that an error on one rank leaves no other rank waiting: `measure` samples this
+    rank's share of the images, `reduced` adds up over all ranks.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        options: GeneratorRun,
+    ):
+        self.evaluator, self.generator, self.tokenizer = evaluator, generator, tokenizer
+        self.options = options
+        self.collector: Optional[Collector] = None
+
+    @torch.no_grad()
+    def measure(self) -> "GeneratedScores":
+        """Sample this rank's share; talks to no other rank."""
+        processes, size = self.evaluator.processes, self.options.model.vq_model.image_size
+        job = job_in_training(self.options, self.generator.output.weight.device)
+        chunk, rank, world = job.chunk or CHUNK, processes.process_index, processes.num_processes
+        collector = Collector("generated images", job.count, (size, size), self.evaluator.network)
+        batches = [
+            range(start, min(start + chunk, job.count))
+            for start in share_of(range(0, job.count, chunk), rank, world)
+        ]
+        with matmul_precision(job.precision):
+            engine = Engine(self.generator, chunk, job.sampling, job.dtype)
+            for batch in sample_images(engine, self.tokenizer, job, batches):
+                pixels = torch.from_numpy(batch.images).permute(0, 3, 1, 2)
+                collector.add(batch.indices.start, pixels)
+        self.collector = collector
+        return self
+
+    def reduced(self) -> dict[str, float]:
+        """The metrics on rank 0, nothing elsewhere; all ranks call this together."""
+        assert self.collector is not None, "measure comes first"
+        return metrics_of(self.evaluator, self.collector, "gFID")
 
 
 class ReconstructionScores:

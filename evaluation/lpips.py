@@ -14,6 +14,7 @@ from runtime.published import find_published
 
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's name, ImageNet weights V1
 LPIPS_FILE = "lpips_vgg.pth"  # weights/v0.1/vgg.pth of the LPIPS repository
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 NOT_AS_A_LOSS = " (in training: or set the weight of its loss to 0)"
 
 
@@ -44,6 +45,9 @@ class LPIPS(nn.Module):
     # Indices in torchvision's VGG16 after which relu1_2 … relu5_3 are read, with their channels.
     TAPS = ((4, 64), (9, 128), (16, 256), (23, 512), (30, 512))
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, weights: Optional[Path]):
         super().__init__()
         vgg = vgg16()
@@ -63,15 +67,14 @@ class LPIPS(nn.Module):
         else:
             for head in heads:  # distances are non-negative
                 nn.init.uniform_(head.get_parameter("model.1.weight"), 0, 1)
-        # VGG's normalisation, for images in [-1, 1].
-        self.shift = (-0.030, -0.088, -0.188)
-        self.scale = (0.458, 0.448, 0.450)
+        # VGG's normalisation, for images in [-1, 1]. Buffers: a constant made in the step would be a
+        # copy to the device that the host waits for. No file holds them.
+        for name, values in (("shift", SHIFT), ("scale", SCALE)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        x = (images - images.new_tensor(self.shift).view(3, 1, 1)) / images.new_tensor(
-            self.scale
-        ).view(3, 1, 1)
+        x = (images - self.shift) / self.scale
         taps = []
         for stage in self.stages:
             x = stage(x)

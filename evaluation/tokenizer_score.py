@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.load import tokenizer_config
-from data.images import list_images
+from data.classes import printable
+from data.images import scan_images
 from data.pictures import picture_grid, to_pixels, write_png
 from evaluation.evaluator import compare, conditions, protocol, warnings_of
 from evaluation.features import FeatureNetwork
@@ -76,7 +77,9 @@ def score_tokenizer(
     """
     size, device = tokenizer.config.image_size, tokenizer.latent_tokens.device
     check_window(size)
-    paths = [path for path, _ in list_images(folder)[0]]
+    listing = scan_images(folder)
+    processes.print(f"{printable(folder)}: {listing.describe()}")
+    paths = listing.paths
     before, after = (
         Collector(name, len(paths), (size, size), network)
         for name in (str(folder), "its reconstructions")

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 
 import configs.load
-from configs.schema import Phase, TokenizerRun
-from data.images import TrainImages, list_paths, to_float
+from configs.schema import ImageDataParams, Phase, TokenizerRun
+from data.classes import printable
+from data.images import TrainImages, list_paths, load_image, scan_images, to_float
+from data.subset import spread_over_classes
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from evaluation.lpips import LPIPS, lpips_is_available
@@ -35,10 +38,10 @@ from runtime.errors import InputError
 from runtime.processes import compiles, on_main
 from runtime.program import run as run_program
 from runtime.randomness import seed_step
-from train_tokenizer.discriminator import Discriminator, hinge_loss
+from train_tokenizer.discriminator import Discriminator, hinge_loss, weights_frozen
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training import checkpoint
-from training.accelerator import numerics_of, precision, start_training
+from training.accelerator import numerics_of, precision, start_training, tune_convolutions
 from training.dry_run import Stretch, split_dry_run
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run, flatten
@@ -55,7 +58,8 @@ RAW_WEIGHTS = "unaveraged"
 # Of the phases, those that have begun are compared.
 IGNORED_ON_RESUME = (
     "experiment.", "dataset.params.train_dir", "dataset.params.val_dir",
-    "dataset.params.num_workers_per_gpu", "model.use_checkpoint",
+    "dataset.params.num_workers_per_gpu", "dataset.params.train_root",
+    "dataset.params.skip_unreadable", "model.use_checkpoint",
     "training.gradient_accumulation_steps", "training.per_gpu_batch_size", "training.enable_",
     "training.compile", "training.timeout_minutes", "training.max_train_steps",
 )  # fmt: skip
@@ -69,24 +73,48 @@ class TokenizerData:
     """What a run learns from, and the held-out images and networks that it is evaluated with."""
 
     paths: list[str]
+    source: str  # what they are of, in words
+    whole: bool  # whether that is all of them
     dataset: TrainImages
     validation: list[str]  # paths of held-out images; may be empty
     evaluator: Optional[Evaluator]  # for rFID
 
 
 def open_data(options: TokenizerRun) -> TokenizerData:
-    """List the images of a run. Raises InputError where there are none, or they would be too small."""
+    """List the images of a run. Raises InputError where there are none, or they would be too small,
+    and where a list or a held-out image cannot be read."""
     params, size = options.dataset.params, options.model.vq_model.image_size
     resize = params.resize or size
     if resize < size:
         raise InputError(f"dataset.params.resize={resize} is smaller than the image size {size}")
-    paths = list_paths(params.train_dir)[: options.experiment.max_train_examples]
-    validation = list_paths(params.val_dir) if params.val_dir else []
+    lists = [path for path in (params.train_dir, params.val_dir) if path and Path(path).is_file()]
+    if params.train_root is not None and not lists:
+        raise InputError(
+            f"dataset.params.train_root={params.train_root} is for text files of paths, and "
+            f"dataset.params.train_dir={params.train_dir} is none: leave train_root out"
+        )
+    listed, labels, source = list_training(params)
+    chosen = spread_over_classes(labels, options.experiment.max_train_examples or len(listed))
+    paths = [listed[i] for i in chosen]
+    validation = list_paths(params.val_dir, params.train_root) if params.val_dir else []
+    for path in validation[:1]:  # a mistake shows now, not at the first evaluation
+        load_image(path)
     evaluator = in_training.open_evaluator(
-        options.experiment.fid_reference, bool(validation), "dataset.params.val_dir", WEIGHTS, size
+        options.experiment.fid_reference, len(validation), "dataset.params.val_dir", WEIGHTS, size
     )
     dataset = TrainImages(paths, size, resize, params.random_flip, options.training.seed)
-    return TokenizerData(paths, dataset, validation, evaluator)
+    whole = len(paths) == len(listed)
+    return TokenizerData(paths, source, whole, dataset, validation, evaluator)
+
+
+def list_training(params: ImageDataParams) -> tuple[list[str], np.ndarray, str]:
+    """All training images: paths, labels and, in words, where they are. A list has one label."""
+    if Path(params.train_dir).is_file():
+        paths = list_paths(params.train_dir, params.train_root)
+        return paths, np.zeros(len(paths), np.int64), f"a list of {len(paths)} images"
+    listing = scan_images(params.train_dir)
+    labels = np.array([label for _, label in listing.samples])
+    return listing.paths, labels, listing.describe()
 
 
 # ---------------------------------------------------------------------- what is trained
@@ -297,10 +325,14 @@ class TrainState:
     def critic_turn(self) -> tuple[nn.Module, Any]:
         return self.critic, self.critic_optimizer
 
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
-        if self.critic is not None:
-            self.critic_optimizer.zero_grad()  # the tokenizer's step leaves gradients there too
+    def judge(self, images: Tensor) -> Tensor:
+        """The discriminator's logits in the tokenizer's loss, float32, computed as in its own steps.
+
+        Its weights take no gradients here. Not by the wrapped module: DDP would wait for them.
+        """
+        assert self.discriminator is not None
+        with weights_frozen(self.discriminator), self.accelerator.autocast():
+            return self.discriminator(images).float()
 
 
 # ---------------------------------------------------------------------- reports
@@ -308,7 +340,10 @@ def settings_of(run: Run, data: TokenizerData, step: int) -> dict[str, Any]:
     """What has made the run the run that it is until `step`, to compare when it is resumed."""
     options = run.options
     so_far = {**configs.load.as_dict(options), "phases": begun(options.phases, step)}
-    return {**flatten(so_far), "images": len(data.paths), "global batch": run.global_batch}
+    # Earlier versions trained on the first images, not on a sample.
+    sample = {} if data.whole else {"choice of images": "even over classes"}
+    images = {"images": len(data.paths), **sample}
+    return {**flatten(so_far), **images, "global batch": run.global_batch}
 
 
 def begun(phases: list[Phase], step: int) -> list[dict]:
@@ -350,6 +385,8 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
         log.say("warning: perceptual.pretrained=false: the networks are random, for tests only")
     if data.validation and state.lpips is None:
         log.say("no val/lpips: it needs VGG16 and its heads (weights/README.md)")
+    sample = "" if data.whole else f"{len(data.paths)} images, spread over all of "
+    log.say(f"{printable(options.dataset.params.train_dir)}: {sample}{data.source}")
     trained = sum(p.numel() for p in state.tokenizer.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in state.tokenizer.parameters()) - trained
     phases = " + ".join(f"{p.name} {p.steps}" for p in options.phases)
@@ -383,14 +420,14 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData
 def evaluate(run: Run, state: TrainState, data: TokenizerData) -> Optional[dict[str, float]]:
     """Metrics of the held-out reconstructions, and rFID with a reference, from one pass over them.
 
-    None, after a warning, where an image cannot be read.
+    None, after a warning, where an image cannot be read or a figure cannot be computed.
     """
     scores = in_training.ReconstructionScores(
         state.averaged, data.validation, PartialState(), state.lpips, data.evaluator
     )
     batch, workers = run.training.per_gpu_batch_size, run.options.dataset.params.num_workers_per_gpu
     measured = run.attempt("evaluation", lambda: scores.measure(batch, workers))
-    return None if measured is None else measured.reduced()
+    return None if measured is None else run.attempt("evaluation", measured.reduced)
 
 
 def preview(tokenizer: Tokenizer, paths: list[str]) -> Tensor:
@@ -425,7 +462,7 @@ def tokenizer_loss(
     options = state.options
     terms = tokenizer_terms(
         out, images, state.config, options.model.stage, phase, options.losses, state.networks,
-        state.discriminator,
+        state.judge,
     )  # fmt: skip
     loss: Any = sum(weight * value for weight, value in terms.values())
     return loss, {"loss": loss, **{name: value for name, (_, value) in terms.items()}}, out
@@ -447,11 +484,13 @@ def main(argv: list[str]) -> None:
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
     exact_attention = options.model.vq_model.exact_attention
     accelerator = refuse_fsdp(start_training(training, exact_attention))
+    tune_convolutions(accelerator.device)
     data = open_data(options)
     run = Run(accelerator, options, stretches_of(phases), dry_run)
     run.resume(settings_of(run, data, run.first_step - 1), IGNORED_ON_RESUME)
     state = TrainState(run, options, evaluates=bool(data.validation))
-    run.start(data.dataset, len(data.paths), options.dataset.params.num_workers_per_gpu)
+    params = options.dataset.params
+    run.start(data.dataset, len(data.paths), params.num_workers_per_gpu, params.skip_unreadable)
     describe_run(run, state, data)
     report(run, run.first_step - 1, run.missing_reports(), state, data)
 
@@ -481,7 +520,7 @@ def main(argv: list[str]) -> None:
         run.watch(step, norm, optimizer)
         set_learning_rate(optimizer, lr)
         optimizer.step()
-        state.zero_grad()
+        optimizer.zero_grad()
         if state.ema is not None and not train_critic:
             state.ema.update(state.tokenizer)
 

@@ -4,6 +4,8 @@ Attribute names are the keys of the published state dict.
 """
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +86,22 @@ class Discriminator(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.to_logits(self.pool(x))
+
+
+@contextmanager
+def weights_frozen(module: nn.Module) -> Iterator[None]:
+    """Around a forward pass whose gradient reaches the input, but no parameter of `module`.
+
+    The backward pass may come later: which gradients it computes is decided by the forward pass.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -1,24 +1,35 @@
 """The tokenizer's loss: named terms, each computed only when its weight is not 0."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.schema import Losses, Phase
 from evaluation.lpips import LPIPS
 from modeling.tokenizer import TokenizerConfig, TokenizerOutput, prefix_target
-from train_tokenizer.discriminator import Discriminator, adversarial_loss
+from train_tokenizer.discriminator import adversarial_loss
 from train_tokenizer.perceptual import ConvNeXtLogits
 
 # The published adversarial term is -mean(D(fake)) × 0.1 × 0.05; a phase's gan_weight is the product.
 
 
+N = TypeVar("N", bound=nn.Module)
+
+
+def channels_last(network: N, device: torch.device) -> N:
+    """The network on `device`, its convolutions' weights and outputs in channels_last."""
+    to: Any = network.to  # none of its declared overloads has memory_format
+    return to(device, memory_format=torch.channels_last)
+
+
 class FrozenNetworks:
     """The perceptual networks that at least one phase needs, on the training device.
 
+    Their convolutions run in channels_last, the layout of tensor cores and of ConvNeXt's norms.
     `weights` is the folder of their published files; None leaves them random, for tests.
     """
 
@@ -26,9 +37,9 @@ class FrozenNetworks:
         self.convnext: Optional[ConvNeXtLogits] = None
         self.lpips: Optional[LPIPS] = None
         if any(p.perceptual_weight for p in phases):
-            self.convnext = ConvNeXtLogits(weights).to(device)
+            self.convnext = channels_last(ConvNeXtLogits(weights), device)
         if any(p.lpips_weight for p in phases):
-            self.lpips = LPIPS(weights).to(device)
+            self.lpips = channels_last(LPIPS(weights), device)
 
 
 def tokenizer_terms(
@@ -39,7 +50,7 @@ def tokenizer_terms(
     phase: Phase,
     losses: Losses,
     networks: FrozenNetworks,
-    discriminator: Optional[Discriminator],
+    discriminator: Optional[Callable[[Tensor], Tensor]],
 ) -> dict[str, tuple[float, Tensor]]:
     """(weight, value) of every term of one step, on images (B, 3, S, S) in [0, 1], in float32.
 

@@ -58,6 +58,11 @@ def start_training(training: Training, exact_attention: bool = False) -> Acceler
     return accelerator
 
 
+def tune_convolutions(device: torch.device) -> None:
+    """On CUDA, let cuDNN time its algorithms once per shape; the shapes of training are fixed."""
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+
+
 def start_fsdp(accelerator: Accelerator) -> None:
     """Let the FSDP that accelerate's config asks for run on CPUs too, and compute as DDP does."""
     state = accelerator.state

@@ -1,6 +1,7 @@
 """What both training loops share: `Run`, and the folder that it works in, `RunFolder`."""
 
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import configs.load
 from configs.schema import Experiment, Training
 from data.loader import training_loader
+from data.unreadable import SkipUnreadable, lines_of
 from runtime.errors import InputError
 from runtime.files import lock_folder, write_whole
 from runtime.parts import differing
@@ -32,6 +33,7 @@ from training.optim import FiniteGuard
 from training.utilisation import peak_flops
 
 T = TypeVar("T")
+UNREADABLE = "unreadable.txt"  # in a run's folder: images that others replace, one path per line
 REPORTED = ".reported"  # in a run's folder: the last checkpointed step whose reports are complete
 RENAMED_SETTINGS = {"batch in all": "global batch"}  # as earlier checkpoints call them
 # Options that earlier checkpoints do not name, with the values that those runs had.
@@ -223,6 +225,7 @@ class Run:
         self.window, self.guard = Window(), FiniteGuard(accelerator)
         self._timed_from: float | None = None
         self._time_said = False
+        self._unreadable = 0  # images that were reported as replaced
 
     # -------------------------------------------------- set-up
     def resume(self, settings: dict[str, Any], ignored: tuple[str, ...]) -> None:
@@ -237,15 +240,23 @@ class Run:
     def resumed(self) -> bool:
         return self.folder.source is not None
 
-    def start(self, dataset: Dataset, images: int, workers: int) -> None:
-        """Build the loader over (epoch, index < `images`), lock the folder, open the log."""
+    def start(
+        self, dataset: Any, images: int, workers: int, skip_unreadable: int | None = None
+    ) -> None:
+        """Build the loader over (epoch, index < `images`), lock the folder, open the log.
+
+        Of a dataset of images, `skip_unreadable` is the number of unreadable ones that others may
+        replace (`SkipUnreadable`); None for a dataset of codes.
+        """
         accelerator = self.accelerator
+        if skip_unreadable is not None:
+            dataset = SkipUnreadable(dataset, images, skip_unreadable, self._unreadable_list())
         loader = training_loader(
             dataset, images, self.training, workers, accelerator, self.first_step
         )
-        self.loader_iterator = iter(loader)
         if self.dry_run is None:
             self.folder.open(self.options)
+        self.loader_iterator = iter(loader)  # its workers read, and list what they cannot read
         self.log = RunLog(
             accelerator, self.experiment, configs.load.as_dict(self.options), self.first_step,
             self.total_steps, write=self.dry_run is None,
@@ -255,6 +266,26 @@ class Run:
         self.window = Window()
         self.window.restore(self.saved.get("window", {}), accelerator)
         self.saved = {}  # gigabytes of optimizer moments, in host memory
+        self._report_unreadable()
+
+    def _unreadable_list(self) -> Path:
+        """The file that lists unreadable images; of a dry run, one that goes with it."""
+        if self.dry_run is None:
+            return self.folder.path / UNREADABLE
+        self._scratch = tempfile.TemporaryDirectory(prefix="alitok-")
+        return Path(self._scratch.name) / UNREADABLE
+
+    def _report_unreadable(self) -> None:
+        """Say how many images are replaced, whenever that number has changed."""
+        if not self.accelerator.is_main_process or self.dry_run is not None:
+            return
+        count = len(lines_of(self.folder.path / UNREADABLE))
+        if count > self._unreadable:
+            self.log.say(
+                f"warning: {count} unreadable image{'s are' if count > 1 else ' is'} replaced by "
+                f"others; {self.folder.path / UNREADABLE} lists them"
+            )
+        self._unreadable = count
 
     # -------------------------------------------------- around a step
     def steps(self) -> Iterator[int]:
@@ -326,6 +357,7 @@ class Run:
         left = self.total_steps - step
         values["hours left"] = left * self.global_batch / rate / 3600
         self.log.metrics(step, values)
+        self._report_unreadable()
         if self._timed_from is not None and not self._time_said:
             seconds = (time.perf_counter() - self._timed_from) / (step - self.first_step)
             self.log.say(

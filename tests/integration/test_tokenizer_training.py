@@ -5,6 +5,7 @@ Most runs happen in this process, which saves the import of everything; those on
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,12 +16,16 @@ from accelerate.utils import set_seed
 
 from configs.load import load
 from configs.schema import TokenizerRun
+from data.images import CenterImages
 from modeling.weights import read_state_dict, write_state_dict
 from runtime.errors import InputError
+from tests.host_syncs import count_in
 from tests.integration.conftest import ROOT, execute
 from train_tokenizer import __main__ as trainer
 from train_tokenizer import export
 from train_tokenizer.discriminator import Discriminator
+
+EMA = ["training.use_ema=True", "training.ema_decay=0.5"]
 
 
 @pytest.fixture
@@ -125,8 +130,27 @@ def test_fp16_without_cuda_is_refused(train, tmp_path):
     assert "training.mixed_precision=fp16 needs a CUDA device" in message
 
 
+# ---------------------------------------------------------------------- speed
+def test_only_reporting_steps_wait_for_the_device(train, tmp_path, monkeypatch):
+    phases = (
+        "phases=[{steps: 1, learning_rate: 1e-3, perceptual_weight: 0.1, lpips_weight: 1.0}, "
+        "{steps: 4, gan_weight: 0.005, lpips_weight: 1.0}]"  # its second and last: discriminator's
+    )
+    periods = [f"experiment.{name}_every=100" for name in ("eval", "generate", "save", "log")]
+    syncs = count_in(trainer, monkeypatch)
+    with syncs:
+        out = train(
+            1, tmp_path, phases, *periods, *EMA, "perceptual.pretrained=False",
+            "model.cluster_in_critic_steps=True", "training.max_grad_norm=1.0",
+            "training.gradient_accumulation_steps=2", "training.per_gpu_batch_size=2",
+            "experiment.log_grad_norm_every=1",
+        )  # fmt: skip
+    assert {step: found for step, found in syncs.found.items() if step != 5} == {}
+    assert 5 in syncs.found  # the last step reports
+    assert {"critic", "gan", "lpips", "perceptual", "quantizer"} <= records(tmp_path)[0].keys(), out
+
+
 # ---------------------------------------------------------------------- average of the weights
-EMA = ["training.use_ema=True", "training.ema_decay=0.5"]
 
 
 def test_average_is_that_of_the_steps_and_is_what_the_run_shows(workspace, train, tmp_path):
@@ -181,6 +205,61 @@ def test_list_file_trains_as_the_folder_that_it_lists(workspace, train, tmp_path
     (tmp_path / "train.txt").write_text("\n".join(map(str, paths)))
     train(1, tmp_path / "run", f"dataset.params.train_dir={tmp_path}/train.txt")
     assert losses(tmp_path / "run") == losses(workspace.stage1_run)
+
+
+def test_list_files_relative_paths_are_found_below_train_root(workspace, train, tmp_path):
+    root = workspace.root
+    for split in ("train", "val"):
+        paths = [str(p.relative_to(root)) for p in sorted((root / split).rglob("*.png"))]
+        (tmp_path / f"{split}.txt").write_text("\n".join(paths))
+    lists = [f"dataset.params.{split}_dir={tmp_path}/{split}.txt" for split in ("train", "val")]
+    said = train(1, tmp_path / "run", *lists, f"dataset.params.train_root={root}")
+    assert losses(tmp_path / "run") == losses(workspace.stage1_run)
+    assert f"{tmp_path}/train.txt: a list of 14 images" in said
+    message = refusal(train, 1, tmp_path / "other", *lists)
+    assert "train.txt, line 1: there is no file" in message
+    message = refusal(train, 1, tmp_path / "other", f"dataset.params.train_root={root}")
+    assert "train_root" in message and "leave train_root out" in message
+    assert not (tmp_path / "other").exists()
+
+
+def test_unreadable_training_images_are_replaced_and_listed(workspace, train, tmp_path):
+    shutil.copytree(workspace.root / "train", tmp_path / "train")
+    broken = sorted((tmp_path / "train").rglob("*.png"))[3]
+    broken.write_bytes(broken.read_bytes()[:60])
+    folder = f"dataset.params.train_dir={tmp_path}/train"
+    message = refusal(train, 1, tmp_path / "other", folder)
+    assert f"unreadable image {broken}" in message
+    assert "dataset.params.skip_unreadable=N" in message
+    said = train(1, tmp_path / "run", folder, "dataset.params.skip_unreadable=1")
+    assert (tmp_path / "run/unreadable.txt").read_text() == f"{broken}\n"
+    assert "warning: 1 unreadable image is replaced by others" in said
+    whole = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
+    train(1, tmp_path / "run", folder, "dataset.params.skip_unreadable=2")  # may change
+    assert losses(tmp_path / "run") == whole
+
+
+def test_fewer_examples_are_of_all_classes(workspace, train, tmp_path):
+    few = ["experiment.max_train_examples=6", "phases=[{steps: 1, learning_rate: 1e-3}]"]
+    said = train(1, tmp_path, *few)
+    assert (
+        f"{workspace.root}/train: 6 images, spread over all of 14 images, 3 classes (class0, class1, "
+        f"class2)"
+    ) in said
+    assert "; 6 images, 4 per step" in said
+    options = load(
+        TokenizerRun,
+        [
+            f"config={workspace.root}/stage1.yaml", *few,
+            f"dataset.params.train_dir={workspace.root}/train",
+        ],
+        "train_tokenizer",
+    )  # fmt: skip
+    folders = [Path(path).parent.name for path in trainer.open_data(options).paths]
+    assert folders == ["class0"] * 2 + ["class1"] * 2 + ["class2"] * 2
+    message = refusal(train, 1, tmp_path, few[1])
+    assert "images (6 there, 14 now)" in message and "choice of images" in message
 
 
 def test_fewer_images_than_a_global_batch_are_refused(train, tmp_path):
@@ -333,7 +412,7 @@ def test_unreadable_held_out_image_costs_the_report_and_not_the_training(
     workspace, train, tmp_path
 ):
     shutil.copytree(workspace.root / "val", tmp_path / "val")
-    broken = next((tmp_path / "val").rglob("*.png"))
+    broken = sorted((tmp_path / "val").rglob("*.png"))[-1]
     broken.write_bytes(broken.read_bytes()[:60])
     said = train(1, tmp_path / "run", f"dataset.params.val_dir={tmp_path}/val")
     assert losses(tmp_path / "run") == losses(workspace.stage1_run)
@@ -342,17 +421,38 @@ def test_unreadable_held_out_image_costs_the_report_and_not_the_training(
     assert (tmp_path / "run/tokenizer.pth").exists()
 
 
+def test_first_held_out_image_is_read_before_the_first_step(workspace, train, tmp_path):
+    shutil.copytree(workspace.root / "val", tmp_path / "val")
+    first = sorted((tmp_path / "val").rglob("*.png"))[0]
+    first.write_bytes(first.read_bytes()[:60])
+    message = refusal(train, 1, tmp_path / "run", f"dataset.params.val_dir={tmp_path}/val")
+    assert f"unreadable image {first}" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_figures_that_fail_cost_the_report_and_not_the_training(train, tmp_path, monkeypatch):
+    def fail(*args):
+        raise InputError("features that are NaN")
+
+    monkeypatch.setattr(trainer.in_training.ReconstructionScores, "reduced", fail)
+    said = train(1, tmp_path, "phases=[{steps: 1, learning_rate: 1e-3}]")
+    assert "warning: evaluation failed: features that are NaN; training continues" in said
+    assert (tmp_path / "tokenizer.pth").exists()
+
+
 def test_metrics_and_rfid_come_from_one_pass_over_the_held_out_images(train, tmp_path, monkeypatch):
     loads, added = [], []
-    original = trainer.CenterImages.__getitem__
+    original = CenterImages.__getitem__
     monkeypatch.setattr(
-        trainer.CenterImages, "__getitem__", lambda s, i: (loads.append(i), original(s, i))[1]
+        CenterImages, "__getitem__", lambda s, i: (loads.append(i), original(s, i))[1]
     )
     monkeypatch.setattr(
-        trainer, "Collector", lambda *_: SimpleNamespace(add=lambda at, x: added.append((at, x)))
+        trainer.in_training,
+        "Collector",
+        lambda *_: SimpleNamespace(add=lambda at, x: added.append((at, x))),
     )
     monkeypatch.setattr(
-        trainer.in_training, "open_evaluator", lambda *_: SimpleNamespace(inception=None)
+        trainer.in_training, "open_evaluator", lambda *_: SimpleNamespace(network=None)
     )
     monkeypatch.setattr(trainer.in_training, "metrics_of", lambda *_: {"val/rFID": 1.0})
     train(1, tmp_path, "phases=[{steps: 1, learning_rate: 1e-3}]")
@@ -393,6 +493,7 @@ def test_step_that_is_not_finite_is_never_saved(train, tmp_path, monkeypatch):
 POISONED = """
 import os
 import torch
+from tests.host_syncs import count_in
 from train_tokenizer import __main__ as trainer
 from runtime.program import run
 

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from PIL import Image
 
 import train_ar
 from configs.schema import OptimizerParams
@@ -13,6 +13,7 @@ from data.writer import TokenWriter
 from modeling.generator import Generator, GeneratorConfig
 from runtime.errors import InputError
 from runtime.files import file_sha256
+from tests.host_syncs import count_in
 from training import checkpoint, optim, run
 
 TINY = """
@@ -90,6 +91,181 @@ def test_losses_are_the_golden_ones(train, golden):
         np.testing.assert_allclose(values, figures[name], rtol=1e-4, err_msg=name)
 
 
+# ---------------------------------------------------------------------- data
+def write_cache(folder, classes, labels=None, seed=7, **about):
+    """24 images of 2 views; image i has the label `labels[i]`, without them i mod classes."""
+    folder.mkdir()
+    rng = np.random.Generator(np.random.Philox(seed))
+    writer = TokenWriter(folder, 2, 21, 32)
+    writer.append(rng.integers(0, 32, (24, 2, 21)))
+    labels = [i % len(classes) for i in range(24)] if labels is None else labels
+    about = {"image_size": 16, "crops": "center_flip", "tokenizer": "none", **about}
+    writer.finish(labels, [str(i) for i in range(24)], classes, about)
+    return folder
+
+
+def test_validation_classes_are_the_training_sets_by_name(train, tmp_path):
+    """A cache that lacks a class, in another order, scores as one that has them all."""
+    whole = write_cache(tmp_path / "whole", ["a", "b", "c"], [2, 1] * 12)
+    other = write_cache(tmp_path / "other", ["c", "b"], [0, 1] * 12)
+    shifted = write_cache(tmp_path / "shifted", ["a", "b"], [0, 1] * 12)
+    losses = [
+        train(
+            "training.max_train_steps=4", f"dataset.params.val_pretokenization={cache}",
+            run=cache.name,
+        )[-1]["val/loss"]
+        for cache in (whole, other, shifted)
+    ]  # fmt: skip
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_validation_class_that_the_training_set_lacks_is_refused(train, tmp_path):
+    cache = write_cache(tmp_path / "val", ["a", "b", "z"])
+    with pytest.raises(InputError, match=r"val has classes that the training set lacks: z"):
+        train(f"dataset.params.val_pretokenization={cache}")
+    assert not (tmp_path / "run").exists()
+
+
+class StandIn:
+    """A tokenizer that needs no weights: the code of a patch is its brightness."""
+
+    def to(self, device):
+        return self
+
+    def encode(self, images):
+        grey = images.mean(1)[:, ::4, ::4].flatten(1)
+        codes = torch.cat([grey, grey[:, :5]], 1)
+        return (codes.clamp(0, 0.99) * 32).long()
+
+
+@pytest.fixture
+def tokenizer(monkeypatch):
+    monkeypatch.setattr(train_ar, "load_tokenizer", lambda options: (StandIn(), "none"))
+    monkeypatch.setattr(train_ar, "sample_grid", lambda *args: torch.zeros(40, 3, 16, 16))
+
+
+def test_caches_of_encoders_with_other_heads_are_refused(train, tmp_path, tokenizer):
+    cache = write_cache(tmp_path / "val", ["a", "b", "c"], encoder_heads=3)
+    option = f"dataset.params.pretokenization={cache}"
+    with pytest.raises(InputError, match="encoder_heads 3 there, 12 here"):
+        train(option, "experiment.generate_every=10", "model.vq_model.encoder_heads=12")
+    other = write_cache(tmp_path / "other", ["a", "b", "c"], encoder_heads=4)
+    with pytest.raises(InputError, match="encoder_heads 4 there, 3 here"):  # no tokenizer at hand
+        train(option, f"dataset.params.val_pretokenization={other}")
+    train(option, f"dataset.params.val_pretokenization={cache}", "training.max_train_steps=1")
+
+
+def test_header_names_the_classes_and_warns_of_missing_ones(train, cache, capsys):
+    train("training.max_train_steps=1")
+    said = capsys.readouterr().out
+    assert f"{cache}: 24 images, 3 classes of 3 configured (a, b, c)" in said
+    assert "warning" not in said
+    train("training.max_train_steps=1", "model.generator.condition_num_classes=10", run="ten")
+    said = capsys.readouterr().out
+    assert "3 classes of 10 configured" in said
+    assert "warning: 7 of model.generator.condition_num_classes=10 classes have no image" in said
+
+
+def test_fewer_examples_are_of_all_classes(train, tmp_path, capsys, monkeypatch):
+    cache = write_cache(tmp_path / "sorted", ["a", "b", "c"], [i // 8 for i in range(24)])
+    drawn = set()
+    original = train_ar.TrainTokens.__getitem__
+    monkeypatch.setattr(
+        train_ar.TrainTokens, "__getitem__", lambda s, key: (drawn.add(key[1]), original(s, key))[1]
+    )
+    few = [f"dataset.params.pretokenization={cache}", "experiment.max_train_examples=9"]
+    train(*few, "training.max_train_steps=2")
+    assert drawn == {1, 4, 6, 9, 12, 14, 17, 20, 22}
+    said = capsys.readouterr().out
+    assert "sorted: 9, spread over all classes, of 24 images, 3 classes of 3 configured" in said
+    with pytest.raises(InputError, match=r"choice of images .*images \(9 there, 24 now\)"):
+        train(few[0], "training.max_train_steps=2")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images of three classes, two of them unreadable."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = tmp_path / "images" / "abc"[i % 3] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+        if i in (4, 8):
+            path.write_bytes(b"no image")
+    return tmp_path / "images"
+
+
+def test_unreadable_training_images_are_replaced_listed_and_counted(
+    train, tmp_path, folder, tokenizer, capsys
+):
+    options = [f"dataset.params.train_dir={folder}", "dataset.params.val_pretokenization=null"]
+    with pytest.raises(InputError, match=r"dataset\.params\.skip_unreadable=N"):
+        train(*options, run="none")
+    with pytest.raises(InputError, match=r"more than dataset\.params\.skip_unreadable=1: "):
+        train(*options, "dataset.params.skip_unreadable=1", run="one")
+    capsys.readouterr()
+    options += ["dataset.params.skip_unreadable=2", "experiment.save_every=4"]
+    whole = train(*options, "training.max_train_steps=8")
+    listed = (tmp_path / "run/unreadable.txt").read_text().splitlines()
+    assert sorted(listed) == [str(folder / "b/04.png"), str(folder / "c/08.png")]
+    assert "warning: 2 unreadable images are replaced by others; " in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    again = train(*options, "training.max_train_steps=8", "dataset.params.num_workers_per_gpu=1")
+    assert without_clock(again) == without_clock(whole)
+    assert (tmp_path / "run/unreadable.txt").read_text().splitlines() == listed
+
+
+def test_dry_run_lists_unreadable_images_outside_of_the_folder(cache, tmp_path, folder, tokenizer):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    before = sorted(tmp_path.rglob("*"))
+    train_ar.main([
+        f"config={tmp_path}/tiny.yaml", f"experiment.output_dir={tmp_path}/run", "--dry-run",
+        f"dataset.params.train_dir={folder}", "dataset.params.skip_unreadable=2",
+    ])  # fmt: skip
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_skipping_images_of_a_cache_is_refused(train):
+    with pytest.raises(InputError, match=r"skip_unreadable=3: a token cache .*--skip_unreadable"):
+        train("dataset.params.skip_unreadable=3")
+
+
+@pytest.mark.parametrize("option", ["pretokenization", "val_pretokenization"])
+def test_codes_and_labels_out_of_range_show_before_the_first_step(train, tmp_path, option):
+    published = tmp_path / "published"  # states no codebook size
+    for name in "abc":
+        (published / name).mkdir(parents=True)
+        codes = np.full((2, 21), 31 if name != "c" else 32)
+        np.savez(published / name / "0.JPEG.npz", codes=codes)
+    with pytest.raises(InputError, match="holds codes beyond 31"):
+        train(f"dataset.params.{option}={published}")
+    labels = write_cache(tmp_path / "labels", ["a", "b", "c"]) / "labels.bin"
+    labels.write_bytes(np.full(24, 3, "<i4").tobytes())
+    with pytest.raises(InputError, match="holds labels beyond its 3 classes"):
+        train(f"dataset.params.{option}={labels.parent}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["measure", "reduced"])
+def test_scores_that_fail_are_said_and_training_continues(
+    train, tmp_path, tokenizer, monkeypatch, capsys, method
+):
+    scores = train_ar.in_training.GeneratedScores
+    monkeypatch.setattr(train_ar.in_training, "open_evaluator", lambda *args: object())
+    monkeypatch.setattr(scores, "measure", lambda self: self)
+    monkeypatch.setattr(scores, "reduced", lambda self: {"val/gFID": 1.0})
+
+    def fail(self):
+        raise InputError("no room")
+
+    options = ["experiment.generate_every=1", "training.max_train_steps=1"]
+    assert {"step": 1, "val/gFID": 1.0} in train(*options, run="works")
+    monkeypatch.setattr(scores, method, fail)
+    assert not any("val/gFID" in record for record in train(*options))
+    assert "warning: gFID failed: no room; training continues" in capsys.readouterr().out
+    assert (tmp_path / "run/generator.bin").exists()
+
+
 # ---------------------------------------------------------------------- what a person watches
 def test_records_say_how_fast_and_how_long(train, capsys):
     records = train("training.max_train_steps=3")
@@ -102,30 +278,12 @@ def test_records_say_how_fast_and_how_long(train, capsys):
         assert words in header
 
 
-class HostSyncs(TorchDispatchMode):
-    """Counts the reads of a tensor's value, each of which waits for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.steps = {}
-        self.step = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.steps[self.step] = self.steps.get(self.step, 0) + 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_only_reporting_steps_wait_for_the_device(train, monkeypatch):
-    syncs = HostSyncs()
-
-    def seed_step(seed, rank, step):
-        syncs.step = step
-
-    monkeypatch.setattr(train_ar, "seed_step", seed_step)
+    syncs = count_in(train_ar, monkeypatch)
     with syncs:
         train("experiment.log_every=4", "training.max_train_steps=8", "training.use_ema=True")
-    assert set(syncs.steps) - {0} == {4, 8}
+    assert {step: found for step, found in syncs.found.items() if step not in (4, 8)} == {}
+    assert set(syncs.found) == {4, 8}
 
 
 # ---------------------------------------------------------------------- averages and export

@@ -123,6 +123,11 @@ def test_512_presets_are_the_published_recipe_on_a_grid_of_32(stage):
     assert batches == [48, 48]
 
 
+@pytest.mark.parametrize("preset", [p for p in PRESETS if not p.startswith("digits")])
+def test_presets_of_published_models_compile_on_cuda(preset):
+    assert load(schema_of(preset), [f"config={CONFIGS / preset}"]).training.compile == "auto"
+
+
 def test_stage_presets_build_the_two_tokenizers():
     first, second = (
         load(TokenizerRun, [f"config={CONFIGS}/tokenizer_stage{stage}.yaml"]).model

@@ -10,7 +10,12 @@ import evaluation.evaluator
 from configs.schema import GeneratorExperiment, GeneratorModels, GeneratorOptions, GeneratorRun
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
-from evaluation.in_training import ReconstructionScores, generated, job_in_training, open_evaluator
+from evaluation.in_training import (
+    GeneratedScores,
+    ReconstructionScores,
+    job_in_training,
+    open_evaluator,
+)
 from evaluation.statistics import digests_of
 from generation.images import sample_images
 from modeling.generator import Generator
@@ -63,7 +68,7 @@ def models(fill):
 
 
 def scored_images(evaluator, models, options, monkeypatch):
-    """Digests of the images that `generated` scores, by index, and its metrics."""
+    """Digests of the images that `GeneratedScores` scores, by index, and its metrics."""
     digests = {}
 
     class Collector(in_training.Collector):
@@ -74,7 +79,7 @@ def scored_images(evaluator, models, options, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(in_training, "Collector", Collector)
-        metrics = generated(evaluator, *models, options)
+        metrics = GeneratedScores(evaluator, *models, options).measure().reduced()
     return [digests[i] for i in range(len(digests))], metrics
 
 
@@ -109,9 +114,23 @@ def test_precision_is_that_of_the_options_and_leaves_that_of_training(
     with matmul_precision("tf32"):  # that of the training
         for precision in ("bf16", "fp32"):
             options.experiment.precision = precision
-            generated(evaluator, *models, options)
+            GeneratedScores(evaluator, *models, options).measure()
             assert torch.backends.cuda.matmul.allow_tf32
     assert dtypes == [torch.bfloat16, torch.float32] and precisions == [True, False]
+
+
+def test_measuring_generated_images_waits_for_no_other_rank(
+    evaluator, models, options, monkeypatch
+):
+    def collective(*args, **kwargs):
+        raise AssertionError("a collective")
+
+    monkeypatch.setattr(in_training, "metrics_of", collective)
+    for function in ("all_reduce", "all_gather", "all_gather_object", "barrier", "broadcast"):
+        monkeypatch.setattr(torch.distributed, function, collective)
+    scores = GeneratedScores(evaluator, *models, options).measure()
+    with pytest.raises(AssertionError, match="a collective"):
+        scores.reduced()
 
 
 @pytest.mark.parametrize(
@@ -157,9 +176,11 @@ def test_one_pass_gives_all_metrics(evaluator, models, tmp_path, monkeypatch):
 
 def test_a_reference_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
-    assert open_evaluator(None, False, "x", WEIGHTS, 16) is None
+    assert open_evaluator(None, 0, "x", WEIGHTS, 16) is None
     with pytest.raises(InputError, match=r"fid_reference=r\.npz needs experiment\.eval_every"):
-        open_evaluator("r.npz", False, "experiment.eval_every", WEIGHTS, 16)
+        open_evaluator("r.npz", 0, "experiment.eval_every", WEIGHTS, 16)
+    with pytest.raises(InputError, match=r"needs experiment\.eval_every, of 2 images or more"):
+        open_evaluator("r.npz", 1, "experiment.eval_every", WEIGHTS, 16)
     np.savez(tmp_path / "r.npz", np.zeros((5, 8, 8, 3), np.uint8))
     with pytest.raises(InputError, match=r"the samples have 16x16 pixels, .*r\.npz has 8x8"):
-        open_evaluator(str(tmp_path / "r.npz"), True, "", WEIGHTS, 16)
+        open_evaluator(str(tmp_path / "r.npz"), 2, "", WEIGHTS, 16)

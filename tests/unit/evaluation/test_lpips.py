@@ -10,15 +10,16 @@ from torchvision.models import vgg16
 
 from evaluation.lpips import LPIPS, LPIPS_FILE, VGG_FILE, lpips_is_available
 from runtime.errors import InputError
+from tests.host_syncs import HostSyncs
 
 WEIGHTS = Path("weights")
 HEADS = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
 
 
-def empty_on_cpu(build):
-    """A big network without the seconds that its random start takes; its values are unset."""
-    with torch.device("meta"):
-        return build().to_empty(device="cpu")
+def without_random_start(patch):
+    """Spare the seconds that the random start of VGG's classifier takes, which LPIPS drops."""
+    patch.setattr(nn.Linear, "reset_parameters", lambda self: None)
+    patch.setattr(nn.init, "normal_", lambda tensor, *_, **__: tensor)
 
 
 # ---------------------------------------------------------------------- weight files
@@ -58,9 +59,7 @@ def published_lpips():
     """The package's network, on random weights and its own heads."""
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")  # torchvision's, of the package's old call
-        # VGG's classifier, which LPIPS drops, is nine tenths of the time.
-        patch.setattr(nn.Linear, "reset_parameters", lambda self: None)
-        patch.setattr(nn.init, "normal_", lambda tensor, *_, **__: tensor)
+        without_random_start(patch)
         model = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
     model.load_state_dict(torch.load(HEADS, "cpu", weights_only=True), strict=False)
     return model.eval()
@@ -68,7 +67,9 @@ def published_lpips():
 
 @pytest.fixture(scope="module")
 def own_lpips(published_lpips):
-    model = empty_on_cpu(lambda: LPIPS(None))
+    with pytest.MonkeyPatch.context() as patch:
+        without_random_start(patch)
+        model = LPIPS(None)
     convolutions = [m for m in published_lpips.net.modules() if isinstance(m, nn.Conv2d)]
     own = [m for m in model.stages.modules() if isinstance(m, nn.Conv2d)]
     for mine, theirs in zip(own, convolutions, strict=True):
@@ -86,6 +87,17 @@ def test_lpips_is_that_of_the_package(published_lpips, own_lpips):
         value = own_lpips.distance(images, targets)
     assert expected > 0.01
     torch.testing.assert_close(value, expected)
+
+
+def test_lpips_normalises_by_constants_that_no_file_holds(own_lpips):
+    buffers = dict(own_lpips.named_buffers())
+    assert set(buffers) == {"shift", "scale"}
+    assert not buffers.keys() & own_lpips.state_dict().keys()
+    syncs = HostSyncs()
+    with syncs:
+        syncs.step = 1
+        own_lpips.distance(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))
+    assert syncs.found == {}
 
 
 def test_lpips_gradient_is_that_of_the_package(published_lpips, own_lpips):

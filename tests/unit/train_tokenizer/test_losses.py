@@ -1,10 +1,16 @@
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 
 from configs.schema import Losses, Phase
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from train_tokenizer import losses
+from train_tokenizer.__main__ import TrainState
+from train_tokenizer.discriminator import Discriminator
 from train_tokenizer.losses import FrozenNetworks, stitch, tokenizer_terms
 
 SIZES = dict(
@@ -32,6 +38,13 @@ class Network:
     def distance(self, images, targets):
         self.calls.append((images, targets))
         return self.value
+
+
+class Brightness(torch.nn.Module):
+    """Stands for a discriminator."""
+
+    def forward(self, images):
+        return images.mean((1, 2, 3))
 
 
 class Networks:
@@ -76,9 +89,7 @@ def test_stage2_has_neither_strip_nor_quantizer_term():
 def test_term_of_a_phase_is_there_only_with_a_weight(weight, term):
     network = Network(torch.tensor(3.0))
     phase = Phase(steps=1, **{weight: 0.25})
-    given, *_ = terms_of(
-        stage2(), 2, phase, None, Networks(network, network), lambda x: x.mean((1, 2, 3))
-    )
+    given, *_ = terms_of(stage2(), 2, phase, None, Networks(network, network), Brightness())
     assert set(given) == {"mse", term} and given[term][0] == 0.25
 
 
@@ -134,8 +145,22 @@ def test_perceptual_terms_compare_the_reconstruction_with_the_image():
 
 def test_gan_term_rewards_what_the_discriminator_takes_for_real():
     phase = Phase(steps=1, gan_weight=0.005)
-    terms, _, out = terms_of(stage2(), 2, phase, None, None, lambda x: x.mean((1, 2, 3)))
+    terms, _, out = terms_of(stage2(), 2, phase, None, None, Brightness())
     torch.testing.assert_close(terms["gan"][1], -out.images.mean())
+
+
+def test_gan_term_has_a_gradient_for_the_images_and_none_for_the_discriminator():
+    judge = Discriminator(32)
+    judge.block_in.requires_grad_(False)  # stays as it was
+    phase = Phase(steps=1, gan_weight=0.005)
+    state = SimpleNamespace(discriminator=judge, accelerator=Accelerator(cpu=True))
+    terms, _, out = terms_of(stage2(), 2, phase, None, None, partial(TrainState.judge, state))
+    assert [p.requires_grad for p in judge.block_in.parameters()] == [False, False]
+    assert all(p.requires_grad for p in judge.to_logits.parameters())
+    [gradient] = torch.autograd.grad(terms["gan"][1], out.images, retain_graph=True)
+    assert gradient.any()
+    terms["gan"][1].backward()
+    assert all(p.grad is None for p in judge.parameters())
 
 
 def test_every_parameter_but_the_codebooks_share_gets_a_gradient_in_stage1():
@@ -196,3 +221,13 @@ def test_only_networks_that_a_phase_needs_are_built(monkeypatch, phases, built):
     monkeypatch.setattr(losses, "LPIPS", lambda weights: torch.nn.Identity())
     networks = FrozenNetworks(phases, None, torch.device("cpu"))
     assert {name for name in ("convnext", "lpips") if getattr(networks, name)} == built
+
+
+def test_frozen_networks_convolve_in_channels_last(monkeypatch):
+    monkeypatch.setattr(losses, "ConvNeXtLogits", lambda weights: torch.nn.Conv2d(3, 4, 3))
+    monkeypatch.setattr(losses, "LPIPS", lambda weights: torch.nn.Conv2d(3, 4, 3))
+    phases = [Phase(steps=1, perceptual_weight=1.0, lpips_weight=1.0)]
+    networks = FrozenNetworks(phases, None, torch.device("cpu"))
+    for network in (networks.convnext, networks.lpips):
+        out = network(torch.rand(2, 3, 8, 8))
+        assert out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()

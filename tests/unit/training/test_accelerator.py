@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training.accelerator import BUCKET_MIB
+import pytest
+import torch
+
+from training.accelerator import BUCKET_MIB, tune_convolutions
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = f"""
@@ -22,7 +25,7 @@ line = (
     type(model).__name__, model.bucket_bytes_cap >> 20, model.broadcast_buffers,
     model.gradient_as_bucket_view, model.module.weight.grad.tolist(),
 )
-print(*line, sep="|", flush=True)
+sys.stdout.write("|".join(map(str, line)) + "\\n")  # at once: the ranks share a pipe
 accelerator.end_training()
 """
 
@@ -36,3 +39,10 @@ def test_two_ranks_use_large_buckets_no_broadcasts_and_views(tmp_path):
     lines = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
     expected = ["DistributedDataParallel", str(BUCKET_MIB), "False", "True"]
     assert lines == 2 * [[*expected, "[[1.0, 1.0], [1.0, 1.0]]"]]
+
+
+@pytest.mark.parametrize("device, tunes", [("cuda", True), ("cpu", False)])
+def test_cudnn_times_its_algorithms_on_cuda(monkeypatch, device, tunes):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tunes)
+    tune_convolutions(torch.device(device))
+    assert torch.backends.cudnn.benchmark is tunes

@@ -1,0 +1,63 @@
+"""A part of the training images that shows all classes (`experiment.max_train_examples`)."""
+
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+
+def evenly_spaced(items: int, count: int) -> np.ndarray:
+    """`count` different indices below `items`, in order: the middles of equal stretches."""
+    return (2 * np.arange(count) + 1) * items // (2 * count)
+
+
+def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
+    """Indices (count,), in order, of a sample of images with these labels (N,); all where N <= count.
+
+    Every class gives as many images as every other, as far as it has them, and they are evenly
+    spaced within it. With fewer images than classes, evenly spaced classes give one each. Nothing is
+    random, so every rank and every start of a run finds the same images.
+    """
+    if count >= len(labels):
+        return np.arange(len(labels))
+    order = np.argsort(labels, kind="stable")  # class by class, each in its own order
+    sizes = np.unique(labels, return_counts=True)[1]
+    starts = np.cumsum(sizes) - sizes
+    chosen = [
+        order[start + evenly_spaced(size, share)]
+        for start, size, share in zip(starts, sizes, equal_shares(sizes, count))
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def equal_shares(sizes: np.ndarray, count: int) -> np.ndarray:
+    """Numbers of images per class that add up to `count`, none above `sizes` (C,)."""
+    shares = np.zeros_like(sizes)
+    while count:
+        growing = np.flatnonzero(shares < sizes)
+        if count < len(growing):  # a remainder: one more image of evenly spaced classes
+            shares[growing[evenly_spaced(len(growing), count)]] += 1
+            break
+        step = min(count // len(growing), (sizes - shares)[growing].min())
+        shares[growing] += step
+        count -= step * len(growing)
+    return shares
+
+
+class KeyedSubset(Dataset):
+    """`dataset` by (epoch, i): its own item (epoch, `indices[i]`), drawn as in the whole dataset."""
+
+    def __init__(self, dataset: Any, indices: np.ndarray):
+        self.dataset, self.indices = dataset, indices
+
+    @property
+    def paths(self) -> list[str]:
+        """Of a dataset of images."""
+        return [self.dataset.paths[i] for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, i = key
+        return self.dataset[epoch, int(self.indices[i])]

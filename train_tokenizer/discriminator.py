@@ -74,7 +74,8 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        # accelerate puts autocast inside the forward it wraps, so only the module can leave it.
+        # accelerate puts autocast into the forward of the module that it prepares, so the loss of
+        # the tokenizer and that of the discriminator both meet it, and only the module can leave it.
         if self.exact and torch.is_autocast_enabled(images.device.type):
             with torch.autocast(images.device.type, enabled=False):
                 return self.logits(images.float())

@@ -304,6 +304,21 @@ def test_the_average_starts_with_the_weights_and_follows_them(train, tmp_path):
     torch.testing.assert_close(weights["0.75"], 0.25 * last)
 
 
+def test_warm_up_of_the_averages_decay_resumes_where_it_was(train, tmp_path):
+    from modeling.weights import read_state_dict
+
+    options = ["training.use_ema=True", "training.ema_warmup=True", "training.max_train_steps=4"]
+    options += ["experiment.save_every=2", "experiment.keep_checkpoints=9"]
+    train(*options, run="whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
+    shutil.rmtree(tmp_path / "halves/checkpoints/step-00000004")
+    train(*options, run="halves")
+    whole, halves = (
+        read_state_dict(tmp_path / run / "generator_ema.bin") for run in ("whole", "halves")
+    )
+    assert all(torch.equal(whole[k], halves[k]) for k in whole)
+
+
 def test_last_best_and_average_are_exported_in_both_formats(train, tmp_path):
     from modeling.weights import read_state_dict
 

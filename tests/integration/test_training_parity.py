@@ -13,7 +13,7 @@ from PIL import Image
 
 import train_ar
 import train_tokenizer.__main__ as train_tokenizer
-from data.tokens import TokenWriter
+from data.writer import TokenWriter
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from modeling.weights import read_state_dict
 from tests.golden.fill import fill_value, generator_inputs, images

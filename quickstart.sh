@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From images to generated images on two CPU cores: real handwritten digits through every program.
-# Started again after an interruption it goes on; remove output/quickstart to start from zero.
+# Run it again to resume after an interruption; remove output/quickstart to start over.
 set -euo pipefail
 cd "$(dirname "$0")"
 source tests/environment.sh requirements.txt
@@ -15,7 +15,7 @@ step "tokenizer, stage 1: causal decoder, prefix tokens, clustered codebook"
 python -m train_tokenizer config=configs/digits_stage1.yaml
 step "tokenizer, stage 2: bidirectional decoder"
 python -m train_tokenizer config=configs/digits_stage2.yaml
-step "pretokenization: five crops an image, none mirrored"
+step "pretokenization: five crops per image, none mirrored"
 for split in train val; do
     python pretokenization.py --config configs/digits_generator.yaml --img_size 32 --five_crop \
         --data_path $out/data/$split --cached_path $out/cache_$split \

@@ -78,7 +78,7 @@ def sampling(size: str, batch: int) -> dict[str, Any]:
     """Print the modelled sampling of one size; return what was counted."""
     config, _ = SIZES[size]
     between = between_attentions(config, 2 * batch)
-    # Every element of a cache takes part; nothing between the attentions may write so many.
+    # Every element of a cache takes part; nothing between the attentions may write as much.
     cache = 2 * batch * config.hidden_size * config.image_seq_len
     counted: dict[str, Any] = {
         "kernels": len(between.kernels), "products": len(between.products),

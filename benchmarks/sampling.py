@@ -32,7 +32,7 @@ from modeling.sampling import (
     CACHES,
     ENGINES,
     Sampling,
-    draw,
+    draw_codes,
     guidance_schedule,
     guide,
     sample_codes,
@@ -73,7 +73,7 @@ def plain_codes(model: Generator, sampling: Sampling, labels: Tensor, uniforms: 
     x = model.embed_class(labels)
     for t in range(config.image_seq_len):
         logits = guide(model.step(x, cache), scales[t])
-        codes.append(draw(logits, uniforms[:, t], 1.0))
+        codes.append(draw_codes(logits, uniforms[:, t], 1.0))
         x = model.embeddings(codes[-1].repeat(2)).unsqueeze(1)
     return torch.stack(codes, 1)
 

@@ -147,7 +147,7 @@ def score_generator(
         return {}
     results = [{"generator": about(source), **likelihood.result()} for source, likelihood in scored]
     names = [source.name for source in sources]
-    if not draw(dict(zip(names, (likelihood for _, likelihood in scored))), picture):
+    if not plot_positions(dict(zip(names, (likelihood for _, likelihood in scored))), picture):
         warnings.append(f"{picture} was not drawn: curves need matplotlib (pip install matplotlib)")
     return {
         **results[0],
@@ -212,7 +212,7 @@ def table(scored: dict[str, Any]) -> str:
     return "\n".join([*lines, f"bits per image: {metrics['bits_per_image']:.2f}"])
 
 
-def draw(scored: dict[str, Likelihood], path: str) -> bool:
+def plot_positions(scored: dict[str, Likelihood], path: str) -> bool:
     """Nats per code and accuracy by position, a colour per generator; False without matplotlib."""
     try:
         from matplotlib.figure import Figure  # draws without a display

@@ -45,7 +45,7 @@ class Cache(NamedTuple):
 
 # (qkv, qk_norm, turns, position, cache) -> (N, H·h). The position is (1,) int64 on the device; in the
 # plain form it is an int.
-Attention = Callable[..., Tensor]
+AttentionFunction = Callable[..., Tensor]
 
 
 def empty_cache(
@@ -125,7 +125,7 @@ def choose_attention(
     size: int,
     types: tuple[torch.dtype, torch.dtype],
     device: torch.device,
-) -> Optional[Attention]:
+) -> Optional[AttentionFunction]:
     """The fused attention where it can be used and is right on this device; None: the plain one.
 
     `types` are those of qkv and of the cache. "auto" uses the fused form only on CUDA, and says in
@@ -150,7 +150,7 @@ def find_fused(
     size: int,
     types: tuple[torch.dtype, torch.dtype],
     device: torch.device,
-) -> tuple[Optional[Attention], Optional[str]]:
+) -> tuple[Optional[AttentionFunction], Optional[str]]:
     """The fused attention, and what keeps it from being used on this device if anything does.
 
     Triton's interpreter (TRITON_INTERPRET=1) runs it on a CPU, for tests.
@@ -174,7 +174,7 @@ def describe(error: Exception) -> str:
 
 @torch.inference_mode()
 def check_attention(
-    attention: Attention,
+    attention: AttentionFunction,
     heads: int,
     positions: int,
     size: int,

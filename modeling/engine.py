@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .decode_attention import (
     EPS,
-    Attention,
+    AttentionFunction,
     choose_attention,
     describe,
     empty_cache,
@@ -34,7 +34,7 @@ from .errors import InputError
 from .generator import Block, Generator, GeneratorConfig
 from .pixels import to_uint8
 from .quantizer import full_float32
-from .sampling import CACHES, Sampling, check_classes, draw, guidance_schedule, guide
+from .sampling import CACHES, Sampling, check_classes, draw_codes, guidance_schedule, guide
 from .tokenizer import Decoder, Tokenizer
 
 DECODED_AT_ONCE = 64  # images; more do not fill a GPU better and take more memory
@@ -114,7 +114,7 @@ def choose(
     """Logits (N, V), uniforms (B,) and a guidance scale (1,) -> codes (B,)."""
     if guided:
         logits = guide(logits, scale)
-    return draw(logits, uniform, temperature, top_k, top_p)
+    return draw_codes(logits, uniform, temperature, top_k, top_p)
 
 
 class StepFunctions(NamedTuple):
@@ -347,7 +347,7 @@ class Engine:
 
     def _step_stream(self, stream: Stream, t: int) -> None:
         weights, functions, position = self.weights, self.functions, stream.position
-        attend: Attention = self.fused or plain_attention
+        attend: AttentionFunction = self.fused or plain_attention
         at = position if self.fused else t
         blocks = weights.blocks
         x, qkv = functions.enter(stream.rows, weights.embeddings, blocks[0])

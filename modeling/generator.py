@@ -233,7 +233,7 @@ class Generator(nn.Module):
 
 
 def next_code_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy (nats a code) and top-1 accuracy of logits (B, T, V) for codes (B, T)."""
+    """Mean cross-entropy (nats per code) and top-1 accuracy of logits (B, T, V) for codes (B, T)."""
     logits = logits.float().flatten(0, 1)
     target = codes.flatten()
     return F.cross_entropy(logits, target), (logits.argmax(1) == target).float().mean()

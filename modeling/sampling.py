@@ -87,7 +87,7 @@ def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def draw(
+def draw_codes(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
     """One code per row: logits (B, V) float32 and uniforms (B,) in [0, 1) -> codes (B,).
@@ -147,7 +147,7 @@ def sample_codes(
         logits = model.step(x, cache)  # (N, V)
         if sampling.guided:
             logits = guide(logits, scales[t])
-        codes[:, t] = draw(logits, uniforms[:, t], temperature)
+        codes[:, t] = draw_codes(logits, uniforms[:, t], temperature)
         x = model.embeddings(codes[:, t : t + 1])  # (B, 1, D)
         if sampling.guided:
             x = x.repeat(2, 1, 1)

@@ -115,7 +115,7 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
 def problem(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None.
 
-    Raises InputError where its files may not be read: that is no damage, and an older checkpoint is
+    Raises InputError where its files may not be read: that is not damage, and an older checkpoint is
     no remedy.
     """
     try:

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         name, reference = closest_reference(next(iter(runs.values())))
         print(f"reference: the quickstart's {name}")
     try:
-        figure = draw(runs, reference)
+        figure = plot_curves(runs, reference)
     except ImportError as e:
         raise InputError("plots need matplotlib: pip install matplotlib") from e
     output = Path(args.output)
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     print(f"wrote {args.output}")
 
 
-def draw(runs: dict[str, Records], reference: Records | None = None) -> "Figure":
+def plot_curves(runs: dict[str, Records], reference: Records | None = None) -> "Figure":
     """One panel per quantity; validation is drawn into the panel of its training counterpart."""
     from matplotlib.figure import Figure  # draws without a display
 

@@ -61,7 +61,7 @@ class Program:
         return sum(self.moved.values())
 
     def copies(self, elements: int) -> list[str]:
-        """Kernels that write at least so many elements: of a cache, that is a copy of it."""
+        """Kernels that write at least this number of elements: of a cache, that is a copy of it."""
         return [kernel.name for kernel in self.kernels if kernel.written >= elements]
 
     @property

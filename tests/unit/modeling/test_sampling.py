@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 from modeling import sampling
 from modeling.engine import Engine, decode_images
 from modeling.generator import Generator, GeneratorConfig
-from modeling.sampling import Sampling, draw, guidance_schedule, sample_codes
+from modeling.sampling import Sampling, draw_codes, guidance_schedule, sample_codes
 from runtime.errors import InputError
 
 TINY = GeneratorConfig(
@@ -51,7 +51,7 @@ def test_guidance_of_scale_one_is_constant():
 def test_draws_follow_the_softmax_at_that_temperature(temperature):
     uniforms = torch.rand(10_000, generator=torch.Generator().manual_seed(3))
     logits = torch.linspace(-2, 1, 12)
-    codes = draw(logits.expand(10_000, -1), uniforms, temperature)
+    codes = draw_codes(logits.expand(10_000, -1), uniforms, temperature)
     weights = [math.exp(value / temperature) for value in logits.tolist()]
     expected = [10_000 * w / sum(weights) for w in weights]
     assert chisquare(torch.bincount(codes, minlength=12).numpy(), expected).pvalue > 0.001
@@ -61,26 +61,26 @@ def test_draws_follow_the_softmax_at_that_temperature(temperature):
 def test_codes_of_zero_probability_are_never_drawn(uniform):
     logits = torch.full((5, 7), -math.inf)
     logits[range(5), range(1, 6)] = 3.0  # one possible code a row, never the first or last
-    assert draw(logits, torch.full((5,), float(uniform)), 1.0).tolist() == [1, 2, 3, 4, 5]
+    assert draw_codes(logits, torch.full((5,), float(uniform)), 1.0).tolist() == [1, 2, 3, 4, 5]
 
 
 def test_codes_of_zero_probability_between_possible_ones_are_never_drawn():
     logits = torch.tensor([-math.inf, 0.0, -math.inf, -math.inf, 1.0, -math.inf])
     edge = 1 / (1 + math.e)  # where one possible code ends and the other begins
     uniforms = torch.cat([torch.linspace(0, BELOW_ONE, 1001), edge + torch.arange(-9, 10) * 1e-8])
-    codes = draw(logits.expand(len(uniforms), -1), uniforms, 1.0)
+    codes = draw_codes(logits.expand(len(uniforms), -1), uniforms, 1.0)
     assert codes.unique().tolist() == [1, 4]
 
 
 def test_uniform_just_below_one_stays_in_range():
     logits = torch.randn(200, 4096) * torch.linspace(0, 8, 200)[:, None]
-    codes = draw(logits, BELOW_ONE.expand(200), 1.0)
+    codes = draw_codes(logits, BELOW_ONE.expand(200), 1.0)
     assert codes.min() >= 0 and codes.max() <= 4095
 
 
 def test_near_zero_temperature_takes_the_most_likely_code():
     logits = torch.randn(100, 50)
-    assert torch.equal(draw(logits, torch.rand(100), 1e-5), logits.argmax(1))
+    assert torch.equal(draw_codes(logits, torch.rand(100), 1e-5), logits.argmax(1))
 
 
 # ---------------------------------------------------------------------- sampling
@@ -94,7 +94,7 @@ def reference(model, labels, uniforms, scale=None, power=1.0, temperature=1.0):
             without = model(codes, torch.full_like(labels, 3))[:, -1]
             s = 1 + (scale - 1) * 0.5 * (1 - math.cos(math.pi * (t / steps) ** power))
             logits = without + s * (logits - without)
-        codes = torch.cat([codes, draw(logits, uniforms[:, t], temperature)[:, None]], 1)
+        codes = torch.cat([codes, draw_codes(logits, uniforms[:, t], temperature)[:, None]], 1)
     return codes
 
 
@@ -191,7 +191,7 @@ def test_draws_follow_the_exact_probabilities(knobs, kept):
     uniforms = torch.rand(10_000, generator=torch.Generator().manual_seed(5))
     logits = SKEWED.log() + 3.0
     knobs = {"temperature": 1.0, **knobs}
-    counts = torch.bincount(draw(logits.expand(10_000, -1), uniforms, **knobs), minlength=7)
+    counts = torch.bincount(draw_codes(logits.expand(10_000, -1), uniforms, **knobs), minlength=7)
     expected = exact(**knobs)
     possible = expected > 0
     assert possible.sum() == kept and not counts[~possible].any()

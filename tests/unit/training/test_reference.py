@@ -95,7 +95,7 @@ def test_plot_draws_a_run_over_the_reference(quickstarts, tmp_path, monkeypatch,
     plot.main([*argv, "--reference"])
     assert (tmp_path / "a.png").read_bytes() != without
     assert "reference: the quickstart's stage1" in capsys.readouterr().out
-    figure = plot.draw(
+    figure = plot.plot_curves(
         {"run": read_records(quickstarts[1] / "stage1/metrics.jsonl")},
         read_records(folder / "stage1.jsonl"),
     )

@@ -30,6 +30,8 @@ PROGRAMS = {
             "dataset.params.train_dir=imagenet/train",
             "accelerate launch -m train_tokenizer config=configs/tokenizer_stage2.yaml "
             "experiment.stage1_checkpoint=output/tokenizer_stage1",
+            "python -m train_tokenizer --dry-run config=configs/tokenizer_stage1.yaml     "
+            "(a few steps of each phase; prints memory, speed and hours; writes nothing)",
         ),
     ),
     "train_ar": (
@@ -40,6 +42,8 @@ PROGRAMS = {
             "dataset.params.pretokenization=cache_alitok",
             "python train_ar.py config=configs/alitok_b.yaml training.per_gpu_batch_size=32 "
             "training.gradient_accumulation_steps=4",
+            "python train_ar.py --dry-run config=configs/alitok_b.yaml     "
+            "(a few steps; prints memory, speed and hours; writes nothing)",
         ),
     ),
     "sample_imagenet": (

@@ -30,8 +30,6 @@ PROGRAMS = {
             "dataset.params.train_dir=imagenet/train",
             "accelerate launch -m train_tokenizer config=configs/tokenizer_stage2.yaml "
             "experiment.stage1_checkpoint=output/tokenizer_stage1",
-            "python -m train_tokenizer --dry-run config=configs/tokenizer_stage1.yaml     "
-            "(a few steps of each phase; prints memory, speed and hours; writes nothing)",
         ),
     ),
     "train_ar": (
@@ -42,8 +40,6 @@ PROGRAMS = {
             "dataset.params.pretokenization=cache_alitok",
             "python train_ar.py config=configs/alitok_b.yaml training.per_gpu_batch_size=32 "
             "training.gradient_accumulation_steps=4",
-            "python train_ar.py --dry-run config=configs/alitok_b.yaml     "
-            "(a few steps; prints memory, speed and hours; writes nothing)",
         ),
     ),
     "sample_imagenet": (
@@ -63,6 +59,11 @@ READING = (
     "config=FILE is a YAML file (presets are in configs/) or a run's folder; option=value sets an "
     "option over it. A text is taken as it is typed; ~ is the home folder; null switches an option "
     "off where its description says so."
+)
+
+DRY_RUN = (
+    "--dry-run builds and checks everything, runs a few steps, prints memory, speed and the expected "
+    "hours, and writes nothing."
 )
 
 
@@ -138,7 +139,8 @@ def describe(schema: type, program: str = "") -> str:
     lines = [title, "", "usage: config=FILE option=value …", ""] if title else []
     lines = lines or ["usage: config=FILE option=value …", ""]
     lines += [f"  {example}" for example in examples]
-    lines += ["", fill(READING, 96), "", "options with their defaults:"]
+    reading = f"{READING} {DRY_RUN}" if program.startswith("train") else READING
+    lines += ["", fill(reading, 96), "", "options with their defaults:"]
     for entry in described(schema, program):
         if not entry.kind:
             lines += ["", fill(f"{entry.name}: {entry.sentence}", 96)]

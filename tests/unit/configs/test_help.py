@@ -48,3 +48,15 @@ def test_the_document_has_every_option_of_both_schemas():
     rows = set(re.findall(r"^\| `([^`]+)` \|", markdown(), re.MULTILINE))
     wanted = {e.name for s in (GeneratorRun, TokenizerRun) for e in entries(s) if e.kind}
     assert rows == wanted
+
+
+@pytest.mark.parametrize(
+    "schema, program, names_it",
+    [
+        (GeneratorRun, "train_ar", True),
+        (TokenizerRun, "train_tokenizer", True),
+        (GeneratorRun, "sample_imagenet", False),
+    ],
+)
+def test_the_help_of_trainers_names_the_dry_run(schema, program, names_it):
+    assert ("--dry-run" in describe(schema, program)) is names_it

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import execute
+from tests.integration.conftest import ROOT, execute
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +40,14 @@ def test_papers_pretokenization_command_asks_for_the_weights(workspace, tmp_path
     )  # fmt: skip
     refused(done, f"no weights at {tmp_path}/AliTok.pth")
     assert not list(tmp_path.iterdir())
+
+
+def test_published_tokenizer_command_names_ours():
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_tokenizer.py", "--root", "x"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "python -m train_tokenizer config=" in done.stderr
 
 
 @pytest.mark.parametrize(

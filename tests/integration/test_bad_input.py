@@ -3,13 +3,10 @@
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.integration.conftest import ROOT, execute
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def refused(done, *words):

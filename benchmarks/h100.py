@@ -47,9 +47,9 @@ class Step(NamedTuple):
 
 # ---------------------------------------------------------------------- reading the outputs
 def find(pattern: str, text: str) -> tuple[str, ...]:
-    """The groups of the first match, or empty strings."""
+    """The groups of the first match; what did not match is an empty string."""
     found = re.search(pattern, text, re.M)
-    return found.groups() if found else ("",) * re.compile(pattern).groups
+    return found.groups("") if found else ("",) * re.compile(pattern).groups
 
 
 def read_tests(output: str) -> list[Cell]:

@@ -136,3 +136,10 @@ def test_without_a_gpu_it_stops_in_one_line_and_the_readme_stays(monkeypatch, ca
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--tiny" in error
     assert h100.README.read_text() == before
+
+
+def test_what_a_cpu_does_not_print_is_not_measured(readme):
+    training = next(step for step in h100.steps() if step.name == "training B")
+    output = "b batch 128 plain: 40.0 images/s\nb batch 128 ours: 41.0 images/s\n"
+    assert "B, 128, column 5" in fill(readme, training.read(output))
+    assert "None" not in readme.read_text()

@@ -161,7 +161,7 @@ class GeneratorExperiment(Experiment):
         None,
         "Images sampled together; null: as many as memory allows, at most 512.",
         at_least=1,
-        at_most=2**20,
+        at_most=2**31 - 1,
     )
     save_png: bool = option(True, "Write every image as a PNG too.")
     evaluate: Optional[str] = option(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -97,6 +97,8 @@ def run(tmp_path, monkeypatch):
         wrap(train_tokenizer, "hinge_loss", "losses")
         wrap(losses, "adversarial_loss", "losses")
         handle = register_module_forward_hook(after)
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()  # of the tests before in this process
         try:
             train_tokenizer.main([
                 f"config={tmp_path}/tiny.yaml", f"experiment.output_dir={tmp_path}/run",

@@ -154,7 +154,7 @@ def test_reference_of_larger_pictures_is_cropped_as_adm_does(score, tmp_path):
     assert result["metrics"] == expected["metrics"]
     assert result["reference"]["hash"] == expected["reference"]["hash"]
     refused(lambda: score("--crop=8"), "reference.npz is not a folder")
-    refused(lambda: score("--crop=0", reference="large"), "use 1 or more")
+    refused(lambda: score("--crop=0", reference="large"), "--crop: 0: choose 1 to 8192")
 
 
 def test_manifold_in_half_precision_is_said_and_changes_no_distance(score):
@@ -318,7 +318,10 @@ def test_one_image_has_no_covariance(score):
         (["--reconstruction"], "takes --tokenizer and --data_path"),
         (["--reconstruction", "--data_path=d", "--samples=a.npz"], "no other images"),
         (["--reference=a.npz", "--save_stats=b"], "ends in .npz"),
-        (["--reference=a.npz", "--samples=b.npz", "--batch_size=0"], "use 1 or more"),
+        (
+            ["--reference=a.npz", "--samples=b.npz", "--batch_size=0"],
+            "--batch_size: 0: choose 1 to 65536",
+        ),
     ],
 )
 def test_arguments_that_make_no_task_are_refused(argv, words):

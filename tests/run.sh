@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole test suite: `bash tests/run.sh`; further arguments go to pytest (-m 'not slow': 5 minutes).
+# The whole test suite: `bash tests/run.sh`; further arguments go to pytest (-m 'not slow' leaves out the longest).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tests/environment.sh requirements-dev.txt

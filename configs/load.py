@@ -223,20 +223,20 @@ def compose(text: str) -> Optional[Node]:
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
-        flatten(loader, node, set())
+        merge_mappings(loader, node, set())
         return node
     finally:
         loader.dispose()
 
 
-def flatten(loader: yaml.SafeLoader, node: Optional[Node], done: set[int]) -> None:
+def merge_mappings(loader: yaml.SafeLoader, node: Optional[Node], done: set[int]) -> None:
     """Resolve merge keys in place and refuse a key that is written twice."""
     if node is None or id(node) in done:
         return
     done.add(id(node))
     if isinstance(node, SequenceNode):
         for item in node.value:
-            flatten(loader, item, done)
+            merge_mappings(loader, item, done)
     if isinstance(node, MappingNode):
         seen = set()
         for key, _ in node.value:
@@ -249,7 +249,7 @@ def flatten(loader: yaml.SafeLoader, node: Optional[Node], done: set[int]) -> No
         # Merged pairs come first, so that the mapping's own follow and win.
         node.value = list({key.value: (key, value) for key, value in node.value}.values())
         for _, value in node.value:
-            flatten(loader, value, done)
+            merge_mappings(loader, value, done)
 
 
 def two_lines(error: Exception) -> str:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from data.tokens import AllTokens, TokenCache
 from evaluation.metrics import summed
 from modeling.rotary import token_layout
+from runtime.parts import share_of
 from runtime.signals import outlive_first_signal
 
 TOP = 5  # of top-5 accuracy
@@ -85,7 +86,7 @@ def measure_likelihood(
     float64 sums only. Call it within autocast for the precision of a training run's own validation.
     """
     dataset, device = AllTokens(store), next(model.parameters()).device
-    starts = range(0, len(dataset), batch)[rank::world]
+    starts = share_of(range(0, len(dataset), batch), rank, world)
     batches = [range(start, min(start + batch, len(dataset))) for start in starts]
     loader = DataLoader(
         dataset,

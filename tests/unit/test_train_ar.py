@@ -170,7 +170,10 @@ def test_header_names_the_classes_and_warns_of_missing_ones(train, cache, tmp_pa
 
 def test_header_warns_of_synsets_in_another_number_than_imagenets(train, tmp_path, capsys):
     cache = write_cache(tmp_path / "synsets", ["n01440764", "n01443537", "n01494475"])
-    train(f"dataset.params.pretokenization={cache}", "training.max_train_steps=1")
+    caches = [
+        f"dataset.params.{name}={cache}" for name in ("pretokenization", "val_pretokenization")
+    ]
+    train(*caches, "training.max_train_steps=1")
     said = capsys.readouterr().out
     assert "warning: " in said and "the 3 classes are synsets, but not ImageNet's 1000" in said
     assert "(class 2 is n01494475, ImageNet's is n01484850)" in said

@@ -256,6 +256,15 @@ def test_damaged_header_is_refused(archive):
         refused(archive, "cut short or is damaged")
 
 
+def test_member_of_negative_size_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add(tar, "cat/a.png", b"x")
+        info = tarfile.TarInfo("cat/b.png")
+        info.size = -512  # after it comes it, again and again
+        tar.fileobj.write(info.tobuf(tarfile.GNU_FORMAT))
+    refused(tmp_path / "x.tar", "damaged")
+
+
 @pytest.mark.parametrize(
     "kind, compress", [("gzip", gzip.compress), ("bzip2", bz2.compress), ("xz", lzma.compress)]
 )

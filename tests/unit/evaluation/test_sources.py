@@ -38,7 +38,7 @@ def images(request, tmp_path, monkeypatch):
 
 def test_images_of_a_tar_come_in_the_order_of_a_folders_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("b/0", "a-b/1", "a/2", "a/c/3", "a.png/4", "5"):
+    for name in ("b/0", "a-b/1", "a/2", "a/c/3", "a.b/4", "5"):
         path = tmp_path / f"root/{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(PIXELS[int(path.stem)]).save(path)

@@ -262,6 +262,6 @@ def read_index(index: Path, stamp: tuple[int, int]) -> Members | None:
                 return None
             names = arrays["names"].tobytes().decode(errors="surrogateescape").split("\0")
             members = Members(names, arrays["offsets"], arrays["sizes"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     return members if len(names) == len(members.offsets) == len(members.sizes) else None

@@ -22,6 +22,7 @@ from data import tars
 from data.images import CenterImages, list_paths, load_image, scan_images
 from data.tars import is_tar, open_tar
 from runtime.errors import InputError
+from tests.payload import Payload
 from tests.tars import add, packed, plain_tar, tar_of_tars
 
 LONG = "x" * 120 + ".png"  # longer than the header's field
@@ -177,6 +178,22 @@ def test_damaged_index_is_made_anew(archive, tmp_path):
             index.write_bytes(content)
             assert scan_images(archive, index_folder=tmp_path / "out").names == expected
     assert [p.name for p in index.parent.iterdir()] == [index.name]
+
+
+def test_code_in_an_index_does_not_run(archive, tmp_path):
+    marker, index = tmp_path / "marker", tmp_path / "out/train.tar.index.npz"
+    expected = scan_images(archive, index_folder=tmp_path / "out").names
+    objects = np.array([Payload(marker)], dtype=object)
+    for write in (
+        lambda file: np.savez(file, about=objects, names=objects, offsets=objects, sizes=objects),
+        lambda file: np.save(file, objects),
+        lambda file: np.save(file, np.zeros(3)),
+        lambda file: pickle.dump(Payload(marker), file),
+    ):
+        with open(index, "wb") as file:
+            write(file)
+        assert scan_images(archive, index_folder=tmp_path / "out").names == expected
+    assert not marker.exists()
 
 
 def test_index_that_cannot_be_written_is_one_line(archive, tmp_path):

@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from configs.load import run_beside
 from configs.schema import GeneratorRun
+from data.imagenet import unlike_imagenet
 from data.tokens import TokenCache, open_tokens
 from evaluation.likelihood import Likelihood, measure_likelihood
 from modeling.generator import Generator
@@ -173,11 +174,14 @@ def about(source: Source) -> dict[str, Any]:
 def warnings_of(store: TokenCache, generator: Generator) -> list[str]:
     """Reasons to doubt the figures."""
     known = generator.config.condition_num_classes
+    unlike = unlike_imagenet(store.classes)
+    others = [] if unlike is None else [f"{store.folder}: {unlike}"]
     if len(store.classes) == known:
-        return []
+        return others
     return [
+        *others,
         f"{store.folder} has {len(store.classes)} of the generator's {known} classes; a class is the rank of "
-        f"its folder's name, so folders that are left out shift the classes after them"
+        f"its folder's name, so folders that are left out shift the classes after them",
     ]
 
 

@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 import evaluate
 import train_ar
 from data.writer import TokenWriter
+from evaluation.generator_scores import warnings_of
 from modeling.generator import Generator, GeneratorConfig
 from runtime.errors import InputError
 
@@ -139,6 +141,17 @@ def test_a_cache_without_all_classes_is_warned_of(score, runs, tmp_path):
     fewer = write_cache(tmp_path / "fewer", classes=2)
     _, said = score("--generator", runs / "a/generator.bin", "--cache", fewer)
     assert "warning: " in said and "2 of the generator's 3 classes" in said
+
+
+def test_a_cache_of_other_synsets_than_imagenets_is_warned_of():
+    def said(classes):
+        config = SimpleNamespace(condition_num_classes=2)
+        store = SimpleNamespace(folder="cache", classes=classes)
+        return warnings_of(store, SimpleNamespace(config=config))
+
+    (warning,) = said(["n01443537", "n01440764"])
+    assert warning.startswith("cache: the 2 classes are synsets, but not ImageNet's 1000")
+    assert said(["cat", "dog"]) == []
 
 
 def test_a_cache_that_is_one_view_short_is_refused(score, runs, tmp_path):

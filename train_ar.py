@@ -6,6 +6,7 @@ needs, and writes nothing.
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -100,6 +101,7 @@ class GeneratorData:
     tokenizer_hash: str  # of the tokenizer that makes, or made, the codes
     tokenizer: Optional[Tokenizer]  # for samples and to encode images; on the device, frozen
     encoder: Optional[Tokenizer]  # the tokenizer, where the dataset yields images to encode
+    encodes_in_autocast: bool  # otherwise in float32, with TF32 as training
     validation: Optional[TokenCache]  # its labels are the training set's
     evaluator: Optional[Evaluator]  # for gFID
 
@@ -140,7 +142,10 @@ def open_data(
     )
     if experiment.generate_every:  # refused now, not at the first samples
         in_training.job_in_training(options, accelerator.device)
-    return GeneratorData(train, str(tokenizer_hash), tokenizer, encoder, validation, evaluator)
+    autocast = params.encoder_precision == "autocast"
+    return GeneratorData(
+        train, str(tokenizer_hash), tokenizer, encoder, autocast, validation, evaluator
+    )
 
 
 def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
@@ -150,6 +155,12 @@ def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
             f"dataset.params.skip_unreadable={options.dataset.params.skip_unreadable}: a token cache "
             f"holds no images; leave it out, or set dataset.params.train_dir to train on images "
             f"(pretokenization.py has --skip_unreadable)"
+        )
+    if options.dataset.params.encoder_precision != "fp32":
+        raise InputError(
+            f"dataset.params.encoder_precision={options.dataset.params.encoder_precision}: a token cache "
+            f"is already encoded; leave it out, or set dataset.params.train_dir to train on images "
+            f"(pretokenization.py has --dtype)"
         )
     dataset = TrainTokens(store, *draws_of(options))
     source = str(store.folder)
@@ -470,8 +481,9 @@ def main(argv: list[str]) -> None:
         # Gradients of the global batch, one micro-batch after another
         for _ in range(training.gradient_accumulation_steps):
             codes, labels = run.next_batch()
-            if data.encoder is not None:
-                codes = data.encoder.encode(to_float(codes))  # they are still images
+            if data.encoder is not None:  # they are still images
+                with accelerator.autocast() if data.encodes_in_autocast else nullcontext():
+                    codes = data.encoder.encode(to_float(codes))
             with accelerator.accumulate(state.model):
                 with accelerator.autocast():
                     logits = state.model(codes[:, :-1], labels)

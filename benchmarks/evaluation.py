@@ -14,17 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from benchmarks.common import machine
-from evaluation.dinov2 import DINOV2_FILE
+from evaluation.dinov2 import DINOV2_FILE, DINOv2
 from evaluation.evaluator import open_network
-from evaluation.features import INCEPTION_FILE
+from evaluation.features import INCEPTION_FILE, FeatureNetwork, Inception
 from evaluation.metrics import frechet_distance_of_moments, precision_recall
 from evaluation.sources import npz_images
 from evaluation.statistics import measure
 from runtime.processes import start_processes
 from tests.dinov2 import write_random_dinov2
 from tests.inception import write_random_inception
+
+WIDTHS = {"inception": Inception.widths[0], "dinov2": DINOv2.widths[0]}  # of features
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -39,59 +42,67 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def peak_mb() -> float:
-    """The most memory so far: of the GPU where there is one, else of the process."""
+def peak_mb(restart: bool = False) -> float:
+    """The most memory in use, of the GPU where there is one, else of the process, in MB.
+
+    `restart` forgets what was used before, so that the peak is what is in use now. The kernel does so for a
+    process on Linux; elsewhere the peak is that of the whole process.
+    """
     if torch.cuda.is_available():
+        if restart:
+            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    if not Path("/proc/self/clear_refs").exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    if restart:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) / 2**10
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--features", default="inception", choices=["inception", "dinov2"])
-    parser.add_argument("--images", type=int, default=64, help="in the .npz (64)")
-    parser.add_argument("--size", type=int, default=256, help="height and width in pixels (256)")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5, help="pairs whose median ratio is shown")
-    parser.add_argument("--manifold", type=int, default=10_000, help="features per set")
-    args = parser.parse_args()
-    print(machine())
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Path(folder) / "checkpoints"
-        checkpoints.mkdir()
-        if args.features == "dinov2":  # random weights are as fast as the real ones
-            write_random_dinov2(checkpoints / DINOV2_FILE, layers=24)
-        else:
-            write_random_inception(checkpoints / INCEPTION_FILE)
-        processes = start_processes()
-        device = processes.device
-        assert device is not None  # accelerate's type hint allows it
-        features_of = open_network(args.features, device, checkpoints)
-        shape = (args.images, args.size, args.size, 3)
-        pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        np.savez(f"{folder}/images.npz", pixels)
-        del pixels
-        images = npz_images(Path(folder) / "images.npz")
-        batch = torch.randint(256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8)
-        batch = batch.to(device)
-        batches = -(-args.images // args.batch_size)
+def open_random(name: str, device: torch.device, folder: Path) -> FeatureNetwork:
+    """A feature network with random weights, which are as fast as the real ones."""
+    if name == "dinov2":
+        write_random_dinov2(folder / DINOV2_FILE, layers=24)
+    else:
+        write_random_inception(folder / INCEPTION_FILE)
+    return open_network(name, device, folder)
 
-        def network() -> None:
-            for _ in range(batches):
-                features_of(batch)
 
-        seconds(lambda: features_of(batch))
-        ratios, rates = [], []
-        for _ in range(args.rounds):
-            alone = seconds(network) / (batches * args.batch_size)
-            whole = seconds(lambda: measure(images, features_of, processes, args.batch_size, 8))
-            rates.append(args.images / whole)
-            ratios.append(alone * args.images / whole)
+def feature_rates(args: argparse.Namespace, processes: PartialState, folder: Path) -> None:
+    """Print the rate of features from an .npz, and its share of the network's own."""
+    device = processes.device
+    assert device is not None  # accelerate's type hint allows it
+    features_of = open_random(args.features, device, folder)
+    shape = (args.images, args.size, args.size, 3)
+    np.savez(
+        folder / "images.npz", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    )
+    images = npz_images(folder / "images.npz")
+    batch = torch.randint(256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8)
+    batch = batch.to(device)
+    batches = -(-args.images // args.batch_size)
+
+    def network() -> None:
+        for _ in range(batches):
+            features_of(batch)
+
+    seconds(lambda: features_of(batch))
+    ratios, rates = [], []
+    for _ in range(args.rounds):
+        alone = seconds(network) / (batches * args.batch_size)
+        whole = seconds(lambda: measure(images, features_of, processes, args.batch_size, 8))
+        rates.append(args.images / whole)
+        ratios.append(alone * args.images / whole)
     print(f"features from .npz: {statistics.median(rates):.2f} images/s")
-    print(f"share of the network's own rate: {statistics.median(ratios):.1%}")
-    width = features_of.widths[0]
+    print(f"share of the network's own rate: {statistics.median(ratios):.1%}", flush=True)
+
+
+def distances(args: argparse.Namespace, device: torch.device) -> None:
+    """Print time and memory of precision and recall, and the time of a Fréchet distance."""
+    width = WIDTHS[args.features]
     features = torch.randn(2, args.manifold, width)
-    before = peak_mb()
+    before = peak_mb(restart=True)
     spent = seconds(lambda: precision_recall(features[0], features[1], device))
     print(
         f"precision and recall, {args.manifold} x {args.manifold}: {spent:.1f} s, "
@@ -101,6 +112,26 @@ def main() -> None:
     moments = a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T)
     spent = seconds(lambda: frechet_distance_of_moments(*moments))
     print(f"Fréchet distance of {width} features: {spent:.1f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--features", default="inception", choices=list(WIDTHS))
+    parser.add_argument("--images", type=int, default=64, help="in the .npz (64); 0: none")
+    parser.add_argument("--size", type=int, default=256, help="height and width in pixels (256)")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5, help="pairs whose median ratio is shown")
+    parser.add_argument(
+        "--manifold", type=int, default=10_000, help="features per set (10000); 0: no distances"
+    )
+    args = parser.parse_args()
+    print(machine())
+    processes = start_processes()
+    if args.images:
+        with tempfile.TemporaryDirectory() as folder:
+            feature_rates(args, processes, Path(folder))
+    if args.manifold:
+        distances(args, processes.device or torch.device("cpu"))
 
 
 if __name__ == "__main__":

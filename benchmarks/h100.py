@@ -126,7 +126,12 @@ def read_tokenizer(table: str, columns: list[int]) -> Callable[[str], list[Cell]
 
 
 def read_pretokenization(output: str) -> list[Cell]:
-    cells = []
+    published, ours, times = find(
+        r"published forward ([\d.]+) images/s, ours ([\d.]+), ratio ([\d.]+)", output
+    )
+    cells = [
+        ("published forward pass", "H100", i, v) for i, v in enumerate((published, ours, times), 1)
+    ]
     for name in ("fp32", "tf32", "bf16"):
         alone, gain, ratio = find(
             rf"^\s+{name}: encoder alone ([\d.]+) images/s \(([\d.]+) x fp32\).*ratio ([\d.]+)",
@@ -152,6 +157,22 @@ def read_evaluation(output: str) -> list[Cell]:
     return [("## Evaluation", row, 2, value) for row, value in rows.items()]
 
 
+def read_dinov2(output: str) -> list[Cell]:
+    (rate,) = find(r"^features from .npz: ([\d.]+) images/s", output)
+    rows = {
+        "DINOv2 features from an .npz, images/s": rate,
+        "share of DINOv2's own rate": find(r"own rate: ([\d.]+%)", output)[0],
+        "50,000 images, from DINOv2's rate": f"{50_000 / float(rate):.0f} s" if rate else "",
+    }
+    return [("## Evaluation", row, 2, value) for row, value in rows.items()]
+
+
+def read_likelihood(output: str) -> list[Cell]:
+    _, score, share = find(r"forward (\d+) codes/s, score (\d+) codes/s, share ([\d.]+%)", output)
+    rows = {"loss of a generator, codes/s": score, "share of its forward rate": share}
+    return [("## Evaluation", row, 2, value) for row, value in rows.items()]
+
+
 # ---------------------------------------------------------------------- the steps
 def module(name: str, *arguments: object) -> list[str]:
     return ["-m", f"benchmarks.{name}", *map(str, arguments)]
@@ -161,11 +182,11 @@ def steps() -> list[Step]:
     """All steps, the ones that others depend on first."""
     found = [
         Step(
-            "tests on the GPU", 240, ["-m", "pytest", "-q", "-m", "gpu"],
+            "tests on the GPU", 210, ["-m", "pytest", "-q", "-m", "gpu"],
             ["-m", "pytest", "-q", "tests/unit/runtime/test_parts.py"], read_tests,
         ),
         Step(
-            "fused attention", 60, module("attention"), module("attention", "--head-sizes", 48),
+            "fused attention", 40, module("attention"), module("attention", "--head-sizes", 48),
             read_attention,
         ),
     ]  # fmt: skip
@@ -211,9 +232,25 @@ def steps() -> list[Step]:
             module("tokens", "--images", 20, "--encode", 2), read_pretokenization,
         ),
         Step(
-            "evaluation", 120, module("evaluation", "--images", 10000, "--manifold", 5000),
+            "evaluation", 80,
+            module("evaluation", "--images", 5000, "--rounds", 3, "--manifold", 5000),
             module("evaluation", "--images", 2, "--batch_size", 2, "--rounds", 1, "--manifold", 50),
             read_evaluation,
+        ),
+        Step(
+            "DINOv2", 50,
+            module(
+                "evaluation", "--features", "dinov2", "--images", 3000, "--rounds", 2, "--manifold", 0
+            ),
+            module(
+                "evaluation", "--features", "dinov2", "--images", 1, "--batch_size", 1, "--rounds", 1,
+                "--manifold", 0,
+            ),
+            read_dinov2,
+        ),
+        Step(
+            "loss of a generator", 40, module("likelihood"),
+            module("likelihood", "--batches", 1, "--batch_size", 2, "--rounds", 1), read_likelihood,
         ),
     ]  # fmt: skip
     return found

@@ -34,6 +34,7 @@ SIZES = {
     "l": (GeneratorConfig(hidden_size=1024, num_hidden_layers=24), 64),
     "xl": (GeneratorConfig(hidden_size=1280, num_hidden_layers=32), 32),
 }
+CHOICES = {"plain": (0, 1.0), "top-k": (100, 1.0), "top-p": (0, 0.9), "both": (100, 0.9)}
 INT8 = 1.0 + 2 / 64  # bytes per element of an int8 cache: one, and its share of a bf16 scale
 
 
@@ -57,8 +58,10 @@ def between_attentions(config: GeneratorConfig, rows: int) -> Program:
     return emit(engine.between, arguments, {"deterministic": True})
 
 
-def choice(config: GeneratorConfig, rows: int, top_k: int, top_p: float) -> Program:
-    """From logits to codes, with guidance."""
+def choice(
+    config: GeneratorConfig, rows: int, top_k: int, top_p: float, deterministic: bool = True
+) -> Program:
+    """From logits to codes, with guidance; `deterministic` as the engine compiles it."""
 
     def arguments() -> tuple:
         real = torch.float32
@@ -66,7 +69,7 @@ def choice(config: GeneratorConfig, rows: int, top_k: int, top_p: float) -> Prog
         return logits, fake(rows // 2, dtype=real), fake(1, dtype=real), True, 1.0, top_k, top_p
 
     # Folding constants would compute them on the device.
-    options = {"deterministic": True, "joint_graph_constant_folding": False}
+    options = {"deterministic": deterministic, "joint_graph_constant_folding": False}
     return emit(engine.choose, arguments, options)
 
 
@@ -83,6 +86,7 @@ def sampling(size: str, batch: int) -> dict[str, Any]:
     counted: dict[str, Any] = {
         "kernels": len(between.kernels), "products": len(between.products),
         "others": between.others, "copies": between.copies(cache), "bytes": between.bytes,
+        "undetermined": between.undetermined,
     }  # fmt: skip
     print(
         f"{size.upper()} sampling, batch {batch} with guidance; counted between two attentions: "
@@ -123,6 +127,24 @@ def training(size: str) -> dict[str, Any]:
     return {name: value for name, value in moved.items()}
 
 
+def choosing(name: str, rows: int) -> dict[str, Any]:
+    """Print what choosing codes launches; return what was counted."""
+    config, _ = SIZES["b"]
+    try:
+        program = choice(config, rows, *CHOICES[name])
+    except InternalsMoved as e:
+        print(f"choosing codes, {name}: cannot be worked out: {e}", file=sys.stderr)
+        return {"moved": str(e).splitlines()[0]}
+    print(
+        f"choosing codes, {name}: counted {len(program.kernels)} kernels, "
+        f"{len(program.others)} other calls {sorted(set(program.others))}"
+    )
+    return {
+        "kernels": len(program.kernels), "others": program.others,
+        "undetermined": program.undetermined, "bytes": program.bytes,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("sizes", nargs="*", default=list(SIZES), help="of b, l and xl")
@@ -148,17 +170,7 @@ def main() -> None:
                 print(f"{size.upper()} {name}: cannot be worked out: {e}", file=sys.stderr)
                 counted[name][size] = {"moved": str(e).splitlines()[0]}
             sys.stdout.flush()
-    config, _ = SIZES["b"]
-    for name, top_k, top_p in (("plain", 0, 1.0), ("top-k", 100, 1.0), ("top-p", 0, 0.9)):
-        try:
-            program = choice(config, 2 * args.batch, top_k, top_p)
-        except InternalsMoved as e:
-            print(f"choosing codes, {name}: cannot be worked out: {e}", file=sys.stderr)
-            continue
-        print(
-            f"choosing codes, {name}: counted {len(program.kernels)} kernels, "
-            f"{len(program.others)} other calls {sorted(set(program.others))}"
-        )
+    counted["choosing"] = {name: choosing(name, 2 * args.batch) for name in CHOICES}
     if args.json:
         with open(args.json, "w") as file:
             json.dump(counted, file, indent=1)

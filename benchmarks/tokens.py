@@ -2,6 +2,7 @@
 
 python -m benchmarks.tokens                         the tables in benchmarks/README.md
 python -m benchmarks.tokens --images 10000 --encode 512 --batch_size 32 --views ten_crop
+python -m benchmarks.tokens --images 0 --encode 0 --plain 2        only the published forward pass
 """
 
 import argparse
@@ -11,11 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from PIL import Image
+from torch import Tensor
 
 from benchmarks.common import machine
 from data.cache import write_manifest
@@ -32,10 +36,14 @@ IMAGENET, CODES = 1_281_167, (10, 273)
 TURNS = 5
 
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+clock = CLOCKS["wall"]  # what `seconds` reads; --clock sets it
+
+
 def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def size(folder: Path) -> int:
@@ -105,6 +113,50 @@ def imagenet_open(folder: Path) -> None:
     print(f"  {1e3 * seconds(lambda: samples[0, 0]):.1f} ms to draw the views of an epoch")
 
 
+@torch.inference_mode()
+def plain_codes(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+    """Images (B, 3, S, S) in [0, 1] -> codes (B, T), as the published model's forward pass makes them.
+
+    Eager and in float32: q, k and v apart, attention by scaled_dot_product_attention, every block on all
+    patches and latents, and a quantizer that also looks the vectors up and computes its loss.
+    """
+    encoder = tokenizer.encoder
+    x = encoder.patch_embed(images).flatten(2).transpose(1, 2) + encoder.positional_embedding
+    patches = x.shape[1]
+    latents = tokenizer.latent_tokens + encoder.latent_token_positional_embedding
+    x = encoder.ln_pre(torch.cat([x, latents.expand(len(images), -1, -1)], 1))
+    for block in encoder.transformer:
+        attn: Any = block.attn
+        qkv = attn.in_proj(block.ln_1(x)).chunk(3, -1)  # type: ignore[operator]
+        q, k, v = (y.float().unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in qkv)
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = x + attn.out_proj(y.transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.ln_2(x))  # type: ignore[operator]
+    x = encoder.ln_post(x[:, patches:]).transpose(1, 2).unsqueeze(2)
+    return tokenizer.quantize(encoder.conv_out(x).squeeze(2).transpose(1, 2))[1]
+
+
+def beside_plain(options: argparse.Namespace, device: torch.device) -> None:
+    """Encoding as pretokenization does it in float32, and the published forward pass, in turn."""
+    config = TokenizerConfig(exact_attention=False)
+    config.encoder_layers = options.layers or config.encoder_layers
+    tokenizer = Tokenizer(config, with_decoder=False).to(device).eval()
+    images = torch.rand(options.plain, 3, 256, 256, device=device)
+    ways = [
+        lambda: plain_codes(tokenizer, images).cpu(),
+        lambda: encode(tokenizer, images, "fp32").cpu(),
+    ]
+    plain, ours = (way() for way in ways)
+    pairs = [tuple(map(seconds, ways)) for _ in range(options.turns)]
+    rates = [options.plain / median(times) for times in zip(*pairs)]
+    ratios = [a / b for a, b in pairs]
+    print(
+        f"{options.plain} views, fp32, {config.encoder_layers} layers: published forward {rates[0]:.3f} "
+        f"images/s, ours {rates[1]:.3f}, ratio {median(ratios):.3f} ({min(ratios):.3f} … "
+        f"{max(ratios):.3f}), {(plain == ours).double().mean().item():.2%} of codes equal"
+    )
+
+
 def end_to_end(folder: Path, options: argparse.Namespace, processes: PartialState) -> None:
     """Images to codes, end to end, and the encoder alone on random tensors, in turn."""
     rng, files = np.random.default_rng(0), []
@@ -158,18 +210,31 @@ def end_to_end(folder: Path, options: argparse.Namespace, processes: PartialStat
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measure token caches and pretokenization.")
-    parser.add_argument("--images", type=int, default=4000, help="in the compared stores")
-    parser.add_argument("--encode", type=int, default=8, help="images pretokenized")
+    parser.add_argument("--images", type=int, default=4000, help="in the compared stores; 0: none")
+    parser.add_argument("--encode", type=int, default=8, help="images pretokenized; 0: none")
+    parser.add_argument(
+        "--plain", type=int, default=2, help="views encoded in the published way too; 0: none"
+    )
+    parser.add_argument("--layers", type=int, help="fewer layers of the encoder for --plain")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="processor: the time of one thread, --plain"
+    )
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--views", choices=list(VIEWS), default="center_flip")
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--turns", type=int, default=3, help="repetitions of both timings")
     parser.add_argument("--folder", help="where to write the stores (default: a temporary folder)")
     options = parser.parse_args()
+    clock = CLOCKS[options.clock]
+    if options.clock == "processor":
+        torch.set_num_threads(1)
     processes = start_processes()
     print(machine())
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        stores(Path(folder), options.images)
-        imagenet_open(Path(folder) / "imagenet")
+        if options.images:
+            stores(Path(folder), options.images)
+            imagenet_open(Path(folder) / "imagenet")
+        if options.plain:
+            beside_plain(options, processes.device or torch.device("cpu"))
         if options.encode:
             end_to_end(Path(folder), options, processes)

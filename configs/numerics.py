@@ -10,8 +10,9 @@ from runtime.errors import InputError
 class Numerics:
     """How a training program computes; without autocast everything is float32.
 
-    Whatever stands here, the tokenizer's losses, perceptual networks, quantizer and clustering are
-    float32, and products in quantizer, clustering and a frozen encoder use no TF32.
+    Whatever stands here, the tokenizer's losses, quantizer and clustering are float32, and so are the
+    perceptual networks unless `perceptual.precision` is bf16; products in quantizer, clustering and a
+    frozen encoder use no TF32.
     """
 
     autocast: str  # accelerate's name: no, bf16 or fp16

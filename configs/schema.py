@@ -18,6 +18,7 @@ from runtime.errors import InputError
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 NUMERICS = ("auto", "published", "fast", "exact")
+EXACT_LOSSES = ("published", "exact")  # numerics under which the perceptual networks are float32
 
 
 # ---------------------------------------------------------------------- both trainers
@@ -278,6 +279,12 @@ class TokenDataParams:
         "Train on the ten crops of this image folder or tar instead, encoded on the fly.",
         path=True,
     )
+    encoder_precision: str = option(
+        "fp32",
+        "Precision of the encoder with train_dir. fp32: float32, with TF32 where training uses it; "
+        "autocast: the autocast type of training, which is faster and changes some codes.",
+        choices=("fp32", "autocast"),
+    )
     val_pretokenization: Optional[str] = option(
         None, "A held-out token cache for experiment.eval_every.", path=True
     )
@@ -537,6 +544,12 @@ class Perceptual:
     pretrained: bool = option(
         True, "Pretrained perceptual networks; false: random ones, for tests only."
     )
+    precision: str = option(
+        "fp32",
+        "Convolutions and products of the perceptual networks in the losses: fp32, as published, or "
+        "bf16, which is faster on GPUs.",
+        choices=("fp32", "bf16"),
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -613,6 +626,11 @@ class TokenizerRun:
             raise InputError(
                 f"training.max_train_steps={expected}, but the phases have {steps} = {total} "
                 f"steps: correct one, or leave the former out"
+            )
+        if self.perceptual.precision == "bf16" and self.training.numerics in EXACT_LOSSES:
+            raise InputError(
+                f"training.numerics={self.training.numerics} computes the losses in float32, but "
+                f"perceptual.precision=bf16: leave one of the two out"
             )
         model, losses = self.model.vq_model, self.losses
         if model.prefix_head and not losses.aux_weight:

@@ -12,13 +12,18 @@ from configs.load import run_beside
 from configs.schema import GeneratorRun
 from data.imagenet import unlike_imagenet
 from data.tokens import TokenCache, open_tokens
-from evaluation.likelihood import Likelihood, measure_likelihood
+from evaluation.likelihood import (
+    COMPILED_VIEWS,
+    Likelihood,
+    compile_blocks,
+    measure_likelihood,
+)
 from modeling.generator import Generator
 from modeling.pipeline import generator_config
 from modeling.weights import load_tensors, read_state_dict
 from runtime.errors import InputError
 from runtime.files import file_sha256, writing
-from runtime.processes import device_name, matmul_precision
+from runtime.processes import compiles, device_name, matmul_precision
 from training import checkpoint
 
 PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 on CUDA, fp32 on a CPU, as in training
@@ -134,12 +139,17 @@ def score_generator(
     rank, world = processes.process_index, processes.num_processes
     device = torch.device(processes.device or "cpu")
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    views = store.images * store.views
+    many = device.type == "cuda" and views >= COMPILED_VIEWS * world
+    compiled = many and compiles("auto", "--generator")
     scored, warnings = [], []
     for source in sources:
         generator = open_generator(source, store).to(device)
+        if compiled:
+            compile_blocks(generator)
         context = torch.autocast(device.type, torch.bfloat16) if bf16 else matmul_precision("fp32")
         with context:
-            likelihood = measure_likelihood(generator, store, batch, rank, world, workers)
+            likelihood = measure_likelihood(generator, store, batch, rank, world, workers, compiled)
         if not likelihood.sums.isfinite().all():
             raise InputError(
                 f"the loss of {source.name} on {cache} is NaN or infinite: its weights are damaged"

@@ -4,6 +4,7 @@ The teacher-forced loss needs no sampling, no decoder and no features. A wrong c
 weight file therefore shows in it within minutes.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from data.loader import on_device
 from data.tokens import AllTokens, TokenCache
 from evaluation.metrics import summed
+from modeling.generator import Generator
 from modeling.rotary import token_layout
 from runtime.parts import share_of
 from runtime.signals import outlive_first_signal
 
 TOP = 5  # of top-5 accuracy
+COMPILED_VIEWS = 50_000  # fewer are scored sooner than their programs are compiled
 
 
 @dataclass
@@ -78,12 +82,14 @@ def measure_likelihood(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
+    compiled: bool = False,
 ) -> Likelihood:
     """The likelihood of every view of a cache under a generator, the same on every process.
 
     `model` maps codes (B, T - 1) and labels (B,) to logits (B, T, V), and is in eval mode meanwhile. All
     `world` processes must call this. They share batches of consecutive views, so their number changes the order of
-    float64 sums only. Call it within autocast for the precision of a training run's own validation.
+    float64 sums only. Call it within autocast for the precision of a training run's own validation. `compiled`
+    compiles what follows the model too; a last batch that is smaller runs eagerly.
     """
     dataset, device = AllTokens(store), next(model.parameters()).device
     starts = share_of(range(0, len(dataset), batch), rank, world)
@@ -92,16 +98,31 @@ def measure_likelihood(
         dataset,
         batch_sampler=batches,  # pyright: ignore[reportArgumentType] - any sequence of indices does
         num_workers=workers,
+        pin_memory=device.type == "cuda",
         worker_init_fn=outlive_first_signal,
     )
+    sums_of = torch.compile(position_sums, dynamic=False) if compiled else position_sums
     sums = torch.zeros(3, store.tokens, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    for codes, labels in loader:
-        codes, labels = codes.to(device), labels.to(device)
-        sums += position_sums(model(codes[:, :-1], labels), codes)
+    for codes, labels in on_device(loader, device):
+        with eager(compiled and len(codes) < batch):
+            sums += sums_of(model(codes[:, :-1], labels), codes)
     model.train(was_training)
     return Likelihood(summed(sums).cpu(), len(dataset))
+
+
+def compile_blocks(model: Generator) -> None:
+    """Compile the blocks of a generator in place; they share one program, so that it takes seconds."""
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+
+def eager(wanted: bool) -> contextlib.AbstractContextManager:
+    """Around calls of compiled functions that are to run without their programs, if `wanted`."""
+    if wanted:
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 def position_sums(logits: Tensor, codes: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ class LPIPS(nn.Module):
         taps = []
         for stage in self.stages:
             x = stage(x)
-            taps.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+            tap = x.float()  # under autocast the convolutions alone are in a smaller type
+            taps.append(tap / (tap.square().sum(1, keepdim=True).sqrt() + 1e-10))
         return taps
 
     def distance(self, images: Tensor, targets: Tensor) -> Tensor:
@@ -87,6 +88,8 @@ class LPIPS(nn.Module):
             target_features = self.features(targets * 2 - 1)
         total = images.new_zeros(())
         heads = (self.lin0, self.lin1, self.lin2, self.lin3, self.lin4)
-        for head, a, b in zip(heads, self.features(images * 2 - 1), target_features):
-            total = total + head.model((a - b).square()).mean()
+        pairs = list(zip(heads, self.features(images * 2 - 1), target_features))
+        with torch.autocast(images.device.type, enabled=False):
+            for head, a, b in pairs:
+                total = total + head.model((a - b).square()).mean()
         return total

@@ -115,11 +115,15 @@ class TokenizerOutput(NamedTuple):
     quantizer_loss: Tensor  # scalar
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, recompute: bool) -> Tensor:
-    """Apply the blocks in turn; `recompute` keeps only their inputs for the backward pass."""
-    for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-    return x
+def run_blocks(blocks: nn.ModuleList, x: Tensor, recompute: bool, first: int = 0) -> Tensor:
+    """Apply the blocks in turn; `recompute` keeps only their inputs for the backward pass.
+
+    Returns the tokens from `first` on; the last block computes no others.
+    """
+    for number, block in enumerate(blocks, 1):
+        start = first if number == len(blocks) else 0
+        x = checkpoint(block, x, start, use_reentrant=False) if recompute else block(x, start)
+    return x if len(blocks) else x[:, first:]
 
 
 class Encoder(nn.Module):
@@ -147,8 +151,9 @@ class Encoder(nn.Module):
         latents = latent_tokens + self.latent_token_positional_embedding
         latents = latents.expand(len(images), -1, -1)  # (B, T, D)
         x = self.ln_pre(torch.cat([patches, latents], 1))  # (B, g² + T, D)
-        x = run_blocks(self.transformer, x, self.recompute and self.training)
-        x = self.ln_post(x[:, patches.shape[1] :])  # (B, T, D)
+        recompute, first = self.recompute and self.training, patches.shape[1]
+        x = run_blocks(self.transformer, x, recompute, first)  # (B, T, D)
+        x = self.ln_post(x)
         x = self.conv_out(x.transpose(1, 2).unsqueeze(2))  # (B, token_size, 1, T)
         return x.squeeze(2).transpose(1, 2)
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 class TokenizerAttention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D).
 
+    With `first`, only the tokens from there on attend, to all: (B, T, D) -> (B, T - first, D).
+
     `exact` computes the attention itself in float32 whatever the autocast type. Otherwise it runs
     in the autocast type, as in published training: the published model casts q, k and v to float32,
     but under autocast PyTorch casts them back. Without autocast both are float32.
@@ -24,15 +26,26 @@ class TokenizerAttention(nn.Module):
         self.in_proj = nn.Linear(width, 3 * width)  # rows ordered q, k, v, each head-major
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
         B, T, D = x.shape
-        qkv = self.in_proj(x).view(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, h)
+        if first:
+            assert not self.causal, "a mask would be of all tokens"
+            q, k, v = self.project_from(x, first)
+        else:
+            qkv = self.in_proj(x).view(B, T, 3, self.heads, D // self.heads)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, h)
         if self.exact:
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
+        return self.out_proj(y.transpose(1, 2).reshape(B, T - first, D))
+
+    def project_from(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, T - first, h) of the tokens from `first` on; k and v (B, H, T, h) of all."""
+        D, weight, bias = x.shape[2], self.in_proj.weight, self.in_proj.bias
+        q = F.linear(x[:, first:], weight[:D], bias[:D])
+        k, v = F.linear(x, weight[D:], bias[D:]).chunk(2, -1)
+        return tuple(y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # type: ignore[return-value]
 
 
 class MLP(nn.Module):
@@ -48,7 +61,8 @@ class MLP(nn.Module):
 
 
 class TokenizerBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)); (B, T, D) -> (B, T, D)."""
+    """x + attention(norm(x)), then x + MLP(norm(x)); (B, T, D) -> (B, T - first, D), without the tokens
+    before `first`, to which the others attend."""
 
     def __init__(self, width: int, heads: int, causal: bool, exact: bool):
         super().__init__()
@@ -57,6 +71,6 @@ class TokenizerBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        x = x[:, first:] + self.attn(self.ln_1(x), first)
         return x + self.mlp(self.ln_2(x))

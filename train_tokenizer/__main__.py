@@ -291,7 +291,8 @@ class TrainState:
         weights = WEIGHTS if options.perceptual.pretrained else None
         # One rank reads the disk, the others its cache.
         with accelerator.local_main_process_first():
-            self.networks = FrozenNetworks(options.phases, weights, accelerator.device)
+            bf16 = options.perceptual.precision == "bf16"
+            self.networks = FrozenNetworks(options.phases, weights, accelerator.device, bf16)
             # Evaluation measures with the published LPIPS alone.
             self.lpips = None if weights is None else self.networks.lpips
             if self.lpips is None and weights and evaluates and lpips_is_available(weights):

@@ -30,16 +30,25 @@ class FrozenNetworks:
     """The perceptual networks that at least one phase needs, on the training device.
 
     Their convolutions run in channels_last, the layout of tensor cores and of ConvNeXt's norms.
-    `weights` is the folder of their published files; None leaves them random, for tests.
+    `weights` is the folder of their published files; None leaves them random, for tests. With `bf16`
+    the losses compute the networks' convolutions and products in bfloat16; norms, sums of layers and
+    what follows the networks stay float32, and so do the networks outside of the losses.
     """
 
-    def __init__(self, phases: list[Phase], weights: Optional[Path], device: torch.device):
+    def __init__(
+        self, phases: list[Phase], weights: Optional[Path], device: torch.device, bf16: bool = False
+    ):
+        self.device_type, self.bf16 = device.type, bf16
         self.convnext: Optional[ConvNeXtLogits] = None
         self.lpips: Optional[LPIPS] = None
         if any(p.perceptual_weight for p in phases):
             self.convnext = channels_last(ConvNeXtLogits(weights), device)
         if any(p.lpips_weight for p in phases):
             self.lpips = channels_last(LPIPS(weights), device)
+
+    def precision(self) -> torch.autocast:
+        """Around the networks' part of the losses: the type of their convolutions and products."""
+        return torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16)
 
 
 def tokenizer_terms(
@@ -52,7 +61,8 @@ def tokenizer_terms(
     networks: FrozenNetworks,
     discriminator: Optional[Callable[[Tensor], Tensor]],
 ) -> dict[str, tuple[float, Tensor]]:
-    """(weight, value) of every term of one step, on images (B, 3, S, S) in [0, 1], in float32.
+    """(weight, value) of every term of one step, on images (B, 3, S, S) in [0, 1], in float32 (the
+    networks in the type of `networks.precision`).
 
     The terms and their weights are those of the paper's section on two-stage training; `networks`
     and `discriminator` are only used, and only needed, where the phase's weights are not 0.
@@ -67,17 +77,21 @@ def tokenizer_terms(
         terms["aux"] = (losses.aux_weight, F.mse_loss(stitched, images))
         if phase.perceptual_weight:
             assert networks.convnext is not None
-            value = networks.convnext.distance(stitched, images)
+            with networks.precision():
+                value = networks.convnext.distance(stitched, images)
             terms["aux_perceptual"] = (losses.aux_weight * phase.perceptual_weight, value)
     if stage == 1 and losses.quantizer_weight:
         terms["quantizer"] = (losses.quantizer_weight, out.quantizer_loss)
     if phase.perceptual_weight:
         assert networks.convnext is not None
-        value = networks.convnext.distance(out.images, images)
+        with networks.precision():
+            value = networks.convnext.distance(out.images, images)
         terms["perceptual"] = (phase.perceptual_weight, value)
     if phase.lpips_weight:
         assert networks.lpips is not None
-        terms["lpips"] = (phase.lpips_weight, networks.lpips.distance(out.images, images))
+        with networks.precision():
+            value = networks.lpips.distance(out.images, images)
+        terms["lpips"] = (phase.lpips_weight, value)
     if phase.gan_weight:
         assert discriminator is not None
         terms["gan"] = (phase.gan_weight, adversarial_loss(discriminator(out.images)))

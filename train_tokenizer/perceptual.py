@@ -40,7 +40,7 @@ class ConvNeXtLogits(nn.Module):
         return self.network((images - self.mean) / self.std)
 
     def distance(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared difference of the logits, a scalar."""
+        """Mean squared difference of the logits, a scalar; float32 under autocast too."""
         with torch.no_grad():
-            target_logits = self(targets)
-        return F.mse_loss(self(images), target_logits)
+            target_logits = self(targets).float()
+        return F.mse_loss(self(images).float(), target_logits)

@@ -47,6 +47,7 @@ ADDED_SETTINGS = {
     "model.vq_model.position_init": "own_patch",
     "losses.critic_weight": 1.0,
     "phases.critic_after": 1,  # of every phase
+    "perceptual.precision": "fp32",
 }
 
 

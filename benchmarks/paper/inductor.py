@@ -65,8 +65,36 @@ class Program:
         return [kernel.name for kernel in self.kernels if kernel.written >= elements]
 
     @property
+    def undetermined(self) -> list[str]:
+        """What leaves the order of its sums to a timing: on another day, or GPU, they round otherwise.
+
+        Kernels that reduce or scan are tuned by timing unless Inductor is told to be deterministic. A
+        scan of few long rows is split among programs that wait for each other, and takes what
+        arrives first; atomic additions come in any order; a template of a product is always tuned.
+        """
+        return [name for name, text in self.definitions.items() if not determined(text)]
+
+    @property
+    def definitions(self) -> dict[str, str]:
+        """The source of every generated kernel, by its name."""
+        kernels, *_ = self.source.partition("\nasync_compile.wait")
+        _, *parts = re.split(r"^(\w+) = async_compile\.\w+\(", kernels, flags=re.M)
+        return dict(zip(parts[::2], parts[1::2]))
+
+    @property
     def launches(self) -> int:
         return len(self.kernels) + len(self.products) + len(self.others)
+
+
+def determined(definition: str) -> bool:
+    """Whether the order of the sums of a kernel is fixed by its source."""
+    kind = re.search(r"@triton_heuristics\.(\w+)\(", definition)
+    if kind is None or "atomic_add" in definition.replace("'atomic_add_found': False", ""):
+        return False
+    if kind[1] == "pointwise":
+        return True
+    fixed = kind[1] in ("reduction", "persistent_reduction")
+    return fixed and "'deterministic': True" in definition
 
 
 def parse(source: str, moved: dict[str, float]) -> Program:
@@ -76,7 +104,7 @@ def parse(source: str, moved: dict[str, float]) -> Program:
         sizes = [int(a) for a in arguments.split(", ") if a.isdigit()]
         rows = sizes if name.startswith("triton_poi") else sizes[:-1]  # the last one is reduced
         kernels.append(Kernel(name, math.prod(rows)))
-    calls = re.findall(r"\b((?:extern_kernels|torch\.ops)\.[\w.]+)\(", source)
+    calls = re.findall(r"\b((?:extern_kernels|torch\.ops|(?<!\.)aten)\.[\w.]+)\(", source)
     calls = [c for c in calls if "_foreach" not in c]
     product = re.compile(r"extern_kernels\.(addmm|mm|bmm|baddbmm|bias_addmm|_scaled_mm)$")
     products = [c for c in calls if product.match(c)]

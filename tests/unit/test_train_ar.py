@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 import train_ar
@@ -132,7 +133,11 @@ class StandIn:
     def to(self, device):
         return self
 
+    seen = None  # the type that it computed in
+
     def encode(self, images):
+        autocast = torch.is_autocast_enabled("cpu")
+        StandIn.seen = torch.get_autocast_dtype("cpu") if autocast else torch.float32
         grey = images.mean(1)[:, ::4, ::4].flatten(1)
         codes = torch.cat([grey, grey[:, :5]], 1)
         return (codes.clamp(0, 0.99) * 32).long()
@@ -226,6 +231,40 @@ def test_unreadable_training_images_are_replaced_listed_and_counted(
     again = train(*options, "training.max_train_steps=8", "dataset.params.num_workers_per_gpu=1")
     assert without_clock(again) == without_clock(whole)
     assert (tmp_path / "run/unreadable.txt").read_text().splitlines() == listed
+
+
+@pytest.fixture
+def other_autocast():
+    """Lets the programs of one process train in other autocast types."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize(
+    "precision, autocast, inside",
+    [
+        (None, "bf16", torch.float32),  # as always
+        ("fp32", "bf16", torch.float32),
+        ("autocast", "bf16", torch.bfloat16),
+        ("autocast", "no", torch.float32),
+    ],
+)
+def test_images_are_encoded_in_float32_or_in_the_autocast_type(
+    train, folder, tokenizer, other_autocast, precision, autocast, inside
+):
+    option = [f"dataset.params.encoder_precision={precision}"] * (precision is not None)
+    train(
+        *option, f"training.mixed_precision={autocast}", "training.max_train_steps=1",
+        f"dataset.params.train_dir={folder}", "dataset.params.val_pretokenization=null",
+        "dataset.params.skip_unreadable=2",
+    )  # fmt: skip
+    assert StandIn.seen == inside
+
+
+def test_precision_of_the_encoder_is_refused_with_a_cache(train):
+    with pytest.raises(InputError, match=r"encoder_precision=autocast: a token cache .*--dtype"):
+        train("dataset.params.encoder_precision=autocast")
 
 
 def test_dry_run_lists_unreadable_images_outside_of_the_folder(cache, tmp_path, folder, tokenizer):

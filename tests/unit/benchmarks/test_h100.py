@@ -31,7 +31,9 @@ b: 500000 steps on 16 such GPUs, if they scale without loss: 16 h, 259 GPU-hours
         f"| {mode} | 100.0 | 1.00× | 35.0% | 1% | 2% | 3% | 4% | 5% | 6% |"
         for mode in ("exact", "published", "fast, compiled")
     ),
-    "pretokenization": "\n".join(
+    "pretokenization": "2 views, fp32, 12 layers: published forward 40.000 images/s, ours 44.000, ratio "
+    "1.100 (1.000 … 1.200), 100.00% of codes equal\n"
+    + "\n".join(
         f"  {name}: encoder alone 90.00 images/s (1.00 x fp32), end to end 85.00 images/s, ratio 0.94"
         for name in ("fp32", "tf32", "bf16")
     ),
@@ -41,6 +43,11 @@ share of the network's own rate: 95.0%
 precision and recall, 5000 x 5000: 1.0 s, 900 MB more
 Fréchet distance of 2048 features: 2.0 s
 """,
+    "DINOv2": """
+features from .npz: 700.00 images/s
+share of the network's own rate: 97.0%
+""",
+    "loss of a generator": "b, batch 64: forward 600000 codes/s, score 570000 codes/s, share 95.0%",
 }
 
 
@@ -78,10 +85,15 @@ def test_a_whole_run_leaves_no_cell_that_needs_a_gpu_empty(readme):
         "open",
         "open at 1,281,167 images (sparse files) and read one",
         "tf32",  # has no goal
+        "",  # the head of the published forward pass's table
+        "H100",  # has no goal there
         "small, 64",  # a CPU has no MFU here, nor GPU memory
         "plain: cache grown by concatenation",  # the first line brought nothing
         "",  # the head of evaluation's table
         "50,000 images, from that rate",  # not said of a CPU
+        "DINOv2 features from an .npz, images/s",  # not measured on a CPU
+        "share of DINOv2's own rate",
+        "50,000 images, from DINOv2's rate",
     ]
 
 
@@ -95,6 +107,9 @@ def test_figures_are_in_the_cells_that_their_words_name(readme):
     assert "| B, 500,000 steps × 2048 | 16 | 16 | 259 | 646 USD |" in text
     assert "| 48 (B) | 0.0031 | 2400 | 900 | 2900 |" in text
     assert "| 50,000 images, from that rate | | 33 s |" in text
+    assert "| 50,000 images, from DINOv2's rate | | 71 s |" in text
+    assert "| loss of a generator, codes/s | 15,909 (small model, batch 64) | 570000 |" in text
+    assert "| H100 | 40.000 | 44.000 | 1.100 | |" in text
     assert "| pytest -m gpu | 12 passed, 3 skipped, 900 deselected |" in text
 
 

@@ -86,6 +86,65 @@ def test_every_line_with_a_time_says_that_it_is_modelled(paper):
             assert "modelled" in line, line
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, kernels, others",
+    [
+        ("plain", 2, []),
+        ("top-k", 3, ["torch.ops.aten.topk.default"]),
+        ("top-p", 4, ["torch.ops.aten.sort.stable", "aten.scatter_.src"]),
+        (
+            "both",
+            5,
+            ["torch.ops.aten.topk.default", "torch.ops.aten.sort.stable", "aten.scatter_.src"],
+        ),
+    ],
+)
+def test_choosing_codes_takes_few_launches_and_nothing_else(paper, kind, kernels, others):
+    """No copy to the host, no loop over codes: guidance, restriction, softmax, sum and search."""
+    values = counted_choice(paper, kind)
+    assert values["kernels"] <= kernels and values["others"] == others
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "top-k", "top-p", "both"])
+def test_no_timing_chooses_the_order_of_a_sum_when_codes_are_chosen(paper, kind):
+    assert counted_choice(paper, kind)["undetermined"] == []
+
+
+@pytest.mark.slow
+def test_no_timing_chooses_the_order_of_a_sum_between_two_attentions(paper):
+    assert counted(paper, "sampling")["undetermined"] == []
+
+
+def counted_choice(paper, kind):
+    values = paper[0]["choosing"][kind]
+    if "moved" in values:
+        skip(values["moved"])
+    return values
+
+
+TUNED = """
+import json
+from benchmarks.on_paper import SIZES, choice
+from benchmarks.paper.inductor import InternalsMoved
+try:
+    found = [choice(SIZES["b"][0], 16, 0, 0.9, d).undetermined for d in (True, False)]
+    print(json.dumps(found))
+except InternalsMoved as e:
+    print(json.dumps(str(e).splitlines()[0]))
+"""
+
+
+@pytest.mark.slow
+def test_reductions_that_a_timing_may_choose_are_seen():
+    found = json.loads(run("-c", TUNED).splitlines()[-1])
+    if isinstance(found, str):
+        skip(found)
+    ours, tuned = found
+    assert ours == [] and len(tuned) == 2  # the sums of top-p and of the draw
+
+
 FAULT = """
 import json, torch
 from benchmarks.paper.inductor import InternalsMoved, emit, fake
@@ -126,7 +185,56 @@ def call(args):
     triton_per_fused_norm_0.run(arg3_1, buf0, buf2, 512, 768, stream=raw_stream0)
     triton_poi_fused_mul_1.run(buf3, buf4, 1048576, stream=raw_stream0)
     buf5 = torch.ops.aten.topk.default(buf4, 100)
+    aten.scatter_.src(buf6,1,buf5,buf7)
 """
+
+
+KERNEL = """
+triton_{kind}_0 = async_compile.triton('triton_{kind}_0', \'\'\'
+import triton
+@triton_heuristics.{heuristic}(
+    inductor_meta={{'atomic_add_found': {atomic}, 'deterministic': {deterministic}}}
+)
+@triton.jit
+def triton_{kind}_0(in_ptr0):
+    {body}
+\'\'\', device_str='cuda')
+
+async_compile.wait(globals())
+"""
+
+
+@pytest.mark.parametrize(
+    "kind, heuristic, atomic, deterministic, body, fixed",
+    [
+        ("poi", "pointwise", False, False, "pass", True),
+        ("poi", "pointwise", True, True, "tl.atomic_add(in_ptr0, 1.0)", False),
+        ("red", "reduction", False, True, "tl.sum(x, 1)", True),
+        ("red", "reduction", False, False, "tl.sum(x, 1)", False),
+        ("per", "persistent_reduction", False, True, "tl.sum(x, 1)", True),
+        ("per", "persistent_reduction", False, False, "tl.sum(x, 1)", False),
+        ("spl", "split_scan", False, True, "pass", False),
+        ("red", "cooperative_reduction", False, True, "pass", False),
+        ("tem", "template", False, True, "tl.dot(a, b)", False),
+    ],
+)
+def test_kernels_whose_order_of_sums_is_open_are_named(
+    kind, heuristic, atomic, deterministic, body, fixed
+):
+    source = KERNEL.format(
+        kind=kind, heuristic=heuristic, atomic=atomic, deterministic=deterministic, body=body
+    )
+    program = parse(source, {})
+    assert program.undetermined == ([] if fixed else [f"triton_{kind}_0"])
+
+
+def test_choice_among_several_kernels_is_open():
+    source = KERNEL.format(
+        kind="red", heuristic="reduction", atomic=False, deterministic=True, body="pass"
+    )
+    multi = "multi_kernel_0 = async_compile.multi_kernel('multi_kernel_0', [triton_red_0, b])\n"
+    program = parse(source.replace("\nasync_compile.wait", f"\n{multi}\nasync_compile.wait"), {})
+    assert program.undetermined == ["multi_kernel_0"]
 
 
 def test_launches_are_read_from_a_wrapper():
@@ -136,8 +244,8 @@ def test_launches_are_read_from_a_wrapper():
         ("triton_poi_fused_mul_1", 1048576),
     ]
     assert program.products == ["extern_kernels.addmm"]
-    assert program.others == ["torch.ops.aten.topk.default"]
-    assert (program.launches, program.bytes) == (4, 10.0)
+    assert program.others == ["torch.ops.aten.topk.default", "aten.scatter_.src"]
+    assert (program.launches, program.bytes) == (5, 10.0)
     assert program.copies(1048576) == ["triton_poi_fused_mul_1"]
 
 

@@ -306,11 +306,22 @@ def test_value_that_cannot_be_read_is_refused(argument):
         (TokenizerRun, "model.vq_model.num_latent_tokens=256", "model.vq_model.prefix_head=false"),
         (TokenizerRun, "model.decoder_init=random", "stage1 or scratch"),
         (TokenizerRun, "model.vq_model.encoder_heads=0", "1 or more"),
+        (TokenizerRun, "perceptual.precision=fp16", "fp32 or bf16"),
+        (GeneratorRun, "dataset.params.encoder_precision=bf16", "fp32 or autocast"),
     ],
 )
 def test_value_out_of_its_choices_is_refused_with_them(schema, argument, remedy):
     message = refusal(schema, B if schema is GeneratorRun else STAGE1, argument)
     assert argument.split("=")[0] in message and remedy in message
+
+
+@pytest.mark.parametrize("mode", ["published", "exact"])
+def test_bf16_perceptual_networks_contradict_numerics_that_are_float32_there(mode):
+    options = [f"training.numerics={mode}", "perceptual.precision=bf16"]
+    message = refusal(TokenizerRun, STAGE1, *options)
+    assert f"training.numerics={mode}" in message and "perceptual.precision=bf16" in message
+    for kept in (options[:1], ["training.numerics=fast", options[1]]):
+        load(TokenizerRun, [STAGE1, *kept])
 
 
 @pytest.mark.parametrize(

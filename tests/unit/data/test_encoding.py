@@ -51,6 +51,26 @@ def test_bf16_codes_are_mostly_those_of_fp32_and_leave_the_next_fp32_exact(token
     assert torch.equal(encode(tokenizer, pixels, "fp32"), exact)
 
 
+def test_bf16_codes_of_a_fitted_codebook_agree_to_nine_tenths(fill):
+    """Of a codebook fitted to the encoder's latents, as a trained one is; not of random vectors.
+
+    Under autocast as in training on images (`dataset.params.encoder_precision=autocast`).
+    """
+    sizes = dict(image_size=64, encoder_width=128, encoder_layers=4, encoder_heads=4)
+    tokenizer = fill(Tokenizer(TokenizerConfig(codebook_size=256, **sizes), with_decoder=False))
+    with torch.no_grad():
+        latents = tokenizer.latents(torch.from_numpy(images(64, 64, 2))).flatten(0, 1)
+        chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:256]
+        tokenizer.quantize.embedding.weight.copy_(latents[chosen])
+    held_out = torch.from_numpy(images(64, 64, 3))
+    exact = tokenizer.encode(held_out)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = tokenizer.encode(held_out)
+    assert torch.equal(tokenizer.encode(held_out), exact)
+    assert len(exact.unique()) > 100
+    assert 0.9 < (fast == exact).float().mean() < 1
+
+
 @pytest.mark.parametrize("dtype, inside", [("fp32", False), ("tf32", True), ("bf16", False)])
 def test_only_the_encoder_and_only_tf32_may_use_tf32(dtype, inside, monkeypatch):
     tokenizer, seen = small(), {}

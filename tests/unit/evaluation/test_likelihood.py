@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from data.tokens import open_tokens
 from data.writer import TokenWriter
-from evaluation.likelihood import Likelihood, measure_likelihood, position_sums
+from evaluation.likelihood import Likelihood, compile_blocks, measure_likelihood, position_sums
 from modeling.generator import Generator, GeneratorConfig, next_code_loss
 
 TINY = GeneratorConfig(32, 2, 2, codebook_size=32, image_seq_len=21, condition_num_classes=3)
@@ -68,6 +69,21 @@ def test_processes_share_every_view_once(store, model):
     parts = [measure_likelihood(model, store, 4, i, 3).sums for i in range(3)]
     torch.testing.assert_close(sum(parts), whole.sums, rtol=1e-14, atol=0)
     assert all(part.any() for part in parts)
+
+
+def test_compiled_score_is_the_eager_one_and_compiles_two_programs(store, model, monkeypatch):
+    """The blocks share one; the smaller last batch has none."""
+    expected = measure_likelihood(model, store, 4)
+    counter, compile_function = CompileCounter(), torch.compile
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compile_function(f, backend=counter, **options)
+    )
+    compile_blocks(model)
+    found = measure_likelihood(model, store, 4, compiled=True)
+    torch.testing.assert_close(found.sums, expected.sums)
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
 
 
 def test_a_tie_is_no_hit_but_for_the_first_code():

@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
+from benchmarks.evaluation import peak_mb
 from evaluation import metrics
 from evaluation.metrics import (
     InceptionScore,
@@ -161,6 +164,26 @@ def test_blocks_change_nothing(block):
     recall = (distances[:20, 20:] <= radius_b).any(1).double().mean().item()
     assert 0 < precision < 1 and 0 < recall <= 1
     assert precision_recall(a, b, block=block) == pytest.approx((precision, recall))
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory that Linux tells"
+)
+@pytest.mark.parametrize("half", [False, True])
+def test_memory_is_that_of_blocks_whatever_the_number_of_images(half):
+    """At most three blocks of distances and four of rows as float64, in numbers of 8 bytes.
+
+    With the published width and the default block these are 0.7 GB: 50,000 x 50,000 fits into 4 GB.
+    """
+    block, width = 1024, 64
+    a, b = torch.randn(2, 4 * block, width)
+    precision_recall(a[:8], b[:8], block=4)  # what is allocated once
+    before = peak_mb(restart=True)
+    precision_recall(a, b, block=block, half=half)
+    more = peak_mb() - before
+    bound = 8 * (3 * block**2 + 4 * block * width) / 2**20
+    assert more < bound + 16  # the allocator's; all distances are 128 MB in float64
+    assert 8 * (3 * metrics.BLOCK**2 + 4 * metrics.BLOCK * 2048) < 0.7 * 2**30
 
 
 def test_identical_sets_cover_each_other():

@@ -1,5 +1,6 @@
 """What surrounds the numbers of the engine: memory, compiling, types, options. Codes: test_sampling."""
 
+import dataclasses
 import gc
 import shutil
 import time
@@ -317,9 +318,12 @@ SHALLOW = TokenizerConfig(
 )  # fmt: skip
 
 
-def test_bfloat16_decoding_stays_near_float32_and_leaves_the_tokenizer_alone(fill, monkeypatch):
-    """On CUDA this is the default; here on a CPU, told that bfloat16 pays."""
-    tokenizer = fill(Tokenizer(SHALLOW))
+@pytest.mark.parametrize("layers", [4, 24])
+def test_bfloat16_decoding_stays_near_float32_and_leaves_the_tokenizer_alone(
+    fill, monkeypatch, layers
+):
+    """On CUDA this is the default; here on a CPU, told that bfloat16 pays. 24 layers are published."""
+    tokenizer = fill(Tokenizer(dataclasses.replace(SHALLOW, decoder_layers=layers)))
     codes = torch.randint(4096, (3, SHALLOW.num_tokens))
     exact = ImageDecoder(tokenizer, torch.float32)(codes)
     assert torch.equal(ImageDecoder(tokenizer, torch.bfloat16)(codes), exact)  # a CPU's choice

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
+from modeling.tokenizer_blocks import TokenizerBlock
 from runtime.errors import InputError
 
 TINY = TokenizerConfig(
@@ -74,6 +75,35 @@ def test_default_config_is_the_published_model():
     assert (published.codebook_size, published.token_size) == (4096, 32)
     assert (published.num_buffer_tokens, published.causal) == (32, False)
     assert not published.exact_attention and published.position_init == "normal"
+
+
+# ---------------------------------------------------------------------- blocks
+@pytest.mark.parametrize("exact", [False, True])
+def test_block_without_the_first_tokens_computes_what_the_whole_one_does(exact):
+    block = TokenizerBlock(16, 2, causal=False, exact=exact)
+    x = torch.randn(3, 9, 16, requires_grad=True)
+    whole, part = block(x)[:, 4:], block(x, 4)
+    torch.testing.assert_close(part, whole)
+    names = [name for name, _ in block.named_parameters()]
+    inputs = [x, *block.parameters()]
+    ours, expected = (torch.autograd.grad(y.square().sum(), inputs) for y in (part, whole))
+    for name, a, b in zip(["x", *names], ours, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_last_block_of_the_encoder_computes_the_latents_alone(monkeypatch):
+    sizes, linear = [], torch.nn.Linear.forward
+
+    def watch(self, x):
+        sizes.append((self.out_features, x.shape[1]))
+        return linear(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watch)
+    Tokenizer(TINY).encode(torch.rand(2, 3, 32, 32))
+    tokens = GRID**2 + TOKENS
+    mlp, out = 4 * TINY.encoder_width, TINY.encoder_width
+    assert [n for width, n in sizes if width == mlp] == [tokens, TOKENS]
+    assert [n for width, n in sizes if width == out] == [tokens] * 2 + [TOKENS] * 2
 
 
 # ---------------------------------------------------------------------- layouts and sizes

@@ -1,0 +1,92 @@
+"""`evaluate.py --generator` beside the bare forward pass of the same model: `python -m benchmarks.likelihood`.
+
+The models are those of benchmarks.generator_training: B on CUDA, in bf16 and compiled, a small one in
+float32 on a CPU. Both ways run over the same number of batches, in turn; times on a CPU are processor
+times. The score reads a cache of random codes, and adds losses and ranks by position to the forward pass.
+"""
+
+import argparse
+import contextlib
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import configs.load
+from benchmarks.common import machine
+from benchmarks.evaluation import seconds
+from benchmarks.generator_training import SMALL
+from configs.schema import GeneratorRun
+from data.tokens import TokenStore
+from data.writer import TokenWriter
+from evaluation.likelihood import compile_blocks, measure_likelihood
+from modeling.generator import Generator, GeneratorConfig
+
+
+def random_cache(folder: Path, config: GeneratorConfig, images: int) -> TokenStore:
+    """A cache of that many images of one view, of any codes."""
+    folder.mkdir()
+    writer = TokenWriter(folder, 1, config.image_seq_len, config.codebook_size)
+    shape = (images, 1, config.image_seq_len)
+    writer.append(np.random.default_rng(0).integers(0, config.codebook_size, shape))
+    labels = [i % config.condition_num_classes for i in range(images)]
+    classes = [f"{i:04d}" for i in range(config.condition_num_classes)]
+    writer.finish(labels, [str(i) for i in range(images)], classes, {"tokenizer": "none"})
+    return TokenStore(folder)
+
+
+@torch.no_grad()
+def forward(model: Generator, codes: Tensor, labels: Tensor, batches: int) -> None:
+    for _ in range(batches):
+        model(codes[:, :-1], labels)
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--model", choices=["b", "l", "xl", "small"], default="b" if cuda else "small")  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=100 if cuda else 4)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--num_workers", type=int, default=8 if cuda else 0)
+    args = parser.parse_args()
+    config = SMALL
+    if args.model != "small":
+        preset = configs.load.load(GeneratorRun, [f"config=configs/alitok_{args.model}.yaml"])
+        config = preset.model.generator
+    device = torch.device("cuda" if cuda else "cpu")
+    torch.manual_seed(0)
+    model = Generator(config).to(device).eval()
+    torch.nn.init.normal_(model.output.weight, std=0.02)
+    if cuda:
+        compile_blocks(model)
+    codes = torch.randint(config.codebook_size, (args.batch_size, config.image_seq_len)).to(device)
+    labels = (torch.arange(args.batch_size) % config.condition_num_classes).to(device)
+    bf16 = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as folder, bf16:
+        store = random_cache(Path(folder) / "cache", config, args.batch_size * args.batches)
+
+        def score() -> None:
+            measure_likelihood(
+                model, store, args.batch_size, workers=args.num_workers, compiled=cuda
+            )
+
+        def bare() -> None:
+            forward(model, codes, labels, args.batches)
+
+        score(), bare()
+        pairs = [(seconds(bare), seconds(score)) for _ in range(args.rounds)]
+    count = args.batch_size * args.batches * config.image_seq_len
+    alone, whole = (count / median(times) for times in zip(*pairs))
+    print(machine())
+    print(
+        f"{args.model}, batch {args.batch_size}: forward {alone:.0f} codes/s, score {whole:.0f} codes/s, "
+        f"share {median(a / b for a, b in pairs):.1%}"
+    )
+
+
+if __name__ == "__main__":
+    main()

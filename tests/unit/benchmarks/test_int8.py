@@ -1,0 +1,132 @@
+"""What the agreement of a smaller cache counts: codes after float32's, codes after its own, images."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from benchmarks import int8
+from modeling import decode_attention
+from modeling.engine import Engine
+from modeling.generator import Generator, GeneratorConfig
+from modeling.sampling import Sampling
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights import write_state_dict
+from runtime.errors import InputError
+
+SIZES = """
+model:
+  vq_model:
+    {codebook_size: 64, token_size: 8, image_size: 16, patch_size: 4, encoder_width: 16,
+     encoder_layers: 1, encoder_heads: 2, decoder_width: 32, decoder_layers: 1, decoder_heads: 2,
+     num_buffer_tokens: 4}
+  generator:
+    {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, image_seq_len: 21,
+     condition_num_classes: 3, guidance_scale: 2.0}
+experiment: {output_dir: nowhere, tokenizer_checkpoint: tokenizer.pth}
+"""
+
+
+@pytest.fixture
+def models(fill, nowhere):
+    """The weight files of a tiny tokenizer and generator, and a config, in an empty folder."""
+    tokenizer = TokenizerConfig(
+        codebook_size=64, token_size=8, image_size=16, patch_size=4, encoder_width=16,
+        encoder_layers=1, encoder_heads=2, decoder_width=32, decoder_layers=1, decoder_heads=2,
+        num_buffer_tokens=4,
+    )  # fmt: skip
+    generator = GeneratorConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, codebook_size=64,
+        image_seq_len=21, condition_num_classes=3,
+    )  # fmt: skip
+    model = fill(Generator(generator))
+    write_state_dict(fill(Tokenizer(tokenizer)).state_dict(), nowhere / "tokenizer.pth")
+    write_state_dict(model.state_dict(), nowhere / "generator.bin")
+    (nowhere / "sizes.yaml").write_text(SIZES)
+    return model
+
+
+def lines(capsys, *options):
+    int8.main(["--config", "sizes.yaml", "--generator", "generator.bin", *options])
+    return capsys.readouterr().out.splitlines()
+
+
+def shares(line):
+    """Percentages and dB of a line: forced codes, free codes, whole images; dB forced and free."""
+    words = line.replace("%", " %").split()
+    percent = [float(a) for a, b in itertools.pairwise(words) if b == "%"]
+    return percent, [float(a) for a, b in itertools.pairwise(words) if b.startswith("dB")]
+
+
+# ---------------------------------------------------------------------- the command
+def test_every_way_has_a_line_and_float32_itself_agrees_wholly(models, capsys, monkeypatch):
+    found = lines(capsys, "--images", "7", "--batch", "3")
+    assert "generator.bin: 7 images of 21 codes" in found[1]
+    assert [line.split(":")[0] for line in found[2:]] == list(int8.WAYS)
+    for line in found[2:]:
+        (forced, _, _), decibels = shares(line)
+        assert 90 < forced <= 100 and all(d > 15 for d in decibels)
+    monkeypatch.setattr(int8, "WAYS", {"itself": (torch.float32, "auto")})
+    itself = lines(capsys, "--images", "7", "--batch", "3")[2]
+    assert shares(itself) == ([100, 100, 100], [math.inf, math.inf])
+
+
+def test_a_cache_that_loses_its_values_shows(models, capsys, monkeypatch):
+    quantize = decode_attention.quantize
+    monkeypatch.setattr(
+        decode_attention, "quantize", lambda x: (quantize(x)[0] * 0, quantize(x)[1])
+    )
+    (line,) = [x for x in lines(capsys, "--images", "8") if x.startswith("float32, int8")]
+    (forced, free, whole), _ = shares(line)
+    assert forced < 80 and free <= forced + 5 and whole < 50
+
+
+def test_number_of_images_does_not_depend_on_the_batch(models, capsys):
+    for kind in int8.WAYS:
+        few, many = (
+            next(x for x in lines(capsys, "--images", "6", "--batch", b) if x.startswith(kind))
+            for b in ("6", "4")
+        )
+        assert shares(few)[0] == pytest.approx(shares(many)[0], abs=1)  # up to rounding
+
+
+def test_generator_is_by_default_that_of_the_configs_run(models, nowhere):
+    with pytest.raises(InputError, match="nowhere"):
+        int8.main(["--config", "sizes.yaml", "--images", "2"])
+
+
+# ---------------------------------------------------------------------- its parts
+def test_teacher_forced_difference_stays_in_its_step(models):
+    inputs = [(torch.arange(4) % 3, torch.rand(4, 21)), (torch.arange(4) % 3, torch.rand(4, 21))]
+    engine = Engine(models, 4, Sampling(2.0))
+    codes = int8.drawn(engine, inputs)
+    assert torch.equal(int8.drawn_after(engine, inputs, codes), codes)
+    functions, calls = engine.functions, []
+
+    def wrong_at_the_fifth(*arguments):
+        calls.append(0)
+        return (functions.choose(*arguments) + (len(calls) % 21 == 5)) % 64
+
+    engine.functions = functions._replace(choose=wrong_at_the_fifth)
+    forced = int8.drawn_after(engine, inputs, codes)
+    assert (forced != codes).all(0).nonzero().tolist() == [[4]]
+    assert (forced != codes).sum() == 8
+    free = int8.drawn(engine, inputs)
+    assert torch.equal(free[:, :4], codes[:, :4]) and (free != codes).sum() > 8
+
+
+def test_agreement_counts_codes_and_whole_images():
+    codes = torch.zeros(4, 10, dtype=torch.int64)
+    free = codes.clone()
+    free[0, 3:] = 1
+    found = int8.Agreement(codes, codes, free)
+    assert (found.share(found.forced), found.share(found.free), found.whole) == (1, 33 / 40, 0.75)
+
+
+def test_psnr_of_all_pixels_together():
+    images = torch.zeros(2, 2, 2, 3, dtype=torch.uint8)
+    others = images.clone()
+    others[0] = 51  # a fifth of the range in half of the pixels
+    assert int8.psnr(images, others) == pytest.approx(10 * math.log10(50))
+    assert int8.psnr(images, images) == math.inf

@@ -44,14 +44,14 @@ def encoder(measures: list[Measures]) -> Figure:
     figure, axes = panels(len(measures) + 1, 5, 3.4)
     for number, (axis, of) in enumerate(zip(axes, measures)):
         changes, config = of.masked["another image"], of.tokenizer.config
-        image = axis.imshow(changes, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        image = axis.imshow(changes.numpy(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axis.set_title(f"{of.row.name}: share of codes changed")
         axis.set_ylabel("last row kept")
         axis.set_yticks(range(config.grid - 1), range(1, config.grid))
         mark_codes(axis, config)
         figure.colorbar(image, ax=axis)
         for (fill, changed), style in zip(of.masked.items(), STYLES):
-            earlier = earlier_changes(changed, config)["earlier"]
+            earlier = earlier_changes(changed, config)["earlier"].numpy()
             kept = range(1, config.grid)
             axes[len(measures)].plot(
                 kept, earlier, style, color=f"C{number}", label=f"{of.row.name}, {fill}"
@@ -65,14 +65,14 @@ def cut(measures: list[Measures]) -> Figure:
     figure, axes = panels(len(measures) + 1, 5, 3.4)
     for number, (axis, of) in enumerate(zip(axes, measures)):
         config, lengths = of.tokenizer.config, cut_lengths(of.tokenizer.config)
-        image = axis.imshow(psnr(of.errors), aspect="auto", interpolation="nearest")
+        image = axis.imshow(psnr(of.errors).numpy(), aspect="auto", interpolation="nearest")
         axis.set_title(f"{of.row.name}: PSNR (dB)")
         axis.set_xlabel("image row")
         axis.set_xticks(range(config.grid), range(1, config.grid + 1))
         axis.set_ylabel("first codes known")
         axis.set_yticks(range(len(lengths)), lengths)
         figure.colorbar(image, ax=axis)
-        whole = psnr(of.errors.mean(1))
+        whole = psnr(of.errors.mean(1)).numpy()
         axes[len(measures)].plot(lengths, whole, "o-", color=f"C{number}", label=of.row.name)
     finish(axes[len(measures)], "PSNR of the image (dB)", "first codes known")
     return figure
@@ -89,7 +89,7 @@ def decoder(measures: list[Measures]) -> Figure:
     for axis, of in zip(axes, measures):
         config = of.tokenizer.config
         seen = torch.where(of.replaced < SMALLEST_CHANGE, torch.nan, of.replaced)
-        image = axis.imshow(seen, norm=norm, aspect="auto", interpolation="nearest")
+        image = axis.imshow(seen.numpy(), norm=norm, aspect="auto", interpolation="nearest")
         axis.set_title(f"{of.row.name}: RMS change")
         axis.set_ylabel("image row")
         axis.set_yticks(range(config.grid), range(1, config.grid + 1))

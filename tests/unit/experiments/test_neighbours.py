@@ -72,6 +72,9 @@ def test_neighbours_are_left_and_above_and_the_prefix_lies_above_the_first_row()
     left, above = neighbours(config(tokens=20))  # K = 4
     assert left[:9].tolist() == [-1, 0, 1, 2, -1, 4, 5, 6, -1]
     assert above.tolist() == [-1] * 4 + list(range(16))
+    left, above = neighbours(config(tokens=16))  # K = 0
+    assert left[:9].tolist() == [-1, 0, 1, 2, -1, 4, 5, 6, -1]
+    assert above.tolist() == [-1] * 4 + list(range(12))
 
 
 # ---------------------------------------------------------------------- bits

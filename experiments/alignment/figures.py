@@ -63,9 +63,13 @@ def encoder(measures: list[Measures]) -> Figure:
 def cut(measures: list[Measures]) -> Figure:
     """PSNR by image row from the first n codes, and of the whole image over n."""
     figure, axes = panels(len(measures) + 1, 5, 3.4)
+    every = torch.cat([psnr(of.errors).flatten() for of in measures])
+    scale = {"vmin": every.min().item(), "vmax": every.max().item()}  # common to the panels
     for number, (axis, of) in enumerate(zip(axes, measures)):
         config, lengths = of.tokenizer.config, cut_lengths(of.tokenizer.config)
-        image = axis.imshow(psnr(of.errors).numpy(), aspect="auto", interpolation="nearest")
+        image = axis.imshow(
+            psnr(of.errors).numpy(), aspect="auto", interpolation="nearest", **scale
+        )
         axis.set_title(f"{of.row.name}: PSNR (dB)")
         axis.set_xlabel("image row")
         axis.set_xticks(range(config.grid), range(1, config.grid + 1))

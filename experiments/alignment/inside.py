@@ -47,7 +47,7 @@ from experiments.alignment.dependence import (
     read_images,
     replaced_changes,
 )
-from experiments.alignment.neighbours import code_dependence
+from experiments.alignment.neighbours import NEIGHBOURS, code_dependence
 from modeling.engine import find_device
 from modeling.tokenizer import Tokenizer
 from runtime.arguments import Parser, as_path
@@ -234,7 +234,7 @@ def table(results: list[dict[str, Any]]) -> str:
     """One line per row of the study, of the figures that sum up each question."""
     head = (
         f"{'row':<24}{'codes':>6}{'nats/code':>11}{'earlier codes changed':>23}"
-        f"{'change of earlier | own | later rows':>38}{'bits/code alone | left, above':>31}"
+        f"{'change of earlier | own | later rows':>38}{'bits/code alone | by neighbours':>33}"
     )
     lines = [head]
     for result in results:
@@ -251,7 +251,7 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{result['name']:<24}{result['codes_per_image']:>6}{nats:>11}"
             f"{' | '.join(f'{share:.1%}' for share in changed):>23}"
             f"{' | '.join(f'{share:.1%}' for share in shares.values()):>38}"
-            f"{bits['nothing']:>22.2f} | {bits['left and above']:.2f}"
+            f"{bits['nothing']:>26.2f} | {min(bits[name] for name in NEIGHBOURS):.2f}"
         )
     return "\n".join(lines)
 

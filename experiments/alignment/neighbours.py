@@ -26,6 +26,7 @@ CONTEXTS = {
     "above": ("nothing", "above"),
     "left and above": ("nothing", "left", "left and above"),
 }
+NEIGHBOURS = ("left", "above", "left and above")
 
 
 def neighbours(config: TokenizerConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -49,12 +49,11 @@ def motif(unified: str) -> str:
 def file_of(unified: str, folder: Path) -> Path | None:
     """The graphic of an emoji by Twemoji's naming, None where there is none.
 
-    Code points in lower case without leading zeros; the style selector stays in joined emoji alone,
-    and not in all of these.
+    Code points in lower case without leading zeros; the style selector stays in some joined emoji.
     """
     points = [point.lstrip("0") for point in unified.split("-")]
     plain = [point for point in points if point != EMOJI_STYLE]
-    for kept in (points, plain) if JOINER in points else (plain,):
+    for kept in (points, plain):
         path = folder / f"{'-'.join(kept).lower()}.png"
         if path.is_file():
             return path

@@ -5,6 +5,7 @@ into fixed chunks of consecutive indices, so the images are the same on any numb
 A killed run resumes with the same command; `OUTPUT_DIR.npz` appears when all images are there.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -18,7 +19,8 @@ from evaluation.sources import open_images
 from generation.folder import SampleFolder, read_codes
 from generation.job import SamplingJob, sampling_job
 from generation.models import generator_checkpoint, load_models
-from runtime.processes import start_processes
+from generation.prefix import prefix_codes
+from runtime.processes import on_main, start_processes
 from runtime.program import run
 from training.checkpoint import read_weights
 
@@ -40,6 +42,7 @@ def main(argv: list[str]) -> None:
     if codes is None:
         warn_of_untrained(generator_checkpoint(experiment), job, processes)
     models = load_models(options.model, experiment, tokenizer_state, generator_state, device)
+    job = replace(job, prefix=on_main(lambda: prefix_codes(experiment, models.tokenizer)))
     folder = SampleFolder(
         Path(experiment.output_dir), job, models, processes, codes, experiment.save_png,
         experiment.grid,

@@ -25,7 +25,15 @@ from torch import Tensor
 
 from data.classes import printable
 from data.images import fail, is_image, photo_crop, to_float
-from data.pictures import captioned, enlarged, picture_grid, stacked, to_pixels, write_png
+from data.pictures import (
+    WHITE,
+    captioned,
+    enlarged,
+    picture_grid,
+    stacked,
+    to_pixels,
+    write_png,
+)
 from evaluation.reconstruction import psnr, ssim
 from evaluation.tokenizer_score import MAGNIFICATION, check_window, load_tokenizer
 from modeling.engine import find_device
@@ -114,14 +122,20 @@ def picture_of(look: Look, config: TokenizerConfig, name: str) -> np.ndarray:
     ]
     figures = ", ".join(f"{key} {value}" for key, value in described(look).items())
     top = picture_grid(np.stack(panels), 3, MARGIN)
-    parts = [captioned(top, f"{name}: {figures}")]
+    parts = [top, title(f"{name}: {figures}", top.shape[1])]
     if look.strip is not None:
         parts.append(strip_picture(look, look.strip, config))
     kind = "causal" if config.causal else "bidirectional"
+    parts.append(title(f"what the {kind} decoder makes of the first codes alone:", top.shape[1]))
     first = [first_codes(look, n, config) for n in codes_shown(look, config)]
-    grid = picture_grid(np.stack(first), COLUMNS, MARGIN)
-    parts.append(captioned(grid, f"what the {kind} decoder makes of the first codes alone"))
-    return stacked(parts, MARGIN)
+    parts.append(picture_grid(np.stack(first), COLUMNS, MARGIN))
+    return stacked(parts)
+
+
+def title(text: str, width: int) -> np.ndarray:
+    """A line of text of this width, with some space around it."""
+    line = captioned(np.empty((0, width - MARGIN, 3), np.uint8), text)
+    return np.pad(line, ((MARGIN, 0), (MARGIN, 0), (0, 0)), constant_values=WHITE)
 
 
 def shown(image: Tensor) -> np.ndarray:
@@ -144,14 +158,10 @@ def strip_picture(look: Look, strip: Tensor, config: TokenizerConfig) -> np.ndar
     target = prefix_target(look.image.unsqueeze(0), config)[0]
     figure = psnr(target.unsqueeze(0), strip.unsqueeze(0)).item()
     width = strip.shape[-1] * (shown(look.image).shape[1] // config.image_size)
-    corner = "corner patch and " * (config.num_prefix_tokens > config.grid)
-    return stacked([
-        captioned(enlarged(to_pixels(target.unsqueeze(0))[0], width), f"{corner}first row of patches"),
-        captioned(
-            enlarged(to_pixels(strip.unsqueeze(0))[0], width),
-            f"the same from the {config.num_prefix_tokens} prefix tokens alone: PSNR {figure:.2f} dB",
-        ),
-    ])  # fmt: skip
+    pair = picture_grid(enlarged(to_pixels(torch.stack([target, strip])), width), 1, MARGIN)
+    parts = "corner patch and first row" if config.num_prefix_tokens > config.grid else "first row"
+    text = f"{parts}, above what the {config.num_prefix_tokens} prefix tokens alone decode to: "
+    return stacked([pair, title(f"{text}PSNR {figure:.2f} dB", 3 * width)])
 
 
 def codes_shown(look: Look, config: TokenizerConfig) -> list[int]:

@@ -8,6 +8,8 @@ python evaluate.py --selfcheck                       is the evaluator itself rig
 torchrun --nproc_per_node=8 evaluate.py …            the same numbers from 8 GPUs
 """
 
+import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
+
 import argparse
 from collections.abc import Callable
 from pathlib import Path
@@ -44,13 +46,15 @@ WEIGHTS = Path("weights")  # the published files
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--samples", type=path, help="what to score: .npz (arr_0, uint8) or folder of PNGs"
+        "--samples", type=path, help="what to score: .npz (arr_0, uint8), or folder or tar of PNGs"
     )
     parser.add_argument(
-        "--reference", type=path, help=".npz of images or statistics, or a folder of images"
+        "--reference", type=path, help=".npz of images or statistics, or a folder or tar of images"
     )
     parser.add_argument(
-        "--crop", type=number(1, 8192), help="ADM centre crop of a reference folder, in pixels"
+        "--crop",
+        type=number(1, 8192),
+        help="ADM centre crop of a reference folder or tar, in pixels",
     )
     parser.add_argument(
         "--save_stats", type=new_file(".npz"), help="write the reference's statistics to this .npz"
@@ -77,7 +81,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--config", type=path, help="YAML whose model.vq_model describes another tokenizer"
     )
-    parser.add_argument("--data_path", type=path, help="image folder: one folder per class")
+    parser.add_argument(
+        "--data_path", type=path, help="folder or tar of images, of one folder per class or of none"
+    )
     parser.add_argument("--split", default="", help="folder in data_path, for example val")
     parser.add_argument(
         "--generator", type=path, help="score a generator's loss: weights or a run folder"

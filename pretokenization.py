@@ -1,10 +1,13 @@
-"""Encode an image folder once, into a packed token cache that training reads.
+"""Encode an image folder or tar once, into a packed token cache that training reads.
 
     python pretokenization.py --img_size 256 --batch_size 32 --ten_crop --data_path imagenet/train
+    python pretokenization.py … --data_path ILSVRC2012_img_train.tar     as downloaded, not unpacked
     torchrun --nproc_per_node=8 pretokenization.py …            the same cache from 8 GPUs
 
 The same command resumes an interrupted run, and the cache is the same bytes on any number of processes.
 """
+
+import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
 import argparse
 import os
@@ -14,6 +17,7 @@ from configs.load import sizes_for
 from data.cache import fingerprint
 from data.classes import printable
 from data.encoding import EncodingPlan, encode_folder, load_encoder
+from data.imagenet import unlike_imagenet
 from data.images import is_image, scan_images
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
@@ -35,14 +39,17 @@ def main(argv: list[str]) -> None:
     size = {} if args.img_size is None else {"image_size": args.img_size}
     config = sizes_for(args.tokenizer_checkpoint, args.config, ("encoder_heads",), **size)
     folder, choice = image_folder(args.data_path, args.split)
-    images = scan_images(folder)
     state = read_weights(args.tokenizer_checkpoint, "tokenizer")
     processes = start_processes(args.device)
     assert processes.device is not None  # accelerate's type hint allows it
     if args.dtype == "tf32" and processes.device.type != "cuda":
         raise InputError("--dtype tf32 exists only on CUDA: choose fp32 or bf16 on a CPU")
     encoder = load_encoder(config, state, args.tokenizer_checkpoint, processes.device)
+    cache = Path(args.cached_path)
+    images = scan_images(folder, args.labels, index_folder=cache.parent)  # of a tar, minutes
     processes.print(printable(f"{choice}{folder}: {images.describe()}"))
+    if processes.is_main_process:
+        warn_of_classes(images.classes)
     ignored = [flag for flag in WITHOUT_EFFECT if hasattr(args, flag[2:])]
     if ignored:
         processes.print(f"without effect here: {', '.join(ignored)}")
@@ -50,7 +57,13 @@ def main(argv: list[str]) -> None:
         config.image_size, kind_of_crops(args), args.dtype, args.batch_size, args.format,
         args.skip_unreadable, args.num_workers,
     )  # fmt: skip
-    encode_folder(images, encoder, fingerprint(state), plan, Path(args.cached_path), processes)
+    encode_folder(images, encoder, fingerprint(state), plan, cache, processes)
+
+
+def warn_of_classes(classes: list[str]) -> None:
+    unlike = unlike_imagenet(classes)
+    if unlike is not None:
+        print(f"warning: {unlike}")
 
 
 def cache_path(text: str) -> str:
@@ -68,11 +81,15 @@ def device(text: str) -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description="Encode an image folder into a token cache.")
+    parser = Parser(description="Encode an image folder or tar into a token cache.")
     add = parser.add_argument
     # fmt: off
     add("--data_path", type=path, required=True, metavar="DIR",
-        help="image folder: one folder per class, or the folder that holds train/")
+        help="image folder: one folder per class, or the folder that holds train/; or a tar of one "
+             "folder or tar per class")
+    add("--labels", type=path, metavar="FILE",
+        help="classes of images that lie in no class folders: one class per line, in the order of "
+             "the images' names, or a CSV of file,class")
     add("--split", choices=["train", "val"], help="read DATA_PATH/SPLIT")
     add("--img_size", type=number(1, 4096), metavar="N",
         help="pixels per side (default: the config's, or 256)")
@@ -116,7 +133,7 @@ def kind_of_crops(args: argparse.Namespace) -> str:
 
 
 def image_folder(data_path: str, split: str | None) -> tuple[Path, str]:
-    """The folder of classes, and words that say so where the program chose it.
+    """The folder of classes or the tar, and words that say so where the program chose it.
 
     The published program reads DATA_PATH/train. So does this one where it is there and no split is
     set, unless `train` is itself a class: it holds images, and other classes are beside it.

@@ -4,6 +4,8 @@ The same command resumes an interrupted run. `--dry-run` runs a few steps, print
 needs, and writes nothing.
 """
 
+import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -24,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import configs.load
 from configs.schema import GeneratorRun
 from data.classes import describe_classes, printable, write_trained
+from data.imagenet import unlike_imagenet
 from data.images import VIEWS, TrainViews, scan_images, to_float
 from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
 from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_tokens
@@ -101,8 +104,12 @@ class GeneratorData:
     evaluator: Optional[Evaluator]  # for gFID
 
 
-def open_data(options: GeneratorRun, accelerator: Accelerator) -> GeneratorData:
+def open_data(
+    options: GeneratorRun, accelerator: Accelerator, index_folder: Optional[Path] = None
+) -> GeneratorData:
     """Open the token cache or the image folder of a run, and what it is evaluated with.
+
+    The index of images in a tar is kept in `index_folder`.
 
     Raises InputError where one of them does not fit the configured models, or the other.
     """
@@ -119,7 +126,7 @@ def open_data(options: GeneratorRun, accelerator: Accelerator) -> GeneratorData:
         known, heads = known or tokenizer_hash, heads or store.manifest.get("encoder_heads")
         train = train_on_codes(store, options)
     else:
-        train, encoder = train_on_images(params.train_dir, options), tokenizer
+        train, encoder = train_on_images(params.train_dir, options, index_folder), tokenizer
     validation = None
     if params.val_pretokenization is not None:
         validation = open_cache(params.val_pretokenization, options, known, heads)
@@ -155,9 +162,11 @@ def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
     )  # fmt: skip
 
 
-def train_on_images(folder: str, options: GeneratorRun) -> TrainingSet:
-    """The ten crops of the images of a folder, or of a sample of them."""
-    listing = scan_images(folder)
+def train_on_images(
+    folder: str, options: GeneratorRun, index_folder: Optional[Path] = None
+) -> TrainingSet:
+    """The ten crops of the images of a folder or tar, or of a sample of them."""
+    listing = scan_images(folder, index_folder=index_folder)
     check_classes(folder, listing.classes, options)
     dataset = TrainViews(listing.samples, options.model.vq_model.image_size, *draws_of(options))
     labels = np.array([label for _, label in listing.samples])
@@ -331,13 +340,16 @@ def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
 
 
 def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
-    """The header's lines on images and classes, and a warning where classes are missing."""
+    """The header's lines on images and classes, with warnings of missing or renumbered classes."""
     configured, shown = state.config.condition_num_classes, train.shown_classes
     sample = "" if train.images == train.listed else f"{train.images}, spread over all classes, of "
     run.log.say(
         f"{printable(train.source)}: {sample}{train.listed} images, "
         f"{describe_classes(shown, configured)}{train.left_out}"
     )
+    unlike = unlike_imagenet(train.classes)
+    if unlike is not None:
+        run.log.say(f"warning: {printable(train.source)}: {unlike}")
     if len(shown) < configured:
         run.log.say(
             f"warning: {configured - len(shown)} of model.generator.condition_num_classes="
@@ -437,7 +449,8 @@ def main(argv: list[str]) -> None:
 
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
     accelerator = start_training(training)
-    data = open_data(options, accelerator)
+    kept = None if dry_run else Path(options.experiment.output_dir)
+    data = open_data(options, accelerator, index_folder=kept)
     run = Run(accelerator, options, [Stretch("training", 1, total_steps)], dry_run)
     settings = settings_of(run, data)
     run.resume(settings, IGNORED_ON_RESUME)

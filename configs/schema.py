@@ -304,7 +304,7 @@ class TokenDataParams:
     pretokenization: str = option("cache_alitok", "The token cache to train on.", path=True)
     train_dir: Optional[str] = option(
         None,
-        "Train on the ten crops of this image folder instead, encoded on the fly.",
+        "Train on the ten crops of this image folder or tar instead, encoded on the fly.",
         path=True,
     )
     val_pretokenization: Optional[str] = option(
@@ -453,7 +453,8 @@ class TokenizerModels:
 class ImageDataParams:
     train_dir: str = option(
         "imagenet/train",
-        "A folder with one folder per class, or a text file with one image path per line.",
+        "A folder or an uncompressed tar, of one folder per class (or one tar, as ImageNet's is "
+        "downloaded) or of images alone; or a text file with one image path per line.",
         path=True,
     )
     val_dir: Optional[str] = option(

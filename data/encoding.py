@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -24,7 +24,15 @@ from tqdm import tqdm
 
 from data.cache import MANIFEST
 from data.classes import first_names
-from data.images import VIEWS, ImageListing, SourceCrops, cut_views, source_size, to_float
+from data.images import (
+    VIEWS,
+    ImageListing,
+    ImagePath,
+    SourceCrops,
+    cut_views,
+    source_size,
+    to_float,
+)
 from data.loader import on_device
 from data.npz import write_npz_files, write_npz_manifest
 from data.tokens import open_tokens
@@ -92,7 +100,7 @@ class WorkFolder:
         self, images: ImageListing, plan: EncodingPlan, settings: dict[str, Any], cache: Path
     ):
         self.images, self.plan, self.settings, self.cache = images, plan, settings, cache
-        self.paths = [os.path.relpath(path, images.root) for path in images.paths]
+        self.paths = images.names
         self.folder = cache.with_name(cache.name + ".partial")
         self.store = self.folder / "store"
         self.batches = part_batches(len(self.paths), plan.batch_size)
@@ -174,13 +182,13 @@ def encode_folder(
     cache: Path,
     processes: PartialState,
 ) -> None:
-    """Encode a folder of images into the token cache `cache`, together with the other processes.
+    """Encode the images of a folder or tar into the token cache `cache`, together with the other processes.
 
     `encoder` comes from `load_encoder` and `tokenizer_hash` from `data.cache.fingerprint`. What an
     interrupted call finished, in CACHE.partial, is not encoded again. Raises InputError for a cache
     of other settings and for more unreadable images than `plan.skip_unreadable`.
     """
-    paths = [os.path.relpath(path, images.root) for path in images.paths]
+    paths = images.names
     settings = {
         "layout": plan.layout,
         "tokenizer": tokenizer_hash,
@@ -278,7 +286,7 @@ class ReadableCrops(Dataset):
     It keeps its place in its batch, so that what is encoded together does not depend on it.
     """
 
-    def __init__(self, paths: list[str], plan: EncodingPlan):
+    def __init__(self, paths: Sequence[ImagePath], plan: EncodingPlan):
         self.crops = SourceCrops(paths, plan.image_size, plan.crops)
         self.skip = plan.skip_unreadable > 0
 

@@ -1,50 +1,56 @@
-"""Folders of images: listing, loading, the crops of pretokenization and training's augmentation.
+"""Images in folders and tars: listing, loading, the crops of pretokenization, training's augmentation.
 
 Images stay uint8 until they are on the device. Shape suffixes: B images, V views of each, S the side of
 a view, L that of the source crop that views are cut from (pixels).
 """
 
+import io
 import os
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.classes import describe_classes, first_names, printable
+from data.labels import read_labels
 from data.order import EpochDraws
+from data.tars import TarPath, is_tar, open_tar
 from modeling.pixels import to_float as to_float
 from runtime.errors import InputError
 from runtime.randomness import Stream, generator_for
 
 # Of the many that Pillow reads; one of them (EPS) would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+ImagePath = str | Path | TarPath  # where one image is: a file, or in a tar
 VIEWS = {"center_flip": 2, "five_crop": 5, "ten_crop": 10}  # views per image, by kind
 
 
 # ---------------------------------------------------------------------- listing
 @dataclass(frozen=True)
 class ImageListing:
-    """The images of a folder with one folder per class; `scan_images` makes it."""
+    """The images of a folder or of a tar; `scan_images` makes it."""
 
     root: Path
-    samples: list[tuple[str, int]]  # (path, label), by class, then by path
-    classes: list[str]  # sorted; a label is an index into them
+    samples: list[tuple[ImagePath, int]]  # (path, label), by class, then by path
+    names: list[str]  # CLASS/FILE of every sample, which is what a cache calls it
+    classes: list[str]  # sorted; a label is an index into them. Empty: the images have no classes
     left_out: dict[str, int]  # other files, by suffix: how many
 
     @property
-    def paths(self) -> list[str]:
+    def paths(self) -> list[ImagePath]:
         return [path for path, _ in self.samples]
 
     def describe(self, configured: int | None = None) -> str:
         """A program's header: numbers of images and classes, first names, and what is left out."""
-        classes = describe_classes(self.classes, configured)
+        classes = describe_classes(self.classes, configured) if self.classes else "without classes"
         return f"{len(self.samples)} images, {classes}{self.describe_left_out()}"
 
     def describe_left_out(self) -> str:
@@ -53,59 +59,134 @@ class ImageListing:
         return f"; left out: {', '.join(kinds)}" * bool(kinds)
 
 
-def scan_images(root: str | Path) -> ImageListing:
+class FileTree(NamedTuple):
+    """The files of a folder or of a tar, whether they are images or not."""
+
+    root: Path
+    is_tar: bool
+    folders: dict[str, list[str]]  # path of a folder from the root, which is "": names of its files
+    path_of: Callable[[str], ImagePath]  # of a file, by its path from the root
+
+    def images(self) -> list[str]:
+        """Paths from the root of all images, sorted as text."""
+        folders = self.folders.items()
+        return sorted(
+            os.path.join(f, name) for f, names in folders for name in names if is_image(name)
+        )
+
+    def count_others(self) -> Counter[str]:
+        """Numbers of files that are not images, by suffix; hidden ones do not count."""
+        names = [name for names in self.folders.values() for name in names]
+        return Counter(kind_of_file(n) for n in names if not (is_image(n) or n[0] == "."))
+
+
+def scan_images(
+    root: str | Path,
+    labels: str | Path | None = None,
+    index_folder: Path | None = None,
+    classless: bool = False,
+) -> ImageListing:
     """List the images under root/CLASS/, in any depth, and what is left out.
 
-    Classes and paths are in the order of torchvision's ImageFolder. Raises InputError for a folder
-    without classes, a class without images, and a "class" that holds folders of images instead of
-    images: then `root` is a folder above the one that was meant.
+    `root` is a folder or a tar (`data.tars`), whose index is kept in `index_folder`. Classes and paths
+    are in the order of torchvision's ImageFolder. `labels` is a file with the class of every image
+    (`data.labels`): the images are listed as if they lay in folders of these classes. `classless` also
+    accepts images that lie at the top of `root`, for those who need no classes.
+
+    Raises InputError for a root without classes, a class without images, and a "class" that holds
+    folders of images instead of images: then `root` is a folder above the one that was meant. All
+    processes of a job list a tar together.
     """
-    root = Path(root)
+    tree = read_tree(Path(root), index_folder)
+    if labels is not None:
+        return list_labelled(tree, labels)
+    images = tree.images() if classless else []
+    if images and not any(os.path.dirname(image) for image in images):
+        samples = [(tree.path_of(image), 0) for image in images]
+        return ImageListing(tree.root, samples, images, [], dict(tree.count_others()))
+    return list_classes(tree)
+
+
+def read_tree(root: Path, index_folder: Path | None) -> FileTree:
+    """Raises InputError for what is neither a folder nor a tar, or cannot be read."""
+    folders: dict[str, list[str]]
+    if is_tar(root):
+        tar = open_tar(root, index_folder)
+        paths = tar.paths()
+        folders = {name[:-1]: [] for name in tar.names if name[-1] == "/"}
+        for name in paths:
+            folder, file = os.path.split(name)
+            folders.setdefault(folder, []).append(file)
+        return FileTree(root, True, folders, paths.__getitem__)
     if not root.is_dir():
         raise InputError(f"no image folder {root}: pass a folder that holds one folder per class")
     try:
-        return scan_folders(root)
+        walked = os.walk(root, onerror=fail, followlinks=True)
+        folders = {os.path.relpath(parent, root): files for parent, _, files in walked}
     except OSError as e:
         raise InputError(f"cannot read {e.filename}: {e.strerror}; make the folder readable") from e
+    folders[""] = folders.pop(".")
+    return FileTree(root, False, folders, lambda name: os.path.join(root, name))
 
 
-def scan_folders(root: Path) -> ImageListing:
-    entries = list(os.scandir(root))
-    classes = sorted(entry.name for entry in entries if entry.is_dir())
+def list_classes(tree: FileTree) -> ImageListing:
+    """The images of one folder per class."""
+    root, name_of_root = tree.root, "a tar of images" if tree.is_tar else "an image folder"
+    by_class: dict[str, list[str]] = defaultdict(list)  # names of classes: paths of their folders
+    for folder in sorted(tree.folders.keys() - {""}):
+        by_class[folder.split(os.sep)[0]].append(folder)
+    classes = sorted(by_class)
     if not classes:
         raise InputError(
-            f"{root} is not an image folder: it holds no folders; put the images into one folder "
-            f"per class"
+            f"{root} is not {name_of_root}: it holds no folders; put the images into one folder "
+            f"per class, or list their classes (pretokenization.py --labels FILE)"
         )
-    samples, left_out = [], Counter()
+    names, labels = [], []
     empty, nested = [], {}  # names of classes; the latter with a folder of images below
     for label, name in enumerate(classes):
-        folder, folders = os.path.join(root, name), []  # the latter: those with images
-        for parent, _, files in sorted(os.walk(folder, onerror=fail, followlinks=True)):
-            images = [file for file in sorted(files) if is_image(file)]
-            samples += [(os.path.join(parent, file), label) for file in images]
-            folders += [parent] * bool(images)
-            left_out.update(kind_of_file(f) for f in files if not (is_image(f) or f[0] == "."))
-        if not folders:
+        with_images = []
+        for folder in by_class[name]:
+            images = [file for file in sorted(tree.folders[folder]) if is_image(file)]
+            names += [os.path.join(folder, file) for file in images]
+            with_images += [folder] * bool(images)
+        labels += [label] * (len(names) - len(labels))
+        if not with_images:
             empty.append(name)
-        elif folder not in folders:
-            nested[name] = folders[0]
+        elif name not in with_images:
+            nested[name] = with_images[0]
     if nested:
-        inner, verb = Path(next(iter(nested.values()))), "s" * (len(nested) == 1)
+        inner, verb = next(iter(nested.values())), "s" * (len(nested) == 1)
+        remedy = f"pass the folder above those, such as {root / os.path.dirname(inner)}"
         raise InputError(
-            f"{root} is not a folder of classes: {first_names(list(nested))} hold{verb} folders of images "
-            f"(such as {inner.relative_to(root)}) instead of images; pass the folder above those, "
-            f"such as {inner.parent}"
+            f"{root} is not a {'tar' if tree.is_tar else 'folder'} of classes: "
+            f"{first_names(list(nested))} hold{verb} folders of images (such as {inner}) instead of "
+            f"images; {'pack the folders of the classes alone' if tree.is_tar else remedy}"
         )
     if empty:
         raise InputError(
-            f"{root} is not an image folder: no images in {first_names(empty)}; put images into the "
+            f"{root} is not {name_of_root}: no images in {first_names(empty)}; put images into the "
             f"folder of every class ({', '.join(IMG_EXTENSIONS)}), or remove it"
         )
-    beside = sum(is_image(entry.name) for entry in entries if not entry.is_dir())
+    left_out = tree._replace(folders={**tree.folders, "": []}).count_others()
+    beside = sum(map(is_image, tree.folders.get("", [])))
     if beside:
         left_out["outside the class folders"] = beside
-    return ImageListing(root, samples, classes, dict(left_out))
+    samples = [(tree.path_of(name), label) for name, label in zip(names, labels)]
+    return ImageListing(root, samples, names, classes, dict(left_out))
+
+
+def list_labelled(tree: FileTree, labels: str | Path) -> ImageListing:
+    """The images with the classes that a file says, in the order that they had in class folders."""
+    images = tree.images()
+    if not images:
+        raise InputError(f"{tree.root} holds no images ({', '.join(IMG_EXTENSIONS)})")
+    class_of = read_labels(labels, images, tree.root)
+    images.sort(key=lambda image: (class_of[image], *os.path.split(image)))
+    classes = sorted(set(class_of.values()))
+    ranks = {name: label for label, name in enumerate(classes)}
+    samples = [(tree.path_of(image), ranks[class_of[image]]) for image in images]
+    names = [os.path.join(class_of[image], image) for image in images]
+    return ImageListing(tree.root, samples, names, classes, dict(tree.count_others()))
 
 
 def is_image(name: str) -> bool:
@@ -120,28 +201,37 @@ def fail(error: OSError) -> None:
     raise error
 
 
-def list_images(root: str | Path) -> tuple[list[tuple[str, int]], list[str]]:
+def list_images(root: str | Path) -> tuple[list[tuple[ImagePath, int]], list[str]]:
     """`scan_images` as (path, label) of every image and the sorted class names."""
     listing = scan_images(root)
     return listing.samples, listing.classes
 
 
-def list_paths(source: str | Path, root: str | Path | None = None) -> list[str]:
-    """Paths of a folder's images (`scan_images`), or those that a text file lists.
+def is_path_list(source: str | Path) -> bool:
+    """Whether `list_paths` reads this as a text file of paths."""
+    return Path(source).is_file() and not is_tar(source)
+
+
+def list_paths(
+    source: str | Path, root: str | Path | None = None, index_folder: Path | None = None
+) -> list[ImagePath]:
+    """Paths of a folder's or tar's images (`scan_images`, classless), or those in a text file.
 
     Such a file holds one path per line: absolute, relative to the file's folder or, where it is not
     there, relative to `root`. Empty lines do not count. Raises InputError that names the first line
     without a file.
     """
     source = Path(source)
-    if not source.is_file():
-        return scan_images(source).paths
+    if not is_path_list(source):
+        return scan_images(source, index_folder=index_folder, classless=True).paths
     try:
         lines = source.read_text().splitlines()
     except UnicodeDecodeError as e:
-        raise InputError(f"{source} is neither an image folder nor a text file of paths") from e
+        raise InputError(
+            f"{source} is neither an image folder nor a text file of paths, and not a tar either"
+        ) from e
     folders = [source.parent, *([] if root is None else [Path(root)])]
-    paths = []
+    paths: list[ImagePath] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             candidates = [folder / line.strip() for folder in folders]  # absolute ones stay so
@@ -156,11 +246,16 @@ def list_paths(source: str | Path, root: str | Path | None = None) -> list[str]:
 
 
 # ---------------------------------------------------------------------- loading
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: ImagePath) -> Image.Image:
     """Any image as 8-bit RGB (`to_rgb`); EXIF rotation is ignored. Raises InputError."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        file = io.BytesIO(path.read()) if isinstance(path, TarPath) else path
+        with Image.open(file, formats=FORMATS) as image:
             return to_rgb(image)
+    except UnidentifiedImageError as e:  # its own text shows the object that it read from
+        raise InputError(
+            f"unreadable image {path}: of no known format ({', '.join(FORMATS)}); repair or remove it"
+        ) from e
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"unreadable image {path}: {e}; repair or remove it") from e
 
@@ -223,7 +318,7 @@ def source_size(size: int, kind: str) -> int:
     return size if kind == "center_flip" else int(size * 1.1)
 
 
-def source_crop(path: str | Path, size: int, kind: str) -> Tensor:
+def source_crop(path: ImagePath, size: int, kind: str) -> Tensor:
     """The one crop of an image that holds all its views: (3, L, L), uint8."""
     return to_uint8(center_crop(load_image(path), source_size(size, kind)))
 
@@ -285,7 +380,7 @@ def random_crop(
 class TrainImages(Dataset):
     """Augmented images by (epoch, index): (3, size, size), uint8, a pure function of the key."""
 
-    def __init__(self, paths: list[str], size: int, resize: int, flip: bool, seed: int):
+    def __init__(self, paths: Sequence[ImagePath], size: int, resize: int, flip: bool, seed: int):
         self.paths, self.size, self.resize, self.flip, self.seed = paths, size, resize, flip, seed
 
     def __len__(self) -> int:
@@ -307,7 +402,7 @@ class TrainViews(Dataset):
 
     def __init__(
         self,
-        samples: list[tuple[str, int]],
+        samples: Sequence[tuple[ImagePath, int]],
         size: int,
         seed: int,
         class_dropout: float,
@@ -318,7 +413,7 @@ class TrainViews(Dataset):
         self.draws = EpochDraws(len(samples), len(self.boxes), seed, class_dropout)
 
     @property
-    def paths(self) -> list[str]:
+    def paths(self) -> list[ImagePath]:
         return [path for path, _ in self.samples]
 
     def __len__(self) -> int:
@@ -335,7 +430,7 @@ class TrainViews(Dataset):
 class SourceCrops(Dataset):
     """What all views of image i are cut from (`cut_views`): (3, L, L), uint8."""
 
-    def __init__(self, paths: list[str], size: int, kind: str):
+    def __init__(self, paths: Sequence[ImagePath], size: int, kind: str):
         self.paths, self.size, self.kind = paths, size, kind
 
     def __len__(self) -> int:
@@ -355,7 +450,7 @@ class CroppedImages(SourceCrops):
 class CenterImages(Dataset):
     """The centre crop of image i, for evaluation: (3, size, size), uint8."""
 
-    def __init__(self, paths: list[str], size: int):
+    def __init__(self, paths: Sequence[ImagePath], size: int):
         self.paths, self.size = paths, size
 
     def __len__(self) -> int:

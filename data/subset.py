@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from data.images import ImagePath
+
 
 def evenly_spaced(items: int, count: int) -> np.ndarray:
     """`count` different indices below `items`, in order: the middles of equal stretches."""
@@ -51,7 +53,7 @@ class KeyedSubset(Dataset):
         self.dataset, self.indices = dataset, indices
 
     @property
-    def paths(self) -> list[str]:
+    def paths(self) -> list[ImagePath]:
         """Of a dataset of images."""
         return [self.dataset.paths[i] for i in self.indices]
 

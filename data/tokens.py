@@ -49,6 +49,7 @@ from torch.utils.data import Dataset
 
 from data.cache import MANIFEST, TokenCache, fingerprint, read_manifest
 from data.classes import describe_classes
+from data.imagenet import unlike_imagenet
 from data.npz import NpzStore
 from data.order import EpochDraws
 from runtime.arguments import Parser, new_file, number, path
@@ -227,6 +228,9 @@ def main(argv: list[str]) -> None:
     about = {**cache.manifest, "images": cache.images, "views": cache.views, "tokens": cache.tokens}
     print(f"{args.folder}: {about['layout']}, {cache.images} images x {cache.views} views x "
           f"{cache.tokens} codes, {describe_classes(cache.classes)}")  # fmt: skip
+    unlike = unlike_imagenet(cache.classes)
+    if unlike is not None:
+        print(f"warning: {unlike}")
     if args.action == "verify":
         cache.verify()
         print("all files are whole and all codes and labels in range")

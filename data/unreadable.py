@@ -2,12 +2,14 @@
 
 import contextlib
 import fcntl
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.data import Dataset
 
 from data.classes import first_names
+from data.images import ImagePath
 from runtime.errors import InputError
 from runtime.files import writing
 
@@ -18,7 +20,7 @@ class KeyedImages(Protocol):
     """A dataset by (epoch, index) whose item is made from `paths[index]` (TrainImages, TrainViews)."""
 
     @property
-    def paths(self) -> list[str]: ...
+    def paths(self) -> Sequence[ImagePath]: ...
 
     def __getitem__(self, key: tuple[int, int], /) -> Any: ...
 
@@ -58,7 +60,7 @@ class SkipUnreadable(Dataset):
         if self.limit == 0:
             raise InputError(f"{error}, or set {OPTION}=N to replace at most N images") from error
         try:
-            report_once(self.report, self.images.paths[index], self.limit)
+            report_once(self.report, str(self.images.paths[index]), self.limit)
         except TooMany as full:
             raise InputError(
                 f"more than {OPTION}={self.limit}: {error}. {self.report} lists the others "

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 
 from configs.schema import GeneratorRun
+from data.images import ImagePath
 from evaluation.evaluator import Evaluator
 from evaluation.lpips import LPIPS
 from evaluation.reconstruction import (
@@ -134,7 +135,7 @@ class ReconstructionScores:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        paths: list[str],
+        paths: list[ImagePath],
         processes: PartialState,
         lpips: Optional[LPIPS] = None,
         evaluator: Optional[Evaluator] = None,

@@ -14,6 +14,8 @@ codes that are there; it was not trained with fewer than all, so its rows show h
 others.
 """
 
+import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
+
 import argparse
 import os
 from pathlib import Path
@@ -103,7 +105,7 @@ def look_at(tokenizer: Tokenizer, pixels: Tensor) -> Look:
         codes = tokenizer.encode(image.unsqueeze(0))  # (1, T)
         vectors = tokenizer.quantize.embedding(codes)
         K, g, T = config.num_prefix_tokens, config.grid, config.num_tokens
-        strip = decoder.strip(decoder.tokens(vectors[:, :K]))
+        strip = decoder.strip(decoder.tokens(vectors[:, :K])) if config.prefix_head else None
         rows = {n: decoder(vectors[:, :n])[0][0] for n in range(K + g, T + 1, g)}
     return Look(image, codes[0], None if strip is None else strip[0], rows)
 

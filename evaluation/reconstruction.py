@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.images import CenterImages
+from data.images import CenterImages, ImagePath
 from evaluation.lpips import LPIPS
 from evaluation.metrics import summed
 from evaluation.statistics import Collector, PixelCollector
@@ -62,7 +62,7 @@ def reconstruct(
 
 
 def image_batches(
-    paths: list[str],
+    paths: Sequence[ImagePath],
     size: int,
     batch: int,
     workers: int,

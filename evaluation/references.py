@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from data.tars import is_tar
 from evaluation.features import FeatureNetwork
 from evaluation.sources import Images, npz_images, npz_keys, npz_values, open_images
 from evaluation.statistics import SetStatistics, measure
@@ -33,7 +34,7 @@ def open_reference(
     is refused before the network reads any image. `crop`: see `sources.open_images`.
     """
     path = Path(path)
-    keys = [] if path.is_dir() else npz_keys(path)
+    keys = [] if path.is_dir() or is_tar(path) else npz_keys(path)
     # Files that do not say hold Inception's moments; another network can use their images only.
     unnamed = "features" not in keys and network.name != "inception"
     if "mu" not in keys or ("arr_0" in keys and unnamed):

@@ -1,4 +1,4 @@
-"""Where images to evaluate come from: an .npz, a folder, or memory; always uint8 (N, H, W, 3)."""
+"""Where images to evaluate come from: an .npz, a folder, a tar, or memory; always uint8 (N, H, W, 3)."""
 
 import shutil
 import struct
@@ -11,8 +11,11 @@ from typing import IO, Optional, Protocol, cast
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.images import center_crop, load_image
+from data.images import ImagePath, center_crop, is_image, load_image
+from data.tars import is_tar, open_tar
 from runtime.errors import InputError
+
+INDEX_FOLDER = Path("output")  # keeps the indexes of tars, as it keeps the pictures of results
 
 
 class Images(Protocol):
@@ -44,20 +47,20 @@ class ArrayImages:
 
 
 class FolderImages:
-    """All images below a folder, sorted by path.
+    """All images below a folder or in a tar, sorted by path.
 
     They must be of one size, or become so by ADM's centre crop to `crop` x `crop` pixels.
     """
 
     def __init__(self, folder: Path, crop: Optional[int] = None):
         self.name, self.crop = str(folder), crop
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        self.paths = sorted_paths(folder)
         if not self.paths:
             raise InputError(f"{folder} holds no images")
         height, width, colours = self.load(self.paths[0]).shape
         self.shape = (len(self.paths), height, width, colours)
 
-    def load(self, path: Path) -> np.ndarray:
+    def load(self, path: ImagePath) -> np.ndarray:
         """One image: (H, W, 3), uint8."""
         image = load_image(path)
         return np.asarray(image if self.crop is None else center_crop(image, self.crop))
@@ -69,11 +72,19 @@ class FolderImages:
             (height, width, _), (_, first_height, first_width, _) = loaded.shape, self.shape
             if (height, width) != (first_height, first_width):
                 raise InputError(
-                    f"{path} is {width}x{height} pixels, not {first_width}x{first_height} like {self.paths[0].name}: crop all images "
+                    f"{path} is {width}x{height} pixels, not {first_width}x{first_height} like {Path(str(self.paths[0])).name}: crop all images "
                     f"of {self.name} to one size, or pass --crop SIZE"
                 )
             images[i] = loaded
         return images
+
+
+def sorted_paths(source: Path) -> list[ImagePath]:
+    """All images in a folder or tar, at any depth; folder by folder, as paths compare."""
+    if source.is_dir():
+        return sorted(p for p in source.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    paths = open_tar(source, INDEX_FOLDER).paths()
+    return [paths[n] for n in sorted(filter(is_image, paths), key=lambda name: name.split("/"))]
 
 
 def map_npz(path: Path, key: str) -> np.ndarray:
@@ -111,7 +122,7 @@ def map_npz(path: Path, key: str) -> np.ndarray:
 def npz_keys(path: Path) -> list[str]:
     """Names of the arrays of an .npz; a missing or damaged file is refused."""
     if not path.is_file():
-        raise InputError(f"no {path}: pass an .npz or a folder of images")
+        raise InputError(f"no {path}: pass an .npz, or a folder or tar of images")
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
@@ -149,10 +160,13 @@ def npz_values(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
 
 
 def open_images(path: str | Path, crop: Optional[int] = None) -> Images:
-    """Images of an .npz or of a folder; those of a folder by ADM's centre crop, with `crop` pixels."""
+    """Images of an .npz, or of a folder or tar; these by ADM's centre crop, with `crop` pixels.
+
+    All processes call this together.
+    """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() or is_tar(path):
         return FolderImages(path, crop)
     if crop is not None:
-        raise InputError(f"{path} is not a folder: --crop takes the images of a folder")
+        raise InputError(f"{path} is not a folder: --crop takes the images of a folder or tar")
     return npz_images(path)

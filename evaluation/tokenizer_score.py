@@ -1,4 +1,4 @@
-"""A tokenizer's score on an image folder: rFID, PSNR, SSIM, LPIPS, use of the codebook."""
+"""A tokenizer's score on images: rFID, PSNR, SSIM, LPIPS, use of the codebook."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +28,7 @@ from evaluation.reconstruction import (
     image_batches,
     reconstruct,
 )
+from evaluation.sources import INDEX_FOLDER
 from evaluation.statistics import SetStatistics, collector_of
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors, tensors_hash
@@ -84,7 +85,7 @@ def score_tokenizer(
     workers: int,
     picture: Path,
 ) -> tuple[dict[str, Any], SetStatistics]:
-    """Reconstruct all images of a folder (ADM's centre crop) once, in float32, and measure them.
+    """Reconstruct all images of a folder or tar (ADM's centre crop) once, in float32, and measure them.
 
     Without `network` there is no rFID, without `lpips` no LPIPS. Returns the result, empty except
     on the main process, and the statistics of the originals. Writes before | after | difference of
@@ -92,7 +93,7 @@ def score_tokenizer(
     """
     size, device = tokenizer.config.image_size, tokenizer.latent_tokens.device
     check_window(size)
-    listing = scan_images(folder)
+    listing = scan_images(folder, index_folder=INDEX_FOLDER, classless=True)
     processes.print(f"{printable(folder)}: {listing.describe()}")
     paths = listing.paths
     before, after = (

@@ -6,6 +6,8 @@ same command resumes an interrupted run. `--dry-run` runs a few steps of every p
 whole run needs, and writes nothing.
 """
 
+import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
+
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,15 @@ from torch import Tensor, nn
 import configs.load
 from configs.schema import ImageDataParams, Phase, TokenizerRun
 from data.classes import printable
-from data.images import TrainImages, list_paths, load_image, scan_images, to_float
+from data.images import (
+    ImagePath,
+    TrainImages,
+    is_path_list,
+    list_paths,
+    load_image,
+    scan_images,
+    to_float,
+)
 from data.subset import spread_over_classes
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
@@ -82,31 +92,33 @@ MAX_AGREEMENT, MIN_IMAGES = 0.9, 8
 class TokenizerData:
     """What a run learns from, and the held-out images and networks that it is evaluated with."""
 
-    paths: list[str]
+    paths: list[ImagePath]
     source: str  # what they are of, in words
     whole: bool  # whether that is all of them
     dataset: TrainImages
-    validation: list[str]  # paths of held-out images; may be empty
+    validation: list[ImagePath]  # paths of held-out images; may be empty
     evaluator: Optional[Evaluator]  # for rFID
 
 
-def open_data(options: TokenizerRun) -> TokenizerData:
+def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> TokenizerData:
     """List the images of a run. Raises InputError where there are none, or they would be too small,
-    and where a list or a held-out image cannot be read."""
+    and where a list or a held-out image cannot be read. Indexes of tars are kept in `index_folder`."""
     params, size = options.dataset.params, options.model.vq_model.image_size
     resize = params.resize or size
     if resize < size:
         raise InputError(f"dataset.params.resize={resize} is smaller than the image size {size}")
-    lists = [path for path in (params.train_dir, params.val_dir) if path and Path(path).is_file()]
+    lists = [path for path in (params.train_dir, params.val_dir) if path and is_path_list(path)]
     if params.train_root is not None and not lists:
         raise InputError(
             f"dataset.params.train_root={params.train_root} is for text files of paths, and "
             f"dataset.params.train_dir={params.train_dir} is none: leave train_root out"
         )
-    listed, labels, source = list_training(params)
+    listed, labels, source = list_training(params, index_folder)
     chosen = spread_over_classes(labels, options.experiment.max_train_examples or len(listed))
     paths = [listed[i] for i in chosen]
-    validation = list_paths(params.val_dir, params.train_root) if params.val_dir else []
+    validation = []
+    if params.val_dir:
+        validation = list_paths(params.val_dir, params.train_root, index_folder)
     for path in validation[:1]:  # a mistake shows now, not at the first evaluation
         load_image(path)
     evaluator = in_training.open_evaluator(
@@ -117,12 +129,15 @@ def open_data(options: TokenizerRun) -> TokenizerData:
     return TokenizerData(paths, source, whole, dataset, validation, evaluator)
 
 
-def list_training(params: ImageDataParams) -> tuple[list[str], np.ndarray, str]:
-    """All training images: paths, labels and, in words, where they are. A list has one label."""
-    if Path(params.train_dir).is_file():
+def list_training(
+    params: ImageDataParams, index_folder: Optional[Path]
+) -> tuple[list[ImagePath], np.ndarray, str]:
+    """All training images: paths, labels and, in words, where they are. Those of a list, and of a
+    folder or tar without class folders, have one label."""
+    if is_path_list(params.train_dir):
         paths = list_paths(params.train_dir, params.train_root)
         return paths, np.zeros(len(paths), np.int64), f"a list of {len(paths)} images"
-    listing = scan_images(params.train_dir)
+    listing = scan_images(params.train_dir, index_folder=index_folder, classless=True)
     labels = np.array([label for _, label in listing.samples])
     return listing.paths, labels, listing.describe()
 
@@ -150,13 +165,22 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     else:
         ignore, keep = (*STAGE1_ONLY, "decoder."), ("decoder.",)
     load_tensors(tokenizer, state, source, ignore, keep)
-    if from_stage1 and not any(k.startswith(STAGE1_ONLY) for k in state):
+    if from_stage1 and not is_of_stage1(source, state):
         raise InputError(
             f"{source} is not a checkpoint of stage 1 but {describe(state)}: pass stage 1's run, or "
             f"set model.decoder_init=scratch to take only encoder and codebook from it"
         )
     tokenizer.freeze_encoder()
     return tokenizer
+
+
+def is_of_stage1(source: str, state: dict[str, Tensor]) -> bool:
+    """Whether weights are of stage 1, by their own names or by their run's config."""
+    if any(name.startswith(STAGE1_ONLY) for name in state):
+        return True
+    # Without prefix head and clustering, no name shows it.
+    run = configs.load.run_beside(TokenizerRun, source)
+    return run is not None and run[1].model.stage == 1
 
 
 def build_discriminator(options: TokenizerRun) -> Discriminator:
@@ -465,7 +489,7 @@ def evaluate(run: Run, state: TrainState, data: TokenizerData) -> Optional[dict[
     return None if measured is None else run.attempt("evaluation", measured.reduced)
 
 
-def preview(tokenizer: Tokenizer, paths: list[str]) -> Tensor:
+def preview(tokenizer: Tokenizer, paths: list[ImagePath]) -> Tensor:
     """Images from all over the list, each before and after: (2N, 3, S, S) in [0, 1] on the main
     process, empty on the others."""
     processes, pictures = PartialState(), Preview(PREVIEWS)
@@ -520,7 +544,8 @@ def main(argv: list[str]) -> None:
     exact_attention = options.model.vq_model.exact_attention
     accelerator = refuse_fsdp(start_training(training, exact_attention))
     tune_convolutions(accelerator.device)
-    data = open_data(options)
+    kept = None if dry_run else Path(options.experiment.output_dir)
+    data = open_data(options, index_folder=kept)
     run = Run(accelerator, options, stretches_of(phases), dry_run)
     run.resume(settings_of(run, data, run.first_step - 1), IGNORED_ON_RESUME)
     state = TrainState(run, options, evaluates=bool(data.validation))

@@ -166,9 +166,11 @@ def test_more_images_in_a_batch_than_there_are(workspace, tmp_path):
 
 
 def test_class_less_folder(workspace, tmp_path):
-    shutil.copy(workspace.root / "train/class0/00.png", tmp_path / "00.png")
-    done = workspace.stage1(tmp_path / "run", f"dataset.params.train_dir={tmp_path}", check=False)
-    refused(done, f"{tmp_path} is not an image folder", "one folder per class")
+    (tmp_path / "flat").mkdir()
+    shutil.copy(workspace.root / "train/class0/00.png", tmp_path / "flat/00.png")
+    done = workspace.pretokenize(tmp_path / "cache", "--data_path", tmp_path / "flat", check=False)
+    refused(done, f"{tmp_path}/flat is not an image folder", "one folder per class")
+    assert [path.name for path in tmp_path.iterdir()] == ["flat"]
 
 
 def test_used_folder_is_refused_without_resume(workspace):

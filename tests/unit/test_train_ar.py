@@ -168,6 +168,17 @@ def test_header_names_the_classes_and_warns_of_missing_ones(train, cache, tmp_pa
     assert "warning: 7 of model.generator.condition_num_classes=10 classes have no image" in said
 
 
+def test_header_warns_of_synsets_in_another_number_than_imagenets(train, tmp_path, capsys):
+    cache = write_cache(tmp_path / "synsets", ["n01440764", "n01443537", "n01494475"])
+    caches = [
+        f"dataset.params.{name}={cache}" for name in ("pretokenization", "val_pretokenization")
+    ]
+    train(*caches, "training.max_train_steps=1")
+    said = capsys.readouterr().out
+    assert "warning: " in said and "the 3 classes are synsets, but not ImageNet's 1000" in said
+    assert "(class 2 is n01494475, ImageNet's is n01484850)" in said
+
+
 def test_fewer_examples_are_of_all_classes(train, tmp_path, capsys, monkeypatch):
     cache = write_cache(tmp_path / "sorted", ["a", "b", "c"], [i // 8 for i in range(24)])
     drawn = set()

@@ -15,6 +15,7 @@ from evaluation.metrics import frechet_distance
 from evaluation.statistics import Collector, collector_of, in_order
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
+from tests.tars import packed
 
 
 def pictures(count, seed, size=8):
@@ -153,6 +154,8 @@ def test_reference_of_larger_pictures_is_cropped_as_adm_does(score, tmp_path):
     result, _ = score("--crop=8", reference="large")
     assert result["metrics"] == expected["metrics"]
     assert result["reference"]["hash"] == expected["reference"]["hash"]
+    (tmp_path / "large.tar").write_bytes(packed(tmp_path / "large"))
+    assert score("--crop=8", reference="large.tar")[0]["metrics"] == expected["metrics"]
     refused(lambda: score("--crop=8"), "reference.npz is not a folder")
     refused(lambda: score("--crop=0", reference="large"), "--crop: 0: choose 1 to 8192")
 

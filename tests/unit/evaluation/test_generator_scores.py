@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 import evaluate
 import train_ar
 from data.writer import TokenWriter
+from evaluation.generator_scores import warnings_of
 from modeling.generator import Generator, GeneratorConfig
 from runtime.errors import InputError
 
@@ -27,9 +29,9 @@ training: {per_gpu_batch_size: 4, max_train_steps: 6, mixed_precision: 'no'}
 """
 
 
-def write_cache(folder, codebook=32, classes=3, tokenizer="abc", seed=0):
+def write_cache(folder, codebook=32, classes=3, tokenizer="abc", seed=0, tokens=21):
     folder.mkdir()
-    rng, tokens = np.random.default_rng(seed), 21
+    rng = np.random.default_rng(seed)
     writer = TokenWriter(folder, 2, tokens, codebook)
     writer.append((rng.integers(0, 3, (9, 2, tokens)) + np.arange(tokens)) % codebook)
     about = {"image_size": 16, "crops": "center_flip", "tokenizer": tokenizer}
@@ -126,6 +128,11 @@ def test_a_cache_of_other_codes_is_refused(score, runs, tmp_path):
     other = write_cache(tmp_path / "other", tokenizer="xyz")
     refuse(score, "another tokenizer: tokenizer xyz there, abc here",
            "--generator", runs / "a", "--cache", other)  # fmt: skip
+    alone = write_cache(tmp_path / "alone", tokens=16)  # without prefix tokens
+    step = runs / "a/checkpoints/step-00000006"
+    for weights in (runs / "a", runs / "a/generator.bin", step / "generator.safetensors"):
+        refuse(score, "another tokenizer: codes per image 16 there, 21 here",
+               "--generator", weights, "--cache", alone)  # fmt: skip
     classes = write_cache(tmp_path / "classes", classes=4)
     refuse(score, "4 classes, more than the 3", "--generator", runs / "a", "--cache", classes)
 
@@ -134,6 +141,17 @@ def test_a_cache_without_all_classes_is_warned_of(score, runs, tmp_path):
     fewer = write_cache(tmp_path / "fewer", classes=2)
     _, said = score("--generator", runs / "a/generator.bin", "--cache", fewer)
     assert "warning: " in said and "2 of the generator's 3 classes" in said
+
+
+def test_a_cache_of_other_synsets_than_imagenets_is_warned_of():
+    def said(classes):
+        config = SimpleNamespace(condition_num_classes=2)
+        store = SimpleNamespace(folder="cache", classes=classes)
+        return warnings_of(store, SimpleNamespace(config=config))
+
+    (warning,) = said(["n01443537", "n01440764"])
+    assert warning.startswith("cache: the 2 classes are synsets, but not ImageNet's 1000")
+    assert said(["cat", "dog"]) == []
 
 
 def test_a_cache_that_is_one_view_short_is_refused(score, runs, tmp_path):

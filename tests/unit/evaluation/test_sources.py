@@ -6,6 +6,7 @@ from PIL import Image
 
 from evaluation.sources import ArrayImages, npz_images, npz_keys, npz_values, open_images
 from runtime.errors import InputError
+from tests.tars import packed
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
 
@@ -17,8 +18,9 @@ def folder(path, pixels=PIXELS):
     return path
 
 
-@pytest.fixture(params=["stored", "compressed", "folder", "other key"])
-def images(request, tmp_path):
+@pytest.fixture(params=["stored", "compressed", "folder", "tar", "other key"])
+def images(request, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "images.npz"
     if request.param == "stored":
         np.savez(path, arr_0=PIXELS, arr_1=np.arange(7))  # labels, as ADM writes them
@@ -28,7 +30,22 @@ def images(request, tmp_path):
         np.savez(path, images=PIXELS)
     if request.param == "folder":
         path = folder(tmp_path / "folder")
+    if request.param == "tar":
+        path = tmp_path / "samples.tar"
+        path.write_bytes(packed(folder(tmp_path / "folder")))
     return open_images(path)
+
+
+def test_images_of_a_tar_come_in_the_order_of_a_folders_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b/0", "a-b/1", "a/2", "a/c/3", "a.b/4", "5"):
+        path = tmp_path / f"root/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(PIXELS[int(path.stem)]).save(path)
+    (tmp_path / "root/notes.txt").write_text("")
+    (tmp_path / "x.tar").write_bytes(packed(tmp_path / "root"))
+    expected = open_images(tmp_path / "root").read(0, 6)
+    np.testing.assert_array_equal(open_images(tmp_path / "x.tar").read(0, 6), expected)
 
 
 def test_every_source_gives_the_same_images(images):

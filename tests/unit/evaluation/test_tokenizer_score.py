@@ -21,6 +21,7 @@ from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import write_state_dict
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
+from tests.tars import flattened, tar_of_tars
 
 SIZES = dict(codebook_size=16, token_size=4, image_size=16, patch_size=4)
 SIZES |= dict(encoder_width=8, encoder_layers=1, encoder_heads=1)
@@ -204,6 +205,21 @@ def test_statistics_of_the_originals_serve_as_a_reference(score):
     with np.load(score.folder / "val.npz", allow_pickle=False) as stored:
         before, _, _ = reconstructions(score)
         np.testing.assert_allclose(stored["mu"], TinyFeatures()(before)[0].mean(0), rtol=1e-5)
+
+
+def test_tar_of_the_images_has_their_figures(score, monkeypatch):
+    monkeypatch.chdir(score.folder)
+    expected, _ = score()
+    images = score.folder / "images/val"
+    tar = tar_of_tars(images, score.folder / "val.tar")
+    flattened(images, score.folder / "flat")  # in another order: the same but for rounding
+    for source in (tar, score.folder / "flat"):
+        result, said = score(f"--data_path={source}", "--split=")
+        assert f"{source}: 13 images" in said
+        assert result["samples"]["images"] == 13
+        for name, value in expected["metrics"].items():
+            assert result["metrics"][name] == pytest.approx(value, rel=1e-4), name
+    assert [path.name for path in (score.folder / "output").iterdir()] == ["val.tar.index.npz"]
 
 
 def test_folder_that_is_not_there_is_named(score):

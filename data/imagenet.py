@@ -1,0 +1,41 @@
+"""ImageNet's classes, and sets of images whose classes look like them but are numbered otherwise."""
+
+import re
+from collections.abc import Sequence
+
+from data.classes import printable
+
+SYNSET = re.compile(r"n\d{8}")
+
+
+def imagenet_synsets() -> list[str]:
+    """The 1,000 synsets of ILSVRC 2012, sorted, which is the order of the classes."""
+    from timm.data.imagenet_info import ImageNetInfo  # loads all of timm, so only when needed
+
+    return ImageNetInfo().label_names()  # type: ignore[return-value] - a list, declared wider
+
+
+def unlike_imagenet(classes: Sequence[str]) -> str | None:
+    """In words, where most classes are synsets, but they are not ImageNet's 1,000 in their order.
+
+    Then the labels are not those of published weights, and nothing else would say so.
+    """
+    synsets = sum(SYNSET.fullmatch(name) is not None for name in classes)
+    if 2 * synsets <= len(classes):
+        return None
+    try:
+        expected = imagenet_synsets()
+    except ImportError:  # it serves a warning only
+        return None
+    if list(classes) == expected:
+        return None
+    unequal = [i for i, (name, wanted) in enumerate(zip(classes, expected)) if name != wanted]
+    if unequal:
+        i = unequal[0]
+        first = f"class {i} is {printable(classes[i])}, ImageNet's is {expected[i]}"
+    else:
+        first = f"the first {min(len(classes), len(expected))} are the same"
+    return (
+        f"the {len(classes)} classes are synsets, but not ImageNet's {len(expected)} in their order "
+        f"({first}): ImageNet's class numbers, and weights trained on all of it, do not fit them"
+    )

@@ -1,0 +1,267 @@
+"""Images in a tar, read where they lie: nothing is unpacked.
+
+A tar inside the tar stands for a folder of its name, so ImageNet's training set as it is downloaded, a tar
+of one tar per class, lists as one folder per class does. Listing reads the header of every member, of
+which ImageNet has 1.28 million. TAR.index.npz keeps what was found, in a folder of the caller's, because
+the tar's own may be read-only:
+
+    names           the members' paths in UTF-8, separated by NUL; a folder's ends with "/"
+    offsets, sizes  int64, in bytes, of their content in the tar; 0 for folders
+    about           version of this format; size in bytes and time of change (ns) of the tar
+
+An index of another version or of another state of the tar is made anew. The checksums of the zip format
+guard the rest of it.
+"""
+
+import os
+import re
+import secrets
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from runtime.errors import InputError
+from runtime.files import whole_file, writing
+from runtime.processes import on_main
+
+VERSION = 1
+SCANNERS = 8  # inner tars that are listed at once: a network's file system answers late
+END = bytes(tarfile.BLOCKSIZE)  # the block after the last member
+COMPRESSED = {
+    "gzip": rb"\x1f\x8b", "bzip2": rb"BZh[1-9]1AY&SY", "xz": rb"\xfd7zXZ\0", "zstd": rb"\x28\xb5\x2f\xfd"
+}  # fmt: skip
+
+
+class Member(NamedTuple):
+    """A file in a tar, or a folder, whose name ends with "/"."""
+
+    name: str
+    offset: int = 0  # bytes, of its content in the file
+    size: int = 0
+
+
+class TarPath(NamedTuple):
+    """An image in a tar, in the place of a path; `str` of it is TAR/NAME."""
+
+    tar: "Tar"
+    number: int  # of the member
+
+    def __str__(self) -> str:
+        return f"{self.tar.path}/{self.tar.names[self.number]}"
+
+    @property
+    def name(self) -> str:
+        """As of a `Path`: without the folders."""
+        return os.path.basename(self.tar.names[self.number])
+
+    def read(self) -> bytes:
+        """Raises InputError where the tar has changed or ends too early."""
+        return self.tar.read(self.number)
+
+
+class Tar:
+    """A tar whose members are known. Each process opens the file for itself, when it first reads."""
+
+    def __init__(self, path: Path, members: "Members", stamp: tuple[int, int]):
+        self.path, self.names, self.stamp = path, members.names, stamp
+        self.offsets, self.sizes = members.offsets, members.sizes
+        self._opened: tuple[int, IO[bytes]] | None = (
+            None  # the process that has opened it; the file
+        )
+
+    def paths(self) -> dict[str, TarPath]:
+        """By name, of the members that are files; of two with one name the later, as unpacking does."""
+        return {name: TarPath(self, i) for i, name in enumerate(self.names) if name[-1] != "/"}
+
+    def read(self, number: int) -> bytes:
+        offset, size = int(self.offsets[number]), int(self.sizes[number])
+        try:
+            content = os.pread(self._file().fileno(), size, offset)  # moves no shared position
+        except OSError as e:
+            raise InputError(f"cannot read {self.path}: {e.strerror}") from e
+        if len(content) < size:
+            raise cut_short(self.path)
+        return content
+
+    def _file(self) -> IO[bytes]:
+        opened = self._opened
+        if opened is None or opened[0] != os.getpid():
+            opened = (os.getpid(), open(self.path, "rb", buffering=0))  # noqa: SIM115 - kept
+            if stamp_of(opened[1].fileno()) != self.stamp:
+                raise InputError(
+                    f"{self.path} has changed since it was listed: run the same command again"
+                )
+            self._opened = opened
+        return opened[1]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_opened": None}  # another process opens it for itself
+
+
+def is_tar(path: str | Path) -> bool:
+    """Whether this is a file that is a tar by its name or its first bytes, compressed or not."""
+    path = Path(path)
+    return path.is_file() and (
+        path.suffix.lower() == ".tar"
+        or head_of(path)[257:262] == b"ustar"
+        or bool(compression(path))
+    )
+
+
+def compression(path: Path) -> str | None:
+    """The name of a file's compression, by its first bytes."""
+    head = head_of(path)
+    return next((name for name, magic in COMPRESSED.items() if re.match(magic, head)), None)
+
+
+def head_of(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(tarfile.BLOCKSIZE)
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {e.strerror}; make it readable") from e
+
+
+def open_tar(path: str | Path, index_folder: Path | None) -> Tar:
+    """A tar of images; its index is kept in `index_folder`, or with None nowhere.
+
+    All processes of a job call this together, because the main process alone writes the index. Raises
+    InputError for a tar that is compressed, empty, cut short or not one.
+    """
+    path = Path(path)
+    kind = compression(path)
+    if kind is not None:
+        raise InputError(
+            f"{path} is compressed ({kind}), so its images cannot be read in place: decompress it to a "
+            f"plain .tar, or unpack it"
+        )
+    stamp = stamp_of(path)
+    if index_folder is None:
+        return Tar(path, list_members(path), stamp)
+    index = index_folder / f"{path.name}.index.npz"
+
+    def update() -> None:
+        if read_index(index, stamp) is None:
+            write_index(index, list_members(path), stamp)
+
+    on_main(update)
+    # A process on a machine that does not see the main one's folder lists the tar itself.
+    return Tar(path, read_index(index, stamp) or list_members(path), stamp)
+
+
+def stamp_of(file: Path | int) -> tuple[int, int]:
+    """Size in bytes and time of change (ns): what tells two states of a file apart."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+
+
+# ---------------------------------------------------------------------- listing
+class Members(NamedTuple):
+    names: list[str]
+    offsets: np.ndarray  # (N,), int64
+    sizes: np.ndarray  # (N,), int64
+
+
+def list_members(path: Path) -> Members:
+    """All members, with those of inner tars in the place of these. Raises InputError."""
+    found, inner = [], []
+    for member in walk(path, 0, path.stat().st_size, str(path)):
+        (inner if member.name.lower().endswith(".tar") else found).append(member)
+
+    def look_into(member: Member) -> list[Member]:
+        where = f"{path}/{member.name}"
+        return list(walk(path, member.offset, member.offset + member.size, where))
+
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        contents = pool.map(look_into, inner)
+        bar = tqdm(contents, f"list {path.name}", len(inner), unit="tar", delay=2, leave=False)
+        for member, content in zip(inner, bar):
+            folder = f"{member.name[: -len('.tar')]}/"
+            found.append(Member(folder))
+            found += [m._replace(name=folder + m.name) for m in content]
+    if not any(m.name[-1] != "/" for m in found):
+        raise InputError(f"{path} is empty: it holds no files")
+    names, offsets, sizes = zip(*found)
+    return Members(list(names), np.array(offsets, np.int64), np.array(sizes, np.int64))
+
+
+def walk(path: Path, start: int, end: int, where: str) -> Iterator[Member]:
+    """The members of the tar in bytes `start` … `end` - 1 of a file; `where` names it in errors."""
+    if start == end:
+        raise InputError(f"{where} is empty: it holds no bytes; download or pack it again")
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+            while (info := tar.next()) is not None:
+                # Of a million members they fill a gigabyte.
+                tar.members.clear()  # type: ignore[attr-defined] (it is there, but not declared)
+                if info.size < 0 or info.offset_data + info.size > end:
+                    raise cut_short(where)
+                member = member_of(info, where)
+                if member.name != "/":  # the root itself, as `tar -C DIR .` stores it
+                    yield member
+            file.seek(tar.offset)  # where the library found no further member
+            if tar.offset + len(END) > end or file.read(len(END)) != END:
+                raise cut_short(where)
+    except (tarfile.TarError, OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise InputError(
+            f"{where} is not a tar, or is damaged ({reason}): download or pack it again"
+        ) from e
+
+
+def member_of(info: tarfile.TarInfo, where: str) -> Member:
+    """Raises InputError for a member without content of its own, and for one outside the tar."""
+    parts = [part for part in info.name.split("/") if part not in ("", ".")]
+    if ".." in parts or "\0" in info.name or not (parts or info.isdir()):
+        raise InputError(
+            f"{where} holds {info.name!r}, which names no file inside it: pack it again"
+        )
+    name = "/".join(parts)
+    if info.isdir():
+        return Member(f"{name}/")
+    if not info.isreg() or info.issparse():
+        raise InputError(
+            f"{where} holds {name}, a link or a special file: pack the files that are meant (tar "
+            f"--dereference --hard-dereference)"
+        )
+    return Member(name, info.offset_data, info.size)
+
+
+def cut_short(where: str | Path) -> InputError:
+    return InputError(f"{where} was cut short or is damaged: download or pack it again")
+
+
+# ---------------------------------------------------------------------- the index
+def write_index(index: Path, members: Members, stamp: tuple[int, int]) -> None:
+    names = "\0".join(members.names).encode(errors="surrogateescape")
+    # A name of its own: two commands may list one tar at the same time.
+    own = index.with_name(f"{index.name}.{secrets.token_hex(4)}")
+    with whole_file(own) as partial, open(partial, "wb") as file:
+        np.savez(
+            file, names=np.frombuffer(names, np.uint8), offsets=members.offsets,
+            sizes=members.sizes, about=np.array([VERSION, *stamp], np.int64),
+        )  # fmt: skip
+    with writing(index):
+        os.replace(own, index)
+
+
+def read_index(index: Path, stamp: tuple[int, int]) -> Members | None:
+    """None where there is none, or it is damaged or of another state of the tar."""
+    try:
+        with np.load(index, allow_pickle=False) as arrays:
+            if arrays["about"].tolist() != [VERSION, *stamp]:
+                return None
+            names = arrays["names"].tobytes().decode(errors="surrogateescape").split("\0")
+            members = Members(names, arrays["offsets"], arrays["sizes"])
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    return members if len(names) == len(members.offsets) == len(members.sizes) else None

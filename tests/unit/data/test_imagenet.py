@@ -1,0 +1,42 @@
+"""Sets whose classes look like ImageNet's but are numbered otherwise are warned of."""
+
+import sys
+
+import pytest
+
+from data.imagenet import imagenet_synsets, unlike_imagenet
+
+SYNSETS = imagenet_synsets()
+
+
+def test_imagenets_own_classes_are_a_thousand_sorted_synsets():
+    assert len(SYNSETS) == 1000 and sorted(set(SYNSETS)) == SYNSETS
+    assert SYNSETS[207] == "n02099601" and SYNSETS[360] == "n02444819"  # golden retriever, otter
+
+
+@pytest.mark.parametrize(
+    "classes", [SYNSETS, ["cat", "dog"], [str(i) for i in range(10)], ["n01440764", "cat", "dog"]]
+)
+def test_imagenet_and_other_sets_are_not_warned_of(classes):
+    assert unlike_imagenet(classes) is None
+
+
+@pytest.mark.parametrize(
+    "classes, count, first",
+    [
+        (SYNSETS[::10], 100, f"class 1 is {SYNSETS[10]}, ImageNet's is {SYNSETS[1]}"),
+        (SYNSETS[:10], 10, "the first 10 are the same"),
+        ([SYNSETS[1], SYNSETS[0], *SYNSETS[2:]], 1000, f"class 0 is {SYNSETS[1]}"),
+        (["lost+found", *SYNSETS], 1001, f"class 0 is lost+found, ImageNet's is {SYNSETS[0]}"),
+        ([*SYNSETS, "n99999999"], 1001, "the first 1000 are the same"),
+    ],
+)
+def test_other_numbers_and_orders_are_warned_of(classes, count, first):
+    said = unlike_imagenet(classes)
+    assert said is not None and "\n" not in said
+    assert f"the {count} classes are synsets, but not ImageNet's 1000" in said and first in said
+
+
+def test_without_timm_there_is_no_warning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.data.imagenet_info", None)
+    assert unlike_imagenet(SYNSETS[:10]) is None

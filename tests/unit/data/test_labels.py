@@ -1,0 +1,120 @@
+"""Classes from a file: the flat images of ImageNet's validation set list as their class folders do."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data.images import scan_images
+from runtime.errors import InputError
+from tests.tars import flattened, packed, plain_tar
+
+CLASSES = {1: "n03", 2: "n01", 3: "n03", 4: "n02", 5: "n01", 6: "n02", 7: "n01"}
+
+
+def name_of(i):
+    return f"ILSVRC2012_val_0000000{i}.JPEG"
+
+
+@pytest.fixture
+def root(tmp_path):
+    for i, label in CLASSES.items():
+        path = tmp_path / "val" / label / name_of(i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(path)
+    return tmp_path / "val"
+
+
+@pytest.fixture
+def flat(root, tmp_path):
+    flattened(root, tmp_path / "flat")
+    return tmp_path / "flat"
+
+
+FILES = {
+    "synsets in order": "".join(f"{label}\n" for label in CLASSES.values()),
+    "synsets and empty lines": "".join(f"{label} \r\n" for label in CLASSES.values()) + "\n\n",
+    "csv": "".join(f"{name_of(i)},{CLASSES[i]}\n" for i in (7, 1, 3, 2, 4, 6, 5)),
+    "csv with a header": "\ufeffFilename, class\n"
+    + "".join(f'"{name_of(i)}", {CLASSES[i]}\n' for i in CLASSES),
+    "kaggle": "ImageId,PredictionString\n"
+    + "".join(
+        f"{name_of(i)[:-5]},{CLASSES[i]} 85 1 499 272 {CLASSES[i]} 3 4 5 6\n" for i in CLASSES
+    ),
+}
+
+
+@pytest.fixture
+def labels(tmp_path):
+    def write(text):
+        (tmp_path / "labels.txt").write_bytes(text.encode(errors="surrogateescape"))
+        return tmp_path / "labels.txt"
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "tar with a top folder"])
+@pytest.mark.parametrize("text", FILES.values(), ids=FILES)
+def test_flat_images_list_as_their_class_folders(root, flat, labels, tmp_path, text, kind):
+    expected, source = scan_images(root), flat
+    if kind == "tar":
+        source = tmp_path / "flat.tar"
+        source.write_bytes(packed(flat))
+    if kind == "tar with a top folder":
+        source = plain_tar(flat, tmp_path / "flat.tar")
+    found = scan_images(source, labels(text))
+    assert found.names == expected.names and found.classes == expected.classes
+    assert found.describe() == expected.describe()
+    for (path, label), (file, wanted) in zip(found.samples, expected.samples):
+        content = Path(path).read_bytes() if isinstance(path, str) else path.read()
+        assert label == wanted and content == Path(file).read_bytes()
+
+
+def refused(flat, labels, *words):
+    with pytest.raises(InputError) as caught:
+        scan_images(flat, labels)
+    message = str(caught.value)
+    assert "\n" not in message and str(labels) in message
+    for word in words:
+        assert str(word) in message, message
+
+
+LINES = FILES["csv"].splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("n01\n" * 6, ["has 6 lines", "holds 7 images"]),
+        ("n01\n" * 8, ["has 8 lines", "holds 7 images"]),
+        ("n01\n" * 3 + "\n" + "n01\n" * 3, ["line 4: there is no name of a class"]),
+        ("n01\n" * 6 + "../n02\n", ["line 7: '../n02' is no name of a class"]),
+        ("n01\n" * 6 + "..\n", ["line 7"]),
+        ("n01\n" * 6 + "490\n", ["line 7: 490 is a number", "list their synsets"]),
+        ("", ["is empty"]),
+        ("\n \n", ["is empty"]),
+        ("".join(LINES[1:]), ["has no line for 1 of the 7 images", name_of(7)]),
+        ("".join(LINES) + "other.JPEG,n01\n", ["line 8: there is no image other.JPEG", name_of(1)]),
+        ("".join(LINES) + f"{name_of(7)},n02\n", [f"line 8: {name_of(7)} has a second class"]),
+        ("".join(LINES[:-1]) + f"{name_of(5)},\n", ["line 7: there is no name of a class"]),
+        ("".join(LINES[:-1]) + f"{name_of(5)},a/b\n", ["line 7: 'a/b' is no name of a class"]),
+        ("".join(LINES[:-1]) + f"{name_of(5)},a,b\n", ["line 7: 3 columns"]),
+        ("".join(LINES[:-1]) + f"{name_of(5)}\n", ["line 7: 1 columns"]),
+    ],
+)
+def test_bad_labels_are_refused_with_the_line(flat, labels, text, words):
+    refused(flat, labels(text), *words)
+
+
+def test_labels_that_are_not_there_or_of_nothing_are_refused(flat, labels, tmp_path):
+    refused(flat, tmp_path / "none.txt", "cannot read the labels", "No such file")
+    refused(flat, tmp_path, "cannot read the labels")
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(InputError, match="hollow holds no images"):
+        scan_images(tmp_path / "hollow", labels("n01\n"))
+
+
+def test_flat_folder_without_labels_is_only_taken_where_no_classes_are_needed(flat):
+    with pytest.raises(InputError, match="is not an image folder: it holds no folders"):
+        scan_images(flat)
+    assert len(scan_images(flat, classless=True).paths) == 7

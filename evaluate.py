@@ -11,7 +11,9 @@ torchrun --nproc_per_node=8 evaluate.py …            the same numbers from 8 G
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Optional, TypeVar
 
 from accelerate import PartialState
 
@@ -34,6 +36,9 @@ from runtime.arguments import Parser, new_file, number, path
 from runtime.errors import InputError
 from runtime.processes import start_processes
 from runtime.program import run
+from runtime.published import MissingFile
+
+T = TypeVar("T")
 
 WEIGHTS = Path("weights")  # the published files
 
@@ -196,15 +201,32 @@ def open_networks(
 def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> None:
     assert processes.device is not None  # accelerate's type hint allows it
     tokenizer = load_tokenizer(args.tokenizer, args.config).to(processes.device)
-    network = Inception(processes.device, WEIGHTS)
-    lpips = LPIPS(WEIGHTS).to(processes.device)
+    device, missing = processes.device, []
+    network = if_there("rFID", lambda: Inception(device, WEIGHTS), missing)
+    lpips = if_there("LPIPS", lambda: LPIPS(WEIGHTS).to(device), missing)
+    if args.save_stats and network is None:
+        raise InputError(f"--save_stats writes the features of Inception: {missing[0]}")
     result, originals = score_tokenizer(
         tokenizer, Path(args.data_path) / args.split, network, lpips, processes, args.batch_size,
         args.num_workers, Path(args.picture or "output/reconstruction.png"),
     )  # fmt: skip
-    if args.save_stats and processes.is_main_process:
+    if result:
+        result["warnings"] = [*missing, *result["warnings"]]
+    if network is not None and args.save_stats and processes.is_main_process:
         save_statistics(originals, args.save_stats, network.identity)
     print_result(result)
+
+
+def if_there(figure: str, build: Callable[[], T], missing: list[str]) -> Optional[T]:
+    """The network of a figure; None, and a line in `missing`, where a file of its is not there.
+
+    A file that is there and is not right is refused.
+    """
+    try:
+        return build()
+    except MissingFile as e:
+        missing.append(f"{figure} is left out: {e}")
+        return None
 
 
 def evaluate_generator(args: argparse.Namespace, processes: PartialState) -> None:

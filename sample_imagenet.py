@@ -7,6 +7,7 @@ A killed run resumes with the same command; `OUTPUT_DIR.npz` appears when all im
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -20,7 +21,8 @@ from evaluation.sources import open_images
 from generation.folder import SampleFolder, read_codes
 from generation.job import SamplingJob, sampling_job
 from generation.models import generator_checkpoint, load_models
-from runtime.processes import start_processes
+from generation.prefix import prefix_codes
+from runtime.processes import on_main, start_processes
 from runtime.program import run
 from training.checkpoint import read_weights
 
@@ -42,6 +44,7 @@ def main(argv: list[str]) -> None:
     if codes is None:
         warn_of_untrained(generator_checkpoint(experiment), job, processes)
     models = load_models(options.model, experiment, tokenizer_state, generator_state, device)
+    job = replace(job, prefix=on_main(lambda: prefix_codes(experiment, models.tokenizer)))
     folder = SampleFolder(
         Path(experiment.output_dir), job, models, processes, codes, experiment.save_png,
         experiment.grid,

@@ -191,6 +191,24 @@ class GeneratorExperiment(Experiment):
     codes: Optional[str] = option(
         None, "Decode the codes of this .npz instead of sampling new ones.", path=True
     )
+    prefix: Optional[str] = option(
+        None,
+        "Complete images from their beginning: an image, or an .npy or .npz of codes, of which image "
+        "i begins with row i mod their number; null: sample whole images.",
+        path=True,
+    )
+    prefix_rows: Optional[int] = option(
+        None,
+        "Rows of codes that the prefix holds after the prefix tokens; null: half of an image's rows, "
+        "and all of a file's codes.",
+        at_least=0,
+        at_most=8192,
+    )
+    prefix_mask: bool = option(
+        False,
+        "Encode the prefix's image with its mean colour in place of all other rows, so that the "
+        "codes know nothing of them.",
+    )
     grid: int = option(
         0, "N: write the first N x N images as one picture too; 0: none.", at_least=0, at_most=1000
     )
@@ -199,6 +217,17 @@ class GeneratorExperiment(Experiment):
         super().__post_init__()
         if self.classes is not None and not self.classes:
             raise InputError("classes=[]: set at least one class, for example [207]")
+        if self.prefix is None and (self.prefix_rows is not None or self.prefix_mask):
+            name = "prefix_mask" if self.prefix_rows is None else "prefix_rows"
+            raise InputError(
+                f"{name}={getattr(self, name)} is of no use without prefix=FILE: set an image or a "
+                f"file of codes"
+            )
+        if self.prefix is not None and self.codes is not None:
+            raise InputError(
+                f"codes={short(self.codes)} decodes whole images, prefix={short(self.prefix)} samples "
+                f"their rest: leave one out"
+            )
 
 
 @dataclass
@@ -670,6 +699,9 @@ UNUSED = {
         "experiment.engine": "",
         "experiment.cache": "",
         "experiment.codes": "",
+        "experiment.prefix": "",
+        "experiment.prefix_rows": "",
+        "experiment.prefix_mask": "",
         "experiment.grid": "experiment.generate_every for sample grids",
     },
     "sample_imagenet": {

@@ -67,6 +67,10 @@ class TokenCache(ABC):
         """Codes (T,), int64, of one view. Raises InputError for codes beyond the codebook."""
 
     @abstractmethod
+    def paths(self, count: int) -> list[str]:
+        """Paths of the first `count` images, relative to the image folder."""
+
+    @abstractmethod
     def verify(self) -> None:
         """Read everything and raise InputError for what is damaged or out of range."""
 

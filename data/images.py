@@ -302,6 +302,17 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def photo_crop(path: str | Path, size: int) -> Tensor:
+    """The centre crop (3, size, size), uint8, of an image. Raises InputError for a smaller one."""
+    image = load_image(path)
+    if min(image.size) < size:
+        raise InputError(
+            f"{path} has {image.width}x{image.height} pixels, fewer than the {size}x{size} of this "
+            f"tokenizer: use a larger image"
+        )
+    return to_uint8(center_crop(image, size))
+
+
 def source_size(size: int, kind: str) -> int:
     """L, the side of the centre crop that the views of a kind are cut from (281 for 256)."""
     return size if kind == "center_flip" else int(size * 1.1)

@@ -91,6 +91,10 @@ class NpzStore(TokenCache):
     def codes(self, image: int, view: int) -> np.ndarray:
         return self._read(image)[view].astype(np.int64)
 
+    def paths(self, count: int) -> list[str]:
+        files = (os.path.relpath(file, self.folder) for file in self._files[:count])
+        return [file.removesuffix(".npz") for file in files]
+
     def verify(self) -> None:
         """Read every file: shape, type and range of its codes. Raises InputError."""
         for image in range(self.images):

@@ -1,16 +1,20 @@
 """Pictures for people: images side by side on a grid, as PNG."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from data.classes import printable
 from modeling.pixels import to_uint8
 from runtime.files import writing
 
 WHITE = 255
+TEXT, LINE = 13, 17  # pixels: size of captions, distance of their lines
+READABLE = 128  # pixels that an image is wide at least where it has a caption
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -35,6 +39,45 @@ def picture_grid(
         x = i % columns * (width + margin) + margin
         grid[y : y + height, x : x + width] = image
     return grid
+
+
+def enlarged(images: np.ndarray, width: int = READABLE) -> np.ndarray:
+    """Images (…, H, W, 3) with every pixel repeated, so that they are `width` pixels wide or more."""
+    factor = max(-(-width // images.shape[-2]), 1)
+    return images.repeat(factor, -3).repeat(factor, -2)
+
+
+def captioned(image: np.ndarray, *lines: str) -> np.ndarray:
+    """An image (H, W, 3), uint8, with lines of text below it: (H + 17 per line, W, 3).
+
+    A line that is too long loses its middle, what is not printable is escaped.
+    """
+    band = Image.new("RGB", (image.shape[1], LINE * len(lines)), "white")
+    draw, font = ImageDraw.Draw(band), ImageFont.load_default(TEXT)
+    for i, line in enumerate(lines):
+        draw.text((1, LINE * i), fitted(line, band.width - 2, font), "black", font)
+    return np.concatenate([image, np.asarray(band)])
+
+
+def fitted(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """A line without its middle, as far as it must be to be `width` pixels long."""
+    # Pillow's font has the letters of Western Europe.
+    line = printable(line).encode("latin-1", "backslashreplace").decode("latin-1")
+    for kept in range(min(len(line), width), 0, -1):  # no letter is narrower than a pixel
+        shown = line if kept == len(line) else f"{line[: kept // 2]}…{line[kept // 2 - kept :]}"
+        if font.getlength(shown) <= width:
+            return shown
+    return ""
+
+
+def stacked(pictures: Sequence[np.ndarray], margin: int = 0) -> np.ndarray:
+    """Pictures (H, W, 3) of any widths, one below the other, on white."""
+    width = max(picture.shape[1] for picture in pictures)
+    rows = [
+        np.pad(p, ((0, margin), (0, width - p.shape[1]), (0, 0)), constant_values=WHITE)
+        for p in pictures
+    ]
+    return np.concatenate(rows)
 
 
 def write_png(image: np.ndarray, path: Path) -> None:

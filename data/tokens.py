@@ -2,6 +2,7 @@
 
     python -m data.tokens info DIR      print what a cache holds and how it was made
     python -m data.tokens verify DIR    read all of it: checksums, shapes, codes and labels in range
+    python -m data.tokens show DIR --tokenizer FILE --images 16     draw what the codes say
 
 The packed store of N images, V views per image and T codes per view is a folder of raw files (all
 integers are little-endian):
@@ -37,6 +38,7 @@ Shards hold `images_per_shard` images each, the last one the rest, so view v of 
 too (layout "npz"; no images_per_shard, codes_dtype and files).
 """
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ from data.classes import describe_classes
 from data.imagenet import unlike_imagenet
 from data.npz import NpzStore
 from data.order import EpochDraws
-from runtime.arguments import Parser, path
+from runtime.arguments import Parser, new_file, number, path
 from runtime.errors import InputError
 from runtime.files import file_sha256
 from runtime.program import run
@@ -129,13 +131,19 @@ class TokenStore(TokenCache):
         self.check_codes(codes, f"image {image}")
         return codes.astype(np.int64)
 
+    def paths(self, count: int) -> list[str]:
+        # Names that are not UTF-8 keep their bytes; only \n ends a line.
+        file = self.folder / "paths.txt"
+        with open(file, encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+            return [line.rstrip("\n") for line in islice(lines, count)]
+
     def verify(self) -> None:
         """Read everything: checksums, codes and labels in range. Raises InputError."""
         for entry in self.manifest["files"]:
             if file_sha256(self.folder / entry["name"]) != entry["sha256"]:
                 raise InputError(f"{self.folder / entry['name']} was altered; make the cache again")
-        for number, shard in enumerate(self._shards):
-            self.check_codes(shard, f"shard {number}")
+        for place, shard in enumerate(self._shards):
+            self.check_codes(shard, f"shard {place}")
         self.check_labels()
 
 
@@ -190,11 +198,33 @@ class AllTokens(Dataset):
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m data.tokens", description="Describe or verify a token cache.")
-    parser.add_argument("action", choices=["info", "verify"])
+    parser = Parser(
+        prog="python -m data.tokens", description="Describe, verify or show a token cache."
+    )
+    parser.add_argument("action", choices=["info", "verify", "show"])
     parser.add_argument("folder", type=path)
+    parser.add_argument("--tokenizer", type=path, help="show: weights file that wrote the cache")
+    parser.add_argument(
+        "--config", type=path, help="show: YAML whose model.vq_model describes another tokenizer"
+    )
+    parser.add_argument(
+        "--images", type=number(1, 10_000), default=16, help="show: how many images (16)"
+    )
+    parser.add_argument(
+        "--picture", type=new_file(".png"), default="output/cache.png",
+        help="show: PNG to draw (output/cache.png)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
+    if (args.tokenizer is not None) != (args.action == "show"):
+        raise InputError("--tokenizer FILE goes with show, and show needs it to decode the codes")
     cache = open_tokens(args.folder)
+    if args.action == "show":
+        # Loaded here: readers need no models.
+        from data.show import show_cache
+
+        count = show_cache(cache, args.tokenizer, args.config, args.images, Path(args.picture))
+        print(f"wrote {args.picture}: the first views of {count} of {cache.images} images")
+        return
     about = {**cache.manifest, "images": cache.images, "views": cache.views, "tokens": cache.tokens}
     print(f"{args.folder}: {about['layout']}, {cache.images} images x {cache.views} views x "
           f"{cache.tokens} codes, {describe_classes(cache.classes)}")  # fmt: skip

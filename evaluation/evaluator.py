@@ -93,7 +93,7 @@ class Evaluator:
             "partial": samples.images is not None and samples.images < expected,
             "samples": samples.summary(),
             "reference": self.reference.summary(),
-            **conditions(self.network, self.batch),
+            **conditions(self.network, self.batch, self.network.device),
             "warnings": warnings_of(self.network, self.reference, samples),
         }
 
@@ -150,15 +150,15 @@ def named_metrics(metrics: dict[str, Any], network: FeatureNetwork) -> dict[str,
 
 
 def protocol(
-    network: FeatureNetwork,
+    network: Optional[FeatureNetwork],
     samples: SetStatistics,
     reference: SetStatistics,
     half_manifold: bool = False,
 ) -> dict[str, Any]:
     """What must be the same for two results to be comparable."""
     return {
-        "network": network.identity,
-        "resize": network.resize,
+        "network": None if network is None else network.identity,
+        "resize": None if network is None else network.resize,
         "images": samples.images,
         "image_size": None if samples.size is None else list(samples.size),
         "reference": reference.hash,
@@ -166,8 +166,22 @@ def protocol(
     }
 
 
-def conditions(network: FeatureNetwork, batch: int) -> dict[str, Any]:
+def conditions(
+    network: Optional[FeatureNetwork], batch: int, device: torch.device
+) -> dict[str, Any]:
     """What else a result depends on besides the images."""
+    packages = [] if network is None else [network.package]
+    return {
+        "features": None if network is None else features_of(network),
+        "precision": {"network": "float32 without TF32", "statistics": "float64"},
+        "batch_size": batch,
+        "device": device_name(device),
+        "versions": {name: version(name) for name in ("torch", *packages, "numpy", "pillow")},
+    }
+
+
+def features_of(network: FeatureNetwork) -> dict[str, Any]:
+    """The network's weights, and which of its features each metric uses."""
     pool, spatial, classes = network.widths
     if network.name == "inception":
         features = {
@@ -181,31 +195,21 @@ def conditions(network: FeatureNetwork, batch: int) -> dict[str, Any]:
             "FD_DINOv2": f"normalised class token ({pool})",
             "precision_recall": f"normalised class token, k = {NEIGHBOURS}",
         }
-    return {
-        "features": {
-            "network": network.identity,
-            "weights_published": network.published,
-            **features,
-        },
-        "precision": {"network": "float32 without TF32", "statistics": "float64"},
-        "batch_size": batch,
-        "device": device_name(network.device),
-        "versions": {name: version(name) for name in ("torch", network.package, "numpy", "pillow")},
-    }
+    return {"network": network.identity, "weights_published": network.published, **features}
 
 
-def warnings_of(network: FeatureNetwork, *sides: SetStatistics) -> list[str]:
+def warnings_of(network: Optional[FeatureNetwork], *sides: SetStatistics) -> list[str]:
     """What a reader of the figures should know, a line each."""
     warnings = []
     for side in sides:
         if side.duplicates:
             warnings.append(f"{side.duplicates} images of {side.name} are copies of others in it")
-        if side.images and side.images < network.widths[0]:
+        if network is not None and side.images and side.images < network.widths[0]:
             warnings.append(
                 f"{side.name} holds {side.images} images, fewer than the {network.widths[0]} "
                 f"features: FID is biased upwards"
             )
-    if network.published is False:
+    if network is not None and network.published is False:
         warnings.append(
             f"{network.file} is not the published file: figures compare with its own only"
         )

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from data.images import CenterImages, ImagePath
 from evaluation.lpips import LPIPS
 from evaluation.metrics import summed
-from evaluation.statistics import Collector
+from evaluation.statistics import Collector, PixelCollector
 from modeling.pixels import to_float, to_uint8
 from modeling.tokenizer import Tokenizer
 from runtime.parts import share_of
@@ -81,6 +81,12 @@ def image_batches(
 
 
 # ---------------------------------------------------------------------- PSNR and code use
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """10·log10(1 / MSE), in dB, of each pair of images (B, 3, H, W) in [0, 1]: (B,), float64."""
+    mse = (images - others).double().square().mean((1, 2, 3))
+    return -10 * mse.clamp(min=1e-10).log10()
+
+
 def codebook_use(counts: Tensor) -> tuple[float, float]:
     """Share of codes that occur, and perplexity exp(entropy), of counts (codebook_size,)."""
     share = counts.double() / counts.sum().clamp(min=1)
@@ -121,8 +127,7 @@ class ReconstructionSums:
         self.codes = PositionCounts(tokens, codebook_size, device)
 
     def add(self, batch: Batch) -> None:
-        mse = (batch.images - batch.reconstructions).double().square().mean((1, 2, 3))
-        self.values[0] += (-10 * mse.clamp(min=1e-10).log10()).sum()
+        self.values[0] += psnr(batch.images, batch.reconstructions).sum()
         self.values[1] += len(batch.images)
         self.codes.add(batch.codes)
 
@@ -201,7 +206,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 class ReconstructionFeatures:
     """Collects the statistics of the reconstructions, truncated to uint8 as published samples are."""
 
-    def __init__(self, collector: Collector):
+    def __init__(self, collector: Collector | PixelCollector):
         self.collector = collector
 
     def add(self, batch: Batch) -> None:
@@ -211,7 +216,7 @@ class ReconstructionFeatures:
 class OriginalFeatures:
     """Collects the statistics of the images themselves."""
 
-    def __init__(self, collector: Collector):
+    def __init__(self, collector: Collector | PixelCollector):
         self.collector = collector
 
     def add(self, batch: Batch) -> None:

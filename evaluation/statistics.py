@@ -8,7 +8,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -53,24 +53,51 @@ class SetStatistics:
         }  # fmt: skip
 
 
-class Collector:
-    """Sums up the features of one set of `images` images, on this process."""
+class PixelCollector:
+    """Identifies one set of `images` images by their pixels, without any network."""
 
-    def __init__(self, name: str, images: int, size: tuple[int, int], network: FeatureNetwork):
-        device, (pool, spatial, classes) = network.device, network.widths
-        self.name, self.images, self.size, self.network = name, images, size, network
-        self.pool, self.spatial = Moments(pool, device), Moments(spatial, device)
-        self.score = InceptionScore(images, classes, device)
-        self.non_finite = torch.zeros(1, dtype=torch.int64, device=device)  # images
-        # Each list starts with an empty entry, so that a process without images can gather too.
-        self.manifold = [torch.empty(0, pool, device=device)]
+    def __init__(self, name: str, images: int, size: tuple[int, int], device: torch.device):
+        self.name, self.images, self.size, self.device = name, images, size, device
+        # The lists start with an empty entry, so that a process without images can gather too.
         self.digests = [torch.empty(0, 16, dtype=torch.uint8)]
-        self.manifold_places, self.digest_places = [torch.empty(0).long()], [torch.empty(0).long()]
+        self.places = [torch.empty(0).long()]
 
     def add(self, first: int, images: Tensor, digests: Optional[np.ndarray] = None) -> None:
         """Images `first`, `first` + 1, … of the set: (B, 3, H, W), uint8; `digests` if known."""
         if digests is None:
             digests = digests_of(images.permute(0, 2, 3, 1).cpu().numpy())
+        self.digests.append(torch.from_numpy(digests))
+        self.places.append(torch.arange(first, first + len(images)))
+
+    def finish(self) -> SetStatistics:
+        """Name, hash and copies of the whole set; all processes must call this."""
+        digests = in_order(self.digests, self.places, self.device).cpu().numpy()
+        return SetStatistics(
+            self.name,
+            self.images,
+            self.size,
+            hash=hashlib.sha256(digests.tobytes()).hexdigest()[:16],
+            duplicates=self.images - len(np.unique(digests, axis=0)),
+        )
+
+
+class Collector:
+    """Sums up the features of one set of `images` images, on this process."""
+
+    def __init__(self, name: str, images: int, size: tuple[int, int], network: FeatureNetwork):
+        device, (pool, spatial, classes) = network.device, network.widths
+        self.name, self.images, self.network = name, images, network
+        self.pixels = PixelCollector(name, images, size, device)
+        self.pool, self.spatial = Moments(pool, device), Moments(spatial, device)
+        self.score = InceptionScore(images, classes, device)
+        self.non_finite = torch.zeros(1, dtype=torch.int64, device=device)  # images
+        # As in PixelCollector, an empty entry for a process without images.
+        self.manifold = [torch.empty(0, pool, device=device)]
+        self.manifold_places = [torch.empty(0).long()]
+
+    def add(self, first: int, images: Tensor, digests: Optional[np.ndarray] = None) -> None:
+        """Images `first`, `first` + 1, … of the set: (B, 3, H, W), uint8; `digests` if known."""
+        self.pixels.add(first, images, digests)
         indices = torch.arange(first, first + len(images))
         pool, spatial, logits = self.network(images)
         self.pool.add(pool)
@@ -79,8 +106,6 @@ class Collector:
         if logits.shape[1]:
             self.score.add(logits, indices.to(logits.device))
         self.non_finite += (~(pool.isfinite().all(1) & spatial.isfinite().all(1))).sum()
-        self.digests.append(torch.from_numpy(digests))
-        self.digest_places.append(indices)
         share = min(MANIFOLD_IMAGES, self.images)
         chosen = (indices + 1) * share // self.images > indices * share // self.images
         places = indices[chosen]  # on the CPU: a mask on the device would make it wait
@@ -102,17 +127,25 @@ class Collector:
         _, spatial, classes = self.network.widths
         if spatial:
             moments += self.spatial.reduced()
-        digests = in_order(self.digests, self.digest_places, device).cpu().numpy()
-        return SetStatistics(
-            self.name,
-            self.images,
-            self.size,
-            hash=hashlib.sha256(digests.tobytes()).hexdigest()[:16],
-            duplicates=self.images - len(np.unique(digests, axis=0)),
+        return replace(
+            self.pixels.finish(),
             moments=moments,
             manifold=in_order(self.manifold, self.manifold_places, device).cpu(),
             inception_score=self.score.reduced() if classes else None,
         )
+
+
+def collector_of(
+    name: str,
+    images: int,
+    size: tuple[int, int],
+    network: Optional[FeatureNetwork],
+    device: torch.device,
+) -> Collector | PixelCollector:
+    """A collector of the network's features; without a network, of pixels alone."""
+    if network is None:
+        return PixelCollector(name, images, size, device)
+    return Collector(name, images, size, network)
 
 
 def in_order(parts: list[Tensor], indices: list[Tensor], device: torch.device) -> Tensor:

@@ -91,10 +91,12 @@ def main(argv: list[str]) -> None:
     args, arguments = parse(argv)
     options = configs.load.load(GeneratorRun, arguments, "sample_imagenet")
     experiment = options.experiment
-    if experiment.codes is not None:
-        raise InputError(
-            f"experiment.codes={experiment.codes}: the sweep samples new codes; leave it out"
-        )
+    for name in ("codes", "prefix"):
+        if getattr(experiment, name) is not None:
+            raise InputError(
+                f"experiment.{name}={getattr(experiment, name)}: the sweep samples new codes; leave "
+                f"it out"
+            )
     generator_state = read_weights(generator_checkpoint(experiment), "ema", "generator")
     tokenizer_state = read_weights(experiment.tokenizer_checkpoint, "tokenizer")
 

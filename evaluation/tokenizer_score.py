@@ -18,6 +18,7 @@ from evaluation.features import FeatureNetwork
 from evaluation.lpips import LPIPS
 from evaluation.reconstruction import (
     SSIM_WINDOW,
+    Consumer,
     OriginalFeatures,
     PerceptualDistance,
     Preview,
@@ -28,7 +29,7 @@ from evaluation.reconstruction import (
     reconstruct,
 )
 from evaluation.sources import INDEX_FOLDER
-from evaluation.statistics import Collector, SetStatistics
+from evaluation.statistics import SetStatistics, collector_of
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors, tensors_hash
 from runtime.errors import InputError
@@ -38,6 +39,11 @@ from training.checkpoint import read_weights
 UNUSED = ("quantize.embed_prob",)  # the clustering's running mean has no effect on images
 PREVIEW_IMAGES = 8
 MAGNIFICATION = 4  # of the differences in the picture
+# Figures by their names in a result, in its order.
+METRICS = {
+    "rFID": "rfid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips",
+    "codebook_use": "codebook_use", "perplexity": "perplexity", "code_agreement": "code_agreement",
+}  # fmt: skip
 
 
 def load_tokenizer(source: str, config: Optional[str] = None) -> Tokenizer:
@@ -63,11 +69,17 @@ def weights_hash(tokenizer: Tokenizer) -> str:
     return tensors_hash({name: state[name] for name in state if not name.startswith(UNUSED)})
 
 
+def identity_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The hash of a tokenizer's weights, and the sizes that no tensor's shape shows."""
+    sizes = {name: getattr(tokenizer.config, name) for name in UNSEEN_SIZES}
+    return {"tokenizer": weights_hash(tokenizer), **sizes}
+
+
 def score_tokenizer(
     tokenizer: Tokenizer,
     folder: Path,
-    network: FeatureNetwork,
-    lpips: LPIPS,
+    network: Optional[FeatureNetwork],
+    lpips: Optional[LPIPS],
     processes: PartialState,
     batch: int,
     workers: int,
@@ -75,8 +87,9 @@ def score_tokenizer(
 ) -> tuple[dict[str, Any], SetStatistics]:
     """Reconstruct all images of a folder or tar (ADM's centre crop) once, in float32, and measure them.
 
-    Returns the result, empty except on the main process, and the statistics of the originals.
-    Writes before | after | difference of the first images to `picture`.
+    Without `network` there is no rFID, without `lpips` no LPIPS. Returns the result, empty except
+    on the main process, and the statistics of the originals. Writes before | after | difference of
+    the first images to `picture`.
     """
     size, device = tokenizer.config.image_size, tokenizer.latent_tokens.device
     check_window(size)
@@ -84,46 +97,40 @@ def score_tokenizer(
     processes.print(f"{printable(folder)}: {listing.describe()}")
     paths = listing.paths
     before, after = (
-        Collector(name, len(paths), (size, size), network)
+        collector_of(name, len(paths), (size, size), network, device)
         for name in (str(folder), "its reconstructions")
     )
     sums = ReconstructionSums(tokenizer.config.codebook_size, tokenizer.config.num_tokens, device)
-    similarity, perceptual = StructuralSimilarity(device), PerceptualDistance(lpips, device)
-    preview = Preview(PREVIEW_IMAGES)
-    consumers = [
-        sums, similarity, perceptual, OriginalFeatures(before), ReconstructionFeatures(after),
-        preview,
+    similarity, preview = StructuralSimilarity(device), Preview(PREVIEW_IMAGES)
+    perceptual = None if lpips is None else PerceptualDistance(lpips, device)
+    consumers: list[Consumer] = [
+        sums, similarity, OriginalFeatures(before), ReconstructionFeatures(after), preview
     ]  # fmt: skip
+    if perceptual is not None:
+        consumers.append(perceptual)
     rank, world = processes.process_index, processes.num_processes
     batches = image_batches(paths, size, batch, workers, rank, world)
     with matmul_precision("fp32"):
         reconstruct(tokenizer, progress(batches, len(paths), processes), device, consumers)
     originals, reconstructions = before.finish(), after.finish()
-    figures = {**sums.metrics(), "ssim": similarity.mean(), "lpips": perceptual.mean()}
+    figures = {**sums.metrics(), "ssim": similarity.mean()}
+    if perceptual is not None:
+        figures["lpips"] = perceptual.mean()
     if not processes.is_main_process:
         return {}, originals
+    if network is not None:
+        figures["rfid"] = compare(reconstructions, originals, device)["FID"]
     draw_preview(preview, picture)
     result = {
-        "metrics": {
-            "rFID": compare(reconstructions, originals, device)["FID"],
-            "PSNR": figures["psnr"],
-            "SSIM": figures["ssim"],
-            "LPIPS": figures["lpips"],
-            "codebook_use": figures["codebook_use"],
-            "perplexity": figures["perplexity"],
-            **{name: figures[name] for name in ("code_agreement",) if name in figures},
-        },
+        "metrics": {name: figures[key] for name, key in METRICS.items() if key in figures},
         "protocol": protocol(network, reconstructions, originals),
         "images_asked": len(paths),
         "partial": False,
         "samples": reconstructions.summary(),
         "reference": originals.summary(),
         "picture": str(picture),
-        "weights": {
-            "tokenizer": weights_hash(tokenizer),
-            **{name: getattr(tokenizer.config, name) for name in UNSEEN_SIZES},
-        },
-        **conditions(network, batch),
+        "weights": identity_of(tokenizer),
+        **conditions(network, batch, device),
         "warnings": warnings_of(network, originals, reconstructions),
     }
     return result, originals

@@ -20,6 +20,7 @@ from typing import IO, Any, Optional
 
 import numpy as np
 from accelerate import PartialState
+from torch import Tensor
 from tqdm import tqdm
 
 from data.pictures import picture_grid, write_png
@@ -81,6 +82,8 @@ class SampleFolder:
         known = self.models.generator.config.condition_num_classes
         if job.cache != "auto":  # folders from before the option have no such entry
             settings["cache"] = job.cache
+        if job.prefix is not None:
+            settings["prefix"] = prefix_hash(job.prefix)
         return {
             **settings,
             "classes": known if job.classes == tuple(range(known)) else list(job.classes),
@@ -222,6 +225,12 @@ class SampleFolder:
                 write_png(picture_grid(images, self.grid), path)
             shape = (self.count, config.image_size, config.image_size, 3)
             concatenate_parts(parts, self.images_file, "images", shape, np.uint8)
+
+
+def prefix_hash(prefix: Tensor) -> str:
+    """16 hex digits of codes (M, n) and of n."""
+    codes = prefix.numpy().astype("<i8")
+    return hashlib.sha256(f"{codes.shape[1]} ".encode() + codes.tobytes()).hexdigest()[:16]
 
 
 def first_images(parts: Parts, count: int) -> np.ndarray:

@@ -28,7 +28,7 @@ def sample_images(
 
     def sample(indices: range) -> Tensor:
         uniforms = image_uniforms(job.seed, indices, engine.config.image_seq_len)
-        return engine.sample(job.labels(indices), uniforms)
+        return engine.sample(job.labels(indices), uniforms, job.beginnings(indices))
 
     compiled = job.compiled and engine.device.type == "cuda"
     decoder = ImageDecoder(tokenizer, job.dtype, compiled, min(engine.batch, DECODED_AT_ONCE))

@@ -1,6 +1,6 @@
 """What a sampling job makes, as settings: everything its images depend on besides the weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
@@ -26,6 +26,8 @@ class SamplingJob:
     chunk: Optional[int]  # images sampled together; None: as many as memory allows
     engine: str = "auto"  # see modeling.engine.Engine
     cache: str = "auto"
+    # Codes (M, n) that image i begins with: row i mod M; None: all codes are sampled.
+    prefix: Optional[torch.Tensor] = field(default=None, compare=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -35,6 +37,12 @@ class SamplingJob:
     def labels(self, indices: range) -> torch.Tensor:
         """Classes of the images at `indices`: (len(indices),), int64."""
         return torch.tensor([self.classes[i % len(self.classes)] for i in indices])
+
+    def beginnings(self, indices: range) -> Optional[torch.Tensor]:
+        """First codes of the images at `indices`: (len(indices), n), int64."""
+        if self.prefix is None:
+            return None
+        return self.prefix[[i % len(self.prefix) for i in indices]]
 
 
 def sampling_job(options: GeneratorRun, device: torch.device) -> SamplingJob:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from configs.schema import GeneratorExperiment, GeneratorModels
 from generation.job import SamplingJob
-from modeling.engine import DECODED_AT_ONCE, Engine, cache_bytes, free_memory
+from modeling.engine import DECODED_AT_ONCE, PREFILLED_AT_ONCE, Engine, cache_bytes, free_memory
 from modeling.generator import Generator
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors, tensors_hash
@@ -89,4 +89,6 @@ def largest_batch(models: Models, job: SamplingJob) -> int:
         shared += 4 * 12 * sizes.num_hidden_layers * sizes.hidden_size**2
         image += cache_bytes(sizes, job.sampling, job.dtype, job.cache)
         image += 64 * sizes.codebook_size
+        if job.prefix is not None:  # activations of one part: residual, qkv, its float32, the MLP
+            shared += PREFILLED_AT_ONCE * 4 * 24 * sizes.hidden_size
     return max(int(0.9 * free - shared) // image, 0)

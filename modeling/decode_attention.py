@@ -42,6 +42,11 @@ class Cache(NamedTuple):
     k_scale: Optional[Tensor] = None
     v_scale: Optional[Tensor] = None
 
+    def of(self, rows: slice) -> "Cache":
+        """A view of these rows."""
+        scales = (x if x is None else x[rows] for x in (self.k_scale, self.v_scale))
+        return Cache(self.k[rows], self.v[rows], *scales)
+
 
 # (qkv, qk_norm, turns, position, cache) -> (N, H·h). The position is (1,) int64 on the device; in the
 # plain form it is an int.
@@ -71,18 +76,26 @@ def write_position(
     qkv: Tensor, qk_norm: Tensor, turns: Tensor, position: int, cache: Cache
 ) -> Tensor:
     """Steps 1 and 2 of the contract -> q (N, H, h), in the cache's type (int8: float32)."""
-    N, H, _, h = cache.k.shape
-    x = qkv.view(N, 3, H, h)
-    qk = F.rms_norm(x[:, :2].float(), (h,), None, EPS) * qk_norm  # (N, 2, H, h)
+    return write_positions(qkv.unsqueeze(1), qk_norm, turns, position, cache)[:, :, 0]
+
+
+def write_positions(
+    qkv: Tensor, qk_norm: Tensor, turns: Tensor, first: int, cache: Cache
+) -> Tensor:
+    """`write_position` for n positions from `first` on: qkv (N, n, 3·H·h) -> q (N, H, n, h)."""
+    N, n, (H, h) = *qkv.shape[:2], cache.k.shape[1::2]
+    x = qkv.view(N, n, 3, H, h)
+    qk = F.rms_norm(x[:, :, :2].float(), (h,), None, EPS) * qk_norm  # (N, n, 2, H, h)
     swapped = qk.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # within each rotated pair
-    turn = turns[position]
-    q, k = (qk * turn[0] + swapped * turn[1]).unbind(1)  # (N, H, h)
+    cos, sin = turns[first : first + n, :, None, None].unbind(1)  # (n, 1, 1, h)
+    q, k = (qk * cos + swapped * sin).permute(2, 0, 3, 1, 4)  # (N, H, n, h)
+    v, at = x[:, :, 2].transpose(1, 2), slice(first, first + n)
     if cache.k_scale is not None and cache.v_scale is not None:
-        cache.k[:, :, position], cache.k_scale[:, :, position] = quantize(k)
-        cache.v[:, :, position], cache.v_scale[:, :, position] = quantize(x[:, 2].float())
+        cache.k[:, :, at], cache.k_scale[:, :, at] = quantize(k)
+        cache.v[:, :, at], cache.v_scale[:, :, at] = quantize(v.float())
         return q
-    cache.k[:, :, position] = k
-    cache.v[:, :, position] = x[:, 2]
+    cache.k[:, :, at] = k
+    cache.v[:, :, at] = v
     return q.to(cache.k.dtype)
 
 
@@ -91,13 +104,28 @@ def plain_attention(
 ) -> Tensor:
     """The contract in PyTorch operations."""
     q = write_position(qkv, qk_norm, turns, position, cache)
-    past = slice(position + 1)
-    if cache.k_scale is None:
-        K, V = cache.k[:, :, past], cache.v[:, :, past]  # (N, H, position + 1, h)
-    else:
-        K, V = dequantized(cache, past)
+    K, V = filled(cache, position + 1)
     y = F.scaled_dot_product_attention(q.unsqueeze(2), K, V)
     return y.reshape(qkv.shape[0], -1).to(qkv.dtype)
+
+
+def prefill_attention(qkv: Tensor, qk_norm: Tensor, turns: Tensor, cache: Cache) -> Tensor:
+    """The contract for positions 0…n-1 at once: qkv (N, n, 3·H·h) -> (N, n, H·h).
+
+    Position p attends to positions 0…p, as they are in the cache: in int8, rounded as steps read
+    them.
+    """
+    q = write_positions(qkv, qk_norm, turns, 0, cache)
+    K, V = filled(cache, qkv.shape[1])
+    y = F.scaled_dot_product_attention(q, K, V, is_causal=True)
+    return y.transpose(1, 2).flatten(2).to(qkv.dtype)
+
+
+def filled(cache: Cache, count: int) -> list[Tensor]:
+    """Keys and values (N, H, count, h) of the first positions; those of an int8 cache as float32."""
+    if cache.k_scale is None:
+        return [cache.k[:, :, :count], cache.v[:, :, :count]]
+    return dequantized(cache, slice(count))
 
 
 def dequantized(cache: Cache, positions: slice) -> list[Tensor]:

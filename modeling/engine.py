@@ -25,21 +25,34 @@ from torch import Tensor
 from .decode_attention import (
     EPS,
     AttentionFunction,
+    Cache,
     choose_attention,
     describe,
     empty_cache,
     plain_attention,
+    prefill_attention,
+    write_positions,
 )
 from .errors import InputError
 from .generator import Block, Generator, GeneratorConfig
 from .pixels import to_uint8
 from .quantizer import full_float32
-from .sampling import CACHES, Sampling, check_classes, draw_codes, guidance_schedule, guide
+from .sampling import (
+    CACHES,
+    Sampling,
+    check_classes,
+    check_prefix,
+    draw_codes,
+    guidance_schedule,
+    guide,
+)
 from .tokenizer import Decoder, Tokenizer
 
 DECODED_AT_ONCE = 64  # images; more do not fill a GPU better and take more memory
 # Two streams halve the rows of every product and read the weights twice, so a half must be large.
 STREAMED_BATCH = 128
+# Positions of all rows together that `prefill` computes at once: more take memory, not less time.
+PREFILLED_AT_ONCE = 2**14
 # Programs per function in one process: three sizes, two types, several batches and samplings.
 RECOMPILE_LIMIT = 128
 
@@ -232,6 +245,21 @@ class Stream:
             self.cuda = torch.cuda.Stream(device)
 
 
+def prefill(rows: Tensor, weights: Weights, caches: list[Cache]) -> None:
+    """Fill positions 0…n-1 of the caches with rows (N, n) of the embedding table, in one pass.
+
+    The same mathematics as n steps, with the plain attention and without logits: the codes are
+    known. Eager, because another n would be another program.
+    """
+    blocks, shape = weights.blocks, rows.shape
+    x, qkv = enter(rows.flatten(), weights.embeddings, blocks[0])  # (N·n, …)
+    for block, following, cache in zip(blocks, blocks[1:], caches):
+        y = prefill_attention(qkv.unflatten(0, shape), block.qk_norm, weights.turns, cache)
+        x, qkv = between(x, y.flatten(0, 1), block, following)
+    # Of the last block, later steps read keys and values only.
+    write_positions(qkv.unflatten(0, shape), blocks[-1].qk_norm, weights.turns, 0, caches[-1])
+
+
 # ---------------------------------------------------------------------- the engine
 class Engine:
     """Samples batches of `batch` images with the weights of a generator, on its device.
@@ -372,15 +400,35 @@ class Engine:
         stream.rows.copy_(codes.repeat(len(stream.rows) // len(codes)))
         position += 1
 
+    def _prefill(self, stream: Stream, n: int) -> None:
+        """Put a stream behind the first n codes of its images, which `stream.codes` holds."""
+        codes = stream.codes[:, :n]
+        codes = codes.repeat(len(stream.rows) // len(codes), 1)  # (N, n)
+        # The inputs of the first n steps: the class, then all codes but the last.
+        rows = torch.cat([stream.rows.unsqueeze(1), codes[:, :-1]], 1)
+        at_once = max(PREFILLED_AT_ONCE // n, 1)
+        for start in range(0, len(rows), at_once):
+            part = slice(start, start + at_once)
+            prefill(rows[part], self.weights, [cache.of(part) for cache in stream.caches])
+        stream.rows.copy_(codes[:, -1])
+        stream.position.fill_(n)
+
     @torch.inference_mode()
-    def sample(self, labels: Tensor, uniforms: Tensor) -> Tensor:
+    def sample(self, labels: Tensor, uniforms: Tensor, prefix: Optional[Tensor] = None) -> Tensor:
         """Labels (B,), B up to the batch, and uniforms (B, T) -> codes (B, T), int64.
 
-        On CUDA this returns before the codes are there, as every operation on them does.
+        With `prefix` (B, n), n <= T, the first n codes are these and only the others are drawn: as
+        they would be if the first n steps had drawn the prefix, up to rounding. Raises InputError
+        for a prefix of other codes or longer than T. On CUDA this returns before the codes are
+        there, as every operation on them does.
         """
         B, T, config = len(labels), self.config.image_seq_len, self.config
         if self.batch < B:
             raise ValueError(f"{B} images for an engine of batch {self.batch}")
+        if prefix is None:
+            prefix = torch.empty(B, 0, dtype=torch.int64, device=labels.device)
+        check_prefix(prefix, B, config)
+        n = prefix.shape[1]
         check_classes(int(labels.min()), int(labels.max()), config.condition_num_classes)
         # Shapes are fixed: a smaller batch is filled up with images of "no class".
         classes = labels.new_full((self.batch,), config.no_class, dtype=torch.int64)
@@ -389,18 +437,23 @@ class Engine:
         no_class = torch.full_like(rows, config.codebook_size + 1 + config.no_class)
         numbers = uniforms.new_zeros(self.batch, T)
         numbers[:B] = uniforms
+        known = prefix.new_zeros(self.batch, n, dtype=torch.int64)
+        known[:B] = prefix
         with self.on_device():
             for stream in self.streams:
                 both = torch.cat([x[stream.images] for x in (rows, no_class)])[: len(stream.rows)]
                 copy_to(stream.rows, both)
                 copy_to(stream.uniforms, numbers[stream.images])
                 stream.position.zero_()
+                if n:
+                    copy_to(stream.codes[:, :n], known[stream.images])
+                    self._prefill(stream, n)
             if self.graph is not None:
-                for _ in range(T):
+                for _ in range(n, T):
                     self.graph.replay()
             else:
                 with compiling() if self.compiled else contextlib.nullcontext():
-                    for t in range(T):
+                    for t in range(n, T):
                         self._step(t)
             return torch.cat([stream.codes for stream in self.streams])[:B]
 

@@ -7,13 +7,14 @@ images with their classes, then the same images with "no class").
 
 import math
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from .errors import InputError
 from .fields import check_options, option
-from .generator import Generator, KVCache
+from .generator import Generator, GeneratorConfig, KVCache
 
 SCHEDULES = ("power-cosine", "constant", "linear")
 # How `engine.Engine` computes attention, and in which type it keeps keys and values.
@@ -118,6 +119,22 @@ def check_classes(lowest: int, highest: int, classes: int) -> None:
         )
 
 
+def check_prefix(prefix: Tensor, images: int, config: GeneratorConfig) -> None:
+    """Refuse first codes (images, n) that images of this model cannot begin with."""
+    count, n = prefix.shape
+    if count != images:
+        raise ValueError(f"prefixes of {count} images for {images} images")
+    if n > config.image_seq_len:
+        raise InputError(
+            f"a prefix of {n} codes is too long: images of this model have {config.image_seq_len}"
+        )
+    if n and (prefix.min() < 0 or prefix.max() >= config.codebook_size):
+        other = int(prefix.min() if prefix.min() < 0 else prefix.max())
+        raise InputError(
+            f"the prefix holds code {other}: this model has codes 0…{config.codebook_size - 1}"
+        )
+
+
 @torch.inference_mode()
 def sample_codes(
     model: Generator,
@@ -126,12 +143,14 @@ def sample_codes(
     guidance_scale: float,
     guidance_power: float,
     temperature: float = 1.0,
+    prefix: Optional[Tensor] = None,
 ) -> Tensor:
     """Draw the codes of one image per label: labels (B,), uniforms (B, T) -> codes (B, T), int64.
 
     The readable twin of `engine.Engine`; tests hold their codes equal. `guidance_scale` 0 or 1 samples
     without guidance. With guidance both branches run in one batch: logits = u + s_t·(c - u), where u is
-    the "no class" branch. The model must be in eval mode.
+    the "no class" branch. The first codes are those of `prefix` (B, n), if it is there, instead of
+    drawn ones. The model must be in eval mode.
     """
     T = model.config.image_seq_len
     check_classes(int(labels.min()), int(labels.max()), model.config.condition_num_classes)
@@ -147,7 +166,10 @@ def sample_codes(
         logits = model.step(x, cache)  # (N, V)
         if sampling.guided:
             logits = guide(logits, scales[t])
-        codes[:, t] = draw_codes(logits, uniforms[:, t], temperature)
+        if prefix is not None and t < prefix.shape[1]:
+            codes[:, t] = prefix[:, t]
+        else:
+            codes[:, t] = draw_codes(logits, uniforms[:, t], temperature)
         x = model.embeddings(codes[:, t : t + 1])  # (B, 1, D)
         if sampling.guided:
             x = x.repeat(2, 1, 1)

@@ -187,18 +187,34 @@ class Decoder(nn.Module):
             self.conv_out_aux = nn.Conv2d(3, 3, 1)
 
     def forward(self, vectors: Tensor) -> tuple[Tensor, Optional[Tensor]]:
-        """Vectors (B, T, token_size) -> images (B, 3, S, S) and, with a prefix head, the strip."""
-        x = self.decoder_embed(vectors)  # (B, T, D)
+        """Vectors (B, T, token_size) -> images (B, 3, S, S) and, with a prefix head, the strip.
+
+        Of the first n = K + r·g vectors, r >= 1, it makes the first r rows of patches, (B, 3, r·p, S):
+        the same pixels as of all vectors where the decoder is causal.
+        """
+        x = self.tokens(vectors)  # (B, T, D)
+        image = x[:, self.num_prefix_tokens :]
+        images = self.to_pixels(image, image.shape[1] // self.grid, self.ffn, self.conv_out)
+        return images, self.strip(x)
+
+    def tokens(self, vectors: Tensor) -> Tensor:
+        """Vectors (B, n, token_size) of the first n codes -> what the heads read, (B, n, D).
+
+        They attend to each other and to the buffer tokens; codes behind them do not exist.
+        """
+        x = self.decoder_embed(vectors)  # (B, n, D)
         buffers = self.class_embedding.to(x.dtype).expand(len(x), -1, -1)
-        x = torch.cat([buffers, x], 1) + self.latent_token_positional_embedding
-        x = self.ln_pre(x)
+        x = torch.cat([buffers, x], 1)
+        x = self.ln_pre(x + self.latent_token_positional_embedding[: x.shape[1]])
         x = run_blocks(self.transformer, x, self.recompute and self.training)
-        x = self.ln_post(x[:, buffers.shape[1] :])  # (B, T, D)
-        prefix, image = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        images = self.to_pixels(image, self.grid, self.ffn, self.conv_out)
+        return self.ln_post(x[:, buffers.shape[1] :])
+
+    def strip(self, x: Tensor) -> Optional[Tensor]:
+        """What the auxiliary head makes of the prefix tokens in x (B, n, D): (B, 3, p, K·p)."""
         if not hasattr(self, "ffn_aux"):
-            return images, None
-        return images, self.to_pixels(prefix, 1, self.ffn_aux, self.conv_out_aux)
+            return None
+        prefix = x[:, : self.num_prefix_tokens]
+        return self.to_pixels(prefix, 1, self.ffn_aux, self.conv_out_aux)
 
     def to_pixels(self, x: Tensor, rows: int, ffn: nn.Module, conv_out: nn.Module) -> Tensor:
         """Tokens (B, rows·columns, D) -> one patch each: (B, 3, rows·p, columns·p) in [0, 1]."""
@@ -284,7 +300,10 @@ class Tokenizer(nn.Module):
         return self.quantize.nearest(self.latents(images))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, T), int64 -> images (B, 3, S, S), float32 in [0, 1]."""
+        """Codes (B, T), int64 -> images (B, 3, S, S), float32 in [0, 1].
+
+        The first n = K + r·g codes alone, r >= 1, make the first r rows of patches (`Decoder`).
+        """
         assert self.decoder is not None, "a tokenizer without decoder only encodes"
         return self.decoder(self.quantize.embedding(codes))[0]
 

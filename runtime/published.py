@@ -7,16 +7,20 @@ import torch
 from runtime.errors import InputError
 
 
+class MissingFile(InputError):
+    """A published file that is not there, for callers who can do without."""
+
+
 def find_published(name: str, folder: Path, otherwise: str = "") -> Path:
     """FOLDER/NAME, or the copy in torch's download cache.
 
-    Raises InputError, which says where to put the file and, with `otherwise`, what else helps.
+    Raises MissingFile, which says where to put the file and, with `otherwise`, what else helps.
     """
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     for path in (folder / name, cache / name):
         if path.is_file():
             return path
-    raise InputError(
+    raise MissingFile(
         f"no {name} in {folder}/ or {cache}: put it there (weights/README.md says from "
         f"where){otherwise}"
     )

@@ -52,6 +52,25 @@ def test_classes_codes_and_grid(workspace, tmp_path):
 
 
 @pytest.mark.slow
+def test_images_are_completed_from_a_photo_and_from_codes(workspace, tmp_path):
+    options = ["experiment.num_fid_samples=5", "experiment.save_png=False"]
+    photo = f"experiment.prefix={workspace.root}/val/class0/00.png"
+    rows = "experiment.prefix_rows=1"  # after 5 prefix tokens, so 9 codes
+    workspace.sample(tmp_path / "a", *options, photo, rows, ranks=2, launcher="torchrun")
+    codes = array(tmp_path / "a_codes.npz")
+    assert (codes[:, :9] == codes[0, :9]).all() and len(np.unique(codes[:, 9:], axis=0)) > 1
+    assert "prefix" in json.loads((tmp_path / "a/sampling.json").read_text())
+
+    np.save(tmp_path / "codes.npy", codes[:1])
+    workspace.sample(tmp_path / "b", *options, f"experiment.prefix={tmp_path}/codes.npy", rows)
+    assert (tmp_path / "b.npz").read_bytes() == (tmp_path / "a.npz").read_bytes()
+
+    more = ["experiment.prefix_rows=2", "experiment.prefix_mask=True"]
+    done = workspace.sample(tmp_path / "a", *options, photo, *more, check=False)
+    refused(done, "holds work of other settings: prefix (")
+
+
+@pytest.mark.slow
 def test_chunk_is_chosen_from_memory_once_and_kept(workspace, tmp_path):
     config = tmp_path / "generator.yaml"
     text = (workspace.root / "generator.yaml").read_text()
@@ -80,6 +99,8 @@ def test_chunk_is_chosen_from_memory_once_and_kept(workspace, tmp_path):
         ("experiment.classes=[0,3]", ["class 3 asked for", "0…2"]),
         ("experiment.per_proc_batch_size=1000000000", ["images at once", "per_proc_batch_size="]),
         ("experiment.precision=tf32", ["tf32", "choose fp32 or bf16"]),
+        ("experiment.prefix=none.npy", ["experiment.prefix=none.npy is not a file of codes"]),
+        ("experiment.prefix=none.png", ["unreadable image none.png"]),
         ("model.generator.top_p=0", ["top_p"]),
         ("model.generator.hidden_size=64", ["does not fit the configured generator"]),
     ],

@@ -85,6 +85,7 @@ GIVEN = [  # programs and the options that name a file
     ("sample_imagenet.py", "experiment.generator_checkpoint={}", "bad.bin"),
     ("sample_imagenet.py", "experiment.tokenizer_checkpoint={}", "bad.pth"),
     ("sample_imagenet.py", "experiment.codes={}", "bad.npz"),
+    ("sample_imagenet.py", "experiment.prefix={}", "bad.npz"),
     ("evaluate.py", "--samples {} --reference none.npz", "bad.npz"),
     ("evaluate.py", "--reconstruction --data_path . --tokenizer {}", "bad.pth"),
     ("train_tokenizer.export", "{} out.pth", "bad.pth"),

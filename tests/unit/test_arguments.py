@@ -37,6 +37,7 @@ NEEDED = {
     "training.reference": ["no"],
     "evaluation.sweep": ["--reference", "no", "--scales", "1", "--powers", "1"],
     "evaluation.report": ["no.json"],
+    "evaluation.look": ["no.png"],
     "train_tokenizer.export": ["no", "no.pth"],
 }
 
@@ -111,6 +112,10 @@ def test_odd_values(program, flag, tmp_path, monkeypatch):
         ("evaluate", ["--crop", HUGE], "--crop"),
         ("evaluate", ["--num_workers", "-1"], "--num_workers"),
         ("evaluate", ["--picture", "x.xyz"], "--picture"),
+        ("data.tokens", ["show", "no"], "--tokenizer"),
+        ("data.tokens", ["info", "no", "--tokenizer", "x.pth"], "--tokenizer"),
+        ("data.tokens", ["show", "no", "--tokenizer", "x.pth", "--images", "0"], "--images"),
+        ("evaluation.look", [], "images"),
         ("training.plot", ["--output", "c.xyz", "no"], "--output"),
         ("training.plot", ["--output", ".", "no"], "--output"),
         ("train_tokenizer.export", ["no", "weights.txt"], "weights.txt"),

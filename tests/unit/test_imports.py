@@ -20,7 +20,7 @@ ARROWS = {
     "evaluation": ("generation", "training", "data", "configs", "runtime", "modeling"),
     "train_tokenizer": ("evaluation", "training", "data", "configs", "runtime", "modeling"),
     "programs": ("evaluation", "generation", "training", "data", "configs", "runtime", "modeling"),
-    "quickstart": ("evaluation", "data", "configs", "runtime", "modeling"),
+    "quickstart": ("evaluation", "generation", "data", "configs", "runtime", "modeling"),
 }
 # What `modeling` may import from outside the project and the standard library.
 MODELING_NEEDS = {"torch", "einops", "safetensors"}

@@ -106,7 +106,7 @@ def test_a_path_starts_at_home(monkeypatch, tmp_path, name):
 
 def test_every_option_that_is_a_path_expands_home():
     names = {"output_dir", "resume", "fid_reference", "generator_checkpoint", "evaluate", "codes",
-             "tokenizer_checkpoint", "stage1_checkpoint", "pretokenization", "train_dir",
+             "prefix", "tokenizer_checkpoint", "stage1_checkpoint", "pretokenization", "train_dir",
              "val_pretokenization", "val_dir", "train_root"}  # fmt: skip
     from configs.help import entries
 
@@ -225,6 +225,19 @@ def test_number_without_sense_is_refused_with_the_remedy(schema, argument, remed
     message = refusal(schema, B if schema is GeneratorRun else STAGE1, argument)
     assert argument.split("=")[0] in message and remedy in message
     assert message.endswith("(the command line)")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["experiment.prefix_rows=3"], "experiment.prefix_rows=3 is of no use without"),
+        (["experiment.prefix_mask=true"], "experiment.prefix_mask=True is of no use without"),
+        (["experiment.prefix=a.npy", "experiment.codes=b.npz"], "experiment.codes=b.npz decodes"),
+    ],
+)
+def test_a_beginning_without_an_image_to_complete_is_refused(arguments, words):
+    message = refusal(GeneratorRun, B, *arguments)
+    assert message.startswith(words) and message.endswith("(the command line)")
 
 
 # ---------------------------------------------------------------------- the place of a value

@@ -1,9 +1,19 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
-from data.pictures import picture_grid, to_pixels, write_png
+from data.pictures import (
+    LINE,
+    TEXT,
+    captioned,
+    enlarged,
+    fitted,
+    picture_grid,
+    stacked,
+    to_pixels,
+    write_png,
+)
 from runtime.errors import InputError
 
 IMAGES = np.arange(5 * 2 * 3 * 3, dtype=np.uint8).reshape(5, 2, 3, 3)
@@ -33,6 +43,46 @@ def test_pixels_are_truncated_and_channels_come_last():
     images = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     pixels = to_pixels(images)
     assert pixels.shape == (1, 2, 2, 3) and pixels[0, 1, 1].tolist() == [0, 127, 255]
+
+
+def test_small_images_are_enlarged_by_whole_pixels():
+    images = enlarged(IMAGES, width=8)  # of 3 pixels: three times
+    assert images.shape == (5, 6, 9, 3)
+    np.testing.assert_array_equal(images[:, 1::3, 2::3], IMAGES)
+    np.testing.assert_array_equal(enlarged(IMAGES, width=3), IMAGES)
+
+
+def test_captions_stand_below_and_leave_the_image_alone():
+    image = np.full((20, 100, 3), 7, np.uint8)
+    picture = captioned(image, "dog", "")
+    assert picture.shape == (20 + 2 * LINE, 100, 3)
+    np.testing.assert_array_equal(picture[:20], image)
+    assert picture[20 : 20 + LINE].min() < 128 and (picture[20 + LINE :] == 255).all()
+    assert not np.array_equal(picture, captioned(image, "cat", ""))
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "a\nb", "犬\udc80", "é", ""])
+def test_any_text_becomes_one_line_that_fits(text):
+    font = ImageFont.load_default(TEXT)
+    line = fitted(text, 120, font)
+    assert font.getlength(line) <= 120 and "\n" not in line
+    assert line == {"é": "é", "": "", "a\nb": "a\\nb", "犬\udc80": "\\u72ac\\udc80"}.get(text, line)
+    captioned(IMAGES[0], text)
+
+
+def test_a_long_line_keeps_both_ends():
+    font = ImageFont.load_default(TEXT)
+    line = fitted("n01440764/" + "x" * 100 + ".JPEG", 120, font)
+    assert line.startswith("n014") and line.endswith(".JPEG") and "…" in line
+    assert 100 < font.getlength(line) <= 120
+
+
+def test_pictures_of_other_widths_are_stacked_on_white():
+    picture = stacked([IMAGES[0], IMAGES[1].repeat(2, 1)], margin=1)
+    assert picture.shape == (6, 6, 3)
+    np.testing.assert_array_equal(picture[:2, :3], IMAGES[0])
+    np.testing.assert_array_equal(picture[3:5], IMAGES[1].repeat(2, 1))
+    assert (picture[:3, 3:] == 255).all() and (picture[[2, 5]] == 255).all()
 
 
 def test_png_holds_the_pixels_and_a_failure_leaves_nothing(tmp_path, monkeypatch):

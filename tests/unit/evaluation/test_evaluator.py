@@ -12,7 +12,7 @@ import evaluation.evaluator
 import evaluation.statistics
 from data.images import center_crop
 from evaluation.metrics import frechet_distance
-from evaluation.statistics import Collector, in_order
+from evaluation.statistics import Collector, collector_of, in_order
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
 from tests.tars import packed
@@ -208,6 +208,20 @@ def test_order_of_batches_changes_no_hash():
     other = Collector("memory", 20, (8, 8), TinyFeatures())
     other.add(0, pixels.flip(0))
     assert len(hashes) == 1 and other.finish().hash not in hashes
+
+
+def test_pixels_alone_identify_a_set_as_its_features_do():
+    pixels = torch.from_numpy(np.concatenate([SAMPLES, SAMPLES[:3]])).permute(0, 3, 1, 2)
+    sides = [
+        collector_of("memory", 23, (8, 8), network, torch.device("cpu"))
+        for network in (TinyFeatures(), None)
+    ]
+    for first in (12, 0, 6):
+        for side in sides:
+            side.add(first, pixels[first : first + (11 if first == 12 else 6)])
+    with_features, without = (side.finish() for side in sides)
+    assert without.summary() == {**with_features.summary(), "manifold_images": None}
+    assert without.duplicates == 3 and not without.moments
 
 
 def test_rows_come_in_order():

@@ -1,5 +1,7 @@
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from scipy.ndimage import gaussian_filter
 import evaluate
 import evaluation.tokenizer_score
 from data.images import center_crop, load_image
+from evaluation.features import Inception
+from evaluation.lpips import LPIPS
 from evaluation.metrics import frechet_distance
 from evaluation.reconstruction import ssim
 from evaluation.tokenizer_score import MAGNIFICATION, load_tokenizer, weights_hash
@@ -132,6 +136,55 @@ def test_all_figures_are_those_of_centre_crops_and_their_reconstructions(score):
     assert result["samples"]["images"] == result["reference"]["images"] == 13
     assert result["weights"]["tokenizer"] == weights_hash(score.tokenizer)
     assert result["weights"]["encoder_heads"] == score.tokenizer.config.encoder_heads
+
+
+PUBLISHED = SimpleNamespace(Inception=Inception, LPIPS=LPIPS)  # the real ones, without files
+WITHOUT = {
+    "Inception": ("rFID", r"rFID is left out: no weights-inception-2015-12-05-6726825d\.pth"),
+    "LPIPS": ("LPIPS", r"LPIPS is left out: no vgg16-397923af\.pth"),
+}
+
+
+@pytest.mark.parametrize("missing", [["Inception"], ["LPIPS"], ["Inception", "LPIPS"]])
+def test_figures_whose_networks_are_missing_are_named_and_left_out(
+    score, monkeypatch, nowhere, missing
+):
+    everything, _ = score()
+    for name in missing:
+        monkeypatch.setattr(evaluate, name, getattr(PUBLISHED, name))
+    result, said = score()
+    left_out = [WITHOUT[name][0] for name in missing]
+    kept = {k: v for k, v in everything["metrics"].items() if k not in left_out}
+    assert result["metrics"] == kept and kept.keys() >= {"PSNR", "SSIM", "codebook_use"}
+    lines = [line for line in said.splitlines() if "left out" in line and line[0] != "{"]
+    assert len(lines) == len(missing)
+    for name, line in zip(missing, lines):
+        assert re.match("warning: " + WITHOUT[name][1] + ".*weights/README.md", line)
+        assert line.removeprefix("warning: ") in result["warnings"]
+    table = [line.split()[0] for line in said.splitlines() if line and line[0] != "{"]
+    assert not set(left_out) & set(table) and "PSNR" in table
+    # The sets are still identified, and the picture is drawn.
+    for side in ("samples", "reference"):
+        assert result[side]["hash"] == everything[side]["hash"]
+    assert Path(result["picture"]).exists() and result["weights"] == everything["weights"]
+    assert (result["protocol"]["network"] is None) == ("Inception" in missing)
+
+
+def test_statistics_cannot_be_saved_without_their_network(score, monkeypatch, nowhere):
+    monkeypatch.setattr(evaluate, "Inception", PUBLISHED.Inception)
+    with pytest.raises(
+        InputError, match=r"--save_stats writes the features of Inception: .* no we"
+    ):
+        score(f"--save_stats={score.folder}/val.npz")
+    assert not (score.folder / "val.npz").exists() and not (score.folder / "out").exists()
+
+
+def test_a_network_that_is_there_and_not_right_is_refused(score, monkeypatch, nowhere):
+    (nowhere / "weights").mkdir()
+    torch.save({"a": torch.ones(1)}, nowhere / "weights/weights-inception-2015-12-05-6726825d.pth")
+    monkeypatch.setattr(evaluate, "Inception", PUBLISHED.Inception)
+    with pytest.raises(InputError, match="is not the TF-2015 Inception"):
+        score()
 
 
 def test_picture_shows_before_after_and_difference(score):

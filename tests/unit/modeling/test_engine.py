@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from modeling import engine as engine_module
+from modeling.decode_attention import dequantized
 from modeling.engine import (
     Engine,
     ImageDecoder,
@@ -23,7 +24,7 @@ from modeling.engine import (
     free_memory,
 )
 from modeling.generator import Generator, GeneratorConfig
-from modeling.sampling import Sampling
+from modeling.sampling import Sampling, sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
 
@@ -308,6 +309,131 @@ def test_int8_cache_keeps_the_logits_near_float32(fill):
         logits[cache] = torch.stack(steps)
     error = (logits["int8"] - logits["auto"]).std(-1) / logits["auto"].std(-1)
     assert 0 < error.max() < 0.03
+
+
+# ---------------------------------------------------------------------- prefix
+PREFIX_LENGTHS = [0, 1, 3, 6, 7]  # of 7 codes
+
+
+def stepping_through(engine, prefix):
+    """The engine, whose first steps draw the codes of the prefix (B, n)."""
+    functions, calls = engine.functions, iter(range(10**6))
+
+    def choose(*arguments):
+        t, number = divmod(next(calls), len(engine.streams))
+        images = engine.streams[number].images
+        drawn = functions.choose(*arguments)
+        return prefix[images, t] if t < prefix.shape[1] else drawn
+
+    engine.functions = functions._replace(choose=choose)
+    return engine
+
+
+def poison(engine):
+    """Whatever is read of the caches before it is written is not a number."""
+    with torch.inference_mode():
+        for stream in engine.streams:
+            for cache in stream.caches:
+                floats = cache[:2] if cache.k_scale is None else cache[2:]
+                for tensor in floats:
+                    tensor.fill_(torch.nan)
+    return engine
+
+
+@pytest.mark.parametrize("n", PREFIX_LENGTHS)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_a_prefix_is_what_stepping_through_its_codes_is(model, n, scale, cache, streams):
+    labels, uniforms = inputs()
+    prefix = torch.randint(16, (4, n))
+    first, second = (
+        poison(Engine(model, 4, Sampling(scale), cache=cache, streams=streams)) for _ in range(2)
+    )
+    codes = first.sample(labels, uniforms, prefix)
+    assert torch.equal(codes, stepping_through(second, prefix).sample(labels, uniforms))
+    assert torch.equal(codes[:, :n], prefix)
+    for ours, theirs in zip(first.streams, second.streams):
+        assert ours.position.item() == theirs.position.item() == 7
+        for a, b in zip(ours.caches, theirs.caches):
+            for x, y in zip(dequantized(a, slice(7)), dequantized(b, slice(7))):
+                # In int8, rounding may end on either side: one of 127 steps.
+                allowed = 1e-5 if cache == "auto" else 1.01 * y.abs().amax(-1, True) / 127
+                assert ((x - y).abs() <= allowed).all()  # NaN is not
+
+
+@pytest.mark.parametrize("n", PREFIX_LENGTHS)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_codes_behind_a_prefix_are_those_of_the_plain_loop(model, n, scale):
+    labels, uniforms = inputs(3)
+    prefix = torch.randint(16, (3, n))
+    expected = sample_codes(model, labels, uniforms, scale, 1.0, prefix=prefix)
+    codes = Engine(model, 4, Sampling(scale), streams=2).sample(labels, uniforms, prefix)
+    assert torch.equal(codes, expected)  # of a batch that is not full
+    if 0 < n < 7:
+        others = sample_codes(model, labels, uniforms, scale, 1.0, prefix=(prefix + 1) % 16)
+        assert not torch.equal(others[:, n:], expected[:, n:])  # they depend on it
+
+
+def test_drawn_codes_as_a_prefix_change_nothing(model):
+    labels, uniforms = inputs()
+    engine = Engine(model, 4, Sampling(3.0))
+    codes = engine.sample(labels, uniforms)
+    for n in PREFIX_LENGTHS:
+        assert torch.equal(engine.sample(labels, uniforms, codes[:, :n]), codes)
+
+
+def test_a_prefix_costs_one_pass_and_no_steps(model, monkeypatch):
+    passes, steps = [], []
+    prefill, step = engine_module.prefill, Engine._step
+    monkeypatch.setattr(
+        engine_module,
+        "prefill",
+        lambda rows, *rest: passes.append(rows.shape) or prefill(rows, *rest),
+    )
+    monkeypatch.setattr(Engine, "_step", lambda self, t: steps.append(t) or step(self, t))
+    labels, uniforms = inputs()
+    Engine(model, 4, Sampling(3.0), streams=2).sample(labels, uniforms, torch.ones(4, 5).long())
+    assert passes == [(4, 5), (4, 5)] and steps == [5, 6]  # 2 images with and without class
+
+
+def test_a_large_prefill_is_cut_into_parts_that_change_nothing(model, monkeypatch):
+    labels, uniforms = inputs()
+    prefix = torch.randint(16, (4, 5))
+    engine = Engine(model, 4, Sampling(3.0))
+    expected = engine.sample(labels, uniforms, prefix)
+    parts, prefill = [], engine_module.prefill
+    monkeypatch.setattr(engine_module, "PREFILLED_AT_ONCE", 16)
+    monkeypatch.setattr(
+        engine_module,
+        "prefill",
+        lambda rows, *rest: parts.append(len(rows)) or prefill(rows, *rest),
+    )
+    assert torch.equal(poison(engine).sample(labels, uniforms, prefix), expected)
+    assert parts == [3, 3, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_engine_takes_a_prefix(model, traced, dtype):
+    labels, uniforms = inputs()
+    prefix = torch.randint(16, (4, 4))
+    engine = Engine(model, 4, Sampling(3.0), dtype, compiled=True)
+    assert engine.compiled
+    expected = Engine(model, 4, Sampling(3.0), dtype).sample(labels, uniforms, prefix)
+    assert torch.equal(engine.sample(labels, uniforms, prefix), expected)
+
+
+@pytest.mark.parametrize(
+    "prefix, words",
+    [
+        (torch.zeros(4, 8).long(), "a prefix of 8 codes is too long: images of this model have 7"),
+        (torch.full((4, 2), 16), "the prefix holds code 16: this model has codes 0…15"),
+        (torch.full((4, 2), -1), "the prefix holds code -1: this model has codes 0…15"),
+    ],
+)
+def test_prefix_of_other_codes_is_refused(model, prefix, words):
+    with pytest.raises(InputError, match=words):
+        Engine(model, 4, Sampling()).sample(*inputs(), prefix)
 
 
 # ---------------------------------------------------------------------- pixels

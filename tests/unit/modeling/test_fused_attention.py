@@ -164,6 +164,33 @@ def test_codes_of_the_fused_engine_are_those_of_the_plain_loop(fill, size):
         assert torch.equal(ours.sample(labels, uniforms), codes)
 
 
+@runs_the_kernel
+@pytest.mark.parametrize("cache, allowed", [("auto", 1e-4), ("int8", 0.03)])
+def test_the_fused_engine_behind_a_prefix_is_where_its_steps_lead(fill, cache, allowed):
+    model = fill(Generator(tiny(48))).to(DEVICE)
+    labels, uniforms = torch.arange(2, device=DEVICE), torch.rand(2, 7).to(DEVICE)
+    engine = Engine(model, 2, Sampling(4.0, 1.5), engine="fused", cache=cache, streams=2)
+    if cache == "auto":
+        prefix = torch.randint(64, (2, 3)).to(DEVICE)
+        expected = sample_codes(model, labels, uniforms, 4.0, 1.5, prefix=prefix)
+        assert torch.equal(engine.sample(labels, uniforms, prefix), expected)
+    logits = []
+    # The code of every step is given by its number, so that all ways see the same sequence.
+    codes = (uniforms * 64).long()
+    engine.functions = engine.functions._replace(
+        choose=lambda x, uniform, *rest: logits.append(x.clone()) or (uniform * 64).long()
+    )
+    assert torch.equal(engine.sample(labels, uniforms), codes)
+    stepped = torch.stack(logits)  # (2 streams · 7 steps, rows, V)
+    for n in (1, 5):
+        logits.clear()
+        assert torch.equal(engine.sample(labels, uniforms, codes[:, :n]), codes)
+        behind, expected = torch.stack(logits), stepped[2 * n :]
+        assert behind.shape == expected.shape
+        error = (behind - expected).std(-1) / expected.std(-1)
+        assert error.max() < allowed
+
+
 # ---------------------------------------------------------------------- the check
 def shifted(qkv, qk_norm, turns, position, cache):
     return plain_attention(qkv, qk_norm, turns.roll(1, 0), int(position), cache)

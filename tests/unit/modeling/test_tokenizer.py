@@ -233,6 +233,20 @@ def test_strip_depends_on_the_prefix_tokens_alone(fill):
     assert seen[:PREFIX].all() and not seen[PREFIX:].any()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_first_codes_alone_make_the_first_rows(rows, fill):
+    codes = torch.randint(16, (2, TOKENS))
+    for changes in ({}, STAGE1):
+        tokenizer = fill(Tokenizer(config(**changes)))
+        whole = tokenizer.decode(codes)[:, :, : 8 * rows]
+        alone = tokenizer.decode(codes[:, : PREFIX + rows * GRID])
+        assert alone.shape == (2, 3, 8 * rows, 32)
+        # Only a causal decoder makes of them what it makes of all codes.
+        same = torch.allclose(alone, whole, atol=1e-5)
+        assert same == (tokenizer.config.causal or rows == GRID)
+
+
 def test_stage2_has_no_strip():
     assert Tokenizer(TINY)(torch.rand(1, 3, 32, 32)).strip is None
 

@@ -1,0 +1,49 @@
+"""A picture of a token cache: its first images, decoded. `python -m data.tokens show` makes it."""
+
+import math
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+
+from configs.load import UNSEEN_SIZES, sizes_for
+from data.cache import TokenCache, fingerprint
+from data.pictures import captioned, enlarged, picture_grid, write_png
+from modeling.engine import ImageDecoder, find_device
+from modeling.tokenizer import Tokenizer
+from modeling.weights import load_tensors, read_state_dict
+
+UNUSED = ("quantize.embed_prob",)  # stage 1's clustering has no effect on images
+COLUMNS, MARGIN = 8, 6  # at most so many images side by side, and pixels between them
+
+
+def show_cache(
+    cache: TokenCache, weights: str, config: Optional[str], count: int, picture: Path
+) -> int:
+    """Write the first views of the first `count` images, or of all; returns how many these are.
+
+    `weights` is a file of the tokenizer that wrote the cache, `config` the YAML of its sizes, if they
+    are neither the published ones nor beside the file. Raises InputError for another tokenizer.
+    """
+    state = read_state_dict(weights)
+    tokenizer = Tokenizer(sizes_for(weights, config, UNSEEN_SIZES))
+    load_tensors(tokenizer, state, weights, ignore=UNUSED, keep=UNUSED)
+    sizes = tokenizer.config
+    cache.check(
+        sizes.codebook_size, sizes.num_tokens, fingerprint(tokenizer.state_dict()), sizes.encoder_heads
+    )  # fmt: skip
+    cache.check_labels()
+    count = min(count, cache.images)
+    codes = torch.from_numpy(np.stack([cache.codes(image, 0) for image in range(count)]))
+    device = find_device()
+    images = ImageDecoder(tokenizer.to(device).eval(), torch.float32)(codes.to(device))
+    pictures = [
+        captioned(image, cache.classes[label], path)
+        for image, label, path in zip(
+            enlarged(images.cpu().numpy()), cache.labels[:count].tolist(), cache.paths(count)
+        )
+    ]
+    columns = min(math.isqrt(count - 1) + 1, COLUMNS)
+    write_png(picture_grid(np.stack(pictures), columns, MARGIN), picture)
+    return count

@@ -1,0 +1,230 @@
+"""What a tokenizer makes of photos, as one picture per photo:
+
+    python -m evaluation.look --tokenizer weights/AliTok.pth photo.jpg folder/
+
+OUTPUT/NAME.png shows, from top to bottom,
+
+    original | reconstruction | difference, magnified, with PSNR and SSIM
+    of a stage-1 tokenizer: the strip that the prefix tokens decode to, below its target
+    what the first n codes alone decode to, n = K, K + g, …, T (K prefix tokens, g codes per row)
+
+For the last part the decoder gets the first n codes and nothing in place of the others. A causal
+decoder makes of them the very rows that it makes of all codes. A bidirectional decoder attends to the
+codes that are there; it was not trained with fewer than all, so its rows show how far it needs the
+others.
+"""
+
+import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
+
+import argparse
+import os
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.classes import printable
+from data.images import fail, is_image, photo_crop, to_float
+from data.pictures import (
+    WHITE,
+    captioned,
+    enlarged,
+    picture_grid,
+    stacked,
+    to_pixels,
+    write_png,
+)
+from evaluation.reconstruction import psnr, ssim
+from evaluation.tokenizer_score import MAGNIFICATION, check_window, load_tokenizer
+from modeling.engine import find_device
+from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
+from runtime.arguments import Parser, path
+from runtime.errors import InputError
+from runtime.processes import matmul_precision
+from runtime.program import run
+
+WIDTH = 192  # pixels of an image at least
+COLUMNS = 6  # of the pictures from the first codes
+MARGIN = 6  # pixels around pictures
+EMPTY = 224  # grey value of rows that are not decoded
+
+
+# ---------------------------------------------------------------------- what is looked at
+def list_photos(sources: list[str]) -> dict[str, str]:
+    """Paths of files, and of all images below folders, by the names of their pictures."""
+    photos: dict[str, str] = {}
+    for source in sources:
+        if os.path.isdir(source):
+            found = {os.path.relpath(file, source): file for file in images_below(source)}
+            if not found:
+                raise InputError(f"{source} holds no images: pass photos, or a folder of them")
+        elif os.path.exists(source):
+            found = {os.path.basename(source): source}
+        else:
+            raise InputError(f"no photo or folder {source}: pass one that is there")
+        for name in found.keys() & photos.keys():
+            raise InputError(
+                f"{photos[name]} and {found[name]} would both become {name}.png: pass one at a time, "
+                f"with an --output of its own"
+            )
+        photos |= found
+    return photos
+
+
+def images_below(folder: str) -> list[str]:
+    return [
+        os.path.join(parent, name)
+        for parent, _, names in sorted(os.walk(folder, onerror=fail, followlinks=True))
+        for name in sorted(names)
+        if is_image(name) and not name.startswith(".")
+    ]
+
+
+class Look(NamedTuple):
+    """An image (3, S, S) in [0, 1], and what a tokenizer makes of it."""
+
+    image: Tensor
+    codes: Tensor  # (T,)
+    strip: Optional[Tensor]  # (3, p, K·p), of the prefix tokens alone
+    rows: dict[int, Tensor]  # {n: the rows (3, r·p, S) that the first n = K + r·g codes make}
+
+    @property
+    def reconstruction(self) -> Tensor:
+        return self.rows[len(self.codes)]
+
+
+@torch.no_grad()
+def look_at(tokenizer: Tokenizer, pixels: Tensor) -> Look:
+    """Encode an image (3, S, S), uint8, in float32, and decode its first codes, then more and more."""
+    config, decoder = tokenizer.config, tokenizer.decoder
+    assert decoder is not None, "a tokenizer without decoder only encodes"
+    image = to_float(pixels.to(tokenizer.latent_tokens.device))
+    with matmul_precision("fp32"):
+        codes = tokenizer.encode(image.unsqueeze(0))  # (1, T)
+        vectors = tokenizer.quantize.embedding(codes)
+        K, g, T = config.num_prefix_tokens, config.grid, config.num_tokens
+        strip = decoder.strip(decoder.tokens(vectors[:, :K])) if config.prefix_head else None
+        rows = {n: decoder(vectors[:, :n])[0][0] for n in range(K + g, T + 1, g)}
+    return Look(image, codes[0], None if strip is None else strip[0], rows)
+
+
+# ---------------------------------------------------------------------- the picture
+def picture_of(look: Look, config: TokenizerConfig, name: str) -> np.ndarray:
+    """The picture that the module describes: (height, width, 3), uint8."""
+    difference = (look.image - look.reconstruction).abs() * MAGNIFICATION
+    panels = [
+        captioned(shown(panel), title)
+        for panel, title in (
+            (look.image, "original"),
+            (look.reconstruction, "reconstruction"),
+            (difference, f"difference x {MAGNIFICATION}"),
+        )
+    ]
+    figures = ", ".join(f"{key} {value}" for key, value in described(look).items())
+    top = picture_grid(np.stack(panels), 3, MARGIN)
+    parts = [top, title(f"{name}: {figures}", top.shape[1])]
+    if look.strip is not None:
+        parts.append(strip_picture(look, look.strip, config))
+    kind = "causal" if config.causal else "bidirectional"
+    parts.append(title(f"what the {kind} decoder makes of the first codes alone:", top.shape[1]))
+    first = [first_codes(look, n, config) for n in codes_shown(look, config)]
+    parts.append(picture_grid(np.stack(first), COLUMNS, MARGIN))
+    return stacked(parts)
+
+
+def title(text: str, width: int) -> np.ndarray:
+    """A line of text of this width, with some space around it."""
+    line = captioned(np.empty((0, width - MARGIN, 3), np.uint8), text)
+    return np.pad(line, ((MARGIN, 0), (MARGIN, 0), (0, 0)), constant_values=WHITE)
+
+
+def shown(image: Tensor) -> np.ndarray:
+    """An image (3, H, W) in [0, 1] as pixels, WIDTH wide or more."""
+    return enlarged(to_pixels(image.unsqueeze(0))[0], WIDTH)
+
+
+def described(look: Look) -> dict[str, str]:
+    """The figures of one photo, as text."""
+    pair = look.image.unsqueeze(0), look.reconstruction.unsqueeze(0)
+    return {
+        "PSNR": f"{psnr(*pair).item():.2f} dB",
+        "SSIM": f"{ssim(*pair).item():.4f}",
+        "codes": f"{len(look.codes)} ({len(look.codes.unique())} different)",
+    }
+
+
+def strip_picture(look: Look, strip: Tensor, config: TokenizerConfig) -> np.ndarray:
+    """The target of the prefix tokens' strip above the strip, enlarged as the image is."""
+    target = prefix_target(look.image.unsqueeze(0), config)[0]
+    figure = psnr(target.unsqueeze(0), strip.unsqueeze(0)).item()
+    width = strip.shape[-1] * (shown(look.image).shape[1] // config.image_size)
+    pair = picture_grid(enlarged(to_pixels(torch.stack([target, strip])), width), 1, MARGIN)
+    parts = "corner patch and first row" if config.num_prefix_tokens > config.grid else "first row"
+    text = f"{parts}, above what the {config.num_prefix_tokens} prefix tokens alone decode to: "
+    return stacked([pair, title(f"{text}PSNR {figure:.2f} dB", 3 * width)])
+
+
+def codes_shown(look: Look, config: TokenizerConfig) -> list[int]:
+    """The numbers of codes to show; the prefix tokens alone are pixels where a strip is."""
+    return [*[config.num_prefix_tokens] * (look.strip is not None), *look.rows]
+
+
+def first_codes(look: Look, n: int, config: TokenizerConfig) -> np.ndarray:
+    """What the first n codes decode to, above rows that are not decoded, with its PSNR."""
+    if n in look.rows:
+        rows = look.rows[n]
+    else:  # the prefix tokens: of their strip, the first row of patches
+        assert look.strip is not None
+        rows = look.strip[..., -config.image_size :]
+    height = rows.shape[1]
+    figures = [
+        psnr(look.image[None, :, :height], other[None, :, :height]).item()
+        for other in (rows, look.reconstruction)
+    ]
+    canvas = torch.full_like(look.image, EMPTY / 255)
+    canvas[:, :height] = rows
+    return captioned(
+        shown(canvas), f"{n} codes: {figures[0]:.2f} dB", f"with all codes: {figures[1]:.2f} dB"
+    )
+
+
+# ---------------------------------------------------------------------- the program
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m evaluation.look",
+        description="Draw what a tokenizer makes of photos, one picture per photo.",
+    )
+    parser.add_argument("images", nargs="+", type=path, help="photos, or folders of them")
+    parser.add_argument(
+        "--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder"
+    )
+    parser.add_argument(
+        "--config", type=path, help="YAML whose model.vq_model describes another tokenizer"
+    )
+    parser.add_argument(
+        "--output", type=path, default="output/look", help="folder of the pictures (output/look)"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="CUDA where there is one")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    photos = list_photos(args.images)
+    tokenizer = load_tokenizer(args.tokenizer, args.config).to(find_device(args.device))
+    config = tokenizer.config
+    check_window(config.image_size)
+    # All of them first, so that a photo that cannot be used stops before any picture is written.
+    crops = {name: photo_crop(file, config.image_size) for name, file in photos.items()}
+    for name, pixels in crops.items():
+        look = look_at(tokenizer, pixels)
+        picture = Path(args.output) / f"{name}.png"
+        write_png(picture_of(look, config, name), picture)
+        print(", ".join([printable(name), *(f"{k} {v}" for k, v in described(look).items())]))
+    print(f"wrote {len(crops)} picture{'s' * (len(crops) > 1)} to {printable(args.output)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,126 @@
+"""The beginning of images that sampling completes: codes of a file, or of an image.
+
+The encoder is bidirectional: every code of a whole image may depend on all of its pixels, so that the
+first codes also tell something about the rest. `mask` replaces the rest before encoding.
+"""
+
+import zipfile
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.schema import GeneratorExperiment
+from data.encoding import encode
+from data.images import photo_crop, to_float
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from runtime.errors import InputError
+
+FILES_OF_CODES = (".npy", ".npz")
+KEYS = ("arr_0", "codes")  # in an .npz: of OUTPUT_DIR_codes.npz; of a cache's published layout
+
+
+def prefix_codes(experiment: GeneratorExperiment, tokenizer: Tokenizer) -> Optional[Tensor]:
+    """The codes (M, n), int64, that image i begins with: row i mod M; None: images are not completed.
+
+    n is K + prefix_rows·g. Raises InputError for a file that holds no such codes, and for an image
+    that is smaller than the tokenizer's.
+    """
+    path, rows, config = experiment.prefix, experiment.prefix_rows, tokenizer.config
+    if path is None:
+        return None
+    if rows is not None and rows >= config.grid:
+        raise InputError(
+            f"experiment.prefix_rows={rows} leaves nothing to sample: images have {config.grid} rows "
+            f"of codes, set 0 to {config.grid - 1}"
+        )
+    if Path(path).suffix.lower() not in FILES_OF_CODES:
+        shown = config.grid // 2 if rows is None else rows
+        pixels = photo_crop(path, config.image_size)
+        return encode_beginning(tokenizer, pixels, shown, experiment.prefix_mask)
+    if experiment.prefix_mask:
+        raise InputError(
+            f"experiment.prefix_mask=True masks an image, but experiment.prefix={path} holds codes: "
+            f"set the image, or leave the mask out"
+        )
+    return cut_codes(read_prefix(path, config), path, rows, config)
+
+
+# ---------------------------------------------------------------------- codes of a file
+def read_prefix(path: str, config: TokenizerConfig) -> Tensor:
+    """Codes (M, n), int64, n <= T, of an .npy or .npz with integers (M, n) or (n,)."""
+    try:
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.ndarray):
+                loaded = next(loaded[key] for key in KEYS if key in loaded)
+        codes = np.atleast_2d(loaded)
+    except (OSError, ValueError, EOFError, StopIteration, zipfile.BadZipFile) as e:
+        raise InputError(
+            f"experiment.prefix={path} is not a file of codes ({type(e).__name__}): use an .npy, an "
+            f"OUTPUT_DIR_codes.npz, or an image"
+        ) from e
+    if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
+        raise InputError(
+            f"experiment.prefix={path} holds {codes.dtype} {codes.shape} instead of integers "
+            f"(images, codes)"
+        )
+    if codes.shape[1] > config.num_tokens:
+        raise InputError(
+            f"experiment.prefix={path} is too long: {codes.shape[1]} codes, where images of this "
+            f"tokenizer have {config.num_tokens}; use codes of this tokenizer"
+        )
+    if codes.min() < 0 or codes.max() >= config.codebook_size:
+        raise InputError(
+            f"experiment.prefix={path} holds codes {codes.min()}…{codes.max()}, but this tokenizer "
+            f"has 0…{config.codebook_size - 1}: use codes of this tokenizer"
+        )
+    return torch.from_numpy(codes.astype(np.int64))
+
+
+def cut_codes(codes: Tensor, path: str, rows: Optional[int], config: TokenizerConfig) -> Tensor:
+    """The first K + rows·g of codes (M, n); without `rows` all of them, which must leave some."""
+    n, K, g = codes.shape[1], config.num_prefix_tokens, config.grid
+    if rows is None:
+        if n < K or (n - K) % g:
+            raise InputError(
+                f"experiment.prefix={path} holds {n} codes per image, not {K} prefix tokens and "
+                f"whole rows of {g}: use codes of this image size, or set experiment.prefix_rows"
+            )
+        if n == config.num_tokens:
+            raise InputError(
+                f"experiment.prefix={path} holds all {n} codes of an image, which leaves nothing to "
+                f"sample: set experiment.prefix_rows, 0 to {g - 1}"
+            )
+        return codes
+    wanted = K + rows * g
+    if n < wanted:
+        raise InputError(
+            f"experiment.prefix={path} holds {n} codes per image, but experiment.prefix_rows={rows} "
+            f"needs {wanted}: set fewer rows, or use codes of this image size"
+        )
+    return codes[:, :wanted].contiguous()
+
+
+# ---------------------------------------------------------------------- codes of an image
+def encode_beginning(tokenizer: Tokenizer, pixels: Tensor, rows: int, mask: bool) -> Tensor:
+    """The first K + rows·g codes (1, n), int64, on the CPU, of an image (3, S, S), uint8.
+
+    With `mask` the encoder sees the first `rows` rows of patches only (`masked_below`). It computes
+    in float32, as pretokenization does.
+    """
+    config = tokenizer.config
+    image = to_float(pixels.to(tokenizer.latent_tokens.device))
+    if mask:
+        image = masked_below(image, rows * config.patch_size)
+    codes = encode(tokenizer, image.unsqueeze(0), "fp32")
+    return codes[:, : config.num_prefix_tokens + rows * config.grid].cpu()
+
+
+def masked_below(image: Tensor, row: int) -> Tensor:
+    """An image (3, H, W) whose pixels from `row` on have the image's mean colour."""
+    masked = image.clone()
+    masked[:, row:] = image.mean((1, 2), keepdim=True)
+    return masked

@@ -1,0 +1,84 @@
+"""Digits completed from their upper half by the quickstart's models, as one picture:
+
+    python -m quickstart.completion output/quickstart docs/completion.png
+
+Left: the beginning is encoded with the whole image. Right: with the lower half masked before. Rows:
+the first validation digit of every class. Columns: the digit, what the encoder saw of it, and
+completions of the same codes with other random numbers.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import configs.load
+from configs.schema import GeneratorRun
+from data.images import list_images, photo_crop, to_float
+from data.pictures import captioned, picture_grid, to_pixels, write_png
+from evaluation.reconstruction import psnr
+from generation.prefix import encode_beginning, masked_below
+from modeling.engine import Engine
+from modeling.generator import Generator
+from modeling.randomness import image_uniforms
+from modeling.tokenizer import Tokenizer
+from modeling.weights import load_weights
+from runtime.program import run
+
+COMPLETIONS, SEED = 5, 0
+ENLARGED, MARGIN = 2, 2
+
+
+def load_models(folder: Path) -> tuple[Tokenizer, Generator, GeneratorRun]:
+    """The quickstart's tokenizer of stage 2 and its generator, with the options of the latter's run."""
+    options = configs.load.load(GeneratorRun, [f"config={folder / 'generator/config.yaml'}"])
+    tokenizer = Tokenizer(options.model.vq_model)
+    load_weights(tokenizer, folder / "stage2/tokenizer.pth")
+    generator = Generator(options.model.generator)
+    load_weights(generator, folder / "generator/generator_best.bin")
+    return tokenizer.eval(), generator.eval(), options
+
+
+@torch.inference_mode()
+def block(
+    tokenizer: Tokenizer, engine: Engine, pixels: list[Tensor], classes: list[int], mask: bool
+) -> np.ndarray:
+    """One half of the picture, of digits (3, S, S), uint8, and their classes."""
+    config, rows = tokenizer.config, tokenizer.config.grid // 2
+    seen_rows = rows * config.patch_size
+    codes = torch.cat([encode_beginning(tokenizer, image, rows, mask) for image in pixels])
+    count = COMPLETIONS * len(pixels)
+    uniforms = image_uniforms(SEED, range(count), config.num_tokens)
+    labels = torch.tensor(classes).repeat_interleave(COMPLETIONS)
+    sampled = engine.sample(labels, uniforms, codes.repeat_interleave(COMPLETIONS, 0))
+    completed = tokenizer.decode(sampled).unflatten(0, (len(pixels), COMPLETIONS))
+    originals = to_float(torch.stack(pixels))
+    seen = torch.stack([masked_below(x, seen_rows) if mask else x for x in originals])
+    panels = torch.cat([originals[:, None], seen[:, None], completed], 1).flatten(0, 1)
+    images = to_pixels(panels).repeat(ENLARGED, 1).repeat(ENLARGED, 2)
+    wanted = originals[:, None].expand_as(completed).flatten(0, 1)[:, :, seen_rows:]
+    figure = psnr(wanted, completed.flatten(0, 1)[:, :, seen_rows:]).mean().item()
+    return captioned(
+        picture_grid(images, 2 + COMPLETIONS, MARGIN, background=127),
+        "the lower half masked before encoding" if mask else "encoded with the whole image",
+        f"sampled lower half to the digit's own: {figure:.2f} dB",
+    )
+
+
+def main(argv: list[str]) -> None:
+    folder, picture = Path(argv[0]), Path(argv[1])
+    tokenizer, generator, options = load_models(folder)
+    first = {label: path for path, label in reversed(list_images(folder / "data/val")[0])}
+    classes = sorted(first)
+    pixels = [photo_crop(first[label], tokenizer.config.image_size) for label in classes]
+    engine = Engine(generator, COMPLETIONS * len(pixels), options.model.generator.sampling)
+    halves = [block(tokenizer, engine, pixels, classes, mask) for mask in (False, True)]
+    gap = np.full((halves[0].shape[0], 12, 3), 255, np.uint8)
+    write_png(np.concatenate([halves[0], gap, halves[1]], 1), picture)
+    print(f"wrote {picture}")
+
+
+if __name__ == "__main__":
+    run(main, sys.argv[1:])

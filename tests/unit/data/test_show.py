@@ -1,0 +1,125 @@
+"""The picture of a cache: `python -m data.tokens show`."""
+
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import show
+from data.cache import fingerprint
+from data.npz import write_npz_files, write_npz_manifest
+from data.pictures import LINE, READABLE
+from data.tokens import main, open_tokens
+from data.writer import TokenWriter
+from modeling.engine import decode_images
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights import write_state_dict
+from runtime.errors import InputError
+
+SIZES = TokenizerConfig(
+    codebook_size=16, token_size=4, image_size=16, patch_size=8,
+    encoder_width=8, encoder_layers=1, encoder_heads=1,
+    decoder_width=8, decoder_layers=1, decoder_heads=1, num_buffer_tokens=2,
+)  # fmt: skip
+T, VIEWS = 7, 2
+CODES = np.random.default_rng(0).integers(0, 16, (5, VIEWS, T))
+LABELS, CLASSES = [0, 0, 1, 1, 1], ["cat", "dög"]
+PATHS = [f"{CLASSES[label]}/{i}.png" for i, label in enumerate(LABELS)]
+
+
+def about(tokenizer):
+    mark = fingerprint(tokenizer.state_dict())
+    return {"tokenizer": mark, "encoder_heads": 1, "image_size": 16, "crops": "center_flip"}
+
+
+def packed(folder, tokenizer):
+    folder.mkdir()
+    writer = TokenWriter(folder, VIEWS, T, 16)
+    writer.append(CODES)
+    writer.finish(LABELS, PATHS, CLASSES, about(tokenizer))
+
+
+def published(folder, tokenizer):
+    folder.mkdir()
+    write_npz_files(folder, PATHS, CODES)
+    sizes = {"images": 5, "views": VIEWS, "tokens": T, "codebook_size": 16}
+    write_npz_manifest(folder, {**sizes, **about(tokenizer), "classes": CLASSES})
+
+
+@pytest.fixture
+def tokenizer(fill, tmp_path):
+    tokenizer = fill(Tokenizer(SIZES))
+    write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth")
+    lines = [f"    {k}: {'null' if v is None else v}" for k, v in asdict(SIZES).items()]
+    (tmp_path / "tokenizer.yaml").write_text("\n".join(["model:", "  vq_model:", *lines]))
+    return tokenizer
+
+
+@pytest.fixture
+def shown(tokenizer, tmp_path, monkeypatch):
+    """Draw a cache; returns the picture and the captions of its images."""
+    captions = []
+
+    def captioned(image, *lines):
+        captions.append(lines)
+        return original(image, *lines)
+
+    original = show.captioned
+    monkeypatch.setattr(show, "captioned", captioned)
+
+    def start(*arguments, write=packed):
+        if not (tmp_path / "cache").exists():
+            write(tmp_path / "cache", tokenizer)
+        # The sizes lie beside the weights, in tokenizer.yaml.
+        main([
+            "show", f"{tmp_path}/cache", f"--tokenizer={tmp_path}/tokenizer.pth",
+            f"--picture={tmp_path}/out/cache.png", *arguments,
+        ])  # fmt: skip
+        return np.asarray(Image.open(tmp_path / "out/cache.png")), captions
+
+    return start
+
+
+@pytest.mark.parametrize("write", [packed, published])
+@pytest.mark.parametrize("asked, count", [(3, 3), (16, 5)])
+def test_first_views_are_decoded_with_class_and_path(shown, tokenizer, write, asked, count, capsys):
+    picture, captions = shown(f"--images={asked}", write=write)
+    assert captions == [(CLASSES[label], path) for label, path in zip(LABELS[:count], PATHS)]
+    assert f"the first views of {count} of 5 images" in capsys.readouterr().out
+    images = decode_images(tokenizer, torch.from_numpy(CODES[:count, 0]), torch.float32).numpy()
+    columns, margin = math.ceil(math.sqrt(count)), show.MARGIN
+    height, width = READABLE + 2 * LINE + margin, READABLE + margin
+    for i, image in enumerate(images):
+        y, x = margin + i // columns * height, margin + i % columns * width
+        expected = image.repeat(8, 0).repeat(8, 1)
+        np.testing.assert_array_equal(picture[y : y + READABLE, x : x + READABLE], expected)
+
+
+@pytest.mark.parametrize("write", [packed, published])
+def test_a_cache_names_the_first_of_its_images(tokenizer, tmp_path, write):
+    write(tmp_path / "cache", tokenizer)
+    cache = open_tokens(tmp_path / "cache")
+    assert cache.paths(2) == PATHS[:2] and cache.paths(99) == PATHS
+
+
+def test_the_cache_of_another_tokenizer_is_refused(shown, tokenizer, tmp_path):
+    with torch.no_grad():
+        tokenizer.latent_tokens[0, 0] += 1
+    write_state_dict(tokenizer.state_dict(), tmp_path / "other.pth")
+    (tmp_path / "other.yaml").write_text((tmp_path / "tokenizer.yaml").read_text())
+    with torch.no_grad():
+        tokenizer.latent_tokens[0, 0] -= 1
+    with pytest.raises(InputError, match="is the cache of another tokenizer: tokenizer"):
+        shown(f"--tokenizer={tmp_path}/other.pth")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_is_used_where_none_lies_beside_the_weights(shown, tmp_path):
+    (tmp_path / "tokenizer.yaml").rename(tmp_path / "sizes.yaml")
+    with pytest.raises(InputError, match="does not fit the configured tokenizer"):
+        shown()
+    picture, _ = shown(f"--config={tmp_path}/sizes.yaml")
+    assert picture.ndim == 3

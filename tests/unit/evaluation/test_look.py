@@ -1,0 +1,187 @@
+"""The picture of what a tokenizer makes of a photo."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.images import center_crop, load_image
+from data.pictures import LINE
+from evaluation import look as module
+from evaluation.look import (
+    EMPTY,
+    MARGIN,
+    codes_shown,
+    described,
+    first_codes,
+    list_photos,
+    look_at,
+    picture_of,
+)
+from evaluation.reconstruction import ssim
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights import write_state_dict
+from runtime.errors import InputError
+
+# 4x4 codes after 5 prefix tokens; a patch has 8 px.
+SIZES = dict(
+    codebook_size=16, token_size=4, image_size=32, patch_size=8,
+    encoder_width=16, encoder_layers=1, encoder_heads=2,
+    decoder_width=16, decoder_layers=2, decoder_heads=2,
+)  # fmt: skip
+STAGE1 = dict(causal=True, prefix_head=True, num_buffer_tokens=1)
+
+
+@pytest.fixture(params=["stage 1", "stage 2", "v3"])
+def tokenizer(request, fill):
+    changes = {"stage 1": STAGE1, "stage 2": {}, "v3": {**STAGE1, "num_latent_tokens": 20}}
+    return fill(Tokenizer(TokenizerConfig(**SIZES, **changes[request.param])))
+
+
+def write_photo(path, size=(48, 40), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def pixels_of(path):
+    return torch.from_numpy(np.array(center_crop(load_image(path), 32))).permute(2, 0, 1)
+
+
+@pytest.fixture
+def look(tokenizer, tmp_path):
+    return look_at(tokenizer, pixels_of(write_photo(tmp_path / "a.png")))
+
+
+# ---------------------------------------------------------------------- what is decoded
+@torch.no_grad()
+def test_all_codes_make_the_reconstruction(tokenizer, look):
+    codes = tokenizer.encode(look.image[None])
+    assert torch.equal(look.codes, codes[0])
+    torch.testing.assert_close(look.reconstruction, tokenizer.decode(codes)[0])
+
+
+@torch.no_grad()
+def test_first_codes_decode_to_rows_and_no_other_code_is_read(tokenizer, look):
+    K = tokenizer.config.num_prefix_tokens
+    assert list(look.rows) == [K + 4, K + 8, K + 12, K + 16]
+    for r, rows in enumerate(look.rows.values(), 1):
+        assert rows.shape == (3, 8 * r, 32)
+        same = (rows - look.reconstruction[:, : 8 * r]).abs().max() < 1e-5
+        # A causal decoder makes the very rows; a bidirectional one needs all codes for that.
+        assert same == (tokenizer.config.causal or r == 4)
+
+
+def test_the_strip_comes_from_the_prefix_tokens_of_stage_1(tokenizer, look):
+    K = tokenizer.config.num_prefix_tokens
+    if not tokenizer.config.prefix_head:
+        assert look.strip is None and K not in codes_shown(look, tokenizer.config)
+        return
+    assert look.strip.shape == (3, 8, 8 * K) and codes_shown(look, tokenizer.config)[0] == K
+    with torch.no_grad():
+        vectors = tokenizer.quantize.embedding(look.codes[None])
+        torch.testing.assert_close(look.strip, tokenizer.decoder(vectors)[1][0])
+
+
+def test_figures_are_those_of_the_pair(look):
+    figures = described(look)
+    mse = (look.image - look.reconstruction).square().mean().item()
+    assert figures["PSNR"] == f"{-10 * np.log10(mse):.2f} dB"
+    assert figures["SSIM"] == f"{ssim(look.image[None], look.reconstruction[None]).item():.4f}"
+    assert figures["codes"] == f"{len(look.codes)} ({len(set(look.codes.tolist()))} different)"
+
+
+# ---------------------------------------------------------------------- the picture
+def test_picture_begins_with_original_reconstruction_and_difference(tokenizer, look, monkeypatch):
+    monkeypatch.setattr(module, "WIDTH", 32)
+    picture = picture_of(look, tokenizer.config, "a.png")
+    cells = [picture[MARGIN : MARGIN + 32, x : x + 32] for x in (6, 44, 82)]
+    expected = [
+        look.image, look.reconstruction,
+        (module.MAGNIFICATION * (look.image - look.reconstruction).abs()).clamp(max=1),
+    ]  # fmt: skip
+    for cell, image in zip(cells, expected):
+        np.testing.assert_allclose(cell / 255, image.permute(1, 2, 0), atol=1 / 254)
+
+
+def test_rows_that_are_not_decoded_stay_empty(tokenizer, look, monkeypatch):
+    monkeypatch.setattr(module, "WIDTH", 32)
+    for n in codes_shown(look, tokenizer.config):
+        panel = first_codes(look, n, tokenizer.config)
+        assert panel.shape == (32 + 2 * LINE, 32, 3)
+        height = 8 * max((n - tokenizer.config.num_prefix_tokens) // 4, 1)
+        assert (panel[height:32] == EMPTY).all()
+        source = look.rows.get(n, look.strip)
+        rows = (source[..., -32:].permute(1, 2, 0) * 255).to(torch.uint8)
+        np.testing.assert_array_equal(panel[:height], rows)
+
+
+# ---------------------------------------------------------------------- photos
+def test_photos_come_from_files_and_from_folders_without_classes(tmp_path):
+    for name in ("b.png", "sub/c.jpg", "sub/d.png"):
+        write_photo(tmp_path / "folder" / name)
+    for name in ("notes.txt", "._b.png"):
+        (tmp_path / "folder" / name).write_bytes(b"no photo")
+    single = write_photo(tmp_path / "a.webp")
+    photos = list_photos([str(single), str(tmp_path / "folder")])
+    assert list(photos) == ["a.webp", "b.png", "sub/c.jpg", "sub/d.png"]
+    assert photos["sub/c.jpg"] == f"{tmp_path}/folder/sub/c.jpg"
+
+
+def test_what_holds_no_photo_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty holds no images"):
+        list_photos([f"{tmp_path}/empty"])
+    with pytest.raises(InputError, match=r"no photo or folder .*none\.png"):
+        list_photos([f"{tmp_path}/none.png"])
+    for folder in "ab":
+        write_photo(tmp_path / folder / "x.png")
+    with pytest.raises(InputError, match=r"would both become x\.png\.png"):
+        list_photos([f"{tmp_path}/a/x.png", f"{tmp_path}/b"])
+
+
+# ---------------------------------------------------------------------- the program
+@pytest.fixture
+def start(tokenizer, tmp_path):
+    write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth")
+    config = tokenizer.config
+    names = (*SIZES, "causal", "prefix_head", "num_buffer_tokens", "num_latent_tokens")
+    sizes = {name: getattr(config, name) for name in names}
+    lines = [f"    {name}: {'null' if v is None else v}" for name, v in sizes.items()]
+    (tmp_path / "config.yaml").write_text("\n".join(["model:", "  vq_model:", *lines]))
+
+    def run(*images):
+        module.main([
+            *map(str, images), f"--tokenizer={tmp_path}/tokenizer.pth", "--device=cpu",
+            f"--config={tmp_path}/config.yaml", f"--output={tmp_path}/out",
+        ])  # fmt: skip
+
+    return run
+
+
+def test_every_photo_becomes_a_picture_without_another_network(start, tmp_path, capsys, nowhere):
+    photo = write_photo(tmp_path / "photos/a.png")
+    write_photo(tmp_path / "photos/sub/b.png", seed=1)
+    start(tmp_path / "photos")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("a.png, PSNR ") and ", SSIM " in said[0] and len(said) == 3
+    assert said[2] == f"wrote 2 pictures to {tmp_path}/out"
+    found = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.png"))
+    assert list(map(str, found)) == ["a.png.png", "sub/b.png.png"]
+    picture = np.asarray(Image.open(tmp_path / "out/a.png.png"))
+    enlarged = np.asarray(center_crop(load_image(photo), 32)).repeat(6, 0).repeat(6, 1)
+    np.testing.assert_array_equal(picture[6 : 6 + 192, 6 : 6 + 192], enlarged)
+
+
+@pytest.mark.parametrize("bad", ["small", "broken"])
+def test_a_photo_that_cannot_be_used_stops_before_any_picture(start, tmp_path, bad):
+    write_photo(tmp_path / "photos/a.png")
+    if bad == "small":
+        write_photo(tmp_path / "photos/b.png", size=(31, 64))
+    else:
+        (tmp_path / "photos/b.png").write_bytes(b"no photo")
+    words = {"small": "b.png has 31x64 pixels, fewer than the 32x32", "broken": "unreadable image"}
+    with pytest.raises(InputError, match=words[bad]):
+        start(tmp_path / "photos")
+    assert not (tmp_path / "out").exists()

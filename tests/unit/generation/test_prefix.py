@@ -1,0 +1,218 @@
+"""What an image is completed from; the engine's side is in test_engine."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from configs.schema import GeneratorExperiment
+from data.images import center_crop
+from generation.folder import SampleFolder
+from generation.images import sample_images
+from generation.models import largest_batch
+from generation.prefix import masked_below, prefix_codes
+from modeling.sampling import sample_codes
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from runtime.errors import InputError
+from runtime.randomness import image_uniforms
+
+# 4x4 codes of 16 after 5 prefix tokens: T = 21.
+SIZES = TokenizerConfig(
+    codebook_size=16, token_size=4, image_size=32, patch_size=8,
+    encoder_width=16, encoder_layers=2, encoder_heads=2,
+    decoder_width=16, decoder_layers=1, decoder_heads=2,
+)  # fmt: skip
+
+
+@pytest.fixture
+def tokenizer(fill):
+    return fill(Tokenizer(SIZES))
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).resize((60, 50), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def codes_of(tokenizer, **options):
+    return prefix_codes(GeneratorExperiment(**options), tokenizer)
+
+
+def write(path, array):
+    np.save(path, array) if path.suffix == ".npy" else np.savez(path, array)
+    return str(path)
+
+
+# ---------------------------------------------------------------------- an image
+def crop(photo):
+    pixels = np.array(center_crop(Image.open(photo), 32))
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+
+
+@pytest.mark.parametrize("rows, count", [(0, 5), (1, 9), (3, 17), (None, 13)])
+def test_codes_of_an_image_are_its_prefix_tokens_and_rows(tokenizer, photo, rows, count):
+    codes = codes_of(tokenizer, prefix=str(photo), prefix_rows=rows)
+    assert codes.shape == (1, count)
+    assert torch.equal(codes, tokenizer.encode(crop(photo)[None])[:, :count])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_masked_codes_know_nothing_of_the_rest_but_its_share_in_the_mean(tokenizer, photo, rows):
+    image = crop(photo)
+    seen = image.clone()
+    seen[:, 8 * rows :] = image.mean((1, 2), keepdim=True)
+    with torch.no_grad():  # codes that tell the two apart: latents of both
+        latents = tokenizer.latents(torch.stack([image, seen]))[:, :8]
+        tokenizer.quantize.embedding.weight.copy_(latents.flatten(0, 1))
+    codes = codes_of(tokenizer, prefix=str(photo), prefix_rows=rows, prefix_mask=True)
+    count = 5 + 4 * rows
+    assert torch.equal(codes, tokenizer.encode(seen[None])[:, :count])
+    whole = codes_of(tokenizer, prefix=str(photo), prefix_rows=rows)
+    assert not torch.equal(codes, whole)  # the encoder is bidirectional
+    other = image.clone()
+    other[:, 8 * rows :] = other[:, 8 * rows :].flip(1)  # the same mean
+    torch.testing.assert_close(masked_below(other, 8 * rows), masked_below(image, 8 * rows))
+
+
+def test_photo_smaller_than_the_images_is_refused(tokenizer, tmp_path):
+    path = tmp_path / "small.png"
+    Image.new("RGB", (40, 31)).save(path)
+    with pytest.raises(InputError, match=r"small\.png has 40x31 pixels, fewer than the 32x32"):
+        codes_of(tokenizer, prefix=str(path))
+
+
+def test_what_is_no_image_is_refused(tokenizer, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"text")
+    for name in ("a.png", "none.jpg"):
+        with pytest.raises(InputError, match=f"unreadable image .*{name}"):
+            codes_of(tokenizer, prefix=str(tmp_path / name))
+
+
+# ---------------------------------------------------------------------- a file of codes
+CODES = np.arange(2 * 21).reshape(2, 21) % 16
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int64])
+def test_codes_of_a_file_are_cut_to_whole_rows(tokenizer, tmp_path, name, dtype):
+    path = write(tmp_path / name, CODES.astype(dtype))
+    codes = codes_of(tokenizer, prefix=path, prefix_rows=2)
+    assert codes.dtype == torch.int64 and codes.tolist() == CODES[:, :13].tolist()
+
+
+def test_without_rows_all_codes_of_a_file_are_the_prefix(tokenizer, tmp_path):
+    path = write(tmp_path / "a.npy", CODES[0, :9])
+    assert codes_of(tokenizer, prefix=path).tolist() == [CODES[0, :9].tolist()]
+
+
+def test_a_file_of_a_cache_in_the_published_layout_serves(tokenizer, tmp_path):
+    np.savez(tmp_path / "a.npz", codes=CODES)
+    codes = codes_of(tokenizer, prefix=f"{tmp_path}/a.npz", prefix_rows=0)
+    assert codes.tolist() == CODES[:, :5].tolist()
+
+
+@pytest.mark.parametrize(
+    "array, rows, words",
+    [
+        (CODES + 1, 1, r"holds codes 1…16, but this tokenizer has 0…15"),
+        (CODES - 1, 1, r"holds codes -1…14"),
+        (np.zeros((1, 22), int), 1, r"too long: 22 codes, where images of this tokenizer have 21"),
+        (CODES, None, r"all 21 codes of an image, .*set experiment\.prefix_rows, 0 to 3"),
+        (CODES[:, :7], None, r"holds 7 codes per image, not 5 prefix tokens and whole rows of 4"),
+        (CODES[:, :4], None, r"holds 4 codes per image, not 5 prefix tokens"),
+        (CODES[:, :8], 1, r"holds 8 codes per image, but experiment\.prefix_rows=1 needs 9"),
+        (CODES, 4, r"experiment\.prefix_rows=4 leaves nothing to sample: .*set 0 to 3"),
+        (CODES / 2, 1, r"holds float64 \(2, 21\) instead of integers"),
+        (CODES[None], 1, r"\(1, 2, 21\) instead of integers"),
+        (CODES[:0], 1, r"\(0, 21\) instead of integers"),
+    ],
+)
+def test_codes_that_cannot_begin_an_image_are_refused(tokenizer, tmp_path, array, rows, words):
+    path = write(tmp_path / "a.npy", array)
+    with pytest.raises(InputError, match=words) as caught:
+        codes_of(tokenizer, prefix=path, prefix_rows=rows)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x93NUMPY", b"PK\x03\x04 no archive"])
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+def test_a_file_that_holds_no_codes_is_refused(tokenizer, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"prefix=.*{name} is not a file of codes"):
+        codes_of(tokenizer, prefix=str(tmp_path / name))
+
+
+def test_other_archives_and_missing_files_are_refused(tokenizer, tmp_path):
+    np.savez(tmp_path / "a.npz", pixels=CODES)
+    for name in ("a.npz", "none.npy"):
+        with pytest.raises(InputError, match=rf"prefix=.*{name} is not a file of codes"):
+            codes_of(tokenizer, prefix=str(tmp_path / name))
+
+
+def test_codes_cannot_be_masked(tokenizer, tmp_path):
+    path = write(tmp_path / "a.npy", CODES)
+    with pytest.raises(InputError, match=r"prefix_mask=True masks an image"):
+        codes_of(tokenizer, prefix=path, prefix_rows=1, prefix_mask=True)
+
+
+def test_no_prefix_is_none(tokenizer):
+    assert codes_of(tokenizer) is None
+
+
+# ---------------------------------------------------------------------- the job
+PREFIX = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+def test_prefixes_are_taken_in_turn_in_every_chunk(models, job):
+    job = replace(job, prefix=PREFIX)
+    assert job.beginnings(range(3, 6)).tolist() == PREFIX[[1, 0, 1]].tolist()
+    batches = [range(0, 3), range(3, 6), range(6, 8)]
+    codes = [b.codes for b in sample_images(models.engine(job, 3), models.tokenizer, job, batches)]
+    labels, whole = torch.arange(8) % 3, PREFIX.repeat(4, 1)
+    uniforms = image_uniforms(5, range(8), 7)
+    expected = sample_codes(models.generator, labels, uniforms, 2.0, 1.0, prefix=whole)
+    assert np.concatenate(codes).tolist() == expected.tolist()
+    assert expected[:, :3].tolist() == whole.tolist()
+
+
+def folder(tmp_path, job, models):
+    return SampleFolder(tmp_path / "a", job, models, PartialState(cpu=True))
+
+
+def test_a_folder_of_another_prefix_is_refused(models, job, tmp_path):
+    job = replace(job, chunk=3)
+    made = folder(tmp_path, replace(job, prefix=PREFIX), models)
+    made.fill()
+    recorded = json.loads(made.settings_file.read_text())["prefix"]
+    others = (None, PREFIX[:, :2], PREFIX[:1], PREFIX + 1, PREFIX.view(3, 2))
+    for other in others:
+        with pytest.raises(InputError, match=rf"prefix \({recorded} there, \w+ now\)"):
+            folder(tmp_path, replace(job, prefix=other), models).fill()
+    folder(tmp_path, replace(job, prefix=PREFIX.clone()), models).fill()
+
+
+def test_a_folder_without_prefix_is_refused_to_one_with(models, job, tmp_path):
+    job = replace(job, chunk=3)
+    made = folder(tmp_path, job, models)
+    made.fill()
+    assert "prefix" not in json.loads(
+        made.settings_file.read_text()
+    )  # as earlier versions wrote it
+    with pytest.raises(InputError, match=r"prefix \(None there"):
+        folder(tmp_path, replace(job, prefix=PREFIX), models).fill()
+
+
+def test_prefilling_counts_as_memory(models, job, monkeypatch):
+    from generation import models as module
+
+    monkeypatch.setattr(
+        module.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**9})
+    )
+    assert 0 < largest_batch(models, replace(job, prefix=PREFIX)) < largest_batch(models, job)

@@ -35,7 +35,7 @@ from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from modeling.generator import Attention, Generator, SwiGLU, next_code_loss
 from modeling.tokenizer import Tokenizer
-from modeling.weights import load_tensors, read_state_dict, write_state_dict
+from modeling.weights import describe, load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
 from runtime.processes import compiles, device_name, on_main
 from runtime.program import run as run_program
@@ -43,6 +43,7 @@ from runtime.randomness import image_uniforms, seed_step
 from training import checkpoint
 from training.accelerator import precision, start_training
 from training.dry_run import Stretch, split_dry_run
+from training.initial import fit_classes
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run, flatten
 from training.schedule import generator_lr
@@ -256,10 +257,34 @@ def parameter_groups(model: Generator, weight_decay: float) -> list[dict]:
     ]
 
 
+def load_initial(run: Run, generator: Generator) -> str:
+    """Load `experiment.init_weights`, if this is a new run with it; returns in words what was taken.
+
+    Raises InputError where the weights do not fit, but for the number of classes (`fit_classes`), or
+    the run that they come from had images of another number of codes, which no tensor shows.
+    """
+    found = run.initial_weights()
+    if found is None:
+        return ""
+    state, source = found
+    state, words = fit_classes(state, generator.config, source)
+    load_tensors(generator, state, source)
+    file = configs.load.config_beside(source)
+    trained = None if file is None else configs.load.generator_config(file).image_seq_len
+    if trained not in (None, generator.config.image_seq_len):
+        raise InputError(
+            f"{source} is a generator of {trained} codes per image ({file}), but "
+            f"model.generator.image_seq_len={generator.config.image_seq_len}: pass weights for "
+            f"images of this size"
+        )
+    return f"starts from {source}: {describe(state)}{words}"
+
+
 class TrainState:
     """The generator, its optimizer, its average and the best validation loss: a checkpoint's content.
 
-    Built from the initial weights, or from the checkpoint that `run` resumes from.
+    Built from the initial weights, or from the checkpoint that `run` resumes from. `start` says in
+    words where initial weights came from, if from a file.
     """
 
     def __init__(self, run: Run, options: GeneratorRun):
@@ -267,6 +292,7 @@ class TrainState:
         self.accelerator, self.config = accelerator, options.model.generator
         set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
         self.generator = Generator(self.config)
+        self.start = load_initial(run, self.generator)
         self.ema = None
         if training.use_ema:
             self.ema = EMA(self.generator, training.ema_decay, training.ema_warmup)
@@ -338,6 +364,8 @@ def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
     samples = run.total_steps * run.global_batch
     epochs = samples / data.train.images
     describe_data(run, state, data.train)
+    if state.start:
+        run.log.say(state.start)
     run.log.say(
         f"{parameters / 1e6:.1f}M parameters on {world} x {device_name(run.accelerator.device)}, "
         f"{precision(training)}{', compiled' * state.compiled}"

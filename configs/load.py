@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
 from configs.help import describe
-from configs.schema import UNUSED, GeneratorRun, TokenizerRun
+from configs.schema import UNUSED, GeneratorOptions, GeneratorRun, TokenizerRun
 from modeling.fields import (
     TYPED,
     Rule,
@@ -141,6 +141,13 @@ def tokenizer_config(path: str | Path | None, **known: Any) -> TokenizerConfig:
         else:
             tree = read_section(TokenizerConfig, node, prefix, source)
     return build(TokenizerConfig, tree, source, prefix, known)
+
+
+def generator_config(path: str | Path) -> GeneratorOptions:
+    """The generator's sizes in the config of the run that trained it."""
+    file, root = compose_file(path)
+    tree = read_section(GeneratorRun, root, "", str(file))
+    return build(GeneratorRun, tree, str(file)).model.generator
 
 
 def config_beside(path: str | Path) -> Optional[Path]:

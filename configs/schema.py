@@ -111,6 +111,12 @@ class Experiment:
         path=True,
         expects="set True, False or a path",
     )
+    init_weights: Optional[str] = option(
+        None,
+        "Start a new run from the weights of a file or a run folder (its average, if it has one): "
+        "step 1, a new optimizer and average; null: from random weights.",
+        path=True,
+    )
     save_every: int = option(10_000, "Steps between checkpoints; 0: none.", at_least=0)
     keep_checkpoints: int = option(
         2, "Newest checkpoints to keep; with 2, one is left when the newest is damaged.", at_least=2
@@ -675,8 +681,25 @@ class TokenizerRun:
         if self.model.stage == 1 and self.experiment.stage1_checkpoint is not None:
             raise InputError(
                 f"experiment.stage1_checkpoint={short(self.experiment.stage1_checkpoint)}: stage 1 "
-                f"does not use it; set model.stage=2 for stage 2, or experiment.resume=PATH to start "
-                f"stage 1 from a checkpoint"
+                f"does not use it; set model.stage=2 for stage 2, experiment.init_weights=PATH to "
+                f"start stage 1 from weights, or experiment.resume=PATH from a checkpoint"
+            )
+        self.check_init_weights()
+
+    def check_init_weights(self) -> None:
+        """Refuse options of stage 2 that take from stage 1 what `init_weights` brings or lacks."""
+        experiment, model = self.experiment, self.model
+        if experiment.init_weights is None:
+            return
+        if model.decoder_init == "scratch":
+            raise InputError(
+                "model.decoder_init=scratch, but experiment.init_weights brings a decoder: leave one "
+                "of them out"
+            )
+        if model.critic_init == "stage1" and experiment.stage1_checkpoint is None:
+            raise InputError(
+                "model.critic_init=stage1, but experiment.init_weights brings no discriminator: set "
+                "model.critic_init=scratch, or experiment.stage1_checkpoint too"
             )
 
 
@@ -692,7 +715,8 @@ def check_layers(tokenizer: TokenizerConfig) -> None:
 # on the command line is refused; a YAML file may hold it, because both programs read one preset.
 UNUSED = {
     "train_ar": {
-        "experiment.generator_checkpoint": "experiment.resume=RUN_DIR to start from a checkpoint",
+        "experiment.generator_checkpoint": "experiment.init_weights=FILE to start from weights, or "
+        "experiment.resume=RUN_DIR to start from a checkpoint",
         "experiment.save_png": "experiment.generate_every for sample grids",
         "experiment.evaluate": "experiment.fid_reference",
         "experiment.compile": "training.compile",
@@ -708,6 +732,7 @@ UNUSED = {
         "experiment.project": "",
         "experiment.name": "experiment.output_dir",
         "experiment.resume": "experiment.output_dir; sampling always resumes what is there",
+        "experiment.init_weights": "experiment.generator_checkpoint",
         "experiment.save_every": "",
         "experiment.keep_checkpoints": "",
         "experiment.keep_every": "",

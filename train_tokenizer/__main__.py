@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 
 import configs.load
+from configs.load import UNSEEN_SIZES
 from configs.schema import ImageDataParams, Phase, TokenizerRun
 from data.classes import printable
 from data.images import (
@@ -144,7 +145,10 @@ def list_training(
 
 # ---------------------------------------------------------------------- what is trained
 def build_tokenizer(options: TokenizerRun) -> Tokenizer:
-    """Stage 1: from scratch. Stage 2: encoder, codebook and, by default, decoder of stage 1."""
+    """Stage 1: from scratch. Stage 2: encoder, codebook and, by default, decoder of stage 1.
+
+    With `experiment.init_weights`, nothing of stage 1: `load_initial` loads all of a new run's weights.
+    """
     tokenizer = Tokenizer(options.model.vq_model)
     assert tokenizer.encoder is not None and tokenizer.decoder is not None
     tokenizer.encoder.recompute = tokenizer.decoder.recompute = options.model.use_checkpoint
@@ -152,11 +156,15 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
         # Without its loss no gradient reaches the codebook, and DDP would wait for one.
         tokenizer.quantize.requires_grad_(options.losses.quantizer_weight > 0)
         return tokenizer
+    if options.experiment.init_weights is not None:
+        tokenizer.freeze_encoder()
+        return tokenizer
     source = options.experiment.stage1_checkpoint
     if source is None:
         raise InputError(
             "stage 2 needs the tokenizer that stage 1 trained: set "
-            "experiment.stage1_checkpoint=RUN_DIR or a weights file"
+            "experiment.stage1_checkpoint=RUN_DIR or a weights file, or experiment.init_weights to "
+            "continue from a tokenizer of stage 2"
         )
     state = read_state_dict(on_main(lambda: checkpoint.weights_file(source, "tokenizer")))
     from_stage1 = options.model.decoder_init == "stage1"
@@ -181,6 +189,52 @@ def is_of_stage1(source: str, state: dict[str, Tensor]) -> bool:
     # Without prefix head and clustering, no name shows it.
     run = configs.load.run_beside(TokenizerRun, source)
     return run is not None and run[1].model.stage == 1
+
+
+def load_initial(run: Run, tokenizer: Tokenizer) -> str:
+    """Load `experiment.init_weights`, if this is a new run with it; returns in words what was taken.
+
+    Raises InputError where the weights do not fit in name, shape or a size that no shape shows, and
+    where they disagree with the encoder or codebook of `experiment.stage1_checkpoint`.
+    """
+    found = run.initial_weights()
+    if found is None:
+        return ""
+    (state, source), options = found, run.options
+    if options.model.stage == 2 and is_of_stage1(source, state):
+        raise InputError(
+            f"{source} is {describe(state)}: for stage 2, set experiment.stage1_checkpoint to it "
+            f"instead of experiment.init_weights"
+        )
+    load_tensors(tokenizer, state, source)
+    file = configs.load.config_beside(source)
+    trained = tokenizer.config if file is None else configs.load.tokenizer_config(file)
+    for name in UNSEEN_SIZES:
+        here, there = getattr(tokenizer.config, name), getattr(trained, name)
+        if here != there:
+            raise InputError(
+                f"model.vq_model.{name}={here} contradicts {file}, by which {source} was trained: "
+                f"set {there}"
+            )
+    stage1 = options.experiment.stage1_checkpoint
+    if stage1 is not None:
+        check_same_codes(state, source, stage1)
+    return f"starts from {source}: {describe(state)}"
+
+
+def check_same_codes(state: dict[str, Tensor], source: str, stage1: str) -> None:
+    """InputError where a tokenizer's encoder or codebook is not that of the stage-1 checkpoint."""
+    first = read_state_dict(on_main(lambda: checkpoint.weights_file(stage1, "tokenizer")))
+    for name, tensor in state.items():
+        if name.startswith("decoder."):
+            continue
+        other = first.get(name)
+        if other is None or not torch.equal(tensor.float(), other.float()):
+            raise InputError(
+                f"experiment.init_weights ({source}) and experiment.stage1_checkpoint={stage1} "
+                f"disagree in {name}: leave stage1_checkpoint out; encoder and codebook come with "
+                f"init_weights"
+            )
 
 
 def build_discriminator(options: TokenizerRun) -> Discriminator:
@@ -276,8 +330,9 @@ def has_collapsed(counts: Tensor) -> bool:
 class TrainState:
     """Tokenizer, discriminator, their optimizers, the average and the frozen networks of the losses.
 
-    Built from the initial weights, or from the checkpoint that `run` resumes from. `critic` is the
-    discriminator as the accelerator wraps it; without an adversarial phase there is none.
+    Built from the initial weights, or from the checkpoint that `run` resumes from. `start` says in
+    words where initial weights came from, if from a file. `critic` is the discriminator as the
+    accelerator wraps it; without an adversarial phase there is none.
     """
 
     def __init__(self, run: Run, options: TokenizerRun, evaluates: bool):
@@ -286,6 +341,7 @@ class TrainState:
         self.config = options.model.vq_model
         set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
         self.tokenizer = build_tokenizer(options)
+        self.start = load_initial(run, self.tokenizer)
         adversarial = any(phase.gan_weight for phase in options.phases)
         self.discriminator = build_discriminator(options) if adversarial else None
         weights = WEIGHTS if options.perceptual.pretrained else None
@@ -447,6 +503,8 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
         log.say("no val/lpips: it needs VGG16 and its heads (weights/README.md)")
     sample = "" if data.whole else f"{len(data.paths)} images, spread over all of "
     log.say(f"{printable(options.dataset.params.train_dir)}: {sample}{data.source}")
+    if state.start:
+        log.say(state.start)
     trained = sum(p.numel() for p in state.tokenizer.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in state.tokenizer.parameters()) - trained
     phases = " + ".join(f"{p.name} {p.steps}" for p in options.phases)

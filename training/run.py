@@ -19,6 +19,7 @@ import configs.load
 from configs.schema import Experiment, Training
 from data.loader import training_loader
 from data.unreadable import SkipUnreadable, lines_of
+from modeling.weights import read_state_dict, tensors_hash
 from runtime.errors import InputError
 from runtime.files import lock_folder, write_whole
 from runtime.parts import differing
@@ -28,6 +29,7 @@ from runtime.signals import SAVED_AND_STOPPED, StopSignal
 from training import checkpoint
 from training.accelerator import precision
 from training.dry_run import DryRun, Stretch
+from training.initial import Record, check_same_start, initial_file
 from training.log import RunLog, Window, due
 from training.optim import FiniteGuard
 from training.utilisation import peak_flops
@@ -222,9 +224,10 @@ class Run:
     """Everything around a training step that does not depend on what is trained.
 
     In this order: `Run(…)` finds the checkpoint to resume from; `resume` reads its state; the
-    program builds its models; `start` builds the loader, locks the folder and opens the log, so that
-    nothing is written by a command that is refused. Then, within `for step in run.steps()`:
-    `next_batch`, `add`, `watch`, `due`, and whatever is due. Last, `finish`.
+    program builds its models, with `initial_weights` if there are any; `start` builds the loader,
+    locks the folder and opens the log, so that nothing is written by a command that is refused.
+    Then, within `for step in run.steps()`: `next_batch`, `add`, `watch`, `due`, and whatever is due.
+    Last, `finish`.
     """
 
     loader_iterator: Iterator[Any]
@@ -247,6 +250,7 @@ class Run:
         if dry_run:
             self.dry_run = DryRun(stretches, self.first_step, accelerator.device)
         self.saved: dict[str, Any] = {}  # the state of the checkpoint, until `start`
+        self.initial: Optional[Record] = None  # the weights that the run started from, if any
         self.window, self.guard = Window(), FiniteGuard(accelerator)
         self._timed_from: float | None = None
         self._time_said = False
@@ -256,10 +260,30 @@ class Run:
     def resume(self, settings: dict[str, Any], ignored: tuple[str, ...]) -> None:
         """Read the checkpoint's state, if there is a checkpoint, into `saved`.
 
-        Raises InputError where `settings` differ from the checkpoint's, but for `ignored` ones.
+        Raises InputError where `settings` differ from the checkpoint's, but for `ignored` ones, and
+        where `experiment.init_weights` is not what the run of the checkpoint started from.
         """
-        if self.folder.source is not None:
-            self.saved = self.folder.state(settings, ignored)
+        source, named = self.folder.source, self.experiment.init_weights
+        if source is None:
+            return
+        self.saved = self.folder.state(settings, ignored)
+        self.initial = self.saved.get("initial")
+        on_main(lambda: check_same_start(self.initial, named, source))
+        if self.initial is not None and named is None:
+            self.experiment.init_weights = self.initial["path"]  # for config.yaml
+
+    def initial_weights(self) -> Optional[tuple[dict[str, Tensor], str]]:
+        """The tensors of `experiment.init_weights` and the path of their file; all ranks call this.
+
+        None without the option, and where the run resumes: its checkpoint has the weights.
+        """
+        named = self.experiment.init_weights
+        if named is None or self.resumed:
+            return None
+        file = on_main(lambda: initial_file(named))
+        state = read_state_dict(file)
+        self.initial = {"path": named, "hash": on_main(lambda: tensors_hash(state))}
+        return state, str(file)
 
     @property
     def resumed(self) -> bool:
@@ -412,7 +436,10 @@ class Run:
         """Write a checkpoint: of the run that has these settings, with the log window's sums."""
         with self.window.paused():
             window = self.window.state(self.accelerator)
-            self.folder.save(step, weights, {**other_state, "run": settings, "window": window})
+            state = {**other_state, "run": settings, "window": window}
+            if self.initial is not None:
+                state["initial"] = self.initial
+            self.folder.save(step, weights, state)
 
     def attempt(self, name: str, work: Callable[[], T]) -> Optional[T]:
         """`work()`, or None on every rank, and a warning, where it failed on any of them.

@@ -426,6 +426,70 @@ def test_stage1_of_another_layout_is_refused(workspace, train, tmp_path):
     assert "latent_tokens (21, 16) instead of (20, 16)" in message
 
 
+# ---------------------------------------------------------------------- weights to start from
+STILL = "phases=[{steps: 1, learning_rate: 0.0}]"  # the weights stay as they begin
+
+
+def test_stage1_starts_from_the_weights_of_a_run(workspace, train, tmp_path):
+    still = [STILL, "model.vq_model.clustering=False", "optimizer.params.weight_decay=0"]
+    train(1, tmp_path / "a", "model.vq_model.clustering=False", *EMA)
+    said = train(1, tmp_path / "b", f"experiment.init_weights={tmp_path}/a", *still, *EMA)
+    average = tensors(tmp_path / "a")
+    assert equal(tensors(tmp_path / "b", step=1), average)
+    assert equal(tensors(tmp_path / "b", "unaveraged", step=1), average)
+    assert not equal(average, tensors(tmp_path / "a", "unaveraged"))
+    source = f"{tmp_path}/a/checkpoints/step-00000006/tokenizer.safetensors"
+    assert f"starts from {source}: a stage-1 tokenizer (21 tokens" in said
+    assert [r["step"] for r in records(tmp_path / "b")] == [1, 1]
+
+
+def test_stage2_starts_from_a_finished_tokenizer_decoder_and_all(workspace, train, tmp_path):
+    init = f"experiment.init_weights={workspace.tokenizer}"
+    train(2, tmp_path / "still", init, STILL)
+    assert equal(tensors(tmp_path / "still", step=1), read_state_dict(workspace.tokenizer))
+    train(2, tmp_path / "run", init)
+    first, second = read_state_dict(workspace.tokenizer), tensors(tmp_path / "run", step=4)
+    same = {name for name in first if torch.equal(first[name], second[name])}
+    assert same == {name for name in first if not name.startswith("decoder.")}
+    whole = losses(tmp_path / "run")
+    for again in ([init], []):  # neither needs a stage 1
+        shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
+        train(2, tmp_path / "run", *again)
+        assert losses(tmp_path / "run") == whole
+
+
+def test_stage1_checkpoint_beside_initial_weights_has_to_agree(workspace, train, tmp_path):
+    init = f"experiment.init_weights={workspace.tokenizer}"
+    train(2, tmp_path / "run", init, f"experiment.stage1_checkpoint={workspace.stage1_run}", STILL)
+    train(1, tmp_path / "other", "training.seed=1", "phases=[{steps: 1}]")
+    given = f"experiment.stage1_checkpoint={tmp_path}/other"
+    message = refusal(train, 2, tmp_path / "b", init, given)
+    assert f"stage1_checkpoint={tmp_path}/other disagree in " in message
+    assert "leave stage1_checkpoint out" in message and not (tmp_path / "b").exists()
+
+
+def test_initial_weights_of_another_kind_are_refused(workspace, train, tmp_path):
+    init = "experiment.init_weights"
+    message = refusal(train, 2, tmp_path / "b", f"{init}={workspace.stage1_run}")
+    assert "is a stage-1 tokenizer" in message and "set experiment.stage1_checkpoint" in message
+    message = refusal(train, 1, tmp_path / "b", f"{init}={workspace.tokenizer}")
+    assert "does not fit the configured tokenizer" in message and "stage-2 tokenizer" in message
+    run = workspace.tokenizer.parent
+    for size in ("encoder_heads", "decoder_heads"):  # no shape shows them
+        message = refusal(train, 2, tmp_path / "b", f"{init}={run}", f"model.vq_model.{size}=4")
+        assert f"model.vq_model.{size}=4 contradicts {run}/config.yaml" in message
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_tokenizers_run_is_not_resumed_with_other_initial_weights(workspace, train, tmp_path):
+    shutil.copytree(workspace.stage1_run, tmp_path / "run")
+    init = f"experiment.init_weights={workspace.stage1_run}"
+    message = refusal(train, 1, tmp_path / "run", init)
+    assert "is of a run that started from random weights, not from" in message
+    message = refusal(train, 1, tmp_path / "run", init, "experiment.resume=False")
+    assert "already holds step-00000006" in message
+
+
 # ---------------------------------------------------------------------- reports and dry runs
 def test_unreadable_held_out_image_costs_the_report_and_not_the_training(
     workspace, train, tmp_path

@@ -563,3 +563,124 @@ def test_learning_rate_of_a_step_is_the_same_from_one_batch_or_two(train):
     assert [r["lr"] for r in one if "lr" in r] == [r["lr"] for r in two if "lr" in r]
     losses = [[r["loss"] for r in records if "loss" in r] for records in (one, two)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------- weights to start from
+@pytest.fixture
+def first(train, tmp_path):
+    """A run of ten steps with an average, to start others from."""
+    train("training.max_train_steps=10", "training.use_ema=True", "training.ema_decay=0.8", run="a")
+    return tmp_path / "a"
+
+
+def exported(run, name="generator"):
+    from modeling.weights import read_state_dict
+
+    return read_state_dict(run / f"{name}.bin")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_initial_weights_are_those_of_the_file_or_the_average_of_the_run(
+    train, tmp_path, first, capsys, kind
+):
+    """With rate 0 the weights stay: everything of the file arrives, and nothing else."""
+    file = first / ("generator.bin" if kind == "file" else "")
+    records = train(
+        f"experiment.init_weights={file}", "optimizer.params.learning_rate=0", "training.use_ema=True",
+        "lr_scheduler.params.end_lr=0", "training.max_train_steps=2", run="b",
+    )  # fmt: skip
+    wanted = exported(first, "generator" if kind == "file" else "generator_ema")
+    for name in ("generator", "generator_ema"):
+        found = exported(tmp_path / "b", name)
+        assert all(torch.equal(found[k], wanted[k]) for k in wanted), name
+    assert [r["step"] for r in records if "lr" in r] == [1, 2]
+    source = file if kind == "file" else first / "checkpoints/step-00000010/ema.safetensors"
+    assert f"starts from {source}: a generator (hidden size 32" in capsys.readouterr().out
+
+
+def test_optimizer_and_average_of_an_initialised_run_are_new(train, tmp_path, first):
+    options = [f"experiment.init_weights={first}/generator.bin", "training.use_ema=True"]
+    train(*options, "training.ema_decay=0.75", "training.max_train_steps=1", run="b")
+    before, after, average = (
+        state["output.bias"].double()
+        for state in (
+            exported(first), exported(tmp_path / "b"), exported(tmp_path / "b", "generator_ema")
+        )
+    )  # fmt: skip
+    torch.testing.assert_close(average, 0.75 * before + 0.25 * after, rtol=0, atol=1e-7)
+    state = checkpoint.load_state(tmp_path / "b/checkpoints/step-00000001")
+    assert {float(entry["step"]) for entry in state["optimizer"]["state"].values()} == {1.0}
+    assert state["ema_updates"] == 1
+
+
+def test_another_number_of_classes_starts_from_the_same_codes(train, tmp_path, first, capsys):
+    rows = exported(first)["embeddings.weight"]
+    train(
+        f"experiment.init_weights={first}/generator.bin", "optimizer.params.learning_rate=0",
+        "lr_scheduler.params.end_lr=0", "model.generator.condition_num_classes=5",
+        "training.max_train_steps=1", run="b",
+    )  # fmt: skip
+    found = exported(tmp_path / "b")["embeddings.weight"]
+    assert torch.equal(found[:33], rows[:33]) and torch.equal(found[-1], rows[-1])
+    torch.testing.assert_close(found[33:38], rows[33:36].mean(0).expand(5, -1))
+    assert "5 classes instead of 3: every class starts at the mean" in capsys.readouterr().out
+
+
+def test_an_initialised_run_resumes_with_the_same_weights_or_none_and_with_no_others(
+    train, tmp_path, first
+):
+    init, keep = f"experiment.init_weights={first}", "experiment.save_every=2"
+    steps = "training.max_train_steps=4"
+    whole = train(init, keep, steps, run="whole")
+    for again in ([init], []):
+        shutil.copytree(tmp_path / "whole", tmp_path / "b")
+        shutil.rmtree(tmp_path / "b/checkpoints/step-00000004")
+        assert without_clock(train(*again, keep, steps, run="b")) == without_clock(whole)
+        assert f"init_weights: {first}" in (tmp_path / "b/config.yaml").read_text()
+        shutil.rmtree(tmp_path / "b")
+    before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "whole").rglob("*"))
+    with pytest.raises(
+        InputError, match=rf"started from {first}, not from .*generator\.bin: leave"
+    ):
+        train(f"{init}/generator.bin", keep, steps, run="whole")
+    with pytest.raises(InputError, match="started from random weights, not from"):
+        train(init, "training.max_train_steps=10", "training.use_ema=True",
+              "training.ema_decay=0.8", run="a")  # fmt: skip
+    assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "whole").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["model.generator.num_hidden_layers=3"], "a/generator.bin does not fit the configured"),
+        (
+            ["model.generator.hidden_size=64"],
+            "seems to be a generator .hidden size 32, 2 layers, 32",
+        ),
+        (["model.vq_model.codebook_size=64"], "is a generator of 32 codes, but .*codebook_size=64"),
+        (
+            ["model.generator.image_seq_len=73", "model.vq_model.image_size=32"],
+            r"is a generator of 21 codes per image .*image_seq_len=73",
+        ),
+    ],
+)
+def test_initial_weights_of_another_architecture_are_refused(
+    train, cache, tmp_path, first, monkeypatch, options, words
+):
+    monkeypatch.setattr(train_ar.TokenCache, "check", lambda *args: None)  # it fits the weights
+    with pytest.raises(InputError, match=words):
+        train(f"experiment.init_weights={first}/generator.bin", *options, run="b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_initial_weights_that_are_not_there_or_no_generators_are_refused(train, tmp_path):
+    from modeling.weights import write_state_dict
+
+    with pytest.raises(InputError, match=r"no weights at .*nowhere\.bin"):
+        train(f"experiment.init_weights={tmp_path}/nowhere.bin")
+    with pytest.raises(InputError, match="holds no checkpoints: pass a weights file"):
+        train(f"experiment.init_weights={tmp_path}")
+    write_state_dict({"w": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="seems to be something else"):
+        train(f"experiment.init_weights={tmp_path}/other.pth")
+    assert not (tmp_path / "run").exists()

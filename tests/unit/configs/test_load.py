@@ -107,7 +107,7 @@ def test_a_path_starts_at_home(monkeypatch, tmp_path, name):
 def test_every_option_that_is_a_path_expands_home():
     names = {"output_dir", "resume", "fid_reference", "generator_checkpoint", "evaluate", "codes",
              "prefix", "tokenizer_checkpoint", "stage1_checkpoint", "pretokenization", "train_dir",
-             "val_pretokenization", "val_dir", "train_root"}  # fmt: skip
+             "val_pretokenization", "val_dir", "train_root", "init_weights"}  # fmt: skip
     from configs.help import entries
 
     found = {
@@ -329,6 +329,8 @@ def test_preprocessing_may_be_set_on_the_command_line():
     "program, name, instead",
     [
         ("train_ar", "experiment.generator_checkpoint", "experiment.resume=RUN_DIR"),
+        ("train_ar", "experiment.generator_checkpoint", "experiment.init_weights=FILE"),
+        ("sample_imagenet", "experiment.init_weights", "experiment.generator_checkpoint"),
         ("train_ar", "experiment.compile", "training.compile"),
         ("train_ar", "experiment.evaluate", "experiment.fid_reference"),
         ("sample_imagenet", "training.compile", "experiment.compile"),

@@ -13,7 +13,8 @@ STAGE1 = f"config={CONFIGS}/tokenizer_stage1.yaml"
 
 
 def schema_of(preset):
-    return TokenizerRun if preset.startswith(("tokenizer_", "digits_stage")) else GeneratorRun
+    of_tokenizers = ("tokenizer_", "digits_stage", "finetune_decoder")
+    return TokenizerRun if preset.startswith(of_tokenizers) else GeneratorRun
 
 
 def refusal(schema, *argv):
@@ -371,6 +372,29 @@ def test_phases_that_miss_the_given_total_are_refused_with_the_sum():
 def test_stage_2_with_a_part_of_stage_1_is_refused(head):
     config = f"config={CONFIGS}/tokenizer_stage2.yaml"
     assert head in refusal(TokenizerRun, config, f"model.vq_model.{head}=True")
+
+
+def test_initial_weights_leave_nothing_for_stage_1_to_bring():
+    config = f"config={CONFIGS}/finetune_decoder.yaml"
+    message = refusal(TokenizerRun, config, "model.decoder_init=scratch")
+    assert "model.decoder_init=scratch, but experiment.init_weights brings a decoder" in message
+    message = refusal(TokenizerRun, config, "model.critic_init=stage1")
+    assert "model.critic_init=stage1" in message and "experiment.stage1_checkpoint too" in message
+    both = ["model.critic_init=stage1", "experiment.stage1_checkpoint=run"]
+    assert load(TokenizerRun, [config, *both]).experiment.init_weights == "weights/AliTok.pth"
+
+
+def test_finetuning_presets_are_of_the_published_models():
+    ours, published = (
+        load(GeneratorRun, [f"config={CONFIGS}/{name}.yaml"]).model
+        for name in ("finetune_generator", "alitok_b")
+    )
+    assert ours == published
+    ours, published = (
+        load(TokenizerRun, [f"config={CONFIGS}/{name}.yaml"])
+        for name in ("finetune_decoder", "tokenizer_stage2")
+    )
+    assert (ours.model.vq_model, ours.losses) == (published.model.vq_model, published.losses)
 
 
 def test_sequence_length_that_is_not_the_tokenizers_is_refused():

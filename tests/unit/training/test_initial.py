@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from modeling.generator import Generator, GeneratorConfig
+from modeling.weights import tensors_hash, write_state_dict
+from runtime.errors import InputError
+from training.initial import check_same_start, fit_classes
+
+SIZES = dict(
+    hidden_size=32, num_hidden_layers=1, num_attention_heads=2, codebook_size=16, image_seq_len=21
+)
+
+
+def generator(classes):
+    return Generator(GeneratorConfig(**SIZES, condition_num_classes=classes))
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+def test_another_number_of_classes_keeps_codes_and_no_class_and_starts_classes_at_their_mean(
+    classes,
+):
+    old = generator(4).state_dict()
+    state, words = fit_classes(old, generator(classes).config, "x.bin")
+    before, after = old["embeddings.weight"], state["embeddings.weight"]
+    assert torch.equal(after[:17], before[:17])  # the codes, and the row that nothing uses
+    assert torch.equal(after[-1], before[-1])
+    assert after.shape == (17 + classes + 1, 32)
+    for row in after[17:-1]:
+        torch.testing.assert_close(row, before[17:21].mean(0))
+    assert f"{classes} classes instead of 4" in words
+    generator(classes).load_state_dict(state)
+    assert old["embeddings.weight"] is before and len(before) == 22  # the file's are as they were
+
+
+def test_the_same_number_of_classes_changes_nothing():
+    old = generator(4).state_dict()
+    state, words = fit_classes(old, generator(4).config, "x.bin")
+    assert state is old and words == ""
+
+
+def test_type_of_the_weights_stays():
+    old = {name: tensor.bfloat16() for name, tensor in generator(4).state_dict().items()}
+    state, _ = fit_classes(old, generator(3).config, "x.bin")
+    assert state["embeddings.weight"].dtype == torch.bfloat16
+
+
+def test_codes_of_another_codebook_are_refused():
+    config = GeneratorConfig(**{**SIZES, "codebook_size": 32}, condition_num_classes=3)
+    with pytest.raises(InputError, match=r"x.bin is a generator of 16 codes, .*codebook_size=32"):
+        fit_classes(generator(4).state_dict(), config, "x.bin")
+
+
+def test_what_is_not_a_generator_is_left_to_the_loading():
+    state = {"latent_tokens": torch.zeros(3)}
+    assert fit_classes(state, generator(4).config, "x.bin") == (state, "")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two files of the same tensors, and one of others."""
+    for name, value in (("a", 1.0), ("copy", 1.0), ("b", 2.0)):
+        write_state_dict({"w": torch.full((2,), value)}, tmp_path / f"{name}.pth")
+    return tmp_path
+
+
+def test_a_run_is_resumed_with_the_weights_that_it_started_from_or_none(files):
+    record = {"path": str(files / "a.pth"), "hash": tensors_hash({"w": torch.full((2,), 1.0)})}
+    check_same_start(record, None, "run/step-3")
+    check_same_start(record, str(files / "copy.pth"), "run/step-3")  # moved
+    with pytest.raises(
+        InputError, match=r"run/step-3 .*started from .*a\.pth, not .*b\.pth: leave"
+    ):
+        check_same_start(record, str(files / "b.pth"), "run/step-3")
+    (files / "a.pth").unlink()  # not needed any more
+    check_same_start(record, str(files / "a.pth"), "run/step-3")
+
+
+def test_a_run_that_started_from_random_weights_is_not_resumed_with_others(files):
+    check_same_start(None, None, "run/step-3")
+    with pytest.raises(InputError, match="started from random weights, not from"):
+        check_same_start(None, str(files / "a.pth"), "run/step-3")

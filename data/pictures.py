@@ -1,16 +1,18 @@
 """Pictures for people: images side by side on a grid, as PNG."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from modeling.pixels import to_uint8
 from runtime.files import writing
 
 WHITE = 255
+CAPTION_WIDTH = 32  # pixels that an image must have for a caption
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -35,6 +37,36 @@ def picture_grid(
         x = i % columns * (width + margin) + margin
         grid[y : y + height, x : x + width] = image
     return grid
+
+
+def captioned(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """Images (N, H, W, 3), uint8, each with a line of text below it, for `picture_grid`.
+
+    A text that is too long ends in an ellipsis. Images narrower than `CAPTION_WIDTH` stay as they
+    are: nothing can be read there.
+    """
+    _, height, width, _ = images.shape
+    if width < CAPTION_WIDTH:
+        return images
+    size = max(10, min(width // 16, 20))
+    font, strip = ImageFont.load_default(size), round(1.6 * size)
+    canvas = np.full((len(images), height + strip, width, 3), WHITE, np.uint8)
+    canvas[:, :height] = images
+    for picture, caption in zip(canvas, captions):
+        drawn = Image.new("RGB", (width, strip), "white")
+        text = fitting(caption, lambda text: font.getlength(text) <= width - 2)
+        ImageDraw.Draw(drawn).text((width / 2, strip / 2), text, "black", font, anchor="mm")
+        picture[height:] = np.asarray(drawn)
+    return canvas
+
+
+def fitting(text: str, fits: Callable[[str], bool]) -> str:
+    """A text, or its beginning and an ellipsis, that fits; empty where nothing does."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    if fits(text):
+        return text
+    shortened = (text[:end].rstrip() + "…" for end in range(len(text) - 1, 0, -1))
+    return next((candidate for candidate in shortened if fits(candidate)), "")
 
 
 def write_png(image: np.ndarray, path: Path) -> None:

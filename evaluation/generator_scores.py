@@ -11,6 +11,7 @@ from accelerate import PartialState
 from data.tokens import TokenCache, open_tokens
 from evaluation.likelihood import Likelihood, measure_likelihood
 from modeling.generator import Generator
+from modeling.metadata import GENERATOR, about_file
 from modeling.pipeline import generator_config
 from modeling.weights import load_tensors, read_state_dict
 from runtime.errors import InputError
@@ -97,7 +98,11 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
     """
     state = read_state_dict(source.file)
     config = generator_config(state, store.tokens, source.name)
-    run = source.run or {}
+    run, about = source.run or {}, about_file(source.file)
+    if about is not None:
+        about.expect(GENERATOR, source.name)
+        run = {**run, "model.generator.image_seq_len": about.config["image_seq_len"]}
+        run["tokenizer"] = about.tokenizer or run.get("tokenizer")
     store.check(
         config.codebook_size,
         run.get("model.generator.image_seq_len", store.tokens),

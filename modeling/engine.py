@@ -34,7 +34,15 @@ from .errors import InputError
 from .generator import Block, Generator, GeneratorConfig
 from .pixels import to_uint8
 from .quantizer import full_float32
-from .sampling import CACHES, Sampling, check_classes, draw_codes, guidance_schedule, guide
+from .sampling import (
+    CACHES,
+    Sampling,
+    check_labels,
+    draw_codes,
+    guidance_schedule,
+    guide,
+    label_rows,
+)
 from .tokenizer import Decoder, Tokenizer
 
 DECODED_AT_ONCE = 64  # images; more do not fill a GPU better and take more memory
@@ -376,15 +384,16 @@ class Engine:
     def sample(self, labels: Tensor, uniforms: Tensor) -> Tensor:
         """Labels (B,), B up to the batch, and uniforms (B, T) -> codes (B, T), int64.
 
+        The label `NO_CLASS` stands for an image without a class, which guidance leaves as it is.
         On CUDA this returns before the codes are there, as every operation on them does.
         """
         B, T, config = len(labels), self.config.image_seq_len, self.config
         if self.batch < B:
             raise ValueError(f"{B} images for an engine of batch {self.batch}")
-        check_classes(int(labels.min()), int(labels.max()), config.condition_num_classes)
+        check_labels(labels, config.condition_num_classes)
         # Shapes are fixed: a smaller batch is filled up with images of "no class".
         classes = labels.new_full((self.batch,), config.no_class, dtype=torch.int64)
-        classes[:B] = labels
+        classes[:B] = label_rows(labels, config.no_class)
         rows = classes + config.codebook_size + 1
         no_class = torch.full_like(rows, config.codebook_size + 1 + config.no_class)
         numbers = uniforms.new_zeros(self.batch, T)

@@ -3,7 +3,7 @@
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from datetime import timedelta
@@ -19,6 +19,7 @@ import configs.load
 from configs.schema import Experiment, Training
 from data.loader import training_loader
 from data.unreadable import SkipUnreadable, lines_of
+from modeling.metadata import About
 from runtime.errors import InputError
 from runtime.files import lock_folder, write_whole
 from runtime.parts import differing
@@ -189,15 +190,24 @@ class RunFolder:
 
         on_main(lock)
 
-    def save(self, step: int, weights: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """One checkpoint, whole when this returns; the main process's tensors are written."""
+    def save(
+        self,
+        step: int,
+        weights: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        about: Mapping[str, About] | None = None,
+    ) -> None:
+        """One checkpoint, whole when this returns; the main process's tensors are written.
+
+        `about` is what the files of weights say of themselves, by the names of `weights`.
+        """
         state = {**state, "streams": STREAMS_VERSION}
         if self.accelerator.scaler is not None:
             state = {**state, "scaler": self.accelerator.scaler.state_dict()}
         keep, keep_every = self.experiment.keep_checkpoints, self.experiment.keep_every
 
         def write() -> None:
-            checkpoint.save(self.path, step, weights, state, keep, keep_every, self.origin)
+            checkpoint.save(self.path, step, weights, state, keep, keep_every, self.origin, about)
 
         on_main(write)
 
@@ -239,6 +249,7 @@ class Run:
         self.batch = self.training.per_gpu_batch_size * accelerator.num_processes
         self.global_batch = self.batch * self.training.gradient_accumulation_steps
         self.flops_per_image: float | None = None  # for the log's MFU
+        self.about: dict[str, About] = {}  # what files of weights say of themselves, by their names
         self.stop = StopSignal(timedelta(minutes=self.training.timeout_minutes))
         self.folder = RunFolder(accelerator, self.experiment)
         self.first_step = self.folder.first_step
@@ -411,7 +422,8 @@ class Run:
         """Write a checkpoint: of the run that has these settings, with the log window's sums."""
         with self.window.paused():
             window = self.window.state(self.accelerator)
-            self.folder.save(step, weights, {**other_state, "run": settings, "window": window})
+            state = {**other_state, "run": settings, "window": window}
+            self.folder.save(step, weights, state, self.about)
 
     def attempt(self, name: str, work: Callable[[], T]) -> Optional[T]:
         """`work()`, or None on every rank, and a warning, where it failed on any of them.

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.pictures import picture_grid, to_pixels, write_png
+from data.pictures import captioned, fitting, picture_grid, to_pixels, write_png
 from runtime.errors import InputError
 
 IMAGES = np.arange(5 * 2 * 3 * 3, dtype=np.uint8).reshape(5, 2, 3, 3)
@@ -41,3 +41,30 @@ def test_png_holds_the_pixels_and_a_failure_leaves_nothing(tmp_path, monkeypatch
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write .*file"):
         write_png(IMAGES[0], tmp_path / "file/b.png")
+
+
+# ---------------------------------------------------------------------- captions
+def test_a_caption_stands_below_its_image_and_leaves_the_pixels_alone():
+    images = np.random.default_rng(0).integers(0, 256, (3, 40, 64, 3), dtype=np.uint8)
+    made = captioned(images, ["otter", "", "golden retriever of a long name"])
+    assert made.shape[0] == 3 and made.shape[1] > 50 and made.shape[2:] == (64, 3)
+    np.testing.assert_array_equal(made[:, :40], images)
+    strips = made[:, 40:]
+    assert (strips[0] < 128).any() and (strips[1] == 255).all() and (strips[2] < 128).any()
+    other = captioned(images, ["ant", "otter", ""])
+    np.testing.assert_array_equal(other[1, 40:], strips[0])  # the text decides, not the image
+    assert (other[0, 40:] != strips[0]).any()
+
+
+def test_images_too_small_for_a_caption_stay_as_they_are():
+    assert captioned(IMAGES, ["otter"] * 5) is IMAGES
+
+
+def test_a_caption_is_shortened_to_what_fits():
+    def fits(text):
+        return len(text) <= 8
+
+    assert fitting("otter", fits) == "otter"
+    assert fitting("golden retriever", fits) == "golden…"
+    assert fitting("a\nb", fits) == "a?b"
+    assert fitting("otter", lambda text: False) == ""

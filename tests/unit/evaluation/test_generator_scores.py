@@ -126,6 +126,10 @@ def test_a_cache_of_other_codes_is_refused(score, runs, tmp_path):
     other = write_cache(tmp_path / "other", tokenizer="xyz")
     refuse(score, "another tokenizer: tokenizer xyz there, abc here",
            "--generator", runs / "a", "--cache", other)  # fmt: skip
+    for file in ("generator.safetensors", "checkpoints/step-00000003/generator.safetensors"):
+        shutil.copy(runs / "a" / file, tmp_path / "alone.safetensors")  # it says so itself
+        refuse(score, "another tokenizer: tokenizer xyz there, abc here",
+               "--generator", tmp_path / "alone.safetensors", "--cache", other)  # fmt: skip
     classes = write_cache(tmp_path / "classes", classes=4)
     refuse(score, "4 classes, more than the 3", "--generator", runs / "a", "--cache", classes)
 

@@ -24,7 +24,7 @@ import configs.load
 from configs.schema import GeneratorRun
 from evaluation.evaluator import Evaluator
 from evaluation.sources import open_images
-from generation.folder import SampleFolder
+from generation.folder import SampleFolder, shown_classes
 from generation.job import SamplingJob, sampling_job
 from generation.models import check_files, class_names, generator_checkpoint, load_models
 from runtime.arguments import Parser, number, path
@@ -141,7 +141,7 @@ def guided(job: SamplingJob, scale: float, power: float) -> SamplingJob:
 def shared_settings(job: SamplingJob) -> dict[str, Any]:
     """What all cells share, whichever file or option it came from."""
     return {
-        "classes": list(job.classes),
+        "classes": shown_classes(job),
         "seed": job.seed,
         "precision": job.precision,
         "compile": job.compiled,

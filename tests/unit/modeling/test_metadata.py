@@ -190,8 +190,8 @@ def test_a_missing_size_is_named(generator):
 
 
 def test_sizes_that_no_model_has_are_refused_by_name(generator):
-    about = about_file(edited(generator, config={"image_seq_len": 9}))
-    with pytest.raises(InputError, match=r"g\.safetensors is damaged \(image_seq_len=9 is neither"):
+    about = about_file(edited(generator, config={"image_seq_len": 10}))
+    with pytest.raises(InputError, match=r"g\.safetensors is damaged \(image_seq_len=10 is neither"):
         about.build(GeneratorConfig, GENERATOR, generator)
 
 

@@ -20,34 +20,41 @@ from evaluation.report import print_result
 from evaluation.sources import open_images
 from generation.folder import SampleFolder, read_codes
 from generation.job import SamplingJob, sampling_job
-from generation.models import generator_checkpoint, load_models
+from generation.models import check_files, class_names, generator_checkpoint, load_models
 from generation.prefix import prefix_codes
+from modeling.sampling import NO_CLASS
 from runtime.processes import on_main, start_processes
 from runtime.program import run
-from training.checkpoint import read_weights
+from training.checkpoint import read_weights, weights_file
 
 
 def main(argv: list[str]) -> None:
     options = configs.load.load(GeneratorRun, argv, "sample_imagenet")
     experiment = options.experiment
-    codes = generator_state = None
+    codes = generator_file = generator_state = names = None
     if experiment.codes is not None:
         codes = read_codes(experiment.codes, options.model.vq_model)
     else:
-        generator_state = read_weights(generator_checkpoint(experiment), "ema", "generator")
-    tokenizer_state = read_weights(experiment.tokenizer_checkpoint, "tokenizer")
+        generator_file = weights_file(generator_checkpoint(experiment), "ema", "generator")
+        generator_state = read_weights(generator_file)
+    tokenizer_file = weights_file(experiment.tokenizer_checkpoint, "tokenizer")
+    tokenizer_state = read_weights(tokenizer_file)
+    about = check_files(options.model, tokenizer_file, tokenizer_state, generator_file)
+    if generator_file is not None:
+        known = options.model.generator.condition_num_classes
+        names = class_names(about, str(generator_file), known)
 
     processes = start_processes()
     device = processes.device
     assert device is not None  # accelerate's type hint allows it
-    job = sampling_job(options, device)
+    job = sampling_job(options, device, names)
     if codes is None:
         warn_of_untrained(generator_checkpoint(experiment), job, processes)
     models = load_models(options.model, experiment, tokenizer_state, generator_state, device)
     job = replace(job, prefix=on_main(lambda: prefix_codes(experiment, models.tokenizer)))
     folder = SampleFolder(
         Path(experiment.output_dir), job, models, processes, codes, experiment.save_png,
-        experiment.grid,
+        experiment.grid, names,
     )  # fmt: skip
     evaluator = None
     if experiment.evaluate:
@@ -63,11 +70,12 @@ def main(argv: list[str]) -> None:
 
 def warn_of_untrained(weights: str, job: SamplingJob, processes: PartialState) -> None:
     """Say which classes the job samples that the generator was never trained on, if that is known."""
-    missing = untrained_labels(weights, job.classes)
+    classes = set(job.classes) - {NO_CLASS}
+    missing = untrained_labels(weights, classes)
     if missing:
         names = first_names([str(label) for label in missing])
         processes.print(
-            f"warning: {len(missing)} of {len(set(job.classes))} classes ({names}) were never trained "
+            f"warning: {len(missing)} of {len(classes)} classes ({names}) were never trained "
             f"in {printable(weights)}: set experiment.classes to those that were"
         )
 

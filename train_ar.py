@@ -33,8 +33,12 @@ from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
 from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_tokens
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
+from generation.models import check_files
+from modeling.class_names import NONE, ClassNames
 from modeling.generator import Attention, Generator, SwiGLU, next_code_loss
-from modeling.tokenizer import Tokenizer
+from modeling.metadata import GENERATOR, About, about_model
+from modeling.sampling import NO_CLASS
+from modeling.tokenizer import CLUSTERING, Tokenizer
 from modeling.weights import describe, load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
 from runtime.processes import compiles, device_name, on_main
@@ -99,6 +103,7 @@ class GeneratorData:
     """What a run learns from and is scored with, and the tokenizer that this may need."""
 
     train: TrainingSet
+    names: ClassNames  # of its classes
     tokenizer_hash: str  # of the tokenizer that makes, or made, the codes
     tokenizer: Optional[Tokenizer]  # for samples and to encode images; on the device, frozen
     encoder: Optional[Tokenizer]  # the tokenizer, where the dataset yields images to encode
@@ -141,11 +146,17 @@ def open_data(
         WEIGHTS,
         options.model.vq_model.image_size,
     )
+    names = ClassNames(
+        options.model.generator.condition_num_classes, dict(enumerate(train.classes))
+    )
+    if experiment.classes is not None:  # by number from here on: only this set knows the names
+        labels = names.labels(experiment.classes)
+        experiment.classes = [NONE if label == NO_CLASS else label for label in labels]
     if experiment.generate_every:  # refused now, not at the first samples
         in_training.job_in_training(options, accelerator.device)
     autocast = params.encoder_precision == "autocast"
     return GeneratorData(
-        train, str(tokenizer_hash), tokenizer, encoder, autocast, validation, evaluator
+        train, names, str(tokenizer_hash), tokenizer, encoder, autocast, validation, evaluator
     )
 
 
@@ -212,8 +223,10 @@ def load_tokenizer(options: GeneratorRun) -> tuple[Tokenizer, str]:
     """The tokenizer of `experiment.tokenizer_checkpoint`, frozen, and its fingerprint."""
     path = options.experiment.tokenizer_checkpoint
     tokenizer = Tokenizer(options.model.vq_model)
-    state = read_state_dict(on_main(lambda: checkpoint.weights_file(path, "tokenizer")))
-    load_tensors(tokenizer, state, path)
+    file = on_main(lambda: checkpoint.weights_file(path, "tokenizer"))
+    state = read_state_dict(file)
+    check_files(options.model, file, state)
+    load_tensors(tokenizer, state, path, CLUSTERING, CLUSTERING)
     return tokenizer.eval().requires_grad_(False), fingerprint(state)
 
 
@@ -357,6 +370,13 @@ def settings_of(run: Run, data: GeneratorData) -> dict[str, Any]:
     }
 
 
+def about_generator(options: GeneratorRun, data: GeneratorData) -> About:
+    """What the run's weights say of themselves."""
+    # The published layout of a cache states no tokenizer.
+    tokenizer = None if data.tokenizer_hash == str(None) else data.tokenizer_hash
+    return about_model(GENERATOR, options.model.generator, tokenizer, classes=data.train.classes)
+
+
 def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
     """The header of a run: its size, hardware, batch and length."""
     training, world = run.training, run.accelerator.num_processes
@@ -429,7 +449,10 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData
                     "sampling", lambda: sample_grid(run.accelerator, generator, tokenizer, options)
                 )
                 if grid is not None:
-                    log.images(step, "samples", grid, GRID_CLASSES)
+                    captions = [
+                        data.names.caption(label) for label in grid_labels(options).tolist()
+                    ]
+                    log.images(step, "samples", grid, GRID_CLASSES, captions)
                 if evaluator is not None:
                     scores = in_training.GeneratedScores(evaluator, generator, tokenizer, options)
                     measured = run.attempt("gFID", scores.measure)
@@ -465,19 +488,23 @@ def sample_grid(
     """Images in [0, 1], a row of different classes after another; only on the main process."""
     if not accelerator.is_main_process:
         return torch.empty(0)
-    generator = options.model.generator
-    classes = torch.linspace(0, generator.condition_num_classes - 1, GRID_CLASSES).long()
-    labels = classes.repeat(GRID_PER_CLASS)
+    generator, labels = options.model.generator, grid_labels(options)
     uniforms = image_uniforms(generator.seed, range(len(labels)), generator.image_seq_len)
     engine = in_training.sampling_engine(model, options, len(labels))
     return tokenizer.decode(engine.sample(labels, uniforms))
+
+
+def grid_labels(options: GeneratorRun) -> Tensor:
+    """The classes of a sample grid, row after row."""
+    last = options.model.generator.condition_num_classes - 1
+    return torch.linspace(0, last, GRID_CLASSES).long().repeat(GRID_PER_CLASS)
 
 
 def export(run: Run, state: dict[str, Tensor], name: str) -> None:
     """Write weights as NAME.bin, the published format, and NAME.safetensors into the run's folder."""
     if run.accelerator.is_main_process:
         for suffix in (".bin", ".safetensors"):
-            write_state_dict(state, run.folder.path / (name + suffix))
+            write_state_dict(state, run.folder.path / (name + suffix), run.about["generator"])
 
 
 # ---------------------------------------------------------------------- the program
@@ -496,6 +523,7 @@ def main(argv: list[str]) -> None:
     state = TrainState(run, options)
     workers = options.dataset.params.num_workers_per_gpu
     run.start(data.train.dataset, data.train.images, workers, data.train.skip_unreadable)
+    run.about = dict.fromkeys(EXPORTS, about_generator(options, data))
     if not dry_run:
         note_classes(run, data.train)
     run.flops_per_image = training_flops(options.model.generator)

@@ -21,8 +21,15 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
 from configs.help import describe
-from configs.schema import UNUSED, GeneratorOptions, GeneratorRun, TokenizerRun
+from configs.schema import (
+    UNUSED,
+    GeneratorExperiment,
+    GeneratorOptions,
+    GeneratorRun,
+    TokenizerRun,
+)
 from modeling.fields import (
+    NUMBER_OR_NAME,
     TYPED,
     Rule,
     default_of,
@@ -33,6 +40,8 @@ from modeling.fields import (
     short,
     types_of,
 )
+from modeling.generator import GeneratorConfig
+from modeling.metadata import GENERATOR, SIZES, TOKENIZER, About, about_file, about_model
 from modeling.tokenizer import TokenizerConfig
 from runtime.errors import InputError
 from runtime.files import write_whole
@@ -49,10 +58,13 @@ SIZES_OF_TOKENIZER = tuple(
     for field in fields(TokenizerConfig)
     if field.name not in ("clustering", "exact_attention", "position_init")
 )
-SIZES_OF_GENERATOR = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "codebook_size", "image_seq_len",
-    "condition_num_classes",
-)  # fmt: skip
+SIZES_OF_GENERATOR = SIZES[GENERATOR]
+# Of a tokenizer, those that its codes depend on.
+SIZES_OF_ENCODER = tuple(
+    name
+    for name in SIZES_OF_TOKENIZER
+    if not name.startswith(("decoder_", "num_buffer", "causal", "prefix_head"))
+)
 
 
 @dataclass(frozen=True)
@@ -169,10 +181,15 @@ def config_beside(path: str | Path) -> Optional[Path]:
 def sizes_for(
     weights: str, config: Optional[str], names: tuple[str, ...], **known: Any
 ) -> TokenizerConfig:
-    """`tokenizer_config` of `config` or, by default, of what lies beside the weights.
+    """`tokenizer_config` of `config` or, by default, what the weights say of themselves, else of what
+    lies beside them.
 
-    Raises InputError where the two differ in one of `names`, which no tensor's shape shows.
+    Raises InputError where the two differ in one of `names`, which no tensor's shape shows, or in a
+    size of the encoder that the weights state.
     """
+    about = about_file(weights)
+    if about is not None:
+        return sizes_stated(about, weights, config, names, known)
     beside = config_beside(weights)
     sizes = tokenizer_config(config or beside, **known)
     if config is not None and beside is not None:
@@ -185,6 +202,30 @@ def sizes_for(
                     f"{weights} was trained: set {there}, or leave --config out"
                 )
     return sizes
+
+
+def sizes_stated(
+    about: About,
+    weights: str,
+    config: Optional[str],
+    names: tuple[str, ...],
+    known: dict[str, Any],
+) -> TokenizerConfig:
+    """A tokenizer's sizes by its weights file. Raises InputError where what is `known`, or a config
+    file in one of `names` or in a size of the encoder, contradicts it."""
+    stated = about.build(TokenizerConfig, TOKENIZER, weights)
+    given = known
+    if config is not None:
+        here = about_model(TOKENIZER, tokenizer_config(config, **known)).config
+        given = {name: here[name] for name in (*known, *SIZES_OF_ENCODER, *names)}
+    for name, value in given.items():
+        if value != about.config[name]:
+            source = "the command line" if name in known else config
+            raise InputError(
+                f"{name}={value} ({source}) contradicts {weights}, which states "
+                f"{name}={about.config[name]}: leave it out, or pass other weights"
+            )
+    return stated
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -476,6 +517,8 @@ def read_scalar(node: Node, kind: Any, rule: Rule) -> Any:
     text = node.value
     if kind is str:
         return word_of(text, rule)
+    if kind == NUMBER_OR_NAME:  # a number in quotes is a name
+        return text if node.style else number_or_name(text)
     if kind is bool or kind is Any:
         lower = text.lower()
         if lower in TRUE + FALSE and not (kind is Any and text.isdigit()):
@@ -484,11 +527,23 @@ def read_scalar(node: Node, kind: Any, rule: Rule) -> Any:
             raise ValueError
         return word_of(text, rule)
     if kind is int:
-        try:
-            return int(text)
-        except ValueError:
-            return int(text, 0)  # 0x10
+        return read_integer(text)
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def read_integer(text: str) -> int:
+    """Raises ValueError for other texts."""
+    try:
+        return int(text)
+    except ValueError:
+        return int(text, 0)  # 0x10
+
+
+def number_or_name(text: str) -> int | str:
+    try:
+        return read_integer(text)
+    except ValueError:
+        return text
 
 
 def word_of(text: str, rule: Rule) -> str:
@@ -618,11 +673,15 @@ def sizes_of_runs(options: Any, places: dict[str, Place]) -> list[str]:
     if trained is not None:
         names = SIZES_OF_GENERATOR if whole else ("image_seq_len",)
         sections["generator"] = (trained[0], trained[1].model.generator, names)
+    stated = stated_sections(experiment)
+    sections |= stated
     for section, (file, run, names) in sections.items():
         used = getattr(model, section)
         if section == "vq_model" and Path(experiment.tokenizer_checkpoint).is_dir():
             names = SIZES_OF_TOKENIZER
         changes = {n: getattr(run, n) for n in names if getattr(run, n) != getattr(used, n)}
+        if section == "vq_model" and changes.get("num_latent_tokens") == used.num_tokens:
+            del changes["num_latent_tokens"]  # where null stands for the same number
         for name, value in changes.items():
             option = f"model.{section}.{name}"
             if option in places and places[option].source == COMMAND_LINE:
@@ -635,8 +694,9 @@ def sizes_of_runs(options: Any, places: dict[str, Place]) -> list[str]:
     if said:
         vq_model = sections.get("vq_model", model.vq_model)
         generator = sections.get("generator", model.generator)
-        if trained is None or not whole:
+        if "generator" not in stated and (trained is None or not whole):
             generator = replace(generator, codebook_size=vq_model.codebook_size)
+            said += follow_tokenizer(generator, vq_model, experiment, places)
         try:
             options.model = replace(model, vq_model=vq_model, generator=generator)
         except InputError as e:  # the runs do not belong together
@@ -654,6 +714,43 @@ def run_beside(schema: type[T], weights: str) -> Optional[tuple[Path, T]]:
         return None
     tree = read_section(schema, compose_file(file)[1], "", str(file))
     return file, build(schema, tree, str(file))
+
+
+def stated_sections(experiment: GeneratorExperiment) -> dict[str, tuple[str, Any, tuple[str, ...]]]:
+    """What weights files state of their models, {section: (file, config, names of the sizes)}.
+
+    Raises InputError for a file of another kind of model.
+    """
+    tokenizer, generator = experiment.tokenizer_checkpoint, experiment.generator_checkpoint
+    found: dict[str, tuple[str, Any, tuple[str, ...]]] = {}
+    about = about_file(tokenizer)
+    if about is not None:
+        config = about.build(TokenizerConfig, TOKENIZER, tokenizer)
+        found["vq_model"] = tokenizer, config, SIZES_OF_TOKENIZER
+    about = None if generator is None else about_file(generator)
+    if about is not None:
+        config = about.build(GeneratorConfig, GENERATOR, generator)
+        found["generator"] = str(generator), config, SIZES_OF_GENERATOR
+    return found
+
+
+def follow_tokenizer(
+    generator: GeneratorOptions,
+    vq_model: TokenizerConfig,
+    experiment: GeneratorExperiment,
+    places: dict[str, Place],
+) -> list[str]:
+    """Set the codes per image of a generator without weights to those of the tokenizer's weights.
+
+    The command line's number stays (and is refused where it does not fit), and so does that of a
+    generator whose weights do not state theirs.
+    """
+    name, before = "model.generator.image_seq_len", generator.image_seq_len
+    named = name in places and places[name].source == COMMAND_LINE
+    if named or experiment.generator_checkpoint is not None or before == vq_model.num_tokens:
+        return []
+    generator.image_seq_len = vq_model.num_tokens
+    return [f"{name}={vq_model.num_tokens}, as many as the tokenizer makes, instead of {before}"]
 
 
 def without_effect(options: Any) -> list[str]:

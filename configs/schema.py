@@ -191,8 +191,11 @@ class GeneratorExperiment(Experiment):
         "the precision.",
         choices=CACHES,
     )
-    classes: Optional[list[int]] = option(
-        None, "Image i has class classes[i mod their number]; null: all classes.", at_least=0
+    classes: Optional[list[int | str]] = option(
+        None,
+        "Image i has class classes[i mod their number], by number or name; none: an image without a "
+        "class; null: all classes.",
+        at_least=0,
     )
     codes: Optional[str] = option(
         None, "Decode the codes of this .npz instead of sampling new ones.", path=True

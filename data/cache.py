@@ -9,24 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from data.classes import map_labels
-from modeling.weights import tensors_hash
+from modeling.weights import fingerprint
 from runtime.errors import InputError
+
+__all__ = ["MANIFEST", "TokenCache", "fingerprint", "read_manifest", "write_manifest"]
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "alitok-tokens", 1
-
-
-def fingerprint(state: dict[str, Tensor]) -> str:
-    """16 hex digits of the tensors that decide the codes: encoder, latent tokens and codebook.
-
-    Both stages of one tokenizer have the same fingerprint: only their decoders differ. The number
-    of heads is not part of it, because no tensor's shape shows it; the manifest holds it.
-    """
-    return tensors_hash(state, ("encoder.", "latent_tokens", "quantize.embedding."), torch.float32)
 
 
 def write_manifest(folder: Path, entries: dict[str, Any]) -> None:

@@ -57,8 +57,8 @@ def write_trained(folder: Path, classes: Sequence[str], labels: Iterable[int]) -
     write_whole(folder / TRAINED, json.dumps(trained, indent=1).encode())
 
 
-def untrained_labels(weights: str | Path, labels: Iterable[int]) -> list[int]:
-    """Those of the labels that a generator was not trained on; none where that is unknown.
+def trained_classes(weights: str | Path) -> dict[int, str]:
+    """{label: name} of the classes that a generator was trained on; empty where that is unknown.
 
     `weights` is a run folder, one of its checkpoints or a file in either.
     """
@@ -66,8 +66,14 @@ def untrained_labels(weights: str | Path, labels: Iterable[int]) -> list[int]:
     for folder in (path, *path.parents[:3]):
         if (folder / TRAINED).is_file():
             try:
-                trained = {int(label) for label in json.loads((folder / TRAINED).read_text())}
-            except (OSError, ValueError, TypeError):
-                return []  # it only serves a warning
-            return sorted(set(labels) - trained)
-    return []
+                content = json.loads((folder / TRAINED).read_text())
+                return {int(label): str(name) for label, name in content.items()}
+            except (OSError, ValueError, TypeError, AttributeError):
+                return {}  # it only serves warnings and names
+    return {}
+
+
+def untrained_labels(weights: str | Path, labels: Iterable[int]) -> list[int]:
+    """Those of the labels that a generator was not trained on; none where that is unknown."""
+    trained = trained_classes(weights)
+    return sorted(set(labels) - trained.keys()) if trained else []

@@ -302,7 +302,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def photo_crop(path: str | Path, size: int) -> Tensor:
+def photo_crop(path: ImagePath, size: int) -> Tensor:
     """The centre crop (3, size, size), uint8, of an image. Raises InputError for a smaller one."""
     image = load_image(path)
     if min(image.size) < size:

@@ -15,6 +15,7 @@ from runtime.files import writing
 WHITE = 255
 TEXT, LINE = 13, 17  # pixels: size of captions, distance of their lines
 READABLE = 128  # pixels that an image is wide at least where it has a caption
+CAPTION_WIDTH = 32  # pixels that an image on a grid must have for a caption
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -57,6 +58,16 @@ def captioned(image: np.ndarray, *lines: str) -> np.ndarray:
     for i, line in enumerate(lines):
         draw.text((1, LINE * i), fitted(line, band.width - 2, font), "black", font)
     return np.concatenate([image, np.asarray(band)])
+
+
+def with_captions(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """Images (N, H, W, 3), uint8, each with a line of text below it, for `picture_grid`.
+
+    Images narrower than `CAPTION_WIDTH` stay as they are: nothing can be read there.
+    """
+    if images.shape[2] < CAPTION_WIDTH:
+        return images
+    return np.stack([captioned(image, caption) for image, caption in zip(images, captions)])
 
 
 def fitted(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -19,6 +19,7 @@ from evaluation.likelihood import (
     measure_likelihood,
 )
 from modeling.generator import Generator
+from modeling.metadata import GENERATOR, about_file
 from modeling.pipeline import generator_config
 from modeling.weights import load_tensors, read_state_dict
 from runtime.errors import InputError
@@ -105,12 +106,16 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
     """
     state = read_state_dict(source.file)
     config = generator_config(state, store.tokens, source.name)
-    run = source.run or {}
+    run, about = source.run or {}, about_file(source.file)
     tokens = run.get("model.generator.image_seq_len")
-    if tokens is None:  # no tensor's shape shows it, but a run's config does
+    if about is not None:
+        about.expect(GENERATOR, source.name)
+        tokens = about.config["image_seq_len"]
+    elif tokens is None:  # no tensor's shape shows it, but a run's config does
         trained = run_beside(GeneratorRun, str(source.file))
         tokens = store.tokens if trained is None else trained[1].model.generator.image_seq_len
-    store.check(config.codebook_size, tokens, run.get("tokenizer"))
+    tokenizer = (about and about.tokenizer) or run.get("tokenizer")
+    store.check(config.codebook_size, tokens, tokenizer)
     if len(store.classes) > config.condition_num_classes:
         raise InputError(
             f"{store.folder} has {len(store.classes)} classes, more than the "

@@ -24,16 +24,16 @@ import configs.load
 from configs.schema import GeneratorRun
 from evaluation.evaluator import Evaluator
 from evaluation.sources import open_images
-from generation.folder import SampleFolder
+from generation.folder import SampleFolder, shown_classes
 from generation.job import SamplingJob, sampling_job
-from generation.models import generator_checkpoint, load_models
+from generation.models import check_files, class_names, generator_checkpoint, load_models
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
 from runtime.files import write_whole
 from runtime.parts import check_settings
 from runtime.processes import on_main, start_processes
 from runtime.program import run
-from training.checkpoint import read_weights
+from training.checkpoint import read_weights, weights_file
 
 CELL, MARGIN = (120, 60), 70  # pixels of the heat map
 BEST, WORST = (38, 130, 142), (253, 231, 200)
@@ -97,13 +97,17 @@ def main(argv: list[str]) -> None:
                 f"experiment.{name}={getattr(experiment, name)}: the sweep samples new codes; leave "
                 f"it out"
             )
-    generator_state = read_weights(generator_checkpoint(experiment), "ema", "generator")
-    tokenizer_state = read_weights(experiment.tokenizer_checkpoint, "tokenizer")
+    generator_file = weights_file(generator_checkpoint(experiment), "ema", "generator")
+    tokenizer_file = weights_file(experiment.tokenizer_checkpoint, "tokenizer")
+    generator_state, tokenizer_state = read_weights(generator_file), read_weights(tokenizer_file)
+    about = check_files(options.model, tokenizer_file, tokenizer_state, generator_file)
+    classes = options.model.generator.condition_num_classes
+    names = class_names(about, str(generator_file), classes)
 
     processes, output = start_processes(), Path(args.output)
     device = processes.device
     assert device is not None  # accelerate's type hint allows it
-    job = replace(sampling_job(options, device), count=args.num_samples)
+    job = replace(sampling_job(options, device, names), count=args.num_samples)
     jobs = {(s, p): guided(job, s, p) for s in args.scales for p in args.powers}
     models = load_models(options.model, experiment, tokenizer_state, generator_state, device)
     side = options.model.vq_model.image_size
@@ -120,7 +124,7 @@ def main(argv: list[str]) -> None:
     for (scale, power), cell_job in jobs.items():
         result = cell_file(output, scale, power)
         folder = SampleFolder(
-            result.with_suffix(""), cell_job, models, processes, grid=experiment.grid
+            result.with_suffix(""), cell_job, models, processes, grid=experiment.grid, names=names
         )
         if not result.exists():
             processes.print(f"guidance scale {scale:g}, power {power:g}")
@@ -139,7 +143,7 @@ def guided(job: SamplingJob, scale: float, power: float) -> SamplingJob:
 def shared_settings(job: SamplingJob) -> dict[str, Any]:
     """What all cells share, whichever file or option it came from."""
     return {
-        "classes": list(job.classes),
+        "classes": shown_classes(job),
         "seed": job.seed,
         "precision": job.precision,
         "compile": job.compiled,

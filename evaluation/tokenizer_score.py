@@ -30,6 +30,7 @@ from evaluation.reconstruction import (
 )
 from evaluation.sources import INDEX_FOLDER
 from evaluation.statistics import SetStatistics, collector_of
+from modeling.metadata import about_file
 from modeling.tokenizer import Tokenizer
 from modeling.weights import load_tensors, tensors_hash
 from runtime.errors import InputError
@@ -49,12 +50,14 @@ METRICS = {
 def load_tokenizer(source: str, config: Optional[str] = None) -> Tokenizer:
     """A tokenizer of either stage, in eval mode, from a weights file or a run's folder.
 
-    Its sizes are those of `model.vq_model` in the config: by default the run's own config, else the
-    published sizes with the decoder of the stage whose weights these are.
+    Its sizes are those of `model.vq_model` in the config: by default those that the file states, else
+    the run's own config, else the published sizes with the decoder of the stage whose weights these
+    are.
     """
     state = read_weights(source, "tokenizer")
     decoder: dict[str, Any] = {}
-    if config is None and config_beside(source) is None and "decoder.ffn_aux.0.weight" in state:
+    described = config or config_beside(source) or about_file(source)
+    if described is None and "decoder.ffn_aux.0.weight" in state:
         decoder = {"causal": True, "prefix_head": True, "num_buffer_tokens": 1}
     with torch.device("meta"):  # random initial weights would cost seconds
         tokenizer = Tokenizer(sizes_for(source, config, UNSEEN_SIZES, **decoder))

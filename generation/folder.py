@@ -23,10 +23,12 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from data.pictures import picture_grid, write_png
+from data.pictures import picture_grid, with_captions, write_png
 from generation.images import ImageBatch, decode_stored, sample_images
 from generation.job import SamplingJob
 from generation.models import Models, largest_batch
+from modeling.class_names import NONE, ClassNames
+from modeling.sampling import NO_CLASS
 from modeling.tokenizer import TokenizerConfig
 from runtime.errors import InputError
 from runtime.files import lock_folder, whole_file, writing
@@ -44,7 +46,7 @@ class SampleFolder:
     """The output of one sampling job, written by all processes together.
 
     With `codes` (N, T) they are decoded instead of sampling new ones. `png` writes every image as a
-    file, `grid` the first grid x grid images as one picture.
+    file, `grid` the first grid x grid images as one picture, with the names of their classes.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class SampleFolder:
         codes: Optional[np.ndarray] = None,
         png: bool = False,
         grid: int = 0,
+        names: Optional[ClassNames] = None,
     ):
+        self.names = names
         self.output, self.job, self.models, self.processes = output, job, models, processes
         self.codes, self.png, self.grid = codes, png, grid
         self.count = job.count if codes is None else len(codes)
@@ -86,7 +90,7 @@ class SampleFolder:
             settings["prefix"] = prefix_hash(job.prefix)
         return {
             **settings,
-            "classes": known if job.classes == tuple(range(known)) else list(job.classes),
+            "classes": known if job.classes == tuple(range(known)) else shown_classes(job),
             "guidance_scale": job.sampling.guidance_scale,
             "guidance_scale_pow": job.sampling.guidance_power,
             "guidance_schedule": job.sampling.guidance_schedule,
@@ -222,6 +226,9 @@ class SampleFolder:
             if self.grid:
                 images = first_images(parts, self.grid**2)
                 path = self.output.with_name(self.output.name + "_grid.png")
+                if self.codes is None and self.names is not None:
+                    labels = self.job.labels(range(len(images))).tolist()
+                    images = with_captions(images, [self.names.caption(label) for label in labels])
                 write_png(picture_grid(images, self.grid), path)
             shape = (self.count, config.image_size, config.image_size, 3)
             concatenate_parts(parts, self.images_file, "images", shape, np.uint8)
@@ -231,6 +238,11 @@ def prefix_hash(prefix: Tensor) -> str:
     """16 hex digits of codes (M, n) and of n."""
     codes = prefix.numpy().astype("<i8")
     return hashlib.sha256(f"{codes.shape[1]} ".encode() + codes.tobytes()).hexdigest()[:16]
+
+
+def shown_classes(job: SamplingJob) -> list[int | str]:
+    """The classes of a job as a user writes them, by number."""
+    return [NONE if label == NO_CLASS else label for label in job.classes]
 
 
 def first_images(parts: Parts, count: int) -> np.ndarray:

@@ -1,13 +1,14 @@
 """What a sampling job makes, as settings: everything its images depend on besides the weights."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import torch
 
 from configs.schema import GeneratorRun
+from modeling.class_names import ClassNames
 from modeling.engine import default_dtype
-from modeling.sampling import Sampling, check_classes
+from modeling.sampling import NO_CLASS, Sampling
 from runtime.errors import InputError
 from runtime.processes import compiles
 
@@ -18,7 +19,7 @@ class SamplingJob:
     decides its random numbers, so that any process can make any image."""
 
     count: int
-    classes: tuple[int, ...]
+    classes: tuple[int, ...]  # labels; NO_CLASS: an image without a class
     seed: int
     sampling: Sampling
     precision: str  # fp32, tf32 or bf16
@@ -45,20 +46,26 @@ class SamplingJob:
         return self.prefix[[i % len(self.prefix) for i in indices]]
 
 
-def sampling_job(options: GeneratorRun, device: torch.device) -> SamplingJob:
+def sampling_job(
+    options: GeneratorRun, device: torch.device, names: Optional[ClassNames] = None
+) -> SamplingJob:
     """The job that the options describe on this device, where `auto` is decided.
 
-    Raises InputError for classes that the generator lacks, and for what the device cannot do.
+    `names` are those of the generator's classes; by default nothing but their number is known. Raises
+    InputError for classes that the generator lacks, and for what the device cannot do.
     """
     experiment, generator = options.experiment, options.model.generator
     known = generator.condition_num_classes
-    classes = tuple(experiment.classes or range(known))
-    check_classes(min(classes), max(classes), known)
+    names = names or ClassNames(known)
+    classes = tuple(names.labels(experiment.classes or range(known)))
+    sampling = generator.sampling
+    if set(classes) == {NO_CLASS}:  # guidance would double the work and change nothing
+        sampling = replace(sampling, guidance_scale=1.0)
     return SamplingJob(
         count=experiment.num_fid_samples,
         classes=classes,
         seed=generator.seed,
-        sampling=generator.sampling,
+        sampling=sampling,
         precision=sampling_precision(experiment.precision, device),
         compiled=compiles(experiment.compile, "experiment.compile"),
         chunk=experiment.per_proc_batch_size,

@@ -1,6 +1,7 @@
 """The models of a sampling job with their weights, on the device, and how many images fit there."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional
 
 import psutil
@@ -8,11 +9,14 @@ import torch
 from torch import Tensor
 
 from configs.schema import GeneratorExperiment, GeneratorModels
+from data.classes import trained_classes
 from generation.job import SamplingJob
+from modeling.class_names import ClassNames
 from modeling.engine import DECODED_AT_ONCE, PREFILLED_AT_ONCE, Engine, cache_bytes, free_memory
 from modeling.generator import Generator
-from modeling.tokenizer import Tokenizer
-from modeling.weights import load_tensors, tensors_hash
+from modeling.metadata import GENERATOR, TOKENIZER, About, about_file, about_model
+from modeling.tokenizer import CLUSTERING, Tokenizer
+from modeling.weights import check_same_codes, load_tensors, tensors_hash
 from runtime.errors import InputError
 
 
@@ -48,6 +52,42 @@ def generator_checkpoint(experiment: GeneratorExperiment) -> str:
     return experiment.generator_checkpoint
 
 
+def check_files(
+    sizes: GeneratorModels,
+    tokenizer: Path,
+    tokenizer_state: dict[str, Tensor],
+    generator: Optional[Path] = None,
+) -> Optional[About]:
+    """What the generator's file says of itself, as far as it says anything.
+
+    Raises InputError for a file of another kind of model, for sizes that contradict the config's, and
+    for a generator of other codes than the tokenizer's.
+    """
+    files = {"vq_model": (TOKENIZER, tokenizer), "generator": (GENERATOR, generator)}
+    for section, (kind, file) in files.items():
+        about = None if file is None else about_file(file)
+        if about is None:
+            continue
+        about.expect(kind, file)
+        used = about_model(kind, getattr(sizes, section)).config
+        for name, value in about.config.items():
+            if used[name] != value:
+                raise InputError(
+                    f"model.{section}.{name}={used[name]} contradicts {file}, which states {value}: "
+                    f"set model.{section}.{name}={value}"
+                )
+    stated = None if generator is None else about_file(generator)
+    check_same_codes(stated, generator, tokenizer_state, tokenizer)
+    return stated
+
+
+def class_names(about: Optional[About], weights: str, classes: int) -> ClassNames:
+    """The names of a generator's classes: by its file, else by the run that its weights lie in."""
+    if about is not None and about.classes is not None:
+        return ClassNames(classes, dict(enumerate(about.classes)))
+    return ClassNames(classes, trained_classes(weights))
+
+
 def load_models(
     sizes: GeneratorModels,
     experiment: GeneratorExperiment,
@@ -60,7 +100,9 @@ def load_models(
     Raises InputError where weights do not fit the sizes.
     """
     tokenizer, generator = Tokenizer(sizes.vq_model), None
-    load_tensors(tokenizer, tokenizer_state, experiment.tokenizer_checkpoint)
+    load_tensors(
+        tokenizer, tokenizer_state, experiment.tokenizer_checkpoint, CLUSTERING, CLUSTERING
+    )
     tokenizer.to(device).eval()
     hashes = {"tokenizer": tensors_hash(tokenizer_state)}
     if generator_state is not None:

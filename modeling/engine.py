@@ -40,11 +40,12 @@ from .quantizer import full_float32
 from .sampling import (
     CACHES,
     Sampling,
-    check_classes,
+    check_labels,
     check_prefix,
     draw_codes,
     guidance_schedule,
     guide,
+    label_rows,
 )
 from .tokenizer import Decoder, Tokenizer
 
@@ -417,6 +418,7 @@ class Engine:
     def sample(self, labels: Tensor, uniforms: Tensor, prefix: Optional[Tensor] = None) -> Tensor:
         """Labels (B,), B up to the batch, and uniforms (B, T) -> codes (B, T), int64.
 
+        The label `NO_CLASS` stands for an image without a class, which guidance leaves as it is.
         With `prefix` (B, n), n <= T, the first n codes are these and only the others are drawn: as
         they would be if the first n steps had drawn the prefix, up to rounding. Raises InputError
         for a prefix of other codes or longer than T. On CUDA this returns before the codes are
@@ -425,14 +427,14 @@ class Engine:
         B, T, config = len(labels), self.config.image_seq_len, self.config
         if self.batch < B:
             raise ValueError(f"{B} images for an engine of batch {self.batch}")
+        check_labels(labels, config.condition_num_classes)
         if prefix is None:
             prefix = torch.empty(B, 0, dtype=torch.int64, device=labels.device)
         check_prefix(prefix, B, config)
         n = prefix.shape[1]
-        check_classes(int(labels.min()), int(labels.max()), config.condition_num_classes)
         # Shapes are fixed: a smaller batch is filled up with images of "no class".
         classes = labels.new_full((self.batch,), config.no_class, dtype=torch.int64)
-        classes[:B] = labels
+        classes[:B] = label_rows(labels, config.no_class)
         rows = classes + config.codebook_size + 1
         no_class = torch.full_like(rows, config.codebook_size + 1 + config.no_class)
         numbers = uniforms.new_zeros(self.batch, T)

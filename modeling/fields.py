@@ -171,15 +171,19 @@ def is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(is_a(v, item) for v in value)
     if kind in (int, float):
         return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if kind == NUMBER_OR_NAME:
+        return is_a(value, int) or isinstance(value, str)
     return kind is Any or isinstance(value, kind)
 
 
 TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Any: ""}
+NUMBER_OR_NAME = int | str
 
 
 def type_name(kind: Any) -> str:
     if get_origin(kind) is list:
-        return f"list of {type_name(get_args(kind)[0])}s"
+        (item,) = get_args(kind)
+        return f"list of {'integers or texts' if item == NUMBER_OR_NAME else type_name(item) + 's'}"
     return TYPE_NAMES.get(kind, "section")
 
 

@@ -1,40 +1,59 @@
 """Images from classes in three lines: both models from their weight files, on one device."""
 
-import operator
+import tempfile
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Optional
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from . import hub
+from .class_names import ClassNames
 from .engine import Engine, ImageDecoder, default_dtype, find_device
 from .errors import InputError
 from .generator import Generator, GeneratorConfig
+from .metadata import (
+    GENERATOR,
+    TOKENIZER,
+    About,
+    about_file,
+    about_model,
+    generator_sizes,
+)
 from .randomness import image_uniforms
-from .sampling import Sampling, check_classes
-from .tokenizer import Tokenizer, TokenizerConfig
-from .weights import describe, load_tensors, load_weights, read_state_dict
+from .runs import weights_in
+from .sampling import NO_CLASS, Sampling
+from .tokenizer import CLUSTERING, Tokenizer, TokenizerConfig
+from .weights import (
+    check_same_codes,
+    describe,
+    fingerprint,
+    load_tensors,
+    read_state_dict,
+    write_state_dict,
+)
+
+# Of a folder on the hub, or one that `save_pretrained` writes.
+FILES = ("generator.safetensors", "tokenizer.safetensors")
 
 
 def generator_config(state: dict[str, Tensor], seq_len: int, source: str) -> GeneratorConfig:
     """The sizes of a generator, read off its tensors; an image has `seq_len` codes."""
     try:
-        codes, hidden = state["output.weight"].shape
-        return GeneratorConfig(
-            hidden_size=hidden,
-            num_hidden_layers=sum(name.endswith(".attn.qkv.weight") for name in state),
-            num_attention_heads=hidden // len(state["blocks.0.attn.q_norm.weight"]),
-            codebook_size=codes,
-            image_seq_len=seq_len,
-            condition_num_classes=len(state["embeddings.weight"]) - codes - 2,
-        )
+        return GeneratorConfig(**generator_sizes(state), image_seq_len=seq_len)
     except (KeyError, ValueError) as e:
         raise InputError(f"{source} is not a generator but {describe(state)}") from e
 
 
 class Pipeline:
     """A generator and a tokenizer with their weights, ready to make images.
+
+    `generator` and `tokenizer` are weights files or run folders, of which the newest checkpoint
+    counts (of the generator its average, if it has one). A .safetensors file that this project wrote
+    states its sizes. For another tokenizer file they are those of `tokenizer_config`, by default the
+    published ones; a generator's are read off its tensors.
 
     `device` is CUDA where there is one. `dtype` is that of the generator's matrices: by default
     bfloat16 on CUDA, from Ampere on, and float32 elsewhere. `compiled` takes a minute first; it pays on
@@ -44,8 +63,8 @@ class Pipeline:
 
     def __init__(
         self,
-        generator: str,
-        tokenizer: str,
+        generator: str | Path,
+        tokenizer: str | Path,
         tokenizer_config: Optional[TokenizerConfig] = None,
         device: Optional[str] = None,
         dtype: Optional[torch.dtype] = None,
@@ -54,32 +73,114 @@ class Pipeline:
         self.device = find_device(device)
         self.dtype = dtype or default_dtype(self.device)
         self.compiled = compiled
-        config = tokenizer_config or TokenizerConfig()
-        self.tokenizer = Tokenizer(config).eval()
-        load_weights(self.tokenizer, tokenizer)
-        state = read_state_dict(generator)
-        self.generator = Generator(generator_config(state, config.num_tokens, generator)).eval()
-        load_tensors(self.generator, state, generator)
+        self.about: dict[str, Optional[About]] = {}  # what the files say of themselves
+        tokenizer_file = weights_in(tokenizer, "tokenizer")
+        generator_file = weights_in(generator, "ema", "generator")
+        state = self._open_tokenizer(tokenizer_file, tokenizer_config)
+        self._open_generator(generator_file)
+        check_same_codes(self.about[GENERATOR], generator_file, state, tokenizer_file)
+        self.names = class_names(self.about[GENERATOR], self.generator.config)
         self.tokenizer.to(self.device)
         self.generator.to(self.device)
         self.decoder = ImageDecoder(self.tokenizer, self.dtype)
         self.engine: Optional[Engine] = None
+        self.revision: Optional[str] = None  # the commit, of a pipeline from the hub
 
+    def _open_tokenizer(self, file: Path, config: Optional[TokenizerConfig]) -> dict[str, Tensor]:
+        about = self.about[TOKENIZER] = about_file(file)
+        if about is not None:
+            stated = about.build(TokenizerConfig, TOKENIZER, file)
+            check_config(config, about, file)
+            config = config or stated
+        self.tokenizer = Tokenizer(config or TokenizerConfig()).eval()
+        state = read_state_dict(file)
+        load_tensors(self.tokenizer, state, str(file), CLUSTERING, CLUSTERING)
+        return state
+
+    def _open_generator(self, file: Path) -> None:
+        about = self.about[GENERATOR] = about_file(file)
+        state, tokens = read_state_dict(file), self.tokenizer.config.num_tokens
+        if about is None:
+            config = generator_config(state, tokens, str(file))
+        else:
+            config = about.build(GeneratorConfig, GENERATOR, file)
+            codes = self.tokenizer.config.codebook_size
+            if (config.image_seq_len, config.codebook_size) != (tokens, codes):
+                raise InputError(
+                    f"{file} makes {config.image_seq_len} codes of {config.codebook_size} per image, "
+                    f"but the tokenizer {tokens} of {codes}: pass the tokenizer that it was trained "
+                    f"with"
+                )
+        self.generator = Generator(config).eval()
+        load_tensors(self.generator, state, str(file))
+
+    # ------------------------------------------------------------------ folders and the hub
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, revision: Optional[str] = None, **options: Any
+    ) -> "Pipeline":
+        """A pipeline from a folder that `save_pretrained` wrote, or from one on the hub (org/name).
+
+        `revision` is a commit, tag or branch on the hub: pin a commit, and the weights stay the same;
+        without it the newest of the main branch is taken. Both files are of one commit, which becomes
+        `pipeline.revision`. `options` are those of the class. Raises InputError where the hub does not
+        answer, and as the class does.
+        """
+        folder, found = Path(name), None
+        if not folder.is_dir():
+            folder = hub.download(str(name), revision, FILES)
+            found = folder.name
+        elif revision is not None:
+            raise InputError(f"revision={revision} is for the hub, but {name} is a local folder")
+        generator, tokenizer = (folder / file for file in FILES)
+        pipeline = cls(generator, tokenizer, **options)
+        pipeline.revision = found
+        return pipeline
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write generator.safetensors and tokenizer.safetensors, which say all that is needed."""
+        tokenizer = self.tokenizer.state_dict()
+        earlier = self.about[TOKENIZER]
+        about = about_model(TOKENIZER, self.tokenizer.config, stage=earlier and earlier.stage)
+        write_state_dict(tokenizer, Path(folder) / FILES[1], about)
+        earlier = self.about[GENERATOR]
+        about = about_model(GENERATOR, self.generator.config, fingerprint(tokenizer))
+        about = replace(about, classes=earlier and earlier.classes)
+        write_state_dict(self.generator.state_dict(), Path(folder) / FILES[0], about)
+
+    def push_to_hub(
+        self,
+        name: str,
+        branch: Optional[str] = None,
+        private: Optional[bool] = None,
+        message: str = "Upload weights",
+    ) -> str:
+        """Upload both models to a repository on the hub (org/name), which is made if need be.
+
+        Returns the commit, for `from_pretrained(name, revision=…)`. `branch` is made if need be; None:
+        main. Raises InputError where the hub does not answer or refuses.
+        """
+        with tempfile.TemporaryDirectory(prefix="alitok-") as folder:
+            self.save_pretrained(folder)
+            return hub.upload(Path(folder), name, branch, private, message)
+
+    # ------------------------------------------------------------------ images
     def __call__(
-        self, classes: Sequence[int], seed: int = 0, **sampling: float | int | str
+        self, classes: Sequence[int | str | None], seed: int = 0, **sampling: float | int | str
     ) -> Tensor:
         """Images of these classes: (N, S, S, 3), uint8, on the CPU.
 
-        `sampling` are the fields of `modeling.sampling.Sampling`: guidance_scale, guidance_power,
-        guidance_schedule, temperature, top_k, top_p. Image i draws from (seed, i) alone, as image i
-        of sample_imagenet.py does: the same class, seed, settings and precision make the same
-        image, up to rounding that depends on the batch and on compiling. Raises InputError for no
-        classes or unknown ones, and for settings that make no sense.
+        A class is a number, a name ("golden retriever") or None: an image without a class, which
+        guidance does not change. `sampling` are the fields of `modeling.sampling.Sampling`:
+        guidance_scale, guidance_power, guidance_schedule, temperature, top_k, top_p. Image i draws
+        from (seed, i) alone, as image i of sample_imagenet.py does: the same class, seed, settings
+        and precision make the same image, up to rounding that depends on the batch and on compiling.
+        Raises InputError for no classes or unknown ones, and for settings that make no sense.
         """
-        labels = class_labels(classes)
-        known = self.generator.config.condition_num_classes
-        check_classes(int(labels.min()), int(labels.max()), known)
+        labels = class_labels(classes, self.names)
         settings = sampling_settings(sampling)
+        if (labels == NO_CLASS).all():  # guidance would double the work and change nothing
+            settings = replace(settings, guidance_scale=1.0)
         batch = len(labels)
         if self.engine is None or (self.engine.batch, self.engine.sampling) != (batch, settings):
             self.engine = None  # frees its memory for the next
@@ -89,15 +190,36 @@ class Pipeline:
         return self.decoder(codes).cpu()
 
 
-def class_labels(classes: Sequence[int]) -> Tensor:
-    """Class numbers as labels (N,), int64; anything else is refused."""
+def check_config(config: Optional[TokenizerConfig], about: About, source: object) -> None:
+    """Refuse a tokenizer's config that contradicts what the weights file states."""
+    here = about.config if config is None else about_model(TOKENIZER, config).config
+    for name, stated in about.config.items():
+        if here[name] != stated:
+            raise InputError(
+                f"tokenizer_config has {name}={here[name]}, but {source} states {stated}: leave it "
+                f"out, or pass other weights"
+            )
+
+
+def class_names(about: Optional[About], config: GeneratorConfig) -> ClassNames:
+    """The names of a generator's classes, as far as its file states them."""
+    folders = about.classes if about is not None and about.classes is not None else ()
+    return ClassNames(config.condition_num_classes, dict(enumerate(folders)))
+
+
+def class_labels(classes: Sequence[int | str | None], names: ClassNames) -> Tensor:
+    """Classes by number, name or None as labels (N,), int64; anything else is refused."""
     try:
-        numbers = [operator.index(number) for number in classes]
-    except TypeError as e:
-        raise InputError(f"classes {classes!r}: pass a list of class numbers, as [207]") from e
-    if not numbers:
+        items = None if isinstance(classes, str) else list(classes)
+    except TypeError:
+        items = None
+    if items is None or any(isinstance(item, float) for item in items):
+        raise InputError(
+            f"classes {classes!r}: pass a list of class numbers, names or None, as [207]"
+        )
+    if not items:
         raise InputError("no classes: pass at least one class number, as [207]")
-    return torch.tensor(numbers)
+    return torch.tensor(names.labels(items))
 
 
 def sampling_settings(values: dict[str, float | int | str]) -> Sampling:

@@ -20,6 +20,9 @@ SCHEDULES = ("power-cosine", "constant", "linear")
 # How `engine.Engine` computes attention, and in which type it keeps keys and values.
 ENGINES = ("auto", "fused", "plain")
 CACHES = ("auto", "int8")
+# The label of an image without a class, which samples from the "no class" row. It is far from any
+# other, so that a label that is wrong by one is refused.
+NO_CLASS = -(2**31)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,18 @@ def check_prefix(prefix: Tensor, images: int, config: GeneratorConfig) -> None:
         )
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels (B,) that are neither a class nor `NO_CLASS`."""
+    asked = labels[labels != NO_CLASS]
+    if len(asked):
+        check_classes(int(asked.min()), int(asked.max()), classes)
+
+
+def label_rows(labels: Tensor, no_class: int) -> Tensor:
+    """Labels as the generator counts them: `NO_CLASS` becomes its label `no_class`."""
+    return labels.masked_fill(labels == NO_CLASS, no_class)
+
+
 @torch.inference_mode()
 def sample_codes(
     model: Generator,
@@ -149,14 +164,15 @@ def sample_codes(
 
     The readable twin of `engine.Engine`; tests hold their codes equal. `guidance_scale` 0 or 1 samples
     without guidance. With guidance both branches run in one batch: logits = u + s_t·(c - u), where u is
-    the "no class" branch. The first codes are those of `prefix` (B, n), if it is there, instead of
-    drawn ones. The model must be in eval mode.
+    the "no class" branch, which is also that of the label `NO_CLASS`. The first codes are those of
+    `prefix` (B, n), if it is there, instead of drawn ones. The model must be in eval mode.
     """
     T = model.config.image_seq_len
-    check_classes(int(labels.min()), int(labels.max()), model.config.condition_num_classes)
+    check_labels(labels, model.config.condition_num_classes)
     sampling = Sampling(guidance_scale, guidance_power, temperature=temperature)
     scales = guidance_schedule(guidance_scale, guidance_power, T).to(labels.device)
     B = len(labels)
+    labels = label_rows(labels, model.config.no_class)
     if sampling.guided:
         labels = torch.cat([labels, torch.full_like(labels, model.config.no_class)])
     cache = KVCache(model, len(labels))

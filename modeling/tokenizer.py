@@ -21,6 +21,9 @@ from .fields import check_options, option
 from .quantizer import VectorQuantizer, full_float32
 from .tokenizer_blocks import TokenizerBlock
 
+# In stage 1's weights alone: the running mean that clustering keeps. No code or image depends on it.
+CLUSTERING = ("quantize.embed_prob",)
+
 
 @dataclass
 class TokenizerConfig:

@@ -1,13 +1,14 @@
 """Reads and writes weight files: tensors only, strictly by name and shape."""
 
 import ctypes
+import dataclasses
 import hashlib
 import logging
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from .errors import InputError
 from .files import whole_file
 from .formats import PYTORCH, SAFETENSORS, kind_by_content, unwrap
+from .metadata import TOKENIZER, About, about_file
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +28,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     A checkpoint that wraps or prefixes them (`formats.unwrap`; the published trainer's `last.pth` is
     one) is unwrapped, and a line in the log names what was removed. No code in the file is ever run
     (`weights_only`). Raises InputError for a file that is missing, unreadable or damaged, that is of
-    another kind, or that holds no tensors or two candidates.
+    another kind, that holds no tensors or two candidates, or whose metadata contradicts its tensors.
     """
     content = read_file(Path(path))
     state, removed = unwrap(content, str(path))
     say_unwrapped(path, removed)
+    about = about_file(path)
+    if about is not None:
+        about.check_tensors(state, path)
     return state
 
 
@@ -133,16 +138,58 @@ def not_tensors(path: Path, error: Exception) -> InputError:
     )
 
 
-def write_state_dict(state: dict[str, Tensor], path: str | Path) -> None:
-    """Write tensors as safetensors or, for any other suffix, in PyTorch's format; never in part."""
+def write_state_dict(
+    state: dict[str, Tensor], path: str | Path, about: Optional[About] = None
+) -> None:
+    """Write tensors as safetensors or, for any other suffix, in PyTorch's format; never in part.
+
+    `about` goes into the metadata of safetensors; the fingerprint of a tokenizer is computed here.
+    PyTorch's format, the published one, has no place for it.
+    """
     path = Path(path)
     # A tensor that shares memory would be saved whole; clones keep the file to what is named.
     state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
     with whole_file(path) as partial:
         if path.suffix == ".safetensors":
-            save_file(state, partial)
+            save_file(state, partial, *metadata_of(state, about))
         else:
             torch.save(state, partial)
+
+
+def metadata_of(state: dict[str, Tensor], about: Optional[About]) -> list[dict[str, str]]:
+    """The `__metadata__` of a file with these tensors, if there is any."""
+    if about is None:
+        return []
+    if about.kind == TOKENIZER:
+        about = dataclasses.replace(about, tokenizer=fingerprint(state))
+    return [about.entries()]
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """16 hex digits of the tensors that decide the codes: encoder, latent tokens and codebook.
+
+    Both stages of one tokenizer have the same fingerprint: only their decoders differ. The number
+    of heads is not part of it, because no tensor's shape shows it; the manifest of a cache and the
+    metadata of weights hold it.
+    """
+    return tensors_hash(state, ("encoder.", "latent_tokens", "quantize.embedding."), torch.float32)
+
+
+def check_same_codes(
+    generator: Optional[About],
+    source: object,
+    tokenizer: dict[str, Tensor],
+    tokenizer_source: object,
+) -> None:
+    """Refuse a generator with the tokenizer of other codes, as far as its file says which it is for."""
+    if generator is None or generator.tokenizer is None:
+        return
+    here = fingerprint(tokenizer)
+    if generator.tokenizer != here:
+        raise InputError(
+            f"{source} models the codes of another tokenizer (fingerprint {generator.tokenizer:.40}) "
+            f"than {tokenizer_source} ({here}): pass the tokenizer that it was trained with"
+        )
 
 
 def tensors_hash(

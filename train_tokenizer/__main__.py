@@ -44,6 +44,7 @@ from evaluation.reconstruction import (
     image_batches,
     reconstruct,
 )
+from modeling.metadata import DISCRIMINATOR, TOKENIZER, About, about_file, about_model
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
 from modeling.weights import (
     describe,
@@ -166,7 +167,9 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
             "experiment.stage1_checkpoint=RUN_DIR or a weights file, or experiment.init_weights to "
             "continue from a tokenizer of stage 2"
         )
-    state = read_state_dict(on_main(lambda: checkpoint.weights_file(source, "tokenizer")))
+    file = on_main(lambda: checkpoint.weights_file(source, "tokenizer"))
+    state = read_state_dict(file)
+    check_encoder(file, options.model.vq_model)
     from_stage1 = options.model.decoder_init == "stage1"
     if from_stage1:
         ignore, keep = STAGE1_ONLY + BUFFERS_AND_POSITIONS, BUFFERS_AND_POSITIONS
@@ -182,11 +185,29 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     return tokenizer
 
 
+def check_encoder(file: Path, config: TokenizerConfig) -> None:
+    """Refuse stage 1's weights where they say that another encoder than the configured one made them."""
+    about = about_file(file)
+    if about is None:
+        return
+    about.expect(TOKENIZER, file)
+    here = about_model(TOKENIZER, config).config
+    for name in configs.load.SIZES_OF_ENCODER:
+        if here[name] != about.config[name]:
+            raise InputError(
+                f"model.vq_model.{name}={here[name]} contradicts {file}, whose encoder stage 2 keeps: "
+                f"set {about.config[name]}"
+            )
+
+
 def is_of_stage1(source: str, state: dict[str, Tensor]) -> bool:
-    """Whether weights are of stage 1, by their own names or by their run's config."""
+    """Whether weights are of stage 1, by their own names, their metadata or their run's config."""
     if any(name.startswith(STAGE1_ONLY) for name in state):
         return True
     # Without prefix head and clustering, no name shows it.
+    about = about_file(source)
+    if about is not None:
+        return about.stage == 1
     run = configs.load.run_beside(TokenizerRun, source)
     return run is not None and run[1].model.stage == 1
 
@@ -452,6 +473,13 @@ class TrainState:
 
 
 # ---------------------------------------------------------------------- reports
+def about_weights(options: TokenizerRun) -> dict[str, About]:
+    """What the run's weights say of themselves, by their names in a checkpoint."""
+    tokenizer = about_model(TOKENIZER, options.model.vq_model, stage=options.model.stage)
+    discriminator = about_model(DISCRIMINATOR)
+    return {"tokenizer": tokenizer, RAW_WEIGHTS: tokenizer, "discriminator": discriminator}
+
+
 def settings_of(run: Run, data: TokenizerData, step: int) -> dict[str, Any]:
     """What has made the run the run that it is until `step`, to compare when it is resumed."""
     options = run.options
@@ -560,6 +588,13 @@ def preview(tokenizer: Tokenizer, paths: list[ImagePath]) -> Tensor:
     return pictures.pairs()
 
 
+def export(run: Run, weights: dict[str, Tensor]) -> None:
+    """Write tokenizer.pth, the published format, and tokenizer.safetensors into the run's folder."""
+    for suffix in (".pth", ".safetensors"):
+        file = run.folder.path / f"tokenizer{suffix}"
+        write_state_dict(weights, file, run.about["tokenizer"])
+
+
 # ---------------------------------------------------------------------- the program
 def critic_loss(state: TrainState, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The discriminator's weighted hinge loss on images and reconstructions, and what to log."""
@@ -610,6 +645,7 @@ def main(argv: list[str]) -> None:
     state = TrainState(run, options, evaluates=bool(data.validation))
     params = options.dataset.params
     run.start(data.dataset, len(data.paths), params.num_workers_per_gpu, params.skip_unreadable)
+    run.about = about_weights(options)
     describe_run(run, state, data)
     report(run, run.first_step - 1, run.missing_reports(), state, data)
 
@@ -655,9 +691,8 @@ def main(argv: list[str]) -> None:
 
     if run.dry_run is not None:
         return run.report_dry_run(state.models())
-    path = run.folder.path / "tokenizer.pth"
-    on_main(lambda: write_state_dict(state.averaged.state_dict(), path))
-    run.finish(f"weights in {path}")
+    on_main(lambda: export(run, state.averaged.state_dict()))
+    run.finish(f"weights in {run.folder.path / 'tokenizer.pth'} and .safetensors")
 
 
 if __name__ == "__main__":

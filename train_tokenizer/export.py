@@ -5,6 +5,7 @@ from pathlib import Path
 import yaml
 
 from configs.load import as_dict, config_beside, tokenizer_config
+from modeling.metadata import TOKENIZER, about_file, about_model
 from modeling.weights import describe, read_state_dict, write_state_dict
 from runtime.arguments import Parser, new_file, path
 from runtime.files import write_whole
@@ -22,9 +23,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("file", type=new_file(*FORMATS), help="what to write: .pth or .safetensors")
     args = parser.parse_args(argv)
     source = weights_file(args.run_dir, "tokenizer")
-    state = read_state_dict(source)
-    write_state_dict(state, args.file)
-    config = config_beside(args.run_dir)
+    state, about, config = read_state_dict(source), about_file(source), config_beside(args.run_dir)
+    if about is not None:
+        about.expect(TOKENIZER, source)
+    elif config is not None:  # a run of an earlier version
+        about = about_model(TOKENIZER, tokenizer_config(config))
+        about.check_tensors(state, source)
+    write_state_dict(state, args.file, about)
     if config is not None:
         # The numbers of heads, and whether the decoder is causal, are in no tensor's shape.
         sizes = {"model": {"vq_model": as_dict(tokenizer_config(config))}}

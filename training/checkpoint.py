@@ -7,19 +7,18 @@ at most one checkpoint. It holds tensors and plain values only; nothing in it is
 
 import json
 import os
-import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from modeling.metadata import About
+from modeling.runs import MANIFEST, NAME, all_checkpoints, step_of
 from modeling.weights import read_state_dict, write_state_dict
 from runtime.errors import InputError
 from runtime.files import file_sha256, sync_folder, whole_file, write_whole, writing
-
-MANIFEST = "manifest.json"
-NAME = re.compile(r"step-(\d{8,})")
 
 
 def save(
@@ -30,13 +29,15 @@ def save(
     keep: int,
     keep_every: int = 0,
     origin: str | None = None,
+    about: Mapping[str, About] | None = None,
 ) -> Path:
     """Write one checkpoint; remove those of later steps and all but the newest `keep`.
 
     `weights` become NAME.safetensors, usable on their own; `state` (optimizers and plain values)
     becomes state.pt. Checkpoints whose step is a multiple of `keep_every` are never removed as old.
-    `origin` is the checkpoint that the user named to start the run from, if any. Raises InputError,
-    with the earlier checkpoints untouched, where the disk is full or not writable.
+    `origin` is the checkpoint that the user named to start the run from, if any; `about` is what the
+    files of weights say of themselves, by the names of `weights`. Raises InputError, with the earlier
+    checkpoints untouched, where the disk is full or not writable.
     """
     folder = run_dir / "checkpoints"
     final = folder / f"step-{step:08d}"
@@ -52,7 +53,7 @@ def save(
                     f"no room for the checkpoint of step {step} in {folder}: {needed / 1e9:.2f} GB "
                     f"needed, {free / 1e9:.2f} GB free; make room and run the same command again"
                 )
-            write_files(aside, step, weights, state, origin)
+            write_files(aside, step, weights, state, origin, about or {})
             # The run was resumed from an earlier checkpoint, so those of later steps, and a damaged
             # one of this step, are obsolete. They are removed before the rename: if a kill left one
             # beside the new checkpoint, the next start would resume from it.
@@ -77,10 +78,11 @@ def write_files(
     weights: dict[str, dict[str, torch.Tensor]],
     state: dict[str, Any],
     origin: str | None,
+    about: Mapping[str, About],
 ) -> None:
     """The files of a checkpoint, then their manifest."""
     for name, tensors in weights.items():
-        write_state_dict(tensors, folder / f"{name}.safetensors")
+        write_state_dict(tensors, folder / f"{name}.safetensors", about.get(name))
     with whole_file(folder / "state.pt") as partial:
         torch.save(state, partial)
     entries = [
@@ -99,17 +101,6 @@ def size_of(tree: Any) -> int:
     if isinstance(tree, dict):
         tree = list(tree.values())
     return sum(map(size_of, tree)) if isinstance(tree, (list, tuple)) else 0
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def all_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first, whether valid or not."""
-    found = (run_dir / "checkpoints").glob("step-*")
-    folders = [p for p in found if NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(folders, key=step_of)
 
 
 def problem(path: Path) -> str | None:

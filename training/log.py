@@ -4,7 +4,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.schema import Experiment
-from data.pictures import picture_grid, to_pixels, write_png
+from data.pictures import picture_grid, to_pixels, with_captions, write_png
 from runtime.errors import InputError
 from runtime.files import write_whole, writing
 
@@ -128,11 +128,16 @@ class RunLog:
         lines = path.read_text().splitlines() if self.write else []
         return min((json.loads(line).get(name, math.inf) for line in lines), default=math.inf)
 
-    def images(self, step: int, name: str, images: Tensor, per_row: int) -> None:
+    def images(
+        self, step: int, name: str, images: Tensor, per_row: int, captions: Sequence[str] = ()
+    ) -> None:
         """A grid of images (N, 3, H, W) in [0, 1] as NAME-STEP.png and to wandb."""
         if not self.write:
             return
-        picture = picture_grid(to_pixels(images.float()), per_row, margin=2)
+        pixels = to_pixels(images.float())
+        if captions:
+            pixels = with_captions(pixels, captions)
+        picture = picture_grid(pixels, per_row, margin=2)
         write_png(picture, self.folder / "previews" / f"{name}-{step:08d}.png")
         for tracker in self.accelerator.trackers:
             if tracker.name == "wandb":

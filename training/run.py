@@ -3,7 +3,7 @@
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from datetime import timedelta
@@ -19,6 +19,7 @@ import configs.load
 from configs.schema import Experiment, Training
 from data.loader import training_loader
 from data.unreadable import SkipUnreadable, lines_of
+from modeling.metadata import About
 from modeling.weights import read_state_dict, tensors_hash
 from runtime.errors import InputError
 from runtime.files import lock_folder, write_whole
@@ -192,15 +193,24 @@ class RunFolder:
 
         on_main(lock)
 
-    def save(self, step: int, weights: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """One checkpoint, whole when this returns; the main process's tensors are written."""
+    def save(
+        self,
+        step: int,
+        weights: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        about: Mapping[str, About] | None = None,
+    ) -> None:
+        """One checkpoint, whole when this returns; the main process's tensors are written.
+
+        `about` is what the files of weights say of themselves, by the names of `weights`.
+        """
         state = {**state, "streams": STREAMS_VERSION}
         if self.accelerator.scaler is not None:
             state = {**state, "scaler": self.accelerator.scaler.state_dict()}
         keep, keep_every = self.experiment.keep_checkpoints, self.experiment.keep_every
 
         def write() -> None:
-            checkpoint.save(self.path, step, weights, state, keep, keep_every, self.origin)
+            checkpoint.save(self.path, step, weights, state, keep, keep_every, self.origin, about)
 
         on_main(write)
 
@@ -243,6 +253,7 @@ class Run:
         self.batch = self.training.per_gpu_batch_size * accelerator.num_processes
         self.global_batch = self.batch * self.training.gradient_accumulation_steps
         self.flops_per_image: float | None = None  # for the log's MFU
+        self.about: dict[str, About] = {}  # what files of weights say of themselves, by their names
         self.stop = StopSignal(timedelta(minutes=self.training.timeout_minutes))
         self.folder = RunFolder(accelerator, self.experiment)
         self.first_step = self.folder.first_step
@@ -439,7 +450,7 @@ class Run:
             state = {**other_state, "run": settings, "window": window}
             if self.initial is not None:
                 state["initial"] = self.initial
-            self.folder.save(step, weights, state)
+            self.folder.save(step, weights, state, self.about)
 
     def attempt(self, name: str, work: Callable[[], T]) -> Optional[T]:
         """`work()`, or None on every rank, and a warning, where it failed on any of them.

@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from data.cache import fingerprint
-from data.images import scan_images
+from data.images import ImagePath, scan_images
 from data.tokens import open_tokens
 from evaluation.generator_scores import find_source, open_generator, plot_positions
 from evaluation.likelihood import Likelihood, measure_likelihood
@@ -178,7 +178,7 @@ def study_rows(args: argparse.Namespace) -> list[Row]:
     ]
 
 
-def image_paths(folder: Path, at_least: int) -> list[str]:
+def image_paths(folder: Path, at_least: int) -> list[ImagePath]:
     paths = scan_images(folder).paths
     if len(paths) < at_least:
         raise InputError(f"{folder} holds too few images, {len(paths)}: pass {at_least} or more")

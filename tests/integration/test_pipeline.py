@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,6 +73,11 @@ def test_export_writes_the_newest_checkpoint(workspace, tmp_path):
     # What no tensor's shape shows comes with it: without a config the sizes are those of the run.
     sizes = sizes_for(str(tmp_path / "a.pth"), None, ())
     assert sizes == configs.load.tokenizer_config(run) and sizes.encoder_heads == 2
+    # A file that states it needs no other beside it.
+    (tmp_path / "a.yaml").unlink()
+    assert sizes_for(str(tmp_path / "a.safetensors"), None, ()) == replace(
+        sizes, num_latent_tokens=sizes.num_tokens
+    )
     step = run / "checkpoints/step-00000003"
     execute("train_tokenizer.export", step, tmp_path / "b.pth")
     assert equal_weights(tmp_path / "b.pth", step / "tokenizer.safetensors")

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 
@@ -12,6 +13,7 @@ import train_ar
 from configs.schema import OptimizerParams
 from data.writer import TokenWriter
 from modeling.generator import Generator, GeneratorConfig
+from modeling.metadata import GENERATOR, about_file, about_model
 from runtime.errors import InputError
 from runtime.files import file_sha256
 from tests.host_syncs import count_in
@@ -125,6 +127,29 @@ def test_validation_class_that_the_training_set_lacks_is_refused(train, tmp_path
     with pytest.raises(InputError, match=r"val has classes that the training set lacks: z"):
         train(f"dataset.params.val_pretokenization={cache}")
     assert not (tmp_path / "run").exists()
+
+
+def test_every_safetensors_of_a_run_says_what_it_is(train, tmp_path):
+    train("training.max_train_steps=10", "training.use_ema=True")
+    run = tmp_path / "run"
+    sizes = GeneratorConfig(32, 2, 2, codebook_size=32, image_seq_len=21, condition_num_classes=3)
+    expected = about_model(GENERATOR, sizes, "none", classes=["a", "b", "c"])
+    found = sorted(run.rglob("*.safetensors"))
+    names = {path.name.removesuffix(".safetensors") for path in found}
+    assert names == {"generator", "generator_ema", "generator_best", "ema"} and len(found) == 5
+    assert all(about_file(path) == expected for path in found)
+
+
+def test_classes_of_samples_go_by_the_names_of_the_training_set(train, tmp_path, tokenizer):
+    given = ["training.max_train_steps=1", "experiment.generate_every=1"]
+    train(*given, "experiment.classes=[c,none,0]")
+    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert saved["experiment"]["classes"] == [2, "none", 0]
+    with pytest.raises(
+        InputError, match=r"no class is called cc: the nearest name is c \(class 2\)"
+    ):
+        train(*given, "experiment.classes=[cc]", run="other")
+    assert not (tmp_path / "other").exists()
 
 
 class StandIn:

@@ -157,10 +157,18 @@ def test_precision_no_is_a_word_on_the_command_line(word):
 
 
 @pytest.mark.parametrize(
-    "text, value", [("1", [1]), ("[1]", [1]), ("[3, 4]", [3, 4]), ("null", None)]
-)
-def test_one_class_or_several(text, value):
-    assert load(GeneratorRun, [B, f"experiment.classes={text}"]).experiment.classes == value
+    "text, value",
+    [
+        ("1", [1]), ("[1]", [1]), ("[3, 4]", [3, 4]), ("null", None),
+        ("otter", ["otter"]), ("[golden retriever,otter]", ["golden retriever", "otter"]),
+        ("[207, none, otter]", [207, "none", "otter"]), ("['5', 5]", ["5", 5]),
+    ],
+)  # fmt: skip
+def test_one_class_or_several(tmp_path, text, value):
+    options = load(GeneratorRun, [B, f"experiment.classes={text}"])
+    assert options.experiment.classes == value
+    save(options, tmp_path / "config.yaml")
+    assert load(GeneratorRun, [f"config={tmp_path}/config.yaml"]).experiment.classes == value
 
 
 def test_null_is_off_for_clipping_and_the_default_for_seeds(tmp_path):
@@ -212,7 +220,8 @@ def test_a_rate_is_a_number_however_it_is_written(tmp_path, text):
         (GeneratorRun, "model.vq_model.codebook_size=70000", "65536 or less"),
         (GeneratorRun, "experiment.save_every=-1", "0 or more"),
         (GeneratorRun, "experiment.classes=[-1]", "0 or more"),
-        (GeneratorRun, "experiment.classes=[a]", "list of integers"),
+        (GeneratorRun, "experiment.classes=[[a]]", "list of integers or texts"),
+        (GeneratorRun, "experiment.classes=[otter, '']", "the text is empty"),
         (TokenizerRun, "optimizer.params.beta1=-0.1", "0 or more"),
         (TokenizerRun, "optimizer.params.warmup_steps=400000", "longer than the run"),
         (TokenizerRun, "dataset.params.resize=0", "1 or more"),

@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 
-from data.classes import describe_classes, map_labels, untrained_labels, write_trained
+from data.classes import (
+    describe_classes,
+    map_labels,
+    trained_classes,
+    untrained_labels,
+    write_trained,
+)
 from runtime.errors import InputError
 
 
@@ -47,3 +53,11 @@ def test_labels_never_trained_are_known_from_anywhere_in_the_run(tmp_path):
     assert untrained_labels(tmp_path / "published.bin", range(1000)) == []
     (tmp_path / "run/classes.json").write_text("[")
     assert untrained_labels(tmp_path / "run", (1,)) == []
+
+
+def test_names_of_trained_classes_are_known_from_anywhere_in_the_run(tmp_path):
+    write_trained(tmp_path, ["ant", "bee", "cat"], [0, 2])
+    for path in (tmp_path, tmp_path / "g.bin", tmp_path / "checkpoints/step-00000001/g.bin"):
+        assert trained_classes(path) == {0: "ant", 2: "cat"}
+    (tmp_path / "classes.json").write_text("[1]")
+    assert trained_classes(tmp_path) == {} and untrained_labels(tmp_path, [1]) == []

@@ -12,6 +12,7 @@ from data.pictures import (
     picture_grid,
     stacked,
     to_pixels,
+    with_captions,
     write_png,
 )
 from runtime.errors import InputError
@@ -91,3 +92,20 @@ def test_png_holds_the_pixels_and_a_failure_leaves_nothing(tmp_path, monkeypatch
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write .*file"):
         write_png(IMAGES[0], tmp_path / "file/b.png")
+
+
+# ---------------------------------------------------------------------- captions
+def test_a_caption_stands_below_its_image_and_leaves_the_pixels_alone():
+    images = np.random.default_rng(0).integers(0, 256, (3, 40, 64, 3), dtype=np.uint8)
+    made = with_captions(images, ["otter", "", "golden retriever of a long name"])
+    assert made.shape[0] == 3 and made.shape[1] > 50 and made.shape[2:] == (64, 3)
+    np.testing.assert_array_equal(made[:, :40], images)
+    strips = made[:, 40:]
+    assert (strips[0] < 128).any() and (strips[1] == 255).all() and (strips[2] < 128).any()
+    other = with_captions(images, ["ant", "otter", ""])
+    np.testing.assert_array_equal(other[1, 40:], strips[0])  # the text decides, not the image
+    assert (other[0, 40:] != strips[0]).any()
+
+
+def test_images_too_small_for_a_caption_stay_as_they_are():
+    assert with_captions(IMAGES, ["otter"] * 5) is IMAGES

@@ -128,6 +128,10 @@ def test_a_cache_of_other_codes_is_refused(score, runs, tmp_path):
     other = write_cache(tmp_path / "other", tokenizer="xyz")
     refuse(score, "another tokenizer: tokenizer xyz there, abc here",
            "--generator", runs / "a", "--cache", other)  # fmt: skip
+    for file in ("generator.safetensors", "checkpoints/step-00000003/generator.safetensors"):
+        shutil.copy(runs / "a" / file, tmp_path / "copied.safetensors")  # it says so itself
+        refuse(score, "another tokenizer: tokenizer xyz there, abc here",
+               "--generator", tmp_path / "copied.safetensors", "--cache", other)  # fmt: skip
     alone = write_cache(tmp_path / "alone", tokens=16)  # without prefix tokens
     step = runs / "a/checkpoints/step-00000006"
     for weights in (runs / "a", runs / "a/generator.bin", step / "generator.safetensors"):

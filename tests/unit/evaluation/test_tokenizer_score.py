@@ -17,6 +17,7 @@ from evaluation.lpips import LPIPS
 from evaluation.metrics import frechet_distance
 from evaluation.reconstruction import ssim
 from evaluation.tokenizer_score import MAGNIFICATION, load_tokenizer, weights_hash
+from modeling.metadata import TOKENIZER, about_model
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import write_state_dict
 from runtime.errors import InputError
@@ -258,6 +259,18 @@ def test_stage_of_published_sizes_is_read_from_the_weights(run_folder, monkeypat
     wanted = (True, True, 1) if stage1 else (False, False, published.num_buffer_tokens)
     assert (seen[0].causal, seen[0].prefix_head, seen[0].num_buffer_tokens) == wanted
     assert seen[0].encoder_width == published.encoder_width
+
+
+def test_a_file_that_states_its_sizes_needs_no_config(run_folder, tmp_path):
+    _, tokenizer = run_folder
+    file = tmp_path / "alone" / "t.safetensors"
+    write_state_dict(tokenizer.state_dict(), file, about_model(TOKENIZER, tokenizer.config))
+    loaded = load_tokenizer(str(file))
+    codes = torch.randint(16, (2, tokenizer.config.num_tokens))
+    torch.testing.assert_close(loaded.decode(codes), tokenizer.decode(codes))
+    (tmp_path / "other.yaml").write_text("model: {vq_model: {image_size: 32, patch_size: 8}}")
+    with pytest.raises(InputError, match=r"codebook_size=4096 .*contradicts .*t\.safetensors"):
+        load_tokenizer(str(file), str(tmp_path / "other.yaml"))
 
 
 def test_misspelt_config_and_misfitting_weights_are_refused(run_folder):

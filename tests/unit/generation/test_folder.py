@@ -11,6 +11,8 @@ from accelerate import PartialState
 
 from generation import folder as module
 from generation.folder import SampleFolder
+from modeling.class_names import ClassNames
+from modeling.sampling import NO_CLASS
 from runtime.errors import InputError
 
 
@@ -18,9 +20,10 @@ from runtime.errors import InputError
 def fill_folder(models, job, tmp_path):
     """Run a job in a folder; returns the folder's object."""
 
-    def start(name="a", codes=None, png=False, grid=0, **changed):
+    def start(name="a", codes=None, png=False, grid=0, names=None, **changed):
         made = SampleFolder(
-            tmp_path / name, replace(job, **changed), models, PartialState(cpu=True), codes, png, grid
+            tmp_path / name, replace(job, **changed), models, PartialState(cpu=True), codes, png, grid,
+            names,
         )  # fmt: skip
         made.fill()
         return made
@@ -51,6 +54,21 @@ def test_settings_keep_their_names(fill_folder):
         "seed": 5, "compile": False, "generator": "g" * 16, "chunk": 3,
         "encoder_heads": 2, "decoder_heads": 2, "causal": False,
     }  # fmt: skip
+
+
+def test_images_of_a_grid_have_the_names_of_their_classes(fill_folder, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        module, "with_captions", lambda images, captions: written.append(captions) or images
+    )
+    names = ClassNames(3, {0: "ant", 1: "bee"})
+    made = fill_folder(grid=2, names=names, classes=(1, 2, NO_CLASS))
+    assert written == [["bee", "2", "no class", "bee"]]
+    settings = json.loads(made.settings_file.read_text())
+    assert settings["classes"] == [1, 2, "none"]
+    fill_folder("b", grid=2)  # nothing names them
+    fill_folder("c", array(made.codes_file), grid=2, names=names)  # codes without classes
+    assert len(written) == 1
 
 
 @pytest.mark.parametrize(

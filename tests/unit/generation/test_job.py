@@ -4,6 +4,8 @@ import torch
 from configs.schema import GeneratorRun
 from generation import job as module
 from generation.job import sampling_job, sampling_precision
+from modeling.class_names import ClassNames
+from modeling.sampling import NO_CLASS
 from runtime.errors import InputError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -53,3 +55,23 @@ def test_job_takes_the_options(monkeypatch):
     options.experiment.classes = [1000]
     with pytest.raises(InputError, match="class 1000"):
         sampling_job(options, CPU)
+
+
+def test_classes_go_by_name_and_none_is_an_image_without_a_class():
+    options = GeneratorRun()
+    options.experiment.classes = ["otter", 3, "none"]
+    job = sampling_job(options, CPU)
+    assert job.classes == (360, 3, NO_CLASS) and job.sampling.guided
+    names = ClassNames(1000, {0: "ant", 1: "otter"})  # of a run
+    assert sampling_job(options, CPU, names).classes == (1, 3, NO_CLASS)
+    options.experiment.classes = ["oter"]
+    with pytest.raises(InputError, match="nearest name is otter"):
+        sampling_job(options, CPU)
+
+
+def test_images_without_a_class_alone_are_sampled_without_guidance():
+    options = GeneratorRun()
+    options.experiment.classes = ["none"]
+    job = sampling_job(options, CPU)
+    assert job.classes == (NO_CLASS,) and not job.sampling.guided
+    assert job.labels(range(3)).tolist() == [NO_CLASS] * 3

@@ -1,16 +1,24 @@
 import dataclasses
+import inspect
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from modeling.engine import decode_images
 from modeling.generator import Generator, GeneratorConfig
+from modeling.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.pipeline import Pipeline
 from modeling.randomness import image_uniforms
-from modeling.sampling import sample_codes
+from modeling.sampling import draw_codes, sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights import write_state_dict
+from modeling.weights import fingerprint, write_state_dict
 from runtime.errors import InputError
+from training import checkpoint
 
 SMALL = TokenizerConfig(
     codebook_size=16,
@@ -106,3 +114,215 @@ def test_an_image_does_not_depend_on_what_is_made_with_it(made):
     *_, generator, tokenizer = made
     pipeline = Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cpu")
     assert torch.equal(pipeline([1, 2, 0], seed=3)[:2], pipeline([1, 2], seed=3))
+
+
+# ---------------------------------------------------------------------- files that say what they are
+@pytest.fixture
+def stated(made, tmp_path):
+    """The models of `made` as files that say what they are."""
+    generator, tokenizer, *_ = made
+    about = about_model(TOKENIZER, SMALL, stage=2)
+    write_state_dict(tokenizer.state_dict(), tmp_path / "t.safetensors", about)
+    known = fingerprint(tokenizer.state_dict())
+    about = about_model(GENERATOR, TINY, known, classes=["ant", "bee", "cat"])
+    write_state_dict(generator.state_dict(), tmp_path / "g.safetensors", about)
+    return str(tmp_path / "g.safetensors"), str(tmp_path / "t.safetensors")
+
+
+def test_files_that_say_what_they_are_need_no_config(made, stated):
+    expected = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
+    pipeline = Pipeline(*stated, device="cpu")
+    assert pipeline.generator.config == TINY
+    assert torch.equal(pipeline([2, 0], seed=5), expected([2, 0], seed=5))
+    assert torch.equal(pipeline(["cat", "ant"], seed=5), expected([2, 0], seed=5))
+    fitting = Pipeline(*stated, tokenizer_config=SMALL, device="cpu")
+    assert torch.equal(fitting([1]), pipeline([1]))
+
+
+def test_a_stage_1_tokenizer_that_says_so_needs_no_config(made, stated, fill, tmp_path):
+    config = replace(SMALL, causal=True, prefix_head=True, num_buffer_tokens=1, clustering=True)
+    tokenizer = fill(Tokenizer(config))
+    about = about_model(TOKENIZER, config, stage=1)
+    write_state_dict(tokenizer.state_dict(), tmp_path / "t1.safetensors", about)
+    pipeline = Pipeline(made[2], tmp_path / "t1.safetensors", device="cpu")
+    codes = sample_codes(made[0], torch.tensor([1]), image_uniforms(0, range(1), 7), 1.0, 1.0)
+    assert torch.equal(pipeline([1]), decode_images(tokenizer, codes, torch.float32))
+    # Both stages make the same codes.
+    assert torch.equal(
+        Pipeline(stated[0], tmp_path / "t1.safetensors", device="cpu")([1]), pipeline([1])
+    )
+
+
+def test_a_config_that_contradicts_the_file_is_refused_by_name(stated):
+    other = replace(SMALL, encoder_heads=4)
+    with pytest.raises(InputError, match=r"encoder_heads=4, but .*t\.safetensors states 2"):
+        Pipeline(*stated, tokenizer_config=other, device="cpu")
+
+
+def test_files_that_do_not_belong_together_are_refused(made, stated, fill, tmp_path):
+    other = fill(Tokenizer(SMALL))
+    with torch.no_grad():
+        other.latent_tokens.add_(1)
+    write_state_dict(other.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"g\.safetensors models the codes of another tokenizer"):
+        Pipeline(stated[0], str(tmp_path / "other.pth"), SMALL, device="cpu")
+    Pipeline(made[2], str(tmp_path / "other.pth"), SMALL, device="cpu")  # a .bin says nothing
+    fewer = replace(SMALL, num_latent_tokens=6)
+    write_state_dict(fill(Tokenizer(fewer)).state_dict(), tmp_path / "fewer.pth")
+    with pytest.raises(
+        InputError, match="makes 7 codes of 16 per image, but the tokenizer 6 of 16"
+    ):
+        Pipeline(stated[0], str(tmp_path / "fewer.pth"), fewer, device="cpu")
+    with pytest.raises(InputError, match="holds a generator, not a tokenizer"):
+        Pipeline(stated[1], stated[0], device="cpu")
+
+
+def test_runs_bring_all_that_a_pipeline_needs(made, tmp_path):
+    generator, tokenizer, *files = made
+    codes = fingerprint(tokenizer.state_dict())
+    about = {"generator": about_model(GENERATOR, TINY, codes), "ema": about_model(GENERATOR, TINY)}
+    raw = {name: torch.zeros_like(value) for name, value in generator.state_dict().items()}
+    weights = {"generator": raw, "ema": generator.state_dict()}
+    checkpoint.save(tmp_path / "run_ar", 2, weights, {}, keep=2, about=about)
+    about = {"tokenizer": about_model(TOKENIZER, SMALL, stage=2)}
+    weights = {"tokenizer": tokenizer.state_dict()}
+    checkpoint.save(tmp_path / "run", 4, weights, {}, keep=2, about=about)
+    pipeline = Pipeline(tmp_path / "run_ar", tmp_path / "run", device="cpu")
+    expected = Pipeline(*files, tokenizer_config=SMALL, device="cpu")
+    assert torch.equal(pipeline([1, 2]), expected([1, 2]))
+
+
+# ---------------------------------------------------------------------- images without a class
+def test_images_without_a_class_come_from_the_row_that_no_class_has(made):
+    generator, tokenizer, *files = made
+    pipeline = Pipeline(*files, tokenizer_config=SMALL, device="cpu")
+    images = pipeline([None, None], seed=3, guidance_scale=9.0)
+    assert pipeline.engine.rows == 2  # no second branch
+    labels = torch.full((2,), TINY.no_class)
+    codes = codes_of_row(generator, labels, image_uniforms(3, range(2), 7))
+    assert torch.equal(images, decode_images(tokenizer, codes, torch.float32))
+    mixed = pipeline([None, 1], seed=3, guidance_scale=9.0)
+    assert torch.equal(mixed[0], images[0])
+    assert torch.equal(mixed[1], pipeline([1, 1], seed=3, guidance_scale=9.0)[1])
+    assert not torch.equal(images, pipeline([0, 0], seed=3))
+
+
+def codes_of_row(generator, labels, uniforms):
+    """Codes by the generator's own forward pass, without cache, engine or guidance."""
+    codes = torch.zeros(len(labels), 0, dtype=torch.int64)
+    for t in range(uniforms.shape[1]):
+        logits = generator(codes, labels)[:, -1]
+        codes = torch.cat([codes, draw_codes(logits, uniforms[:, t], 1.0)[:, None]], 1)
+    return codes
+
+
+# ---------------------------------------------------------------------- folders and the hub
+class Hub:
+    """What `modeling.hub` uses of huggingface_hub, on a local folder: {commit: files}."""
+
+    def __init__(self, root):
+        self.root, self.asked, self.made = root, [], []
+
+    def create_repo(self, name, private=None, exist_ok=False):
+        assert exist_ok
+        self.made.append((name, private))
+
+    def create_branch(self, name, branch, exist_ok=False):
+        self.made.append((name, branch))
+
+    def upload_folder(self, repo_id, folder_path, revision, commit_message):
+        commit = f"{len(list(self.root.iterdir())):040x}"
+        shutil.copytree(folder_path, self.root / commit)
+        return SimpleNamespace(oid=commit)
+
+    def snapshot_download(self, name, revision=None, allow_patterns=None):
+        self.asked.append((name, revision, allow_patterns))
+        commit = revision or max(path.name for path in self.root.iterdir())
+        if not (self.root / commit).is_dir():
+            raise ConnectionError("no route to the hub\nsecond line")
+        return str(self.root / commit)
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    made = Hub(tmp_path / "hub")
+    monkeypatch.setattr("modeling.hub.client", lambda: made)
+    return made
+
+
+def test_a_saved_folder_makes_the_same_pipeline(stated, tmp_path):
+    pipeline = Pipeline(*stated, device="cpu")
+    pipeline.save_pretrained(tmp_path / "saved")
+    names = sorted(path.name for path in (tmp_path / "saved").iterdir())
+    assert names == ["generator.safetensors", "tokenizer.safetensors"]
+    again = Pipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    assert torch.equal(again(["bee"]), pipeline(["bee"])) and again.revision is None
+    for file, mine in zip(stated, names):
+        assert (tmp_path / "saved" / mine).read_bytes() == Path(file).read_bytes()
+    with pytest.raises(InputError, match="revision=v1 is for the hub"):
+        Pipeline.from_pretrained(tmp_path / "saved", revision="v1")
+
+
+def test_weights_that_say_nothing_are_saved_as_the_pair_that_they_are(made, tmp_path):
+    Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu").save_pretrained(tmp_path / "saved")
+    again = Pipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    assert again.about[GENERATOR].tokenizer == again.about[TOKENIZER].tokenizer
+    assert again.about[GENERATOR].classes is None and again.about[TOKENIZER].stage is None
+
+
+def test_the_hub_keeps_each_commit_and_a_pinned_one_stays(stated, stub):
+    pipeline = Pipeline(*stated, device="cpu")
+    first = pipeline.push_to_hub("me/digits", private=True)
+    with torch.no_grad():
+        pipeline.generator.output.bias.add_(torch.linspace(0, 9, 16))
+    second = pipeline.push_to_hub("me/digits", branch="next")
+    assert stub.made == [("me/digits", True), ("me/digits", None), ("me/digits", "next")]
+    pinned = Pipeline.from_pretrained("me/digits", revision=first, device="cpu")
+    assert pinned.revision == first
+    assert torch.equal(pinned([0, 1]), Pipeline(*stated, device="cpu")([0, 1]))
+    newest = Pipeline.from_pretrained("me/digits", device="cpu")
+    assert newest.revision == second
+    assert not torch.equal(newest([0, 1]), pinned([0, 1]))
+    files = ["generator.safetensors", "tokenizer.safetensors"]
+    assert stub.asked == [("me/digits", first, files), ("me/digits", None, files)]
+
+
+def test_a_hub_that_does_not_answer_is_one_line(stated, stub, monkeypatch):
+    with pytest.raises(InputError) as caught:
+        Pipeline.from_pretrained("me/digits", revision="abc")
+    message = str(caught.value)
+    assert "me/digits at revision abc (ConnectionError: no route to the hub)" in message
+    assert "\n" not in message
+
+    def fail(*args, **kwargs):
+        raise OSError("403 Forbidden")
+
+    monkeypatch.setattr(stub, "upload_folder", fail)
+    with pytest.raises(InputError, match=r"did not take me/digits \(OSError: 403 Forbidden\)"):
+        Pipeline(*stated, device="cpu").push_to_hub("me/digits")
+
+
+def test_a_repository_of_something_else_is_refused(stub):
+    (stub.root / "abc").mkdir()
+    (stub.root / "abc/tokenizer.safetensors").touch()
+    with pytest.raises(InputError, match=r"me/digits on the hub has no generator\.safetensors$"):
+        Pipeline.from_pretrained("me/digits", revision="abc")
+
+
+def test_without_the_hubs_client_a_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match="pip install huggingface_hub"):
+        Pipeline.from_pretrained("me/digits")
+
+
+def test_the_hubs_own_client_takes_what_it_is_called_with():
+    hub = pytest.importorskip("huggingface_hub")
+    for function, arguments in (
+        (hub.snapshot_download, dict(revision="r", allow_patterns=["a"])),
+        (hub.create_repo, dict(private=True, exist_ok=True)),
+        (hub.create_branch, dict(branch="b", exist_ok=True)),
+    ):
+        inspect.signature(function).bind("me/digits", **arguments)
+    upload = dict(repo_id="me/digits", folder_path="f", revision="b", commit_message="m")
+    inspect.signature(hub.upload_folder).bind(**upload)

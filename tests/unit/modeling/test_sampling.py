@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 from modeling import sampling
 from modeling.engine import Engine, decode_images
 from modeling.generator import Generator, GeneratorConfig
-from modeling.sampling import Sampling, draw_codes, guidance_schedule, sample_codes
+from modeling.sampling import NO_CLASS, Sampling, draw_codes, guidance_schedule, sample_codes
 from runtime.errors import InputError
 
 TINY = GeneratorConfig(
@@ -276,6 +276,18 @@ def test_engine_leaves_the_model_as_it_was_and_does_not_follow_it(model):
     codes = engine.sample(LABELS, uniforms)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(engine.sample(LABELS, uniforms), codes)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_the_label_of_no_class_samples_from_the_row_that_no_class_has(model, scale):
+    labels, uniforms = torch.tensor([NO_CLASS, 1, NO_CLASS]), torch.rand(3, 7)
+    codes = Engine(model, 4, Sampling(scale)).sample(labels, uniforms)
+    assert torch.equal(codes, sample_codes(model, labels, uniforms, scale, 1.0))
+    assert labels.tolist() == [NO_CLASS, 1, NO_CLASS]  # left as they were
+    unguided = Engine(model, 3, Sampling()).sample(torch.full((3,), NO_CLASS), uniforms)
+    assert torch.equal(codes[::2], unguided[::2])  # guidance changes nothing
+    other = Engine(model, 3, Sampling(scale)).sample(torch.ones(3, dtype=torch.int64), uniforms)
+    assert not torch.equal(codes[0], other[0])
 
 
 def test_engine_refuses_a_class_that_the_model_lacks(model):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from modeling.metadata import DISCRIMINATOR, about_file, about_model
 from runtime.errors import InputError
 from tests.payload import Payload, forge
 from training import checkpoint
@@ -255,6 +256,15 @@ def test_a_manifest_that_names_a_file_outside_does_not_hold(run_dir, absolute):
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert name in checkpoint.problem(path)
     assert checkpoint.choose(run_dir, True)[0] == folder(run_dir, 2)
+
+
+def test_weights_say_what_they_are(tmp_path):
+    about = about_model(DISCRIMINATOR)
+    weights = {"discriminator": {"w": torch.ones(2)}, "other": {"w": torch.ones(2)}}
+    path = checkpoint.save(tmp_path, 1, weights, {}, 2, about={"discriminator": about})
+    assert about_file(path / "discriminator.safetensors") == about
+    assert about_file(path / "other.safetensors") is None
+    assert checkpoint.problem(path) is None
 
 
 # ---------------------------------------------------------------------- weights of a run

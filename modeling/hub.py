@@ -1,0 +1,68 @@
+"""Folders of weights on the Hugging Face hub, by its own client, which is imported where it is used."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Optional
+
+from .errors import InputError
+
+
+def client() -> ModuleType:
+    try:
+        import huggingface_hub
+    except ImportError as e:
+        raise InputError(
+            "the hub needs huggingface_hub: install it (pip install huggingface_hub), or pass a "
+            "local folder"
+        ) from e
+    return huggingface_hub
+
+
+def download(name: str, revision: Optional[str], files: tuple[str, ...]) -> Path:
+    """The folder with these files of a repository, all of one commit; it is called as the commit is.
+
+    `revision` is a commit, tag or branch; None: the newest commit of the main branch. Files that are
+    there already are not fetched again, and without a network those are used. Raises InputError where
+    the hub does not answer or has no such repository, revision or file.
+    """
+    hub = client()
+    try:
+        folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(files)))
+    except Exception as e:  # of the network's library, too
+        at = "" if revision is None else f" at revision {revision}"
+        raise InputError(
+            f"the hub gave nothing for {name}{at} ({first_line(e)}): check the name, the revision, "
+            f"the network and, for a private repository, `hf auth login`"
+        ) from e
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise InputError(f"{name} on the hub has no {' and no '.join(missing)}")
+    return folder
+
+
+def upload(
+    folder: Path, name: str, branch: Optional[str], private: Optional[bool], message: str
+) -> str:
+    """Add the files of a folder to a repository, made if need be, as one commit; returns its hash.
+
+    Raises InputError where the hub does not answer or refuses.
+    """
+    hub = client()
+    try:
+        hub.create_repo(name, private=private, exist_ok=True)
+        if branch is not None:
+            hub.create_branch(name, branch=branch, exist_ok=True)
+        commit = hub.upload_folder(
+            repo_id=name, folder_path=folder, revision=branch, commit_message=message
+        )
+    except Exception as e:  # of the network's library, too
+        raise InputError(
+            f"the hub did not take {name} ({first_line(e)}): check the name, the network and "
+            f"`hf auth login`"
+        ) from e
+    return commit.oid
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}".removesuffix(": ")

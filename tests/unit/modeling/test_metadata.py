@@ -1,0 +1,216 @@
+"""What weights files say of themselves: written, read, and compared with what is in them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modeling.generator import Generator, GeneratorConfig
+from modeling.metadata import (
+    DISCRIMINATOR,
+    GENERATOR,
+    KEY,
+    SIZES,
+    TOKENIZER,
+    about_file,
+    about_model,
+    shown_sizes,
+)
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights import (
+    check_same_codes,
+    fingerprint,
+    read_state_dict,
+    write_state_dict,
+)
+from runtime.errors import InputError
+from tests.unit.modeling.test_pipeline import SMALL, TINY
+
+STAGE1 = dataclasses.replace(
+    SMALL, causal=True, prefix_head=True, num_buffer_tokens=1, clustering=True
+)
+
+
+@pytest.fixture
+def generator(tmp_path):
+    """A generator's file; returns its path."""
+    about = about_model(GENERATOR, TINY, "f" * 16, classes=["ant", "bee"])
+    write_state_dict(Generator(TINY).state_dict(), tmp_path / "g.safetensors", about)
+    return tmp_path / "g.safetensors"
+
+
+def edited(path, **changes):
+    """The same file with another entry; a value of None removes the name."""
+    entry = json.loads(about_file(path).entries()[KEY])
+    for name, value in changes.items():
+        entry[name] = {**entry["config"], **value} if name == "config" else value
+    save_file(load_file(path), path, {KEY: json.dumps(entry)})
+    return path
+
+
+def refusal(path):
+    with pytest.raises(InputError) as caught:
+        read_state_dict(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------- written and read
+def test_sizes_are_those_that_decide_what_a_model_computes():
+    training = {"clustering", "exact_attention", "position_init"}
+    assert set(SIZES[TOKENIZER]) == {f.name for f in dataclasses.fields(TokenizerConfig)} - training
+    training = {"dropout", "attn_drop", "tok_dropout", "class_label_dropout", "use_checkpoint"}
+    assert set(SIZES[GENERATOR]) == {f.name for f in dataclasses.fields(GeneratorConfig)} - training
+
+
+def test_a_generators_file_says_its_sizes_codes_and_classes(generator):
+    about = about_file(generator)
+    assert about.build(GeneratorConfig, GENERATOR, generator) == TINY
+    assert about.tokenizer == "f" * 16 and about.classes == ("ant", "bee")
+
+
+@pytest.mark.parametrize("config, stage", [(SMALL, 2), (STAGE1, 1)])
+def test_a_tokenizers_file_says_its_sizes_stage_and_own_fingerprint(tmp_path, config, stage):
+    path, state = tmp_path / "t.safetensors", Tokenizer(config).state_dict()
+    write_state_dict(state, path, about_model(TOKENIZER, config, stage=stage))
+    about = about_file(path)
+    assert about.stage == stage and about.tokenizer == fingerprint(state)
+    stated = dataclasses.replace(config, clustering=False, num_latent_tokens=7)
+    assert about.build(TokenizerConfig, TOKENIZER, path) == stated
+    assert read_state_dict(path).keys() == state.keys()
+
+
+def test_a_discriminators_file_says_what_it_is(tmp_path):
+    write_state_dict({"a": torch.ones(2)}, tmp_path / "d.safetensors", about_model(DISCRIMINATOR))
+    assert about_file(tmp_path / "d.safetensors").kind == DISCRIMINATOR
+    assert read_state_dict(tmp_path / "d.safetensors").keys() == {"a"}
+
+
+def test_the_same_weights_are_the_same_bytes(generator, tmp_path):
+    again = tmp_path / "again.safetensors"
+    write_state_dict(read_state_dict(generator), again, about_file(generator))
+    assert again.read_bytes() == generator.read_bytes()
+
+
+def test_names_that_are_not_utf8_come_back(tmp_path):
+    about = about_model(GENERATOR, TINY, classes=["a\udce9", "犬"])
+    write_state_dict(Generator(TINY).state_dict(), tmp_path / "g.safetensors", about)
+    assert about_file(tmp_path / "g.safetensors").classes == ("a\udce9", "犬")
+
+
+@pytest.mark.parametrize("name", ["g.bin", "g.pth"])
+def test_the_published_format_stays_as_it_is(generator, tmp_path, name):
+    state = read_state_dict(generator)
+    write_state_dict(state, tmp_path / name, about_file(generator))
+    assert about_file(tmp_path / name) is None
+    content = torch.load(tmp_path / name, weights_only=True)
+    assert type(content) is dict and content.keys() == state.keys()
+
+
+def test_other_peoples_files_say_nothing(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors", {"format": "pt"})
+    save_file({"a": torch.ones(2)}, tmp_path / "b.safetensors")
+    (tmp_path / "c.safetensors").write_bytes(b"junk")
+    assert [about_file(tmp_path / f"{name}.safetensors") for name in "abcd"] == [None] * 4
+    assert about_file(tmp_path) is None
+    assert read_state_dict(tmp_path / "a.safetensors").keys() == {"a"}
+
+
+# ---------------------------------------------------------------------- lies and damage
+@pytest.mark.parametrize(
+    "name, value, shown",
+    [
+        ("hidden_size", 64, 32), ("num_hidden_layers", 2, 3), ("num_attention_heads", 4, 2),
+        ("codebook_size", 8, 16), ("condition_num_classes", 5, 3),
+    ],
+)  # fmt: skip
+def test_a_size_that_the_tensors_contradict_is_named(generator, name, value, shown):
+    message = refusal(edited(generator, config={name: value}))
+    assert f"states {name}={value}, but its tensors have {shown}" in message
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in SIZES[TOKENIZER] if n not in ("encoder_heads", "decoder_heads", "causal")]
+)
+@pytest.mark.parametrize("config", [SMALL, STAGE1])
+def test_every_size_of_a_tokenizer_that_shows_is_compared(tmp_path, config, name):
+    path, state = tmp_path / "t.safetensors", Tokenizer(config).state_dict()
+    about = about_model(TOKENIZER, config)
+    assert shown_sizes(TOKENIZER, state).items() <= about.config.items()
+    value = about.config[name]
+    about.config[name] = not value if isinstance(value, bool) else value + 1
+    write_state_dict(state, path, about)
+    assert f"states {name}={about.config[name]}, but its tensors have {value}" in refusal(path)
+
+
+def test_another_kind_than_the_tensors_is_refused(tmp_path, generator):
+    state = read_state_dict(generator)
+    write_state_dict({"a": torch.ones(())}, generator, about_file(generator))
+    assert "says that it holds a generator, which its tensors are not" in refusal(generator)
+    about = about_model(TOKENIZER, SMALL)
+    write_state_dict(state, tmp_path / "t.safetensors", about)
+    assert "says that it holds a tokenizer" in refusal(tmp_path / "t.safetensors")
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None])
+def test_an_unknown_version_is_refused(generator, version):
+    assert f"format version {version!r}, but this code reads version 1" in refusal(
+        edited(generator, version=version)
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(kind="vae"), "no known kind"), (dict(kind=[]), "no known kind"),
+        (dict(config={"hidden_size": "32"}), "hidden_size='32' is of the wrong type"),
+        (dict(config={"hidden_size": True}), "wrong type"),
+        (dict(config={"experts": 4}), "'experts' is unknown"),
+        (dict(tokenizer=5), "tokenizer or stage"), (dict(classes="ab"), "not a list of names"),
+        (dict(classes=[1]), "not a list of names"), (dict(classes=list("abcd")), "names 4 classes"),
+    ],
+)  # fmt: skip
+def test_damage_is_one_line(generator, changes, words):
+    assert words in refusal(edited(generator, **changes))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "null", "{}", "[" * 100_000, "\x00"])
+def test_an_entry_that_is_no_object_is_one_line(generator, text):
+    save_file(load_file(generator), generator, {KEY: text})
+    assert "is damaged" in refusal(generator)
+
+
+def test_a_missing_size_is_named(generator):
+    entry = json.loads(about_file(generator).entries()[KEY])
+    del entry["config"]["image_seq_len"]
+    save_file(load_file(generator), generator, {KEY: json.dumps(entry)})
+    assert "'image_seq_len' is missing" in refusal(generator)
+
+
+def test_sizes_that_no_model_has_are_refused_by_name(generator):
+    about = about_file(edited(generator, config={"image_seq_len": 10}))
+    with pytest.raises(
+        InputError, match=r"g\.safetensors is damaged \(image_seq_len=10 is neither"
+    ):
+        about.build(GeneratorConfig, GENERATOR, generator)
+
+
+def test_the_wrong_kind_of_file_is_named(generator):
+    with pytest.raises(InputError, match="holds a generator, not a tokenizer"):
+        about_file(generator).expect(TOKENIZER, generator)
+
+
+# ---------------------------------------------------------------------- codes
+def test_a_generator_of_other_codes_is_refused(fill):
+    state = fill(Tokenizer(SMALL)).state_dict()
+    other = {**state, "quantize.embedding.weight": state["quantize.embedding.weight"] + 1}
+    about = about_model(GENERATOR, TINY, fingerprint(state))
+    decoder = {**state, "decoder.conv_out.bias": state["decoder.conv_out.bias"] + 1}
+    for fitting in (state, decoder):  # another decoder for the same codes
+        check_same_codes(about, "g", fitting, "t")
+    check_same_codes(about_model(GENERATOR, TINY), "g", other, "t")  # unknown
+    check_same_codes(None, "g.bin", other, "t")
+    with pytest.raises(InputError, match=r"g models the codes of another tokenizer .* than t "):
+        check_same_codes(about, "g", other, "t")

@@ -8,7 +8,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from data.images import CenterImages
+from data.images import CenterImages, ImagePath
 from evaluation.reconstruction import image_batches
 from modeling.pixels import to_float
 from modeling.tokenizer import Tokenizer, TokenizerConfig
@@ -16,7 +16,7 @@ from modeling.tokenizer import Tokenizer, TokenizerConfig
 BATCH = 64  # images at once
 
 
-def encode_files(tokenizer: Tokenizer, paths: list[str]) -> Tensor:
+def encode_files(tokenizer: Tokenizer, paths: list[ImagePath]) -> Tensor:
     """Codes (N, T), int64, on the CPU, of the centre crops of N image files."""
     device = tokenizer.latent_tokens.device
     batches = image_batches(paths, tokenizer.config.image_size, BATCH, workers=0)

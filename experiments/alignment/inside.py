@@ -196,7 +196,9 @@ def open_tokenizer(path: str) -> Tokenizer:
 
 
 # ---------------------------------------------------------------------- measuring
-def measure(row: Row, tokenizer: Tokenizer, paths: list[str], counted: list[str]) -> Measures:
+def measure(
+    row: Row, tokenizer: Tokenizer, paths: list[ImagePath], counted: list[ImagePath]
+) -> Measures:
     """All measures of one row; `counted` are the images of the tables, none for --images' own."""
     likelihood = generator_loss(row, tokenizer)  # first: it refuses files that do not fit
     codes = encode_files(tokenizer, paths).numpy()

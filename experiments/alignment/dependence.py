@@ -152,7 +152,7 @@ def change_shares(changes: Tensor, config: TokenizerConfig) -> dict[str, float]:
     return {name: (share * kind).sum(0).mean().item() for name, kind in kinds.items()}
 
 
-def evenly(paths: list[str], count: int) -> list[str]:
+def evenly(paths: list[ImagePath], count: int) -> list[ImagePath]:
     """At most `count` of the paths, evenly spaced: a listing is sorted by class."""
     count = min(count, len(paths))
     return [paths[number * len(paths) // count] for number in range(count)]

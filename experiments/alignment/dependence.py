@@ -25,7 +25,7 @@ def encode_files(tokenizer: Tokenizer, paths: list[ImagePath]) -> Tensor:
     return torch.cat(codes)
 
 
-def read_images(tokenizer: Tokenizer, paths: list[str]) -> Tensor:
+def read_images(tokenizer: Tokenizer, paths: list[ImagePath]) -> Tensor:
     """The centre crops of N image files: (N, 3, S, S) in [0, 1], on the tokenizer's device."""
     crops = CenterImages(paths, tokenizer.config.image_size)
     pixels = torch.stack([crops[index] for index in range(len(crops))])

@@ -72,19 +72,35 @@ def best_validation(folder: Path) -> dict[str, float]:
     return {**best, "loss": training[-1]["loss"]}
 
 
-def scores(folder: Path, images: np.ndarray) -> dict[str, float]:
-    """How real the generated digits are, by a classifier and by the Fréchet distance of pixels."""
-    size = images.shape[1]
-    real, classes = real_digits(folder / "data/train", size, "five_crop")
-    held_out, _ = real_digits(folder / "data/val", size, "five_crop")
-    classifier = SVC(C=10.0).fit(real, classes)
-    labels = np.arange(len(images)) % 10
-    return {
-        "fid": frechet_distance(features(images), real),
-        "fid_val": frechet_distance(held_out, real),
-        "recognised": (classifier.predict(features(images)) == labels).mean(),
-        "recognised_val": float(classifier.score(*real_digits(folder / "data/val", size, None))),
-    }
+class Judge:
+    """A classifier that has seen the training images' crops, and the Fréchet distance to its features of them.
+
+    `data` holds train/ and val/, one folder per class.
+    """
+
+    def __init__(self, data: Path, size: int):
+        self.data, self.size = data, size
+        self.real, classes = real_digits(data / "train", size, "five_crop")
+        self.classes = len(np.unique(classes))
+        self.classifier = SVC(C=10.0).fit(self.real, classes)
+
+    def of_samples(self, images: np.ndarray) -> dict[str, float]:
+        """Of (N, S, S, 3), uint8, of which image i was asked to be of class i mod the number of classes."""
+        found, asked = features(images), np.arange(len(images)) % self.classes
+        return {
+            "fid": frechet_distance(found, self.real),
+            "recognised": float((self.classifier.predict(found) == asked).mean()),
+        }
+
+    def of_validation(self) -> dict[str, float]:
+        """What the validation images reach: crops for the distance, centre crops for the classifier."""
+        held_out, _ = real_digits(self.data / "val", self.size, "five_crop")
+        return {
+            "fid_val": frechet_distance(held_out, self.real),
+            "recognised_val": float(
+                self.classifier.score(*real_digits(self.data / "val", self.size, None))
+            ),
+        }
 
 
 def copied_share(folder: Path) -> float:
@@ -102,7 +118,9 @@ def main(argv: list[str]) -> None:
     write_picture(pairs, folder / "reconstructions.png", 12)
     images = np.load(folder / "samples.npz")["arr_0"]
     write_picture(images[:100], folder / "generated.png", 10)  # 0…9, ten times
-    score, generator = scores(folder, images), best_validation(folder)
+    judge = Judge(folder / "data", images.shape[1])
+    score = {**judge.of_samples(images), **judge.of_validation()}
+    generator = best_validation(folder)
     tokens = TokenStore(folder / "cache_val").tokens
     bits = generator["val/loss"] * tokens / math.log(2)
     rows = [

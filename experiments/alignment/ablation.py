@@ -37,6 +37,9 @@ from runtime.arguments import Parser, as_path, number
 from runtime.files import lock_folder
 from runtime.program import run
 
+# Programs that load stage 1's tokenizer need a place for the running mean of its clustering.
+OF_STAGE1 = "model.vq_model.clustering=true"
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     cores = os.cpu_count() or 1
@@ -82,7 +85,7 @@ def steps_of(folder: Path, data: Path, seed: int, options: Recipe) -> list[Step]
             f"experiment.tokenizer_checkpoint={stage1}",
             f"dataset.params.pretokenization={folder / 'cache_train'}",
             f"dataset.params.val_pretokenization={folder / 'cache_val'}",
-            f"training.seed={seed}", *options.train,
+            f"training.seed={seed}", OF_STAGE1, *options.train,
         ], [generator / "generator.bin", best]),
         Step("likelihood", [
             "evaluate.py", "--generator", str(best), "--cache", str(folder / "cache_val"),
@@ -90,7 +93,7 @@ def steps_of(folder: Path, data: Path, seed: int, options: Recipe) -> list[Step]
         ], [], answer=folder / "likelihood.json"),
         Step("samples", [
             *sampling(folder, "samples", stage1, options), f"experiment.generator_checkpoint={best}",
-            f"model.generator.seed={seed}",
+            f"model.generator.seed={seed}", OF_STAGE1,
         ], [folder / "samples.npz"]),
         judging(folder, data, "stage1"),
     ]  # fmt: skip

@@ -42,7 +42,7 @@ def draw_rows(groups: list[Group], root: Path) -> None:
 
 def rows_panels(figure: Any, groups: list[Group], columns: int) -> None:
     axes = figure.subplots(2, columns).flatten()
-    labels = [f"{g.row.name}\n{g.variation}".strip() for g in groups]
+    labels = [group.label.replace(", ", "\n", 1) for group in groups]
     seeds = sorted({seed for group in groups for seed in group.values("nats")})
     for axis, metric in zip(axes, METRICS):
         for seed in seeds:

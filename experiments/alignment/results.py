@@ -107,6 +107,11 @@ class Group:
     def title(self) -> str:
         return self.row.title + (f", {self.variation}" if self.variation else "")
 
+    @property
+    def label(self) -> str:
+        """The title in short."""
+        return self.row.name + (f", {self.variation}" if self.variation else "")
+
     def values(self, name: str) -> dict[int, float]:
         """By seed."""
         return {result.seed: result.figures[name] for result in self.results}

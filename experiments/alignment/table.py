@@ -6,11 +6,14 @@ OUTPUT/variations.md, variations.png                      what every variation d
 """
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine
+import torch
+
+from benchmarks.common import processor
 from experiments.alignment.commands import Commands
 from experiments.alignment.figures import draw_rows, draw_variations
 from experiments.alignment.results import (
@@ -67,7 +70,7 @@ def difference_table(pairs: list[tuple[Group, Group]]) -> str:
     lines.append(line_of(["---"] * (len(METRICS) + 1)))
     for before, after in pairs:
         cells = [change(m, d) for m, d in zip(METRICS, differences(before, after))]
-        lines.append(line_of([f"{before.title} → {after.title}", *cells]))
+        lines.append(line_of([f"{before.label} → {after.label}", *cells]))
     return "\n".join(lines)
 
 
@@ -90,7 +93,7 @@ def add_run(root: Path, argv: list[str], commands: Commands) -> None:
     file = root / "times.json"
     started = json.loads(file.read_text()) if file.exists() else []
     started.append({
-        "command": " ".join(["python -m experiments.alignment.ablation", *argv]), "machine": machine(),
+        "command": " ".join(["python -m experiments.alignment.ablation", *argv]), "machine": f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}",
         "jobs": commands.jobs, "commands": commands.ran, "minutes": round(commands.minutes, 2),
         "processor minutes": round(commands.processor, 2),
     })  # fmt: skip

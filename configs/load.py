@@ -601,16 +601,16 @@ def sizes_of_runs(options: Any, places: dict[str, Place]) -> list[str]:
         return []
     model, said = options.model, []
     experiment, sections = options.experiment, {}
+    weights = experiment.generator_checkpoint
     file = config_beside(experiment.tokenizer_checkpoint)
     if file is not None:
         sections["vq_model"] = (file, tokenizer_config(file), UNSEEN_SIZES)
-    weights = experiment.generator_checkpoint
-    # A generator's tensors show all its sizes; a folder is the run, and stands for its config.
-    file = config_beside(weights) if weights and Path(weights).is_dir() else None
-    if file is not None:
-        root = compose_file(file)[1]
-        run = build(GeneratorRun, read_section(GeneratorRun, root, "", str(file)), str(file))
-        sections["generator"] = (file, run.model.generator, SIZES_OF_GENERATOR)
+    trained = run_beside(GeneratorRun, weights) if weights else None
+    # A generator's tensors show all its sizes but one; a folder stands for its config.
+    whole = bool(weights) and Path(weights).is_dir()
+    if trained is not None:
+        names = SIZES_OF_GENERATOR if whole else ("image_seq_len",)
+        sections["generator"] = (trained[0], trained[1].model.generator, names)
     for section, (file, run, names) in sections.items():
         used = getattr(model, section)
         if section == "vq_model" and Path(experiment.tokenizer_checkpoint).is_dir():
@@ -628,10 +628,25 @@ def sizes_of_runs(options: Any, places: dict[str, Place]) -> list[str]:
     if said:
         vq_model = sections.get("vq_model", model.vq_model)
         generator = sections.get("generator", model.generator)
-        if "generator" not in sections:
+        if trained is None or not whole:
             generator = replace(generator, codebook_size=vq_model.codebook_size)
-        options.model = replace(model, vq_model=vq_model, generator=generator)
+        try:
+            options.model = replace(model, vq_model=vq_model, generator=generator)
+        except InputError as e:  # the runs do not belong together
+            raise InputError(f"{e} ({'; '.join(said)})") from e
     return said
+
+
+def run_beside(schema: type[T], weights: str) -> Optional[tuple[Path, T]]:
+    """The config of the run that trained weights, as a file and as options; None without a run.
+
+    `weights` is the run's folder, a checkpoint of it, or a weights file in either.
+    """
+    file = config_beside(weights)
+    if file is None or file.name != "config.yaml":
+        return None
+    tree = read_section(schema, compose_file(file)[1], "", str(file))
+    return file, build(schema, tree, str(file))
 
 
 def without_effect(options: Any) -> list[str]:

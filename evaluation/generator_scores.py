@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from configs.load import run_beside
+from configs.schema import GeneratorRun
 from data.tokens import TokenCache, open_tokens
 from evaluation.likelihood import Likelihood, measure_likelihood
 from modeling.generator import Generator
@@ -98,11 +100,11 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
     state = read_state_dict(source.file)
     config = generator_config(state, store.tokens, source.name)
     run = source.run or {}
-    store.check(
-        config.codebook_size,
-        run.get("model.generator.image_seq_len", store.tokens),
-        run.get("tokenizer"),
-    )
+    tokens = run.get("model.generator.image_seq_len")
+    if tokens is None:  # no tensor's shape shows it, but a run's config does
+        trained = run_beside(GeneratorRun, str(source.file))
+        tokens = store.tokens if trained is None else trained[1].model.generator.image_seq_len
+    store.check(config.codebook_size, tokens, run.get("tokenizer"))
     if len(store.classes) > config.condition_num_classes:
         raise InputError(
             f"{store.folder} has {len(store.classes)} classes, more than the "

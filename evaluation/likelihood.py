@@ -43,9 +43,9 @@ class Likelihood:
         return {"nats": nats, "bits": nats / math.log(2), "top1": top1, "top5": top5}
 
     def groups(self) -> list[tuple[str, int, dict[str, float]]]:
-        """(name, number of codes, figures) of the prefix and of every row of image tokens."""
+        """(name, number of codes, figures) of the prefix, if any, and of every row of image tokens."""
         grid, prefix = token_layout(self.sums.shape[1])
-        found = [("prefix", prefix, self.figures(0, prefix))]
+        found = [("prefix", prefix, self.figures(0, prefix))] if prefix else []
         for row in range(grid):
             start = prefix + row * grid
             found.append((f"row {row + 1}", grid, self.figures(start, start + grid)))

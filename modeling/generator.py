@@ -44,10 +44,11 @@ class GeneratorConfig:
     def __post_init__(self):
         check_options(self)
         grid, prefix = token_layout(self.image_seq_len)
-        if prefix > grid + 1:
+        if prefix not in (grid + 1, grid, 0):
             raise InputError(
-                f"image_seq_len={self.image_seq_len} is neither g²+g+1 nor g²+g: for a "
-                f"{grid}x{grid} grid set {grid * grid + grid + 1}"
+                f"image_seq_len={self.image_seq_len} is neither g²+g+1, g²+g nor g²: for a "
+                f"{grid}x{grid} grid set {grid * grid + grid + 1}, or {grid * grid} for codes "
+                f"without prefix tokens"
             )
         if self.hidden_size % (4 * self.num_attention_heads):
             raise InputError(

@@ -1,4 +1,4 @@
-"""Rotary positions of the generator: a line of prefix tokens, then a grid of image tokens."""
+"""Rotary positions of the generator: a line of prefix tokens, if any, then a grid of image tokens."""
 
 import math
 
@@ -9,10 +9,12 @@ BASE = 10000.0
 
 
 def token_layout(seq_len: int) -> tuple[int, int]:
-    """Grid g and prefix K of T = K + g² tokens, where K is g or g + 1 (273 -> 16, 17)."""
+    """Grid g and prefix K of T = K + g² tokens (273 -> 16, 17).
+
+    The grid is the largest that T holds. In a layout K is g + 1, g or 0; no T is of two layouts, since
+    all three lie in g² … (g + 1)² - 1. Any other K means that T is of none.
+    """
     grid = math.isqrt(seq_len)
-    while grid * grid + grid > seq_len:
-        grid -= 1
     return grid, seq_len - grid * grid
 
 
@@ -21,7 +23,8 @@ def rotary_table(seq_len: int, head_size: int) -> Tensor:
 
     Row 0 (the class) is all zeros, cos and sin alike, so that the class token's q and k vanish:
     odd, but the published weights were trained so. Rows 1…K rotate by 0…K-1 with all frequencies;
-    image token (r, c) uses half of the pairs for K + r and half for K + c.
+    image token (r, c) uses half of the pairs for K + r and half for K + c. Without prefix tokens
+    (K = 0) the grid alone remains.
     """
     grid, prefix = token_layout(seq_len)
     pairs = head_size // 2

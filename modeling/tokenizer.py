@@ -4,6 +4,7 @@ One set of classes serves both training stages. Stage 1 decodes causally and rea
 through a second head; stage 2, the published format, decodes bidirectionally with buffer tokens.
 
 Shape suffixes: B images, g grid (patches per side), K prefix tokens, T = K + g² tokens, D width.
+K is g + 1 as published, g without the corner token, or 0: no prefix tokens.
 Attribute names are the keys of the published state dicts.
 """
 
@@ -31,7 +32,10 @@ class TokenizerConfig:
     codebook_size: int = option(4096, "Codes in the codebook.", at_least=1, at_most=65536)
     token_size: int = option(32, "Channels of a code vector.", at_least=1, at_most=4096)
     num_latent_tokens: Optional[int] = option(
-        None, "Codes per image, T; null: g² + g + 1, so K = g + 1.", at_least=1, at_most=2**20
+        None,
+        "Codes per image, T; null: g² + g + 1, so K = g + 1; g²: no prefix tokens.",
+        at_least=1,
+        at_most=2**20,
     )
     image_size: int = option(256, "Side of the square images in pixels.", at_least=1, at_most=8192)
     patch_size: int = option(16, "Side of a patch in pixels.", at_least=1, at_most=1024)
@@ -73,11 +77,17 @@ class TokenizerConfig:
                 raise InputError(
                     f"{part}_width={width} is not a multiple of {part}_heads={heads}: change one"
                 )
-        if self.num_prefix_tokens not in (self.grid, self.grid + 1):
+        with_corner = self.grid**2 + self.grid + 1
+        if self.num_prefix_tokens not in (self.grid + 1, self.grid, 0):
             raise InputError(
                 f"num_latent_tokens={self.num_latent_tokens} does not fit a "
-                f"{self.grid}x{self.grid} grid: set {self.grid**2 + self.grid + 1} (with the "
-                f"corner token, as published) or {self.grid**2 + self.grid}"
+                f"{self.grid}x{self.grid} grid: set {with_corner} (with the corner token, as "
+                f"published) or {with_corner - 1} (without it), or {self.grid**2} (no prefix tokens)"
+            )
+        if self.prefix_head and not self.num_prefix_tokens:
+            raise InputError(
+                f"prefix_head=True, but num_latent_tokens={self.num_latent_tokens} leaves no prefix "
+                f"tokens for it to read: set prefix_head=false, or num_latent_tokens={with_corner}"
             )
 
     @property
@@ -91,7 +101,7 @@ class TokenizerConfig:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """K."""
+        """K: g + 1, g or 0."""
         return self.num_tokens - self.grid**2
 
 
@@ -232,7 +242,9 @@ class Tokenizer(nn.Module):
         """`own_patch`: the position of every latent is that of its patch, plus noise of a quarter."""
         encoder, grid, width = self.encoder, self.config.grid, self.config.encoder_width
         patches = nn.init.normal_(encoder.positional_embedding, std=2 * width**-0.5)
-        own = torch.cat([patches[:grid], patches])  # the prefix shows the first row …
+        own = patches
+        if self.config.num_prefix_tokens:
+            own = torch.cat([patches[:grid], own])  # the prefix shows the first row …
         if self.config.num_prefix_tokens > grid:
             own = torch.cat([patches[:1], own])  # … after the corner
         latents = nn.init.normal_(encoder.latent_token_positional_embedding, std=0.5 * width**-0.5)
@@ -281,7 +293,7 @@ class Tokenizer(nn.Module):
 
 
 def prefix_target(images: Tensor, config: TokenizerConfig) -> Tensor:
-    """The target of the prefix tokens' strip: (B, 3, S, S) -> (B, 3, patch, K·patch).
+    """The target of the prefix tokens' strip: (B, 3, S, S) -> (B, 3, patch, K·patch), K > 0.
 
     [top-left patch | first row of patches]; without the corner token (K = g) the row alone.
     """

@@ -183,9 +183,12 @@ def describe(state: dict[str, Tensor]) -> str:
             f"{rows('output.weight')} codes)"
         )
     if "quantize.embedding.weight" in state and "latent_tokens" in state:
-        stage = 1 if "decoder.ffn_aux.0.weight" in state else 2
+        # Stage 1 may lack either: the head needs prefix tokens, the running mean clustering.
+        stage = 1 if {"decoder.ffn_aux.0.weight", "quantize.embed_prob"} & state.keys() else 2
+        patches = state.get("encoder.positional_embedding", ())
+        prefix = " without prefix" if rows("latent_tokens") == len(patches) else ""
         return (
-            f"a stage-{stage} tokenizer ({rows('latent_tokens')} tokens, "
+            f"a stage-{stage} tokenizer ({rows('latent_tokens')} tokens{prefix}, "
             f"{rows('quantize.embedding.weight')} codes, {depth('encoder.transformer.')} encoder "
             f"and {depth('decoder.transformer.')} decoder layers)"
         )

@@ -150,13 +150,22 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     else:
         ignore, keep = (*STAGE1_ONLY, "decoder."), ("decoder.",)
     load_tensors(tokenizer, state, source, ignore, keep)
-    if from_stage1 and not any(k.startswith(STAGE1_ONLY) for k in state):
+    if from_stage1 and not is_of_stage1(source, state):
         raise InputError(
             f"{source} is not a checkpoint of stage 1 but {describe(state)}: pass stage 1's run, or "
             f"set model.decoder_init=scratch to take only encoder and codebook from it"
         )
     tokenizer.freeze_encoder()
     return tokenizer
+
+
+def is_of_stage1(source: str, state: dict[str, Tensor]) -> bool:
+    """Whether weights are of stage 1, by their own names or by their run's config."""
+    if any(name.startswith(STAGE1_ONLY) for name in state):
+        return True
+    # Without prefix head and clustering, no name shows it.
+    run = configs.load.run_beside(TokenizerRun, source)
+    return run is not None and run[1].model.stage == 1
 
 
 def build_discriminator(options: TokenizerRun) -> Discriminator:

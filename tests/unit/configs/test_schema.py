@@ -303,6 +303,7 @@ def test_value_that_cannot_be_read_is_refused(argument):
         (TokenizerRun, "losses.quantizer_weight=nan", "0 or more"),
         (TokenizerRun, "losses.aux_weight=0", "model.vq_model.prefix_head=false"),
         (TokenizerRun, "losses.aux=stitched", "model.vq_model.num_latent_tokens=272"),
+        (TokenizerRun, "model.vq_model.num_latent_tokens=256", "model.vq_model.prefix_head=false"),
         (TokenizerRun, "model.decoder_init=random", "stage1 or scratch"),
         (TokenizerRun, "model.vq_model.encoder_heads=0", "1 or more"),
     ],
@@ -364,6 +365,16 @@ def test_stage_2_with_a_part_of_stage_1_is_refused(head):
 def test_sequence_length_that_is_not_the_tokenizers_is_refused():
     message = refusal(GeneratorRun, B, "model.generator.image_seq_len=272")
     assert "model.generator.image_seq_len=272" in message and "273 codes" in message
+
+
+def test_tokenizers_without_prefix_tokens_and_their_generators_are_configured_by_their_length():
+    alone = "model.vq_model.num_latent_tokens=256"
+    vq = load(TokenizerRun, [STAGE1, alone, "model.vq_model.prefix_head=false"]).model.vq_model
+    assert (vq.num_tokens, vq.num_prefix_tokens, vq.causal) == (256, 0, True)
+    both = load(GeneratorRun, [B, alone, "model.generator.image_seq_len=256"]).model
+    assert both.generator.image_seq_len == both.vq_model.num_tokens == 256
+    assert "256 codes" in refusal(GeneratorRun, B, alone)
+    assert "273 codes" in refusal(GeneratorRun, B, "model.generator.image_seq_len=256")
 
 
 def test_image_size_that_the_patch_does_not_divide_is_refused():

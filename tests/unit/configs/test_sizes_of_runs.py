@@ -59,6 +59,24 @@ def test_a_generator_run_brings_its_sizes_and_leaves_the_sampling(tmp_path, conf
     assert options.model.generator.guidance_scale == 16.0
 
 
+@pytest.mark.parametrize("part", ["", "generator.bin", "checkpoints/step-00000002/ema.safetensors"])
+def test_weights_of_a_run_are_not_sampled_with_another_number_of_codes(tmp_path, config, part):
+    """No tensor shows it: neither the codes' number nor whether prefix tokens come first."""
+    run = tmp_path / "run_ar"
+    (run / "checkpoints/step-00000002").mkdir(parents=True)
+    models = {"vq_model": {**SIZES, "num_latent_tokens": 4}, "generator": {"image_seq_len": 4}}
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": models}))
+    weights = f"experiment.generator_checkpoint={run / part}"
+    with pytest.raises(InputError, match=r"=4, but the tokenizer .* makes 7 codes .*run_ar/config"):
+        load(GeneratorRun, [config, weights], "sample_imagenet")
+    seven = "model.generator.image_seq_len=7"
+    with pytest.raises(InputError, match=f"{seven} contradicts {run}/config.yaml"):
+        load(GeneratorRun, [config, weights, seven], "sample_imagenet")
+    mine = [config, weights, "model.vq_model.num_latent_tokens=4"]
+    fitting = load(GeneratorRun, [*mine, "model.generator.image_seq_len=4"], "sample_imagenet")
+    assert fitting.model.generator.image_seq_len == 4
+
+
 def test_another_image_size_comes_with_the_run(run, tmp_path):
     sizes = {**SIZES, "image_size": 32}
     models = {"vq_model": sizes, "generator": {"image_seq_len": 21}}

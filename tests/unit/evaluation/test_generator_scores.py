@@ -27,9 +27,9 @@ training: {per_gpu_batch_size: 4, max_train_steps: 6, mixed_precision: 'no'}
 """
 
 
-def write_cache(folder, codebook=32, classes=3, tokenizer="abc", seed=0):
+def write_cache(folder, codebook=32, classes=3, tokenizer="abc", seed=0, tokens=21):
     folder.mkdir()
-    rng, tokens = np.random.default_rng(seed), 21
+    rng = np.random.default_rng(seed)
     writer = TokenWriter(folder, 2, tokens, codebook)
     writer.append((rng.integers(0, 3, (9, 2, tokens)) + np.arange(tokens)) % codebook)
     about = {"image_size": 16, "crops": "center_flip", "tokenizer": tokenizer}
@@ -126,6 +126,11 @@ def test_a_cache_of_other_codes_is_refused(score, runs, tmp_path):
     other = write_cache(tmp_path / "other", tokenizer="xyz")
     refuse(score, "another tokenizer: tokenizer xyz there, abc here",
            "--generator", runs / "a", "--cache", other)  # fmt: skip
+    alone = write_cache(tmp_path / "alone", tokens=16)  # without prefix tokens
+    step = runs / "a/checkpoints/step-00000006"
+    for weights in (runs / "a", runs / "a/generator.bin", step / "generator.safetensors"):
+        refuse(score, "another tokenizer: codes per image 16 there, 21 here",
+               "--generator", weights, "--cache", alone)  # fmt: skip
     classes = write_cache(tmp_path / "classes", classes=4)
     refuse(score, "4 classes, more than the 3", "--generator", runs / "a", "--cache", classes)
 

@@ -88,3 +88,10 @@ def test_training_mode_is_left_as_it_was(store, model):
 def test_caches_of_g_prefix_tokens_are_grouped_too():
     groups = Likelihood(torch.ones(3, 20, dtype=torch.float64), 1).groups()  # 4 + 4 x 4
     assert [codes for _, codes, _ in groups] == [4, 4, 4, 4, 4]
+
+
+def test_caches_without_prefix_tokens_are_grouped_by_row():
+    sums = torch.arange(16.0, dtype=torch.float64).expand(3, 16)
+    groups = Likelihood(sums, 1).groups()
+    assert [(name, codes) for name, codes, _ in groups] == [(f"row {i}", 4) for i in (1, 2, 3, 4)]
+    assert [figures["nats"] for _, _, figures in groups] == [1.5, 5.5, 9.5, 13.5]

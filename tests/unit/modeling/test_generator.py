@@ -39,7 +39,17 @@ def inputs(batch=2, length=21):
 # ---------------------------------------------------------------------- layout and positions
 @pytest.mark.parametrize(
     "tokens, grid, prefix",
-    [(273, 16, 17), (272, 16, 16), (73, 8, 9), (72, 8, 8), (32 * 32 + 33, 32, 33), (1056, 32, 32)],
+    [
+        (273, 16, 17),
+        (272, 16, 16),
+        (256, 16, 0),
+        (73, 8, 9),
+        (72, 8, 8),
+        (64, 8, 0),
+        (32 * 32 + 33, 32, 33),
+        (1056, 32, 32),
+        (1024, 32, 0),
+    ],
 )
 def test_layout_of_known_sizes(tokens, grid, prefix):
     assert token_layout(tokens) == (grid, prefix)
@@ -47,7 +57,7 @@ def test_layout_of_known_sizes(tokens, grid, prefix):
 
 def test_layout_is_unambiguous_for_every_grid():
     for grid in range(1, 65):
-        for prefix in (grid, grid + 1):
+        for prefix in (grid + 1, grid, 0):
             assert token_layout(grid**2 + prefix) == (grid, prefix)
 
 
@@ -79,6 +89,19 @@ def test_image_tokens_rotate_by_their_row_and_then_by_their_column():
                     torch.testing.assert_close(got[offset + pair], expected)
 
 
+def test_without_prefix_tokens_the_positions_are_the_grid_alone():
+    table = rotary_table(16, 16)
+    assert table.shape == (17, 8, 2) and not table[0].any()
+    for row in range(4):
+        for column in range(4):
+            for pair in range(4):
+                got = table[1 + 4 * row + column]
+                for axis, offset in ((row, 0), (column, 4)):
+                    angle = axis * 10000 ** (-pair / 4)
+                    expected = torch.tensor([math.cos(angle), math.sin(angle)])
+                    torch.testing.assert_close(got[offset + pair], expected)
+
+
 def test_rotation_takes_neighbouring_channels_as_a_pair():
     angle = torch.tensor([0.3, 1.1])
     table = torch.stack([angle.cos(), angle.sin()], -1)[None]  # (1, 2, 2)
@@ -89,12 +112,15 @@ def test_rotation_takes_neighbouring_channels_as_a_pair():
 
 
 # ---------------------------------------------------------------------- configuration
-@pytest.mark.parametrize("tokens, remedy", [(274, 273), (256, 241), (22, 21)])
-def test_sequence_length_that_fits_no_grid_is_refused_with_one_that_does(tokens, remedy):
+@pytest.mark.parametrize(
+    "tokens, remedies",
+    [(274, (273, 256)), (271, (273, 256)), (257, (273, 256)), (255, (241, 225)), (22, (21, 16))],
+)
+def test_sequence_length_that_fits_no_grid_is_refused_with_those_that_do(tokens, remedies):
     with pytest.raises(InputError) as caught:
         config(image_seq_len=tokens)
     assert f"image_seq_len={tokens}" in str(caught.value)
-    assert f"set {remedy}" in str(caught.value)
+    assert "set {}, or {} for codes without prefix tokens".format(*remedies) in str(caught.value)
 
 
 def test_heads_that_do_not_fit_the_hidden_size_are_refused_by_name():
@@ -195,8 +221,8 @@ def test_cached_step_under_bfloat16_autocast_stays_near_float32(fill):
                 torch.testing.assert_close(logits, exact[:, t], atol=0.1, rtol=0.1)
 
 
-@pytest.mark.parametrize("tokens", [20, 21])
-def test_cached_steps_equal_one_pass_in_both_layouts(fill, tokens):
+@pytest.mark.parametrize("tokens", [16, 20, 21])
+def test_cached_steps_equal_one_pass_in_all_layouts(fill, tokens):
     model = fill(Generator(config(image_seq_len=tokens)))
     codes, labels = inputs(length=tokens)
     cache = KVCache(model, 2)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -50,6 +52,23 @@ def test_pipeline_reads_the_sizes_and_makes_the_images_of_its_parts(made):
     assert torch.equal(images, decode_images(tokenizer, codes, torch.float32))
     assert images.shape == (2, 16, 16, 3)
     assert not torch.equal(pipeline([2, 0], seed=6, guidance_scale=4.0), images)
+
+
+def test_pipeline_samples_codes_without_prefix_tokens(fill, tmp_path):
+    small = dataclasses.replace(SMALL, num_latent_tokens=4)  # 2 x 2
+    generator = fill(Generator(dataclasses.replace(TINY, image_seq_len=4)))
+    tokenizer = fill(Tokenizer(small))
+    write_state_dict(generator.state_dict(), tmp_path / "g.bin")
+    write_state_dict(tokenizer.state_dict(), tmp_path / "t.pth")
+    files = str(tmp_path / "g.bin"), str(tmp_path / "t.pth")
+    pipeline = Pipeline(*files, tokenizer_config=small, device="cpu")
+    images = pipeline([2, 0], seed=5, guidance_scale=4.0, guidance_power=1.5)
+    uniforms = image_uniforms(5, range(2), 4)
+    codes = sample_codes(generator, torch.tensor([2, 0]), uniforms, 4.0, 1.5)
+    assert codes.shape == (2, 4)
+    assert torch.equal(images, decode_images(tokenizer, codes, torch.float32))
+    with pytest.raises(InputError, match="4 tokens without prefix"):
+        Pipeline(*files, tokenizer_config=SMALL)
 
 
 def test_pipeline_refuses_files_in_the_wrong_order_and_unknown_classes(made):

@@ -53,11 +53,19 @@ def test_heads_that_do_not_divide_the_width_are_refused_by_name(part):
     assert f"{part}_width=16" in message and f"{part}_heads=3" in message
 
 
-@pytest.mark.parametrize("tokens", [16, 19, 22, 273])
+@pytest.mark.parametrize("tokens", [9, 15, 17, 19, 22, 273])
 def test_number_of_latent_tokens_that_fits_no_layout_is_refused_with_those_that_do(tokens):
     message = refusal(num_latent_tokens=tokens)
     assert f"num_latent_tokens={tokens}" in message
     assert "4x4" in message and "set 21 " in message and "or 20" in message
+    assert "or 16 (no prefix tokens)" in message
+
+
+@pytest.mark.parametrize("decoder", [{}, {"causal": True}])
+def test_prefix_head_without_prefix_tokens_is_refused(decoder):
+    message = refusal(num_latent_tokens=16, prefix_head=True, **decoder)
+    assert message.startswith("prefix_head=True, but num_latent_tokens=16 leaves no prefix tokens")
+    assert "set prefix_head=false" in message and "num_latent_tokens=21" in message
 
 
 def test_default_config_is_the_published_model():
@@ -69,8 +77,10 @@ def test_default_config_is_the_published_model():
 
 
 # ---------------------------------------------------------------------- layouts and sizes
-@pytest.mark.parametrize("given, prefix, tokens", [(None, 5, 21), (21, 5, 21), (20, 4, 20)])
-def test_prefix_is_the_grid_side_and_by_default_a_corner_token(given, prefix, tokens):
+@pytest.mark.parametrize(
+    "given, prefix, tokens", [(None, 5, 21), (21, 5, 21), (20, 4, 20), (16, 0, 16)]
+)
+def test_prefix_is_the_grid_side_and_by_default_a_corner_token_or_nothing(given, prefix, tokens):
     layout = config(num_latent_tokens=given)
     assert (layout.num_prefix_tokens, layout.num_tokens) == (prefix, tokens)
 
@@ -102,6 +112,44 @@ def test_other_sizes_run_end_to_end(size, patch, corner):
     assert out.strip.shape == prefix_target(images, layout).shape == (2, 3, patch, prefix * patch)
     assert out.latents.shape == (2, grid**2 + prefix, 4)
     assert model.decode(model.encode(images)).shape == images.shape
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("size, patch", [(32, 4), (64, 16), (24, 8), (8, 8)])
+def test_sizes_without_prefix_tokens_run_end_to_end(size, patch, causal):
+    grid = size // patch
+    sizes = dict(image_size=size, patch_size=patch, num_latent_tokens=grid**2)
+    model = Tokenizer(config(**sizes, causal=causal, num_buffer_tokens=1, clustering=True))
+    images = torch.rand(2, 3, size, size)
+    out = model(images)
+    assert out.images.shape == images.shape and out.strip is None
+    assert out.latents.shape == (2, grid**2, 4) and out.codes.shape == (2, grid**2)
+    assert model.decode(model.encode(images)).shape == images.shape
+    (out.images.mean() + out.quantizer_loss).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("tokens, prefix", [(21, 5), (20, 4), (16, 0)])
+@pytest.mark.parametrize("t", [0, 6, 15])
+def test_causal_decoder_of_every_layout_shows_a_code_from_its_own_patch_on(tokens, prefix, t, fill):
+    model = Tokenizer(config(num_latent_tokens=tokens, causal=True, num_buffer_tokens=1))
+    fill(model).eval()
+    codes = torch.zeros(1, tokens, dtype=torch.int64)
+    with torch.no_grad():
+        before = patches(model.decode(codes))
+        codes[:, prefix + t] = 5
+        changed = (patches(model.decode(codes)) != before).any(2)[0]
+    assert not changed[:t].any() and changed[t:].all()
+
+
+@pytest.mark.parametrize("t", [0, 6, 15])
+def test_bidirectional_decoder_without_prefix_shows_every_code_in_every_patch(t, fill):
+    model = fill(Tokenizer(config(num_latent_tokens=16, num_buffer_tokens=1))).eval()
+    codes = torch.zeros(1, 16, dtype=torch.int64)
+    with torch.no_grad():
+        before = patches(model.decode(codes))
+        codes[:, t] = 5
+        assert (patches(model.decode(codes)) != before).any(2)[0].all()
 
 
 def test_training_pass_encodes_and_decodes_as_inference_does(fill):
@@ -303,7 +351,7 @@ def test_start_of_the_positions_that_is_not_known_is_refused():
     assert "position_init=own" in message and "normal" in message and "own_patch" in message
 
 
-@pytest.mark.parametrize("tokens, own", [(21, [0, 0, 1, 2, 3]), (20, [0, 1, 2, 3])])
+@pytest.mark.parametrize("tokens, own", [(21, [0, 0, 1, 2, 3]), (20, [0, 1, 2, 3]), (16, [])])
 def test_own_patch_aligns_every_latent_with_its_patch(tokens, own):
     sizes = dict(num_latent_tokens=tokens, encoder_width=128)
     encoder = Tokenizer(config(**sizes, position_init="own_patch")).encoder

@@ -383,6 +383,12 @@ MODELS = {
     "a stage-1 tokenizer (273 tokens, 4096 codes, 12 encoder and 24 decoder": lambda: Tokenizer(
         TokenizerConfig(**STAGE1)
     ),
+    "a stage-1 tokenizer (256 tokens without prefix, 4096 codes": lambda: Tokenizer(
+        TokenizerConfig(num_latent_tokens=256, clustering=True)
+    ),
+    "a stage-2 tokenizer (256 tokens without prefix, 4096 codes": lambda: Tokenizer(
+        TokenizerConfig(num_latent_tokens=256)
+    ),
     "a discriminator": Discriminator,
     "something else (2 tensors, the first is weight": lambda: nn.Linear(2, 2),
 }

@@ -93,7 +93,8 @@ def add_run(root: Path, argv: list[str], commands: Commands) -> None:
     file = root / "times.json"
     started = json.loads(file.read_text()) if file.exists() else []
     started.append({
-        "command": " ".join(["python -m experiments.alignment.ablation", *argv]), "machine": f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}",
+        "command": " ".join(["python -m experiments.alignment.ablation", *argv]),
+        "machine": f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}",
         "jobs": commands.jobs, "commands": commands.ran, "minutes": round(commands.minutes, 2),
         "processor minutes": round(commands.processor, 2),
     })  # fmt: skip

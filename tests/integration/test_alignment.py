@@ -27,7 +27,7 @@ def images(tmp_path_factory):
 def study(output, images, *arguments, **kwargs):
     return execute(
         "experiments.alignment.ablation", f"--output={output}", "--jobs=2", "--seeds=42",
-        f"--vary=data={images},steps=0.003", *arguments, **kwargs,
+        f"--vary=data={images},steps=0.003", *arguments, timeout=1200, **kwargs,
     )  # fmt: skip
 
 

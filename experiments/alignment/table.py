@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.common import processor
 from experiments.alignment.commands import Commands
-from experiments.alignment.figures import draw_rows, draw_variations
+from experiments.alignment.charts import draw_rows, draw_variations
 from experiments.alignment.results import (
     METRICS,
     Difference,

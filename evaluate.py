@@ -8,6 +8,8 @@ python evaluate.py --selfcheck                       is the evaluator itself rig
 torchrun --nproc_per_node=8 evaluate.py …            the same numbers from 8 GPUs
 """
 
+import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
+
 import argparse
 from pathlib import Path
 

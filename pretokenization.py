@@ -6,6 +6,8 @@
 The same command resumes an interrupted run, and the cache is the same bytes on any number of processes.
 """
 
+import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
+
 import argparse
 import os
 from pathlib import Path

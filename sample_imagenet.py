@@ -5,6 +5,8 @@ into fixed chunks of consecutive indices, so the images are the same on any numb
 A killed run resumes with the same command; `OUTPUT_DIR.npz` appears when all images are there.
 """
 
+import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
+
 from pathlib import Path
 
 from accelerate import PartialState

@@ -4,6 +4,8 @@ The same command resumes an interrupted run. `--dry-run` runs a few steps, print
 needs, and writes nothing.
 """
 
+import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional

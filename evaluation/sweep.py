@@ -8,6 +8,8 @@ Options with `=` are those of sample_imagenet.py. The same command resumes a sto
 images are removed when its result is written; its codes stay.
 """
 
+import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
+
 import argparse
 import json
 import shutil

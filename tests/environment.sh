@@ -10,8 +10,7 @@ if ! cat requirements.txt "$1" | cmp -s - "$stamp"; then
     python -m pip install -q -r "$1"
     cat requirements.txt "$1" > "$stamp"
 fi
-# OpenMP's threads spin for about 4 ms before they sleep, and keep other work from the cores: beside
-# it training runs several times slower. 1000 turns are some 15 us, enough between two operators.
+# As runtime/openmp.py, for what is not a program of this repository: pytest and its workers.
 if [ -z "${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}" ]; then
-    export GOMP_SPINCOUNT=1000
+    export GOMP_SPINCOUNT=10000
 fi

@@ -6,6 +6,8 @@ same command resumes an interrupted run. `--dry-run` runs a few steps of every p
 whole run needs, and writes nothing.
 """
 
+import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
+
 import itertools
 from dataclasses import dataclass
 from pathlib import Path

@@ -13,7 +13,7 @@ SPIN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 @pytest.mark.parametrize(
     "user, expected",
     [
-        ({}, [None, "1000"]),
+        ({}, [None, "10000"]),
         ({"GOMP_SPINCOUNT": "7"}, [None, "7"]),
         ({"OMP_WAIT_POLICY": "active"}, ["active", None]),
     ],

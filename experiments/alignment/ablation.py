@@ -154,6 +154,27 @@ def chains_of(
     return chains
 
 
+def looks_inside(root: Path, data: Path, rows: list[Row], seeds: list[int]) -> list[Chain]:
+    """One look per seed into what was trained, all rows in the same figures."""
+    chains = []
+    for seed in seeds:
+        folder, runs = root / f"inside/seed_{seed}", {}
+        for row in rows:
+            runs[row.folder] = root / f"seed_{seed}" / row.folder
+        tokenizers, generators, caches = (
+            [f"{name}={run / part}" for name, run in runs.items()]
+            for part in ("stage1", "generator/generator_best.bin", "cache_val")
+        )
+        command = [
+            "-m", "experiments.alignment.inside", "--images", str(data / "val"),
+            "--train_images", str(data / "train"), "--tokenizer", *tokenizers,
+            "--generator", *generators, "--cache", *caches, "--output", str(folder),
+        ]  # fmt: skip
+        step = Step("inside", command, [folder / "inside.json"], again=True)
+        chains.append(Chain(f"seed {seed}", folder, [step]))
+    return chains
+
+
 def write_data(commands: Commands, output: Path, name: str) -> Path:
     """The folder of a data set, written if it is one of ours."""
     if name not in DATA:
@@ -165,9 +186,15 @@ def write_data(commands: Commands, output: Path, name: str) -> Path:
     return folder
 
 
+def stop_on_signals() -> None:
+    """Let SIGTERM do what ^C does: stop the commands, which save, and end."""
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.default_int_handler)
+
+
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the commands as ^C does
+    stop_on_signals()
     output = args.output / "fast" if args.fast else args.output
     overrides, names = Overrides(), tuple(row.name for row in ROWS)
     if args.fast:
@@ -187,6 +214,7 @@ def main(argv: list[str]) -> None:
         chains = chains_of(root, data, rows, seeds, overrides)
         print(f"{len(chains)} runs, {commands.jobs} at once, into {root}", flush=True)
         commands.run(chains)
+        commands.run(looks_inside(root, data, rows, seeds))
     finally:
         lock.close()
         add_run(root, argv, commands)

@@ -24,13 +24,15 @@ from runtime.files import file_sha256, write_whole
 class Step:
     """A command of Python, without the interpreter, and the files by which it is known to be done.
 
-    `answer` is a file for the last line that it prints, a JSON object.
+    `answer` is a file for the last line that it prints, a JSON object. Outputs of other options are
+    refused; with `again` they are made anew.
     """
 
     name: str
     command: list[str]
     outputs: list[Path]
     answer: Path | None = None
+    again: bool = False
 
     @property
     def done(self) -> bool:
@@ -68,7 +70,7 @@ class Times:
 
 @dataclass
 class Commands:
-    """Runs chains, `jobs` at once; every command has its share of the cores' threads."""
+    """Runs chains, at most `jobs` at once; every command has its share of the cores' threads."""
 
     jobs: int
     started: float = field(default_factory=time.monotonic)
@@ -86,8 +88,13 @@ class Commands:
     def run(self, chains: list[Chain]) -> None:
         """Finish all chains, the longest first. Raises InputError with the one line of a command that failed."""
         longest_first = sorted(chains, key=lambda chain: -len(chain.steps))
-        with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(self._run_chain, chain) for chain in longest_first]
+        at_once = max(min(self.jobs, len(chains)), 1)
+        variables = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // at_once, 1)),
+        }
+        with ThreadPoolExecutor(at_once) as pool:
+            futures = [pool.submit(self._run_chain, chain, variables) for chain in longest_first]
             try:
                 for future in as_completed(futures):
                     future.result()
@@ -105,23 +112,24 @@ class Commands:
     def _say(self, line: str) -> None:
         print(f"[{self.minutes:5.1f} min] {line}", flush=True)
 
-    def _run_chain(self, chain: Chain) -> None:
+    def _run_chain(self, chain: Chain, variables: dict[str, str]) -> None:
         chain.folder.mkdir(parents=True, exist_ok=True)
         file = chain.folder / "steps.json"
         records = json.loads(file.read_text()) if file.exists() else {}
         for number, step in enumerate(chain.steps):
             record, identity = records.get(step.name), step.identity()
-            if record is not None and step.done:
-                if {name: record[name] for name in identity} != identity:
-                    raise InputError(
-                        f"{chain.folder} was made by other options of {step.name} (steps.json there has "
-                        f"its command): remove the folder, or pass another --output"
-                    )
+            same = record is not None and {name: record[name] for name in identity} == identity
+            if record is not None and step.done and not (same or step.again):
+                raise InputError(
+                    f"{chain.folder} was made by other options of {step.name} (steps.json there has "
+                    f"its command): remove the folder, or pass another --output"
+                )
+            if same and step.done:
                 self.skipped += 1
                 continue
             for later in chain.steps[number:]:  # made from what is about to change
                 records.pop(later.name, None)
-            times = self._run_step(chain, step)
+            times = self._run_step(chain, step, variables)
             if times is None:
                 return
             records[step.name] = {
@@ -129,7 +137,7 @@ class Commands:
             }  # fmt: skip
             write_whole(file, json.dumps(records, indent=1).encode())
 
-    def _run_step(self, chain: Chain, step: Step) -> Times | None:
+    def _run_step(self, chain: Chain, step: Step, variables: dict[str, str]) -> Times | None:
         """Run one command to its end; None where it was stopped because another one failed."""
         log, errors = (chain.folder / f"{step.name}.{suffix}" for suffix in ("log", "err"))
         with open(log, "w") as out, open(errors, "w") as err:
@@ -139,7 +147,7 @@ class Commands:
                 # A session of its own: the terminal's ^C reaches it through `_stop`, so it saves.
                 process = subprocess.Popen(
                     [sys.executable, *step.command], stdout=out, stderr=err,
-                    env=environment(self.jobs), start_new_session=True,
+                    env=variables, start_new_session=True,
                 )  # fmt: skip
                 self._running.add(process.pid)
             began = time.monotonic()
@@ -165,15 +173,6 @@ class Commands:
             f"{chain.title}: {step.name} took {times.wall:.2f} min, {times.processor:.2f} of processor time"
         )
         return times
-
-
-def environment(jobs: int) -> dict[str, str]:
-    """The variables of one of `jobs` commands that run at once: its share of the cores."""
-    threads = max((os.cpu_count() or 1) // jobs, 1)
-    variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    if "OMP_WAIT_POLICY" not in variables:
-        variables.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads leave the cores to others
-    return variables
 
 
 def last_line(file: Path) -> str:

@@ -80,7 +80,7 @@ class Data:
     overrides: Overrides = Overrides()
 
 
-DATA = {"digits": Data("quickstart.digits")}
+DATA = {"digits": Data("quickstart.digits"), "emoji": Data("experiments.alignment.emoji")}
 
 
 # ---------------------------------------------------------------------- the variations

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import processor
-from experiments.alignment.commands import Commands
 from experiments.alignment.charts import draw_rows, draw_variations
+from experiments.alignment.commands import Commands
 from experiments.alignment.results import (
     METRICS,
     Difference,

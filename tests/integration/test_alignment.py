@@ -56,6 +56,9 @@ def test_the_study_in_miniature(tmp_path, images):
     ]  # fmt: skip
     execute("training.reference", folder, f"--output={tmp_path / 'reference'}")
 
+    inside = json.loads((root / "inside/seed_42/inside.json").read_text())
+    assert [row["name"] for row in inside["rows"]] == ["causal", "aux"]
+
     # Once more: only what is missing is made, and the figures are the same.
     (folder / "scores_stage2.json").unlink()
     again = study(tmp_path, images, "--rows", "causal", "aux", "stage2").stdout

@@ -1,12 +1,18 @@
 """Chains of commands: what is done is not done again, and the first failure stops all."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from experiments.alignment.commands import Chain, Commands, Step
 from runtime.errors import InputError
+from tests.integration.conftest import ROOT
 
 
 def writes(file, text="x", config=None):
@@ -51,6 +57,14 @@ def test_outputs_of_another_config_are_refused(tmp_path):
     config.write_text("steps: 2")
     with pytest.raises(InputError, match="made by other options of a"):
         run(tmp_path, writes(tmp_path / "a", config=config))
+
+
+def test_what_is_cheap_is_made_again_with_other_options(tmp_path):
+    run(tmp_path, writes(tmp_path / "a"))
+    changed = replace(writes(tmp_path / "a", "y"), again=True)
+    assert run(tmp_path, changed).ran == 1
+    assert run(tmp_path, changed).skipped == 1
+    assert (tmp_path / "a").read_text() == "xy"
 
 
 def test_the_answer_is_the_last_line(tmp_path):
@@ -109,3 +123,29 @@ def test_chains_run_at_once_with_their_share_of_the_cores(tmp_path, monkeypatch)
 
     Commands(2).run([meets("a", "b"), meets("b", "a")])
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "2"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_running_command_too(tmp_path, number):
+    """The command runs in a session of its own, which the signal does not reach by itself."""
+    file = tmp_path / "pid"
+    sleeps = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    script = f"""
+from experiments.alignment.ablation import Chain, Commands, Path, Step, stop_on_signals
+from runtime.program import run
+def main(argv):
+    stop_on_signals()
+    Commands(1).run([Chain("a", Path({str(tmp_path)!r}), [Step("b", ["-c", {sleeps!r}], [])])])
+run(main)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE
+    ) as study:
+        while not file.exists() or not file.read_text():
+            assert study.poll() is None
+            time.sleep(0.05)
+        study.send_signal(number)
+        _, said = study.communicate(timeout=30)
+    assert study.returncode == 130 and b"the same command resumes" in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)

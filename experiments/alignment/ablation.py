@@ -12,6 +12,7 @@ import os
 import signal
 from pathlib import Path
 
+from experiments.alignment.charts import need_matplotlib
 from experiments.alignment.commands import Chain, Commands, Step
 from experiments.alignment.results import folder_of
 from experiments.alignment.rows import (
@@ -56,7 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seeds", nargs="+", type=number(0, 2**31 - 1), metavar="SEED",
         help=f"({' '.join(map(str, SEEDS))})")  # fmt: skip
     add("--vary", metavar="NAME=VALUE", help="vary one thing, or several separated by commas")
-    add("--fast", action="store_true", help="two rows, one seed, fewer steps: a first impression")
+    add("--fast", action="store_true", help="two rows, one seed, half the steps: a first impression")
     add("--jobs", type=number(1, 256), default=cores, metavar="N",
         help=f"commands at once, each with its share of the cores ({cores})")  # fmt: skip
     add("--output", type=as_path, default=Path("output/alignment"), help="(output/alignment)")
@@ -194,6 +195,7 @@ def stop_on_signals() -> None:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    need_matplotlib()  # now, not after an hour of training
     stop_on_signals()
     output = args.output / "fast" if args.fast else args.output
     overrides, names = Overrides(), tuple(row.name for row in ROWS)

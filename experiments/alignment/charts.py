@@ -1,10 +1,12 @@
 """The study's figures: rows seed by seed, training curves, effects of the variations. They need matplotlib."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.alignment.results import METRICS, Group, differences
+from runtime.errors import InputError
 from runtime.files import whole_file
 from training.reference import curve
 
@@ -18,13 +20,17 @@ CURVES = (  # part of a run, quantity, title
 )
 
 
+def need_matplotlib() -> None:
+    """Raise InputError where nothing could be drawn."""
+    if find_spec("matplotlib") is None:
+        raise InputError("the figures need matplotlib: pip install -r requirements-dev.txt")
+
+
 def draw(path: Path, make: Callable[["Figure"], None], size: tuple[float, float]) -> None:
-    """Draw one figure, or say that it needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure  # draws without a display
-    except ImportError:
-        print(f"{path} was not drawn: pip install matplotlib")
-        return
+    """Draw one figure into a PNG. Raises InputError without matplotlib."""
+    need_matplotlib()
+    from matplotlib.figure import Figure  # draws without a display
+
     figure = Figure(figsize=size, layout="constrained")
     make(figure)
     with whole_file(path) as partial:
@@ -78,7 +84,7 @@ def curve_panels(figure: Any, groups: list[Group]) -> None:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     figure.legend(
-        *axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
     )
 
 

@@ -67,7 +67,7 @@ ROWS = (
     Row("aux", "+ aux loss (the quickstart's stage 1)"),
     Row("stage2", "+ stage 2 (the quickstart)", run="aux", decoder="stage2"),
 )  # fmt: skip
-FAST_ROWS, FAST_SEEDS, FAST_STEPS = ("bidirectional", "causal"), (42,), "steps=0.6"
+FAST_ROWS, FAST_SEEDS, FAST_STEPS = ("bidirectional", "causal"), (42,), "steps=0.5"
 SEEDS = (42, 43, 44)  # 42 is the quickstart's own
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from experiments.alignment import ablation, charts
 from experiments.alignment.results import collect, difference, groups_of, neighbours
 from experiments.alignment.rows import ROWS
 from experiments.alignment.table import difference_table, table, write_tables
@@ -139,3 +140,10 @@ def test_variations_are_gathered(output):
 def test_nothing_finished_is_said(tmp_path):
     with pytest.raises(InputError, match="no finished run"):
         write_tables(tmp_path)
+
+
+def test_a_study_without_matplotlib_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(charts, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="need matplotlib"):
+        ablation.main(["--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

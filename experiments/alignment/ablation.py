@@ -57,7 +57,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seeds", nargs="+", type=number(0, 2**31 - 1), metavar="SEED",
         help=f"({' '.join(map(str, SEEDS))})")  # fmt: skip
     add("--vary", metavar="NAME=VALUE", help="vary one thing, or several separated by commas")
-    add("--fast", action="store_true", help="two rows, one seed, half the steps: a first impression")
+    add(
+        "--fast", action="store_true", help="two rows, one seed, half the steps: a first impression"
+    )
     add("--jobs", type=number(1, 256), default=cores, metavar="N",
         help=f"commands at once, each with its share of the cores ({cores})")  # fmt: skip
     add("--output", type=as_path, default=Path("output/alignment"), help="(output/alignment)")

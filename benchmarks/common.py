@@ -11,11 +11,16 @@ def machine() -> str:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        info = Path("/proc/cpuinfo")
-        names = [
-            line.split(":")[1].strip()
-            for line in (info.read_text().splitlines() if info.exists() else [])
-            if line.startswith("model name")
-        ]
-        device = f"{torch.get_num_threads()} cores of {names[0] if names else platform.machine()}"
+        device = f"{torch.get_num_threads()} cores of {processor()}"
     return f"{device}, torch {torch.__version__}"
+
+
+def processor() -> str:
+    """The processor by name."""
+    info = Path("/proc/cpuinfo")
+    names = [
+        line.split(":")[1].strip()
+        for line in (info.read_text().splitlines() if info.exists() else [])
+        if line.startswith("model name")
+    ]
+    return names[0] if names else platform.machine()

@@ -43,24 +43,26 @@ def validation_metrics(folder: Path, stage: int) -> tuple[dict[str, float], np.n
     return sums.metrics(), to_pixels(preview.pairs())
 
 
-def features(images: np.ndarray) -> np.ndarray:
-    """(N, H, W, 3) uint8 -> (N, H/2 · W/2) grey means of 2x2 pixels."""
-    grey = images.astype(np.float32).mean(3) / 255
-    n, h, w = grey.shape
-    return grey.reshape(n, h // 2, 2, w // 2, 2).mean((2, 4)).reshape(n, -1)
+def features(images: np.ndarray, colour: bool = False) -> np.ndarray:
+    """(N, H, W, 3) uint8 -> grey means of 2x2 pixels (N, H/2 · W/2), or colours of 4x4 (N, H/4 · W/4 · 3)."""
+    pixels, side = images.astype(np.float32) / 255, 4 if colour else 2
+    if not colour:
+        pixels = pixels.mean(3, keepdims=True)
+    n, h, w, c = pixels.shape
+    return pixels.reshape(n, h // side, side, w // side, side, c).mean((2, 4)).reshape(n, -1)
 
 
-def real_digits(folder: Path, size: int, kind: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Features and classes of real digits: their centre crops, or all views of a kind."""
+def real_images(folder: Path, size: int, kind: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (N, S, S, 3) and classes of real images: their centre crops, or all views of a kind."""
     samples, _ = list_images(folder)
     paths, labels = [path for path, _ in samples], np.array([label for _, label in samples])
     if kind is None:
         views = torch.stack([CenterImages(paths, size)[i] for i in range(len(paths))])
-        return features(views.permute(0, 2, 3, 1).numpy()), labels
+        return views.permute(0, 2, 3, 1).numpy(), labels
     crops = CroppedImages(paths, size, kind)
     views = torch.stack([crops[i] for i in range(len(paths))])  # (N, V, 3, S, S)
     pixels = views.flatten(0, 1).permute(0, 2, 3, 1).numpy()
-    return features(pixels), np.repeat(labels, views.shape[1])
+    return pixels, np.repeat(labels, views.shape[1])
 
 
 def best_validation(folder: Path) -> dict[str, float]:
@@ -72,19 +74,36 @@ def best_validation(folder: Path) -> dict[str, float]:
     return {**best, "loss": training[-1]["loss"]}
 
 
-def scores(folder: Path, images: np.ndarray) -> dict[str, float]:
-    """How real the generated digits are, by a classifier and by the Fréchet distance of pixels."""
-    size = images.shape[1]
-    real, classes = real_digits(folder / "data/train", size, "five_crop")
-    held_out, _ = real_digits(folder / "data/val", size, "five_crop")
-    classifier = SVC(C=10.0).fit(real, classes)
-    labels = np.arange(len(images)) % 10
-    return {
-        "fid": frechet_distance(features(images), real),
-        "fid_val": frechet_distance(held_out, real),
-        "recognised": (classifier.predict(features(images)) == labels).mean(),
-        "recognised_val": float(classifier.score(*real_digits(folder / "data/val", size, None))),
-    }
+class Judge:
+    """A classifier that has seen the training images' crops, and the Fréchet distance to its features of them.
+
+    `data` holds train/ and val/, one folder per class. The features are grey for grey images.
+    """
+
+    def __init__(self, data: Path, size: int):
+        self.data, self.size = data, size
+        pixels, classes = real_images(data / "train", size, "five_crop")
+        self.colour = bool((pixels != pixels[..., :1]).any())
+        self.real, self.classes = features(pixels, self.colour), len(np.unique(classes))
+        self.classifier = SVC(C=10.0).fit(self.real, classes)
+
+    def of_samples(self, images: np.ndarray) -> dict[str, float]:
+        """Of (N, S, S, 3), uint8, of which image i was asked to be of class i mod the number of classes."""
+        found, asked = features(images, self.colour), np.arange(len(images)) % self.classes
+        return {
+            "fid": frechet_distance(found, self.real),
+            "recognised": float((self.classifier.predict(found) == asked).mean()),
+        }
+
+    def of_validation(self) -> dict[str, float]:
+        """What the validation images reach: crops for the distance, centre crops for the classifier."""
+        crops, _ = real_images(self.data / "val", self.size, "five_crop")
+        centres, classes = real_images(self.data / "val", self.size, None)
+        read = self.classifier.predict(features(centres, self.colour))
+        return {
+            "fid_val": frechet_distance(features(crops, self.colour), self.real),
+            "recognised_val": float((read == classes).mean()),
+        }
 
 
 def copied_share(folder: Path) -> float:
@@ -102,7 +121,9 @@ def main(argv: list[str]) -> None:
     write_picture(pairs, folder / "reconstructions.png", 12)
     images = np.load(folder / "samples.npz")["arr_0"]
     write_picture(images[:100], folder / "generated.png", 10)  # 0…9, ten times
-    score, generator = scores(folder, images), best_validation(folder)
+    judge = Judge(folder / "data", images.shape[1])
+    score = {**judge.of_samples(images), **judge.of_validation()}
+    generator = best_validation(folder)
     tokens = TokenStore(folder / "cache_val").tokens
     bits = generator["val/loss"] * tokens / math.log(2)
     rows = [

@@ -89,12 +89,12 @@ def command(program, *arguments, ranks=1, launcher="plain"):
     return [*launch, *options, *target, *arguments]
 
 
-def execute(*args, check=True, env=None, **kwargs):
+def execute(*args, check=True, env=None, timeout=300, **kwargs):
     """Run a program to its end; its output comes back, and is shown where it fails."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
     done = subprocess.run(
         command(*args, **kwargs), cwd=ROOT, env=variables, capture_output=True, text=True,
-        timeout=300,
+        timeout=timeout,
     )  # fmt: skip
     if check and done.returncode:
         pytest.fail(f"{' '.join(map(str, args))} exited {done.returncode}:\n{done.stderr[-3000:]}")

@@ -1,0 +1,216 @@
+"""The rows of the ablation and the variations, as what they set over the quickstart's three configs.
+
+Everything that a row does not set is the quickstart's own: encoder, codebook, steps, generator, data. The last two
+rows set nothing, so their runs are quickstarts.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from configs.load import tokenizer_config
+from runtime.errors import InputError
+
+STAGE1 = "configs/digits_stage1.yaml"
+STAGE2 = "configs/digits_stage2.yaml"
+GENERATOR = "configs/digits_generator.yaml"
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """`section.option=value` over the configs; `sizes` are the tokenizer's, of all programs alike."""
+
+    sizes: dict[str, int] = field(default_factory=dict)  # option of model.vq_model -> value
+    stage1: tuple[str, ...] = ()
+    stage2: tuple[str, ...] = ()
+    generator: tuple[str, ...] = ()  # of train_ar.py alone: sampling reads the trained sizes
+    data: str | None = None
+
+    def __add__(self, over: "Overrides") -> "Overrides":
+        return Overrides(
+            self.sizes | over.sizes,
+            self.stage1 + over.stage1,
+            self.stage2 + over.stage2,
+            self.generator + over.generator,
+            over.data or self.data,
+        )
+
+
+# ---------------------------------------------------------------------- the ablation
+@dataclass(frozen=True)
+class Row:
+    """One row: a tokenizer's stage 1 and, in the last row, the decoder that stage 2 trains for its codes."""
+
+    name: str
+    title: str
+    stage1: tuple[str, ...] = ()
+    prefix: bool = True  # whether there are prefix tokens: T = g² + g + 1 instead of g²
+    run: str = ""  # name of the row whose codes and generator it shares; its own by default
+    decoder: str = "stage1"
+
+    @property
+    def folder(self) -> str:
+        return self.run or self.name
+
+
+BIDIRECTIONAL = "model.vq_model.causal=false"
+NO_STRIP = "model.vq_model.prefix_head=false"
+
+ROWS = (
+    Row("bidirectional", "bidirectional decoder, no prefix", (BIDIRECTIONAL, NO_STRIP), prefix=False),
+    Row("causal", "causal decoder, no prefix", (NO_STRIP,), prefix=False),
+    Row("prefix", "+ prefix tokens", (NO_STRIP,)),
+    Row("aux", "+ aux loss (the quickstart's stage 1)"),
+    Row("stage2", "+ stage 2 (the quickstart)", run="aux", decoder="stage2"),
+)  # fmt: skip
+FAST_ROWS, FAST_SEEDS, FAST_STEPS = ("bidirectional", "causal"), (42,), "steps=0.5"
+SEEDS = (42, 43, 44)  # 42 is the quickstart's own
+
+
+# ---------------------------------------------------------------------- the data sets
+@dataclass(frozen=True)
+class Data:
+    """`python -m MODULE FOLDER` writes FOLDER/train and FOLDER/val, one folder per class."""
+
+    module: str
+    overrides: Overrides = Overrides()
+
+
+DATA = {"digits": Data("quickstart.digits"), "emoji": Data("experiments.alignment.emoji")}
+
+
+# ---------------------------------------------------------------------- the variations
+@dataclass(frozen=True)
+class Variation:
+    """One thing that is varied around rows of the ablation."""
+
+    meaning: str
+    examples: tuple[str, ...]
+    overrides: Callable[[str], Overrides]  # of a value; ValueError for one that makes no sense
+    rows: tuple[str, ...] = ("bidirectional", "causal")
+
+
+def size(name: str) -> Callable[[str], Overrides]:
+    return lambda value: Overrides(sizes={name: int(value)})
+
+
+def stage1(option: str) -> Callable[[str], Overrides]:
+    return lambda value: Overrides(stage1=(f"{option}={value}",))
+
+
+def tokenizer_steps(value: str) -> Overrides:
+    """The phases of both stages, `value` times as long."""
+    return Overrides(stage1=(phases(STAGE1, value),), stage2=(phases(STAGE2, value),))
+
+
+def generator_steps(value: str) -> Overrides:
+    steps = OmegaConf.load(GENERATOR).training.max_train_steps
+    return Overrides(generator=(f"training.max_train_steps={scaled(steps, value)}",))
+
+
+def phases(config: str, factor: str) -> str:
+    found: Any = OmegaConf.to_container(OmegaConf.load(config).phases)
+    longer = [{**phase, "steps": scaled(phase["steps"], factor)} for phase in found]
+    return f"phases={json.dumps(longer)}"
+
+
+def scaled(steps: int, factor: str) -> int:
+    number = float(factor)
+    if not 0 < number < 1000:
+        raise ValueError(factor)
+    return max(round(steps * number), 1)
+
+
+VARIATIONS = {
+    "position_init": Variation(
+        "start of the encoder's positions", ("normal",), stage1("model.vq_model.position_init")
+    ),
+    "tokenizer_steps": Variation(
+        "length of both stages, times the quickstart's", ("0.5", "3"), tokenizer_steps
+    ),
+    "generator_steps": Variation(
+        "length of the generator's training, likewise", ("0.5", "3"), generator_steps
+    ),
+    "steps": Variation(
+        "all of these lengths", ("3",), lambda v: tokenizer_steps(v) + generator_steps(v)
+    ),
+    "codebook_size": Variation("codes in the codebook", ("64", "1024"), size("codebook_size")),
+    "patch_size": Variation("side of a patch in pixels", ("8",), size("patch_size")),
+    "encoder_layers": Variation("depth of the encoder", ("1", "6"), size("encoder_layers")),
+    "aux_weight": Variation(
+        "weight of the aux loss", ("4.7",), stage1("losses.aux_weight"), ("prefix", "aux")
+    ),
+    "data": Variation(
+        "other images: a name, or a folder that holds train/ and val/", tuple(DATA),
+        lambda value: (DATA[value].overrides if value in DATA else Overrides()) + Overrides(data=value),
+    ),
+}  # fmt: skip
+
+
+def varied(text: str) -> tuple[Overrides, tuple[str, ...]]:
+    """Overrides of NAME=VALUE[,NAME=VALUE…] and the rows that they are tried on."""
+    overrides, rows = Overrides(), ()
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        variation = VARIATIONS.get(name)
+        if variation is None or not equals or not value:
+            raise InputError(
+                f"--vary {text}: pass NAME=VALUE with one of {', '.join(VARIATIONS)}; "
+                f"separate several by commas"
+            )
+        try:
+            overrides += variation.overrides(value)
+        except ValueError as e:
+            tried = " or ".join(f"{name}={example}" for example in variation.examples)
+            raise InputError(
+                f"--vary {part}: {variation.meaning}; pass a value such as {tried}"
+            ) from e
+        rows = rows or variation.rows
+    return overrides, rows
+
+
+# ---------------------------------------------------------------------- a row as options of the programs
+@dataclass(frozen=True)
+class Recipe:
+    """The options of a row's commands, over their configs."""
+
+    stage1: list[str]
+    stage2: list[str]
+    train: list[str]  # train_ar.py
+    sample: list[str]  # sample_imagenet.py
+
+
+def recipe(row: Row, overrides: Overrides, classes: int) -> Recipe:
+    """A row under a variation, on data of this many classes. Raises InputError for sizes that do not fit."""
+    sizes = dict(overrides.sizes)
+    if not row.prefix:
+        sizes["num_latent_tokens"] = tokenizer_config(STAGE1, **sizes).grid ** 2
+    tokens = tokenizer_config(STAGE1, **sizes, prefix_head=False).num_tokens
+    tokenizer = [f"model.vq_model.{name}={value}" for name, value in sizes.items()]
+    known = OmegaConf.load(GENERATOR).model.generator
+    generator = list(tokenizer)
+    if tokens != known.image_seq_len:
+        generator.append(f"model.generator.image_seq_len={tokens}")
+    if classes != known.condition_num_classes:
+        generator.append(f"model.generator.condition_num_classes={classes}")
+    return Recipe(
+        stage1=[*tokenizer, *row.stage1, *overrides.stage1],
+        stage2=[*tokenizer, *overrides.stage2],
+        train=[*generator, *overrides.generator],
+        sample=generator,
+    )
+
+
+def classes_of(data: Path) -> int:
+    """The number of class folders of a data set."""
+    folder = data / "train"
+    count = sum(entry.is_dir() for entry in folder.iterdir()) if folder.is_dir() else 0
+    if not count:
+        raise InputError(
+            f"no folder of a class in {folder}: pass a folder that holds train/ and val/"
+        )
+    return count

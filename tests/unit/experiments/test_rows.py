@@ -1,0 +1,103 @@
+"""Rows and variations set what they name over the quickstart's configs, and nothing else."""
+
+import pytest
+
+import configs.load
+from configs.schema import GeneratorRun, TokenizerRun
+from experiments.alignment.rows import (
+    GENERATOR,
+    ROWS,
+    STAGE1,
+    STAGE2,
+    VARIATIONS,
+    Overrides,
+    Recipe,
+    classes_of,
+    recipe,
+    varied,
+)
+from runtime.errors import InputError
+from training.run import flatten
+
+# What a row changes in stage 1, beside the number of tokens.
+CHANGED = {
+    "bidirectional": {"model.vq_model.causal": False, "model.vq_model.prefix_head": False},
+    "causal": {"model.vq_model.prefix_head": False},
+    "prefix": {"model.vq_model.prefix_head": False},
+    "aux": {},
+    "stage2": {},
+}
+EXAMPLES = [f"{name}={value}" for name, v in VARIATIONS.items() for value in v.examples]
+
+
+def options(schema, config, arguments, program=""):
+    loaded = configs.load.load(schema, [f"config={config}", *arguments], program)
+    return flatten(configs.load.as_dict(loaded))
+
+
+def changes(schema, config, arguments, program=""):
+    plain, now = (options(schema, config, a, program) for a in ([], arguments))
+    assert plain.keys() == now.keys()
+    return {name: value for name, value in now.items() if value != plain[name]}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_row_changes_nothing_but_what_it_is_about(row):
+    made = recipe(row, Overrides(), 10)
+    tokens = {} if row.prefix else {"model.vq_model.num_latent_tokens": 64}
+    assert changes(TokenizerRun, STAGE1, made.stage1) == CHANGED[row.name] | tokens
+    codes = {} if row.prefix else {**tokens, "model.generator.image_seq_len": 64}
+    assert changes(GeneratorRun, GENERATOR, made.train, "train_ar") == codes
+    assert changes(GeneratorRun, GENERATOR, made.sample, "sample_imagenet") == codes
+
+
+def test_the_last_two_rows_are_the_quickstart():
+    for row in ROWS[-2:]:
+        assert recipe(row, Overrides(), 10) == Recipe([], [], [], [])
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_every_variation_loads_for_its_rows(text):
+    overrides, names = varied(text)
+    for row in (row for row in ROWS if row.name in names):
+        made = recipe(row, overrides, 10)
+        changed = changes(TokenizerRun, STAGE1, made.stage1)
+        generator = options(GeneratorRun, GENERATOR, made.train, "train_ar")
+        options(GeneratorRun, GENERATOR, made.sample, "sample_imagenet")
+        options(TokenizerRun, STAGE2, made.stage2)
+        tokenizer = options(TokenizerRun, STAGE1, made.stage1)
+        for name in ("codebook_size", "num_latent_tokens", "patch_size", "encoder_layers"):
+            option = f"model.vq_model.{name}"
+            assert tokenizer[option] == generator[option]
+        if not text.startswith(("data=", "generator_steps=")):
+            assert changed != changes(TokenizerRun, STAGE1, recipe(row, Overrides(), 10).stage1)
+
+
+def test_lengths_are_scaled_and_sizes_follow():
+    overrides, _ = varied("steps=0.5,patch_size=8")
+    made = recipe(ROWS[0], overrides, 7)
+    stage1 = configs.load.load(TokenizerRun, [f"config={STAGE1}", *made.stage1])
+    plain = configs.load.load(TokenizerRun, [f"config={STAGE1}"])
+    assert [p.steps for p in stage1.phases] == [p.steps / 2 for p in plain.phases]
+    assert stage1.phases[0].learning_rate == plain.phases[0].learning_rate
+    assert stage1.model.vq_model.num_tokens == 16
+    generator = configs.load.load(GeneratorRun, [f"config={GENERATOR}", *made.train], "train_ar")
+    assert generator.model.generator.image_seq_len == 16
+    assert generator.model.generator.condition_num_classes == 7
+    halved = configs.load.load(GeneratorRun, [f"config={GENERATOR}"]).training.max_train_steps / 2
+    assert generator.training.max_train_steps == halved
+
+
+@pytest.mark.parametrize(
+    "text", ["colour=red", "position_init", "steps=", "steps=-1", "steps=nan", "codebook_size=many"]
+)
+def test_a_variation_that_makes_no_sense_is_refused(text):
+    with pytest.raises(InputError, match=f"--vary {text}"):
+        varied(text)
+
+
+def test_a_folder_without_classes_is_refused(tmp_path):
+    with pytest.raises(InputError, match="train"):
+        classes_of(tmp_path)
+    (tmp_path / "train/0").mkdir(parents=True)
+    assert classes_of(tmp_path) == 1

@@ -91,5 +91,5 @@ def test_generators_and_caches_with_and_without_prefix_do_not_mix(
     )
     refused(done, "image_seq_len=21, but the tokenizer (model.vq_model) makes 16 codes")
     done = workspace.stage2(tmp_path / "run2", alone.stage1_run, check=False)
-    refused(done, "latent_tokens (16, 16) instead of (21, 16)", "16 tokens without prefix")
+    refused(done, "model.vq_model.num_latent_tokens=21 contradicts", "keeps: set 16")
     assert not list(tmp_path.iterdir())

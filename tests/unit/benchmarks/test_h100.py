@@ -91,8 +91,6 @@ def test_a_whole_run_leaves_no_cell_that_needs_a_gpu_empty(readme):
         "plain: cache grown by concatenation",  # the first line brought nothing
         "",  # the head of evaluation's table
         "50,000 images, from that rate",  # not said of a CPU
-        "DINOv2 features from an .npz, images/s",  # not measured on a CPU
-        "share of DINOv2's own rate",
         "50,000 images, from DINOv2's rate",
     ]
 

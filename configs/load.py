@@ -53,11 +53,7 @@ COMMAND_LINE = "the command line"
 # What weights were trained with: no shape of their tensors shows it.
 UNSEEN_SIZES = ("encoder_heads", "decoder_heads", "causal")
 # All that decides what a model computes.
-SIZES_OF_TOKENIZER = tuple(
-    field.name
-    for field in fields(TokenizerConfig)
-    if field.name not in ("clustering", "exact_attention", "position_init")
-)
+SIZES_OF_TOKENIZER = SIZES[TOKENIZER]
 SIZES_OF_GENERATOR = SIZES[GENERATOR]
 # Of a tokenizer, those that its codes depend on.
 SIZES_OF_ENCODER = tuple(
@@ -157,9 +153,13 @@ def tokenizer_config(path: str | Path | None, **known: Any) -> TokenizerConfig:
 
 def generator_config(path: str | Path) -> GeneratorOptions:
     """The generator's sizes in the config of the run that trained it."""
+    return read_run(GeneratorRun, path).model.generator
+
+
+def read_run(schema: type[T], path: str | Path) -> T:
+    """The options of a run, from its config."""
     file, root = compose_file(path)
-    tree = read_section(GeneratorRun, root, "", str(file))
-    return build(GeneratorRun, tree, str(file)).model.generator
+    return build(schema, read_section(schema, root, "", str(file)), str(file))
 
 
 def config_beside(path: str | Path) -> Optional[Path]:
@@ -712,8 +712,7 @@ def run_beside(schema: type[T], weights: str) -> Optional[tuple[Path, T]]:
     file = config_beside(weights)
     if file is None or file.name != "config.yaml":
         return None
-    tree = read_section(schema, compose_file(file)[1], "", str(file))
-    return file, build(schema, tree, str(file))
+    return file, read_run(schema, file)
 
 
 def stated_sections(experiment: GeneratorExperiment) -> dict[str, tuple[str, Any, tuple[str, ...]]]:

@@ -37,7 +37,7 @@ from data.loader import on_device
 from data.npz import write_npz_files, write_npz_manifest
 from data.tokens import open_tokens
 from data.writer import write_packed_store
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.tokenizer import CLUSTERING, Tokenizer, TokenizerConfig
 from modeling.weights import load_tensors
 from runtime.errors import InputError
 from runtime.files import lock_folder, sync_folder, writing
@@ -73,8 +73,7 @@ def load_encoder(
         tokenizer = Tokenizer(config, with_decoder=False)
     tokenizer.to_empty(device=device)
     # Either stage's file will do: its decoder, and stage 1's clustering buffer, stay on disk.
-    ignore, keep = ("decoder.", "quantize.embed_prob"), ("quantize.embed_prob",)
-    load_tensors(tokenizer, state, path, ignore=ignore, keep=keep)
+    load_tensors(tokenizer, state, path, ignore=("decoder.", *CLUSTERING), keep=CLUSTERING)
     return tokenizer.eval()
 
 

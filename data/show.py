@@ -11,11 +11,10 @@ from configs.load import UNSEEN_SIZES, sizes_for
 from data.cache import TokenCache, fingerprint
 from data.pictures import captioned, enlarged, picture_grid, write_png
 from modeling.engine import ImageDecoder, find_device
-from modeling.tokenizer import Tokenizer
+from modeling.tokenizer import CLUSTERING, Tokenizer
 from modeling.weights import load_tensors, read_state_dict
 
-UNUSED = ("quantize.embed_prob",)  # stage 1's clustering has no effect on images
-COLUMNS, MARGIN = 8, 6  # at most so many images side by side, and pixels between them
+COLUMNS, MARGIN = 8, 6  # images side by side at most, and pixels between them
 
 
 def show_cache(
@@ -28,7 +27,7 @@ def show_cache(
     """
     state = read_state_dict(weights)
     tokenizer = Tokenizer(sizes_for(weights, config, UNSEEN_SIZES))
-    load_tensors(tokenizer, state, weights, ignore=UNUSED, keep=UNUSED)
+    load_tensors(tokenizer, state, weights, ignore=CLUSTERING, keep=CLUSTERING)
     sizes = tokenizer.config
     cache.check(
         sizes.codebook_size, sizes.num_tokens, fingerprint(tokenizer.state_dict()), sizes.encoder_heads

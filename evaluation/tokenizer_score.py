@@ -31,13 +31,12 @@ from evaluation.reconstruction import (
 from evaluation.sources import INDEX_FOLDER
 from evaluation.statistics import SetStatistics, collector_of
 from modeling.metadata import about_file
-from modeling.tokenizer import Tokenizer
+from modeling.tokenizer import CLUSTERING, Tokenizer
 from modeling.weights import load_tensors, tensors_hash
 from runtime.errors import InputError
 from runtime.processes import matmul_precision
 from training.checkpoint import read_weights
 
-UNUSED = ("quantize.embed_prob",)  # the clustering's running mean has no effect on images
 PREVIEW_IMAGES = 8
 MAGNIFICATION = 4  # of the differences in the picture
 # Figures by their names in a result, in its order.
@@ -62,14 +61,14 @@ def load_tokenizer(source: str, config: Optional[str] = None) -> Tokenizer:
     with torch.device("meta"):  # random initial weights would cost seconds
         tokenizer = Tokenizer(sizes_for(source, config, UNSEEN_SIZES, **decoder))
     tokenizer.to_empty(device="cpu")
-    load_tensors(tokenizer, state, source, ignore=UNUSED, keep=UNUSED)
+    load_tensors(tokenizer, state, source, ignore=CLUSTERING, keep=CLUSTERING)
     return tokenizer.eval()
 
 
 def weights_hash(tokenizer: Tokenizer) -> str:
     """Hash of all weights that images depend on."""
     state = tokenizer.state_dict()
-    return tensors_hash({name: state[name] for name in state if not name.startswith(UNUSED)})
+    return tensors_hash({name: state[name] for name in state if not name.startswith(CLUSTERING)})
 
 
 def identity_of(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.pictures import picture_grid, with_captions, write_png
-from generation.images import ImageBatch, decode_stored, sample_images
+from generation.images import ImageBatch, check_codebook, decode_stored, sample_images
 from generation.job import SamplingJob
 from generation.models import Models, largest_batch
 from modeling.class_names import NONE, ClassNames
@@ -288,9 +288,6 @@ def read_codes(path: str, config: TokenizerConfig) -> np.ndarray:
             f"experiment.codes={path} holds {codes.dtype} {codes.shape} instead of integers "
             f"(images, {config.num_tokens}): use the config of the run that made it"
         )
-    if codes.min() < 0 or codes.max() >= config.codebook_size:
-        raise InputError(
-            f"experiment.codes={path} holds codes {codes.min()}…{codes.max()}, but this tokenizer "
-            f"has 0…{config.codebook_size - 1}: use the config of the run that made it"
-        )
+    remedy = "use the config of the run that made it"
+    check_codebook(codes, config, f"experiment.codes={path}", remedy)
     return codes.astype(np.uint16)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from generation.job import SamplingJob
 from modeling.engine import DECODED_AT_ONCE, Engine, ImageDecoder
-from modeling.tokenizer import Tokenizer
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from runtime.errors import InputError
 from runtime.randomness import image_uniforms
 
 
@@ -93,3 +94,12 @@ def start_decoding(
         return on_host[0].numpy(), on_host[1].numpy()
 
     return wait
+
+
+def check_codebook(codes: np.ndarray, config: TokenizerConfig, source: str, remedy: str) -> None:
+    """InputError, with this source and remedy, for codes that the tokenizer's codebook lacks."""
+    if codes.min() < 0 or codes.max() >= config.codebook_size:
+        raise InputError(
+            f"{source} holds codes {codes.min()}…{codes.max()}, but this tokenizer has "
+            f"0…{config.codebook_size - 1}: {remedy}"
+        )

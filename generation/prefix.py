@@ -15,6 +15,7 @@ from torch import Tensor
 from configs.schema import GeneratorExperiment
 from data.encoding import encode
 from data.images import photo_crop, to_float
+from generation.images import check_codebook
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
 
@@ -72,11 +73,7 @@ def read_prefix(path: str, config: TokenizerConfig) -> Tensor:
             f"experiment.prefix={path} is too long: {codes.shape[1]} codes, where images of this "
             f"tokenizer have {config.num_tokens}; use codes of this tokenizer"
         )
-    if codes.min() < 0 or codes.max() >= config.codebook_size:
-        raise InputError(
-            f"experiment.prefix={path} holds codes {codes.min()}…{codes.max()}, but this tokenizer "
-            f"has 0…{config.codebook_size - 1}: use codes of this tokenizer"
-        )
+    check_codebook(codes, config, f"experiment.prefix={path}", "use codes of this tokenizer")
     return torch.from_numpy(codes.astype(np.int64))
 
 

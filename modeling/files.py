@@ -1,5 +1,6 @@
 """Files that are whole or absent, and write errors in one line."""
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -57,3 +58,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def sync_file(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

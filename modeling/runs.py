@@ -4,12 +4,12 @@ RUN_DIR/checkpoints/step-00001000/ holds NAME.safetensors and, written last, man
 sha256 of every file.
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
 
 from .errors import InputError
+from .files import file_sha256
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
@@ -56,7 +56,6 @@ def is_whole(file: Path) -> bool:
     try:
         entries = json.loads((file.parent / MANIFEST).read_text())["files"]
         stated = {entry["name"]: entry["sha256"] for entry in entries}
-        with open(file, "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest() == stated[file.name]
+        return file_sha256(file) == stated[file.name]
     except (OSError, ValueError, KeyError, TypeError):
         return False

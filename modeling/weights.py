@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .errors import InputError
 from .files import whole_file
 from .formats import PYTORCH, SAFETENSORS, kind_by_content, unwrap
-from .metadata import TOKENIZER, About, about_file
+from .metadata import TOKENIZER, About, about_file, layers
 
 log = logging.getLogger(__name__)
 
@@ -217,16 +217,12 @@ def describe(state: dict[str, Tensor]) -> str:
     def rows(key: str) -> int:
         return len(state[key])
 
-    def depth(prefix: str) -> int:
-        numbers = {k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)}
-        return len(numbers)
-
     if {"blocks.0.attn.qkv.weight", "embeddings.weight", "output.weight"} <= state.keys():
         size = state["embeddings.weight"].shape[1]
         name = {(768, 24): "AliTok-B, ", (1024, 24): "AliTok-L, ", (1280, 32): "AliTok-XL, "}
-        layers = depth("blocks.")
+        depth = layers(state, "blocks.")
         return (
-            f"a generator ({name.get((size, layers), '')}hidden size {size}, {layers} layers, "
+            f"a generator ({name.get((size, depth), '')}hidden size {size}, {depth} layers, "
             f"{rows('output.weight')} codes)"
         )
     if "quantize.embedding.weight" in state and "latent_tokens" in state:
@@ -236,8 +232,9 @@ def describe(state: dict[str, Tensor]) -> str:
         prefix = " without prefix" if rows("latent_tokens") == len(patches) else ""
         return (
             f"a stage-{stage} tokenizer ({rows('latent_tokens')} tokens{prefix}, "
-            f"{rows('quantize.embedding.weight')} codes, {depth('encoder.transformer.')} encoder "
-            f"and {depth('decoder.transformer.')} decoder layers)"
+            f"{rows('quantize.embedding.weight')} codes, "
+            f"{layers(state, 'encoder.transformer.')} encoder "
+            f"and {layers(state, 'decoder.transformer.')} decoder layers)"
         )
     if "to_logits.0.weight" in state and "block_in.0.weight" in state:
         return "a discriminator"

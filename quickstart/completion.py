@@ -17,7 +17,7 @@ from torch import Tensor
 import configs.load
 from configs.schema import GeneratorRun
 from data.images import list_images, photo_crop, to_float
-from data.pictures import captioned, picture_grid, to_pixels, write_png
+from data.pictures import captioned, enlarged, picture_grid, to_pixels, write_png
 from evaluation.reconstruction import psnr
 from generation.prefix import encode_beginning, masked_below
 from modeling.engine import Engine
@@ -57,7 +57,7 @@ def block(
     originals = to_float(torch.stack(pixels))
     seen = torch.stack([masked_below(x, seen_rows) if mask else x for x in originals])
     panels = torch.cat([originals[:, None], seen[:, None], completed], 1).flatten(0, 1)
-    images = to_pixels(panels).repeat(ENLARGED, 1).repeat(ENLARGED, 2)
+    images = enlarged(to_pixels(panels), ENLARGED * config.image_size)
     wanted = originals[:, None].expand_as(completed).flatten(0, 1)[:, :, seen_rows:]
     figure = psnr(wanted, completed.flatten(0, 1)[:, :, seen_rows:]).mean().item()
     return captioned(

@@ -1,12 +1,11 @@
 """Files that are whole or absent, their names and hashes made durable, and locked folders."""
 
 import fcntl
-import hashlib
 import os
 from pathlib import Path
 from typing import IO
 
-from modeling.files import sync_file, whole_file, writing
+from modeling.files import file_sha256, sync_file, whole_file, writing
 from runtime.errors import InputError
 
 __all__ = [
@@ -32,11 +31,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock_folder(folder: Path) -> IO[str]:

@@ -37,8 +37,6 @@ QUANTITIES = {"tokenizer": "tokenizer, PSNR in dB", "generator": "generator, nat
 RUNS = {"scratch": "from scratch", "finetuned": "from the weights for 0–4"}
 STARTS = {"mean": "at the mean of the old classes", "normal": "normal, as a new generator"}
 SEEDS = (42, 43, 44)
-# With the quickstart's weight of the strip, training stays near 15 dB for all of these few steps.
-WEAK_STRIP = "losses.aux_weight=3"
 REPORTS = 24  # evaluations of a run from scratch; a short run has as many per step
 
 Curve = dict[float, float]
@@ -103,7 +101,7 @@ def train_tokenizers(out: Path, steps: int) -> None:
         phase = f"{{name: mse, steps: {length}, learning_rate: {rate}, end_lr: 3.0e-5}}"
         execute(
             train_tokenizer.main, "config=configs/digits_stage1.yaml", f"phases=[{phase}]",
-            f"experiment.output_dir={out}/tokenizer_{name}", *reports(steps), WEAK_STRIP,
+            f"experiment.output_dir={out}/tokenizer_{name}", *reports(steps),
             f"dataset.params.train_dir={out}/{digits}/train",
             f"dataset.params.val_dir={out}/{digits}/val", *options,
         )  # fmt: skip

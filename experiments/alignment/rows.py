@@ -142,7 +142,7 @@ VARIATIONS = {
     "patch_size": Variation("side of a patch in pixels", ("8",), size("patch_size")),
     "encoder_layers": Variation("depth of the encoder", ("1", "6"), size("encoder_layers")),
     "aux_weight": Variation(
-        "weight of the aux loss", ("4.7",), stage1("losses.aux_weight"), ("prefix", "aux")
+        "weight of the aux loss", ("1", "10"), stage1("losses.aux_weight"), ("prefix", "aux")
     ),
     "data": Variation(
         "other images: a name, or a folder that holds train/ and val/", tuple(DATA),

@@ -403,6 +403,26 @@ def test_own_patch_aligns_every_latent_with_its_patch(tokens, own):
     assert similarity.argmax(1).tolist() == own + list(range(GRID**2))
 
 
+@pytest.mark.parametrize("sizes", [
+    dict(image_size=32, patch_size=4, encoder_width=128, encoder_heads=4),  # the quickstart's
+    dict(image_size=256, patch_size=16, encoder_width=768, encoder_heads=12),  # the published
+    dict(image_size=32, patch_size=4, encoder_width=128, encoder_heads=4, num_latent_tokens=64),
+])  # fmt: skip
+def test_own_patch_shows_a_patch_in_its_own_latents_from_the_first_step(sizes):
+    torch.manual_seed(0)
+    model = Tokenizer(TokenizerConfig(**sizes, encoder_layers=3, position_init="own_patch"), False)
+    g, p, prefix = model.config.grid, model.config.patch_size, model.config.num_prefix_tokens
+    image = torch.rand(1, 3, g * p, g * p)
+    row, column = g // 2, g // 3
+    changed = image.clone()
+    changed[:, :, row * p : (row + 1) * p, column * p : (column + 1) * p] *= 0.2
+    with torch.no_grad():
+        moved = (model.latents(changed) - model.latents(image)).norm(dim=2).squeeze(0)  # (T,)
+    own = prefix + row * g + column
+    others = torch.cat([moved[:own], moved[own + 1 :]])
+    assert moved[own] > 5 * others.max()
+
+
 def test_weights_start_small_and_biases_at_zero():
     model = Tokenizer(config(encoder_width=128, token_size=32))
     for name, module in model.named_modules():

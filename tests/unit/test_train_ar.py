@@ -698,6 +698,20 @@ def test_initial_weights_of_another_architecture_are_refused(
     assert not (tmp_path / "b").exists()
 
 
+def test_a_file_that_states_another_number_of_codes_is_refused_wherever_it_lies(
+    train, cache, tmp_path, first, monkeypatch
+):
+    monkeypatch.setattr(train_ar.TokenCache, "check", lambda *args: None)  # it fits the weights
+    loose = tmp_path / "loose.safetensors"
+    shutil.copy(first / "generator.safetensors", loose)
+    sizes = ["model.generator.image_seq_len=73", "model.vq_model.image_size=32"]
+    with pytest.raises(
+        InputError, match=r"loose\.safetensors is a generator of 21 codes per image"
+    ):
+        train(f"experiment.init_weights={loose}", *sizes, run="b")
+    assert not (tmp_path / "b").exists()
+
+
 def test_initial_weights_that_are_not_there_or_no_generators_are_refused(train, tmp_path):
     from modeling.weights import write_state_dict
 

@@ -9,7 +9,7 @@ Attribute names are the keys of the published state dicts.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from einops import rearrange
@@ -284,8 +284,9 @@ class Tokenizer(nn.Module):
             own = torch.cat([patches[:1], own])  # … after the corner
         latents = nn.init.normal_(encoder.latent_token_positional_embedding, std=std / 4)
         latents.add_(own)
-        for block in encoder.transformer[:1]:
-            for weight in (*block.attn.in_proj.weight.chunk(3), block.attn.out_proj.weight):
+        if len(encoder.transformer):
+            attention: Any = encoder.transformer[0].attn
+            for weight in (*attention.in_proj.weight.chunk(3), attention.out_proj.weight):
                 nn.init.eye_(weight)
 
     def freeze_encoder(self) -> None:

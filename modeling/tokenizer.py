@@ -256,14 +256,14 @@ class Tokenizer(nn.Module):
             nn.init.normal_(encoder.positional_embedding, std=width**-0.5)
             nn.init.normal_(encoder.latent_token_positional_embedding, std=width**-0.5)
         else:
-            self.align_positions()
+            self.start_at_own_patch()
         if self.decoder is not None:
             width = self.config.decoder_width
             nn.init.normal_(self.decoder.class_embedding, std=width**-0.5)
             nn.init.normal_(self.decoder.latent_token_positional_embedding, std=width**-0.5)
 
     @torch.no_grad()
-    def align_positions(self) -> None:
+    def start_at_own_patch(self) -> None:
         """`own_patch`: in the first block every latent reads its own patch more than any other.
 
         The position of a latent is that of its patch plus noise of a quarter, and the attention of

@@ -36,7 +36,7 @@ from evaluation.evaluator import Evaluator
 from generation.models import check_files
 from modeling.class_names import NONE, ClassNames
 from modeling.generator import Attention, Generator, SwiGLU, next_code_loss
-from modeling.metadata import GENERATOR, About, about_file, about_model
+from modeling.metadata import GENERATOR, About, about_model
 from modeling.sampling import NO_CLASS
 from modeling.tokenizer import CLUSTERING, Tokenizer
 from modeling.weights import describe, load_tensors, read_state_dict, write_state_dict
@@ -274,7 +274,7 @@ def load_initial(run: Run, generator: Generator) -> str:
     """Load `experiment.init_weights`, if this is a new run with it; returns in words what was taken.
 
     Raises InputError where the weights do not fit, but for the number of classes (`fit_classes`), or
-    are of images of another number of codes, which no tensor shows (`codes_per_image`).
+    are of images of another number of codes, which no tensor shows.
     """
     found = run.initial_weights()
     if found is None:
@@ -282,7 +282,7 @@ def load_initial(run: Run, generator: Generator) -> str:
     state, source = found
     state, words = fit_classes(state, generator.config, source)
     load_tensors(generator, state, source)
-    trained, stated_by = codes_per_image(source)
+    trained, stated_by = configs.load.codes_per_image(source)
     if trained not in (None, generator.config.image_seq_len):
         raise InputError(
             f"{source} is a generator of {trained} codes per image ({stated_by}), but "
@@ -290,19 +290,6 @@ def load_initial(run: Run, generator: Generator) -> str:
             f"images of this size"
         )
     return f"starts from {source}: {describe(state)}{words}"
-
-
-def codes_per_image(weights: str) -> tuple[Optional[int], str]:
-    """The codes per image of a generator's weights, and who says so: their file or their run.
-
-    None where neither does.
-    """
-    about = about_file(weights)
-    if about is not None and about.kind == GENERATOR:
-        return about.config["image_seq_len"], "as the file states"
-    file = configs.load.config_beside(weights)
-    trained = None if file is None else configs.load.generator_config(file).image_seq_len
-    return trained, str(file)
 
 
 class TrainState:

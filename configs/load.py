@@ -151,11 +151,6 @@ def tokenizer_config(path: str | Path | None, **known: Any) -> TokenizerConfig:
     return build(TokenizerConfig, tree, source, prefix, known)
 
 
-def generator_config(path: str | Path) -> GeneratorOptions:
-    """The generator's sizes in the config of the run that trained it."""
-    return read_run(GeneratorRun, path).model.generator
-
-
 def read_run(schema: type[T], path: str | Path) -> T:
     """The options of a run, from its config."""
     file, root = compose_file(path)
@@ -713,6 +708,20 @@ def run_beside(schema: type[T], weights: str) -> Optional[tuple[Path, T]]:
     if file is None or file.name != "config.yaml":
         return None
     return file, read_run(schema, file)
+
+
+def codes_per_image(weights: str) -> tuple[Optional[int], str]:
+    """The codes per image of a generator's weights, which no tensor's shape shows, and who states them:
+    their file, or the config of their run. None where neither does.
+
+    Raises InputError for a file of another kind of model.
+    """
+    about = about_file(weights)
+    if about is not None:
+        about.expect(GENERATOR, weights)
+        return about.config["image_seq_len"], "as the file states"
+    run = run_beside(GeneratorRun, weights)
+    return (None, "") if run is None else (run[1].model.generator.image_seq_len, str(run[0]))
 
 
 def stated_sections(experiment: GeneratorExperiment) -> dict[str, tuple[str, Any, tuple[str, ...]]]:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from configs.load import run_beside
-from configs.schema import GeneratorRun
+from configs.load import codes_per_image
 from data.imagenet import unlike_imagenet
 from data.tokens import TokenCache, open_tokens
 from evaluation.likelihood import (
@@ -19,7 +18,7 @@ from evaluation.likelihood import (
     measure_likelihood,
 )
 from modeling.generator import Generator
-from modeling.metadata import GENERATOR, about_file
+from modeling.metadata import about_file
 from modeling.pipeline import generator_config
 from modeling.weights import load_tensors, read_state_dict
 from runtime.errors import InputError
@@ -107,13 +106,8 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
     state = read_state_dict(source.file)
     config = generator_config(state, store.tokens, source.name)
     run, about = source.run or {}, about_file(source.file)
-    tokens = run.get("model.generator.image_seq_len")
-    if about is not None:
-        about.expect(GENERATOR, source.name)
-        tokens = about.config["image_seq_len"]
-    elif tokens is None:  # no tensor's shape shows it, but a run's config does
-        trained = run_beside(GeneratorRun, str(source.file))
-        tokens = store.tokens if trained is None else trained[1].model.generator.image_seq_len
+    tokens, _ = codes_per_image(str(source.file))
+    tokens = tokens or run.get("model.generator.image_seq_len") or store.tokens
     tokenizer = (about and about.tokenizer) or run.get("tokenizer")
     store.check(config.codebook_size, tokens, tokenizer)
     if len(store.classes) > config.condition_num_classes:

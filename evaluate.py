@@ -3,7 +3,7 @@
 python evaluate.py --samples output/alitok_b.npz --reference VIRTUAL_imagenet256_labeled.npz
 python evaluate.py --reference DIR --crop 256 --save_stats FILE.npz
 python evaluate.py --reconstruction --tokenizer weights/AliTok.pth --data_path imagenet --split val
-python evaluate.py --generator weights/alitok_b.bin --cache cache_val
+python evaluate.py --generator weights/alitok_b.bin --cache cache_alitok_val
 python evaluate.py --selfcheck                       is the evaluator itself right?
 torchrun --nproc_per_node=8 evaluate.py …            the same numbers from 8 GPUs
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From images to generated images on two CPU cores: real handwritten digits through every program.
+# From images to generated images on two CPU cores: real handwritten digits through the whole pipeline.
 # Run it again to resume after an interruption; remove output/quickstart to start over.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -90,7 +90,8 @@ def entries(schema: type, path: str = "") -> Iterator[Entry]:
             sections.append((item, f"{name}[i]", rule))
         else:
             default = default_of(field)
-            default = "required" if rule.complaint(default) else shown(default)
+            allowed = (default is None and optional) or not rule.complaint(default)
+            default = shown(default) if allowed else "required"
             text = kind_of(kind, rule, optional)
             yield Entry(name, text, default, rule.limits(), rule.sentence)
     for kind, name, rule in sections:

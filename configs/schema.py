@@ -253,7 +253,6 @@ class GeneratorOptions(GeneratorConfig):
     randomize_temperature: float = option(
         1.0,
         "Softmax temperature of sampling; 1e-5 takes the most likely code.",
-        above=0,
         at_least=1e-6,
     )
     guidance_scale: float = option(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import pretokenization
 import train_ar
+from experiments.alignment.charts import need_matplotlib
 from modeling.weights import read_state_dict, write_state_dict
 from quickstart.digits import write_digits
 from runtime.arguments import Parser, as_path, new_file, number
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--figure", type=new_file(".png"), default="output/finetuning.png")
     args = parser.parse_args(argv)
     out: Path = args.output
+    need_matplotlib()  # now, not after the training
     split_digits(out)
     train_tokenizers(out, args.steps)
     train_generators(out, args.steps)
@@ -61,10 +63,7 @@ def main(argv: list[str]) -> None:
     write_whole(out / "results.json", json.dumps(results, indent=1).encode())
     for line in rows_of(results):
         print(line)
-    try:
-        figure = draw(results)
-    except ImportError as e:
-        raise InputError("the figure needs matplotlib: pip install matplotlib") from e
+    figure = draw(results)
     with writing(Path(args.figure)):
         figure.savefig(args.figure, dpi=80)
     print(f"wrote {args.figure}")

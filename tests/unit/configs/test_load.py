@@ -212,7 +212,7 @@ def test_a_rate_is_a_number_however_it_is_written(tmp_path, text):
         (GeneratorRun, "model.generator.hidden_size=0", "1 or more"),
         (GeneratorRun, "model.generator.guidance_scale=nan", "0 or more"),
         (GeneratorRun, "model.generator.guidance_scale_pow=inf", "1000 or less"),
-        (GeneratorRun, "model.generator.randomize_temperature=nan", "more than 0"),
+        (GeneratorRun, "model.generator.randomize_temperature=nan", "1e-06 or more"),
         (GeneratorRun, "model.generator.top_p=0", "more than 0"),
         (GeneratorRun, "model.generator.codebook_size=32", "leave the former out"),
         (GeneratorRun, "model.vq_model.encoder_width=0", "1 or more"),

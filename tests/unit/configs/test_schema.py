@@ -292,7 +292,7 @@ def test_value_that_cannot_be_read_is_refused(argument):
         (GeneratorRun, "training.per_gpu_batch_size=0", "1 or more"),
         (GeneratorRun, "training.gradient_accumulation_steps=-1", "1 or more"),
         (GeneratorRun, "lr_scheduler.scheduler=poly", "cosine or constant"),
-        (GeneratorRun, "model.generator.randomize_temperature=0", "more than 0"),
+        (GeneratorRun, "model.generator.randomize_temperature=0", "1e-06 or more"),
         (GeneratorRun, "model.generator.image_seq_len=-4", "1 or more"),
         (GeneratorRun, "model.generator.num_attention_heads=0", "1 or more"),
         (GeneratorRun, "model.vq_model.patch_size=0", "1 or more"),

@@ -124,13 +124,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Refuse arguments that make no task."""
     if args.generator or args.cache or args.compare:
-        if not (args.generator and args.cache) or args.reconstruction or args.samples:
+        others = args.reconstruction or args.selfcheck or of_images(args)
+        if not (args.generator and args.cache) or others:
             raise InputError("--generator and --cache go together, alone or with --compare")
     elif args.selfcheck:
-        if args.samples or args.reference or args.reconstruction:
+        if args.reconstruction or of_images(args):
             raise InputError("--selfcheck takes no images: it finds ADM's in weights/")
     else:
         check_images(args)
+
+
+def of_images(args: argparse.Namespace) -> bool:
+    """Whether any option is set that only images are scored with."""
+    named = (args.samples, args.reference, args.save_stats, args.crop, args.half_manifold)
+    return any(named) or args.features != ["inception"]
 
 
 def check_images(args: argparse.Namespace) -> None:
@@ -161,12 +168,15 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
         check_count(images.shape[0], args.num_samples, images.name, args.allow_partial)
         size = images.shape[1:3]
     networks, missing = open_networks(args.features, processes)
-    results = []
-    for network in networks:
-        evaluator = Evaluator.open(
+    evaluators = [  # of all spaces first: a reference that does not serve one is refused at once
+        Evaluator.open(
             args.reference, processes, WEIGHTS, args.batch_size, args.num_workers, size, args.crop,
             args.half_manifold, network,
-        )  # fmt: skip
+        )
+        for network in networks
+    ]  # fmt: skip
+    results = []
+    for evaluator, network in zip(evaluators, networks):
         if args.save_stats and processes.is_main_process:
             save_statistics(evaluator.reference, args.save_stats, network.identity)
             processes.print(f"wrote {args.save_stats}: {evaluator.reference.images} images")

@@ -147,7 +147,7 @@ def read_evaluation(output: str) -> list[Cell]:
     (rate,) = find(r"^features from .npz: ([\d.]+) images/s", output)
     rows = {
         "features from an .npz, images/s": rate,
-        "share of the network's own rate": find(r"own rate: ([\d.]+)%", output)[0],
+        "share of the network's own rate": find(r"own rate: ([\d.]+%)", output)[0],
         "precision and recall": ", ".join(
             filter(None, find(r"^precision and recall, .*: ([\d.]+ s), (\d+ MB) more", output))
         ),

@@ -70,7 +70,7 @@ def resample_positions(positions: Tensor, grid: int) -> Tensor:
     """Position embeddings (1, 1 + n², D) of an n x n grid of patches -> (1, 1 + grid², D).
 
     As DINOv2's code does for inputs that are not of the pretraining size: bicubic without antialiasing, by the
-    scale (grid + 0.1) / n in the place of grid / n. timm's own resampling differs from it by more than a quarter of
+    scale (grid + 0.1) / n instead of grid / n. timm's own resampling differs from it by more than a quarter of
     the embedding's norm. The class token's entry is kept.
     """
     side = math.isqrt(positions.shape[1] - 1)
@@ -99,7 +99,8 @@ def build(state: dict[str, Tensor], path: Path) -> nn.Module:
 
 def check_kind(state: dict[str, Tensor], path: Path) -> None:
     """Refuse weights of another network, and say which it seems to be."""
-    if not {"cls_token", "pos_embed", "blocks.0.ls1.gamma"} <= state.keys():
+    known = {"cls_token", "pos_embed", "blocks.0.ls1.gamma"} <= state.keys()
+    if not known or state["cls_token"].ndim != 3 or state["pos_embed"].ndim != 3:
         raise InputError(
             f"{path} is not DINOv2's ViT-L/14 but {describe(state)}; weights/README.md says where to "
             f"get it"
@@ -107,7 +108,8 @@ def check_kind(state: dict[str, Tensor], path: Path) -> None:
     width, places = state["cls_token"].shape[-1], state["pos_embed"].shape[1]
     layers = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     registers = " with registers" if "register_tokens" in state else ""
-    if width != WIDTH or registers or math.isqrt(places - 1) ** 2 != places - 1:
+    square = places > 1 and math.isqrt(places - 1) ** 2 == places - 1
+    if width != WIDTH or registers or not square:
         raise InputError(
             f"{path} seems to be DINOv2's {NAMES.get(width, 'network')}{registers} (width {width}, "
             f"{layers} layers, {places} positions), not ViT-L/14 without registers: fetch "

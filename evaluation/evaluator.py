@@ -207,7 +207,7 @@ def warnings_of(network: Optional[FeatureNetwork], *sides: SetStatistics) -> lis
         if network is not None and side.images and side.images < network.widths[0]:
             warnings.append(
                 f"{side.name} holds {side.images} images, fewer than the {network.widths[0]} "
-                f"features: FID is biased upwards"
+                f"features: Fréchet distances are biased upwards"
             )
     if network is not None and network.published is False:
         warnings.append(

@@ -56,9 +56,16 @@ class Inception:
         self.identity = f"inception-v3-compat {digest[:16]}"
         self.published: Optional[bool] = digest.startswith("6726825d")
         self.device = torch.device(device)
-        self.network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], str(path)
-        ).to(self.device)
+        try:
+            network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], str(path)
+            )
+        except RuntimeError as e:  # names or shapes of tensors
+            raise InputError(
+                f"{path} is an incomplete or damaged TF-2015 Inception: fetch it again "
+                f"(weights/README.md)"
+            ) from e
+        self.network = network.to(self.device)
         # TensorFlow's mixed_6/conv is the first branch of the third block of four at 17x17.
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 

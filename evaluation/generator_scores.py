@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 
 from configs.load import codes_per_image
+from data.classes import trained_classes
 from data.imagenet import unlike_imagenet
 from data.tokens import TokenCache, open_tokens
 from evaluation.likelihood import (
@@ -18,7 +19,7 @@ from evaluation.likelihood import (
     measure_likelihood,
 )
 from modeling.generator import Generator
-from modeling.metadata import about_file
+from modeling.metadata import About, about_file
 from modeling.pipeline import generator_config
 from modeling.weights import load_tensors, read_state_dict
 from runtime.errors import InputError
@@ -41,10 +42,12 @@ class Source:
 
 
 def find_source(given: str, step: int | None = None) -> Source:
-    """The weights behind a file or a run folder (its newest checkpoint, or that of `step`)."""
+    """The weights behind a file, a checkpoint or a run folder (its newest one, or that of `step`)."""
     path = Path(given)
     if path.is_dir():
-        if step is None:
+        if checkpoint.NAME.fullmatch(path.resolve().name):
+            chosen = path
+        elif step is None:
             chosen, _ = checkpoint.choose(path, True)
         else:
             chosen = {checkpoint.step_of(p): p for p in checkpoint.all_checkpoints(path)}[step]
@@ -101,7 +104,8 @@ def find_sources(given: str, others: list[str]) -> list[Source]:
 def open_generator(source: Source, store: TokenCache) -> Generator:
     """A generator in eval mode on the CPU; its sizes are read from its tensors.
 
-    Raises InputError for a cache of another tokenizer's codes or of more classes.
+    The cache's labels become those that the generator was trained with, by the names of the classes, where these are
+    known. Raises InputError for a cache of another tokenizer's codes, of more or other classes, or of damaged labels.
     """
     state = read_state_dict(source.file)
     config = generator_config(state, store.tokens, source.name)
@@ -115,9 +119,24 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
             f"{store.folder} has {len(store.classes)} classes, more than the "
             f"{config.condition_num_classes} of {source.name}: give the cache of its own data"
         )
+    store.check_labels()
+    names = class_names(source.file, about)
+    if names:
+        store.use_classes(names)
     generator = Generator(config)
     load_tensors(generator, state, source.name)
     return generator.eval()
+
+
+def class_names(weights: Path, about: About | None) -> list[str]:
+    """The classes of a generator's training set, by label; empty where neither its file nor its run states them.
+
+    A run's list leaves out classes without images: their place is an empty name, which no folder has.
+    """
+    if about is not None and about.classes:
+        return list(about.classes)
+    trained = trained_classes(weights)
+    return [trained.get(label, "") for label in range(max(trained, default=-1) + 1)]
 
 
 def score_generator(
@@ -189,8 +208,8 @@ def warnings_of(store: TokenCache, generator: Generator) -> list[str]:
         return others
     return [
         *others,
-        f"{store.folder} has {len(store.classes)} of the generator's {known} classes; a class is the rank of "
-        f"its folder's name, so folders that are left out shift the classes after them",
+        f"{store.folder} has {len(store.classes)} of the generator's {known} classes; a label is its folder's "
+        f"place in the sorted names, so folders that are left out shift the labels after them",
     ]
 
 

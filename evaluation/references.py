@@ -41,6 +41,8 @@ def open_reference(
         images = open_images(path, crop)
         check_size(images, size)
         return measure(images, network, processes, batch, workers)
+    if crop is not None:
+        raise InputError(f"{path} holds statistics: --crop takes the images of a folder or tar")
     stored = load_statistics(path, network)
     if stored.size is not None:
         check_sizes(stored.name, stored.size, size)
@@ -87,6 +89,15 @@ def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
     pool, spatial, _ = network.widths
     for key, width in zip(keys, (pool, pool, spatial, spatial)):
         check_moment(path, key, values[key], width)
+    manifold = values.get("pool_3")
+    if manifold is not None and (manifold.ndim, *manifold.shape[1:], manifold.dtype.kind) != (
+        2,
+        pool,
+        "f",
+    ):
+        raise InputError(
+            f"{path} is damaged: pool_3 is of shape {manifold.shape} and type {manifold.dtype}"
+        )
     digest = hashlib.sha256(b"".join(values[key].tobytes() for key in keys)).hexdigest()[:16]
     try:
         height_width = tuple(map(int, values["size"])) if "size" in values else None
@@ -96,7 +107,7 @@ def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
             None if height_width is None else (height_width[0], height_width[1]),
             str(values.get("hash", digest)),
             moments=tuple(torch.from_numpy(values[key]).double() for key in keys),
-            manifold=torch.from_numpy(values["pool_3"]) if "pool_3" in values else None,
+            manifold=None if manifold is None else torch.from_numpy(manifold),
         )
     except (TypeError, ValueError, IndexError) as e:
         raise InputError(f"{path} is damaged ({e}): make it again with --save_stats") from e
@@ -111,7 +122,7 @@ def check_moment(path: Path, key: str, values: np.ndarray, width: int) -> None:
             f"other features; make them with --save_stats"
         )
     if values.dtype.kind != "f" or not np.isfinite(values).all():
-        raise InputError(f"{path}: {key} holds NaN or infinity; make it again")
+        raise InputError(f"{path}: {key} does not hold finite floats; make it again")
 
 
 def save_statistics(side: SetStatistics, path: str | Path, identity: str) -> None:

@@ -74,15 +74,30 @@ def read_result(path: Path) -> dict[str, Any]:
             result = json.loads(text)
         except ValueError:
             result = json.loads(text.splitlines()[-1])
-        if not isinstance(result["metrics"], dict) or not isinstance(result["samples"], dict):
-            raise TypeError("no metrics")
+        if "generator" in result:
+            raise InputError(f"{path} is a generator's loss: pass scores of images")
+        if not isinstance(result["samples"], dict):
+            raise TypeError("no samples")
+        for one in (result, *result.get("other_features", [])):
+            check_figures(one["metrics"])
     except FileNotFoundError as e:
         raise InputError(f"no file {path}: save the output of evaluate.py there") from e
     except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
         raise InputError(f"{path} is not a result of evaluate.py: save its last line again") from e
-    if not isinstance(result.get("protocol"), dict):
-        raise InputError(f"{path} names no protocol (an earlier version wrote it): evaluate again")
+    for one in (result, *result.get("other_features", [])):
+        if not isinstance(one.get("protocol"), dict):
+            raise InputError(
+                f"{path} names no protocol (an earlier version wrote it): evaluate again"
+            )
     return result
+
+
+def check_figures(metrics: dict[str, Optional[float]]) -> None:
+    """Raise TypeError for what is not a dict of numbers and of None."""
+    if not all(
+        value is None or isinstance(value, (int, float)) for value in dict(metrics).values()
+    ):
+        raise TypeError("no figures")
 
 
 Columns = dict[str, dict[Path, tuple[Any, dict[str, Any]]]]

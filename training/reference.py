@@ -21,7 +21,8 @@ REFERENCE = Path(__file__).parents[1] / "docs/reference"
 WINDOW = 5  # records in a mean of a training quantity
 DIGITS = 5
 LARGEST = 50_000  # bytes of all files
-OF_THE_MACHINE = ("images/s", "data wait", "hours left", "mfu", "memory")  # beginnings of names
+# Beginnings of names of what no run learns.
+NOT_LEARNT = ("images/s", "data wait", "hours left", "mfu", "memory", "phase")
 
 Records = list[dict[str, float]]
 
@@ -45,9 +46,9 @@ def curve(records: Records, name: str) -> dict[float, float]:
 
 
 def quantities(records: Records) -> set[str]:
-    """Names of what a run learns, without its speed."""
+    """Names of what a run learns, without its speed and the number of its phase."""
     names = {name for record in records for name in record} - {"step"}
-    return {name for name in names if not name.startswith(OF_THE_MACHINE)}
+    return {name for name in names if not name.startswith(NOT_LEARNT)}
 
 
 def smoothed(values: dict[float, float]) -> dict[float, float]:

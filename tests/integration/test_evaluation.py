@@ -49,6 +49,12 @@ def test_two_ranks_give_the_figures_of_one(tmp_path):
     assert first["metrics"]["gFID"] > 1 and (tmp_path / "stats.npz").exists()
 
 
+@pytest.mark.slow
+def test_the_selfcheck_holds_on_two_ranks(tmp_path):
+    done = execute("evaluate.py", "--selfcheck", "--device=cpu", ranks=2, launcher="torchrun")
+    assert result_of(done.stdout)["passed"] and done.stdout.count(": passed") == 10
+
+
 def test_missing_inception_weights_end_in_one_line(tmp_path):
     np.savez(tmp_path / "a.npz", pictures(4))
     done = execute(

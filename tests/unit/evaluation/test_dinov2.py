@@ -205,6 +205,10 @@ def test_other_files_are_refused(tmp_path, nowhere):
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / DINOV2_FILE)
     with pytest.raises(InputError, match="not DINOv2's ViT-L/14 but something else"):
         DINOv2("cpu", tmp_path)
+    for name, shape in (("pos_embed", (257, 1024)), ("pos_embed", (1, 0, 1024)), ("cls_token", ())):
+        torch.save({**random_state(1), name: torch.zeros(shape)}, tmp_path / DINOV2_FILE)
+        with pytest.raises(InputError, match="ViT-L/14"):
+            DINOv2("cpu", tmp_path)
 
 
 def test_timm_is_asked_for_in_one_line(folder, monkeypatch):

@@ -9,6 +9,7 @@ from PIL import Image
 
 import evaluate
 import evaluation.evaluator
+import evaluation.metrics
 import evaluation.statistics
 from data.images import center_crop
 from evaluation.metrics import frechet_distance
@@ -157,12 +158,26 @@ def test_reference_of_larger_pictures_is_cropped_as_adm_does(score, tmp_path):
     (tmp_path / "large.tar").write_bytes(packed(tmp_path / "large"))
     assert score("--crop=8", reference="large.tar")[0]["metrics"] == expected["metrics"]
     refused(lambda: score("--crop=8"), "reference.npz is not a folder")
+    write_adm("adm.npz")
+    refused(
+        lambda: score("--crop=8", reference="adm.npz"), "adm.npz holds statistics: --crop takes"
+    )
     refused(lambda: score("--crop=0", reference="large"), "--crop: 0: choose 1 to 8192")
 
 
-def test_manifold_in_half_precision_is_said_and_changes_no_distance(score):
+def test_manifold_in_half_precision_is_said_and_changes_no_distance(score, monkeypatch):
+    halves, distances = [], evaluation.metrics.squared_distances
+
+    def recorded(rows, columns, half=False):
+        halves.append(half)
+        return distances(rows, columns, half)
+
+    monkeypatch.setattr(evaluation.metrics, "squared_distances", recorded)
     exact, _ = score()
+    assert halves and not any(halves)
+    halves.clear()
     half, _ = score("--half_manifold")
+    assert halves and all(halves)
     same = ("gFID", "sFID", "IS", "IS_std")
     assert all(half["metrics"][name] == exact["metrics"][name] for name in same)
     assert (exact["protocol"]["distances"], half["protocol"]["distances"]) == ("float64", "float16")
@@ -273,7 +288,7 @@ def test_statistics_of_other_features_are_refused(score, monkeypatch):
     "changed, words",
     [
         (dict(mu=np.zeros(64)), ("mu is of shape (64,), not (12,)", "other features")),
-        (dict(sigma_s=np.full((6, 6), np.nan)), ("sigma_s holds NaN",)),
+        (dict(sigma_s=np.full((6, 6), np.nan)), ("sigma_s does not hold finite",)),
         (dict(mu=np.array([{}] * 12)), ("bad.npz",)),
     ],
 )

@@ -66,12 +66,17 @@ def test_both_spaces_give_their_figures(score):
     assert score()[0]["metrics"] == result["metrics"]  # Inception's alone, as ever
 
 
-def test_a_saved_reference_stands_for_the_images(score):
+def test_a_saved_reference_stands_for_the_images(score, monkeypatch):
     images, _ = score("--features=dinov2", "--save_stats=stats.npz")
     stored, _ = score("--features=dinov2", reference="stats.npz")
     assert stored["metrics"] == images["metrics"]
     with pytest.raises(InputError, match=r"other features \(dinov2-tiny 1, here tiny\)"):
         score(reference="stats.npz")
+    calls = []
+    monkeypatch.setattr(evaluator.Evaluator, "evaluate", lambda *_: calls.append(1))
+    with pytest.raises(InputError, match=r"other features \(dinov2-tiny 1, here tiny\)"):
+        score("--features=dinov2,inception", reference="stats.npz")
+    assert not calls  # before minutes go into the samples
     with pytest.raises(InputError, match="one feature space"):
         score("--features=inception,dinov2", "--save_stats=stats.npz")
 

@@ -11,6 +11,7 @@ from PIL import Image
 import evaluate
 import train_ar
 from data.writer import TokenWriter
+from evaluation import generator_scores
 from evaluation.generator_scores import warnings_of
 from modeling.generator import Generator, GeneratorConfig
 from runtime.errors import InputError
@@ -29,13 +30,14 @@ training: {per_gpu_batch_size: 4, max_train_steps: 6, mixed_precision: 'no'}
 """
 
 
-def write_cache(folder, codebook=32, classes=3, tokenizer="abc", seed=0, tokens=21):
+def write_cache(folder, codebook=32, classes=3, tokenizer="abc", seed=0, tokens=21, first=0):
+    """Nine images, two views each, of the classes `first`, `first` + 1, … in turn."""
     folder.mkdir()
     rng = np.random.default_rng(seed)
     writer = TokenWriter(folder, 2, tokens, codebook)
     writer.append((rng.integers(0, 3, (9, 2, tokens)) + np.arange(tokens)) % codebook)
     about = {"image_size": 16, "crops": "center_flip", "tokenizer": tokenizer}
-    names = [f"class{i}" for i in range(classes)]
+    names = [f"class{i}" for i in range(first, first + classes)]
     writer.finish([i % classes for i in range(9)], list("abcdefghi"), names, about)
     return folder
 
@@ -87,6 +89,53 @@ def test_a_weights_file_scores_as_its_run_does(score, runs):
         assert words in said
 
 
+def test_labels_are_those_of_the_classes_names(score, runs, tmp_path, monkeypatch):
+    fewer = write_cache(tmp_path / "fewer", classes=2, first=1, seed=1)
+    shutil.copy(
+        runs / "b/generator.bin", tmp_path / "unnamed.bin"
+    )  # what it was trained on is unknown
+    shutil.copy(runs / "b/generator.safetensors", tmp_path / "named.safetensors")
+    weights = (runs / "b", runs / "b/generator.bin", "named.safetensors", "unnamed.bin")
+    found = [score("--generator", file, "--cache", fewer) for file in weights]
+    run, file, named, unnamed = (result["metrics"] for result, _ in found)
+    assert run == file == named != unnamed
+    assert ["warning: " in said for _, said in found] == [False, False, False, True]
+    # The trainer's own loss on this cache is the same.
+    train_ar.main(
+        [f"config={runs}/run.yaml", f"experiment.output_dir={tmp_path}/c", "training.seed=5",
+         f"dataset.params.pretokenization={runs}/train", f"dataset.params.val_pretokenization={fewer}"]
+    )  # fmt: skip
+    records = [json.loads(line) for line in (tmp_path / "c/metrics.jsonl").read_text().splitlines()]
+    assert run["nats_per_code"] == pytest.approx(records[-1]["val/loss"], rel=1e-6)
+    other = write_cache(tmp_path / "other", classes=2, first=2)
+    refuse(score, "classes that the training set lacks: class3", "--generator", runs / "b", "--cache", other)  # fmt: skip
+
+
+def test_labels_beyond_the_classes_are_refused(score, runs, tmp_path):
+    shutil.copytree(runs / "val", tmp_path / "val")
+    (file,) = (tmp_path / "val").glob("labels*")
+    labels = np.fromfile(file, np.int32)
+    labels[4] = -1
+    labels.tofile(file)
+    refuse(score, "labels beyond its 3 classes", "--generator", runs / "a", "--cache", tmp_path / "val")  # fmt: skip
+
+
+def test_a_checkpoint_is_scored(score, runs):
+    step = runs / "a/checkpoints/step-00000003"
+    folder, _ = score("--generator", step, "--cache", runs / "val")
+    file, _ = score("--generator", step / "ema.safetensors", "--cache", runs / "val")
+    assert folder["metrics"] == file["metrics"] and folder["generator"]["step"] == 3
+
+
+def test_precision_is_the_one_asked_for(score, runs):
+    common = ("--generator", runs / "b", "--cache", runs / "val")
+    exact, half = (score(*common, f"--precision={name}")[0] for name in ("fp32", "bf16"))
+    assert (exact["precision"], half["precision"]) == ("fp32", "bf16")
+    assert exact["metrics"] == score(*common)[0]["metrics"]
+    nats = exact["metrics"]["nats_per_code"]
+    assert 0 < abs(half["metrics"]["nats_per_code"] - nats) < 0.02 * nats
+
+
 def test_picture_is_drawn(score, runs, tmp_path):
     score("--generator", runs / "b", "--cache", runs / "val", "--picture", tmp_path / "p/a.png")
     picture = np.asarray(Image.open(tmp_path / "p/a.png").convert("RGB"))
@@ -104,6 +153,18 @@ def test_other_runs_are_scored_at_the_same_step(score, runs, tmp_path):
     alone, _ = score("--generator", file, "--cache", runs / "val")
     assert result["compared"][0]["metrics"] == alone["metrics"]
     assert said.count("bits per image") == 2
+
+
+def test_the_picture_has_the_curves_of_other_runs(score, runs, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        generator_scores, "plot_positions", lambda scored, path: drawn.append(scored) or True
+    )
+    score("--generator", runs / "a", "--cache", runs / "val", "--compare", runs / "b")
+    (scored,) = drawn
+    assert list(scored) == [str(runs / "a"), str(runs / "b")]
+    first, second = (likelihood.positions[0] for likelihood in scored.values())
+    assert not torch.equal(first, second)
 
 
 # ---------------------------------------------------------------------- bad input
@@ -143,7 +204,8 @@ def test_a_cache_of_other_codes_is_refused(score, runs, tmp_path):
 
 def test_a_cache_without_all_classes_is_warned_of(score, runs, tmp_path):
     fewer = write_cache(tmp_path / "fewer", classes=2)
-    _, said = score("--generator", runs / "a/generator.bin", "--cache", fewer)
+    shutil.copy(runs / "a/generator.bin", tmp_path / "a.bin")
+    _, said = score("--generator", tmp_path / "a.bin", "--cache", fewer)
     assert "warning: " in said and "2 of the generator's 3 classes" in said
 
 
@@ -187,7 +249,12 @@ def test_files_that_are_no_generator_are_refused(score, runs, tmp_path):
     refuse(score, "holds no checkpoints", "--generator", "empty", "--cache", runs / "val")
     refuse(score, "no weights at", "--generator", "none.bin", "--cache", runs / "val")
     refuse(score, "go together", "--generator", "x.bin")
-    refuse(score, "go together", "--cache", runs / "val", "--reconstruction", "--generator", "x")
+    both = ("--cache", runs / "val", "--generator", "x")
+    for option in ("--reconstruction", "--selfcheck", "--reference=r", "--save_stats=s.npz",
+                   "--features=dinov2", "--crop=8", "--half_manifold"):  # fmt: skip
+        refuse(score, "go together", *both, option)
+    for option in ("--reference=r", "--save_stats=s.npz", "--features=dinov2", "--crop=8"):
+        refuse(score, "--selfcheck takes no images", "--selfcheck", option)
     damaged = Generator(GeneratorConfig(32, 1, 2, 32, 21, 3)).state_dict()
     damaged.pop("norm.weight")
     torch.save(damaged, tmp_path / "x.bin")

@@ -58,6 +58,20 @@ def test_other_files_are_named(write, content):
         report.main(["none.json"])
 
 
+@pytest.mark.parametrize(
+    "change", [{"metrics": {"gFID": "1.5"}}, {"metrics": [1]}, {"other_features": [{}]}, {"other_features": 3}]
+)  # fmt: skip
+def test_damaged_figures_are_named(write, change):
+    with pytest.raises(InputError, match="is not a result"):
+        report.main([write("a.json", result() | change)])
+
+
+def test_a_generators_loss_is_named(write):
+    scored = {"generator": {"path": "x"}, "metrics": {"nats_per_code": 1.0}}
+    with pytest.raises(InputError, match="is a generator's loss: pass scores of images"):
+        report.main([write("a.json", scored)])
+
+
 def test_a_result_without_protocol_is_refused(write):
     old = result()
     del old["protocol"]

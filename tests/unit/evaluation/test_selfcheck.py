@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,8 +8,11 @@ from accelerate import PartialState
 
 import evaluate
 from evaluation import evaluator, metrics, selfcheck
+from evaluation.features import INCEPTION_FILE
 from evaluation.selfcheck import ADM_BATCHES, ADM_REFERENCE, analytic_checks, resize_checks
 from tests.inception import TinyFeatures
+
+ALONE = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
 
 
 def failures(checks):
@@ -16,8 +20,8 @@ def failures(checks):
 
 
 def test_everything_that_needs_no_file_passes():
-    assert not failures([*analytic_checks(), *resize_checks()])
-    assert len([*analytic_checks(), *resize_checks()]) == 10
+    assert not failures([*analytic_checks(ALONE), *resize_checks()])
+    assert len([*analytic_checks(ALONE), *resize_checks()]) == 10
 
 
 # ---------------------------------------------------------------------- what it is there for
@@ -31,7 +35,7 @@ def test_everything_that_needs_no_file_passes():
 )  # fmt: skip
 def test_broken_arithmetic_is_found(monkeypatch, name, broken):
     monkeypatch.setattr(metrics, name, broken)
-    assert failures(analytic_checks())
+    assert failures(analytic_checks(ALONE))
 
 
 def test_moments_that_cancel_are_found(monkeypatch):
@@ -47,7 +51,7 @@ def test_moments_that_cancel_are_found(monkeypatch):
 
     monkeypatch.setattr(metrics.Moments, "add", add)
     monkeypatch.setattr(metrics.Moments, "reduced", reduced)
-    assert "streamed mean and covariance, largest error" in failures(analytic_checks())
+    assert "streamed mean and covariance, largest error" in failures(analytic_checks(ALONE))
 
 
 @pytest.mark.parametrize("options", [{"align_corners": True}, {"align_corners": False}])
@@ -86,6 +90,15 @@ def test_a_failure_is_the_exit_status(run, monkeypatch):
     monkeypatch.setattr(metrics, "NEIGHBOURS", 2)
     status, result, said = run()
     assert status == 1 and not result["passed"] and "FAILED" in said
+
+
+def test_without_inceptions_weights_the_other_checks_are_made(run, nowhere):
+    (nowhere / "weights").mkdir()
+    for name in (ADM_REFERENCE, "admnet_guided_imagenet256.npz"):
+        np.savez(nowhere / "weights" / name, np.zeros((2, 8, 8, 3), np.uint8))
+    status, _, said = run()
+    assert status == 0 and said.count(": passed") == 10
+    assert f"not compared with ADM's figures: no {INCEPTION_FILE} in weights/" in said
 
 
 def test_adms_batches_are_compared_where_they_are(run, nowhere, monkeypatch):

@@ -3,4 +3,4 @@
 # `bash benchmarks/h100.sh`. `--tiny` tries the steps on a CPU and writes a copy of the README instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec python -m benchmarks.h100 "$@"
+exec python3 -m benchmarks.h100 "$@"

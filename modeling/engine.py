@@ -351,17 +351,28 @@ class Engine:
             warnings.warn(f"sampling is not compiled, which is slower: {describe(e)}", stacklevel=3)
 
     def _capture(self) -> None:
-        """Capture one step as a CUDA graph. The position is read on the device: it serves all."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        """Capture one step as a CUDA graph. The position is read on the device: it serves all.
+
+        What cannot be captured is launched step by step, with one warning.
+        """
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
         with torch.cuda.stream(side):  # libraries set themselves up outside the capture
             self._step(0)
-        torch.cuda.current_stream().wait_stream(side)
+        current.wait_stream(side)
         for stream in self.streams:
             stream.position.zero_()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._step(0)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # torch's own capture stream is on the GPU of the first graph of the process.
+            with torch.cuda.graph(graph, stream=side):
+                self._step(0)
+            self.graph = graph
+        except RuntimeError as e:
+            torch.cuda.set_stream(current)  # a capture that fails to end leaves its stream current
+            warnings.warn(
+                f"sampling uses no CUDA graph, which is slower: {describe(e)}", stacklevel=4
+            )
 
     def _step(self, t: int) -> None:
         """Draw code t of every image; `t` is where the streams' positions are."""

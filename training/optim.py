@@ -61,7 +61,8 @@ class FiniteGuard:
     scaling uses (`found_inf`): the weights stay those of the last good step.
 
     With fp16, loss scaling meets infinite gradients by design. There the sum of the step's terms
-    over all ranks is judged instead of the norm; the scaler skips the step itself.
+    over all ranks is judged instead of the norm; the scaler skips the step itself, but no later
+    step of the log window: the run stops at its end, and nothing of it is saved.
     """
 
     def __init__(self, accelerator: Accelerator):

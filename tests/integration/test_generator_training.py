@@ -132,6 +132,20 @@ def test_compiled_training_is_the_same_training(workspace, ddp_run, fsdp, tmp_pa
     assert done.returncode == 0
 
 
+@pytest.mark.slow
+def test_compiled_training_in_bfloat16_stays_near_float32(workspace, ddp_run, tmp_path):
+    """accelerate wraps the forward pass in autocast; compiling traces through that, as on CUDA."""
+    options = [
+        "training.per_gpu_batch_size=4",
+        "training.compile=True",
+        "training.mixed_precision=bf16",
+    ]
+    workspace.train_ar(tmp_path / "run", *HALF, *options)
+    found, exact = losses(tmp_path / "run"), losses(ddp_run)
+    np.testing.assert_allclose(found, exact, rtol=2e-2)
+    assert not np.allclose(found, exact, rtol=1e-6)
+
+
 def test_plot_draws_the_curves_of_several_runs(workspace, ddp_run, tmp_path):
     from PIL import Image
 

@@ -108,7 +108,7 @@ def test_figures_are_in_the_cells_that_their_words_name(readme):
     assert "| 50,000 images, from DINOv2's rate | | 71 s |" in text
     assert "| loss of a generator, codes/s | 15,909 (small model, batch 64) | 570000 |" in text
     assert "| H100 | 40.000 | 44.000 | 1.100 | |" in text
-    assert "| pytest -m gpu | 12 passed, 3 skipped, 900 deselected |" in text
+    assert '| pytest -m "gpu or kernel" | 12 passed, 3 skipped, 900 deselected |' in text
 
 
 def test_what_a_cut_step_did_not_print_leaves_its_cells_and_is_named(readme):

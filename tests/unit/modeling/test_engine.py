@@ -1,5 +1,6 @@
 """What surrounds the numbers of the engine: memory, compiling, types, options. Codes: test_sampling."""
 
+import contextlib
 import dataclasses
 import gc
 import shutil
@@ -187,6 +188,41 @@ def test_engine_that_does_not_compile_says_so_once_and_stays_eager(model, monkey
         engine = Engine(model, 4, Sampling(3.0), compiled=True)
     assert len(caught) == 1 and not engine.compiled
     assert torch.equal(engine.sample(labels, uniforms), expected)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_is_captured_on_a_stream_of_the_engines_gpu_or_not_at_all(
+    model, monkeypatch, recwarn, fails
+):
+    """With stand-ins for CUDA's streams and graphs: what is asked of them, and what a failure leaves."""
+    given = inputs()
+    expected = Engine(model, 4, Sampling(guidance_scale=2)).sample(*given)
+    engine = Engine(model, 4, Sampling(guidance_scale=2))
+    current, side = (SimpleNamespace(wait_stream=lambda _: None) for _ in range(2))
+    captured, made_current = [], []
+
+    @contextlib.contextmanager
+    def capture(graph, stream=None):
+        captured.append(stream)
+        yield
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "set_stream", made_current.append)
+    with torch.inference_mode():
+        engine._capture()
+    assert captured == [side]  # not torch's own, which stays on the first engine's GPU
+    said = [str(w.message) for w in recwarn if "uses no CUDA graph" in str(w.message)]
+    assert len(said) == fails and (engine.graph is None) == fails
+    assert made_current == [current] * fails
+    if fails:
+        assert "not permitted when stream is capturing" in said[0]
+        assert torch.equal(engine.sample(*given), expected)
 
 
 def test_functions_are_compiled_whole_for_fixed_shapes_without_choices_by_timing(monkeypatch):

@@ -32,6 +32,8 @@ from runtime.errors import InputError
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+pytestmark = pytest.mark.kernel
 runs_the_kernel = pytest.mark.skipif(
     not (CUDA or INTERPRETED), reason="runs in the interpreter, started by another test here"
 )

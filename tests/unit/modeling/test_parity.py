@@ -125,11 +125,14 @@ def test_greedy_generation_by_the_compiled_engine(golden, generator):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled, streams", [(False, 1), (True, 1), (True, 2)])
 @pytest.mark.parametrize("scale, power", [(16, 1.8), (6, 0.7), (0, 1)])
-def test_greedy_generation_by_the_engine_on_cuda(golden, generator, scale, power, compiled):
+def test_greedy_generation_by_the_engine_on_cuda(
+    golden, generator, scale, power, compiled, streams
+):
     sampling = Sampling(scale, power, temperature=1e-5)
-    engine = Engine(generator.cuda(), 2, sampling, compiled=compiled)
+    engine = Engine(generator.cuda(), 2, sampling, compiled=compiled, streams=streams)
+    assert engine.fused and engine.compiled == compiled == (engine.graph is not None)
     codes = engine.sample(torch.tensor([3, 977]), torch.full((2, 273), 0.5)).cpu().numpy()
     # Other hardware may decide a near-tie otherwise (tests/golden/README.md), and an image goes its
     # own way from there: most of the codes before that must be equal.

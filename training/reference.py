@@ -3,8 +3,9 @@
     python -m training.reference output/quickstart [output/quickstart_seed1 …]
 
 writes docs/reference/NAME.jsonl for every run folder NAME in the first of these folders. A file has one record per
-line of the run's metrics.jsonl: the step and, per quantity, its smoothed value, and under low/QUANTITY and
-high/QUANTITY the smallest and largest of the smoothed values of all folders. Speeds and times are left out.
+line of the run's metrics.jsonl: the step, the number of folders ("runs") and, per quantity, its smoothed value, and
+under low/QUANTITY and high/QUANTITY the smallest and largest of the smoothed values of all folders. Speeds and times
+are left out.
 `python -m training.plot RUN_DIR --reference` draws a run over the fitting file.
 """
 
@@ -22,7 +23,7 @@ WINDOW = 5  # records in a mean of a training quantity
 DIGITS = 5
 LARGEST = 50_000  # bytes of all files
 # Beginnings of names of what no run learns.
-NOT_LEARNT = ("images/s", "data wait", "hours left", "mfu", "memory", "phase")
+NOT_LEARNT = ("images/s", "data wait", "hours left", "mfu", "memory", "phase", "runs")
 
 Records = list[dict[str, float]]
 
@@ -82,7 +83,7 @@ def reference_of(runs: list[Records]) -> Records:
             known = [v for v in all_values if v is not None]
             if len(known) < len(all_values):
                 raise InputError(f"not all runs have {name} at step {step:g}: pass finished runs")
-            record = by_step.setdefault(step, {"step": step})
+            record = by_step.setdefault(step, {"step": step, "runs": len(runs)})
             record[name] = shortened(value)
             if others and name != "lr":
                 record[f"low/{name}"] = shortened(min(known))

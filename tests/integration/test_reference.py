@@ -32,7 +32,9 @@ def test_a_fresh_stage_1_begins_within_the_range_of_five_seeds(tmp_path):
         f"experiment.output_dir={tmp_path}/run", "experiment.eval_every=0", "experiment.generate_every=0",
         f"dataset.params.train_dir={tmp_path}/data/train", f"dataset.params.val_dir={tmp_path}/data/val",
     )  # fmt: skip
-    beginning = [record for record in reference("stage1") if record["step"] <= 200]  # smoothed to 300
+    beginning = [
+        record for record in reference("stage1") if record["step"] <= 200
+    ]  # smoothed to 300
     for name in ("mse", "aux", "quantizer"):
         left = outside(run_records(tmp_path / "run"), beginning, name)
         assert not left, f"{name} leaves the range at steps {left}"

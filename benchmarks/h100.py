@@ -195,8 +195,9 @@ def steps() -> list[Step]:
         for size, limit in zip(SIZES, limits):
             # The ratio to the plain way is that of batch 256; at 512 the plain way is kept short.
             # Its growing cache at XL's size leaves no room for batches of 125.
-            plain = ["--rounds", 2, "--plain-batch", 32 if size == "XL" else 125]
-            if batch == 512:
+            if batch == 256:
+                plain = ["--rounds", 2, "--plain-batch", 32 if size == "XL" else 125]
+            else:
                 plain = ["--rounds", 1, "--plain-batch", 8]
             chosen = ["--sizes", size.lower()]
             full = module("sampling", *chosen, "--batch", batch, *plain)

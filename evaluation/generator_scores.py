@@ -42,21 +42,11 @@ class Source:
 
 
 def find_source(given: str, step: int | None = None) -> Source:
-    """The weights behind a file, a checkpoint or a run folder (its newest one, or that of `step`)."""
+    """The weights behind a file, a checkpoint or a run folder (its newest checkpoint, or that of `step`)."""
     path = Path(given)
-    if path.is_dir():
-        if checkpoint.NAME.fullmatch(path.resolve().name):
-            chosen = path
-        elif step is None:
-            chosen, _ = checkpoint.choose(path, True)
-        else:
-            chosen = {checkpoint.step_of(p): p for p in checkpoint.all_checkpoints(path)}[step]
-        if chosen is None:
-            raise InputError(f"{given} holds no checkpoints: give a weights file or a run folder")
-        reason = checkpoint.problem(chosen)
-        if reason is not None:
-            raise InputError(f"checkpoint {chosen} is damaged: {reason}; remove it")
-        path = checkpoint.first_weights(chosen, *WEIGHTS)
+    if step is not None and path.is_dir():
+        path = {checkpoint.step_of(p): p for p in checkpoint.all_checkpoints(path)}[step]
+    path = checkpoint.weights_file(path, *WEIGHTS)
     if not checkpoint.NAME.fullmatch(path.parent.name):
         return Source(given, path)
     return Source(given, path, checkpoint.step_of(path.parent), settings_of(path.parent))

@@ -90,14 +90,8 @@ def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
     for key, width in zip(keys, (pool, pool, spatial, spatial)):
         check_moment(path, key, values[key], width)
     manifold = values.get("pool_3")
-    if manifold is not None and (manifold.ndim, *manifold.shape[1:], manifold.dtype.kind) != (
-        2,
-        pool,
-        "f",
-    ):
-        raise InputError(
-            f"{path} is damaged: pool_3 is of shape {manifold.shape} and type {manifold.dtype}"
-        )
+    if manifold is not None and (manifold.shape[1:] != (pool,) or manifold.dtype.kind != "f"):
+        raise InputError(f"{path} is damaged (pool_3): make it again with --save_stats")
     digest = hashlib.sha256(b"".join(values[key].tobytes() for key in keys)).hexdigest()[:16]
     try:
         height_width = tuple(map(int, values["size"])) if "size" in values else None

@@ -290,6 +290,11 @@ def test_statistics_of_other_features_are_refused(score, monkeypatch):
         (dict(mu=np.zeros(64)), ("mu is of shape (64,), not (12,)", "other features")),
         (dict(sigma_s=np.full((6, 6), np.nan)), ("sigma_s does not hold finite",)),
         (dict(mu=np.array([{}] * 12)), ("bad.npz",)),
+        (
+            dict(pool_3=np.zeros((5, 64), np.float32)),
+            ("bad.npz is damaged (pool_3)", "--save_stats"),
+        ),
+        (dict(pool_3=np.zeros((5, 12), np.int64)), ("bad.npz is damaged (pool_3)",)),
     ],
 )
 def test_unfit_statistics_are_refused(score, changed, words):

@@ -185,6 +185,9 @@ def test_another_file_under_that_name_is_refused(tmp_path, monkeypatch):
     torch.save({"head.weight": torch.zeros(3)}, tmp_path / "weights" / INCEPTION_FILE)
     with pytest.raises(InputError, match="not the TF-2015 Inception"):
         Inception(CPU, WEIGHTS)
+    torch.save({"fc.weight": torch.zeros(1008, 2048)}, tmp_path / "weights" / INCEPTION_FILE)
+    with pytest.raises(InputError, match="incomplete or damaged TF-2015 Inception: fetch it again"):
+        Inception(CPU, WEIGHTS)
 
 
 def test_pickled_code_under_that_name_is_not_run(tmp_path, monkeypatch):

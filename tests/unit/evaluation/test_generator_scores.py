@@ -89,11 +89,10 @@ def test_a_weights_file_scores_as_its_run_does(score, runs):
         assert words in said
 
 
-def test_labels_are_those_of_the_classes_names(score, runs, tmp_path, monkeypatch):
+def test_labels_are_those_of_the_classes_names(score, runs, tmp_path):
     fewer = write_cache(tmp_path / "fewer", classes=2, first=1, seed=1)
-    shutil.copy(
-        runs / "b/generator.bin", tmp_path / "unnamed.bin"
-    )  # what it was trained on is unknown
+    # What this one was trained on is not known.
+    shutil.copy(runs / "b/generator.bin", tmp_path / "unnamed.bin")
     shutil.copy(runs / "b/generator.safetensors", tmp_path / "named.safetensors")
     weights = (runs / "b", runs / "b/generator.bin", "named.safetensors", "unnamed.bin")
     found = [score("--generator", file, "--cache", fewer) for file in weights]

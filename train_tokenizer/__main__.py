@@ -48,6 +48,7 @@ from modeling.metadata import DISCRIMINATOR, TOKENIZER, About, about_file, about
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
 from modeling.weights import (
     describe,
+    fingerprint,
     load_tensors,
     read_part,
     read_state_dict,
@@ -239,23 +240,18 @@ def load_initial(run: Run, tokenizer: Tokenizer) -> str:
             )
     stage1 = options.experiment.stage1_checkpoint
     if stage1 is not None:
-        check_same_codes(state, source, stage1)
+        check_same_encoder(state, source, stage1)
     return f"starts from {source}: {describe(state)}"
 
 
-def check_same_codes(state: dict[str, Tensor], source: str, stage1: str) -> None:
+def check_same_encoder(state: dict[str, Tensor], source: str, stage1: str) -> None:
     """InputError where a tokenizer's encoder or codebook is not that of the stage-1 checkpoint."""
     first = read_state_dict(on_main(lambda: checkpoint.weights_file(stage1, "tokenizer")))
-    for name, tensor in state.items():
-        if name.startswith("decoder."):
-            continue
-        other = first.get(name)
-        if other is None or not torch.equal(tensor.float(), other.float()):
-            raise InputError(
-                f"experiment.init_weights ({source}) and experiment.stage1_checkpoint={stage1} "
-                f"disagree in {name}: leave stage1_checkpoint out; encoder and codebook come with "
-                f"init_weights"
-            )
+    if fingerprint(state) != fingerprint(first):
+        raise InputError(
+            f"experiment.init_weights ({source}) and experiment.stage1_checkpoint={stage1} differ in "
+            f"encoder or codebook: leave stage1_checkpoint out; both come with init_weights"
+        )
 
 
 def build_discriminator(options: TokenizerRun) -> Discriminator:

@@ -9,6 +9,7 @@ from einops import reduce
 from torch import Tensor
 
 from data.images import CenterImages, ImagePath
+from data.subset import evenly_spaced
 from evaluation.reconstruction import image_batches
 from modeling.pixels import to_float
 from modeling.tokenizer import Tokenizer, TokenizerConfig
@@ -154,5 +155,4 @@ def change_shares(changes: Tensor, config: TokenizerConfig) -> dict[str, float]:
 
 def evenly(paths: list[ImagePath], count: int) -> list[ImagePath]:
     """At most `count` of the paths, evenly spaced: a listing is sorted by class."""
-    count = min(count, len(paths))
-    return [paths[number * len(paths) // count] for number in range(count)]
+    return [paths[i] for i in evenly_spaced(len(paths), min(count, len(paths)))]

@@ -49,7 +49,7 @@ def test_the_study_in_miniature(tmp_path, images):
     validation = run_records(root / "seed_42/causal/generator")[-1]["val/loss"]
     assert rows["causal"]["nats"]["mean"] == pytest.approx(validation, rel=1e-4)
     assert "seed 42 aux: stage2 took" in first
-    # The folder of the last row is what training.reference takes.
+    # With stage 2 the folder has the layout of a quickstart.
     folder = root / "seed_42/aux"
     assert sorted(p.parent.name for p in folder.glob("*/metrics.jsonl")) == [
         "generator", "stage1", "stage2"

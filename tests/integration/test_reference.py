@@ -35,7 +35,7 @@ def test_a_fresh_stage_1_begins_within_the_range_of_five_seeds(tmp_path):
     beginning = [
         record for record in reference("stage1") if record["step"] <= 200
     ]  # smoothed to 300
-    for name in ("mse", "aux", "quantizer"):
+    for name in ("mse", "quantizer"):
         left = outside(run_records(tmp_path / "run"), beginning, name)
         assert not left, f"{name} leaves the range at steps {left}"
 

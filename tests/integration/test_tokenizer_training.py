@@ -465,7 +465,7 @@ def test_stage1_checkpoint_beside_initial_weights_has_to_agree(workspace, train,
     train(1, tmp_path / "other", "training.seed=1", "phases=[{steps: 1}]")
     given = f"experiment.stage1_checkpoint={tmp_path}/other"
     message = refusal(train, 2, tmp_path / "b", init, given)
-    assert f"stage1_checkpoint={tmp_path}/other disagree in " in message
+    assert f"stage1_checkpoint={tmp_path}/other differ in encoder or codebook" in message
     assert "leave stage1_checkpoint out" in message and not (tmp_path / "b").exists()
 
 

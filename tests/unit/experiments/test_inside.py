@@ -193,7 +193,7 @@ def test_without_prefix_the_first_codes_are_the_first_rows():
 
 def test_images_are_spread_over_the_listing():
     paths = [str(i) for i in range(10)]
-    assert evenly(paths, 4) == ["0", "2", "5", "7"] and evenly(paths, 20) == paths
+    assert evenly(paths, 4) == ["1", "3", "6", "8"] and evenly(paths, 20) == paths
 
 
 # ---------------------------------------------------------------------- the command

@@ -100,6 +100,18 @@ def test_each_row_is_compared_with_the_one_before_it_and_a_variation_with_its_ro
     ]
 
 
+def test_a_row_that_shares_codes_is_compared_with_the_row_that_made_them(output):
+    write_run(output / "seed_1/prefix", 2.0, 73, 25.0, stage2=26.5)
+    pairs = [(a.row.name, b.row.name) for a, b in neighbours(groups_of(collect(output)))]
+    assert pairs == [
+        ("bidirectional", "causal"),
+        ("causal", "prefix"),
+        ("prefix", "aux"),
+        ("aux", "stage2"),
+        ("prefix", "quickstart"),
+    ]
+
+
 def test_the_tables_say_what_was_measured(output):
     groups = groups_of(collect(output))
     lines = [line.split(" | ") for line in table(groups).splitlines()]

@@ -4,6 +4,7 @@ import pytest
 
 import configs.load
 from configs.schema import GeneratorRun, TokenizerRun
+from experiments.alignment.ablation import chains_of
 from experiments.alignment.rows import (
     GENERATOR,
     ROWS,
@@ -21,12 +22,12 @@ from training.run import flatten
 
 # What a row changes in stage 1, beside the number of tokens.
 CHANGED = {
-    "bidirectional": {"model.vq_model.causal": False, "model.vq_model.prefix_head": False},
-    "causal": {"model.vq_model.prefix_head": False},
-    "prefix": {"model.vq_model.prefix_head": False},
-    "aux": {},
-    "stage2": {},
+    "bidirectional": {"model.vq_model.causal": False},
+    "causal": {},
+    "prefix": {},
+    "aux": {"model.vq_model.prefix_head": True, "losses.aux_weight": 3.0},
 }
+TRAINED = [row for row in ROWS if not row.run]
 EXAMPLES = [f"{name}={value}" for name, v in VARIATIONS.items() for value in v.examples]
 
 
@@ -41,7 +42,7 @@ def changes(schema, config, arguments, program=""):
     return {name: value for name, value in now.items() if value != plain[name]}
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", TRAINED, ids=lambda row: row.name)
 def test_a_row_changes_nothing_but_what_it_is_about(row):
     made = recipe(row, Overrides(), 10)
     tokens = {} if row.prefix else {"model.vq_model.num_latent_tokens": 64}
@@ -51,9 +52,18 @@ def test_a_row_changes_nothing_but_what_it_is_about(row):
     assert changes(GeneratorRun, GENERATOR, made.sample, "sample_imagenet") == codes
 
 
-def test_the_last_two_rows_are_the_quickstart():
-    for row in ROWS[-2:]:
-        assert recipe(row, Overrides(), 10) == Recipe([], [], [], [])
+def test_the_row_of_the_quickstart_sets_nothing_and_shares_the_codes_of_its_stage_1(tmp_path):
+    (tmp_path / "train/0").mkdir(parents=True)
+    rows = {row.name: row for row in ROWS}
+    assert recipe(rows["prefix"], Overrides(), 10) == Recipe([], [], [], [])
+    for asked in ([rows["quickstart"]], [rows["prefix"], rows["quickstart"]]):
+        [chain] = chains_of(tmp_path, tmp_path, asked, [42], Overrides())
+        assert chain.folder == tmp_path / "seed_42/prefix"
+        assert [step.name for step in chain.steps][-3:] == [
+            "stage2", "samples_stage2", "judge_stage2"
+        ]  # fmt: skip
+    [chain] = chains_of(tmp_path, tmp_path, [rows["prefix"]], [42], Overrides())
+    assert chain.steps[-1].name == "judge_stage1"
 
 
 @pytest.mark.parametrize("text", EXAMPLES)

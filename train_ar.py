@@ -387,7 +387,7 @@ def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
         run.log.say(state.start)
     run.log.say(
         f"{parameters / 1e6:.1f}M parameters on {world} x {device_name(run.accelerator.device)}, "
-        f"{precision(training)}{', compiled' * state.compiled}"
+        f"autocast {precision(training)}{', compiled' * state.compiled}"
     )
     run.log.say(
         f"{data.train.images} images x {data.train.views} views; {run.global_batch} images per step = "

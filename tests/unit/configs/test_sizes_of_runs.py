@@ -40,6 +40,21 @@ def test_a_run_brings_its_sizes(run, config, part, program, capsys):
     assert "model.vq_model.encoder_heads=4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("of_run, of_config", [(None, 7), (7, None)])
+def test_null_and_the_number_that_it_stands_for_are_the_same(
+    run, tmp_path, of_run, of_config, capsys
+):
+    for path, tokens in ((run / "config.yaml", of_run), (tmp_path / "c.yaml", of_config)):
+        models = {
+            "vq_model": {**SIZES, "num_latent_tokens": tokens},
+            "generator": {"image_seq_len": 7},
+        }
+        path.write_text(yaml.safe_dump({"model": models}))
+    given = [f"config={tmp_path}/c.yaml", f"experiment.tokenizer_checkpoint={run}"]
+    assert load(GeneratorRun, given, "sample_imagenet").model.vq_model.num_tokens == 7
+    assert not capsys.readouterr().err
+
+
 def test_the_command_line_may_not_contradict_a_run(run, config):
     heads = "model.vq_model.encoder_heads"
     given = [config, f"experiment.tokenizer_checkpoint={run}"]

@@ -1,6 +1,6 @@
 """Train the rows of the ablation with the project's own commands, and tabulate them.
 
-    python -m experiments.alignment.ablation                               6 rows x 3 seeds, at most 90 minutes on two cores
+    python -m experiments.alignment.ablation                               6 rows x 3 seeds, about 90 minutes on two cores
     python -m experiments.alignment.ablation --fast                        2 rows, 1 seed, at most 10 minutes
     python -m experiments.alignment.ablation --vary position_init=normal   one thing varied, around two rows
 

@@ -25,7 +25,7 @@ def check_codes_are_shared(folder: Path) -> None:
     )
     if first != second:
         raise InputError(
-            f"{folder}: stage 2 changed the encoder or the codebook: remove the folder"
+            f"{folder}: stage 2 changed the encoder or the codebook: remove {folder / 'stage2'}"
         )
 
 

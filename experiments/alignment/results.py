@@ -166,15 +166,16 @@ def difference(metric: str, before: dict[int, float], after: dict[int, float]) -
 
 
 def neighbours(groups: list[Group]) -> list[tuple[Group, Group]]:
-    """Pairs to compare: each row with the one whose codes it shares, else with the one before it, and a
-    varied row with its own unvaried one.
+    """Pairs to compare: a row that shares codes with the row that made them, any other row with the one
+    before it, and a varied row with the same row unvaried.
     """
     known = {(group.variation, group.row.name): group for group in groups}
-    pairs = [
-        (known.get((b.variation, b.row.run), a), b)
-        for a, b in pairwise(groups)
-        if a.variation == b.variation
-    ]
+    pairs = []
+    for before, group in pairwise(groups):
+        if group.row.run:
+            before = known.get((group.variation, group.row.run))
+        if before is not None and before.variation == group.variation:
+            pairs.append((before, group))
     plain = {group.row.name: group for group in groups if not group.variation}
     pairs += [(plain[g.row.name], g) for g in groups if g.variation and g.row.name in plain]
     return [(a, b) for a, b in pairs if a.values("nats").keys() & b.values("nats").keys()]

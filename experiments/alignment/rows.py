@@ -1,7 +1,7 @@
 """The rows of the ablation and the variations, as what they set over the quickstart's three configs.
 
 Everything that a row does not set is the quickstart's own: encoder, codebook, steps, generator, data. The rows
-`prefix` and `quickstart` set nothing, so their runs are quickstarts.
+`prefix` and `quickstart` set nothing: together their run is a quickstart.
 """
 
 import json
@@ -58,7 +58,7 @@ class Row:
 
 
 BIDIRECTIONAL = "model.vq_model.causal=false"
-# The published weight of the strip, 10, costs 2 dB here, where K / g² is twice that of ImageNet's grid.
+# The strip's published weight, 10, costs 2 dB here: K / g² is twice as large as on ImageNet's grid.
 STRIP = ("model.vq_model.prefix_head=true", "losses.aux_weight=3")
 
 ROWS = (

@@ -64,6 +64,9 @@ def test_the_row_of_the_quickstart_sets_nothing_and_shares_the_codes_of_its_stag
         ]  # fmt: skip
     [chain] = chains_of(tmp_path, tmp_path, [rows["prefix"]], [42], Overrides())
     assert chain.steps[-1].name == "judge_stage1"
+    [chain] = chains_of(tmp_path, tmp_path, [rows["stage2"]], [42], Overrides())
+    assert chain.folder == tmp_path / "seed_42/aux" and chain.steps[-1].name == "judge_stage2"
+    assert set(rows["aux"].stage1) < set(chain.steps[0].command)
 
 
 @pytest.mark.parametrize("text", EXAMPLES)

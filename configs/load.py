@@ -675,7 +675,7 @@ def sizes_of_runs(options: Any, places: dict[str, Place]) -> list[str]:
         if section == "vq_model" and Path(experiment.tokenizer_checkpoint).is_dir():
             names = SIZES_OF_TOKENIZER
         changes = {n: getattr(run, n) for n in names if getattr(run, n) != getattr(used, n)}
-        if section == "vq_model" and (run.grid, run.num_tokens) == (used.grid, used.num_tokens):
+        if section == "vq_model" and run.num_tokens == used.num_tokens:  # of the same grid, then
             changes.pop("num_latent_tokens", None)  # null stands for the same number
         for name, value in changes.items():
             option = f"model.{section}.{name}"

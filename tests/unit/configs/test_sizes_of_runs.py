@@ -40,6 +40,15 @@ def test_a_run_brings_its_sizes(run, config, part, program, capsys):
     assert "model.vq_model.encoder_heads=4" in capsys.readouterr().err
 
 
+def test_null_stands_for_another_number_on_another_grid(run, tmp_path):
+    sizes = {**SIZES, "image_size": 32, "num_latent_tokens": 21}
+    models = {"vq_model": sizes, "generator": {"image_seq_len": 21}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model": models}))
+    given = [f"config={tmp_path}/c.yaml", f"experiment.tokenizer_checkpoint={run}"]
+    found = load(GeneratorRun, given, "train_ar").model.vq_model
+    assert (found.num_latent_tokens, found.num_tokens) == (None, 7)
+
+
 @pytest.mark.parametrize("of_run, of_config", [(None, 7), (7, None)])
 def test_null_and_the_number_that_it_stands_for_are_the_same(
     run, tmp_path, of_run, of_config, capsys

@@ -180,7 +180,7 @@ def module(name: str, *arguments: object) -> list[str]:
 
 def steps() -> list[Step]:
     """All steps, the ones that others depend on first."""
-    found = [
+    return [
         Step(
             "tests on the GPU", 210, ["-m", "pytest", "-q", "-m", "gpu or kernel"],
             ["-m", "pytest", "-q", "tests/unit/runtime/test_parts.py"], read_tests,
@@ -189,7 +189,15 @@ def steps() -> list[Step]:
             "fused attention", 40, module("attention"), module("attention", "--head-sizes", 48),
             read_attention,
         ),
+        *sampling_steps(),
+        *generator_steps(),
+        *tokenizer_steps(),
+        *evaluation_steps(),
     ]  # fmt: skip
+
+
+def sampling_steps() -> list[Step]:
+    found = []
     tiny = ["--batch", 1, "--plain-batch", 1, "--layers", 1, "--rounds", 1, "--precisions", "fp32"]
     for batch, limits in ((256, (100, 120, 140)), (512, (50, 60, 70))):
         for size, limit in zip(SIZES, limits):
@@ -207,17 +215,24 @@ def steps() -> list[Step]:
                     module("sampling", *chosen, *tiny), read_sampling(size, batch),
                 )
             )  # fmt: skip
-    for size, limit in zip(SIZES, (60, 80, 100)):
-        found.append(
-            Step(
-                f"training {size}", limit, module("generator_training", size.lower(), "--rounds", 3),
-                module("generator_training", "small", "--rounds", 1, "--steps", 1),
-                read_training(size),
-            )
-        )  # fmt: skip
+    return found
+
+
+def generator_steps() -> list[Step]:
+    return [
+        Step(
+            f"training {size}", limit, module("generator_training", size.lower(), "--rounds", 3),
+            module("generator_training", "small", "--rounds", 1, "--steps", 1), read_training(size),
+        )
+        for size, limit in zip(SIZES, (60, 80, 100))
+    ]  # fmt: skip
+
+
+def tokenizer_steps() -> list[Step]:
+    """Its training, and pretokenization with it."""
     small = ["--batch", 2, "--steps", 1, "--rounds", 1, "--no-perceptual"]
     brief = ["--compile", "--steps", 4, "--rounds", 2]  # a step in float32 is 39 TFLOP
-    found += [
+    return [
         Step(
             "tokenizer, MFU", 105, module("tokenizer_training", *brief, "--no-perceptual"),
             module("tokenizer_training", *small),
@@ -236,6 +251,11 @@ def steps() -> list[Step]:
             ),
             module("tokens", "--images", 20, "--encode", 2), read_pretokenization,
         ),
+    ]  # fmt: skip
+
+
+def evaluation_steps() -> list[Step]:
+    return [
         Step(
             "evaluation", 80,
             module("evaluation", "--images", 5000, "--rounds", 3, "--manifold", 5000),
@@ -258,7 +278,6 @@ def steps() -> list[Step]:
             module("likelihood", "--batches", 1, "--batch_size", 2, "--rounds", 1), read_likelihood,
         ),
     ]  # fmt: skip
-    return found
 
 
 # ---------------------------------------------------------------------- running

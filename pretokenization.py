@@ -94,7 +94,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--img_size", type=number(1, 4096), metavar="N",
         help="pixels per side (default: the config's, or 256)")
     add("--batch_size", type=number(1, 65_536), default=32, metavar="N",
-        help="images encoded together (default: 32)")
+        help="images per batch (default: 32)")
     crops = parser.add_mutually_exclusive_group()
     crops.add_argument("--ten_crop", action="store_true", help="ten views per image, with mirrors")
     crops.add_argument("--five_crop", action="store_true", help="the five views without mirrors")

@@ -45,6 +45,10 @@ from runtime.parts import Parts, check_settings, differing
 from runtime.processes import matmul_precision, on_main
 
 BATCHES_PER_PART = 16  # what a killed run loses at most, per process
+# Bytes of the widest activation of the images that a CPU encodes at once. glibc gives blocks over 32 MiB
+# back after each use, and the system clears every page of the next one; less is as fast. Another value
+# rounds differently.
+CPU_ACTIVATION = 24 * 2**20
 COMPARED_BATCHES = 2  # encoded in float32 too, where another type is chosen
 ADDED = ("encoder_heads",)  # settings that earlier versions did not record
 
@@ -56,7 +60,7 @@ class EncodingPlan:
     image_size: int  # pixels per side of a view
     crops: str  # a key of `data.images.VIEWS`
     dtype: str = "fp32"  # of the encoder: fp32, tf32 or bf16
-    batch_size: int = 32  # images encoded together
+    batch_size: int = 32  # images encoded together (on a CPU, in parts)
     layout: str = "packed"  # or npz, the published layout
     skip_unreadable: int = 0  # images that may be left out
     num_workers: int = 8  # decoding processes per rank
@@ -85,10 +89,23 @@ def encode(tokenizer: Tokenizer, images: Tensor, dtype: str) -> Tensor:
     bf16 (autocast). The nearest code is always chosen in full float32.
     """
     bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16")
-    with matmul_precision("tf32" if dtype == "tf32" else "fp32"), bf16:
-        latents = tokenizer.encoder(images, tokenizer.latent_tokens)
-    with matmul_precision("fp32"):
-        return tokenizer.quantize.nearest(latents)
+    codes = []
+    for part in images.split(encoded_at_once(tokenizer, images)):
+        with matmul_precision("tf32" if dtype == "tf32" else "fp32"), bf16:
+            latents = tokenizer.encoder(part, tokenizer.latent_tokens)
+        with matmul_precision("fp32"):
+            codes.append(tokenizer.quantize.nearest(latents))
+    return torch.cat(codes)
+
+
+def encoded_at_once(tokenizer: Tokenizer, images: Tensor) -> int:
+    """How many of these images are encoded together: all of them; on a CPU, only a few."""
+    if images.device.type != "cpu":
+        return len(images)
+    config = tokenizer.config
+    tokens = config.grid**2 + config.num_tokens
+    hidden = tokens * 4 * config.encoder_width * images.element_size()  # of the MLP, per image
+    return max(CPU_ACTIVATION // hidden, 1)
 
 
 # ---------------------------------------------------------------------- the job

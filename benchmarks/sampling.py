@@ -251,11 +251,14 @@ def changes(args: argparse.Namespace) -> None:
     def preallocated() -> Tensor:
         return sample_codes(model, labels, uniforms, 16.0, 1.8)
 
-    def engine(dtype: torch.dtype, packed: bool) -> Callable[[], Tensor]:
-        original = modeling.engine.pack
-        modeling.engine.pack = original if packed else lambda weight, rows: weight
-        made = Engine(model, args.batch, sampling, dtype)
-        modeling.engine.pack = original
+    def engine(
+        dtype: torch.dtype, arranged: bool = True, compiled: bool = False
+    ) -> Callable[[], Tensor]:
+        original = modeling.engine.cpu_layout
+        if not arranged:
+            modeling.engine.cpu_layout = lambda rows, compiled: lambda weight: weight
+        made = Engine(model, args.batch, sampling, dtype, compiled)
+        modeling.engine.cpu_layout = original
         return lambda: made.sample(labels, uniforms)
 
     ways = {
@@ -264,8 +267,9 @@ def changes(args: argparse.Namespace) -> None:
         ),
         "cache preallocated": preallocated,
         "engine: w1 and w3 fused, fused norms": engine(torch.float32, False),
-        "weights packed for oneDNN": engine(torch.float32, True),
-        "bf16 weights and cache": engine(torch.bfloat16, True),
+        "weights in panels and huge pages": engine(torch.float32),
+        "compiled": engine(torch.float32, compiled=True),
+        "eager, bf16 weights and cache": engine(torch.bfloat16),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.rounds):

@@ -9,7 +9,8 @@ One step is a chain of functions, each of which is one compiled program on CUDA:
     enter → attention → between → attention → … → leave → output layer → choose
 
 `between` holds everything from one attention to the next, so that a block costs four products, three
-other kernels and the attention.
+other kernels and the attention. On a CPU an attention and the `between` after it are one function,
+`layer`.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cpu_layout import cpu_layout, linear
 from .decode_attention import (
     EPS,
     AttentionFunction,
@@ -54,7 +56,8 @@ DECODED_AT_ONCE = 64  # images; more do not fill a GPU better and take more memo
 STREAMED_BATCH = 128
 # Positions of all rows together that `prefill` computes at once: more take memory, not less time.
 PREFILLED_AT_ONCE = 2**14
-# Programs per function in one process: three sizes, two types, several batches and samplings.
+# Programs per function in one process: three sizes, two types, several batches and samplings; of
+# `layer`, three for each.
 RECOMPILE_LIMIT = 128
 
 
@@ -73,12 +76,6 @@ class BlockWeights(NamedTuple):
 
 
 # ---------------------------------------------------------------------- the parts of a step
-def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
 def norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[1],), weight, EPS)
 
@@ -111,6 +108,23 @@ def between(
     return x, qkv
 
 
+def layer(
+    x: Tensor,
+    qkv: Tensor,
+    turns: Tensor,
+    block: BlockWeights,
+    following: BlockWeights,
+    cache: Cache,
+) -> tuple[Tensor, Tensor]:
+    """The plain attention and `between` as one function: x (N, D) and qkv (N, 3D) -> the next ones.
+
+    `turns` are those of positions 0…p, so their number tells the position p. It is marked dynamic, and
+    one program serves all positions; an int would make a program per value.
+    """
+    y = plain_attention(qkv, block.qk_norm, turns, len(turns) - 1, cache)
+    return between(x, y, block, following)
+
+
 def leave(x: Tensor, y: Tensor, block: BlockWeights, final_norm: Tensor) -> Tensor:
     """What follows the last attention, up to the output layer's input: (N, D) float32."""
     return norm(after_attention(x, y, block), final_norm)
@@ -138,10 +152,11 @@ class StepFunctions(NamedTuple):
     between: Callable[..., tuple[Tensor, Tensor]] = between
     leave: Callable[..., Tensor] = leave
     choose: Callable[..., Tensor] = choose
+    layer: Callable[..., tuple[Tensor, Tensor]] = layer
 
 
 def compile_function(function: Callable) -> Callable:
-    """torch.compile for one fixed shape per engine.
+    """torch.compile for the fixed shapes of an engine; only what is marked dynamic may vary.
 
     `fullgraph` makes Dynamo raise where it would otherwise fall back to eager code. Deterministic:
     Inductor then chooses no kernel by timing, so the order of its sums, and with it the images, are
@@ -163,17 +178,6 @@ def compiling() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------- weights and state
-def pack(weight: Tensor, rows: int) -> Tensor:
-    """A matrix (out, in) in the layout in which oneDNN multiplies it by a few `rows`.
-
-    A step reads every weight for a few rows; reordering the matrix each time costs as much as the
-    product. Only on a CPU that oneDNN supports; elsewhere the matrix comes back as it is.
-    """
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-
-
 def block_weights(
     block: Block, dtype: torch.dtype, lay_out: Callable[[Tensor], Tensor]
 ) -> BlockWeights:
@@ -274,8 +278,8 @@ class Engine:
     depend on it up to rounding.
 
     TF32 counts as it is set when the engine is built; the output layer does not use it. The
-    generator is not changed. What has the engine's type already is shared with it, not copied: train
-    it on, and build another engine.
+    generator is not changed. What has the engine's type already is shared with it, not copied (on a
+    CPU matrices are copied): train it on, and build another engine.
     Raises InputError for an option or a type that this device cannot do.
     """
 
@@ -315,9 +319,9 @@ class Engine:
                 slice(batch * i // streams, batch * (i + 1) // streams) for i in range(streams)
             ]
             rows = branches * -(-batch // streams)
-            self.weights = Weights(
-                model, dtype, (lambda w: w) if compiled else lambda w: pack(w, rows)
-            )
+            on_cpu = self.device.type == "cpu"
+            lay_out = cpu_layout(rows, compiled) if on_cpu else lambda weight: weight
+            self.weights = Weights(model, dtype, lay_out)
             self.streams = [Stream(config, part, branches, stored, self.device) for part in parts]
             self.scales = guidance_schedule(
                 sampling.guidance_scale,
@@ -325,6 +329,8 @@ class Engine:
                 config.image_seq_len,
                 sampling.guidance_schedule,
             ).to(self.device)
+            # On CUDA no compiled function may see the cache: Inductor would copy it whole.
+            self.layers_whole = self.device.type == "cpu" and not self.fused
             self.functions, self.compiled = StepFunctions(), False
             self.graph: Optional[torch.cuda.CUDAGraph] = None
             if compiled:
@@ -339,15 +345,21 @@ class Engine:
         return contextlib.nullcontext()
 
     def _compile(self) -> None:
-        """Compile by taking two steps. What cannot be compiled stays eager, with one warning."""
-        self.functions = StepFunctions(*map(compile_function, StepFunctions()))
+        """Compile by taking steps. What cannot be compiled stays eager, with one warning.
+
+        `layer` is one program for the first position, one for the last, whose cache is full, and one
+        for all between. Of the last one's cache most is not initialised; nothing of it is kept.
+        """
+        self.functions, self.compiled = StepFunctions(*map(compile_function, StepFunctions())), True
+        last = self.config.image_seq_len - 1
+        positions = {0, min(1, last)} | ({last} if self.layers_whole else set())
         try:
             with compiling():
-                for t in range(min(2, self.config.image_seq_len)):
+                for t in sorted(positions):
+                    self._set_position(t)
                     self._step(t)
-            self.compiled = True
         except Exception as e:
-            self.functions = StepFunctions()
+            self.functions, self.compiled = StepFunctions(), False
             warnings.warn(f"sampling is not compiled, which is slower: {describe(e)}", stacklevel=3)
 
     def _capture(self) -> None:
@@ -357,11 +369,11 @@ class Engine:
         """
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
+        self._set_position(0)
         with torch.cuda.stream(side):  # libraries set themselves up outside the capture
             self._step(0)
         current.wait_stream(side)
-        for stream in self.streams:
-            stream.position.zero_()
+        self._set_position(0)
         graph = torch.cuda.CUDAGraph()
         try:
             # torch's own capture stream is on the GPU of the first graph of the process.
@@ -373,6 +385,10 @@ class Engine:
             warnings.warn(
                 f"sampling uses no CUDA graph, which is slower: {describe(e)}", stacklevel=4
             )
+
+    def _set_position(self, t: int) -> None:
+        for stream in self.streams:
+            stream.position.fill_(t)
 
     def _step(self, t: int) -> None:
         """Draw code t of every image; `t` is where the streams' positions are."""
@@ -389,11 +405,18 @@ class Engine:
         weights, functions, position = self.weights, self.functions, stream.position
         attend: AttentionFunction = self.fused or plain_attention
         at = position if self.fused else t
-        blocks = weights.blocks
+        blocks, turns = weights.blocks, weights.turns
+        if self.layers_whole:
+            turns = turns[: t + 1]
+            if self.compiled:
+                torch._dynamo.maybe_mark_dynamic(turns, 0)
         x, qkv = functions.enter(stream.rows, weights.embeddings, blocks[0])
         for block, following, cache in zip(blocks, blocks[1:], stream.caches):
-            y = attend(qkv, block.qk_norm, weights.turns, at, cache)  # (N, D)
-            x, qkv = functions.between(x, y, block, following)
+            if self.layers_whole:
+                x, qkv = functions.layer(x, qkv, turns, block, following, cache)
+            else:
+                y = attend(qkv, block.qk_norm, turns, at, cache)  # (N, D)
+                x, qkv = functions.between(x, y, block, following)
         y = attend(qkv, blocks[-1].qk_norm, weights.turns, at, stream.caches[-1])
         x = functions.leave(x, y, blocks[-1], weights.norm)
         with full_float32(self.device.type):

@@ -56,8 +56,8 @@ class Pipeline:
     published ones; a generator's are read off its tensors.
 
     `device` is CUDA where there is one. `dtype` is that of the generator's matrices: by default
-    bfloat16 on CUDA, from Ampere on, and float32 elsewhere. `compiled` takes a minute first; it pays on
-    CUDA for many images in batches of one size. Raises InputError for files or a device that do not
+    bfloat16 on CUDA, from Ampere on, and float32 elsewhere. `compiled` takes a minute first; it pays for
+    many images in batches of one size. Raises InputError for files or a device that do not
     fit.
     """
 

@@ -85,7 +85,6 @@ def test_a_whole_run_leaves_no_cell_that_needs_a_gpu_empty(readme):
         "open",
         "open at 1,281,167 images (sparse files) and read one",
         "tf32",  # has no goal
-        "",  # the head of the published forward pass's table
         "H100",  # has no goal there
         "small, 64",  # a CPU has no MFU here, nor GPU memory
         "plain: cache grown by concatenation",  # the first line brought nothing

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from modeling import engine as engine_module
-from modeling.decode_attention import dequantized
+from modeling.decode_attention import dequantized, plain_attention
 from modeling.engine import (
     Engine,
     ImageDecoder,
@@ -77,11 +78,13 @@ def test_memory_is_free_after_del_without_the_garbage_collector(model, traced, c
     engine = Engine(model, 4, Sampling(3.0), compiled=compiled)
     engine.sample(*inputs())
     assert engine.compiled == compiled
-    alive = [weakref.ref(x) for x in (engine, engine.streams[0].caches[0].k, engine.weights.turns)]
+    weights, cache = engine.weights, engine.streams[0].caches[0]
+    watched = (engine, cache.k, weights.turns, weights.blocks[0].qkv)
+    alive = [weakref.ref(x) for x in watched]
     gc.disable()
     try:
-        del engine
-        assert [ref() for ref in alive] == [None] * 3
+        del engine, weights, cache, watched
+        assert [ref() for ref in alive] == [None] * 4
     finally:
         gc.enable()
 
@@ -106,9 +109,10 @@ def test_keys_and_values_are_separate_allocations_of_exactly_the_positions(model
     assert {s.nbytes() for s in storages} == {4 * 7 * 32 * 4}
 
 
-def test_positions_that_are_not_filled_are_not_read(model):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_positions_that_are_not_filled_are_not_read(model, traced, compiled):
     labels, uniforms = inputs()
-    engine = Engine(model, 4, Sampling(3.0), streams=2)
+    engine = Engine(model, 4, Sampling(3.0), compiled=compiled, streams=2)
     expected = engine.sample(labels, uniforms)
     with torch.inference_mode():
         for stream in engine.streams:
@@ -119,9 +123,11 @@ def test_positions_that_are_not_filled_are_not_read(model):
 
 
 # ---------------------------------------------------------------------- compiling
-def test_no_compiled_function_sees_the_cache(model, traced):
+def test_no_compiled_function_sees_the_cache_where_attention_is_fused(model, traced):
     """Inductor copies a mutated input whole where it cannot prove that it need not."""
     engine = Engine(model, 4, Sampling(3.0), compiled=True)
+    engine.layers_whole = False
+    engine.fused = lambda *given: plain_attention(*given[:3], int(given[3]), given[4])
     caches = {x.data_ptr() for c in engine.streams[0].caches for x in (c.k, c.v)}
     seen = []
 
@@ -137,6 +143,17 @@ def test_no_compiled_function_sees_the_cache(model, traced):
     engine.sample(*inputs())
     assert len(seen) > 100
     assert not {x.untyped_storage().data_ptr() for x in seen} & caches
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_compiled_engine_of_few_codes_draws_the_eager_ones(fill, traced, steps):
+    """Compiling takes the first, the second and the last step; two streams of unequal size."""
+    model = fill(Generator(config(image_seq_len=steps)))
+    given = inputs(3, steps)
+    expected = Engine(model, 3, Sampling(3.0), streams=2).sample(*given)
+    engine = Engine(model, 3, Sampling(3.0), compiled=True, streams=2)
+    assert engine.compiled
+    assert torch.equal(engine.sample(*given), expected)
 
 
 @pytest.mark.parametrize("positions", [7, 273], ids=["short", "long"])
@@ -158,6 +175,41 @@ def test_compiled_step_takes_no_longer_than_eager_whatever_the_capacity(fill, po
             rounds.append(time.process_time() - began)
         times[way] = min(rounds)
     assert times[True] < 1.5 * times[False]
+
+
+@pytest.mark.parametrize(
+    "dtype, cache",
+    [(torch.float32, "auto"), (torch.float32, "int8"), (torch.bfloat16, "auto")],
+    ids=["fp32", "int8", "bf16"],
+)
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=compiles_on_cpu)])
+def test_compiled_layers_keep_the_logits_and_need_no_program_while_sampling(
+    fill, dtype, cache, compiled
+):
+    model = fill(Generator(config(hidden_size=64, image_seq_len=21)))
+    labels, uniforms = inputs(steps=21)
+    seen = []
+    for way in (False, compiled):
+        engine = Engine(model, 4, Sampling(3.0), dtype, way, cache=cache)
+        assert engine.compiled == way
+        programs = counters["stats"]["unique_graphs"]
+        with torch.inference_mode():
+            for part in (x for c in engine.streams[0].caches for x in c if x is not None):
+                part.fill_(torch.nan if part.is_floating_point() else 127)
+        choose, steps = engine.functions.choose, []
+        engine.functions = engine.functions._replace(
+            choose=lambda x, *rest, f=choose, s=steps: s.append(x.clone()) or f(x, *rest)
+        )
+        codes = engine.sample(labels, uniforms)
+        assert counters["stats"]["unique_graphs"] == programs
+        seen.append((codes, torch.stack(steps)))
+    (codes, logits), (other_codes, other_logits) = seen
+    # Other rounding may draw another code; the image differs from there on.
+    same = (codes == other_codes).cumprod(1)[:, :-1].bool()  # (B, T-1): the inputs of steps 1…
+    assert same.float().mean() > 0.5
+    same = torch.cat([torch.ones(4, 1, dtype=torch.bool), same], 1).T.repeat(1, 2)  # (T, N)
+    error = (logits - other_logits)[same].std() / logits[same].std()
+    assert error < (1e-5 if dtype == torch.float32 and cache == "auto" else 0.02)
 
 
 def test_three_sizes_in_two_types_fit_into_one_process(fill, traced, recwarn):

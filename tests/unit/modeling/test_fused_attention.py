@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from modeling import decode_attention
+from modeling.cpu_layout import linear
 from modeling.decode_attention import (
     ROUNDING,
     Cache,
@@ -24,7 +25,7 @@ from modeling.decode_attention import (
     random_cache,
     write_position,
 )
-from modeling.engine import Engine, after_attention, block_weights, linear, norm, rotation_turns
+from modeling.engine import Engine, after_attention, block_weights, norm, rotation_turns
 from modeling.generator import Generator, GeneratorConfig
 from modeling.sampling import Sampling, sample_codes
 from runtime.errors import InputError

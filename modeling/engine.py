@@ -118,8 +118,8 @@ def layer(
 ) -> tuple[Tensor, Tensor]:
     """The plain attention and `between` as one function: x (N, D) and qkv (N, 3D) -> the next ones.
 
-    `turns` are those of positions 0…p, so their number tells the position p. It is marked dynamic, and
-    one program serves all positions; an int would make a program per value.
+    `turns` are those of positions 0…p, so their number tells the position p. It is marked dynamic, so
+    that one program serves all positions but the first and the last; an int would make one per value.
     """
     y = plain_attention(qkv, block.qk_norm, turns, len(turns) - 1, cache)
     return between(x, y, block, following)
@@ -368,8 +368,8 @@ class Engine:
         What cannot be captured is launched step by step, with one warning.
         """
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        self._set_position(0)  # on the current stream, which the other one waits for
         side.wait_stream(current)
-        self._set_position(0)
         with torch.cuda.stream(side):  # libraries set themselves up outside the capture
             self._step(0)
         current.wait_stream(side)

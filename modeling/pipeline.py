@@ -57,8 +57,7 @@ class Pipeline:
 
     `device` is CUDA where there is one. `dtype` is that of the generator's matrices: by default
     bfloat16 on CUDA, from Ampere on, and float32 elsewhere. `compiled` takes a minute first; it pays for
-    many images in batches of one size. Raises InputError for files or a device that do not
-    fit.
+    many images in batches of one size. Raises InputError for files or a device that do not fit.
     """
 
     def __init__(

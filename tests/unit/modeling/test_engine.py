@@ -250,7 +250,9 @@ def test_a_step_is_captured_on_a_stream_of_the_engines_gpu_or_not_at_all(
     given = inputs()
     expected = Engine(model, 4, Sampling(guidance_scale=2)).sample(*given)
     engine = Engine(model, 4, Sampling(guidance_scale=2))
-    current, side = (SimpleNamespace(wait_stream=lambda _: None) for _ in range(2))
+    positions = []  # of the state, when one stream is told to wait for the other
+    note = lambda _: positions.append(engine.streams[0].position.item())  # noqa: E731
+    current, side = (SimpleNamespace(wait_stream=note) for _ in range(2))
     captured, made_current = [], []
 
     @contextlib.contextmanager
@@ -267,7 +269,9 @@ def test_a_step_is_captured_on_a_stream_of_the_engines_gpu_or_not_at_all(
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "set_stream", made_current.append)
     with torch.inference_mode():
+        engine._set_position(5)  # wherever compiling has left it
         engine._capture()
+    assert positions == [0, 1]  # set before the side stream waits, and one step later
     assert captured == [side]  # not torch's own, which stays on the first engine's GPU
     said = [str(w.message) for w in recwarn if "uses no CUDA graph" in str(w.message)]
     assert len(said) == fails and (engine.graph is None) == fails

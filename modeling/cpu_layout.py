@@ -38,8 +38,8 @@ def cpu_layout(rows: int, compiled: bool) -> Callable[[Tensor], Tensor]:
     """A function that arranges matrices (out, in) of one engine for products with `rows` rows.
 
     float32: panels (out / PANEL, in, PANEL), where torch has MKL and the number of outputs is a
-    multiple of PANEL. Else what oneDNN packs for that number of rows; compiled functions cannot take
-    that and use the plain matrix.
+    multiple of PANEL. Else what oneDNN packs for that number of rows, if it multiplies the type on
+    this processor; compiled functions cannot take that and use the plain matrix.
     """
     memory = HugePages()
 
@@ -47,11 +47,22 @@ def cpu_layout(rows: int, compiled: bool) -> Callable[[Tensor], Tensor]:
         out, width = weight.shape
         if weight.dtype == torch.float32 and out % PANEL == 0 and torch.backends.mkl.is_available():
             return memory.copy(weight.view(-1, PANEL, width).transpose(1, 2))
-        if compiled or not torch.backends.mkldnn.is_available():
+        if compiled or not onednn_multiplies(weight.dtype):
             return weight
         return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
     return arrange
+
+
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and has products of this type for this processor.
+
+    bfloat16 needs AVX-512 or AVX-NE-CONVERT; elsewhere oneDNN refuses to pack matrices.
+    """
+    if not torch.backends.mkldnn.is_available():  # nor are the functions that one could ask
+        return False
+    has = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype not in has or getattr(torch.ops.mkldnn, has[dtype])()
 
 
 class HugePages:

@@ -26,7 +26,9 @@ from benchmarks.common import machine
 from configs.schema import GeneratorRun
 from generation.job import SamplingJob, sampling_job
 from generation.models import Models, load_models
-from modeling.engine import Engine, ImageDecoder, find_device
+from modeling.devices import find_device
+from modeling.engine import Engine
+from modeling.image_decoder import ImageDecoder
 from modeling.randomness import image_uniforms
 from runtime.program import run
 from training.checkpoint import read_weights

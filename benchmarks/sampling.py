@@ -26,8 +26,9 @@ from torch import Tensor
 import modeling.engine
 from benchmarks.common import machine
 from data.pictures import write_png
-from modeling.engine import Engine, ImageDecoder, cache_bytes, decode_images
+from modeling.engine import Engine, cache_bytes
 from modeling.generator import Generator, GeneratorConfig, KVCache
+from modeling.image_decoder import ImageDecoder, decode_images
 from modeling.sampling import (
     CACHES,
     ENGINES,

@@ -10,7 +10,8 @@ import torch
 from configs.load import UNSEEN_SIZES, sizes_for
 from data.cache import TokenCache, fingerprint
 from data.pictures import captioned, enlarged, picture_grid, write_png
-from modeling.engine import ImageDecoder, find_device
+from modeling.devices import find_device
+from modeling.image_decoder import ImageDecoder
 from modeling.tokenizer import CLUSTERING, Tokenizer
 from modeling.weights import load_tensors, read_state_dict
 

@@ -38,7 +38,7 @@ from data.pictures import (
 )
 from evaluation.reconstruction import psnr, ssim
 from evaluation.tokenizer_score import MAGNIFICATION, check_window, load_tokenizer
-from modeling.engine import find_device
+from modeling.devices import find_device
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from runtime.arguments import Parser, path
 from runtime.errors import InputError

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from generation.job import SamplingJob
-from modeling.engine import DECODED_AT_ONCE, Engine, ImageDecoder
+from modeling.engine import Engine
+from modeling.image_decoder import DECODED_AT_ONCE, ImageDecoder
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
 from runtime.randomness import image_uniforms

@@ -7,7 +7,7 @@ import torch
 
 from configs.schema import GeneratorRun
 from modeling.class_names import ClassNames
-from modeling.engine import default_dtype
+from modeling.devices import default_dtype
 from modeling.sampling import NO_CLASS, Sampling
 from runtime.errors import InputError
 from runtime.processes import compiles

@@ -14,15 +14,15 @@ other kernels and the attention. On a CPU an attention and the `between` after i
 """
 
 import contextlib
-import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiling import compile_function, compiling
 from .cpu_layout import cpu_layout, linear
 from .decode_attention import (
     EPS,
@@ -35,9 +35,9 @@ from .decode_attention import (
     prefill_attention,
     write_positions,
 )
+from .devices import check_type
 from .errors import InputError
 from .generator import Block, Generator, GeneratorConfig
-from .pixels import to_uint8
 from .quantizer import full_float32
 from .sampling import (
     CACHES,
@@ -49,16 +49,11 @@ from .sampling import (
     guide,
     label_rows,
 )
-from .tokenizer import Decoder, Tokenizer
 
-DECODED_AT_ONCE = 64  # images; more do not fill a GPU better and take more memory
 # Two streams halve the rows of every product and read the weights twice, so a half must be large.
 STREAMED_BATCH = 128
 # Positions of all rows together that `prefill` computes at once: more take memory, not less time.
 PREFILLED_AT_ONCE = 2**14
-# Programs per function in one process: three sizes, two types, several batches and samplings; of
-# `layer`, three for each.
-RECOMPILE_LIMIT = 128
 
 
 class BlockWeights(NamedTuple):
@@ -153,28 +148,6 @@ class StepFunctions(NamedTuple):
     leave: Callable[..., Tensor] = leave
     choose: Callable[..., Tensor] = choose
     layer: Callable[..., tuple[Tensor, Tensor]] = layer
-
-
-def compile_function(function: Callable) -> Callable:
-    """torch.compile for the fixed shapes of an engine; only what is marked dynamic may vary.
-
-    `fullgraph` makes Dynamo raise where it would otherwise fall back to eager code. Deterministic:
-    Inductor then chooses no kernel by timing, so the order of its sums, and with it the images, are
-    the same on every GPU of a kind.
-    """
-    return torch.compile(function, dynamic=False, fullgraph=True, options={"deterministic": True})
-
-
-@contextlib.contextmanager
-def compiling() -> Iterator[None]:
-    """Dynamo's limits raised so that all sizes, types and samplings of one process fit."""
-    import torch._dynamo.config as dynamo
-
-    with dynamo.patch(
-        recompile_limit=max(RECOMPILE_LIMIT, dynamo.recompile_limit),
-        accumulated_recompile_limit=max(8 * RECOMPILE_LIMIT, dynamo.accumulated_recompile_limit),
-    ):
-        yield
 
 
 # ---------------------------------------------------------------------- weights and state
@@ -501,51 +474,6 @@ def copy_to(target: Tensor, source: Tensor) -> None:
     target.copy_(source, non_blocking=True)
 
 
-# ---------------------------------------------------------------------- devices
-def find_device(name: Optional[str] = None) -> torch.device:
-    """A device by its name ("cpu", "cuda", "cuda:1"); None: CUDA where there is a GPU.
-
-    Raises InputError for a name that is not one and for a GPU that is not there.
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        device = torch.device(name or ("cuda" if gpus else "cpu"))
-    except RuntimeError as e:
-        raise InputError(f"device={name} is not a device: choose cpu, cuda or cuda:N") from e
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        if not gpus:
-            raise InputError(f"device={name}: no CUDA device is usable here; use cpu")
-        raise InputError(
-            f"device={name}: GPUs here are cuda:0 to cuda:{gpus - 1}; choose one of them"
-        )
-    return device
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a CUDA device computes in bfloat16 (Ampere and later) instead of emulating it."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs that compute in it, else float32."""
-    fast = device.type == "cuda" and has_bfloat16(device)
-    return torch.bfloat16 if fast else torch.float32
-
-
-def check_type(dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse bfloat16 on a GPU that only emulates it."""
-    if device.type == "cuda" and dtype == torch.bfloat16 and not has_bfloat16(device):
-        raise InputError(
-            f"{torch.cuda.get_device_name(device)} does not compute in bfloat16: use float32 (fp32)"
-        )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that this process can still use: free, or reserved by it and not in use."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
 def cache_bytes(
     config: GeneratorConfig, sampling: Sampling, dtype: torch.dtype, cache: str = "auto"
 ) -> int:
@@ -555,82 +483,3 @@ def cache_bytes(
     if cache == "int8":
         return vectors * (config.hidden_size + 2 * config.num_attention_heads)
     return vectors * config.hidden_size * dtype.itemsize
-
-
-# ---------------------------------------------------------------------- pixels
-class ImageDecoder:
-    """Codes (B, T) -> images (B, S, S, 3), uint8, by ×255 and truncation as published.
-
-    `dtype` bfloat16 computes under autocast on CUDA, attention included; CPUs multiply large matrices
-    faster in float32 and do so whatever the type. `compiled` compiles the blocks for parts of `batch`
-    images, but at most DECODED_AT_ONCE; smaller parts are filled up. The tokenizer is not changed and
-    its weights are shared.
-    """
-
-    @torch.inference_mode()
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        dtype: torch.dtype,
-        compiled: bool = False,
-        batch: int = DECODED_AT_ONCE,
-    ):
-        assert tokenizer.decoder is not None, "a tokenizer without its decoder"
-        self.embedding, self.decoder = tokenizer.quantize.embedding, tokenizer.decoder
-        self.device = self.embedding.weight.device
-        self.autocast = dtype == torch.bfloat16 and decodes_in_bfloat16(self.device)
-        self.part = min(batch, DECODED_AT_ONCE)
-        self.compiled = False
-        if self.autocast:
-            self.decoder = with_inexact_attention(self.decoder)
-        if compiled:
-            self._compile(tokenizer.config.num_tokens)
-
-    def _compile(self, tokens: int) -> None:
-        """Compile the blocks, which share one program, by decoding once."""
-        eager, self.decoder = self.decoder, shallow_copy(self.decoder)
-        for block in self.decoder.transformer:
-            block.forward = compile_function(block.forward)  # type: ignore[method-assign]
-        try:
-            with compiling():
-                self._decode(torch.zeros(self.part, tokens, dtype=torch.int64, device=self.device))
-            self.compiled = True
-        except Exception as e:
-            self.decoder = eager
-            warnings.warn(f"decoding is not compiled, which is slower: {describe(e)}", stacklevel=4)
-
-    @torch.inference_mode()
-    def __call__(self, codes: Tensor) -> Tensor:
-        return torch.cat([self._decode(part) for part in codes.split(self.part)])
-
-    def _decode(self, codes: Tensor) -> Tensor:
-        count = len(codes)
-        if self.compiled:
-            codes = F.pad(codes, (0, 0, 0, self.part - count))
-        with torch.autocast(self.device.type, torch.bfloat16, self.autocast):
-            pixels = self.decoder(self.embedding(codes))[0][:count]
-        return to_uint8(pixels).permute(0, 2, 3, 1)
-
-
-def decodes_in_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 makes decoding faster: it does not on CPUs, whose large products are slower."""
-    return device.type == "cuda"
-
-
-def shallow_copy(module: Decoder) -> Decoder:
-    """Copies of all modules that share their parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared)
-
-
-def with_inexact_attention(decoder: Decoder) -> Decoder:
-    """The same decoder with its attention in the autocast type; parameters are shared."""
-    decoder = shallow_copy(decoder)
-    for block in decoder.transformer:
-        block.attn.exact = False  # type: ignore[union-attr]
-    return decoder
-
-
-def decode_images(tokenizer: Tokenizer, codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """`ImageDecoder` for one batch: codes (B, T) -> images (B, S, S, 3), uint8."""
-    return ImageDecoder(tokenizer, dtype)(codes)

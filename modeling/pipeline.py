@@ -11,9 +11,11 @@ from torch import Tensor
 
 from . import hub
 from .class_names import ClassNames
-from .engine import Engine, ImageDecoder, default_dtype, find_device
+from .devices import default_dtype, find_device
+from .engine import Engine
 from .errors import InputError
 from .generator import Generator, GeneratorConfig
+from .image_decoder import ImageDecoder
 from .metadata import (
     GENERATOR,
     TOKENIZER,

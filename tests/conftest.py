@@ -59,3 +59,18 @@ def fill():
         return model.eval()
 
     return apply
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile with Dynamo alone: the functions are traced, but no code is generated."""
+    compile_function = torch.compile
+
+    def trace(function, **options):
+        options.pop("options")
+        return compile_function(function, backend="eager", **options)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", trace)
+    yield
+    torch._dynamo.reset()

@@ -48,7 +48,7 @@ from experiments.alignment.dependence import (
     replaced_changes,
 )
 from experiments.alignment.neighbours import NEIGHBOURS, code_dependence
-from modeling.engine import find_device
+from modeling.devices import find_device
 from modeling.tokenizer import Tokenizer
 from runtime.arguments import Parser, as_path
 from runtime.errors import InputError

@@ -14,7 +14,7 @@ from data.npz import write_npz_files, write_npz_manifest
 from data.pictures import LINE, READABLE
 from data.tokens import main, open_tokens
 from data.writer import TokenWriter
-from modeling.engine import decode_images
+from modeling.image_decoder import decode_images
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights import write_state_dict
 from runtime.errors import InputError

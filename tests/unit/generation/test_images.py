@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from generation.images import decode_stored, sample_images
-from modeling.engine import decode_images
+from modeling.image_decoder import decode_images
 from modeling.sampling import sample_codes
 from runtime.randomness import image_uniforms
 

@@ -1,7 +1,6 @@
 """What surrounds the numbers of the engine: memory, compiling, types, options. Codes: test_sampling."""
 
 import contextlib
-import dataclasses
 import gc
 import shutil
 import time
@@ -12,22 +11,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from modeling import compiling
 from modeling import engine as engine_module
 from modeling.decode_attention import dequantized, plain_attention
-from modeling.engine import (
-    Engine,
-    ImageDecoder,
-    StepFunctions,
-    cache_bytes,
-    check_type,
-    copy_to,
-    default_dtype,
-    find_device,
-    free_memory,
-)
+from modeling.devices import check_type, default_dtype, find_device, free_memory
+from modeling.engine import Engine, StepFunctions, cache_bytes, copy_to
 from modeling.generator import Generator, GeneratorConfig
 from modeling.sampling import Sampling, sample_codes
-from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
 
 compiles_on_cpu = [
@@ -55,21 +45,6 @@ def model(fill):
 
 def inputs(batch=4, steps=7):
     return torch.arange(batch) % 3, torch.rand(batch, steps)
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """torch.compile with Dynamo alone: the functions are traced, but no code is generated."""
-    compile_function = torch.compile
-
-    def trace(function, **options):
-        options.pop("options")
-        return compile_function(function, backend="eager", **options)
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", trace)
-    yield
-    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------------- memory
@@ -284,7 +259,7 @@ def test_a_step_is_captured_on_a_stream_of_the_engines_gpu_or_not_at_all(
 def test_functions_are_compiled_whole_for_fixed_shapes_without_choices_by_timing(monkeypatch):
     options = {}
     monkeypatch.setattr(torch, "compile", lambda function, **given: options.update(given))
-    engine_module.compile_function(engine_module.between)
+    compiling.compile_function(engine_module.between)
     assert options == {"dynamic": False, "fullgraph": True, "options": {"deterministic": True}}
 
 
@@ -526,58 +501,3 @@ def test_a_compiled_engine_takes_a_prefix(model, traced, dtype):
 def test_prefix_of_other_codes_is_refused(model, prefix, words):
     with pytest.raises(InputError, match=words):
         Engine(model, 4, Sampling()).sample(*inputs(), prefix)
-
-
-# ---------------------------------------------------------------------- pixels
-SHALLOW = TokenizerConfig(
-    exact_attention=True,
-    image_size=64, encoder_layers=1, encoder_width=64, encoder_heads=2,
-    decoder_layers=4, decoder_width=256, decoder_heads=4,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("layers", [4, 24])
-def test_bfloat16_decoding_stays_near_float32_and_leaves_the_tokenizer_alone(
-    fill, monkeypatch, layers
-):
-    """On CUDA this is the default; here on a CPU, told that bfloat16 pays. 24 layers are published."""
-    tokenizer = fill(Tokenizer(dataclasses.replace(SHALLOW, decoder_layers=layers)))
-    codes = torch.randint(4096, (3, SHALLOW.num_tokens))
-    exact = ImageDecoder(tokenizer, torch.float32)(codes)
-    assert torch.equal(ImageDecoder(tokenizer, torch.bfloat16)(codes), exact)  # a CPU's choice
-    monkeypatch.setattr(engine_module, "decodes_in_bfloat16", lambda device: True)
-    decoder = ImageDecoder(tokenizer, torch.bfloat16)
-    rough = decoder(codes)
-    assert all(block.attn.exact for block in tokenizer.decoder.transformer)
-    assert not any(block.attn.exact for block in decoder.decoder.transformer)
-    for ours, theirs in zip(decoder.decoder.parameters(), tokenizer.decoder.parameters()):
-        assert ours is theirs
-    difference = (rough.float() - exact.float()).abs()
-    assert 0 < difference.mean() < 0.5 and difference.max() <= 4  # of 255
-    assert exact.float().std() > 10  # a picture, not a grey field
-
-
-@pytest.mark.parametrize("count", [1, 3, 4, 9])
-def test_compiled_decoding_fills_parts_up_and_cuts_them_again(fill, traced, count):
-    tokenizer = fill(Tokenizer(SHALLOW))
-    codes = torch.randint(4096, (count, SHALLOW.num_tokens))
-    decoder = ImageDecoder(tokenizer, torch.float32, compiled=True, batch=4)
-    assert decoder.compiled and decoder.part == 4
-    images = decoder(codes)
-    expected = ImageDecoder(tokenizer, torch.float32)(codes)
-    assert (images.int() - expected.int()).abs().max() <= 1  # truncation beside rounding
-
-
-def test_decoder_that_does_not_compile_says_so_once_and_stays_eager(fill, monkeypatch):
-    def fail(*arguments, **options):
-        def call(*inputs):
-            raise RuntimeError("broken")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", fail)
-    tokenizer = fill(Tokenizer(SHALLOW))
-    with pytest.warns(UserWarning, match="decoding is not compiled.*: RuntimeError: broken"):
-        decoder = ImageDecoder(tokenizer, torch.float32, compiled=True, batch=2)
-    assert not decoder.compiled
-    assert decoder(torch.zeros(3, SHALLOW.num_tokens, dtype=torch.int64)).shape == (3, 64, 64, 3)

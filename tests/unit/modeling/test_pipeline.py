@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modeling.engine import decode_images
 from modeling.generator import Generator, GeneratorConfig
+from modeling.image_decoder import decode_images
 from modeling.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.pipeline import Pipeline
 from modeling.randomness import image_uniforms

@@ -7,8 +7,9 @@ import torch
 from scipy.stats import chisquare
 
 from modeling import sampling
-from modeling.engine import Engine, decode_images
+from modeling.engine import Engine
 from modeling.generator import Generator, GeneratorConfig
+from modeling.image_decoder import decode_images
 from modeling.sampling import NO_CLASS, Sampling, draw_codes, guidance_schedule, sample_codes
 from runtime.errors import InputError
 

@@ -1,0 +1,51 @@
+"""Devices by name, and what they compute in."""
+
+from typing import Optional
+
+import torch
+
+from .errors import InputError
+
+
+def find_device(name: Optional[str] = None) -> torch.device:
+    """A device by its name ("cpu", "cuda", "cuda:1"); None: CUDA where there is a GPU.
+
+    Raises InputError for a name that is not one and for a GPU that is not there.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(name or ("cuda" if gpus else "cpu"))
+    except RuntimeError as e:
+        raise InputError(f"device={name} is not a device: choose cpu, cuda or cuda:N") from e
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        if not gpus:
+            raise InputError(f"device={name}: no CUDA device is usable here; use cpu")
+        raise InputError(
+            f"device={name}: GPUs here are cuda:0 to cuda:{gpus - 1}; choose one of them"
+        )
+    return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a CUDA device computes in bfloat16 (Ampere and later) instead of emulating it."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs that compute in it, else float32."""
+    fast = device.type == "cuda" and has_bfloat16(device)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def check_type(dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse bfloat16 on a GPU that only emulates it."""
+    if device.type == "cuda" and dtype == torch.bfloat16 and not has_bfloat16(device):
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} does not compute in bfloat16: use float32 (fp32)"
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process can still use: free, or reserved by it and not in use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

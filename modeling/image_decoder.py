@@ -1,0 +1,93 @@
+"""Codes to finished pixels: the decoder in the device's type, compiled if wanted."""
+
+import copy
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .compiling import compile_function, compiling
+from .decode_attention import describe
+from .pixels import to_uint8
+from .tokenizer import Decoder, Tokenizer
+
+DECODED_AT_ONCE = 64  # images; more do not fill a GPU better and take more memory
+
+
+class ImageDecoder:
+    """Codes (B, T) -> images (B, S, S, 3), uint8, by ×255 and truncation as published.
+
+    `dtype` bfloat16 computes under autocast on CUDA, attention included; CPUs multiply large matrices
+    faster in float32 and do so whatever the type. `compiled` compiles the blocks for parts of `batch`
+    images, but at most DECODED_AT_ONCE; smaller parts are filled up. The tokenizer is not changed and
+    its weights are shared.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        dtype: torch.dtype,
+        compiled: bool = False,
+        batch: int = DECODED_AT_ONCE,
+    ):
+        assert tokenizer.decoder is not None, "a tokenizer without its decoder"
+        self.embedding, self.decoder = tokenizer.quantize.embedding, tokenizer.decoder
+        self.device = self.embedding.weight.device
+        self.autocast = dtype == torch.bfloat16 and decodes_in_bfloat16(self.device)
+        self.part = min(batch, DECODED_AT_ONCE)
+        self.compiled = False
+        if self.autocast:
+            self.decoder = with_inexact_attention(self.decoder)
+        if compiled:
+            self._compile(tokenizer.config.num_tokens)
+
+    def _compile(self, tokens: int) -> None:
+        """Compile the blocks, which share one program, by decoding once."""
+        eager, self.decoder = self.decoder, shallow_copy(self.decoder)
+        for block in self.decoder.transformer:
+            block.forward = compile_function(block.forward)  # type: ignore[method-assign]
+        try:
+            with compiling():
+                self._decode(torch.zeros(self.part, tokens, dtype=torch.int64, device=self.device))
+            self.compiled = True
+        except Exception as e:
+            self.decoder = eager
+            warnings.warn(f"decoding is not compiled, which is slower: {describe(e)}", stacklevel=4)
+
+    @torch.inference_mode()
+    def __call__(self, codes: Tensor) -> Tensor:
+        return torch.cat([self._decode(part) for part in codes.split(self.part)])
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        count = len(codes)
+        if self.compiled:
+            codes = F.pad(codes, (0, 0, 0, self.part - count))
+        with torch.autocast(self.device.type, torch.bfloat16, self.autocast):
+            pixels = self.decoder(self.embedding(codes))[0][:count]
+        return to_uint8(pixels).permute(0, 2, 3, 1)
+
+
+def decodes_in_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 makes decoding faster: it does not on CPUs, whose large products are slower."""
+    return device.type == "cuda"
+
+
+def shallow_copy(module: Decoder) -> Decoder:
+    """Copies of all modules that share their parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
+
+
+def with_inexact_attention(decoder: Decoder) -> Decoder:
+    """The same decoder with its attention in the autocast type; parameters are shared."""
+    decoder = shallow_copy(decoder)
+    for block in decoder.transformer:
+        block.attn.exact = False  # type: ignore[union-attr]
+    return decoder
+
+
+def decode_images(tokenizer: Tokenizer, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """`ImageDecoder` for one batch: codes (B, T) -> images (B, S, S, 3), uint8."""
+    return ImageDecoder(tokenizer, dtype)(codes)

@@ -16,9 +16,10 @@ from pathlib import Path
 from configs.load import sizes_for
 from data.cache import fingerprint
 from data.classes import printable
-from data.encoding import EncodingPlan, encode_folder, load_encoder
 from data.imagenet import unlike_imagenet
 from data.images import is_image, scan_images
+from encoding.encoder import load_encoder
+from encoding.job import EncodingPlan, encode_folder
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
 from runtime.processes import start_processes

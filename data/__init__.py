@@ -1,4 +1,4 @@
-"""Images and tokens on disk: folders and crops, encoding, token caches, the order of samples.
+"""Images and tokens on disk: folders and crops, token caches, the order of samples.
 
 `data/tokens.py` documents the packed token store byte by byte, for readers in any language.
 """

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from configs.schema import GeneratorExperiment
-from data.encoding import encode
 from data.images import photo_crop, to_float
+from encoding.encoder import encode
 from generation.images import check_codebook
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError

@@ -90,11 +90,11 @@ def test_token_cache_is_the_same_bytes_from_one_and_two_ranks(workspace, tmp_pat
 
 
 def test_pretokenization_goes_on_where_it_was_killed(workspace, tmp_path):
-    from data import encoding
+    from encoding import job
 
     cache = tmp_path / "cache"
     # What a kill leaves: settings, some parts, and one written in part.
-    original = encoding.BATCHES_PER_PART
+    original = job.BATCHES_PER_PART
     workspace.pretokenize(cache)
     assert original * 3 >= 14  # one part here; the resumable case is below
     shutil.rmtree(cache)

@@ -11,9 +11,9 @@ import torch
 from PIL import Image, ImageOps
 
 from configs.load import tokenizer_config
-from data.encoding import encode, load_encoder
 from data.images import center_crop, load_image, to_float, to_uint8
 from data.tokens import NpzStore, TokenStore
+from encoding.encoder import encode, load_encoder
 from modeling.tokenizer import Tokenizer
 from modeling.weights import read_state_dict, write_state_dict
 

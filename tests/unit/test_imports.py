@@ -9,18 +9,20 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("pretokenization.py", "train_ar.py", "sample_imagenet.py", "evaluate.py")
+BELOW = ("data", "configs", "runtime", "modeling")
 # Room -> the rooms that it may import; every room may import itself.
 ARROWS = {
     "modeling": (),
     "runtime": ("modeling",),
     "configs": ("runtime", "modeling"),
     "data": ("configs", "runtime", "modeling"),
-    "training": ("data", "configs", "runtime", "modeling"),
-    "generation": ("data", "configs", "runtime", "modeling"),
-    "evaluation": ("generation", "training", "data", "configs", "runtime", "modeling"),
-    "train_tokenizer": ("evaluation", "training", "data", "configs", "runtime", "modeling"),
-    "programs": ("evaluation", "generation", "training", "data", "configs", "runtime", "modeling"),
-    "quickstart": ("evaluation", "generation", "data", "configs", "runtime", "modeling"),
+    "training": BELOW,
+    "encoding": BELOW,
+    "generation": ("encoding", *BELOW),
+    "evaluation": ("generation", "training", *BELOW),
+    "train_tokenizer": ("evaluation", "training", *BELOW),
+    "programs": ("evaluation", "encoding", "generation", "training", *BELOW),
+    "quickstart": ("evaluation", "generation", *BELOW),
 }
 # What `modeling` may import from outside the project and the standard library.
 MODELING_NEEDS = {"torch", "einops", "safetensors"}

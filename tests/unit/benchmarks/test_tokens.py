@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.tokens import plain_codes
-from data.encoding import encode
+from encoding.encoder import encode
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from tests.golden.fill import images
 

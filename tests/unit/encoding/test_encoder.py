@@ -1,25 +1,13 @@
-"""The encoder as pretokenization runs it: its precisions, and batches on their way to it."""
+"""The encoder as pretokenization runs it, in each of its precisions."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from data import encoding
-from data.cache import fingerprint
-from data.encoding import (
-    EncodingPlan,
-    ReadableCrops,
-    encode,
-    listing_hash,
-    load_encoder,
-    part_batches,
-)
-from data.images import VIEWS, cut_views
-from data.loader import on_device
+from encoding import encoder
+from encoding.encoder import encode, load_encoder
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from runtime.errors import InputError
 from tests.golden.fill import images
 
 
@@ -49,9 +37,9 @@ def test_fp32_codes_are_the_published_ones(golden, tokenizer, pixels):
 def test_a_cpu_encodes_a_few_images_at_once_to_the_same_codes(monkeypatch, at_once, parts):
     tokenizer, pixels = small(), torch.rand(5, 3, 16, 16)
     hidden = (1 + 3) * 4 * 16 * 4  # bytes: a patch and three latents, as wide as the MLP, float32
-    assert 5 * hidden < encoding.CPU_ACTIVATION
+    assert 5 * hidden < encoder.CPU_ACTIVATION
     expected, sizes = encode(tokenizer, pixels, "fp32"), []
-    monkeypatch.setattr(encoding, "CPU_ACTIVATION", at_once * hidden + 1)
+    monkeypatch.setattr(encoder, "CPU_ACTIVATION", at_once * hidden + 1)
     tokenizer.encoder.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     assert torch.equal(encode(tokenizer, pixels, "fp32"), expected)
     assert sizes == parts
@@ -60,12 +48,12 @@ def test_a_cpu_encodes_a_few_images_at_once_to_the_same_codes(monkeypatch, at_on
 def test_another_device_encodes_all_images_at_once():
     images = torch.empty(320, 3, 256, 256, device="meta")
     tokenizer = Tokenizer(TokenizerConfig(encoder_layers=1), with_decoder=False)
-    assert encoding.encoded_at_once(tokenizer, images) == 320
+    assert encoder.encoded_at_once(tokenizer, images) == 320
 
 
 def test_published_sizes_are_encoded_three_at_once_on_a_cpu():
     tokenizer = Tokenizer(TokenizerConfig(encoder_layers=1), with_decoder=False)
-    assert encoding.encoded_at_once(tokenizer, torch.empty(320, 3, 2, 2)) == 3
+    assert encoder.encoded_at_once(tokenizer, torch.empty(320, 3, 2, 2)) == 3
 
 
 def test_bf16_codes_are_mostly_those_of_fp32_and_leave_the_next_fp32_exact(tokenizer, pixels):
@@ -138,55 +126,6 @@ def test_loaded_encoder_gives_the_codes_of_the_tokenizer_in_fp32(fill, pixels):
     whole = fill(Tokenizer(TokenizerConfig(encoder_layers=2, decoder_layers=1)))
     encoder = load_encoder(whole.config, whole.state_dict(), "x", torch.device("cpu"))
     assert torch.equal(encode(encoder, pixels, "fp32"), whole.encode(pixels))
-
-
-@pytest.mark.parametrize("kind", VIEWS)
-def test_unreadable_image_keeps_its_place_as_black_views(tmp_path, kind):
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no image")
-    plan = EncodingPlan(20, kind, skip_unreadable=1)
-    crop, readable = ReadableCrops([str(bad)], plan)[0]
-    Image.new("RGB", (30, 40)).save(tmp_path / "good.png")
-    good, good_is_readable = ReadableCrops([str(tmp_path / "good.png")], plan)[0]
-    assert crop.shape == good.shape and good_is_readable is True
-    views = cut_views(crop[None], 20, kind)[0]
-    assert views.shape == (VIEWS[kind], 3, 20, 20) and views.dtype == torch.uint8
-    assert not views.any() and readable is False
-    with pytest.raises(InputError, match=r"bad\.png"):
-        ReadableCrops([str(bad)], EncodingPlan(20, kind))[0]
-
-
-def test_batches_are_consecutive_and_never_cross_a_part():
-    parts = part_batches(3 * 16 * 2 + 5, 3)
-    assert [len(part) for part in parts] == [16, 16, 2]
-    batches = [batch for part in parts for batch in part]
-    assert [i for batch in batches for i in batch] == list(range(101))
-    assert {len(batch) for batch in batches[:-1]} == {3} and len(batches[-1]) == 2
-
-
-def test_hash_of_a_listing_is_that_of_earlier_caches_and_takes_any_name():
-    paths = ["cat/a.png", "dög/b.png"]
-    assert listing_hash(paths) == fingerprint({"encoder." + "\n".join(paths): torch.zeros(0)})
-    assert listing_hash(["cat/\udcff.png"]) != listing_hash(["cat/\udcfe.png"])
-
-
-def numbered_batches(pinned=False):
-    batches = [(torch.full((4, 3), i, dtype=torch.uint8), torch.ones(4)) for i in range(20)]
-    return [(views.pin_memory() if pinned else views, ok) for views, ok in batches]
-
-
-def test_batches_arrive_in_order_on_a_cpu():
-    arrived = [
-        views[0, 0].item() for views, _ in on_device(numbered_batches(), torch.device("cpu"))
-    ]
-    assert arrived == list(range(20))
-
-
-@pytest.mark.gpu
-def test_batches_arrive_whole_on_a_gpu():
-    device = torch.device("cuda")
-    sums = [views.long().sum() for views, _ in on_device(numbered_batches(True), device)]
-    assert [s.item() for s in sums] == [12 * i for i in range(20)]
 
 
 @pytest.mark.gpu

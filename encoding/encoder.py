@@ -1,0 +1,56 @@
+"""The encoder as pretokenization runs it: loaded without a decoder, in the chosen precision."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from modeling.tokenizer import CLUSTERING, Tokenizer, TokenizerConfig
+from modeling.weights import load_tensors
+from runtime.processes import matmul_precision
+
+# Bytes of the widest activation of the images that a CPU encodes at once. glibc gives blocks over 32 MiB
+# back after each use, and the system clears every page of the next one; less is as fast. Another value
+# rounds differently.
+CPU_ACTIVATION = 24 * 2**20
+
+
+def load_encoder(
+    config: TokenizerConfig, state: dict[str, Tensor], path: str, device: torch.device
+) -> Tokenizer:
+    """The part of a tokenizer that makes codes, in eval mode. `path` names the weights in errors."""
+    # Attention in the type of its input: float32, or that of autocast.
+    config = dataclasses.replace(config, exact_attention=False)
+    with torch.device("meta"):
+        tokenizer = Tokenizer(config, with_decoder=False)
+    tokenizer.to_empty(device=device)
+    # Either stage's file will do: its decoder, and stage 1's clustering buffer, stay on disk.
+    load_tensors(tokenizer, state, path, ignore=("decoder.", *CLUSTERING), keep=CLUSTERING)
+    return tokenizer.eval()
+
+
+@torch.inference_mode()
+def encode(tokenizer: Tokenizer, images: Tensor, dtype: str) -> Tensor:
+    """Images (B, 3, S, S), float32 in [0, 1] -> codes (B, T), int64.
+
+    `dtype` is that of the encoder: fp32 (exact), tf32 (matrix products and convolutions on CUDA) or
+    bf16 (autocast). The nearest code is always chosen in full float32.
+    """
+    bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16")
+    codes = []
+    for part in images.split(encoded_at_once(tokenizer, images)):
+        with matmul_precision("tf32" if dtype == "tf32" else "fp32"), bf16:
+            latents = tokenizer.encoder(part, tokenizer.latent_tokens)
+        with matmul_precision("fp32"):
+            codes.append(tokenizer.quantize.nearest(latents))
+    return torch.cat(codes)
+
+
+def encoded_at_once(tokenizer: Tokenizer, images: Tensor) -> int:
+    """How many of these images are encoded together: all of them; on a CPU, only a few."""
+    if images.device.type != "cpu":
+        return len(images)
+    config = tokenizer.config
+    tokens = config.grid**2 + config.num_tokens
+    hidden = tokens * 4 * config.encoder_width * images.element_size()  # of the MLP, per image
+    return max(CPU_ACTIVATION // hidden, 1)

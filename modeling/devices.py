@@ -1,10 +1,45 @@
-"""Devices by name, and what they compute in."""
+"""Devices: which one to compute on, and in what type it computes."""
 
+import os
+from glob import glob
 from typing import Optional
 
 import torch
 
 from .errors import InputError
+
+GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/nvidiactl")  # of a GPU that the system knows
+CPU_ASKED = {  # variables that hide GPUs, in lower case; accelerate sets its own for --cpu
+    "ACCELERATE_USE_CPU": ("1", "true", "t", "yes", "y", "on"),
+    "CUDA_VISIBLE_DEVICES": ("", "-1", "nodevfiles"),
+}
+
+
+def uses_cuda() -> bool:
+    """Whether to compute on CUDA: where it works, unless the environment asks for the CPU.
+
+    Raises InputError where there is a GPU and CUDA does not work: the CPU would take its place in
+    silence, a hundred times slower.
+    """
+    if any(os.environ.get(name, "?").lower() in values for name, values in CPU_ASKED.items()):
+        return False
+    problem = "" if torch.cuda.is_available() else unusable_gpu()
+    if problem:
+        raise InputError(f"{problem}; to use the CPU, set CUDA_VISIBLE_DEVICES=-1")
+    return torch.cuda.is_available()
+
+
+def unusable_gpu() -> str:
+    """What keeps CUDA, which does not work, from the GPU that is here; empty where there is none."""
+    file = next((file for pattern in GPU_FILES for file in glob(pattern)), None)
+    if file is None:
+        return ""
+    if torch.version.cuda is None:
+        return f"{file} is a GPU, but torch {torch.__version__} was built without CUDA: install another"
+    return (
+        f"{file} is a GPU, but torch cannot use it; probably its driver is too old for CUDA "
+        f"{torch.version.cuda}: update the driver or install an older torch (README.md)"
+    )
 
 
 def find_device(name: Optional[str] = None) -> torch.device:
@@ -14,12 +49,13 @@ def find_device(name: Optional[str] = None) -> torch.device:
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
-        device = torch.device(name or ("cuda" if gpus else "cpu"))
+        device = torch.device(name or ("cuda" if uses_cuda() else "cpu"))
     except RuntimeError as e:
         raise InputError(f"device={name} is not a device: choose cpu, cuda or cuda:N") from e
     if device.type == "cuda" and (device.index or 0) >= gpus:
         if not gpus:
-            raise InputError(f"device={name}: no CUDA device is usable here; use cpu")
+            problem = unusable_gpu() or "no CUDA device is usable here"
+            raise InputError(f"device={name}: {problem}; or use cpu")
         raise InputError(
             f"device={name}: GPUs here are cuda:0 to cuda:{gpus - 1}; choose one of them"
         )

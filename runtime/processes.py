@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from modeling.devices import find_device, uses_cuda
 from runtime.errors import InputError
 
 T = TypeVar("T")
@@ -23,11 +24,8 @@ def start_processes(device: str | None = None) -> PartialState:
     """Join the job's processes (plain, torchrun or accelerate), on CUDA with NCCL or CPU, gloo."""
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"device {device}: choose cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA device is usable here: leave out the device or choose cpu")
     # Told to use the CPU, accelerate joins several processes with gloo; left alone it does not.
-    cpu = device == "cpu" or not torch.cuda.is_available()
-    return PartialState(cpu=cpu, timeout=TIMEOUT)
+    return PartialState(cpu=find_device(device).type == "cpu", timeout=TIMEOUT)
 
 
 def on_main(work: Callable[[], T]) -> T:
@@ -57,7 +55,7 @@ def compiles(setting: bool | str, option: str) -> bool:
     """
     compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
     if setting == "auto":
-        return torch.cuda.is_available() and compiler
+        return uses_cuda() and compiler
     if setting and not compiler:
         raise InputError(f"{option}=True needs a C compiler: install gcc or leave the option out")
     return bool(setting)

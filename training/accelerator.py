@@ -14,6 +14,7 @@ from accelerate.utils import (
 from configs.environment import check_environment
 from configs.numerics import Numerics, resolve
 from configs.schema import Training
+from modeling.devices import uses_cuda
 from runtime.processes import set_tf32
 
 # Gradients per all-reduce. torch.compile also splits a model at every bucket and compiles each part:
@@ -28,7 +29,7 @@ def precision(training: Training) -> str:
 
 def numerics_of(training: Training, exact_attention: bool = False) -> Numerics:
     """What a run's options mean on this machine (`configs.numerics.resolve`)."""
-    return resolve(training, torch.cuda.is_available(), exact_attention)
+    return resolve(training, uses_cuda(), exact_attention)
 
 
 def start_training(training: Training, exact_attention: bool = False) -> Accelerator:
@@ -40,7 +41,7 @@ def start_training(training: Training, exact_attention: bool = False) -> Acceler
     numerics = numerics_of(training, exact_attention)
     check_environment(training, numerics.autocast)
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=not uses_cuda(),
         mixed_precision=numerics.autocast,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         log_with="wandb" if training.enable_wandb else None,

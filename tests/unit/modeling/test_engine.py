@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from modeling import compiling
 from modeling import engine as engine_module
 from modeling.decode_attention import dequantized, plain_attention
-from modeling.devices import check_type, default_dtype, find_device, free_memory
+from modeling.devices import free_memory
 from modeling.engine import Engine, StepFunctions, cache_bytes, copy_to
 from modeling.generator import Generator, GeneratorConfig
 from modeling.sampling import Sampling, sample_codes
@@ -297,46 +297,6 @@ def test_engine_works_on_its_own_gpu_not_on_the_current_one(model):
     engine.device = torch.device("cuda:1")
     context = engine.on_device()
     assert isinstance(context, torch.cuda.device) and context.idx == 1
-
-
-def test_bfloat16_is_refused_before_ampere(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    for capability in ((7, 5), (8, 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        check_type(torch.float32, torch.device("cuda"))
-        if capability < (8, 0):
-            with pytest.raises(
-                InputError, match="Tesla T4 does not compute in bfloat16: use float32"
-            ):
-                check_type(torch.bfloat16, torch.device("cuda"))
-        else:
-            check_type(torch.bfloat16, torch.device("cuda"))
-
-
-def test_default_type_is_what_the_device_computes_in(monkeypatch):
-    assert default_dtype(torch.device("cpu")) == torch.float32
-    for capability, dtype in (((7, 5), torch.float32), ((9, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert default_dtype(torch.device("cuda")) == dtype
-
-
-@pytest.mark.parametrize(
-    "gpus, name, words",
-    [
-        (0, "cuda", "device=cuda: no CUDA device is usable here; use cpu"),
-        (1, "cuda:1", "device=cuda:1: GPUs here are cuda:0 to cuda:0; choose"),
-        (8, "cuda:9", "device=cuda:9: GPUs here are cuda:0 to cuda:7; choose"),
-        (1, "gpu", "device=gpu is not a device: choose cpu, cuda or cuda:N"),
-    ],
-)
-def test_device_that_is_not_there_is_refused(monkeypatch, gpus, name, words):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(InputError, match=words):
-        find_device(name)
-    assert find_device() == torch.device("cuda" if gpus else "cpu")
-    if gpus > 1:
-        assert find_device("cuda:7").index == 7
 
 
 def test_free_memory_counts_what_the_allocator_holds_without_using_it(monkeypatch):

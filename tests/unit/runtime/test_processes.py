@@ -10,6 +10,7 @@ from configs.schema import Training
 from runtime import processes
 from runtime.errors import InputError
 from runtime.processes import start_processes
+from training import accelerator
 from training.accelerator import precision
 
 ROOT = Path(__file__).parents[3]
@@ -140,7 +141,7 @@ def test_success_is_status_0_and_says_nothing(program):
     ],
 )  # fmt: skip
 def test_compiling_needs_a_compiler(monkeypatch, asked, cuda, compiler, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(processes, "uses_cuda", lambda: cuda)
     monkeypatch.setattr(processes.shutil, "which", lambda name: compiler)
     assert processes.compiles(asked, "training.compile") is expected
 
@@ -167,5 +168,5 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch):
     [("auto", True, "bf16"), ("auto", False, "no"), ("fp16", True, "fp16"), ("no", True, "no")],
 )
 def test_precision(monkeypatch, asked, cuda, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(accelerator, "uses_cuda", lambda: cuda)
     assert precision(Training(mixed_precision=asked)) == expected

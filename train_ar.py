@@ -34,12 +34,12 @@ from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_to
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from generation.models import check_files
-from modeling.class_names import NONE, ClassNames
 from modeling.generator import Attention, Generator, SwiGLU, next_code_loss
-from modeling.metadata import GENERATOR, About, about_model
 from modeling.sampling import NO_CLASS
 from modeling.tokenizer import CLUSTERING, Tokenizer
-from modeling.weights import describe, load_tensors, read_state_dict, write_state_dict
+from modeling.weights.class_names import NONE, ClassNames
+from modeling.weights.metadata import GENERATOR, About, about_model
+from modeling.weights.tensors import describe, load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
 from runtime.processes import compiles, device_name, on_main
 from runtime.program import run as run_program

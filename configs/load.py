@@ -41,8 +41,8 @@ from modeling.fields import (
     types_of,
 )
 from modeling.generator import GeneratorConfig
-from modeling.metadata import GENERATOR, SIZES, TOKENIZER, About, about_file, about_model
 from modeling.tokenizer import TokenizerConfig
+from modeling.weights.metadata import GENERATOR, SIZES, TOKENIZER, About, about_file, about_model
 from runtime.errors import InputError
 from runtime.files import write_whole
 

@@ -13,7 +13,7 @@ from data.pictures import captioned, enlarged, picture_grid, write_png
 from modeling.devices import find_device
 from modeling.image_decoder import ImageDecoder
 from modeling.tokenizer import CLUSTERING, Tokenizer
-from modeling.weights import load_tensors, read_state_dict
+from modeling.weights.tensors import load_tensors, read_state_dict
 
 COLUMNS, MARGIN = 8, 6  # images side by side at most, and pixels between them
 

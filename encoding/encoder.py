@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modeling.tokenizer import CLUSTERING, Tokenizer, TokenizerConfig
-from modeling.weights import load_tensors
+from modeling.weights.tensors import load_tensors
 from runtime.processes import matmul_precision
 
 # Bytes of the widest activation of the images that a CPU encodes at once. glibc gives blocks over 32 MiB

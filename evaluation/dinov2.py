@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.weights import describe, load_tensors, read_state_dict
+from modeling.weights.tensors import describe, load_tensors, read_state_dict
 from runtime.errors import InputError
 from runtime.files import file_sha256
 from runtime.processes import matmul_precision

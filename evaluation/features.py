@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from modeling.weights import describe, read_state_dict
+from modeling.weights.tensors import describe, read_state_dict
 from runtime.errors import InputError
 from runtime.files import file_sha256
 from runtime.processes import matmul_precision

@@ -19,9 +19,9 @@ from evaluation.likelihood import (
     measure_likelihood,
 )
 from modeling.generator import Generator
-from modeling.metadata import About, about_file
 from modeling.pipeline import generator_config
-from modeling.weights import load_tensors, read_state_dict
+from modeling.weights.metadata import About, about_file
+from modeling.weights.tensors import load_tensors, read_state_dict
 from runtime.errors import InputError
 from runtime.files import file_sha256, writing
 from runtime.processes import compiles, device_name, matmul_precision

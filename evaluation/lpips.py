@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
-from modeling.weights import load_tensors, read_state_dict
+from modeling.weights.tensors import load_tensors, read_state_dict
 from runtime.errors import InputError
 from runtime.published import find_published
 

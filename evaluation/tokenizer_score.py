@@ -30,9 +30,9 @@ from evaluation.reconstruction import (
 )
 from evaluation.sources import INDEX_FOLDER
 from evaluation.statistics import SetStatistics, collector_of
-from modeling.metadata import about_file
 from modeling.tokenizer import CLUSTERING, Tokenizer
-from modeling.weights import load_tensors, tensors_hash
+from modeling.weights.metadata import about_file
+from modeling.weights.tensors import load_tensors, tensors_hash
 from runtime.errors import InputError
 from runtime.processes import matmul_precision
 from training.checkpoint import read_weights

@@ -21,7 +21,7 @@ from torch import Tensor
 import pretokenization
 import train_ar
 from experiments.alignment.charts import need_matplotlib
-from modeling.weights import read_state_dict, write_state_dict
+from modeling.weights.tensors import read_state_dict, write_state_dict
 from quickstart.digits import write_digits
 from runtime.arguments import Parser, as_path, new_file, number
 from runtime.errors import InputError

@@ -27,9 +27,9 @@ from data.pictures import picture_grid, with_captions, write_png
 from generation.images import ImageBatch, check_codebook, decode_stored, sample_images
 from generation.job import SamplingJob
 from generation.models import Models, largest_batch
-from modeling.class_names import NONE, ClassNames
 from modeling.sampling import NO_CLASS
 from modeling.tokenizer import TokenizerConfig
+from modeling.weights.class_names import NONE, ClassNames
 from runtime.errors import InputError
 from runtime.files import lock_folder, whole_file, writing
 from runtime.parts import Parts, check_settings

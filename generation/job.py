@@ -6,9 +6,9 @@ from typing import Optional
 import torch
 
 from configs.schema import GeneratorRun
-from modeling.class_names import ClassNames
 from modeling.devices import default_dtype
 from modeling.sampling import NO_CLASS, Sampling
+from modeling.weights.class_names import ClassNames
 from runtime.errors import InputError
 from runtime.processes import compiles
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from configs.schema import GeneratorExperiment, GeneratorModels
 from data.classes import trained_classes
 from generation.job import SamplingJob
-from modeling.class_names import ClassNames
 from modeling.devices import free_memory
 from modeling.engine import PREFILLED_AT_ONCE, Engine, cache_bytes
 from modeling.generator import Generator
 from modeling.image_decoder import DECODED_AT_ONCE
-from modeling.metadata import GENERATOR, TOKENIZER, About, about_file, about_model
 from modeling.tokenizer import CLUSTERING, Tokenizer
-from modeling.weights import check_same_codes, load_tensors, tensors_hash
+from modeling.weights.class_names import ClassNames
+from modeling.weights.metadata import GENERATOR, TOKENIZER, About, about_file, about_model
+from modeling.weights.tensors import check_same_codes, load_tensors, tensors_hash
 from runtime.errors import InputError
 
 

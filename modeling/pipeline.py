@@ -9,14 +9,17 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import hub
-from .class_names import ClassNames
 from .devices import default_dtype, find_device
 from .engine import Engine
 from .errors import InputError
 from .generator import Generator, GeneratorConfig
 from .image_decoder import ImageDecoder
-from .metadata import (
+from .randomness import image_uniforms
+from .sampling import NO_CLASS, Sampling
+from .tokenizer import CLUSTERING, Tokenizer, TokenizerConfig
+from .weights import hub
+from .weights.class_names import ClassNames
+from .weights.metadata import (
     GENERATOR,
     TOKENIZER,
     About,
@@ -24,11 +27,8 @@ from .metadata import (
     about_model,
     generator_sizes,
 )
-from .randomness import image_uniforms
-from .runs import weights_in
-from .sampling import NO_CLASS, Sampling
-from .tokenizer import CLUSTERING, Tokenizer, TokenizerConfig
-from .weights import (
+from .weights.runs import weights_in
+from .weights.tensors import (
     check_same_codes,
     describe,
     fingerprint,

@@ -24,7 +24,7 @@ from modeling.engine import Engine
 from modeling.generator import Generator
 from modeling.randomness import image_uniforms
 from modeling.tokenizer import Tokenizer
-from modeling.weights import load_weights
+from modeling.weights.tensors import load_weights
 from runtime.program import run
 
 COMPLETIONS, SEED = 5, 0

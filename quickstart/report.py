@@ -17,7 +17,7 @@ from data.tokens import TokenStore
 from evaluation.metrics import frechet_distance
 from evaluation.reconstruction import Preview, ReconstructionSums, image_batches, reconstruct
 from modeling.tokenizer import Tokenizer
-from modeling.weights import load_weights
+from modeling.weights.tensors import load_weights
 from runtime.program import run
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import IO
 
-from modeling.files import file_sha256, sync_file, whole_file, writing
+from modeling.weights.files import file_sha256, sync_file, whole_file, writing
 from runtime.errors import InputError
 
 __all__ = [

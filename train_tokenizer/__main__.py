@@ -44,9 +44,9 @@ from evaluation.reconstruction import (
     image_batches,
     reconstruct,
 )
-from modeling.metadata import DISCRIMINATOR, TOKENIZER, About, about_file, about_model
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
-from modeling.weights import (
+from modeling.weights.metadata import DISCRIMINATOR, TOKENIZER, About, about_file, about_model
+from modeling.weights.tensors import (
     describe,
     fingerprint,
     load_tensors,

@@ -5,8 +5,8 @@ from pathlib import Path
 import yaml
 
 from configs.load import as_dict, config_beside, tokenizer_config
-from modeling.metadata import TOKENIZER, about_file, about_model
-from modeling.weights import describe, read_state_dict, write_state_dict
+from modeling.weights.metadata import TOKENIZER, about_file, about_model
+from modeling.weights.tensors import describe, read_state_dict, write_state_dict
 from runtime.arguments import Parser, new_file, path
 from runtime.files import write_whole
 from runtime.program import run

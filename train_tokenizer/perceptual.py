@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import convnext_small
 
-from modeling.weights import load_tensors, read_state_dict
+from modeling.weights.tensors import load_tensors, read_state_dict
 from runtime.published import find_published
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

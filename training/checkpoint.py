@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from modeling.metadata import About
-from modeling.runs import MANIFEST, NAME, all_checkpoints, step_of
-from modeling.weights import read_state_dict, write_state_dict
+from modeling.weights.metadata import About
+from modeling.weights.runs import MANIFEST, NAME, all_checkpoints, step_of
+from modeling.weights.tensors import read_state_dict, write_state_dict
 from runtime.errors import InputError
 from runtime.files import file_sha256, sync_folder, whole_file, write_whole, writing
 

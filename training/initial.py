@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modeling.generator import GeneratorConfig
-from modeling.weights import tensors_hash
+from modeling.weights.tensors import tensors_hash
 from runtime.errors import InputError
 from training.checkpoint import read_weights, weights_file
 

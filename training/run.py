@@ -19,8 +19,8 @@ import configs.load
 from configs.schema import Experiment, Training
 from data.loader import training_loader
 from data.unreadable import SkipUnreadable, lines_of
-from modeling.metadata import About
-from modeling.weights import read_state_dict, tensors_hash
+from modeling.weights.metadata import About
+from modeling.weights.tensors import read_state_dict, tensors_hash
 from runtime.errors import InputError
 from runtime.files import lock_folder, write_whole
 from runtime.parts import differing

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling.weights import fingerprint, read_state_dict
+from modeling.weights.tensors import fingerprint, read_state_dict
 from quickstart.report import Judge, copied_share
 from runtime.arguments import Parser, as_path
 from runtime.errors import InputError

@@ -152,7 +152,7 @@ def test_cache_of_another_tokenizer_is_refused_before_training(workspace, tmp_pa
 
 
 def other_tokenizer(workspace, folder):
-    from modeling.weights import read_state_dict, write_state_dict
+    from modeling.weights.tensors import read_state_dict, write_state_dict
 
     state = dict(read_state_dict(workspace.tokenizer))
     state["quantize.embedding.weight"] = state["quantize.embedding.weight"] + 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling.weights import read_state_dict
+from modeling.weights.tensors import read_state_dict
 
 
 def records(run):

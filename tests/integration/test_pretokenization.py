@@ -15,7 +15,7 @@ from data.images import center_crop, load_image, to_float, to_uint8
 from data.tokens import NpzStore, TokenStore
 from encoding.encoder import encode, load_encoder
 from modeling.tokenizer import Tokenizer
-from modeling.weights import read_state_dict, write_state_dict
+from modeling.weights.tensors import read_state_dict, write_state_dict
 
 
 def image_dependent_tokenizer(workspace, path):

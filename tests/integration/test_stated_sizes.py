@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from modeling.metadata import TOKENIZER, about_file
 from modeling.pipeline import Pipeline
+from modeling.weights.metadata import TOKENIZER, about_file
 from tests.integration.conftest import execute
 from tests.integration.test_bad_input import refused
 

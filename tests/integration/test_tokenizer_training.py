@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from configs.load import load
 from configs.schema import TokenizerRun
 from data.images import CenterImages
-from modeling.weights import read_state_dict, write_state_dict
+from modeling.weights.tensors import read_state_dict, write_state_dict
 from runtime.errors import InputError
 from tests.host_syncs import count_in
 from tests.integration.conftest import ROOT, execute

@@ -15,7 +15,7 @@ import train_ar
 import train_tokenizer.__main__ as train_tokenizer
 from data.writer import TokenWriter
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
-from modeling.weights import read_state_dict
+from modeling.weights.tensors import read_state_dict
 from tests.golden.fill import fill_value, generator_inputs, images
 from tests.integration.recorder import Recorder, records, starting_weights
 from train_tokenizer.discriminator import Discriminator

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.tokens import open_tokens
-from modeling.weights import read_state_dict
+from modeling.weights.tensors import read_state_dict
 from tests.integration.conftest import Workspace, execute
 from tests.integration.test_bad_input import refused
 

@@ -29,7 +29,10 @@ def test_the_package_holds_the_models_and_nothing_else(installed):
 
 
 def test_every_module_imports_without_the_checkout(installed, tmp_path):
-    names = [f"alitok.{path.stem}" for path in (installed / "alitok").glob("*.py")]
+    names = [
+        ".".join(path.relative_to(installed).with_suffix("").parts)
+        for path in (installed / "alitok").rglob("*.py")
+    ]
     script = f"""
 import importlib, sys
 sys.path.insert(0, {str(installed)!r})

@@ -13,7 +13,7 @@ import train_ar
 from configs.schema import OptimizerParams
 from data.writer import TokenWriter
 from modeling.generator import Generator, GeneratorConfig
-from modeling.metadata import GENERATOR, about_file, about_model
+from modeling.weights.metadata import GENERATOR, about_file, about_model
 from runtime.errors import InputError
 from runtime.files import file_sha256
 from tests.host_syncs import count_in
@@ -365,7 +365,7 @@ def test_only_reporting_steps_wait_for_the_device(train, monkeypatch):
 
 # ---------------------------------------------------------------------- averages and export
 def test_the_average_starts_with_the_weights_and_follows_them(train, tmp_path):
-    from modeling.weights import read_state_dict
+    from modeling.weights.tensors import read_state_dict
 
     options = ["training.use_ema=True", "training.max_train_steps=1", "training.ema_decay"]
     weights = {}
@@ -380,7 +380,7 @@ def test_the_average_starts_with_the_weights_and_follows_them(train, tmp_path):
 
 
 def test_warm_up_of_the_averages_decay_resumes_where_it_was(train, tmp_path):
-    from modeling.weights import read_state_dict
+    from modeling.weights.tensors import read_state_dict
 
     options = ["training.use_ema=True", "training.ema_warmup=True", "training.max_train_steps=4"]
     options += ["experiment.save_every=2", "experiment.keep_checkpoints=9"]
@@ -395,7 +395,7 @@ def test_warm_up_of_the_averages_decay_resumes_where_it_was(train, tmp_path):
 
 
 def test_last_best_and_average_are_exported_in_both_formats(train, tmp_path):
-    from modeling.weights import read_state_dict
+    from modeling.weights.tensors import read_state_dict
 
     train("training.use_ema=True", "training.ema_decay=0.5", "training.max_train_steps=2")
     for name in ("generator", "generator_best", "generator_ema"):
@@ -599,7 +599,7 @@ def first(train, tmp_path):
 
 
 def exported(run, name="generator"):
-    from modeling.weights import read_state_dict
+    from modeling.weights.tensors import read_state_dict
 
     return read_state_dict(run / f"{name}.bin")
 
@@ -713,7 +713,7 @@ def test_a_file_that_states_another_number_of_codes_is_refused_wherever_it_lies(
 
 
 def test_initial_weights_that_are_not_there_or_no_generators_are_refused(train, tmp_path):
-    from modeling.weights import write_state_dict
+    from modeling.weights.tensors import write_state_dict
 
     with pytest.raises(InputError, match=r"no weights at .*nowhere\.bin"):
         train(f"experiment.init_weights={tmp_path}/nowhere.bin")

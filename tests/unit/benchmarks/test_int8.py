@@ -12,7 +12,7 @@ from modeling.engine import Engine
 from modeling.generator import Generator, GeneratorConfig
 from modeling.sampling import Sampling
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights import write_state_dict
+from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 
 SIZES = """

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from configs.load import UNSEEN_SIZES, config_beside, load, sizes_for
 from configs.schema import GeneratorRun
 from modeling.generator import GeneratorConfig
-from modeling.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.tokenizer import TokenizerConfig
+from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from runtime.errors import InputError
 
 SIZES = {"image_size": 16, "patch_size": 8, "encoder_width": 16, "encoder_heads": 4}

@@ -16,7 +16,7 @@ from data.tokens import main, open_tokens
 from data.writer import TokenWriter
 from modeling.image_decoder import decode_images
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights import write_state_dict
+from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 
 SIZES = TokenizerConfig(

@@ -20,7 +20,7 @@ from evaluation.look import (
 )
 from evaluation.reconstruction import ssim
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights import write_state_dict
+from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 
 # 4x4 codes after 5 prefix tokens; a patch has 8 px.

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from evaluation.metrics import frechet_distance_of_moments
 from evaluation.statistics import Collector
-from modeling.weights import read_state_dict
+from modeling.weights.tensors import read_state_dict
 
 DAISY = 985  # of ImageNet's classes
 SIZE = 224

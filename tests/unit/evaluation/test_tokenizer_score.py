@@ -17,9 +17,9 @@ from evaluation.lpips import LPIPS
 from evaluation.metrics import frechet_distance
 from evaluation.reconstruction import ssim
 from evaluation.tokenizer_score import MAGNIFICATION, load_tokenizer, weights_hash
-from modeling.metadata import TOKENIZER, about_model
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights import write_state_dict
+from modeling.weights.metadata import TOKENIZER, about_model
+from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
 from tests.tars import flattened, tar_of_tars

@@ -26,7 +26,7 @@ from experiments.alignment.dependence import (
 )
 from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights import write_state_dict
+from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 
 SIZES = dict(codebook_size=32, token_size=4, image_size=16, patch_size=4)

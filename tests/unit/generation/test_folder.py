@@ -11,8 +11,8 @@ from accelerate import PartialState
 
 from generation import folder as module
 from generation.folder import SampleFolder
-from modeling.class_names import ClassNames
 from modeling.sampling import NO_CLASS
+from modeling.weights.class_names import ClassNames
 from runtime.errors import InputError
 
 

@@ -4,8 +4,8 @@ import torch
 from configs.schema import GeneratorRun
 from generation import job as module
 from generation.job import sampling_job, sampling_precision
-from modeling.class_names import ClassNames
 from modeling.sampling import NO_CLASS
+from modeling.weights.class_names import ClassNames
 from runtime.errors import InputError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

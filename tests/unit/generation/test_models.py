@@ -6,9 +6,9 @@ from configs.schema import GeneratorModels, GeneratorOptions
 from data.classes import write_trained
 from generation.models import check_files, class_names
 from modeling.generator import Generator
-from modeling.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.tokenizer import Tokenizer
-from modeling.weights import fingerprint, write_state_dict
+from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
+from modeling.weights.tensors import fingerprint, write_state_dict
 from runtime.errors import InputError
 from tests.unit.generation.conftest import GENERATOR as GENERATOR_SIZES
 from tests.unit.generation.conftest import SIZES

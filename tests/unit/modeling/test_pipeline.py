@@ -11,12 +11,12 @@ import torch
 
 from modeling.generator import Generator, GeneratorConfig
 from modeling.image_decoder import decode_images
-from modeling.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.pipeline import Pipeline
 from modeling.randomness import image_uniforms
 from modeling.sampling import draw_codes, sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights import fingerprint, write_state_dict
+from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
+from modeling.weights.tensors import fingerprint, write_state_dict
 from runtime.errors import InputError
 from training import checkpoint
 
@@ -218,7 +218,7 @@ def codes_of_row(generator, labels, uniforms):
 
 # ---------------------------------------------------------------------- folders and the hub
 class Hub:
-    """What `modeling.hub` uses of huggingface_hub, on a local folder: {commit: files}."""
+    """What `modeling.weights.hub` uses of huggingface_hub, on a local folder: {commit: files}."""
 
     def __init__(self, root):
         self.root, self.asked, self.made = root, [], []
@@ -247,7 +247,7 @@ class Hub:
 def stub(tmp_path, monkeypatch):
     (tmp_path / "hub").mkdir()
     made = Hub(tmp_path / "hub")
-    monkeypatch.setattr("modeling.hub.client", lambda: made)
+    monkeypatch.setattr("modeling.weights.hub.client", lambda: made)
     return made
 
 

@@ -78,7 +78,7 @@ def test_a_mistake_found_by_a_dataloaders_worker_is_one_line_too(program, tmp_pa
     # Weights as the items, to save the time of importing torchvision.
     body = (
         "from torch.utils.data import DataLoader\n"
-        "from modeling.weights import read_state_dict\n"
+        "from modeling.weights.tensors import read_state_dict\n"
         "list(DataLoader(argv, batch_size=None, collate_fn=read_state_dict, num_workers=1))"
     )
     status, lines = program(body, str(tmp_path / "none.bin"))

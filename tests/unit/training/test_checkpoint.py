@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling.metadata import DISCRIMINATOR, about_file, about_model
+from modeling.weights.metadata import DISCRIMINATOR, about_file, about_model
 from runtime.errors import InputError
 from tests.payload import Payload, forge
 from training import checkpoint

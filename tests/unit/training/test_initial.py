@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from modeling.generator import Generator, GeneratorConfig
-from modeling.weights import tensors_hash, write_state_dict
+from modeling.weights.tensors import tensors_hash, write_state_dict
 from runtime.errors import InputError
 from training.initial import check_same_start, fit_classes
 

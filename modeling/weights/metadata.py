@@ -24,7 +24,7 @@ from typing import Any, Optional, TypeVar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError
 
 T = TypeVar("T")
 KEY, VERSION = "alitok", 1

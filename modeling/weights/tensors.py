@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import InputError
+from ..errors import InputError
 from .files import whole_file
 from .formats import PYTORCH, SAFETENSORS, kind_by_content, unwrap
 from .metadata import TOKENIZER, About, about_file, layers

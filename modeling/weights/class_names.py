@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Optional
 
-from .errors import InputError
-from .fields import short
-from .sampling import NO_CLASS, check_classes
+from ..errors import InputError
+from ..fields import short
+from ..sampling import NO_CLASS, check_classes
 
 NONE = "none"  # what images without a class are asked for by
 IMAGENET_CLASSES = 1000

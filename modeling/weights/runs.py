@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from .errors import InputError
+from ..errors import InputError
 from .files import file_sha256
 
 MANIFEST = "manifest.json"

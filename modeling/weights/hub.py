@@ -4,7 +4,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Optional
 
-from .errors import InputError
+from ..errors import InputError
 
 
 def client() -> ModuleType:

@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError
 
 # Entries under which training programs save a model beside its optimizer, losses or step.
 # `model_state` is that of the published tokenizer trainer, beside `criterion_state`.

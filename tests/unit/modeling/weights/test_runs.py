@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from modeling.runs import weights_in
+from modeling.weights.runs import weights_in
 from runtime.errors import InputError
 from training import checkpoint
 

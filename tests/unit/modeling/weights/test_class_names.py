@@ -2,8 +2,8 @@ import builtins
 
 import pytest
 
-from modeling.class_names import ClassNames
 from modeling.sampling import NO_CLASS
+from modeling.weights.class_names import ClassNames
 from runtime.errors import InputError
 
 IMAGENET = ClassNames(1000)

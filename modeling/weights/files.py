@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from .errors import InputError
+from ..errors import InputError
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling.generator import Generator, GeneratorConfig
-from modeling.metadata import (
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights.metadata import (
     DISCRIMINATOR,
     GENERATOR,
     KEY,
@@ -18,8 +19,7 @@ from modeling.metadata import (
     about_model,
     shown_sizes,
 )
-from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights import (
+from modeling.weights.tensors import (
     check_same_codes,
     fingerprint,
     read_state_dict,

@@ -13,7 +13,7 @@ from torch import nn
 
 from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights import (
+from modeling.weights.tensors import (
     describe,
     load_tensors,
     load_weights,
@@ -71,7 +71,7 @@ def test_failed_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch, name, w
 
     write_state_dict(tensors(), tmp_path / name)
     before = (tmp_path / name).read_bytes()
-    monkeypatch.setattr(f"modeling.weights.{writer}", run_out_of_disk)
+    monkeypatch.setattr(f"modeling.weights.tensors.{writer}", run_out_of_disk)
     with pytest.raises(InputError, match=r"cannot write .* \(no space left on device\)"):
         write_state_dict(tensors(), tmp_path / name)
     assert (tmp_path / name).read_bytes() == before

@@ -21,6 +21,7 @@ from experiments.alignment.rows import (
     FAST_SEEDS,
     FAST_STEPS,
     GENERATOR,
+    GUIDANCE,
     ROWS,
     SEEDS,
     STAGE1,
@@ -66,7 +67,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def steps_of(folder: Path, data: Path, seed: int, options: Recipe) -> list[Step]:
+def steps_of(
+    folder: Path, data: Path, seed: int, options: Recipe, views: tuple[str, ...]
+) -> list[Step]:
     """The commands that make one row with one seed: tokenizer, codes, generator, figures."""
     stage1, generator = folder / "stage1", folder / "generator"
     best = generator / "generator_best.bin"
@@ -79,7 +82,7 @@ def steps_of(folder: Path, data: Path, seed: int, options: Recipe) -> list[Step]
     for split in ("train", "val"):
         cache = folder / f"cache_{split}"
         steps.append(Step(cache.name, [
-            "pretokenization.py", "--five_crop", "--data_path", str(data / split),
+            "pretokenization.py", *views, "--data_path", str(data / split),
             "--cached_path", str(cache), "--tokenizer_checkpoint", str(stage1), "--num_workers", "0",
         ], [cache / "manifest.json"]))  # fmt: skip
     steps += [
@@ -94,12 +97,24 @@ def steps_of(folder: Path, data: Path, seed: int, options: Recipe) -> list[Step]
             "evaluate.py", "--generator", str(best), "--cache", str(folder / "cache_val"),
             "--picture", str(folder / "likelihood.png"), "--num_workers", "0",
         ], [], answer=folder / "likelihood.json"),
-        Step("samples", [
-            *sampling(folder, "samples", stage1, options), f"experiment.generator_checkpoint={best}",
-            f"model.generator.seed={seed}", OF_STAGE1,
-        ], [folder / "samples.npz"]),
-        judging(folder, data, "stage1"),
     ]  # fmt: skip
+    drawn = [f"experiment.generator_checkpoint={best}", f"model.generator.seed={seed}", OF_STAGE1]
+    if data.name != "photographs":
+        return [
+            *steps,
+            Step("samples", [*sampling(folder, "samples", stage1, options), *drawn],
+                 [folder / "samples.npz"]),
+            judging(folder, data, "stage1"),
+        ]  # fmt: skip
+    # As many images as are held out, without top-p, at every scale.
+    drawn += ["experiment.num_fid_samples=1050", "model.generator.top_p=1"]
+    for scale in GUIDANCE:
+        name = f"samples_{scale}"
+        command = [*sampling(folder, name, stage1, options), *drawn]
+        command.append(f"model.generator.guidance_scale={scale}")
+        steps.append(Step(name, command, [folder / f"{name}.npz"]))
+    score = ["-m", "experiments.alignment.photo_score", str(folder), str(data)]
+    steps.append(Step("score", score, [], answer=folder / "scores_stage1.json"))
     return steps
 
 
@@ -150,7 +165,8 @@ def chains_of(
         second = any(row.folder == folder and row.decoder == "stage2" for row in rows)
         for seed in seeds:
             place = root / f"seed_{seed}" / folder
-            steps = steps_of(place, data, seed, options)
+            views = DATA[data.name].views if data.name in DATA else ("--five_crop",)
+            steps = steps_of(place, data, seed, options, views)
             if second:
                 steps += stage2_steps(place, data, seed, options)
             chains.append(Chain(f"seed {seed} {folder}", place, steps))

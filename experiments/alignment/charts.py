@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.alignment.results import METRICS, Group, differences
+from experiments.alignment.results import Group, differences, metrics_of
 from runtime.errors import InputError
 from runtime.files import whole_file
 from training.reference import curve
@@ -40,17 +40,17 @@ def draw(path: Path, make: Callable[["Figure"], None], size: tuple[float, float]
 
 def draw_rows(groups: list[Group], root: Path) -> None:
     """rows.png: every metric by row, a line per seed. curves.png: how the rows got there."""
-    columns = -(-len(METRICS) // 2)
+    columns = -(-len(metrics_of(groups)) // 2)
     draw(root / "rows.png", lambda figure: rows_panels(figure, groups, columns), (4 * columns, 7))
     width = 5 * len(CURVES)
     draw(root / "curves.png", lambda figure: curve_panels(figure, groups), (width, 4.5))
 
 
 def rows_panels(figure: Any, groups: list[Group], columns: int) -> None:
-    axes = figure.subplots(2, columns).flatten()
+    axes, metrics = figure.subplots(2, columns).flatten(), metrics_of(groups)
     labels = [group.label.replace(", ", "\n", 1) for group in groups]
     seeds = sorted({seed for group in groups for seed in group.values("nats")})
-    for axis, metric in zip(axes, METRICS):
+    for axis, metric in zip(axes, metrics):
         for seed in seeds:
             values = [group.values(metric.name).get(seed, float("nan")) for group in groups]
             scaled = [metric.scale * value for value in values]
@@ -60,7 +60,7 @@ def rows_panels(figure: Any, groups: list[Group], columns: int) -> None:
         axis.set_xticks(range(len(groups)), labels, rotation=30, ha="right", fontsize=8)
         axis.set_title(metric.title)
         axis.grid(alpha=0.3)
-    for axis in axes[len(METRICS) :]:
+    for axis in axes[len(metrics) :]:
         axis.axis("off")
     axes[0].legend(fontsize=8)
 
@@ -91,17 +91,18 @@ def curve_panels(figure: Any, groups: list[Group]) -> None:
 def draw_variations(pairs: list[tuple[Group, Group]], output: Path) -> None:
     """variations.png: the difference of two neighbouring rows under every variation, with its interval."""
     height = 1.5 + 0.3 * len(pairs)
-    width = 3 * len(METRICS) + 3
+    width = 3 * len(metrics_of([group for pair in pairs for group in pair])) + 3
     draw(output / "variations.png", lambda figure: variation_panels(figure, pairs), (width, height))
 
 
 def variation_panels(figure: Any, pairs: list[tuple[Group, Group]]) -> None:
     labels = [f"{a.row.name} → {b.row.name}, {a.variation or 'ablation'}" for a, b in pairs]
-    axes = figure.subplots(1, len(METRICS), sharey=True)
-    found = [differences(a, b) for a, b in pairs]
-    for number, (axis, metric) in enumerate(zip(axes, METRICS)):
+    metrics = metrics_of([group for pair in pairs for group in pair])
+    axes = figure.subplots(1, len(metrics), sharey=True)
+    found = [{d.metric: d for d in differences(a, b)} for a, b in pairs]
+    for axis, metric in zip(axes, metrics):
         for place, changes in enumerate(found):
-            d = changes[number]
+            d = changes[metric.name]
             if d.low is not None and d.high is not None:
                 axis.plot([metric.scale * d.low, metric.scale * d.high], [place, place], "C0-")
             axis.plot([metric.scale * d.mean], [place], "C0o")

@@ -31,7 +31,14 @@ METRICS = (
     Metric("fid", "Fréchet distance", ".2f"),
     Metric("recognised", "read as asked, %", ".1f", 100),
     Metric("codebook_use", "codes in use, %", ".1f", 100),
+    Metric("rfid", "Fréchet distance of reconstructions", ".2f"),
+    Metric("entropy", "entropy of codes, bits", ".2f"),
 )
+
+
+def metrics_of(groups: list["Group"]) -> list[Metric]:
+    """The metrics that all of these runs have: digits are read, photographs are not."""
+    return [m for m in METRICS if all(m.name in r.figures for g in groups for r in g.results)]
 
 
 # ---------------------------------------------------------------------- one run
@@ -182,4 +189,7 @@ def neighbours(groups: list[Group]) -> list[tuple[Group, Group]]:
 
 
 def differences(before: Group, after: Group) -> list[Difference]:
-    return [difference(m.name, before.values(m.name), after.values(m.name)) for m in METRICS]
+    return [
+        difference(m.name, before.values(m.name), after.values(m.name))
+        for m in metrics_of([before, after])
+    ]

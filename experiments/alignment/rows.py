@@ -80,9 +80,21 @@ class Data:
 
     module: str
     overrides: Overrides = Overrides()
+    views: tuple[str, ...] = ("--five_crop",)  # of an image in a cache; none: the centre crop
 
 
-DATA = {"digits": Data("quickstart.digits"), "emoji": Data("experiments.alignment.emoji")}
+# Scales of guidance at which the photographs are sampled; 1 is none.
+GUIDANCE = ("1", "2", "4")
+PHOTOGRAPHS = Overrides(
+    sizes={"image_size": 64, "patch_size": 8},
+    stage1=("dataset.params.resize=72",),
+    stage2=("dataset.params.resize=72",),
+)
+DATA = {
+    "digits": Data("quickstart.digits"),
+    "emoji": Data("experiments.alignment.emoji"),
+    "photographs": Data("experiments.alignment.photographs", PHOTOGRAPHS, views=()),
+}
 
 
 # ---------------------------------------------------------------------- the variations

@@ -17,7 +17,6 @@ from benchmarks.common import processor
 from experiments.alignment.charts import draw_rows, draw_variations
 from experiments.alignment.commands import Commands
 from experiments.alignment.results import (
-    METRICS,
     Difference,
     Group,
     Metric,
@@ -26,6 +25,7 @@ from experiments.alignment.results import (
     folder_of,
     groups_of,
     mean_and_deviation,
+    metrics_of,
     neighbours,
 )
 from runtime.arguments import Parser, as_path
@@ -37,23 +37,28 @@ from runtime.program import run
 # ---------------------------------------------------------------------- as text
 def table(groups: list[Group]) -> str:
     """Markdown: a line per row, mean ± standard deviation per metric; last, the validation images."""
-    lines = [
-        line_of(
-            ["row", "seeds", "codes", *(m.title for m in METRICS), "training loss", "copies, %"]
-        )
-    ]
-    lines.append(line_of(["---"] * (len(METRICS) + 5)))
-    extra = (Metric("training loss", "", ".3f"), Metric("copied", "", ".1f", 100))
+    metrics = metrics_of(groups)
+    real = groups[0].results[0].figures
+    extra = [Metric("training loss", "training loss", ".3f")]
+    if "copied" in real:
+        extra.append(Metric("copied", "copies, %", ".1f", 100))
+    heads = ["row", "seeds", "codes", *(m.title for m in (*metrics, *extra))]
+    lines = [line_of(heads), line_of(["---"] * len(heads))]
     for group in groups:
         cells = [
-            cell(metric, list(group.values(metric.name).values())) for metric in (*METRICS, *extra)
+            cell(metric, list(group.values(metric.name).values())) for metric in (*metrics, *extra)
         ]
         tokens = f"{group.results[0].figures['tokens']:.0f}"
         lines.append(line_of([group.title, str(len(group.results)), tokens, *cells]))
-    real = groups[0].results[0].figures
-    known = {"fid": real["fid_val"], "recognised": real["recognised_val"]}
-    cells = [cell(m, [known[m.name]]) if m.name in known else "" for m in METRICS]
-    lines.append(line_of(["validation images themselves", "", "", *cells, "", ""]))
+    # Of the images that are not generated: validation against training ones, or the other way round.
+    title, known = (
+        "validation images themselves",
+        {"recognised": "recognised_val", "fid": "fid_val"},
+    )
+    if "fid_train" in real:
+        title, known = "training images themselves", {"fid": "fid_train"}
+    cells = [cell(m, [real[known[m.name]]]) if m.name in known else "" for m in metrics]
+    lines.append(line_of([title, "", "", *cells, *[""] * len(extra)]))
     return "\n".join(lines)
 
 
@@ -66,10 +71,12 @@ def cell(metric: Metric, values: list[float]) -> str:
 
 def difference_table(pairs: list[tuple[Group, Group]]) -> str:
     """Markdown: a line per pair of rows, the mean difference with its p value per metric."""
-    lines = [line_of(["from → to", *(metric.title for metric in METRICS)])]
-    lines.append(line_of(["---"] * (len(METRICS) + 1)))
+    metrics = metrics_of([group for pair in pairs for group in pair])
+    lines = [line_of(["from → to", *(metric.title for metric in metrics)])]
+    lines.append(line_of(["---"] * (len(metrics) + 1)))
     for before, after in pairs:
-        cells = [change(m, d) for m, d in zip(METRICS, differences(before, after))]
+        changes = {d.metric: d for d in differences(before, after)}
+        cells = [change(m, changes[m.name]) for m in metrics]
         lines.append(line_of([f"{before.label} → {after.label}", *cells]))
     return "\n".join(lines)
 

@@ -34,6 +34,7 @@ from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_to
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from generation.models import check_files
+from modeling.compiling import compile_blocks
 from modeling.generator import Attention, Generator, SwiGLU, next_code_loss
 from modeling.sampling import NO_CLASS
 from modeling.tokenizer import CLUSTERING, Tokenizer
@@ -324,8 +325,8 @@ class TrainState:
         self.loss_of = next_code_loss
         self.compiled = bool(compiles(training.compile, "training.compile"))
         if self.compiled:
-            self.generator.compile()
-            self.loss_of = torch.compile(next_code_loss)  # one pass over the logits
+            compile_blocks(self.generator.blocks)
+            self.loss_of = torch.compile(next_code_loss, dynamic=False)  # one pass over the logits
         if run.resumed:
             set_optimizer_state_dict(
                 self.generator, self.optimizer.optimizer,

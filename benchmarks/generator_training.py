@@ -21,6 +21,7 @@ from torch import Tensor
 import configs.load
 from benchmarks.common import machine
 from configs.schema import GeneratorRun, OptimizerParams
+from modeling.compiling import compile_blocks
 from modeling.generator import Attention, Generator, GeneratorConfig, SwiGLU, next_code_loss
 from train_ar import parameter_groups
 from training.optim import FiniteGuard, adamw, set_learning_rate
@@ -75,8 +76,8 @@ class Way:
             groups = parameter_groups(model, OPTIMIZER.weight_decay)
             self.optimizer = adamw(groups, OPTIMIZER)
             if compiled:
-                model.compile()
-                self.loss_of = torch.compile(next_code_loss)
+                compile_blocks(model.blocks)
+                self.loss_of = torch.compile(next_code_loss, dynamic=False)
 
     def step(self, codes: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):

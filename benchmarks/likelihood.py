@@ -22,7 +22,8 @@ from benchmarks.generator_training import SMALL
 from configs.schema import GeneratorRun
 from data.tokens import TokenStore
 from data.writer import TokenWriter
-from evaluation.likelihood import compile_blocks, measure_likelihood
+from evaluation.likelihood import measure_likelihood
+from modeling.compiling import compile_blocks
 from modeling.generator import Generator, GeneratorConfig
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     model = Generator(config).to(device).eval()
     torch.nn.init.normal_(model.output.weight, std=0.02)
     if cuda:
-        compile_blocks(model)
+        compile_blocks(model.blocks)
     codes = torch.randint(config.codebook_size, (args.batch_size, config.image_seq_len)).to(device)
     labels = (torch.arange(args.batch_size) % config.condition_num_classes).to(device)
     bf16 = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()

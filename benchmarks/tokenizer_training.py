@@ -27,6 +27,7 @@ from benchmarks.common import machine
 from configs.schema import Losses, Phase
 from data.images import TrainImages, list_paths, to_float
 from data.order import SampleOrder
+from modeling.compiling import compile_blocks
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 
@@ -59,7 +60,6 @@ class Mode:
         torch.manual_seed(0)
         self.config = TokenizerConfig(**sizes, **STAGE1, exact_attention=name != "fast")
         self.model = Tokenizer(self.config).to(device)
-        self.forward: Any = self.model  # or its compiled form
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
@@ -76,7 +76,7 @@ class Mode:
     def step(self, batches: Iterator[Tensor]) -> None:
         images = to_float(next(batches).to(self.device, non_blocking=True))
         with self.autocast():
-            out = self.forward(images)
+            out = self.model(images)
         self.loss(out, images).backward()
         self.update(out)
 
@@ -153,7 +153,8 @@ def main() -> None:
     modes = [Mode(name, sizes, networks, phase, device) for name in ("exact", "published", "fast")]
     flops = flops_per_image(modes[0])
     if args.compile:
-        modes[-1].forward = torch.compile(modes[-1].model)
+        fast: Any = modes[-1].model
+        compile_blocks(fast.encoder.transformer, fast.decoder.transformer)
 
     def measure(mode: Mode, batches: Iterator[Tensor], in_parts: bool = False) -> float:
         """Images/s over a round."""
@@ -181,12 +182,6 @@ def main() -> None:
             measure(mode, batches)  # compiles, chooses kernels, fills the loader
         rounds = [[measure(mode, batches) for mode in modes] for _ in range(args.rounds)]
         for mode in modes:
-            if args.compile and mode.name == "fast":
-                assert mode.model.decoder is not None
-                mode.model.encoder.compile()  # one by one, to tell them apart
-                mode.model.decoder.compile()
-                measure(mode, batches, in_parts=True)
-                mode.seconds = dict.fromkeys(PARTS, 0.0)
             measure(mode, batches, in_parts=True)
         del batches  # ends the workers before their folder goes
 

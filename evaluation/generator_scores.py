@@ -12,12 +12,8 @@ from configs.load import codes_per_image
 from data.classes import trained_classes
 from data.imagenet import unlike_imagenet
 from data.tokens import TokenCache, open_tokens
-from evaluation.likelihood import (
-    COMPILED_VIEWS,
-    Likelihood,
-    compile_blocks,
-    measure_likelihood,
-)
+from evaluation.likelihood import COMPILED_VIEWS, Likelihood, measure_likelihood
+from modeling.compiling import compile_blocks
 from modeling.generator import Generator
 from modeling.pipeline import generator_config
 from modeling.weights.metadata import About, about_file
@@ -154,7 +150,7 @@ def score_generator(
     for source in sources:
         generator = open_generator(source, store).to(device)
         if compiled:
-            compile_blocks(generator)
+            compile_blocks(generator.blocks)
         context = torch.autocast(device.type, torch.bfloat16) if bf16 else matmul_precision("fp32")
         with context:
             likelihood = measure_likelihood(generator, store, batch, rank, world, workers, compiled)

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from data.loader import on_device
 from data.tokens import AllTokens, TokenCache
 from evaluation.metrics import summed
-from modeling.generator import Generator
 from modeling.rotary import token_layout
 from runtime.parts import share_of
 from runtime.signals import outlive_first_signal
@@ -110,12 +109,6 @@ def measure_likelihood(
             sums += sums_of(model(codes[:, :-1], labels), codes)
     model.train(was_training)
     return Likelihood(summed(sums).cpu(), len(dataset))
-
-
-def compile_blocks(model: Generator) -> None:
-    """Compile the blocks of a generator in place; they share one program, so that it takes seconds."""
-    for block in model.blocks:
-        block.compile(dynamic=False)
 
 
 def eager(wanted: bool) -> contextlib.AbstractContextManager:

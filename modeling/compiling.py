@@ -1,9 +1,11 @@
-"""torch.compile as the sampler and the decoder of images use it."""
+"""torch.compile as the trainers, the sampler and the decoder of images use it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from torch import nn
 
 # Programs per function in one process: three sizes, two types, several batches and samplings; of
 # `layer`, three for each.
@@ -30,3 +32,18 @@ def compiling() -> Iterator[None]:
         accumulated_recompile_limit=max(8 * RECOMPILE_LIMIT, dynamo.accumulated_recompile_limit),
     ):
         yield
+
+
+def compile_blocks(*stacks: Iterable[nn.Module]) -> None:
+    """Compile the blocks of stacks in place, for fixed shapes.
+
+    Equal blocks share one program, so that a start compiles a few blocks whatever the depth. An odd
+    shape makes a program of its own: run it under the stance "force_eager".
+    """
+    import torch._dynamo.config as dynamo
+
+    # A block's gradients are ready when its backward ends. Dynamo would cut each block in two where
+    # DDP's first bucket, of 1 MiB, is full.
+    dynamo.optimize_ddp = False
+    for block in itertools.chain(*stacks):
+        block.compile(dynamic=False)

@@ -44,6 +44,7 @@ from evaluation.reconstruction import (
     image_batches,
     reconstruct,
 )
+from modeling.compiling import compile_blocks
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
 from modeling.weights.metadata import DISCRIMINATOR, TOKENIZER, About, about_file, about_model
 from modeling.weights.tensors import (
@@ -378,10 +379,10 @@ class TrainState:
 
         params = options.optimizer.params
         trained = [p for p in self.tokenizer.parameters() if p.requires_grad]
-        compiled = compiles(training.compile, "training.compile")
-        # The same module, compiled or not, but without DDP: for the discriminator's steps.
-        self.forward: Any = torch.compile(self.tokenizer) if compiled else self.tokenizer
-        self.model, self.optimizer = accelerator.prepare(self.forward, adamw(trained, params))
+        self.compiled = bool(compiles(training.compile, "training.compile"))
+        if self.compiled:
+            self._compile()
+        self.model, self.optimizer = accelerator.prepare(self.tokenizer, adamw(trained, params))
         self.critic: Any = None
         self.critic_optimizer: Any = None
         if self.discriminator is not None:
@@ -414,6 +415,15 @@ class TrainState:
         if self.critic is not None and "critic_optimizer" in saved:  # not after phases without one
             self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
         self.codes.restore(saved, self.accelerator)
+
+    def _compile(self) -> None:
+        """Compile what trains. A frozen encoder stays eager: it computes in full float32
+        (`Tokenizer.exact_latents`), and a program keeps the precision that it was compiled under."""
+        tokenizer: Any = self.tokenizer
+        stacks = [tokenizer.decoder.transformer]
+        if not tokenizer.encoder_frozen:
+            stacks.append(tokenizer.encoder.transformer)
+        compile_blocks(*stacks)
 
     @property
     def averaged(self) -> Tokenizer:
@@ -545,7 +555,8 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
 def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData) -> None:
     """Validation metrics, rFID and previews of one step, as far as they are due and configured."""
     tokenizer = state.averaged
-    with run.reporting(step, due):
+    # Eager: odd batch sizes are not worth compiling for.
+    with run.reporting(step, due), torch.compiler.set_stance("force_eager"):
         if due.evaluate and data.validation:
             values = evaluate(run, state, data)
             if values is not None:
@@ -594,11 +605,14 @@ def export(run: Run, weights: dict[str, Tensor]) -> None:
 # ---------------------------------------------------------------------- the program
 def critic_loss(state: TrainState, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The discriminator's weighted hinge loss on images and reconstructions, and what to log."""
-    with torch.no_grad(), state.accelerator.autocast():
-        out = state.forward(images)
+    # A compiled block has one program with gradients and another one without. That with gradients is
+    # there already, and what it adds is little: it writes the same activations and keeps them.
+    with torch.set_grad_enabled(state.compiled), state.accelerator.autocast():
+        out = state.tokenizer(images)
     if state.options.model.cluster_in_critic_steps:
         state.codes.add(out)
-    real_logits, fake_logits = state.critic(torch.cat([images, out.images])).chunk(2)
+    made = out.images.detach()
+    real_logits, fake_logits = state.critic(torch.cat([images, made])).chunk(2)
     loss = state.options.losses.critic_weight * hinge_loss(real_logits, fake_logits)
     return loss, {"critic": loss, "real": real_logits.mean(), "fake": fake_logits.mean()}
 

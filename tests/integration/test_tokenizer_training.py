@@ -19,6 +19,7 @@ from configs.schema import TokenizerRun
 from data.images import CenterImages
 from modeling.weights.tensors import read_state_dict, write_state_dict
 from runtime.errors import InputError
+from tests.compilations import count_by_step
 from tests.host_syncs import count_in
 from tests.integration.conftest import ROOT, execute
 from train_tokenizer import __main__ as trainer
@@ -131,6 +132,22 @@ def test_fp16_without_cuda_is_refused(train, tmp_path):
 
 
 # ---------------------------------------------------------------------- speed
+@pytest.mark.parametrize("stage, programs", [(1, 3), (2, 1)])
+def test_nothing_is_compiled_after_the_first_step_of_a_kind(
+    train, workspace, tmp_path, monkeypatch, stage, programs
+):
+    """One program serves a stack of blocks, but the encoder's last block has its own. Neither the
+    discriminator's first step nor an evaluation compiles the tokenizer again."""
+    before_step = count_by_step(trainer, monkeypatch)
+    phases = "phases=[{steps: 1, learning_rate: 1e-3}, {steps: 3, gan_weight: 0.005}]"
+    deep, stage1 = "model.vq_model.encoder_layers=2", workspace.stage1_run
+    train(
+        stage, tmp_path / "run", phases, "training.compile=True", "experiment.eval_every=1",
+        deep if stage == 1 else f"experiment.stage1_checkpoint={stage1}",
+    )  # fmt: skip
+    assert before_step == [0] + 3 * [programs]
+
+
 def test_only_reporting_steps_wait_for_the_device(train, tmp_path, monkeypatch):
     phases = (
         "phases=[{steps: 1, learning_rate: 1e-3, perceptual_weight: 0.1, lpips_weight: 1.0}, "

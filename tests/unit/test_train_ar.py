@@ -16,6 +16,7 @@ from modeling.generator import Generator, GeneratorConfig
 from modeling.weights.metadata import GENERATOR, about_file, about_model
 from runtime.errors import InputError
 from runtime.files import file_sha256
+from tests.compilations import count_by_step
 from tests.host_syncs import count_in
 from training import checkpoint, optim, run
 
@@ -92,6 +93,17 @@ def test_losses_are_the_golden_ones(train, golden):
     for name in ("loss", "val/loss"):
         values = [record[name] for record in records if name in record]
         np.testing.assert_allclose(values, figures[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_is_compiled_after_the_first_step(train, monkeypatch, recompute):
+    """The blocks share one program, and the loss is another; evaluation runs eagerly."""
+    before_step = count_by_step(train_ar, monkeypatch)
+    train(
+        "training.compile=True", "training.max_train_steps=4", "experiment.eval_every=2",
+        f"model.generator.use_checkpoint={recompute}",
+    )  # fmt: skip
+    assert before_step == [0, 2, 2, 2]
 
 
 # ---------------------------------------------------------------------- data

@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounter
 
 from data.tokens import open_tokens
 from data.writer import TokenWriter
-from evaluation.likelihood import Likelihood, compile_blocks, measure_likelihood, position_sums
+from evaluation.likelihood import Likelihood, measure_likelihood, position_sums
+from modeling.compiling import compile_blocks
 from modeling.generator import Generator, GeneratorConfig, next_code_loss
 
 TINY = GeneratorConfig(32, 2, 2, codebook_size=32, image_seq_len=21, condition_num_classes=3)
@@ -79,7 +80,7 @@ def test_compiled_score_is_the_eager_one_and_compiles_two_programs(store, model,
     monkeypatch.setattr(
         torch, "compile", lambda f, **options: compile_function(f, backend=counter, **options)
     )
-    compile_blocks(model)
+    compile_blocks(model.blocks)
     found = measure_likelihood(model, store, 4, compiled=True)
     torch.testing.assert_close(found.sums, expected.sums)
     assert counter.frame_count == 2

@@ -3,22 +3,10 @@
 python -m configs.help > docs/options.md
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from textwrap import fill
-from typing import Any
 
-from configs.schema import UNUSED, GeneratorRun, TokenizerRun
-from modeling.fields import (
-    TYPED,
-    Rule,
-    default_of,
-    item_section_of,
-    rule_of,
-    section_of,
-    type_name,
-    types_of,
-)
+from configs.schema import GeneratorRun, TokenizerRun
+from modeling.fields import TYPED, Declared, declared, type_name
 
 # {program: (schema, first line, examples)}
 PROGRAMS = {
@@ -67,70 +55,43 @@ DRY_RUN = (
 )
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One option, or the heading of a section (`kind` is empty)."""
-
-    name: str  # with its path; phases[i].steps for an option of a list's sections
-    kind: str
-    default: str
-    limits: str
-    sentence: str
+def used_by(option: Declared, program: str) -> bool:
+    """Whether a program uses an option; one without a name uses all."""
+    return not program or program.startswith(option.notes.get("only", ""))
 
 
-def entries(schema: type, path: str = "") -> Iterator[Entry]:
-    """All options of a schema in their order, each section's options after its heading."""
-    sections = []
-    for field in fields(schema):
-        rule, (kind, optional) = rule_of(field), types_of(schema)[field.name]
-        name, section, item = path + field.name, section_of(kind), item_section_of(kind)
-        if section:
-            sections.append((section, name, rule))
-        elif item:
-            sections.append((item, f"{name}[i]", rule))
-        else:
-            default = default_of(field)
-            allowed = (default is None and optional) or not rule.complaint(default)
-            default = shown(default) if allowed else "required"
-            text = kind_of(kind, rule, optional)
-            yield Entry(name, text, default, rule.limits(), rule.sentence)
-    for kind, name, rule in sections:
-        yield Entry(name, "", "", "", rule.sentence)
-        yield from entries(kind, f"{name}.")
+def options_of(schema: type, program: str = "") -> list[Declared]:
+    """The options that a program uses, and the sections that hold such."""
+    found = list(declared(schema).values())
+    used = [o.name for o in found if not o.section and used_by(o, program)]
+    return [
+        option
+        for option in found
+        if option.name in used
+        or (option.section and any(name.startswith(f"{option.name}.") for name in used))
+    ]
 
 
-def kind_of(kind: Any, rule: Rule, optional: bool) -> str:
-    if rule.choices:
-        name = "choice"
-    elif rule.notes.get("expects"):
-        name = rule.notes["expects"].removeprefix("set ")
-    elif rule.notes.get("path"):
-        name = "path"
-    else:
-        name = "mapping" if kind is dict else type_name(kind)
-    return f"{name} or null" if optional or rule.null is not TYPED else name
-
-
-def shown(default: Any) -> str:
+def default_of(option: Declared) -> str:
     """A default as a YAML file or a command line would say it."""
+    default = option.default
     if isinstance(default, bool):
         return str(default).lower()
-    return "null" if default is None else str(default)
+    if default is None:
+        return "null"
+    return "required" if option.rule.complaint(default) else str(default)
 
 
-def used(name: str, program: str) -> bool:
-    parts, table = name.split("."), UNUSED.get(program, {})
-    return not any(".".join(parts[:end]) in table for end in range(1, len(parts) + 1))
-
-
-def described(schema: type, program: str) -> list[Entry]:
-    """The entries that a program uses, without the headings that nothing follows."""
-    kept = [entry for entry in entries(schema) if used(entry.name, program)]
-    return [
-        entry
-        for entry, after in zip(kept, [*kept[1:], None])
-        if entry.kind or (after is not None and after.name.startswith(f"{entry.name}."))
-    ]
+def values_of(option: Declared) -> str:
+    """The values that an option takes."""
+    kind, rule = type_name(option.kind), option.rule
+    if rule.choices:
+        kind = "choice"
+    elif rule.notes.get("path"):
+        kind = kind.replace("text", "path")
+    if option.optional or rule.null is not TYPED:
+        kind += " or null"
+    return f"{kind}: {rule.limits()}" if rule.limits() else kind
 
 
 # ---------------------------------------------------------------------- the command line's help
@@ -142,13 +103,13 @@ def describe(schema: type, program: str = "") -> str:
     lines += [f"  {example}" for example in examples]
     reading = f"{READING} {DRY_RUN}" if program.startswith("train") else READING
     lines += ["", fill(reading, 96), "", "options with their defaults:"]
-    for entry in described(schema, program):
-        if not entry.kind:
-            lines += ["", fill(f"{entry.name}: {entry.sentence}", 96)]
-            continue
-        details = ": ".join(text for text in (entry.kind, entry.limits) if text)
-        lines += [f"  {entry.name}: {entry.default}  ({details})"]
-        lines += [fill(entry.sentence, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    for option in options_of(schema, program):
+        name, sentence = option.name, option.rule.sentence
+        if option.section:
+            lines += ["", fill(f"{name}: {sentence}", 96)]
+        else:
+            lines += [f"  {name}: {default_of(option)}  ({values_of(option)})"]
+            lines += [fill(sentence, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)]
     return "\n".join(lines)
 
 
@@ -172,30 +133,29 @@ def markdown() -> str:
         for program in programs:
             lines += [PROGRAMS[program][1], "", "```"]
             lines += [*PROGRAMS[program][2], "```", ""]
-        for entry in entries(schema):
-            lines += section(entry) if not entry.kind else [row(entry, programs)]
+        for option in declared(schema).values():
+            lines += section(option) if option.section else [row(option, programs)]
     return "\n".join(lines) + "\n"
 
 
-def section(entry: Entry) -> list[str]:
+def section(option: Declared) -> list[str]:
     return [
         "",
-        f"### {entry.name}",
+        f"### {option.name}",
         "",
-        entry.sentence,
+        option.rule.sentence,
         "",
         "| option | default | values | meaning |",
         "| --- | --- | --- | --- |",
     ]
 
 
-def row(entry: Entry, programs: tuple[str, ...]) -> str:
+def row(option: Declared, programs: tuple[str, ...]) -> str:
     """A table's row; an option that not all of the programs use says which do."""
-    users = [program for program in programs if used(entry.name, program)]
+    users = [program for program in programs if used_by(option, program)]
     only = "" if len(users) == len(programs) else f" *Only {', '.join(users)}.*"
-    values = ": ".join(text for text in (entry.kind, entry.limits) if text)
-    default = entry.default.replace("|", "\\|")
-    return f"| `{entry.name}` | `{default}` | {values} | {entry.sentence}{only} |"
+    default = default_of(option).replace("|", "\\|")
+    return f"| `{option.name}` | `{default}` | {values_of(option)} | {option.rule.sentence}{only} |"
 
 
 if __name__ == "__main__":

@@ -1,45 +1,31 @@
 """Reading `config=FILE option=value …` into the dataclasses of `configs.schema`, and writing them.
 
-The type of an option decides how its text is read: the text of a text option stays as it was typed
-(`2024_06_01`, `run #3`, `no`), whatever YAML would make of it. Every refusal names the option by its
-path and the place that its value came from.
+A value stays the text that was typed (`2024_06_01`, `run #3`, `no`) until OmegaConf converts it to the
+type of its option. Every refusal names the option in full, and the place that its value came from.
 """
 
 import difflib
-import functools
 import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Optional, TypeVar, cast, get_args, get_origin
+from typing import Any, NamedTuple, Optional, TypeVar, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
+from yaml import MappingNode, Node, SequenceNode, YAMLError
 
-from configs.help import describe
+from configs.help import describe, used_by
 from configs.schema import (
-    UNUSED,
+    COMMAND_LINE,
     GeneratorExperiment,
     GeneratorOptions,
     GeneratorRun,
-    TokenizerRun,
 )
-from modeling.fields import (
-    NUMBER_OR_NAME,
-    TYPED,
-    Rule,
-    default_of,
-    expectation,
-    item_section_of,
-    rule_of,
-    section_of,
-    short,
-    types_of,
-)
+from modeling.fields import TYPED, Declared, declared, expectation, section_of, short, types_of
 from modeling.generator import GeneratorConfig
 from modeling.tokenizer import TokenizerConfig
 from modeling.weights.metadata import GENERATOR, SIZES, TOKENIZER, About, about_file, about_model
@@ -48,8 +34,6 @@ from runtime.files import write_whole
 
 T = TypeVar("T")
 
-TRUE, FALSE = ("true", "yes", "y", "on", "1"), ("false", "no", "n", "off", "0")
-COMMAND_LINE = "the command line"
 # What weights were trained with: no shape of their tensors shows it.
 UNSEEN_SIZES = ("encoder_heads", "decoder_heads", "causal")
 # All that decides what a model computes.
@@ -61,41 +45,23 @@ SIZES_OF_ENCODER = tuple(
     for name in SIZES_OF_TOKENIZER
     if not name.startswith(("decoder_", "num_buffer", "causal", "prefix_head"))
 )
+FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a value came from."""
+class Written(NamedTuple):
+    """The value of an option as it was written, and where: COMMAND_LINE, or "FILE, line N"."""
 
-    source: str  # the command line, or a file's path
-    line: Optional[int] = None
-
-    def __str__(self) -> str:
-        return self.source if self.line is None else f"{self.source}, line {self.line}"
-
-    @property
-    def where(self) -> str:
-        return f" ({self})"
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """The value of one option as it was written."""
-
-    node: Node
-    place: Place
-
-
-Tree = dict[str, Any]  # {option: Leaf | Tree | list[Tree]}, as nested as the schema
+    value: Any
+    place: str
 
 
 # ---------------------------------------------------------------------- what programs call
 def load(schema: type[T], argv: list[str], program: str = "") -> T:
     """Options of one program: schema defaults, then `config=FILE`, then `section.option=value` …
 
-    `--help` prints them all and ends the program. `program` names a key of `configs.schema.UNUSED`.
-    Raises InputError for a missing file, a misspelt option (with the nearest name), a value of the
-    wrong type or out of its range, an option of another program on the command line, or a
+    `--help` prints them all and ends the program. The `places` of the options say which were set, and
+    where. Raises InputError for a missing file, a misspelt option (with the nearest name), a value of
+    the wrong type or out of its range, an option of another program on the command line, or a
     combination that does not hold together.
     """
     if {"-h", "--help"} & set(argv):
@@ -113,20 +79,20 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
     files = [value for key, value in pairs if key == "config"]
     if len(files) != 1:
         raise InputError("set one config=FILE, for example config=configs/alitok_b.yaml")
-    path, root = compose_file(files[0])
-    tree = read_section(schema, root, "", str(path))
+    path, written = read_file(schema, files[0])
     for key, text in pairs:
         if key != "config":
-            read_argument(schema, tree, key, text, str(path))
-    places = dict(places_of(tree, ""))
-    for name, place in places.items():
-        if place.source == COMMAND_LINE:
-            refuse_unused(program, name)
-    options = build(schema, tree, str(path))
+            for name, value in read_argument(schema, key, text):
+                refuse_unused(schema, name, program)
+                # A list is set as a whole.
+                written = {n: w for n, w in written.items() if not n.startswith(f"{name}[")}
+                written[name] = value
+    options = build(schema, written)
+    object.__setattr__(options, "places", {name: place for name, (_, place) in written.items()})
     warnings = [
-        *sizes_of_runs(options, places),
-        *warmup_warning(options, places),
-        *without_effect(options),
+        *sizes_of_runs(options, options.places),  # type: ignore[attr-defined]
+        *warmup_warning(options, program),
+        *without_effect(options, program),
     ]
     if os.environ.get("RANK", "0") == "0":
         for warning in warnings:
@@ -136,25 +102,16 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
 
 def tokenizer_config(path: str | Path | None, **known: Any) -> TokenizerConfig:
     """A tokenizer's sizes: what is `known`, then `model.vq_model` of a YAML file, then the defaults."""
-    prefix, tree, source = "model.vq_model", {}, ""
+    prefix, written = "model.vq_model.", {}
     if path is not None:
-        file, node = compose_file(path)
-        source = str(file)
-        for name in prefix.split("."):
-            node = next((v for k, v in node.value if k.value == name), None)
-            if node is None:
-                break
-            if not isinstance(node, MappingNode):
-                raise InputError(f"config {source}: {prefix} holds no options")
-        else:
-            tree = read_section(TokenizerConfig, node, prefix, source)
-    return build(TokenizerConfig, tree, source, prefix, known)
+        _, found = read_file(GeneratorRun, path)
+        written = {n.removeprefix(prefix): w for n, w in found.items() if n.startswith(prefix)}
+    return build(TokenizerConfig, written, prefix, known)
 
 
 def read_run(schema: type[T], path: str | Path) -> T:
     """The options of a run, from its config."""
-    file, root = compose_file(path)
-    return build(schema, read_section(schema, root, "", str(file)), str(file))
+    return build(schema, read_file(schema, path)[1])
 
 
 def config_beside(path: str | Path) -> Optional[Path]:
@@ -223,432 +180,270 @@ def sizes_stated(
     return stated
 
 
-def as_dict(config: Any) -> dict[str, Any]:
-    """Options as plain nested dicts, for trackers, comparisons and files.
+def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options -> {"section.option": value}; sections in a list become "name[0].option"."""
+    flat = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for i, item in enumerate(value):
+                flat |= flatten(item, f"{prefix}{name}[{i}].")
+        else:
+            flat[prefix + name] = value
+    return flat
 
-    Options that are only accepted for the sake of published configs are left out.
-    """
-    plain: dict[str, Any] = {}
-    for field in fields(config):
-        if rule_of(field).notes.get("recorded", True):
-            value = getattr(config, field.name)
-            if isinstance(value, (list, tuple)):
-                value = [as_dict(v) if is_dataclass(v) else v for v in value]
-            plain[field.name] = as_dict(value) if is_dataclass(value) else value
-    return plain
+
+as_dict = asdict
 
 
-def save(config: Any, path: str | Path) -> None:
+def lasting(options: Any) -> dict[str, Any]:
+    """The options that must be the same when a run resumes, by their names."""
+    kept = {n for n, option in declared(type(options)).items() if not option.notes.get("resumes")}
+    flat = flatten(asdict(options))
+    return {name: flat[name] for name in flat if re.sub(r"\[\d+\]", "[i]", name) in kept}
+
+
+def save(options: Any, path: str | Path) -> None:
     """Write the options of a run as YAML that `load` reads again."""
-    text = yaml.safe_dump(as_dict(config), allow_unicode=True, sort_keys=False)
+    text = yaml.safe_dump(asdict(options), allow_unicode=True, sort_keys=False)
     write_whole(path, text.encode())
 
 
 # ---------------------------------------------------------------------- YAML
-def compose_file(path: str | Path) -> tuple[Path, MappingNode]:
-    """A config file (or a run folder's config.yaml) as YAML nodes, which know their lines."""
+class TextLoader(yaml.SafeLoader):
+    """Scalars stay the text that was typed, but for null, merge keys (`<<`) and integers whose text
+    is the same again (`7`, not `007`), so that 7 and '7' differ where a number or a name is meant."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - as in the parent class
+
+    def flatten_mapping(self, node: MappingNode) -> None:
+        """Refuse a key that is written twice, then resolve merge keys."""
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                if str(key.value) in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"{key.value} is written twice", problem_mark=key.start_mark
+                    )
+                seen.add(str(key.value))
+        super().flatten_mapping(node)
+        # Merged pairs come first, so that the mapping's own follow and win.
+        node.value = list({str(key.value): (key, value) for key, value in node.value}.values())
+
+
+for tag, pattern in (("null", r"~|null|Null|NULL|$"), ("merge", "<<"), ("int", "0|-?[1-9][0-9]*")):
+    TextLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), None
+    )
+
+
+def read_yaml(
+    text: str, schema: Any, name: str = "", file: Optional[Path] = None
+) -> Iterator[tuple[str, Written]]:
+    """(option, value) of a YAML text of `file`, or of the command line.
+
+    `schema` is the class of the section `name` or, of one option, its type; None if it is unknown.
+    """
+    loader = TextLoader(text)
+
+    def walk(node: Node, kind: Any, name: str) -> Iterator[tuple[str, Written]]:
+        place = f"{file}, line {node.start_mark.line + 1}" if file else COMMAND_LINE
+        section, is_list = section_of(kind), get_origin(kind) is list
+        if section and not is_list and isinstance(node, MappingNode):
+            loader.flatten_mapping(node)
+            types = types_of(section)
+            for key, value in node.value:
+                inner, _ = types.get(str(key.value), (None, False))
+                yield from walk(value, inner, f"{name}.{key.value}" if name else str(key.value))
+        elif section and is_list and isinstance(node, SequenceNode):
+            yield name, Written([{}] * len(node.value), place)
+            for i, item in enumerate(node.value):
+                yield from walk(item, section, f"{name}[{i}]")
+        else:
+            yield name, Written(loader.construct_object(node, deep=True), place)
+
+    try:
+        node = loader.get_single_node()
+        if node is not None:
+            yield from walk(node, schema, name)
+    finally:
+        loader.dispose()
+
+
+def read_file(schema: type, path: str | Path) -> tuple[Path, dict[str, Written]]:
+    """The path of a config file (of a run folder's config.yaml), and what it sets."""
     file = home(str(path), "config", "")
     if (file / "config.yaml").is_file():
         file = file / "config.yaml"
     if not file.is_file():
         raise InputError(f"no config file {file}; the presets are in configs/")
     try:
-        node = compose(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        written = dict(read_yaml(text, schema, file=file))
     except (YAMLError, ValueError, RecursionError, OSError) as e:
         raise InputError(f"config {file}: {two_lines(e)}") from e
-    if not isinstance(node, MappingNode):
-        raise InputError(f"config {file} holds no options")
-    return file, node
+    if not written or "" in written:
+        raise InputError(f"config {file} sets no options")
+    return file, written
 
 
-def compose(text: str) -> Optional[Node]:
-    """The nodes of a YAML text, merge keys (`<<`) resolved. Raises YAMLError and ValueError."""
-    loader = yaml.SafeLoader(text)
+def read_argument(schema: type, key: str, text: str) -> list[tuple[str, Written]]:
+    """What one `key=text` of the command line sets: text as it was typed where the option takes a
+    text, otherwise YAML."""
+    option = option_at(schema, key)
+    kind = None if option is None else option.kind
+    typed = str in (kind, *get_args(kind)) and get_origin(kind) is not list
+    if option is not None and (typed or not text.strip()):
+        may_be_null = typed and (option.optional or option.rule.null is not TYPED)
+        null = may_be_null and text in ("null", "~")
+        return [(key, Written(None if null else text, COMMAND_LINE))]
     try:
-        node = loader.get_single_node()
-        merge_mappings(loader, node, set())
-        return node
-    finally:
-        loader.dispose()
-
-
-def merge_mappings(loader: yaml.SafeLoader, node: Optional[Node], done: set[int]) -> None:
-    """Resolve merge keys in place and refuse a key that is written twice."""
-    if node is None or id(node) in done:
-        return
-    done.add(id(node))
-    if isinstance(node, SequenceNode):
-        for item in node.value:
-            merge_mappings(loader, item, done)
-    if isinstance(node, MappingNode):
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, ScalarNode):
-                raise ValueError(f"line {key.start_mark.line + 1}: a name must be a text")
-            if key.value in seen and key.value != "<<":
-                raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is there twice")
-            seen.add(key.value)
-        loader.flatten_mapping(node)
-        # Merged pairs come first, so that the mapping's own follow and win.
-        node.value = list({key.value: (key, value) for key, value in node.value}.values())
-        for _, value in node.value:
-            merge_mappings(loader, value, done)
+        return list(read_yaml(text, kind, key))
+    except (YAMLError, ValueError, RecursionError) as e:
+        raise InputError(f"{key}={short(text)}: {two_lines(e)} ({COMMAND_LINE})", key) from e
 
 
 def two_lines(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines()[:2])
 
 
-def is_null(node: Node) -> bool:
-    return isinstance(node, ScalarNode) and node.tag == "tag:yaml.org,2002:null"
-
-
-# ---------------------------------------------------------------------- names
-def refuse_name(schema: type, key: str, prefix: str, place: Place) -> None:
-    """Refuse a name that the schema lacks, saying which is nearest."""
-    names = [f.name for f in fields(schema)]
-    if key not in names:
-        near = difflib.get_close_matches(str(key), names, 1, 0.5)
-        hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(names)}"
-        line = "" if place.line is None else f" (line {place.line})"
-        raise InputError(f"{place.source}: there is no option {prefix}{key}; {hint}{line}")
-
-
-def read_section(schema: type, node: Node, path: str, source: str) -> Tree:
-    """A mapping's options by the schema's names; values stay as written."""
-    place = Place(source, None if source == COMMAND_LINE else node.start_mark.line + 1)
-    if not isinstance(node, MappingNode):
-        shown = short(node.value) if isinstance(node, ScalarNode) else "[…]"
-        raise InputError(f"{path}={shown}: {path} is a section{place.where}: set its options")
-    tree: Tree = {}
-    prefix = f"{path}." if path else ""
-    for key, value in node.value:
-        line = None if source == COMMAND_LINE else key.start_mark.line + 1
-        refuse_name(schema, key.value, prefix, Place(source, line))
-        tree[key.value] = read_value(schema, key.value, value, prefix, Place(source, line))
-    return tree
-
-
-def read_value(schema: type, name: str, node: Node, prefix: str, place: Place) -> Any:
-    kind, _ = types_of(schema)[name]
-    section, item = section_of(kind), item_section_of(kind)
-    if section:
-        return read_section(section, node, prefix + name, place.source)
-    if item:
-        if not isinstance(node, SequenceNode):
-            raise list_needed(prefix + name, place)
-        return [
-            read_section(item, part, f"{prefix}{name}[{i}]", place.source)
-            for i, part in enumerate(node.value)
-        ]
-    return Leaf(node, place)
-
-
-def list_needed(path: str, place: Place) -> InputError:
-    return InputError(f"{place.source}: {path} is a list; set all of it: [{{…}}, …]")
-
-
-def read_argument(schema: type, tree: Tree, key: str, text: str, file: str) -> None:
-    """Put one `key=text` of the command line into the tree, over what is there."""
-    place, prefix = Place(COMMAND_LINE), ""
-    *sections, name = key.split(".")
-    for section in sections:
-        base, bracket, _ = section.partition("[")
-        refuse_name(schema, base, prefix, place)
-        kind, _ = types_of(schema)[base]
-        if get_origin(kind) is list:
-            raise list_needed(prefix + base, place)
-        below = section_of(kind)
-        if kind is dict and f"{prefix}{base}.{name}" == key:  # one entry of a mapping
-            pair = (ScalarNode("tag:yaml.org,2002:str", name), argument_node(key, text))
-            earlier = tree[base].node.value if base in tree else []
-            kept = [(k, v) for k, v in earlier if k.value != name]
-            tree[base] = Leaf(MappingNode("tag:yaml.org,2002:map", [*kept, pair]), place)
-            return
-        if bracket or below is None:
-            raise InputError(
-                f"{place}: {prefix}{base} is an option, not a section; there is no option {key}"
-            )
-        schema, tree, prefix = below, tree.setdefault(base, {}), f"{prefix}{base}."
-    base, bracket, _ = name.partition("[")
-    refuse_name(schema, base, prefix, place)
-    kind, _ = types_of(schema)[base]
-    if bracket:
-        raise list_needed(prefix + base, place)
-    if get_origin(kind) is list or is_dataclass(kind) or kind is dict:
-        node = argument_node(key, text)
-        if is_dataclass(kind) and not isinstance(node, MappingNode):
-            raise InputError(
-                f"{key}={short(text)}: {key} is a section, as {file} shows: set one of its options, "
-                f"{key}.{fields(kind)[0].name}=…{place.where}"
-            )
-    else:
-        tag = "null" if text in ("null", "~") else "str"
-        node = ScalarNode(f"tag:yaml.org,2002:{tag}", text)
-    value = read_value(schema, base, node, prefix, place)
-    tree[base] = merged(tree.get(base, {}), value) if isinstance(value, dict) else value
-
-
-def argument_node(key: str, text: str) -> Node:
-    """A value of the command line as YAML, where an option takes more than a text or a number."""
-    try:
-        return compose(text) or ScalarNode("tag:yaml.org,2002:null", "")
-    except (YAMLError, ValueError, RecursionError) as e:
-        raise InputError(f"{key}={short(text)}: {two_lines(e)} ({COMMAND_LINE})") from e
-
-
-def merged(below: Tree, above: Tree) -> Tree:
-    both = dict(below)
-    for key, value in above.items():
-        both[key] = merged(both.get(key, {}), value) if isinstance(value, dict) else value
-    return both
-
-
-def refuse_unused(program: str, key: str) -> None:
-    """Refuse an option of the command line that the program would ignore."""
-    table = UNUSED.get(program, {})
-    parts = key.split(".")
-    for end in range(len(parts), 0, -1):
-        instead = table.get(".".join(parts[:end]))
-        if instead is not None:
-            remedy = f"set {instead}" if instead else "leave it out"
-            raise InputError(f"{program} does not use {key}: {remedy}")
-
-
 # ---------------------------------------------------------------------- values
+def option_at(schema: type, name: str) -> Optional[Declared]:
+    """What is declared of an option or section; of phases and phases[3], the same."""
+    known, name = declared(schema), re.sub(r"\[\d+\]", "[i]", name)
+    return known.get(name) or known.get(f"{name}[i]")
+
+
+def refuse_unused(schema: type, name: str, program: str) -> None:
+    """Refuse an option of the command line that the program would ignore."""
+    option = option_at(schema, name)
+    if option is not None and not used_by(option, program):
+        instead = option.notes.get("instead")
+        remedy = f"set {instead}" if instead else "leave it out"
+        raise InputError(f"{program} does not use {name}: {remedy}", name)
+
+
 def build(
-    schema: type, tree: Tree, source: str, prefix: str = "", known: Optional[dict] = None
-) -> Any:
-    """The dataclass of a tree, references (`${…}`) resolved."""
-    values = plain_values(schema, tree, prefix)
-    if refers(values):
+    schema: type[T], written: dict[str, Written], prefix: str = "", known: Optional[dict] = None
+) -> T:
+    """The dataclass of what was written, references (`${…}`) resolved; `prefix` is for messages."""
+    config = OmegaConf.structured(schema)
+    places = {prefix + name: place for name, (_, place) in written.items()}
+    for name, (value, place) in written.items():
         try:
-            config = OmegaConf.create(values)
-            values = cast(dict, OmegaConf.to_container(config, resolve=True))
-        except (OmegaConfBaseException, RecursionError, ValueError) as e:
-            raise InputError(f"config {source} and its overrides: {two_lines(e)}") from e
-    places = dict(places_of(tree, prefix))
-    return construct(schema, {**values, **(known or {})}, tree, prefix, places)
-
-
-def refers(values: Any) -> bool:
-    if isinstance(values, dict):
-        return any(map(refers, values.values()))
-    if isinstance(values, list):
-        return any(map(refers, values))
-    return isinstance(values, str) and "${" in values
-
-
-def plain_values(schema: type, tree: Tree, path: str) -> dict[str, Any]:
-    """Converted values of a section, defaults included; what refers to another option stays text."""
-    values = {}
-    for field in fields(schema):
-        kind, optional = types_of(schema)[field.name]
-        name = f"{path}.{field.name}" if path else field.name
-        given = tree.get(field.name)
-        section, item = section_of(kind), item_section_of(kind)
-        if section:
-            values[field.name] = plain_values(section, given or {}, name)
-        elif item and given is not None:
-            values[field.name] = [
-                plain_values(item, part, f"{name}[{i}]") for i, part in enumerate(given)
-            ]
-        elif given is None:
-            values[field.name] = default_of(field)
-        elif isinstance(given.node, ScalarNode) and "${" in given.node.value:
-            values[field.name] = given.node.value
-        else:
-            values[field.name] = convert(given, kind, optional, rule_of(field), name)
-    return values
-
-
-def convert(leaf: Leaf, kind: Any, optional: bool, rule: Rule, name: str) -> Any:
-    """The value of one option from what was written, by its type alone."""
-    node = leaf.node
-    if is_null(node):
-        if optional or rule.null is not TYPED:
-            return None
-        if kind is not str or leaf.place.line is not None:
-            shown = node.value or "null"
-            raise InputError(f"{name}={shown}: {remedy_for(kind, rule)}{leaf.place.where}")
+            OmegaConf.update(config, name, meant(schema, name, value, prefix, place))
+        except (OmegaConfBaseException, RecursionError, ArithmeticError, TypeError) as e:
+            option, failed = option_at(schema, name), getattr(e, "full_key", name)
+            if option is None or name.startswith(f"{failed}."):
+                raise unknown(e, prefix, name, place) from e
+            remedy = expectation(option.kind, option.rule)
+            said = f"{prefix}{name}={short(value)}: {remedy} ({place})"
+            raise InputError(said, prefix + name) from e
     try:
-        if kind is dict:
-            return plain_mapping(node)
-        if get_origin(kind) is list:
-            items = node.value if isinstance(node, SequenceNode) else [node]
-            return [read_scalar(item, get_args(kind)[0], rule) for item in items]
-        value = read_scalar(node, kind, rule)
-    except (ValueError, YAMLError) as e:
-        shown = short(node.value) if isinstance(node, ScalarNode) else "…"
-        raise InputError(f"{name}={shown}: {remedy_for(kind, rule)}{leaf.place.where}") from e
-    if optional and rule.notes.get("path") and str(value).lower() in ("true", "false", "none"):
-        raise InputError(
-            f"{name}={value}: set a path (./{value} for a file of this name) or null for none"
-            f"{leaf.place.where}"
+        plain: Any = OmegaConf.to_container(
+            config, resolve=True, structured_config_mode=SCMode.DICT
         )
-    if rule.notes.get("path") and isinstance(value, str):
-        value = str_path(value, name, leaf.place.where)
+    except (OmegaConfBaseException, RecursionError) as e:
+        name = prefix + (getattr(e, "full_key", None) or "")
+        raise InputError(f"{name}: {str(e).splitlines()[0]}{at(name, places)}", name) from e
+    return construct(schema, {**plain, **(known or {})}, prefix, places)
+
+
+def meant(schema: type, name: str, value: Any, prefix: str, place: str) -> Any:
+    """A value with its flags, choices, null and home folder as its option means them."""
+    option = option_at(schema, name)
+    if option is None or option.section:
+        return value
+    kind, rule = option.kind, option.rule
+    if value is None and rule.null is not TYPED:
+        return rule.null
+    if isinstance(value, str):
+        lower = value.lower()
+        if bool in get_args(kind) and lower in FLAGS:
+            return FLAGS[lower]
+        if lower in rule.choices:
+            return lower
+        if rule.notes.get("path") and value.startswith("~"):
+            return str(home(value, prefix + name, f" ({place})"))
+    if get_origin(kind) is list and isinstance(value, (int, str)):
+        return [value]
     return value
 
 
-def remedy_for(kind: Any, rule: Rule) -> str:
-    """What to write for an option of this type."""
-    if rule.choices:
-        return f"choose {rule.limits()}"
-    return rule.notes.get("expects") or expectation(kind)
-
-
-def plain_mapping(node: Node) -> dict[str, Any]:
-    """A mapping of scalars, as YAML reads them."""
-    if not isinstance(node, MappingNode):
-        raise ValueError
-    return {key.value: yaml.safe_load(yaml.serialize(value)) for key, value in node.value}
-
-
-def read_scalar(node: Node, kind: Any, rule: Rule) -> Any:
-    """Raises ValueError where the text is not of the type."""
-    if not isinstance(node, ScalarNode):
-        raise ValueError
-    text = node.value
-    if kind is str:
-        return word_of(text, rule)
-    if kind == NUMBER_OR_NAME:  # a number in quotes is a name
-        return text if node.style else number_or_name(text)
-    if kind is bool or kind is Any:
-        lower = text.lower()
-        if lower in TRUE + FALSE and not (kind is Any and text.isdigit()):
-            return lower in TRUE
-        if kind is bool or text.isdigit() or not text or is_null(node):
-            raise ValueError
-        return word_of(text, rule)
-    if kind is int:
-        return read_integer(text)
-    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-
-
-def read_integer(text: str) -> int:
-    """Raises ValueError for other texts."""
-    try:
-        return int(text)
-    except ValueError:
-        return int(text, 0)  # 0x10
-
-
-def number_or_name(text: str) -> int | str:
-    try:
-        return read_integer(text)
-    except ValueError:
-        return text
-
-
-def word_of(text: str, rule: Rule) -> str:
-    """A text as it is, or the word that YAML 1.1 or an upper case made of it."""
-    if text in rule.choices or not rule.choices:
-        return text
-    lower = text.lower()
-    for meant, spellings in (("no", FALSE), ("yes", TRUE)):
-        if meant in rule.choices and lower in spellings:
-            return meant
-    return lower if lower in rule.choices else text
-
-
-def home(text: str, name: str, where: str) -> Path:
+def home(text: str, name: str, where: str = "") -> Path:
     """A path with `~` expanded."""
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise InputError(
             f"{name}={short(text)}: there is no such home folder{where}; write ./{short(text)} for "
-            f"a file of this name"
+            f"a file of this name",
+            name,
         )
     return Path(expanded)
 
 
-def str_path(text: str, name: str, where: str) -> str:
-    return str(home(text, name, where)) if text.startswith("~") else text
+def unknown(error: Exception, prefix: str, name: str, place: str) -> InputError:
+    """The refusal of a name that the schema lacks, with the nearest one."""
+    owner, hint = getattr(error, "object_type", None), ""
+    if isinstance(error, (KeyError, AttributeError)) and is_dataclass(owner):
+        name = getattr(error, "full_key", name)
+        section, names = name[: name.rfind(".") + 1], [field.name for field in fields(owner)]
+        near = difflib.get_close_matches(name.removeprefix(section), names, 1, 0.5)
+        hint = f"; there are {', '.join(names)}"
+        if near:
+            hint = f"; did you mean {prefix}{section}{near[0]}?"
+    return InputError(f"{place}: there is no option {prefix}{name}{hint}", prefix + name)
 
 
-# ---------------------------------------------------------------------- dataclasses
-def places_of(tree: Tree, path: str) -> Iterator[tuple[str, Place]]:
-    """(option's path, place) of every value that was written."""
-    for key, value in tree.items():
-        name = f"{path}.{key}" if path else key
-        if isinstance(value, Leaf):
-            yield name, value.place
-        elif isinstance(value, list):
-            for i, item in enumerate(value):
-                yield from places_of(item, f"{name}[{i}]")
-        else:
-            yield from places_of(value, name)
-
-
-def construct(
-    schema: type, values: dict[str, Any], tree: Tree, path: str, places: dict[str, Place]
-) -> Any:
-    """Build a section bottom up; a refusal of a class gets the option's path and its place."""
-    arguments = {}
-    for field in fields(schema):
-        kind, optional = types_of(schema)[field.name]
-        name, value = f"{path}.{field.name}" if path else field.name, values[field.name]
-        given = tree.get(field.name)
-        section, item = section_of(kind), item_section_of(kind)
-        if section:
-            value = construct(section, value, given or {}, name, places)
-        elif item:
-            value = [
-                construct(item, part, given[i] if given else {}, f"{name}[{i}]", places)
-                for i, part in enumerate(value)
+def construct(schema: Any, values: dict[str, Any], prefix: str, places: dict[str, str]) -> Any:
+    """Build a section from its values, inner sections first; a refusal gets the option's full name
+    and place."""
+    arguments = dict(values)
+    for name, (kind, _) in types_of(schema).items():
+        section, value, path = section_of(kind), values[name], prefix + name
+        if section and isinstance(value, list):
+            arguments[name] = [
+                construct(section, part, f"{path}[{i}].", places) for i, part in enumerate(value)
             ]
-        elif isinstance(given, Leaf) and isinstance(value, str) and refers(given.node.value):
-            node = ScalarNode("tag:yaml.org,2002:str", value)
-            value = convert(Leaf(node, given.place), kind, optional, rule_of(field), name)
-        arguments[field.name] = value
+        elif section:
+            arguments[name] = construct(section, value, f"{path}.", places)
     try:
         return schema(**arguments)
     except InputError as e:
-        raise InputError(located(str(e), schema, path, places)) from e
+        if not e.option:
+            raise
+        name = prefix + e.option
+        raise InputError(f"{prefix}{e}{at(name, places)}", name) from e
 
 
-def located(message: str, schema: type, path: str, places: dict[str, Place]) -> str:
-    """A class's message with the options' full names, and the place of the first that has one."""
-    mentions = option_names(schema)
-    full = mentions.sub(lambda m: f"{path}.{m[0]}" if path else m[0], message)
-    named = [f"{path}.{m[0]}" if path else m[0] for m in mentions.finditer(message)]
-    # An option of a mapping came with the mapping.
-    named += [name.rpartition(".")[0] for name in named]
-    place = next((places[name] for name in named if name in places), None)
-    return full if place is None else full + place.where
+def at(name: str, places: dict[str, str]) -> str:
+    """The place of an option, or of the list or mapping that it is in; empty for a default."""
+    while name and name not in places:
+        name = name[: max(name.rfind("."), name.rfind("["), 0)]
+    return f" ({places[name]})" if name else ""
 
 
-@functools.cache
-def option_names(schema: type) -> re.Pattern:
-    """Finds `name` or `section.name` before an equals sign."""
-    names = "|".join(field.name for field in fields(schema))
-    return re.compile(rf"(?<![\w.\]])(?:{names})(?:\[\d+\])?(?:\.\w+)*(?==)")
-
-
-def warmup_warning(options: Any, places: dict[str, Place]) -> list[str]:
-    """Refuse a warm-up longer than the run.
-
-    A run that was shortened over its preset, to try it out, is only warned of.
-    """
-    if isinstance(options, GeneratorRun):
+# ---------------------------------------------------------------------- what deserves a word
+def warmup_warning(options: Any, program: str) -> list[str]:
+    """A warm-up longer than the run, as one has that was shortened to try it out."""
+    if program == "train_ar":
         name, warmup = "lr_scheduler.params.warmup_steps", options.lr_scheduler.params.warmup_steps
-        named, steps = "training.max_train_steps", options.training.max_train_steps
-    elif isinstance(options, TokenizerRun):
+        steps = options.training.max_train_steps
+    elif program == "train_tokenizer":
         name, warmup = "optimizer.params.warmup_steps", options.optimizer.params.warmup_steps
-        named, steps = "phases[0].steps", sum(phase.steps for phase in options.phases)
+        steps = sum(phase.steps for phase in options.phases)
     else:
         return []
     if warmup <= steps:
         return []
-    said = f"{name}={warmup} is longer than the run of {steps} steps"
-    mine, others = places.get(name), places.get(named)
-    if mine is None or (others is not None and mine.source != others.source == COMMAND_LINE):
-        return [f"{said}: the learning rate never reaches its peak"]
-    raise InputError(f"{said}: set fewer, 0 for none{mine.where}")
+    return [
+        f"{name}={warmup} is longer than the run of {steps} steps: the learning rate never reaches "
+        f"its peak"
+    ]
 
 
-def sizes_of_runs(options: Any, places: dict[str, Place]) -> list[str]:
+def sizes_of_runs(options: Any, places: dict[str, str]) -> list[str]:
     """Set the sizes of models to those of the runs whose weights are used, and say which changed.
 
     Some of them (`encoder_heads`, `causal`) no tensor's shape shows, so that other sizes would change
@@ -679,10 +474,10 @@ def sizes_of_runs(options: Any, places: dict[str, Place]) -> list[str]:
             changes.pop("num_latent_tokens", None)  # null stands for the same number
         for name, value in changes.items():
             option = f"model.{section}.{name}"
-            if option in places and places[option].source == COMMAND_LINE:
+            if option in places and places[option] == COMMAND_LINE:
                 raise InputError(
                     f"{option}={getattr(used, name)} contradicts {file}, by which the weights were "
-                    f"trained: leave it out, or set {value}{places[option].where}"
+                    f"trained: leave it out, or set {value}{at(option, places)}"
                 )
             said.append(f"{option}={value}, from {file}, instead of {getattr(used, name)}")
         sections[section] = replace(used, **changes)
@@ -746,7 +541,7 @@ def follow_tokenizer(
     generator: GeneratorOptions,
     vq_model: TokenizerConfig,
     experiment: GeneratorExperiment,
-    places: dict[str, Place],
+    places: dict[str, str],
 ) -> list[str]:
     """Set the codes per image of a generator without weights to those of the tokenizer's weights.
 
@@ -754,16 +549,15 @@ def follow_tokenizer(
     generator whose weights do not state theirs.
     """
     name, before = "model.generator.image_seq_len", generator.image_seq_len
-    named = name in places and places[name].source == COMMAND_LINE
+    named = name in places and places[name] == COMMAND_LINE
     if named or experiment.generator_checkpoint is not None or before == vq_model.num_tokens:
         return []
     generator.image_seq_len = vq_model.num_tokens
     return [f"{name}={vq_model.num_tokens}, as many as the tokenizer makes, instead of {before}"]
 
 
-def without_effect(options: Any) -> list[str]:
-    dataset = getattr(options, "dataset", None)
-    names = getattr(dataset, "preprocessing", {})
+def without_effect(options: Any, program: str) -> list[str]:
+    names = options.dataset.preprocessing if program == "train_ar" else {}
     if not names:
         return []
     return [

@@ -47,7 +47,7 @@ def resolve(training: Training, cuda: bool, exact_attention: bool = False) -> Nu
     elif autocast == "fp16" and not cuda:
         raise InputError("training.mixed_precision=fp16 needs a CUDA device: choose bf16 or no")
     products, convolutions = numerics.tf32_products, numerics.tf32_convolutions
-    if tf32 != "auto":
+    if isinstance(tf32, bool):
         products = convolutions = tf32
     return Numerics(autocast, products, convolutions, numerics.exact_critic)
 

@@ -2,13 +2,20 @@
 
 Option names are those of the published configs. `configs.load` reads them, `configs.help` lists
 them; plain dataclasses go into the models. `modeling.fields.option` declares each one: its default,
-one sentence, the values that it takes. Notes beside them: `path` (a text where `~` is the home
-folder), `recorded=False` (accepted for the sake of published configs; has no effect on a run).
+one sentence, the values that it takes, and notes, which also hold for the options of a section:
+
+    path=True        a text where `~` is the home folder
+    resumes=True     may change when a run resumes: its weights stay the same but for rounding
+    only="train"     used by programs whose names begin so. Others refuse it on the command line; a
+                     YAML file may hold it, because several programs read one preset
+    instead="…"      what another program offers instead
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from types import MappingProxyType
+from typing import Any, ClassVar, Optional
 
 from modeling.fields import check_options, option, short
 from modeling.generator import GeneratorConfig
@@ -16,9 +23,17 @@ from modeling.sampling import CACHES, ENGINES, SCHEDULES, Sampling
 from modeling.tokenizer import TokenizerConfig
 from runtime.errors import InputError
 
+COMMAND_LINE = "the command line"
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 NUMERICS = ("auto", "published", "fast", "exact")
 EXACT_LOSSES = ("published", "exact")  # numerics under which the perceptual networks are float32
+
+
+class Loaded:
+    """What `configs.load` knows of a program's options besides their values."""
+
+    # {full name of each option that was set: COMMAND_LINE, or "FILE, line N"}
+    places: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
 
 # ---------------------------------------------------------------------- both trainers
@@ -37,7 +52,7 @@ class OptimizerParams:
 
 @dataclass
 class Optimizer:
-    name: str = option("adamw", "The optimizer.", choices=("adamw",), recorded=False)
+    name: str = option("adamw", "The optimizer.", choices=("adamw",))
     params: OptimizerParams = option(OptimizerParams, "Parameters of AdamW.")
 
     def __post_init__(self):
@@ -47,10 +62,15 @@ class Optimizer:
 @dataclass
 class Training:
     gradient_accumulation_steps: int = option(
-        1, "Batches per optimizer step.", at_least=1, at_most=2**20
+        1, "Batches per optimizer step.", at_least=1, at_most=2**20, resumes=True
     )
     per_gpu_batch_size: int = option(
-        128, "Images per process and batch.", at_least=1, at_most=2**20
+        128,
+        "Images per process and batch.",
+        at_least=1,
+        at_most=2**20,
+        resumes=True,
+        instead="experiment.per_proc_batch_size",
     )
     numerics: str = option(
         "auto",
@@ -64,15 +84,24 @@ class Training:
         "auto",
         "Autocast type; auto: that of the numerics (bf16 by default) on CUDA, no elsewhere.",
         choices=PRECISIONS,
+        instead="experiment.precision",
     )
-    enable_tf32: Any = option(
+    enable_tf32: bool | str = option(
         "auto",
         "Float32 products and convolutions in TensorFloat-32 on CUDA; auto: as the numerics say "
         "(true by default).",
         choices=("auto", True, False),
+        resumes=True,
+        instead="experiment.precision=tf32",
     )
-    enable_wandb: bool = option(False, "Log to Weights & Biases too; it obeys WANDB_MODE.")
-    use_ema: bool = option(False, "Keep a moving average of the weights.")
+    enable_wandb: bool = option(
+        False, "Log to Weights & Biases too; it obeys WANDB_MODE.", resumes=True
+    )
+    use_ema: bool = option(
+        False,
+        "Keep a moving average of the weights.",
+        instead="experiment.generator_checkpoint; of a run folder, the average is used",
+    )
     ema_decay: float = option(
         0.9999, "Share of the average that each step keeps.", at_least=0, at_most=1
     )
@@ -81,14 +110,26 @@ class Training:
         "Warm the decay up: after n updates of the average it is (1 + n) / (10 + n), at most "
         "ema_decay.",
     )
-    compile: Any = option(
-        False, "torch.compile the trained model; auto: on CUDA.", choices=(True, False, "auto")
+    compile: bool | str = option(
+        False,
+        "torch.compile the trained model; auto: on CUDA.",
+        choices=(True, False, "auto"),
+        resumes=True,
+        instead="experiment.compile",
     )
     timeout_minutes: int = option(
-        30, "Minutes after which ranks give up waiting for a dead one.", at_least=1, at_most=10**6
+        30,
+        "Minutes after which ranks give up waiting for a dead one.",
+        at_least=1,
+        at_most=10**6,
+        resumes=True,
     )
     seed: int = option(
-        42, "Seed of weights, order, crops and dropout; null: 42.", at_least=0, null=42
+        42,
+        "Seed of weights, order, crops and dropout; null: 42.",
+        at_least=0,
+        null=42,
+        instead="model.generator.seed",
     )
     max_train_steps: int = option(500_000, "Optimizer steps of the run.", at_least=1)
     max_grad_norm: float = option(
@@ -101,56 +142,83 @@ class Training:
 
 @dataclass
 class Experiment:
-    project: str = option("alitok", "Project in Weights & Biases.")
-    name: str = option("alitok", "Name of the run in Weights & Biases.")
+    project: str = option("alitok", "Project in Weights & Biases.", only="train")
+    name: str = option(
+        "alitok",
+        "Name of the run in Weights & Biases.",
+        only="train",
+        instead="experiment.output_dir",
+    )
     output_dir: str = option("output/alitok", "Folder of the run.", path=True)
-    resume: Any = option(
+    resume: bool | str = option(
         True,
         "true: resume from the newest checkpoint; false: refuse a used folder; a path: start from "
         "that checkpoint or run.",
         path=True,
-        expects="set True, False or a path",
+        only="train",
+        instead="experiment.output_dir; sampling always resumes what is there",
     )
     init_weights: Optional[str] = option(
         None,
         "Start a new run from the weights of a file or a run folder (its average, if it has one): "
         "step 1, a new optimizer and average; null: from random weights.",
         path=True,
+        only="train",
+        instead="experiment.generator_checkpoint",
     )
-    save_every: int = option(10_000, "Steps between checkpoints; 0: none.", at_least=0)
+    save_every: int = option(
+        10_000, "Steps between checkpoints; 0: none.", at_least=0, only="train"
+    )
     keep_checkpoints: int = option(
-        2, "Newest checkpoints to keep; with 2, one is left when the newest is damaged.", at_least=2
+        2,
+        "Newest checkpoints to keep; with 2, one is left when the newest is damaged.",
+        at_least=2,
+        only="train",
     )
     keep_every: int = option(
-        0, "Keep the checkpoints of multiples of this step for good; 0: none.", at_least=0
+        0,
+        "Keep the checkpoints of multiples of this step for good; 0: none.",
+        at_least=0,
+        only="train",
     )
-    eval_every: int = option(10_000, "Steps between evaluations; 0: none.", at_least=0)
+    eval_every: int = option(
+        10_000, "Steps between evaluations; 0: none.", at_least=0, only="train"
+    )
     generate_every: int = option(
-        10_000, "Steps between grids of samples or reconstructions; 0: none.", at_least=0
+        10_000,
+        "Steps between grids of samples or reconstructions; 0: none.",
+        at_least=0,
+        only="train",
+        instead="experiment.grid for one picture of the images",
     )
-    log_every: int = option(100, "Steps between lines of the log; 0: none.", at_least=0)
+    log_every: int = option(
+        100, "Steps between lines of the log; 0: none.", at_least=0, only="train"
+    )
     log_grad_norm_every: int = option(
-        100, "Steps between logged gradient norms; 0: none.", at_least=0
+        100, "Steps between logged gradient norms; 0: none.", at_least=0, only="train"
     )
     max_train_examples: Optional[int] = option(
         None,
         "Train on this many images only, spread over all classes; null: all.",
         at_least=1,
+        only="train",
+        instead="experiment.num_fid_samples",
     )
     fid_reference: Optional[str] = option(
         None,
         "Score against this while training, as evaluate.py --reference; null: never.",
         path=True,
+        only="train",
+        instead="experiment.evaluate",
     )
 
     def __post_init__(self):
         check_options(self)
-        if self.resume == "" or not isinstance(self.resume, (bool, str)):
-            raise InputError(f"resume={short(self.resume)}: set True, False or a path")
         if Path(self.output_dir).name in ("", ".."):
             raise InputError(
                 f"output_dir={short(self.output_dir)}: set the name of a folder of its own, such as "
-                f"output/alitok"
+                f"output/alitok",
+                "output_dir",
             )
 
 
@@ -158,7 +226,11 @@ class Experiment:
 @dataclass
 class GeneratorExperiment(Experiment):
     generator_checkpoint: Optional[str] = option(
-        None, "Weights to sample from: a file or a run folder.", path=True
+        None,
+        "Weights to sample from: a file or a run folder.",
+        path=True,
+        only="sample",
+        instead="experiment.init_weights=FILE to start from weights, or experiment.resume=RUN_DIR to start from a checkpoint",
     )
     tokenizer_checkpoint: str = option(
         "weights/AliTok.pth", "The tokenizer's weights: a file or a run folder.", path=True
@@ -170,26 +242,43 @@ class GeneratorExperiment(Experiment):
         at_least=1,
         at_most=2**31 - 1,
     )
-    save_png: bool = option(True, "Write every image as a PNG too.")
+    save_png: bool = option(
+        True,
+        "Write every image as a PNG too.",
+        only="sample",
+        instead="experiment.generate_every for sample grids",
+    )
     evaluate: Optional[str] = option(
-        None, "Score the samples against this reference at the end; null: do not.", path=True
+        None,
+        "Score the samples against this reference at the end; null: do not.",
+        path=True,
+        only="sample",
+        instead="experiment.fid_reference",
     )
     precision: str = option(
         "auto",
         "Precision of sampling; auto: bf16 on CUDA, fp32 on a CPU.",
         choices=("auto", "fp32", "tf32", "bf16"),
     )
-    compile: Any = option(
-        "auto", "torch.compile the sampler; auto: on CUDA.", choices=("auto", True, False)
+    compile: bool | str = option(
+        "auto",
+        "torch.compile the sampler; auto: on CUDA.",
+        choices=("auto", True, False),
+        only="sample",
+        instead="training.compile",
     )
     engine: str = option(
-        "auto", "Attention of sampling; auto: fused on CUDA if it is right there.", choices=ENGINES
+        "auto",
+        "Attention of sampling; auto: fused on CUDA if it is right there.",
+        choices=ENGINES,
+        only="sample",
     )
     cache: str = option(
         "auto",
         "Keys and values in sampling; int8: half the bytes of bf16, slightly other images; auto: as "
         "the precision.",
         choices=CACHES,
+        only="sample",
     )
     classes: Optional[list[int | str]] = option(
         None,
@@ -198,13 +287,17 @@ class GeneratorExperiment(Experiment):
         at_least=0,
     )
     codes: Optional[str] = option(
-        None, "Decode the codes of this .npz instead of sampling new ones.", path=True
+        None,
+        "Decode the codes of this .npz instead of sampling new ones.",
+        path=True,
+        only="sample",
     )
     prefix: Optional[str] = option(
         None,
         "Complete images from their beginning: an image, or an .npy or .npz of codes, of which image "
         "i begins with row i mod their number; null: sample whole images.",
         path=True,
+        only="sample",
     )
     prefix_rows: Optional[int] = option(
         None,
@@ -212,30 +305,39 @@ class GeneratorExperiment(Experiment):
         "and all of a file's codes.",
         at_least=0,
         at_most=8192,
+        only="sample",
     )
     prefix_mask: bool = option(
         False,
         "Encode the prefix's image with its mean colour in place of all other rows, so that the "
         "codes know nothing of them.",
+        only="sample",
     )
     grid: int = option(
-        0, "N: write the first N x N images as one picture too; 0: none.", at_least=0, at_most=1000
+        0,
+        "N: write the first N x N images as one picture too; 0: none.",
+        at_least=0,
+        at_most=1000,
+        only="sample",
+        instead="experiment.generate_every for sample grids",
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.classes is not None and not self.classes:
-            raise InputError("classes=[]: set at least one class, for example [207]")
+            raise InputError("classes=[]: set at least one class, for example [207]", "classes")
         if self.prefix is None and (self.prefix_rows is not None or self.prefix_mask):
             name = "prefix_mask" if self.prefix_rows is None else "prefix_rows"
             raise InputError(
-                f"{name}={getattr(self, name)} is of no use without prefix=FILE: set an image or a "
-                f"file of codes"
+                f"{name}={getattr(self, name)} needs experiment.prefix=FILE, an image or a file of "
+                f"codes",
+                name,
             )
         if self.prefix is not None and self.codes is not None:
             raise InputError(
-                f"codes={short(self.codes)} decodes whole images, prefix={short(self.prefix)} samples "
-                f"their rest: leave one out"
+                f"codes={short(self.codes)} decodes whole images, but "
+                f"experiment.prefix={short(self.prefix)} samples the rest of images: leave one out",
+                "codes",
             )
 
 
@@ -254,21 +356,32 @@ class GeneratorOptions(GeneratorConfig):
         1.0,
         "Softmax temperature of sampling; 1e-5 takes the most likely code.",
         at_least=1e-6,
+        resumes=True,
     )
     guidance_scale: float = option(
-        16.0, "Scale of classifier-free guidance; 0 or 1: none.", at_least=0, at_most=10_000
+        16.0,
+        "Scale of classifier-free guidance; 0 or 1: none.",
+        at_least=0,
+        at_most=10_000,
+        resumes=True,
     )
     guidance_scale_pow: float = option(
-        1.8, "Power of the power-cosine guidance schedule.", at_least=0, at_most=1000
+        1.8, "Power of the power-cosine guidance schedule.", at_least=0, at_most=1000, resumes=True
     )
     guidance_schedule: str = option(
-        "power-cosine", "How guidance grows from token to token.", choices=SCHEDULES
+        "power-cosine", "How guidance grows from token to token.", choices=SCHEDULES, resumes=True
     )
-    top_k: int = option(0, "Draw among this many most likely codes; 0: all.", at_least=0)
+    top_k: int = option(
+        0, "Draw among this many most likely codes; 0: all.", at_least=0, resumes=True
+    )
     top_p: float = option(
-        1.0, "Draw among the fewest codes that hold this probability; 1: all.", above=0, at_most=1
+        1.0,
+        "Draw among the fewest codes that hold this probability; 1: all.",
+        above=0,
+        at_most=1,
+        resumes=True,
     )
-    seed: int = option(42, "Seed of sampling; null: 42.", at_least=0, null=42)
+    seed: int = option(42, "Seed of sampling; null: 42.", at_least=0, null=42, resumes=True)
 
     @property
     def sampling(self) -> Sampling:
@@ -284,7 +397,7 @@ class GeneratorOptions(GeneratorConfig):
 
 @dataclass
 class GeneratorModels:
-    vq_model: TokenizerConfig = option(TokenizerConfig, "The tokenizer's sizes.")
+    vq_model: TokenizerConfig = option(TokenizerConfig, "The tokenizer's sizes.", resumes=True)
     generator: GeneratorOptions = option(
         GeneratorOptions, "The generator's sizes, its dropout and its sampling."
     )
@@ -296,7 +409,8 @@ class GeneratorModels:
         if generator.image_seq_len != tokenizer.num_tokens:
             raise InputError(
                 f"generator.image_seq_len={generator.image_seq_len}, but the tokenizer "
-                f"(model.vq_model) makes {tokenizer.num_tokens} codes per image: set the same number"
+                f"(model.vq_model) makes {tokenizer.num_tokens} codes per image: set the same number",
+                "generator.image_seq_len",
             )
         if generator.codebook_size not in (
             tokenizer.codebook_size,
@@ -304,7 +418,8 @@ class GeneratorModels:
         ):
             raise InputError(
                 f"generator.codebook_size={generator.codebook_size}, but "
-                f"vq_model.codebook_size={tokenizer.codebook_size}: leave the former out"
+                f"model.vq_model.codebook_size={tokenizer.codebook_size}: leave the former out",
+                "generator.codebook_size",
             )
 
 
@@ -342,12 +457,11 @@ class TokenDataParams:
 @dataclass
 class TokenData:
     params: TokenDataParams = option(TokenDataParams, "Where the codes come from.")
-    preprocessing: dict = option(
+    preprocessing: dict[str, Any] = option(
         dict,
         "Accepted from published configs, without effect: pretokenization.py crops the images. "
         "Sizes other than model.vq_model.image_size are refused.",
         null={},
-        recorded=False,
     )
 
     def __post_init__(self):
@@ -384,17 +498,19 @@ class Scheduler:
 
 
 @dataclass
-class GeneratorRun:
+class GeneratorRun(Loaded):
     """Options of train_ar.py and sample_imagenet.py."""
 
     experiment: GeneratorExperiment = option(
-        GeneratorExperiment, "Where a run lives, how often it reports, what is sampled."
+        GeneratorExperiment,
+        "Where a run lives, how often it reports, what is sampled.",
+        resumes=True,
     )
     model: GeneratorModels = option(GeneratorModels, "The two models.")
-    dataset: TokenData = option(TokenData, "The training data.")
-    optimizer: Optimizer = option(Optimizer, "The optimizer, AdamW.")
-    lr_scheduler: Scheduler = option(Scheduler, "The learning rate.")
-    training: Training = option(Training, "Batches, precision, steps.")
+    dataset: TokenData = option(TokenData, "The training data.", resumes=True, only="train")
+    optimizer: Optimizer = option(Optimizer, "The optimizer, AdamW.", only="train")
+    lr_scheduler: Scheduler = option(Scheduler, "The learning rate.", only="train")
+    training: Training = option(Training, "Batches, precision, steps.", only="train")
 
     def __post_init__(self):
         check_options(self)
@@ -404,7 +520,8 @@ class GeneratorRun:
             if value != size:
                 raise InputError(
                     f"dataset.preprocessing.{name}={value}: the images of this model have {size} "
-                    f"pixels a side (model.vq_model.image_size); leave it out"
+                    f"pixels a side (model.vq_model.image_size); leave it out",
+                    f"dataset.preprocessing.{name}",
                 )
 
 
@@ -435,33 +552,33 @@ class TokenizerModels:
         False, "Cluster the codebook in the discriminator's steps too (as published)."
     )
     use_checkpoint: bool = option(
-        False, "Recompute activations in the backward pass: less memory, more time."
+        False, "Recompute activations in the backward pass: less memory, more time.", resumes=True
     )
 
     def __post_init__(self):
         check_options(self)
         check_layers(self.vq_model)
-        if self.stage == 1 and self.critic_init != "scratch":
-            raise InputError(
-                f"critic_init={self.critic_init}: stage 1 always starts from scratch; this is an "
-                f"option of stage=2"
-            )
+        for name, default in (("critic_init", "scratch"), ("decoder_init", "stage1")):
+            value = getattr(self, name)
+            if self.stage == 1 and value != default:
+                raise InputError(
+                    f"{name}={value}: stage 1 always starts from scratch; this is an option of "
+                    f"model.stage=2",
+                    name,
+                )
         if self.cluster_in_critic_steps and not self.vq_model.clustering:
             raise InputError(
-                "cluster_in_critic_steps=True needs vq_model.clustering=true: set it, or leave the "
-                "former out"
+                "cluster_in_critic_steps=True needs model.vq_model.clustering=true: set it, or leave "
+                "the former out",
+                "cluster_in_critic_steps",
             )
         for name in ("prefix_head", "clustering"):
             if self.stage == 2 and getattr(self.vq_model, name):
                 raise InputError(
                     f"vq_model.{name}=True: stage 2 trains neither a prefix head nor the codebook; "
-                    f"leave vq_model.prefix_head and vq_model.clustering out of its config"
+                    f"leave model.vq_model.prefix_head and model.vq_model.clustering out",
+                    f"vq_model.{name}",
                 )
-        if self.stage == 1 and self.decoder_init != "stage1":
-            raise InputError(
-                f"decoder_init={self.decoder_init}: stage 1 always starts from scratch; this is an "
-                f"option of stage=2"
-            )
 
 
 @dataclass
@@ -471,21 +588,24 @@ class ImageDataParams:
         "A folder or an uncompressed tar, of one folder per class (or one tar, as ImageNet's is "
         "downloaded) or of images alone; or a text file with one image path per line.",
         path=True,
+        resumes=True,
     )
     val_dir: Optional[str] = option(
-        None, "Held-out images, likewise, for evaluation and previews.", path=True
+        None, "Held-out images, likewise, for evaluation and previews.", path=True, resumes=True
     )
     train_root: Optional[str] = option(
         None,
         "Folder of the relative paths in those text files; null: the folder of the file, which "
         "always comes first.",
         path=True,
+        resumes=True,
     )
     skip_unreadable: int = option(
         0,
         "Unreadable images that the next readable one may replace; unreadable.txt in the run's folder "
         "lists them.",
         at_least=0,
+        resumes=True,
     )
     resize: Optional[int] = option(
         None,
@@ -495,7 +615,7 @@ class ImageDataParams:
     )
     random_flip: bool = option(True, "Mirror half of the training images.")
     num_workers_per_gpu: int = option(
-        8, "Reading processes per GPU; 0: none.", at_least=0, at_most=1024
+        8, "Reading processes per GPU; 0: none.", at_least=0, at_most=1024, resumes=True
     )
 
     def __post_init__(self):
@@ -544,13 +664,14 @@ class Phase:
         try:
             check_options(self)
         except InputError as e:
-            raise InputError(f"{e} (phase {short(self.name)})") from e
+            raise InputError(f"{e} (phase {short(self.name)})", e.option) from e
         if self.shape is None:
             self.shape = "constant" if self.end_lr is None else "cosine"
         if (self.shape == "constant") != (self.end_lr is None):
             raise InputError(
                 f"shape={self.shape} and end_lr={self.end_lr} (phase {short(self.name)}): a constant rate "
-                f"has no end_lr, the other shapes need one"
+                f"has no end_lr, the other shapes need one",
+                "shape",
             )
 
 
@@ -619,7 +740,7 @@ class TokenizerOptimizerParams:
 
 @dataclass
 class TokenizerOptimizer:
-    name: str = option("adamw", "The optimizer.", choices=("adamw",), recorded=False)
+    name: str = option("adamw", "The optimizer.", choices=("adamw",))
     params: TokenizerOptimizerParams = option(
         TokenizerOptimizerParams, "Parameters of AdamW; the phases set its learning rate."
     )
@@ -630,18 +751,23 @@ class TokenizerOptimizer:
 
 @dataclass
 class TokenizerTraining(Training):
-    per_gpu_batch_size: int = option(48, "Images per process and batch.", at_least=1, at_most=2**20)
+    per_gpu_batch_size: int = option(
+        48, "Images per process and batch.", at_least=1, at_most=2**20, resumes=True
+    )
     max_train_steps: Optional[int] = option(  # type: ignore[assignment]  # the phases rule
-        None, "Only compared with the sum of the phases' steps; null: not.", at_least=1
+        None,
+        "Only compared with the sum of the phases' steps; null: not.",
+        at_least=1,
+        resumes=True,
     )
 
 
 @dataclass
-class TokenizerRun:
+class TokenizerRun(Loaded):
     """Options of train_tokenizer."""
 
     experiment: TokenizerExperiment = option(
-        TokenizerExperiment, "Where a run lives and how often it reports."
+        TokenizerExperiment, "Where a run lives and how often it reports.", resumes=True
     )
     model: TokenizerModels = option(TokenizerModels, "The tokenizer and its stage.")
     dataset: ImageData = option(ImageData, "The training data.")
@@ -662,7 +788,8 @@ class TokenizerRun:
             steps = " + ".join(str(p.steps) for p in self.phases)
             raise InputError(
                 f"training.max_train_steps={expected}, but the phases have {steps} = {total} "
-                f"steps: correct one, or leave the former out"
+                f"steps: correct one, or leave the former out",
+                "training.max_train_steps",
             )
         if self.perceptual.precision == "bf16" and self.training.numerics in EXACT_LOSSES:
             raise InputError(
@@ -673,18 +800,21 @@ class TokenizerRun:
         if model.prefix_head and not losses.aux_weight:
             raise InputError(
                 "losses.aux_weight=0 leaves the prefix head untrained: set "
-                "model.vq_model.prefix_head=false too"
+                "model.vq_model.prefix_head=false too",
+                "losses.aux_weight",
             )
         if losses.aux == "stitched" and model.prefix_head and model.num_prefix_tokens != model.grid:
             raise InputError(
                 f"losses.aux=stitched puts the strip in place of the image's first row, so it has "
-                f"no corner token: set model.vq_model.num_latent_tokens={model.grid**2 + model.grid}"
+                f"no corner token: set model.vq_model.num_latent_tokens={model.grid**2 + model.grid}",
+                "losses.aux",
             )
         if self.model.stage == 1 and self.experiment.stage1_checkpoint is not None:
             raise InputError(
                 f"experiment.stage1_checkpoint={short(self.experiment.stage1_checkpoint)}: stage 1 "
                 f"does not use it; set model.stage=2 for stage 2, experiment.init_weights=PATH to "
-                f"start stage 1 from weights, or experiment.resume=PATH from a checkpoint"
+                f"start stage 1 from weights, or experiment.resume=PATH from a checkpoint",
+                "experiment.stage1_checkpoint",
             )
         self.check_init_weights()
 
@@ -696,12 +826,14 @@ class TokenizerRun:
         if model.decoder_init == "scratch":
             raise InputError(
                 "model.decoder_init=scratch, but experiment.init_weights brings a decoder: leave one "
-                "of them out"
+                "of them out",
+                "model.decoder_init",
             )
         if model.critic_init == "stage1" and experiment.stage1_checkpoint is None:
             raise InputError(
                 "model.critic_init=stage1, but experiment.init_weights brings no discriminator: set "
-                "model.critic_init=scratch, or experiment.stage1_checkpoint too"
+                "model.critic_init=scratch, or experiment.stage1_checkpoint too",
+                "model.critic_init",
             )
 
 
@@ -709,55 +841,6 @@ def check_layers(tokenizer: TokenizerConfig) -> None:
     """Refuse a tokenizer without blocks, which the model allows and no run means."""
     for name in ("encoder_layers", "decoder_layers"):
         if getattr(tokenizer, name) < 1:
-            raise InputError(f"vq_model.{name}={getattr(tokenizer, name)}: set 1 or more")
-
-
-# ---------------------------------------------------------------------- options of the other program
-# {program: {option or section that it does not use: what to set instead, if anything}}. Setting one
-# on the command line is refused; a YAML file may hold it, because both programs read one preset.
-UNUSED = {
-    "train_ar": {
-        "experiment.generator_checkpoint": "experiment.init_weights=FILE to start from weights, or "
-        "experiment.resume=RUN_DIR to start from a checkpoint",
-        "experiment.save_png": "experiment.generate_every for sample grids",
-        "experiment.evaluate": "experiment.fid_reference",
-        "experiment.compile": "training.compile",
-        "experiment.engine": "",
-        "experiment.cache": "",
-        "experiment.codes": "",
-        "experiment.prefix": "",
-        "experiment.prefix_rows": "",
-        "experiment.prefix_mask": "",
-        "experiment.grid": "experiment.generate_every for sample grids",
-    },
-    "sample_imagenet": {
-        "experiment.project": "",
-        "experiment.name": "experiment.output_dir",
-        "experiment.resume": "experiment.output_dir; sampling always resumes what is there",
-        "experiment.init_weights": "experiment.generator_checkpoint",
-        "experiment.save_every": "",
-        "experiment.keep_checkpoints": "",
-        "experiment.keep_every": "",
-        "experiment.eval_every": "",
-        "experiment.generate_every": "experiment.grid for one picture of the images",
-        "experiment.log_every": "",
-        "experiment.log_grad_norm_every": "",
-        "experiment.max_train_examples": "experiment.num_fid_samples",
-        "experiment.fid_reference": "experiment.evaluate",
-        "model.generator.dropout": "",
-        "model.generator.attn_drop": "",
-        "model.generator.tok_dropout": "",
-        "model.generator.class_label_dropout": "",
-        "model.generator.use_checkpoint": "",
-        "dataset": "",
-        "optimizer": "",
-        "lr_scheduler": "",
-        "training": "",
-        "training.compile": "experiment.compile",
-        "training.mixed_precision": "experiment.precision",
-        "training.enable_tf32": "experiment.precision=tf32",
-        "training.per_gpu_batch_size": "experiment.per_proc_batch_size",
-        "training.seed": "model.generator.seed",
-        "training.use_ema": "experiment.generator_checkpoint; of a run folder, the average is used",
-    },
-}
+            raise InputError(
+                f"vq_model.{name}={getattr(tokenizer, name)}: set 1 or more", f"vq_model.{name}"
+            )

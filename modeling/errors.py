@@ -6,4 +6,11 @@ class InputError(Exception):
 
     The message is one line that names the thing and the remedy. Every program prints it after
     `error:` and exits with status 2; any other exception is a bug and keeps its traceback.
+
+    `option` is the option of a config class that is refused. The message then begins with this name,
+    so that whoever knows where the object lives in a config (`configs.load`) can prefix its path.
     """
+
+    def __init__(self, message: str, option: str = ""):
+        super().__init__(message)
+        self.option = option

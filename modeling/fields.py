@@ -7,16 +7,18 @@
         def __post_init__(self):
             check_options(self)
 
-The declaration is all that there is to say about an option: the check, the command line's help and
-`docs/options.md` read it. Errors name the class's own field (`beta1=2: …`); whoever knows where the
-object lives in a config adds the path.
+The declaration is all that there is to say about an option: the check, the reading of configs, the
+command line's help and `docs/options.md` use it. Errors name the class's own field (`beta1=2: …`);
+whoever knows where the object lives in a config adds the path (`InputError.option`).
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
+from types import UnionType
 from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 
 from .errors import InputError
@@ -36,24 +38,17 @@ class Rule:
     above: Optional[float] = None
     below: Optional[float] = None
     choices: tuple = ()
-    null: Any = TYPED  # what a null stands for
+    null: Any = TYPED  # what a null stands for in a config
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def limits(self) -> str:
         """The allowed values in words; empty where the type says it all."""
         if self.choices:
             return words(self.choices)
-        parts = [
-            f"{text} {number(limit)}"
-            for text, limit in (
-                ("at least", self.at_least),
-                ("more than", self.above),
-                ("at most", self.at_most),
-                ("less than", self.below),
-            )
-            if limit is not None
-        ]
-        return ", ".join(parts)
+        limits = {"at least": self.at_least, "more than": self.above,
+                  "at most": self.at_most, "less than": self.below}  # fmt: skip
+        given = (f"{text} {number(limit)}" for text, limit in limits.items() if limit is not None)
+        return ", ".join(given)
 
     def complaint(self, value: Any) -> str:
         """What to set instead of `value`; empty where it is allowed."""
@@ -62,24 +57,32 @@ class Rule:
             same = any(value == c and type(value) is type(c) for c in self.choices)
             return "" if same else f"choose {words(self.choices)}"
         if isinstance(value, str):
-            return text_complaint(value)
-        if not isinstance(value, Real) or isinstance(value, bool):
+            return self.text_complaint(value)
+        if not is_a(value, float):
             return ""
-        tests = (
-            (self.above, lambda limit: value > limit, "set more than {}"),
-            (self.at_least, lambda limit: value >= limit, "set {} or more"),
-            (self.below, lambda limit: value < limit, "set less than {}"),
-            (self.at_most, lambda limit: value <= limit, "set {} or less"),
-            (None if math.isfinite(value) else 0, lambda limit: False, "set a finite number"),
-            (
-                LARGEST if isinstance(value, Integral) else None,
-                lambda limit: abs(value) <= limit,
-                "set {} or less",
-            ),
-        )
-        for limit, holds, remedy in tests:
-            if limit is not None and not holds(limit):  # nan holds nowhere
-                return remedy.format(number(limit))
+        most = LARGEST if self.at_most is None and is_a(value, int) else self.at_most
+        if not math.isfinite(value):
+            return "set a finite number"
+        if self.above is not None and value <= self.above:
+            return f"set more than {number(self.above)}"
+        if self.at_least is not None and value < self.at_least:
+            return f"set {number(self.at_least)} or more"
+        if self.below is not None and value >= self.below:
+            return f"set less than {number(self.below)}"
+        return f"set {number(most)} or less" if most is not None and value > most else ""
+
+    def text_complaint(self, value: str) -> str:
+        """What is wrong with a text as the name of a thing or file; empty where nothing is."""
+        if not value.strip():
+            return "the text is empty"
+        if len(value) > LONGEST:
+            return f"the text has more than {LONGEST} characters"
+        if any(ord(c) < 32 or ord(c) == 127 for c in value):
+            return "the text holds a control character: leave it out"
+        if any(0xD800 <= ord(c) < 0xE000 for c in value):
+            return "the text is not UTF-8"
+        if self.notes.get("path") and value.lower() in ("true", "false", "none"):
+            return f"set a path (./{value} for a file of this name), or null for none"
         return ""
 
 
@@ -89,25 +92,10 @@ def number(limit: float) -> str:
 
 def words(choices: tuple) -> str:
     """a or b; a, b or c; one of a, b, c, d."""
-    texts = [str(choice) for choice in choices]
-    if len(texts) > 3:
-        return f"one of {', '.join(texts)}"
-    return " or ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
-
-
-def text_complaint(value: str) -> str:
-    """What is wrong with a text as the name of a thing or file; empty where nothing is."""
-    if not value.strip():
-        return "the text is empty"
-    if len(value) > LONGEST:
-        return f"the text has more than {LONGEST} characters"
-    if any(ord(c) < 32 or ord(c) == 127 for c in value):
-        return "the text holds a control character: leave it out"
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return "the text is not UTF-8"
-    return ""
+    *others, last = (str(choice) for choice in choices)
+    if len(others) > 2:
+        return f"one of {', '.join([*others, last])}"
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def option(
@@ -133,96 +121,128 @@ def option(
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
-def rule_of(field: dataclasses.Field) -> Rule:
-    return field.metadata["rule"]
+# ---------------------------------------------------------------------- what a class declares
+@dataclass(frozen=True)
+class Declared:
+    """One option of a config class, or one section of it."""
+
+    name: str  # in full; phases[i].steps for an option of a list's sections
+    kind: Any  # the type without Optional
+    optional: bool  # whether None is allowed
+    default: Any
+    rule: Rule
+    notes: dict[str, Any]  # the rule's, over those of the sections around it
+
+    @property
+    def section(self) -> Optional[type]:
+        """The class of a section, or of a list's sections."""
+        return section_of(self.kind)
+
+
+@functools.cache
+def declared(schema: type) -> dict[str, Declared]:
+    """All options and sections by name: of every section its options, then its sections."""
+    return {found.name: found for found in _declared(schema, "", {})}
+
+
+def _declared(schema: type, path: str, above: dict[str, Any]) -> Iterator[Declared]:
+    sections = []
+    for field in dataclasses.fields(schema):
+        rule, (kind, optional) = field.metadata["rule"], types_of(schema)[field.name]
+        name, notes, default = path + field.name, above | rule.notes, field.default
+        if default is dataclasses.MISSING:
+            default = field.default_factory()  # type: ignore[misc]  # it has one of the two
+        if section_of(kind) and get_origin(kind) is list:
+            name += "[i]"
+        found = Declared(name, kind, optional, default, rule, notes)
+        if found.section:
+            sections.append(found)
+        else:
+            yield found
+    for section in sections:
+        yield section
+        assert section.section is not None
+        yield from _declared(section.section, f"{section.name}.", section.notes)
+
+
+def section_of(kind: Any) -> Optional[type]:
+    """The config class that a type is, or that a list's type is made of."""
+    if get_origin(kind) is list:
+        (kind,) = get_args(kind)
+    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
 
 @functools.cache
 def types_of(schema: type) -> dict[str, tuple[Any, bool]]:
     """{field: (type without Optional, whether None is allowed)} of a config dataclass."""
-    found = {}
-    for name, hint in get_type_hints(schema).items():
-        optional = get_origin(hint) is Union and type(None) in get_args(hint)
-        if optional:
-            (hint,) = (part for part in get_args(hint) if part is not type(None))
-        found[name] = hint, optional
+    found, hints = {}, get_type_hints(schema)
+    for name in (field.name for field in dataclasses.fields(schema)):
+        hint = hints[name]
+        parts = [part for part in get_args(hint) if part is not type(None)]
+        optional = is_union(hint) and len(parts) < len(get_args(hint))
+        found[name] = (parts[0] if optional and len(parts) == 1 else hint), optional
     return found
 
 
-def section_of(kind: Any) -> Optional[type]:
-    """The config dataclass that a type is, or None."""
-    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
+def is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)
 
 
-def item_section_of(kind: Any) -> Optional[type]:
-    """The config dataclass that a list's type is made of, or None."""
-    return section_of(get_args(kind)[0]) if get_origin(kind) is list else None
-
-
-def default_of(field: dataclasses.Field) -> Any:
-    factory = field.default_factory
-    return field.default if factory is dataclasses.MISSING else factory()
-
-
+# ---------------------------------------------------------------------- the check
 def is_a(value: Any, kind: Any) -> bool:
     """Whether a value is of a config's type; an integer is a number, a flag is not."""
+    if is_union(kind):
+        return any(is_a(value, part) for part in get_args(kind))
     if get_origin(kind) is list:
         (item,) = get_args(kind)
         return isinstance(value, (list, tuple)) and all(is_a(v, item) for v in value)
     if kind in (int, float):
         return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-    if kind == NUMBER_OR_NAME:
-        return is_a(value, int) or isinstance(value, str)
-    return kind is Any or isinstance(value, kind)
-
-
-TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Any: ""}
-NUMBER_OR_NAME = int | str
+    return isinstance(value, get_origin(kind) or kind)
 
 
 def type_name(kind: Any) -> str:
+    names = {int: "integer", float: "number", bool: "true or false", str: "text", dict: "mapping"}
+    if is_union(kind):
+        return ", or ".join(type_name(part) for part in get_args(kind))
     if get_origin(kind) is list:
         (item,) = get_args(kind)
-        return f"list of {'integers or texts' if item == NUMBER_OR_NAME else type_name(item) + 's'}"
-    return TYPE_NAMES.get(kind, "section")
+        parts = [type_name(part) + "s" for part in get_args(item) or [item]]
+        return f"list of {' or '.join(parts)}"
+    return names.get(get_origin(kind) or kind, "section")
 
 
-def expectation(kind: Any) -> str:
-    """What to set for an option of this type, in words."""
-    return {
-        int: "set an integer", float: "set a number", bool: "set true or false", str: "set a text"
-    }.get(kind, f"set a {type_name(kind)}")  # fmt: skip
+def expectation(kind: Any, rule: Rule) -> str:
+    """What to set for an option, in words."""
+    if rule.choices:
+        return f"choose {words(rule.choices)}"
+    if section_of(kind):
+        return (
+            f"set a {'list of sections: [{…}, …]' if get_origin(kind) is list else 'section: {…}'}"
+        )
+    name = type_name(kind)
+    return f"set {'' if kind is bool else 'an ' if kind is int else 'a '}{name}"
 
 
 def check_options(config: Any) -> None:
     """Refuse values of another type or outside what the config's class declares.
 
-    Called by `__post_init__`. Raises InputError that names the field; a null that stands for
-    something is replaced by it.
+    Called by `__post_init__`. Raises InputError that names the field.
     """
-    types = types_of(type(config))
     for field in dataclasses.fields(config):
-        rule, value, (kind, optional) = (
-            rule_of(field),
-            getattr(config, field.name),
-            types[field.name],
-        )
-        if value is None and rule.null is not TYPED:
-            setattr(config, field.name, rule.null)
-            continue
-        if (value is None and optional) or unresolved(field, value):
+        rule, value = field.metadata["rule"], getattr(config, field.name)
+        kind, optional = types_of(type(config))[field.name]
+        # A default that refers to another option (`${…}`) is not known yet.
+        unresolved = isinstance(value, str) and value == field.default and value.startswith("${")
+        if (value is None and optional) or unresolved:
             continue
         if not is_a(value, kind):
-            raise InputError(f"{field.name}={short(value)}: {expectation(kind)}")
+            said = expectation(kind, rule)
+            raise InputError(f"{field.name}={short(value)}: {said}", field.name)
         for part in value if isinstance(value, (list, tuple)) else [value]:
             complaint = "" if dataclasses.is_dataclass(part) else rule.complaint(part)
             if complaint:
-                raise InputError(f"{field.name}={short(part)}: {complaint}")
-
-
-def unresolved(field: dataclasses.Field, value: Any) -> bool:
-    """Whether a value is a default that refers to another option (`${…}`) and is not known yet."""
-    return isinstance(value, str) and value == field.default and value.startswith("${")
+                raise InputError(f"{field.name}={short(part)}: {complaint}", field.name)
 
 
 def short(value: Any) -> str:

@@ -30,15 +30,30 @@ class GeneratorConfig:
     image_seq_len: int = option(273, "Codes per image, T.", at_least=1, at_most=2**20)
     condition_num_classes: int = option(1000, "Classes.", at_least=1, at_most=2**20)
     dropout: float = option(
-        0.1, "Dropout after the attention's projection and after the MLP.", at_least=0, below=1
+        0.1,
+        "Dropout after the attention's projection and after the MLP.",
+        at_least=0,
+        below=1,
+        only="train",
     )
-    attn_drop: float = option(0.1, "Dropout of attention weights.", at_least=0, below=1)
-    tok_dropout: float = option(0.1, "Dropout of input embeddings.", at_least=0, below=1)
+    attn_drop: float = option(
+        0.1, "Dropout of attention weights.", at_least=0, below=1, only="train"
+    )
+    tok_dropout: float = option(
+        0.1, "Dropout of input embeddings.", at_least=0, below=1, only="train"
+    )
     class_label_dropout: float = option(
-        0.1, "Share of training images shown without their class.", at_least=0, at_most=1
+        0.1,
+        "Share of training images shown without their class.",
+        at_least=0,
+        at_most=1,
+        only="train",
     )
     use_checkpoint: bool = option(
-        False, "Recompute activations in the backward pass: less memory, more time."
+        False,
+        "Recompute activations in the backward pass: less memory, more time.",
+        resumes=True,
+        only="train",
     )
 
     def __post_init__(self):
@@ -48,13 +63,15 @@ class GeneratorConfig:
             raise InputError(
                 f"image_seq_len={self.image_seq_len} is neither g²+g+1, g²+g nor g²: for a "
                 f"{grid}x{grid} grid set {grid * grid + grid + 1}, or {grid * grid} for codes "
-                f"without prefix tokens"
+                f"without prefix tokens",
+                "image_seq_len",
             )
         if self.hidden_size % (4 * self.num_attention_heads):
             raise InputError(
                 f"hidden_size={self.hidden_size} is not a multiple of 4 x "
                 f"num_attention_heads={self.num_attention_heads}, as rotary positions need: "
-                f"change one"
+                f"change one",
+                "hidden_size",
             )
 
     @property

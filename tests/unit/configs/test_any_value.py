@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs.help import PROGRAMS, entries, used
+from configs.help import PROGRAMS, options_of
 from configs.load import as_dict, load, save
-from modeling.fields import section_of, types_of
+from modeling.fields import declared
 from modeling.generator import GeneratorConfig
 from modeling.sampling import Sampling
 from modeling.tokenizer import TokenizerConfig
@@ -21,16 +21,18 @@ CONFIG_OF = {
     "sample_imagenet": f"config={CONFIGS}/digits_generator.yaml",
     "train_tokenizer": f"config={CONFIGS}/digits_stage1.yaml",
 }
-# {(schema, option): a program that uses it}
-NAMES = [
-    (program, name)
-    for (_, name), program in {
-        (schema, entry.name): program
+# One option of every kind: of a type, its limits and its notes; with a program that uses it.
+NAMES = list(
+    {
+        (str(option.kind), option.optional, option.rule.limits(), option.rule.notes.get("path")): (
+            program,
+            option.name,
+        )
         for program, (schema, *_) in PROGRAMS.items()
-        for entry in entries(schema)
-        if entry.kind and used(entry.name, program)
-    }.items()
-]
+        for option in options_of(schema, program)
+        if not option.section
+    }.values()
+)
 # A wrong type, a negative, zero, NaN, infinity, an empty text, huge numbers, YAML's odd words.
 TEXTS = [
     "x", "", "-1", "-0.5", "0", "nan", ".inf", "1" + "0" * 30, "1e400", "9" * 5000, "null", "no",
@@ -41,7 +43,7 @@ ODD = st.one_of(
 )
 # The same examples every time; a slow machine is not a failure.
 QUIET = settings(
-    max_examples=300,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     database=None,
@@ -119,16 +121,9 @@ def test_any_file(tmp_path_factory, content):
 
 
 # ---------------------------------------------------------------------- from Python
-def classes_of(schema):
-    yield schema
-    for kind, _ in types_of(schema).values():
-        section = section_of(kind)
-        if section:
-            yield from classes_of(section)
-
-
 CLASSES = {GeneratorConfig, TokenizerConfig, Sampling}
-CLASSES |= {found for schema, *_ in PROGRAMS.values() for found in classes_of(schema)}
+for schema, *_ in PROGRAMS.values():
+    CLASSES |= {schema, *(found.section for found in declared(schema).values() if found.section)}
 FIELDS = [
     (kind, field.name)
     for kind in sorted(CLASSES, key=lambda k: k.__name__)

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.help import PROGRAMS, describe, entries, markdown, used
+from configs.help import PROGRAMS, default_of, describe, markdown, options_of, values_of
 from configs.load import load
 from configs.schema import GeneratorRun, TokenizerRun
+from modeling.fields import declared
 
 ROOT = Path(__file__).parents[3]
 
@@ -14,10 +15,11 @@ ROOT = Path(__file__).parents[3]
 def test_help_has_every_option_of_the_program_with_default_values_and_a_sentence(program):
     schema = PROGRAMS[program][0]
     text = describe(schema, program)
-    for entry in entries(schema):
-        line = f"\n  {entry.name}: {entry.default}  ({entry.kind}"
-        assert (line in text) == (used(entry.name, program) and bool(entry.kind)), entry.name
-        assert entry.sentence.endswith(".") and len(entry.sentence) > 6, entry.name
+    used = options_of(schema, program)
+    for option in declared(schema).values():
+        line = f"\n  {option.name}: {default_of(option)}  ({values_of(option)})"
+        assert (line in text) == (option in used and not option.section), option.name
+        assert option.rule.sentence.endswith(".") and len(option.rule.sentence) > 6, option.name
 
 
 def test_help_has_the_phases_and_the_ranges():
@@ -47,7 +49,8 @@ def test_the_document_of_the_options_is_up_to_date():
 
 def test_the_document_has_every_option_of_both_schemas():
     rows = set(re.findall(r"^\| `([^`]+)` \|", markdown(), re.MULTILINE))
-    wanted = {e.name for s in (GeneratorRun, TokenizerRun) for e in entries(s) if e.kind}
+    schemas = declared(GeneratorRun) | declared(TokenizerRun)
+    wanted = {name for name, option in schemas.items() if not option.section}
     assert rows == wanted
 
 

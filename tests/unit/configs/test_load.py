@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from configs.load import as_dict, load, save, tokenizer_config
-from configs.schema import UNUSED, GeneratorRun, TokenizerRun
+from configs.load import load, save, tokenizer_config
+from configs.schema import GeneratorRun, TokenizerRun
+from modeling.fields import declared
 from runtime.errors import InputError
-from tests.unit.configs.test_schema import STAGE1, B, option, refusal, written
+from tests.unit.configs.test_schema import B, option, refusal, written
 
 # The options that spec.md lists of the published configs, as such a file has them.
 AUTHORS = """
@@ -108,52 +109,20 @@ def test_every_option_that_is_a_path_expands_home():
     names = {"output_dir", "resume", "fid_reference", "generator_checkpoint", "evaluate", "codes",
              "prefix", "tokenizer_checkpoint", "stage1_checkpoint", "pretokenization", "train_dir",
              "val_pretokenization", "val_dir", "train_root", "init_weights"}  # fmt: skip
-    from configs.help import entries
-
     found = {
-        entry.name.split(".")[-1]
+        name.split(".")[-1]
         for schema in (GeneratorRun, TokenizerRun)
-        for entry in entries(schema)
-        if "path" in entry.kind
+        for name, option in declared(schema).items()
+        if option.notes.get("path")
     }
     assert found == names
 
 
-def test_a_home_that_is_not_there_is_refused():
-    message = refusal(GeneratorRun, B, "experiment.output_dir=~nobody-has-this-name/run")
-    assert "experiment.output_dir=~nobody-has-this-name/run" in message and "./~nobody" in message
-
-
-@pytest.mark.parametrize("word", ["False", "true", "None"])
-def test_a_flag_in_place_of_an_optional_path_is_refused_with_null(tmp_path, word):
-    remedy = f"set a path (./{word} for a file of this name) or null for none"
-    assert remedy in refusal(GeneratorRun, B, f"experiment.evaluate={word}")
-    file = written(tmp_path, f"dataset: {{params: {{train_dir: {word}}}}}")
-    assert f"{remedy} ({tmp_path}/own.yaml, line 1)" in refusal(GeneratorRun, file)
-
-
-@pytest.mark.parametrize("text", ["", " ", "a\nb", "a\x00b", "\udcff"])
-def test_text_that_cannot_name_anything_is_refused(text):
-    assert "experiment.output_dir=" in refusal(GeneratorRun, B, f"experiment.output_dir={text}")
-
-
-@pytest.mark.parametrize("folder", [".", "..", "/", "a/..", "./"])
-def test_a_run_needs_a_folder_of_its_own(folder):
-    message = refusal(GeneratorRun, B, f"experiment.output_dir={folder}")
-    assert f"experiment.output_dir={folder}: set the name of a folder of its own" in message
-
-
 # ---------------------------------------------------------------------- words, numbers, null
-@pytest.mark.parametrize("word", ["no", "No", "NO", "off", "false", "False", "'no'", '"no"'])
+@pytest.mark.parametrize("word", ["no", "No", "NO", "'no'", '"no"'])
 def test_precision_no_is_a_word_in_yaml_too(tmp_path, word):
     file = written(tmp_path, f"training: {{mixed_precision: {word}}}")
     assert load(GeneratorRun, [file]).training.mixed_precision == "no"
-
-
-@pytest.mark.parametrize("word", ["no", "No", "False", "off"])
-def test_precision_no_is_a_word_on_the_command_line(word):
-    options = load(GeneratorRun, [B, f"training.mixed_precision={word}"])
-    assert options.training.mixed_precision == "no"
 
 
 @pytest.mark.parametrize(
@@ -188,67 +157,6 @@ def test_a_rate_is_a_number_however_it_is_written(tmp_path, text):
     assert load(GeneratorRun, [file]).optimizer.params.learning_rate == 1e-3
 
 
-@pytest.mark.parametrize(
-    "schema, argument, remedy",
-    [
-        (GeneratorRun, "training.max_grad_norm=-1", "0 or more"),
-        (GeneratorRun, "training.max_train_steps=0", "1 or more"),
-        (GeneratorRun, "training.max_train_steps=-3", "1 or more"),
-        (GeneratorRun, "training.ema_decay=7", "1 or less"),
-        (GeneratorRun, "training.timeout_minutes=0", "1 or more"),
-        (GeneratorRun, "optimizer.params.learning_rate=-1e-4", "0 or more"),
-        (GeneratorRun, "optimizer.params.learning_rate=nan", "0 or more"),
-        (GeneratorRun, "optimizer.params.learning_rate=inf", "a finite number"),
-        (GeneratorRun, "optimizer.params.beta1=1.5", "less than 1"),
-        (GeneratorRun, "optimizer.params.beta2=1", "less than 1"),
-        (GeneratorRun, "optimizer.params.weight_decay=-0.1", "0 or more"),
-        (GeneratorRun, "lr_scheduler.params.end_lr=-1", "0 or more"),
-        (GeneratorRun, "lr_scheduler.params.warmup_steps=-1", "0 or more"),
-        (GeneratorRun, "lr_scheduler.params.warmup_steps=600000", "longer than the run"),
-        (GeneratorRun, "dataset.params.num_workers_per_gpu=-1", "0 or more"),
-        (GeneratorRun, "model.generator.dropout=2", "less than 1"),
-        (GeneratorRun, "model.generator.class_label_dropout=1.5", "1 or less"),
-        (GeneratorRun, "model.generator.num_hidden_layers=0", "1 or more"),
-        (GeneratorRun, "model.generator.hidden_size=0", "1 or more"),
-        (GeneratorRun, "model.generator.guidance_scale=nan", "0 or more"),
-        (GeneratorRun, "model.generator.guidance_scale_pow=inf", "1000 or less"),
-        (GeneratorRun, "model.generator.randomize_temperature=nan", "1e-06 or more"),
-        (GeneratorRun, "model.generator.top_p=0", "more than 0"),
-        (GeneratorRun, "model.generator.codebook_size=32", "leave the former out"),
-        (GeneratorRun, "model.vq_model.encoder_width=0", "1 or more"),
-        (GeneratorRun, "model.vq_model.decoder_layers=0", "1 or more"),
-        (GeneratorRun, "model.vq_model.codebook_size=70000", "65536 or less"),
-        (GeneratorRun, "experiment.save_every=-1", "0 or more"),
-        (GeneratorRun, "experiment.classes=[-1]", "0 or more"),
-        (GeneratorRun, "experiment.classes=[[a]]", "list of integers or texts"),
-        (GeneratorRun, "experiment.classes=[otter, '']", "the text is empty"),
-        (TokenizerRun, "optimizer.params.beta1=-0.1", "0 or more"),
-        (TokenizerRun, "optimizer.params.warmup_steps=400000", "longer than the run"),
-        (TokenizerRun, "dataset.params.resize=0", "1 or more"),
-        (TokenizerRun, "model.vq_model.encoder_layers=0", "1 or more"),
-        (TokenizerRun, "phases=[{steps: 10, learning_rate: -1}]", "0 or more"),
-        (TokenizerRun, "phases=[{steps: 10, end_lr: .nan}]", "0 or more"),
-    ],
-)
-def test_number_without_sense_is_refused_with_the_remedy(schema, argument, remedy):
-    message = refusal(schema, B if schema is GeneratorRun else STAGE1, argument)
-    assert argument.split("=")[0] in message and remedy in message
-    assert message.endswith("(the command line)")
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["experiment.prefix_rows=3"], "experiment.prefix_rows=3 is of no use without"),
-        (["experiment.prefix_mask=true"], "experiment.prefix_mask=True is of no use without"),
-        (["experiment.prefix=a.npy", "experiment.codes=b.npz"], "experiment.codes=b.npz decodes"),
-    ],
-)
-def test_a_beginning_without_an_image_to_complete_is_refused(arguments, words):
-    message = refusal(GeneratorRun, B, *arguments)
-    assert message.startswith(words) and message.endswith("(the command line)")
-
-
 # ---------------------------------------------------------------------- the place of a value
 def test_a_refusal_names_the_file_and_the_line(tmp_path):
     file = written(tmp_path, "# mine\ntraining:\n  seed: 3\n  max_grad_norm: -2\n")
@@ -259,9 +167,7 @@ def test_a_refusal_names_the_file_and_the_line(tmp_path):
 def test_a_refusal_blames_the_command_line_for_what_came_from_there(tmp_path):
     file = written(tmp_path, "model: {generator: {image_seq_len: 273}}")
     message = refusal(GeneratorRun, file, "model.generator.image_seq_len=50")
-    assert message.startswith("model.generator.image_seq_len=50 is neither")
-    assert message.endswith("(the command line)")
-    assert "own.yaml" not in message
+    assert message.endswith("(the command line)") and "own.yaml" not in message
 
 
 def test_a_line_is_known_inside_a_list_too(tmp_path):
@@ -273,7 +179,7 @@ def test_a_line_is_known_inside_a_list_too(tmp_path):
 
 def test_a_key_that_is_written_twice_is_refused_by_its_line(tmp_path):
     message = refusal(GeneratorRun, written(tmp_path, "training:\n  seed: 3\n  seed: 4\n"))
-    assert "line 3: seed is there twice" in message
+    assert "seed is written twice" in message and "line 3" in message
 
 
 def test_merge_keys_and_anchors_are_yaml_as_ever(tmp_path):
@@ -290,28 +196,14 @@ def test_merge_keys_and_anchors_are_yaml_as_ever(tmp_path):
 # ---------------------------------------------------------------------- published files
 def test_the_authors_config_loads_unchanged_in_both_programs(tmp_path, capsys):
     file = written(tmp_path, AUTHORS)
-    for program in ("train_ar", "sample_imagenet"):
-        options = load(GeneratorRun, [file], program)
-        warning = capsys.readouterr().err
-        assert warning.count("dataset.preprocessing (crop_size, random_flip) has no effect") == 1
-        assert warning.count("\n") == 1
+    load(GeneratorRun, [file], "sample_imagenet")
+    assert not capsys.readouterr().err
+    options = load(GeneratorRun, [file], "train_ar")
+    warning = capsys.readouterr().err
+    assert warning.count("dataset.preprocessing (crop_size, random_flip) has no effect") == 1
+    assert warning.count("\n") == 1
     assert options.training.mixed_precision == "no" and options.optimizer.name == "adamw"
     assert options.lr_scheduler.params.learning_rate == 4e-4
-    assert "name" not in as_dict(options)["optimizer"]  # has no effect on a run
-    assert "preprocessing" not in as_dict(options)["dataset"]
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (("name: adamw", "name: sgd"), "optimizer.name=sgd: choose adamw"),
-        (("crop_size: 256", "crop_size: 224"), "dataset.preprocessing.crop_size=224"),
-        (("preprocessing:", "preprocesing:"), "did you mean dataset.preprocessing?"),
-        (("beta1: 0.9", "beta1: 0.9\n        momentum: 0.9"), "optimizer.params.momentum"),
-    ],
-)
-def test_a_published_value_that_is_not_honoured_is_refused(tmp_path, change, words):
-    assert words in refusal(GeneratorRun, written(tmp_path, AUTHORS.replace(*change)))
 
 
 @pytest.mark.parametrize("value", ["", "null", "{}"])
@@ -323,14 +215,12 @@ def test_preprocessing_may_be_empty(tmp_path, capsys, value):
 
 def test_preprocessing_of_a_python_object_is_refused(tmp_path):
     file = written(tmp_path, "dataset: {preprocessing: {a: !!python/object:os.x 1}}")
-    assert "dataset.preprocessing" in refusal(GeneratorRun, file)
+    assert "own.yaml: could not determine a constructor" in refusal(GeneratorRun, file)
 
 
 def test_preprocessing_may_be_set_on_the_command_line():
     options = load(GeneratorRun, [B, "dataset.preprocessing.crop_size=256"])
     assert options.dataset.preprocessing == {"crop_size": 256}
-    message = refusal(GeneratorRun, B, "dataset.preprocessing.crop_size=128")
-    assert "dataset.preprocessing.crop_size=128" in message and "(the command line)" in message
 
 
 # ---------------------------------------------------------------------- the other program's options
@@ -369,41 +259,17 @@ def test_option_of_the_other_program_is_accepted_in_a_shared_file(tmp_path):
     assert load(GeneratorRun, [file], "train_ar").experiment.generator_checkpoint == "x"
 
 
-def test_the_table_of_unused_options_names_options_alone():
-    from configs.help import entries
-
-    names = {entry.name for entry in entries(GeneratorRun)}
-    for table in UNUSED.values():
-        assert table.keys() <= names
-
-
-@pytest.mark.parametrize(
-    "argument, remedy",
-    [
-        ("experiment.stage1_checkpoint=run", "model.stage=2"),
-        ("model.decoder_init=scratch", "option of model.stage=2"),
-    ],
-)
-def test_stage_1_refuses_what_only_stage_2_uses(argument, remedy):
-    message = refusal(TokenizerRun, STAGE1, argument)
-    assert message.startswith(argument) and remedy in message
-
-
 # ---------------------------------------------------------------------- a warm-up longer than the run
-def test_a_run_that_is_shortened_over_its_preset_is_warned_of(capsys):
-    load(GeneratorRun, [B, "training.max_train_steps=20"], "train_ar")
-    assert "lr_scheduler.params.warmup_steps=62500 is longer than the run of 20 steps" in (
-        capsys.readouterr().err
+def test_a_run_that_is_shortened_is_warned_of_and_can_be_used_afterwards(tmp_path, capsys):
+    warning = "warmup_steps=62500 is longer than the run of 20 steps"
+    save(
+        load(GeneratorRun, [B, "training.max_train_steps=20"], "train_ar"), tmp_path / "config.yaml"
     )
-
-
-def test_a_file_whose_warmup_is_longer_than_its_run_is_refused(tmp_path):
-    text = "lr_scheduler: {params: {warmup_steps: 9}}\ntraining: {max_train_steps: 8}\n"
-    assert "longer than the run of 8 steps: set fewer" in refusal(
-        GeneratorRun, written(tmp_path, text)
-    )
-    text = "optimizer: {params: {warmup_steps: 9}}\nphases: [{steps: 4}, {steps: 4}]\n"
-    assert "line 1" in refusal(TokenizerRun, written(tmp_path, text))
+    assert warning in capsys.readouterr().err
+    load(GeneratorRun, [f"config={tmp_path}"], "train_ar")
+    assert warning in capsys.readouterr().err
+    load(GeneratorRun, [f"config={tmp_path}"], "sample_imagenet")
+    assert not capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- files

@@ -18,10 +18,15 @@ def schema_of(preset):
 
 
 def refusal(schema, *argv):
+    """The one line that refuses these arguments."""
+    return str(refused(schema, *argv))
+
+
+def refused(schema, *argv):
     with pytest.raises(InputError) as caught:
         load(schema, list(argv))
     assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return caught.value
 
 
 def written(tmp_path, text):
@@ -208,15 +213,118 @@ def test_every_published_option_arrives_from_the_command_line():
     assert {name: option(options, name) for name in PUBLISHED} == PUBLISHED
 
 
-@pytest.mark.parametrize(
-    "schema, config, name",
-    [
-        (TokenizerRun, STAGE1, "experiment.tokenizer_checkpoint"),
-        (GeneratorRun, B, "dataset.params.random_flip"),
-    ],
-)
-def test_options_of_the_other_program_are_refused(schema, config, name):
-    assert f"there is no option {name};" in refusal(schema, config, f"{name}=x")
+# Schema, arguments, the option that the refusal names.
+G, T = GeneratorRun, TokenizerRun
+REFUSED = [
+    # names
+    (G, "zzz=1", "zzz"),
+    (G, "=1", ""),
+    (G, "dataset.params.random_flip=x", "dataset.params.random_flip"),
+    (G, "training.seed.x=1", "training.seed.x"),
+    (T, "experiment.tokenizer_checkpoint=x", "experiment.tokenizer_checkpoint"),
+    (T, "phases[3].steps=1", "phases[3].steps"),
+    # types
+    (G, "training.seed=1.5", "training.seed"),
+    (G, "training.seed=", "training.seed"),
+    (G, "training.max_train_steps=many", "training.max_train_steps"),
+    (G, "training.max_train_steps={a: 1}", "training.max_train_steps"),
+    (G, "training.enable_wandb=maybe", "training.enable_wandb"),
+    (G, "optimizer.params.learning_rate=abc", "optimizer.params.learning_rate"),
+    (G, "model.generator.hidden_size=null", "model.generator.hidden_size"),
+    (G, "experiment.classes=[", "experiment.classes"),
+    (G, "experiment.classes=[[a]]", "experiment.classes"),
+    (G, "experiment.name=${nothing}", "experiment.name"),
+    (G, "dataset.preprocessing=3", "dataset.preprocessing"),
+    (G, "model=3", "model"),
+    (G, "model.generator=[1]", "model.generator"),
+    (G, "experiment=null", "experiment"),
+    (T, "phases=3", "phases"),
+    (T, "phases=[3]", "phases[0]"),
+    (T, "phases=[{steps: x}]", "phases[0].steps"),
+    # choices
+    (G, "training.mixed_precision=fp8", "training.mixed_precision"),
+    (G, "training.compile=fast", "training.compile"),
+    (G, "lr_scheduler.scheduler=poly", "lr_scheduler.scheduler"),
+    (G, "optimizer.name=sgd", "optimizer.name"),
+    (T, "model.stage=3", "model.stage"),
+    (T, "losses.aux=row", "losses.aux"),
+    (T, "model.decoder_init=random", "model.decoder_init"),
+    # ranges
+    (G, "training.max_grad_norm=-1", "training.max_grad_norm"),
+    (G, "training.per_gpu_batch_size=0", "training.per_gpu_batch_size"),
+    (G, "training.ema_decay=7", "training.ema_decay"),
+    (G, "optimizer.params.learning_rate=nan", "optimizer.params.learning_rate"),
+    (G, "optimizer.params.learning_rate=inf", "optimizer.params.learning_rate"),
+    (G, "optimizer.params.beta2=1", "optimizer.params.beta2"),
+    (G, "model.generator.num_hidden_layers=0", "model.generator.num_hidden_layers"),
+    (G, "model.generator.randomize_temperature=0", "model.generator.randomize_temperature"),
+    (G, "model.generator.top_p=0", "model.generator.top_p"),
+    (G, "model.generator.class_label_dropout=1.5", "model.generator.class_label_dropout"),
+    (G, "model.vq_model.codebook_size=70000", "model.vq_model.codebook_size"),
+    (G, "experiment.classes=[-1]", "experiment.classes"),
+    (G, "experiment.classes=[]", "experiment.classes"),
+    (G, "experiment.classes=[otter, '']", "experiment.classes"),
+    (T, "dataset.params.resize=0", "dataset.params.resize"),
+    (T, "phases=[{steps: 10, learning_rate: -1}]", "phases[0].learning_rate"),
+    (T, "phases=[{steps: 1}, {name: late}]", "phases[1].steps"),
+    # texts
+    (G, "experiment.output_dir=", "experiment.output_dir"),
+    (G, "experiment.output_dir= ", "experiment.output_dir"),
+    (G, "experiment.output_dir=a\nb", "experiment.output_dir"),
+    (G, "experiment.output_dir=a\x00b", "experiment.output_dir"),
+    (G, "experiment.output_dir=\udcff", "experiment.output_dir"),
+    (G, "experiment.output_dir=.", "experiment.output_dir"),
+    (G, "experiment.output_dir=a/..", "experiment.output_dir"),
+    (G, "experiment.output_dir=~nobody-has-this-name/run", "experiment.output_dir"),
+    (G, "experiment.evaluate=False", "experiment.evaluate"),
+    (G, "experiment.evaluate=None", "experiment.evaluate"),
+    # what does not fit together
+    (G, "model.generator.image_seq_len=272", "model.generator.image_seq_len"),
+    (G, "model.generator.image_seq_len=50", "model.generator.image_seq_len"),
+    (G, "model.vq_model.num_latent_tokens=256", "model.generator.image_seq_len"),
+    (G, "model.generator.codebook_size=32", "model.generator.codebook_size"),
+    (G, "model.generator.hidden_size=100", "model.generator.hidden_size"),
+    (G, "model.vq_model.decoder_layers=0", "model.vq_model.decoder_layers"),
+    (G, "dataset.preprocessing.crop_size=128", "dataset.preprocessing.crop_size"),
+    (G, "experiment.prefix_rows=3", "experiment.prefix_rows"),
+    (G, "experiment.prefix_mask=true", "experiment.prefix_mask"),
+    (G, "experiment.codes=b.npz & experiment.prefix=a.npy", "experiment.codes"),
+    (T, "model.vq_model.image_size=100", "model.vq_model.image_size"),
+    (T, "model.vq_model.encoder_heads=5", "model.vq_model.encoder_width"),
+    (T, "model.vq_model.num_latent_tokens=256", "model.vq_model.prefix_head"),
+    (T, "model.vq_model.num_latent_tokens=77", "model.vq_model.num_latent_tokens"),
+    (T, "model.vq_model.clustering=false", "model.cluster_in_critic_steps"),
+    (T, "losses.aux_weight=0", "losses.aux_weight"),
+    (T, "losses.aux=stitched", "losses.aux"),
+    (T, "training.max_train_steps=300000", "training.max_train_steps"),
+    (T, "experiment.stage1_checkpoint=run", "experiment.stage1_checkpoint"),
+    (T, "model.decoder_init=scratch", "model.decoder_init"),
+    (T, "model.critic_init=stage1", "model.critic_init"),
+    (T, "phases=[{steps: 1, shape: linear}]", "phases[0].shape"),
+    (T, "phases=[{steps: 1, shape: constant, end_lr: 0.1}]", "phases[0].shape"),
+]
+
+
+@pytest.mark.parametrize("schema, arguments, name", REFUSED)
+def test_a_refusal_names_the_option(schema, arguments, name):
+    config = B if schema is GeneratorRun else STAGE1
+    error = refused(schema, config, *arguments.split(" & "))
+    assert error.option == name and name in str(error)
+
+
+@pytest.mark.parametrize("head", ["prefix_head", "clustering"])
+def test_stage_2_with_a_part_of_stage_1_is_refused(head):
+    config = f"config={CONFIGS}/tokenizer_stage2.yaml"
+    name = f"model.vq_model.{head}"
+    assert refused(TokenizerRun, config, f"{name}=True").option == name
+
+
+def test_initial_weights_leave_nothing_for_stage_1_to_bring():
+    config = f"config={CONFIGS}/finetune_decoder.yaml"
+    for name, value in (("model.decoder_init", "scratch"), ("model.critic_init", "stage1")):
+        assert refused(TokenizerRun, config, f"{name}={value}").option == name
+    both = ["model.critic_init=stage1", "experiment.stage1_checkpoint=run"]
+    assert load(TokenizerRun, [config, *both]).experiment.init_weights == "weights/AliTok.pth"
 
 
 @pytest.mark.parametrize(
@@ -225,7 +333,6 @@ def test_options_of_the_other_program_are_refused(schema, config, name):
         ("expriment", "experiment"),
         ("experiment.output", "experiment.output_dir"),
         ("model.generator.hiden_size", "model.generator.hidden_size"),
-        ("lr_scheduler.params.warmup_step", "lr_scheduler.params.warmup_steps"),
     ],
 )
 def test_misspelt_option_is_answered_with_the_nearest(tmp_path, wrong, right):
@@ -233,38 +340,16 @@ def test_misspelt_option_is_answered_with_the_nearest(tmp_path, wrong, right):
     assert message == f"the command line: there is no option {wrong}; did you mean {right}?"
     keys = wrong.split(".")
     config = written(tmp_path, "{" + ": {".join(keys) + ": 1" + "}" * len(keys))
-    assert f"{tmp_path}/own.yaml: there is no option {wrong}; did" in refusal(GeneratorRun, config)
+    assert f"own.yaml, line 1: there is no option {wrong}; did" in refusal(GeneratorRun, config)
 
 
 def test_misspelt_option_of_a_phase_is_answered_with_the_nearest(tmp_path):
     phases = "phases: [{steps: 3}, {steps: 3, lpips_wieght: 1.0}]"
     message = refusal(TokenizerRun, written(tmp_path, phases))
     assert "no option phases[1].lpips_wieght; did you mean phases[1].lpips_weight?" in message
-    message = refusal(TokenizerRun, STAGE1, "phases=[{stepz: 3}]")
-    assert "no option phases[0].stepz; did you mean phases[0].steps?" in message
-
-
-def test_name_that_resembles_nothing_is_answered_with_all_names():
-    message = refusal(GeneratorRun, B, "zzz=1")
-    assert "there are experiment, model, dataset, optimizer, lr_scheduler, training" in message
 
 
 # ---------------------------------------------------------------------- values
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "training.seed=1.5",
-        "training.max_train_steps=many",
-        "training.enable_wandb=maybe",
-        "optimizer.params.learning_rate=abc",
-        "model.generator.hidden_size=null",
-        "training.max_train_steps={a: 1}",
-    ],
-)
-def test_value_of_the_wrong_type_is_refused_by_name(argument):
-    assert argument.split("=")[0] in refusal(GeneratorRun, B, argument)
-
-
 @pytest.mark.parametrize("schema", [GeneratorRun, TokenizerRun])
 def test_help_lists_all_options_with_their_defaults(schema, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -274,82 +359,9 @@ def test_help_lists_all_options_with_their_defaults(schema, capsys):
     assert "per_gpu_batch_size: " in said and "keep_checkpoints: 2" in said
 
 
-@pytest.mark.parametrize("argument", ["model=3", "model.generator=[1]", "experiment=null"])
-def test_value_in_place_of_a_section_is_refused(argument):
-    assert "alitok_b.yaml" in refusal(GeneratorRun, B, argument)
-
-
-@pytest.mark.parametrize("argument", ["experiment.classes=[", "experiment.name=${nothing}"])
-def test_value_that_cannot_be_read_is_refused(argument):
-    assert argument.split("=")[0] in refusal(GeneratorRun, B, argument)
-
-
-@pytest.mark.parametrize(
-    "schema, argument, remedy",
-    [
-        (GeneratorRun, "training.mixed_precision=fp8", "auto, no, bf16, fp16"),
-        (GeneratorRun, "training.compile=fast", "True, False or auto"),
-        (GeneratorRun, "training.per_gpu_batch_size=0", "1 or more"),
-        (GeneratorRun, "training.gradient_accumulation_steps=-1", "1 or more"),
-        (GeneratorRun, "lr_scheduler.scheduler=poly", "cosine or constant"),
-        (GeneratorRun, "model.generator.randomize_temperature=0", "1e-06 or more"),
-        (GeneratorRun, "model.generator.image_seq_len=-4", "1 or more"),
-        (GeneratorRun, "model.generator.num_attention_heads=0", "1 or more"),
-        (GeneratorRun, "model.vq_model.patch_size=0", "1 or more"),
-        (GeneratorRun, "experiment.resume=3", "True, False or a path"),
-        (GeneratorRun, "experiment.resume=null", "True, False or a path"),
-        (TokenizerRun, "model.stage=3", "1 or 2"),
-        (TokenizerRun, "losses.aux=row", "strip or stitched"),
-        (TokenizerRun, "losses.aux_weight=-1", "0 or more"),
-        (TokenizerRun, "losses.quantizer_weight=nan", "0 or more"),
-        (TokenizerRun, "losses.aux_weight=0", "model.vq_model.prefix_head=false"),
-        (TokenizerRun, "losses.aux=stitched", "model.vq_model.num_latent_tokens=272"),
-        (TokenizerRun, "model.vq_model.num_latent_tokens=256", "model.vq_model.prefix_head=false"),
-        (TokenizerRun, "model.decoder_init=random", "stage1 or scratch"),
-        (TokenizerRun, "model.vq_model.encoder_heads=0", "1 or more"),
-        (TokenizerRun, "perceptual.precision=fp16", "fp32 or bf16"),
-        (GeneratorRun, "dataset.params.encoder_precision=bf16", "fp32 or autocast"),
-    ],
-)
-def test_value_out_of_its_choices_is_refused_with_them(schema, argument, remedy):
-    message = refusal(schema, B if schema is GeneratorRun else STAGE1, argument)
-    assert argument.split("=")[0] in message and remedy in message
-
-
-@pytest.mark.parametrize("mode", ["published", "exact"])
-def test_bf16_perceptual_networks_contradict_numerics_that_are_float32_there(mode):
-    options = [f"training.numerics={mode}", "perceptual.precision=bf16"]
-    message = refusal(TokenizerRun, STAGE1, *options)
-    assert f"training.numerics={mode}" in message and "perceptual.precision=bf16" in message
-    for kept in (options[:1], ["training.numerics=fast", options[1]]):
-        load(TokenizerRun, [STAGE1, *kept])
-
-
-@pytest.mark.parametrize(
-    "phase, remedy",
-    [
-        ("{name: late, steps: 0}", "1 or more"),
-        ("{name: late, steps: 1, shape: s}", "cosine or"),
-        (
-            "{name: late, steps: 1, shape: linear}",
-            "phases[0].shape=linear and phases[0].end_lr=None",
-        ),
-        (
-            "{name: late, steps: 1, shape: constant, end_lr: 0.1}",
-            "phases[0].shape=constant and phases[0].end_lr=0.1",
-        ),
-        ("{name: late, steps: 1, gan_weight: -0.1}", "gan_weight=-0.1: set 0 or more"),
-        ("{name: late, steps: 1, learning_rate: .inf}", "learning_rate=inf: set a finite number"),
-    ],
-)
-def test_bad_value_of_a_phase_names_the_phase(phase, remedy):
-    message = refusal(TokenizerRun, STAGE1, f"phases=[{phase}]")
-    assert "phase late" in message and remedy in message
-
-
-@pytest.mark.parametrize("argument", ["phases[0].steps=3", "phases.0.steps=3", "phases=3"])
-def test_phases_given_piecemeal_are_refused_with_the_remedy(argument):
-    assert "phases is a list; set all of it" in refusal(TokenizerRun, STAGE1, argument)
+def test_one_option_of_a_phase_may_be_set():
+    phases = load(TokenizerRun, [STAGE1, "phases[1].steps=3"]).phases
+    assert [p.steps for p in phases] == [50_000, 3, 100_000]
 
 
 def test_phases_of_the_command_line_replace_those_of_the_file():
@@ -359,29 +371,6 @@ def test_phases_of_the_command_line_replace_those_of_the_file():
 
 def test_tokenizer_run_without_phases_is_refused():
     assert "no phases" in refusal(TokenizerRun, STAGE1, "phases=[]")
-
-
-def test_phases_that_miss_the_given_total_are_refused_with_the_sum():
-    message = refusal(TokenizerRun, STAGE1, "training.max_train_steps=300000")
-    assert "50000 + 200000 + 100000 = 350000 steps" in message
-    assert "training.max_train_steps=300000" in message
-    load(TokenizerRun, [STAGE1, "training.max_train_steps=350000"])
-
-
-@pytest.mark.parametrize("head", ["prefix_head", "clustering"])
-def test_stage_2_with_a_part_of_stage_1_is_refused(head):
-    config = f"config={CONFIGS}/tokenizer_stage2.yaml"
-    assert head in refusal(TokenizerRun, config, f"model.vq_model.{head}=True")
-
-
-def test_initial_weights_leave_nothing_for_stage_1_to_bring():
-    config = f"config={CONFIGS}/finetune_decoder.yaml"
-    message = refusal(TokenizerRun, config, "model.decoder_init=scratch")
-    assert "model.decoder_init=scratch, but experiment.init_weights brings a decoder" in message
-    message = refusal(TokenizerRun, config, "model.critic_init=stage1")
-    assert "model.critic_init=stage1" in message and "experiment.stage1_checkpoint too" in message
-    both = ["model.critic_init=stage1", "experiment.stage1_checkpoint=run"]
-    assert load(TokenizerRun, [config, *both]).experiment.init_weights == "weights/AliTok.pth"
 
 
 def test_finetuning_presets_are_of_the_published_models():
@@ -397,24 +386,12 @@ def test_finetuning_presets_are_of_the_published_models():
     assert (ours.model.vq_model, ours.losses) == (published.model.vq_model, published.losses)
 
 
-def test_sequence_length_that_is_not_the_tokenizers_is_refused():
-    message = refusal(GeneratorRun, B, "model.generator.image_seq_len=272")
-    assert "model.generator.image_seq_len=272" in message and "273 codes" in message
-
-
 def test_tokenizers_without_prefix_tokens_and_their_generators_are_configured_by_their_length():
     alone = "model.vq_model.num_latent_tokens=256"
     vq = load(TokenizerRun, [STAGE1, alone, "model.vq_model.prefix_head=false"]).model.vq_model
     assert (vq.num_tokens, vq.num_prefix_tokens, vq.causal) == (256, 0, True)
     both = load(GeneratorRun, [B, alone, "model.generator.image_seq_len=256"]).model
     assert both.generator.image_seq_len == both.vq_model.num_tokens == 256
-    assert "256 codes" in refusal(GeneratorRun, B, alone)
-    assert "273 codes" in refusal(GeneratorRun, B, "model.generator.image_seq_len=256")
-
-
-def test_image_size_that_the_patch_does_not_divide_is_refused():
-    message = refusal(TokenizerRun, STAGE1, "model.vq_model.image_size=100")
-    assert "100" in message and "model.vq_model.patch_size" in message
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from configs.load import sizes_for
 from data.cache import fingerprint
 from data.classes import printable
 from data.imagenet import unlike_imagenet
-from data.images import is_image, scan_images
+from data.images import scan_images
+from data.tree import is_image
+from data.walk import is_hidden
 from encoding.encoder import load_encoder
 from encoding.job import EncodingPlan, encode_folder
 from runtime.arguments import Parser, number, path
@@ -147,8 +149,8 @@ def image_folder(data_path: str, split: str | None) -> tuple[Path, str]:
     train = root / "train"
     if not train.is_dir():
         return root, ""
-    beside = {entry.name for entry in os.scandir(root) if entry.is_dir()} - SPLITS
-    if beside and any(is_image(entry.name) for entry in os.scandir(train)):
+    beside = {e.name for e in os.scandir(root) if e.is_dir() and not is_hidden(e.name)} - SPLITS
+    if beside and any(is_image(e.name) and not is_hidden(e.name) for e in os.scandir(train)):
         return root, ""
     return train, f"--data_path {root} holds train/, --split is not set: reading "
 

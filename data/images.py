@@ -6,8 +6,8 @@ a view, L that of the source crop that views are cut from (pixels).
 
 import io
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,17 +19,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.classes import describe_classes, first_names, printable
+from data.classes import describe_classes, first_names
 from data.labels import read_labels
 from data.order import EpochDraws
-from data.tars import TarPath, is_tar, open_tar
+from data.tars import TarPath, is_tar
+from data.tree import FileTree, ImagePath, describe_left_out, is_image, read_tree
 from modeling.pixels import to_float as to_float
 from runtime.errors import InputError
 from runtime.randomness import Stream, generator_for
 
 # Of the many that Pillow reads; one of them (EPS) would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
-ImagePath = str | Path | TarPath  # where one image is: a file, or in a tar
 VIEWS = {"center_flip": 2, "five_crop": 5, "ten_crop": 10}  # views per image, by kind
 
 
@@ -42,7 +42,7 @@ class ImageListing:
     samples: list[tuple[ImagePath, int]]  # (path, label), by class, then by path
     names: list[str]  # CLASS/FILE of every sample, which is what a cache calls it
     classes: list[str]  # sorted; a label is an index into them. Empty: the images have no classes
-    left_out: dict[str, int]  # other files, by suffix: how many
+    left_out: dict[str, int]  # other files, by suffix, and hidden ones: how many
 
     @property
     def paths(self) -> list[ImagePath]:
@@ -54,30 +54,7 @@ class ImageListing:
         return f"{len(self.samples)} images, {classes}{self.describe_left_out()}"
 
     def describe_left_out(self) -> str:
-        """`; left out: 2 .gif, …`; empty where nothing is."""
-        kinds = [f"{count} {printable(kind)}" for kind, count in sorted(self.left_out.items())]
-        return f"; left out: {', '.join(kinds)}" * bool(kinds)
-
-
-class FileTree(NamedTuple):
-    """The files of a folder or of a tar, whether they are images or not."""
-
-    root: Path
-    is_tar: bool
-    folders: dict[str, list[str]]  # path of a folder from the root, which is "": names of its files
-    path_of: Callable[[str], ImagePath]  # of a file, by its path from the root
-
-    def images(self) -> list[str]:
-        """Paths from the root of all images, sorted as text."""
-        folders = self.folders.items()
-        return sorted(
-            os.path.join(f, name) for f, names in folders for name in names if is_image(name)
-        )
-
-    def count_others(self) -> Counter[str]:
-        """Numbers of files that are not images, by suffix; hidden ones do not count."""
-        names = [name for names in self.folders.values() for name in names]
-        return Counter(kind_of_file(n) for n in names if not (is_image(n) or n[0] == "."))
+        return describe_left_out(self.left_out)
 
 
 def scan_images(
@@ -97,7 +74,7 @@ def scan_images(
     folders of images instead of images: then `root` is a folder above the one that was meant. All
     processes of a job list a tar together.
     """
-    tree = read_tree(Path(root), index_folder)
+    tree = read_tree(root, index_folder)
     if labels is not None:
         return list_labelled(tree, labels)
     images = tree.images() if classless else []
@@ -105,28 +82,6 @@ def scan_images(
         samples = [(tree.path_of(image), 0) for image in images]
         return ImageListing(tree.root, samples, images, [], dict(tree.count_others()))
     return list_classes(tree)
-
-
-def read_tree(root: Path, index_folder: Path | None) -> FileTree:
-    """Raises InputError for what is neither a folder nor a tar, or cannot be read."""
-    folders: dict[str, list[str]]
-    if is_tar(root):
-        tar = open_tar(root, index_folder)
-        paths = tar.paths()
-        folders = {name[:-1]: [] for name in tar.names if name[-1] == "/"}
-        for name in paths:
-            folder, file = os.path.split(name)
-            folders.setdefault(folder, []).append(file)
-        return FileTree(root, True, folders, paths.__getitem__)
-    if not root.is_dir():
-        raise InputError(f"no image folder {root}: pass a folder that holds one folder per class")
-    try:
-        walked = os.walk(root, onerror=fail, followlinks=True)
-        folders = {os.path.relpath(parent, root): files for parent, _, files in walked}
-    except OSError as e:
-        raise InputError(f"cannot read {e.filename}: {e.strerror}; make the folder readable") from e
-    folders[""] = folders.pop(".")
-    return FileTree(root, False, folders, lambda name: os.path.join(root, name))
 
 
 def list_classes(tree: FileTree) -> ImageListing:
@@ -187,18 +142,6 @@ def list_labelled(tree: FileTree, labels: str | Path) -> ImageListing:
     samples = [(tree.path_of(image), ranks[class_of[image]]) for image in images]
     names = [os.path.join(class_of[image], image) for image in images]
     return ImageListing(tree.root, samples, names, classes, dict(tree.count_others()))
-
-
-def is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
-
-
-def kind_of_file(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or "without a suffix"
-
-
-def fail(error: OSError) -> None:
-    raise error
 
 
 def list_images(root: str | Path) -> tuple[list[tuple[ImagePath, int]], list[str]]:

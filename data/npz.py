@@ -7,12 +7,14 @@ class's label is the rank of its folder name. Written here, a manifest.json lies
 import os
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.cache import MANIFEST, TokenCache, read_manifest, write_manifest
+from data.walk import walk
 from runtime.errors import InputError
 from runtime.files import sync_file, sync_folder
 
@@ -30,15 +32,17 @@ class NpzStore(TokenCache):
         unknown = {"layout": "npz", "codebook_size": None, "tokenizer": None}
         self.manifest = {**unknown, **(read_manifest(path) if path.exists() else {})}
         self.codebook_size = self.manifest["codebook_size"]
-        self.classes = self._class_names()
+        folders = walk(str(self.folder))[0]
+        self.classes = self._class_names(folders)
+        ranks = {name: label for label, name in enumerate(self.classes)}
         self._files: list[str] = []
         labels: list[int] = []
-        for label, name in enumerate(self.classes):
-            for parent, _, files in sorted(os.walk(self.folder / name)):
-                self._files += [
-                    os.path.join(parent, f) for f in sorted(files) if f.endswith(".npz")
-                ]
-            labels += [label] * (len(self._files) - len(labels))
+        for folder in sorted(folders, key=lambda folder: (folder.split(os.sep)[0], folder)):
+            name = folder.split(os.sep)[0]
+            if name in ranks:
+                names = [file for file in sorted(folders[folder]) if file.endswith(".npz")]
+                self._files += [os.path.join(self.folder, folder, file) for file in names]
+                labels += [ranks[name]] * len(names)
         self.labels, self.images = np.array(labels, np.int32), len(labels)
         if not self.images:
             raise InputError(f"no token cache at {self.folder}: make one with pretokenization.py")
@@ -50,16 +54,11 @@ class NpzStore(TokenCache):
         self.views, self.tokens = 0, 0  # any shape …
         self.views, self.tokens = self._read(0).shape  # … but that of the first from here on
 
-    def _class_names(self) -> list[str]:
-        """The manifest's classes; without them, the folders, of which a class may be empty.
-
-        The manifest keeps a stray folder from shifting the labels. Without it, only folders that
-        an operating system leaves behind are known to be none: hidden ones and __MACOSX.
-        """
+    def _class_names(self, folders: Iterable[str]) -> list[str]:
+        """The manifest's classes, so that a stray folder shifts no labels; otherwise the folders."""
         names = self.manifest.get("classes")
         if names is None:
-            folders = (entry.name for entry in os.scandir(self.folder) if entry.is_dir())
-            return sorted(n for n in folders if not n.startswith(".") and n != "__MACOSX")
+            return sorted({folder.split(os.sep)[0] for folder in folders} - {""})
         plain = isinstance(names, list) and all(
             isinstance(n, str) and n not in ("", ".", "..") and os.path.basename(n) == n
             for n in names

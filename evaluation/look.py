@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from data.classes import printable
-from data.images import fail, is_image, photo_crop, to_float
+from data.images import photo_crop, to_float
 from data.pictures import (
     WHITE,
     captioned,
@@ -36,6 +36,7 @@ from data.pictures import (
     to_pixels,
     write_png,
 )
+from data.tree import describe_left_out, read_tree
 from evaluation.reconstruction import psnr, ssim
 from evaluation.tokenizer_score import MAGNIFICATION, check_window, load_tokenizer
 from modeling.devices import find_device
@@ -57,7 +58,10 @@ def list_photos(sources: list[str]) -> dict[str, str]:
     photos: dict[str, str] = {}
     for source in sources:
         if os.path.isdir(source):
-            found = {os.path.relpath(file, source): file for file in images_below(source)}
+            tree = read_tree(source)
+            found = {name: os.path.join(source, name) for name in tree.images()}
+            if tree.left_out:
+                print(f"{source}: {len(found)} images{describe_left_out(tree.left_out)}")
             if not found:
                 raise InputError(f"{source} holds no images: pass photos, or a folder of them")
         elif os.path.exists(source):
@@ -71,15 +75,6 @@ def list_photos(sources: list[str]) -> dict[str, str]:
             )
         photos |= found
     return photos
-
-
-def images_below(folder: str) -> list[str]:
-    return [
-        os.path.join(parent, name)
-        for parent, _, names in sorted(os.walk(folder, onerror=fail, followlinks=True))
-        for name in sorted(names)
-        if is_image(name) and not name.startswith(".")
-    ]
 
 
 class Look(NamedTuple):

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import IO, Optional, Protocol, cast
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from accelerate import PartialState
 
-from data.images import ImagePath, center_crop, is_image, load_image
-from data.tars import is_tar, open_tar
+from data.images import ImagePath, center_crop, load_image
+from data.tars import is_tar
+from data.tree import describe_left_out, read_tree
 from runtime.errors import InputError
 
 INDEX_FOLDER = Path("output")  # keeps the indexes of tars, as it keeps the pictures of results
@@ -81,10 +82,10 @@ class FolderImages:
 
 def sorted_paths(source: Path) -> list[ImagePath]:
     """All images in a folder or tar, at any depth; folder by folder, as paths compare."""
-    if source.is_dir():
-        return sorted(p for p in source.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-    paths = open_tar(source, INDEX_FOLDER).paths()
-    return [paths[n] for n in sorted(filter(is_image, paths), key=lambda name: name.split("/"))]
+    tree = read_tree(source, INDEX_FOLDER)
+    if tree.left_out:
+        PartialState().print(f"{source}: images{describe_left_out(tree.left_out)}")
+    return [tree.path_of(n) for n in sorted(tree.images(), key=lambda name: name.split("/"))]
 
 
 def map_npz(path: Path, key: str) -> np.ndarray:

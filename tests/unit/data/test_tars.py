@@ -36,7 +36,7 @@ def root(tmp_path):
         "n02/b.png",
         "n02/a.JPEG",
         "n02/deep/0.png",
-        "n02/.h/1.png",
+        "n02/h/1.png",
         "n01/z.png",
         f"n01/{LONG}",
     ]

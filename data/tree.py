@@ -1,0 +1,89 @@
+"""The files of a folder or a tar: the one walk of every program that lists images."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.classes import printable
+from data.tars import TarPath, is_tar, open_tar
+from data.walk import HIDDEN, is_hidden, walk
+from runtime.errors import InputError
+
+ImagePath = str | Path | TarPath  # where one image is: a file, or in a tar
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+class FileTree(NamedTuple):
+    """The files of a folder or of a tar, whether they are images or not; hidden ones are left out."""
+
+    root: Path
+    is_tar: bool
+    folders: dict[str, list[str]]  # path of a folder from the root, which is "": names of its files
+    path_of: Callable[[str], ImagePath]  # of a file, by its path from the root
+    left_out: Counter[str]  # entries that were not entered, by kind
+
+    def images(self) -> list[str]:
+        """Paths from the root of all images, sorted as text."""
+        folders = self.folders.items()
+        return sorted(
+            os.path.join(f, name) for f, names in folders for name in names if is_image(name)
+        )
+
+    def count_others(self) -> Counter[str]:
+        """Numbers of what is not listed: files that are not images, by suffix, and `left_out`."""
+        names = [name for names in self.folders.values() for name in names]
+        return self.left_out + Counter(kind_of_file(name) for name in names if not is_image(name))
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """`; left out: 2 .gif, …`; empty where nothing is."""
+    kinds = [f"{count} {printable(kind)}" for kind, count in sorted(left_out.items())]
+    return f"; left out: {', '.join(kinds)}" * bool(kinds)
+
+
+def kind_of_file(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without a suffix"
+
+
+def read_tree(root: str | Path, index_folder: Path | None = None) -> FileTree:
+    """The files below `root`, a folder or a tar, whose index is kept in `index_folder`.
+
+    Raises InputError for what is neither, or cannot be read. All processes of a job read a tar
+    together.
+    """
+    root = Path(root)
+    if is_tar(root):
+        return read_tar(root, index_folder)
+    if not root.is_dir():
+        raise InputError(f"no image folder {root}: pass a folder that holds one folder per class")
+    try:
+        folders, left_out = walk(str(root))
+    except OSError as e:
+        raise InputError(f"cannot read {e.filename}: {e.strerror}; make the folder readable") from e
+    return FileTree(root, False, folders, lambda name: os.path.join(root, name), left_out)
+
+
+def read_tar(root: Path, index_folder: Path | None) -> FileTree:
+    tar = open_tar(root, index_folder)
+    paths = tar.paths()
+    found: dict[str, list[str]] = {name[:-1]: [] for name in tar.names if name[-1] == "/"}
+    for name in paths:
+        folder, file = os.path.split(name)
+        found.setdefault(folder, []).append(file)
+    folders, hidden = {}, set()
+    for folder, files in found.items():
+        parts = folder.split("/") if folder else []
+        first = next((i for i, part in enumerate(parts) if is_hidden(part)), None)
+        if first is not None:
+            hidden.add("/".join(parts[: first + 1]))
+            continue
+        folders[folder] = [name for name in files if not is_hidden(name)]
+        hidden |= {os.path.join(folder, name) for name in files if is_hidden(name)}
+    return FileTree(root, True, folders, paths.__getitem__, +Counter({HIDDEN: len(hidden)}))

@@ -1,0 +1,54 @@
+"""The one walk through folders of images and of codes."""
+
+import os
+from collections import Counter, deque
+
+# What systems put beside a user's files, in lower case; names that start with a dot come on top.
+SYSTEM = {
+    "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found",
+    "thumbs.db", "desktop.ini",
+}  # fmt: skip
+HIDDEN, LINKED = "hidden or system entries", "links to folders that are listed anyway"
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def walk(root: str) -> tuple[dict[str, list[str]], Counter[str]]:
+    """The files below a folder by the path of theirs from it, which is "", and what is left out, by kind.
+
+    Links are followed, and every real folder is entered once: under its own name, if it lies below
+    the root without a link, otherwise under that of the first link to it. A link to a folder that it
+    lies in is not followed, because everything beside it would be listed again under its name.
+    """
+    folders: dict[str, list[str]] = {}
+    left_out: Counter[str] = Counter()
+    entered = set()
+    starts = deque([root])  # links are walked after all real folders
+    while starts:
+        links = []
+        for parent, names, files in os.walk(starts.popleft(), onerror=fail):
+            status = os.stat(parent)
+            if (status.st_dev, status.st_ino) in entered:
+                left_out[LINKED] += 1
+                names.clear()
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            shown = [name for name in files if not is_hidden(name)]
+            folders[os.path.relpath(parent, root)] = shown
+            left_out[HIDDEN] += len(files) - len(shown) + sum(map(is_hidden, names))
+            names[:] = [name for name in names if not is_hidden(name)]
+            links += [path for n in names if os.path.islink(path := os.path.join(parent, n))]
+        for link in sorted(links):
+            above = os.path.realpath(link)
+            if os.path.commonpath([above, os.path.realpath(os.path.dirname(link))]) == above:
+                left_out[LINKED] += 1
+            else:
+                starts.append(link)
+    folders[""] = folders.pop(".")
+    return folders, +left_out
+
+
+def fail(error: OSError) -> None:
+    raise error

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     if experiment.codes is not None:
         codes = read_codes(experiment.codes, options.model.vq_model)
     else:
-        generator_file = weights_file(generator_checkpoint(experiment), "ema", "generator")
+        generator_file = weights_file(generator_checkpoint(experiment), "generator")
         generator_state = read_weights(generator_file)
     tokenizer_file = weights_file(experiment.tokenizer_checkpoint, "tokenizer")
     tokenizer_state = read_weights(tokenizer_file)

@@ -16,16 +16,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import configs.load
-from configs.schema import GeneratorRun
+from configs.schema import GeneratorRun, Phase
 from data.classes import describe_classes, printable, write_trained
 from data.imagenet import unlike_imagenet
 from data.images import VIEWS, TrainViews, scan_images, to_float
@@ -40,37 +35,24 @@ from modeling.sampling import NO_CLASS
 from modeling.tokenizer import CLUSTERING, Tokenizer
 from modeling.weights.class_names import NONE, ClassNames
 from modeling.weights.metadata import GENERATOR, About, about_model
-from modeling.weights.tensors import describe, load_tensors, read_state_dict, write_state_dict
+from modeling.weights.tensors import describe, load_tensors, read_state_dict
 from runtime.errors import InputError
 from runtime.processes import compiles, device_name, on_main
 from runtime.program import run as run_program
 from runtime.randomness import image_uniforms, seed_step
 from training import checkpoint
 from training.accelerator import precision, start_training
-from training.dry_run import Stretch, split_dry_run
+from training.checkpoint import WHOLE, WholeOptimizer
+from training.dry_run import split_dry_run
 from training.initial import fit_classes
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
-from training.run import Due, Run, flatten
+from training.run import Due, Run
 from training.schedule import generator_lr
 from training.utilisation import training_flops
 
 WEIGHTS = Path("weights")  # the published files that metrics need
 GRID_CLASSES, GRID_PER_CLASS = 10, 4  # of a sample grid
 PROBED = 16  # images of a cache whose codes are read before the first step
-EXPORTS = {"generator": "generator", "ema": "generator_ema"}  # checkpoint's name -> exported name
-# Settings that may differ when a run is resumed: none of them moves its weights, but for rounding.
-# The number of images, the global batch and the tokenizer are compared by themselves.
-IGNORED_ON_RESUME = (
-    "experiment.", "dataset.", "model.vq_model.", "model.generator.randomize_temperature",
-    "model.generator.guidance_", "model.generator.top_", "model.generator.seed",
-    "model.generator.use_checkpoint",
-    "training.gradient_accumulation_steps", "training.per_gpu_batch_size", "training.enable_",
-    "training.compile", "training.timeout_minutes",
-)  # fmt: skip
-# Whole tensors under the model's own names, however DDP, FSDP or torch.compile wrap it; so a run
-# resumes under another launcher and on another number of processes.
-WHOLE = StateDictOptions(full_state_dict=True)
-WHOLE_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)  # {} on other ranks
 
 
 # ---------------------------------------------------------------------- data
@@ -87,11 +69,6 @@ class TrainingSet:
     classes: list[str]  # names; a label is an index into them
     skip_unreadable: Optional[int]  # None for codes
     left_out: str = ""  # what else the source holds, in words
-
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run compares. Earlier versions trained on the first images, not a sample."""
-        sample = {} if self.images == self.listed else {"choice of images": "even over classes"}
-        return {"images": self.images, "views": self.views, **sample}
 
     @property
     def shown_classes(self) -> list[str]:
@@ -111,6 +88,11 @@ class GeneratorData:
     encodes_in_autocast: bool  # otherwise in float32, with TF32 as training
     validation: Optional[TokenCache]  # its labels are the training set's
     evaluator: Optional[Evaluator]  # for gFID
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when the run resumes."""
+        train = self.train
+        return {"images": train.images, "views": train.views, "tokenizer": self.tokenizer_hash}
 
 
 def open_data(
@@ -294,28 +276,23 @@ def load_initial(run: Run, generator: Generator) -> str:
 
 
 class TrainState:
-    """The generator, its optimizer, its average and the best validation loss: a checkpoint's content.
+    """The generator, its optimizer and its average, from the checkpoint that `run` resumes from, if any.
 
-    Built from the initial weights, or from the checkpoint that `run` resumes from. `start` says in
-    words where initial weights came from, if from a file.
+    `start` says in words where initial weights came from, if from a file; `about` is what files of the
+    weights say of themselves.
     """
 
-    def __init__(self, run: Run, options: GeneratorRun):
+    def __init__(self, run: Run, options: GeneratorRun, data: GeneratorData):
         training, accelerator = options.training, run.accelerator
         self.accelerator, self.config = accelerator, options.model.generator
+        self.about = about_generator(options, data)
         set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
         self.generator = Generator(self.config)
         self.start = load_initial(run, self.generator)
         self.ema = None
         if training.use_ema:
             self.ema = EMA(self.generator, training.ema_decay, training.ema_warmup)
-        self.best: float = run.saved.get("best", float("inf"))
-        if run.resumed:
-            source = str(run.folder.source)
-            load_tensors(self.generator, run.folder.weights("generator"), source)
-            if self.ema is not None:  # from a run without an average, it starts at the weights
-                load_tensors(self.ema.model, run.folder.weights("ema", "generator"), source)
-                self.ema.updates = run.saved.get("ema_updates", 0)
+        run.checkpoint.register_model("generator", self.generator, self.about, self.ema)
 
         groups = parameter_groups(self.generator, options.optimizer.params.weight_decay)
         optimizer = adamw(groups, options.optimizer.params)
@@ -327,49 +304,25 @@ class TrainState:
         if self.compiled:
             compile_blocks(self.generator.blocks)
             self.loss_of = torch.compile(next_code_loss, dynamic=False)  # one pass over the logits
-        if run.resumed:
-            set_optimizer_state_dict(
-                self.generator, self.optimizer.optimizer,
-                optim_state_dict=run.saved["optimizer"], options=WHOLE,
-            )  # fmt: skip
+        run.checkpoint.register("optimizer", WholeOptimizer(self.generator, self.optimizer))
         self.model.train()
 
-    def weights(self) -> dict[str, dict[str, Any]]:
-        """Whole tensors, on the main process's CPU, by file name; all ranks call this."""
-        weights = {"generator": get_model_state_dict(self.generator, options=WHOLE_ON_MAIN)}
-        if self.ema is not None:
-            weights["ema"] = get_model_state_dict(self.ema.model, options=WHOLE_ON_MAIN)
-        return weights
-
-    def other_state(self) -> dict[str, Any]:
-        """What else a checkpoint keeps; all ranks call this."""
-        optimizer = get_optimizer_state_dict(
-            self.generator, self.optimizer.optimizer, options=WHOLE_ON_MAIN
-        )
-        updates = {} if self.ema is None else {"ema_updates": self.ema.updates}
-        return {"best": self.best, "optimizer": optimizer, **updates}
+    @property
+    def averaged(self) -> nn.Module:
+        """The generator that is evaluated, sampled and exported: the average, if there is one."""
+        return self.generator if self.ema is None else self.ema.model
 
     def to_evaluate(self) -> Generator:
-        """The generator that is evaluated, sampled and exported as the best: the average, if any."""
-        part: Any = self.generator if self.ema is None else self.ema.model
+        """`averaged`, whole: under FSDP, whose shards no rank can run alone, a copy."""
+        part: Any = self.averaged
         if not self.accelerator.is_fsdp2:
             return part
-        whole = Generator(self.config).to(self.accelerator.device)  # no rank alone can run shards
+        whole = Generator(self.config).to(self.accelerator.device)
         whole.load_state_dict(get_model_state_dict(part, options=WHOLE))
         return whole
 
 
 # ---------------------------------------------------------------------- reports
-def settings_of(run: Run, data: GeneratorData) -> dict[str, Any]:
-    """What makes the run the run that it is, to compare when it is resumed."""
-    return {
-        **flatten(configs.load.as_dict(run.options)),
-        **data.train.identity(),
-        "global batch": run.global_batch,
-        "tokenizer": data.tokenizer_hash,
-    }
-
-
 def about_generator(options: GeneratorRun, data: GeneratorData) -> About:
     """What the run's weights say of themselves."""
     # The published layout of a cache states no tokenizer.
@@ -419,7 +372,7 @@ def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
 def note_classes(run: Run, train: TrainingSet) -> None:
     """Write into the run's folder what its generator knows, for the sampler's warning."""
     trained = np.unique(train.labels).tolist()
-    on_main(lambda: write_trained(run.folder.path, train.classes, trained))
+    on_main(lambda: write_trained(run.folder, train.classes, trained))
 
 
 def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData) -> None:
@@ -437,10 +390,12 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData
                 sums = run.attempt("validation", lambda: validation_sums(run, generator, data))
                 if sums is not None:
                     loss, accuracy, count = run.accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
-                    best = min(state.best, run.log.lowest("val/loss"))
+                    values = run.checkpoint.values
+                    logged = on_main(lambda: run.log.lowest("val/loss"))
+                    best = min(values.get("best", float("inf")), logged)
                     if loss / count < best:  # before the record, which says that this is done
-                        state.best = loss / count
-                        export(run, generator.state_dict(), "generator_best")
+                        values["best"] = loss / count
+                        run.export(generator, "generator_best", ".bin", state.about)
                     log.metrics(step, {"val/loss": loss / count, "val/accuracy": accuracy / count})
             if generates:
                 assert data.tokenizer is not None, "generate_every loads the tokenizer"
@@ -500,13 +455,6 @@ def grid_labels(options: GeneratorRun) -> Tensor:
     return torch.linspace(0, last, GRID_CLASSES).long().repeat(GRID_PER_CLASS)
 
 
-def export(run: Run, state: dict[str, Tensor], name: str) -> None:
-    """Write weights as NAME.bin, the published format, and NAME.safetensors into the run's folder."""
-    if run.accelerator.is_main_process:
-        for suffix in (".bin", ".safetensors"):
-            write_state_dict(state, run.folder.path / (name + suffix), run.about["generator"])
-
-
 # ---------------------------------------------------------------------- the program
 def main(argv: list[str]) -> None:
     dry_run, argv = split_dry_run(argv)
@@ -517,13 +465,11 @@ def main(argv: list[str]) -> None:
     accelerator = start_training(training)
     kept = None if dry_run else Path(options.experiment.output_dir)
     data = open_data(options, accelerator, index_folder=kept)
-    run = Run(accelerator, options, [Stretch("training", 1, total_steps)], dry_run)
-    settings = settings_of(run, data)
-    run.resume(settings, IGNORED_ON_RESUME)
-    state = TrainState(run, options)
+    phases = [Phase("training", total_steps)]
+    run = Run(accelerator, options, phases, data.identity(), dry_run)
+    state = TrainState(run, options, data)
     workers = options.dataset.params.num_workers_per_gpu
     run.start(data.train.dataset, data.train.images, workers, data.train.skip_unreadable)
-    run.about = dict.fromkeys(EXPORTS, about_generator(options, data))
     if not dry_run:
         note_classes(run, data.train)
     run.flops_per_image = training_flops(options.model.generator)
@@ -561,16 +507,15 @@ def main(argv: list[str]) -> None:
         if due.log:
             run.log_window(step, {"lr": lr})
         if due.save:
-            run.save(step, settings, state.weights(), state.other_state())
+            run.save(step)
         if due.stop:
             run.exit_stopped(step)
         report(run, step, due, state, data)
 
     if run.dry_run is not None:
         return run.report_dry_run({"generator": state.generator})
-    for name, tensors in state.weights().items():
-        export(run, tensors, EXPORTS[name])
-    run.finish(f"weights in {run.folder.path / 'generator.bin'} and .safetensors")
+    run.export(state.averaged, "generator", ".bin", state.about)
+    run.finish(f"weights in {run.folder / 'generator.bin'} and .safetensors")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def main(argv: list[str]) -> None:
     assert generator is not None  # `load` sets it
     models = load_models(
         options.model, experiment, read_weights(experiment.tokenizer_checkpoint, "tokenizer"),
-        read_weights(generator, "ema", "generator"), device,
+        read_weights(generator, "generator"), device,
     )  # fmt: skip
     job = sampling_job(options, device)
     print(machine())

@@ -24,7 +24,7 @@ from runtime.processes import compiles, device_name, matmul_precision
 from training import checkpoint
 
 PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 on CUDA, fp32 on a CPU, as in training
-WEIGHTS = ("ema", "generator")  # of a checkpoint: the trainer validates the average if it has one
+WEIGHTS = ("generator",)  # of a checkpoint: the average, if the run keeps one
 
 
 @dataclass
@@ -49,10 +49,10 @@ def find_source(given: str, step: int | None = None) -> Source:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """The "run" entry of a checkpoint's state, without reading its gigabytes of moments."""
+    """The settings in a checkpoint's state, without reading its gigabytes of moments."""
     file = folder / "state.pt"
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["run"]
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["values"]["run"]
     except Exception as e:  # a forged pickle raises almost anything
         raise InputError(
             f"{file} is missing or damaged: give another checkpoint, or one of its .safetensors "

@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
                 f"experiment.{name}={getattr(experiment, name)}: the sweep samples new codes; leave "
                 f"it out"
             )
-    generator_file = weights_file(generator_checkpoint(experiment), "ema", "generator")
+    generator_file = weights_file(generator_checkpoint(experiment), "generator")
     tokenizer_file = weights_file(experiment.tokenizer_checkpoint, "tokenizer")
     generator_state, tokenizer_state = read_weights(generator_file), read_weights(tokenizer_file)
     about = check_files(options.model, tokenizer_file, tokenizer_state, generator_file)

@@ -76,7 +76,7 @@ class Pipeline:
         self.compiled = compiled
         self.about: dict[str, Optional[About]] = {}  # what the files say of themselves
         tokenizer_file = weights_in(tokenizer, "tokenizer")
-        generator_file = weights_in(generator, "ema", "generator")
+        generator_file = weights_in(generator, "generator")
         state = self._open_tokenizer(tokenizer_file, tokenizer_config)
         self._open_generator(generator_file)
         check_same_codes(self.about[GENERATOR], generator_file, state, tokenizer_file)

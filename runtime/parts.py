@@ -18,17 +18,12 @@ def share_of(items: S, rank: int, world: int) -> S:
     return items[rank::world]
 
 
-def differing(
-    earlier: dict[str, Any], settings: dict[str, Any], ignored: tuple[str, ...] = ()
-) -> str:
-    """The entries in which two settings differ, with both values; empty where they agree.
-
-    Entries whose names start with one of `ignored` are not compared.
-    """
+def differing(earlier: dict[str, Any], settings: dict[str, Any]) -> str:
+    """The entries in which two settings differ, with both values; empty where they agree."""
     return ", ".join(
         f"{key} ({earlier.get(key)} there, {settings.get(key)} now)"
         for key in sorted(earlier.keys() | settings.keys())
-        if earlier.get(key) != settings.get(key) and not key.startswith(ignored)
+        if earlier.get(key) != settings.get(key)
     )
 
 

@@ -7,7 +7,7 @@ import torch
 
 from modeling.randomness import image_uniforms
 
-__all__ = ["STREAMS_VERSION", "Stream", "generator_for", "image_uniforms", "seed_step"]
+__all__ = ["Stream", "generator_for", "image_uniforms", "seed_step"]
 
 
 class Stream(IntEnum):
@@ -21,11 +21,6 @@ class Stream(IntEnum):
     VIEW = 2  # (epoch): the view of each image and whether its class is dropped
     CROP = 3  # (epoch, index): the random crop and flip of an image
     STEP = 4  # (rank, step): torch's generators, for dropout
-
-
-# Raised whenever the streams of training change: a run resumed from a checkpoint of another version
-# sees other orders, crops and dropout masks from there on.
-STREAMS_VERSION = 2
 
 
 def generator_for(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -8,7 +8,6 @@ whole run needs, and writes nothing.
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -46,14 +45,13 @@ from evaluation.reconstruction import (
 )
 from modeling.compiling import compile_blocks
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
-from modeling.weights.metadata import DISCRIMINATOR, TOKENIZER, About, about_file, about_model
+from modeling.weights.metadata import DISCRIMINATOR, TOKENIZER, about_file, about_model
 from modeling.weights.tensors import (
     describe,
     fingerprint,
     load_tensors,
     read_part,
     read_state_dict,
-    write_state_dict,
 )
 from runtime.errors import InputError
 from runtime.processes import compiles, on_main
@@ -63,27 +61,15 @@ from train_tokenizer.discriminator import Discriminator, hinge_loss, weights_fro
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training import checkpoint
 from training.accelerator import numerics_of, precision, start_training, tune_convolutions
-from training.dry_run import Stretch, split_dry_run
+from training.dry_run import split_dry_run
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
-from training.run import Due, Run, flatten
+from training.run import Due, Run
 from training.schedule import is_critic_step, phase_at, tokenizer_lr
 
 WEIGHTS = Path("weights")  # the published files that the losses and metrics need
 PREVIEWS, PER_ROW = 16, 8  # images in a preview, and pictures (before | after) in its row
 STAGE1_ONLY = ("decoder.ffn_aux", "decoder.conv_out_aux", "quantize.embed_prob")
 BUFFERS_AND_POSITIONS = ("decoder.class_embedding", "decoder.latent_token_positional_embedding")
-# In a checkpoint, "tokenizer" holds the weights to use: with EMA, the average. The weights that
-# training continues from are then under this name.
-RAW_WEIGHTS = "unaveraged"
-# Settings that may differ when a run is resumed: none of them moves its weights, but for rounding.
-# Of the phases, those that have begun are compared.
-IGNORED_ON_RESUME = (
-    "experiment.", "dataset.params.train_dir", "dataset.params.val_dir",
-    "dataset.params.num_workers_per_gpu", "dataset.params.train_root",
-    "dataset.params.skip_unreadable", "model.use_checkpoint",
-    "training.gradient_accumulation_steps", "training.per_gpu_batch_size", "training.enable_",
-    "training.compile", "training.timeout_minutes", "training.max_train_steps",
-)  # fmt: skip
 MIN_CODEBOOK_USE = 0.1  # a smaller share of the codebook in use is worth a warning …
 MIN_TOKENS_PER_CODE = 10  # … once a window has enough tokens that chance does not explain it
 # Two images with the same code at a larger share of positions are worth a warning, too, once a
@@ -102,6 +88,10 @@ class TokenizerData:
     dataset: TrainImages
     validation: list[ImagePath]  # paths of held-out images; may be empty
     evaluator: Optional[Evaluator]  # for rFID
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when the run resumes."""
+        return {"images": len(self.paths)}
 
 
 def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> TokenizerData:
@@ -272,7 +262,8 @@ def build_discriminator(options: TokenizerRun) -> Discriminator:
 class CodebookUse:
     """How often each code was chosen since the last report, on the device; warns of a collapse."""
 
-    def __init__(self, config: TokenizerConfig, device: torch.device):
+    def __init__(self, config: TokenizerConfig, accelerator: Accelerator):
+        self.accelerator, device = accelerator, accelerator.device
         self.counts = torch.zeros(config.codebook_size, device=device)  # of this rank
         self.positions = PositionCounts(config.num_tokens, config.codebook_size, device)
         self.clustering, self.latents = config.clustering, []
@@ -291,25 +282,19 @@ class CodebookUse:
         latents, self.latents = torch.cat(self.latents), []
         return latents
 
-    def total(self, accelerator: Accelerator) -> Tensor:
-        """Counts (codebook_size,) over all ranks, which call this together."""
-        return accelerator.reduce(self.counts, "sum")  # type: ignore[return-value] - of a tensor, a tensor
+    def state_dict(self) -> dict[str, Tensor]:
+        """Counts of codes (codebook_size,) and by position (T, codebook_size), of all ranks."""
+        counts = {"codes": self.counts, "positions": self.positions.counts}
+        return {name: self.accelerator.reduce(part, "sum").cpu() for name, part in counts.items()}  # type: ignore[union-attr]
 
-    def at_positions(self, accelerator: Accelerator) -> Tensor:
-        """Counts (T, codebook_size) of all ranks; all ranks call this."""
-        counts: Any = accelerator.reduce(self.positions.counts, "sum")
-        return counts
-
-    def restore(self, saved: dict[str, Any], accelerator: Accelerator) -> None:
-        """Resume from what a checkpoint keeps; earlier versions kept no counts by position."""
-        if accelerator.is_main_process:
-            self.counts += saved["code_counts"].to(self.counts.device)
-            if "position_counts" in saved:
-                self.positions.counts += saved["position_counts"].to(self.counts.device)
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        if self.accelerator.is_main_process:
+            self.counts += state_dict["codes"].to(self.counts.device)
+            self.positions.counts += state_dict["positions"].to(self.counts.device)
 
     def report(self, run: Run) -> dict[str, float]:
         """Share of codes used and perplexity, none if no code was counted; counts start anew."""
-        counts, at_positions = self.total(run.accelerator), self.at_positions(run.accelerator)
+        counts, at_positions = self.state_dict().values()
         self.counts.zero_(), self.positions.counts.zero_()
         if not counts.any():  # all steps were the discriminator's
             return {}
@@ -348,15 +333,17 @@ def has_collapsed(counts: Tensor) -> bool:
 class TrainState:
     """Tokenizer, discriminator, their optimizers, the average and the frozen networks of the losses.
 
-    Built from the initial weights, or from the checkpoint that `run` resumes from. `start` says in
-    words where initial weights came from, if from a file. `critic` is the discriminator as the
-    accelerator wraps it; without an adversarial phase there is none.
+    Their state is that of the checkpoint that `run` resumes from, if any. `start` says in words where
+    initial weights came from, if from a file; `about` is what files of the tokenizer say of
+    themselves. `critic` is the discriminator as the accelerator wraps it; without an adversarial
+    phase there is none.
     """
 
     def __init__(self, run: Run, options: TokenizerRun, evaluates: bool):
         training, accelerator = options.training, run.accelerator
-        self.run, self.options, self.accelerator = run, options, accelerator
+        self.options, self.accelerator, saved = options, accelerator, run.checkpoint
         self.config = options.model.vq_model
+        self.about = about_model(TOKENIZER, self.config, stage=options.model.stage)
         set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
         self.tokenizer = build_tokenizer(options)
         self.start = load_initial(run, self.tokenizer)
@@ -374,8 +361,10 @@ class TrainState:
         self.ema = None
         if training.use_ema:
             self.ema = EMA(self.tokenizer, training.ema_decay, training.ema_warmup)
-        if run.resumed:
-            self._load_weights()
+        saved.register_model("tokenizer", self.tokenizer, self.about, self.ema)
+        if self.discriminator is not None:  # optional: a phase with one may come to a run without
+            about = about_model(DISCRIMINATOR)
+            saved.register_model("discriminator", self.discriminator, about, optional=True)
 
         params = options.optimizer.params
         trained = [p for p in self.tokenizer.parameters() if p.requires_grad]
@@ -383,38 +372,19 @@ class TrainState:
         if self.compiled:
             self._compile()
         self.model, self.optimizer = accelerator.prepare(self.tokenizer, adamw(trained, params))
+        saved.register("optimizer", self.optimizer)
         self.critic: Any = None
         self.critic_optimizer: Any = None
         if self.discriminator is not None:
             self.critic, self.critic_optimizer = accelerator.prepare(
                 self.discriminator, adamw(self.discriminator.parameters(), params)
             )
+            saved.register("critic_optimizer", self.critic_optimizer, optional=True)
         if self.ema is not None:
             self.ema.prepare(accelerator)
-        self.codes = CodebookUse(self.config, accelerator.device)
-        if run.resumed:
-            self._load_optimizers()
+        self.codes = CodebookUse(self.config, accelerator)
+        saved.register("codes", self.codes)
         self.model.train()
-
-    def _load_weights(self) -> None:
-        folder, source = self.run.folder, str(self.run.folder.source)
-        load_tensors(self.tokenizer, folder.weights(RAW_WEIGHTS, "tokenizer"), source)
-        if self.ema is not None:  # from a run without an average, it starts at the weights
-            load_tensors(self.ema.model, folder.weights("tokenizer"), source)
-            self.ema.updates = self.run.saved.get("ema_updates", 0)
-        if self.discriminator is not None and "critic_optimizer" in self.run.saved:
-            load_tensors(self.discriminator, folder.weights("discriminator"), source)
-
-    def _load_optimizers(self) -> None:
-        saved = self.run.saved
-        try:
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except ValueError as e:  # possible for a checkpoint that was named
-            source = self.run.folder.source
-            raise InputError(f"{source} is of a run that trained other parameters: {e}") from e
-        if self.critic is not None and "critic_optimizer" in saved:  # not after phases without one
-            self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
-        self.codes.restore(saved, self.accelerator)
 
     def _compile(self) -> None:
         """Compile what trains. A frozen encoder stays eager: it computes in full float32
@@ -430,28 +400,6 @@ class TrainState:
         """The tokenizer that is evaluated, previewed and exported: the average, if there is one."""
         part: Any = self.tokenizer if self.ema is None else self.ema.model
         return part
-
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        """A checkpoint's weights, by file name."""
-        weights = {"tokenizer": self.averaged.state_dict()}
-        if self.ema is not None:
-            weights[RAW_WEIGHTS] = self.tokenizer.state_dict()
-        if self.discriminator is not None:
-            weights["discriminator"] = self.discriminator.state_dict()
-        return weights
-
-    def other_state(self) -> dict[str, Any]:
-        """What else a checkpoint keeps; all ranks call this."""
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "code_counts": self.codes.total(self.accelerator).cpu(),
-            "position_counts": self.codes.at_positions(self.accelerator).cpu(),
-        }
-        if self.critic is not None:
-            state["critic_optimizer"] = self.critic_optimizer.state_dict()
-        if self.ema is not None:
-            state["ema_updates"] = self.ema.updates
-        return state
 
     def models(self) -> dict[str, nn.Module]:
         """What is trained, by name."""
@@ -479,35 +427,6 @@ class TrainState:
 
 
 # ---------------------------------------------------------------------- reports
-def about_weights(options: TokenizerRun) -> dict[str, About]:
-    """What the run's weights say of themselves, by their names in a checkpoint."""
-    tokenizer = about_model(TOKENIZER, options.model.vq_model, stage=options.model.stage)
-    discriminator = about_model(DISCRIMINATOR)
-    return {"tokenizer": tokenizer, RAW_WEIGHTS: tokenizer, "discriminator": discriminator}
-
-
-def settings_of(run: Run, data: TokenizerData, step: int) -> dict[str, Any]:
-    """What has made the run the run that it is until `step`, to compare when it is resumed."""
-    options = run.options
-    so_far = {**configs.load.as_dict(options), "phases": begun(options.phases, step)}
-    # Earlier versions trained on the first images, not on a sample.
-    sample = {} if data.whole else {"choice of images": "even over classes"}
-    images = {"images": len(data.paths), **sample}
-    return {**flatten(so_far), **images, "global batch": run.global_batch}
-
-
-def begun(phases: list[Phase], step: int) -> list[dict]:
-    """The phases with a step up to `step`: what a run has been so far."""
-    starts = itertools.accumulate((phase.steps for phase in phases), initial=0)
-    return [configs.load.as_dict(p) for p, start in zip(phases, starts) if start < step]
-
-
-def stretches_of(phases: list[Phase]) -> list[Stretch]:
-    """The phases as what a dry run measures one by one."""
-    starts = itertools.accumulate((phase.steps for phase in phases), initial=1)
-    return [Stretch(phase.name, start, phase.steps) for phase, start in zip(phases, starts)]
-
-
 def enter_phase(run: Run, phases: list[Phase], step: int) -> tuple[Phase, int, int]:
     """The phase of a step, its number and the step's number in it, both from 1; announces a phase."""
     phase, step_in_phase = phase_at(phases, step)
@@ -595,13 +514,6 @@ def preview(tokenizer: Tokenizer, paths: list[ImagePath]) -> Tensor:
     return pictures.pairs()
 
 
-def export(run: Run, weights: dict[str, Tensor]) -> None:
-    """Write tokenizer.pth, the published format, and tokenizer.safetensors into the run's folder."""
-    for suffix in (".pth", ".safetensors"):
-        file = run.folder.path / f"tokenizer{suffix}"
-        write_state_dict(weights, file, run.about["tokenizer"])
-
-
 # ---------------------------------------------------------------------- the program
 def critic_loss(state: TrainState, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The discriminator's weighted hinge loss on images and reconstructions, and what to log."""
@@ -650,12 +562,10 @@ def main(argv: list[str]) -> None:
     tune_convolutions(accelerator.device)
     kept = None if dry_run else Path(options.experiment.output_dir)
     data = open_data(options, index_folder=kept)
-    run = Run(accelerator, options, stretches_of(phases), dry_run)
-    run.resume(settings_of(run, data, run.first_step - 1), IGNORED_ON_RESUME)
+    run = Run(accelerator, options, phases, data.identity(), dry_run)
     state = TrainState(run, options, evaluates=bool(data.validation))
     params = options.dataset.params
     run.start(data.dataset, len(data.paths), params.num_workers_per_gpu, params.skip_unreadable)
-    run.about = about_weights(options)
     describe_run(run, state, data)
     report(run, run.first_step - 1, run.missing_reports(), state, data)
 
@@ -694,15 +604,15 @@ def main(argv: list[str]) -> None:
         if due.log:
             run.log_window(step, {"lr": lr, "phase": number, **state.codes.report(run)})
         if due.save:
-            run.save(step, settings_of(run, data, step), state.weights(), state.other_state())
+            run.save(step)
         if due.stop:
             run.exit_stopped(step)
         report(run, step, due, state, data)
 
     if run.dry_run is not None:
         return run.report_dry_run(state.models())
-    on_main(lambda: export(run, state.averaged.state_dict()))
-    run.finish(f"weights in {run.folder.path / 'tokenizer.pth'} and .safetensors")
+    run.export(state.averaged, "tokenizer", ".pth", state.about)
+    run.finish(f"weights in {run.folder / 'tokenizer.pth'} and .safetensors")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Checkpoints that are whole or absent: written aside, synced, then renamed.
+"""What a run saves and resumes from. A checkpoint on disk is whole or absent: written aside, synced, renamed.
 
 A checkpoint is a folder `checkpoints/step-00001000` of files and a manifest with their sizes and
 sha256. It is valid only while its files match the manifest, so a killed save or a damaged disk costs
 at most one checkpoint. It holds tensors and plain values only; nothing in it is ever executed.
+
+NAME.safetensors are the weights to use: where the run keeps an average, the average. The weights that
+training continues from are then NAME_raw.safetensors.
 """
 
 import json
@@ -10,21 +13,166 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.stateful import Stateful
 
+import configs.load
+from configs.schema import Experiment
 from modeling.weights.metadata import About
 from modeling.weights.runs import MANIFEST, NAME, all_checkpoints, step_of
-from modeling.weights.tensors import read_state_dict, write_state_dict
+from modeling.weights.tensors import load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
-from runtime.files import file_sha256, sync_folder, whole_file, write_whole, writing
+from runtime.files import file_sha256, lock_folder, sync_folder, whole_file, write_whole, writing
+from runtime.processes import on_main
+from training.optim import EMA
+
+FORMAT = 1  # of a checkpoint; another one is refused
+# Whole tensors under the model's own names, however DDP, FSDP or torch.compile wrap it; so a run
+# resumes under another launcher and on another number of processes.
+WHOLE = StateDictOptions(full_state_dict=True)
+WHOLE_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)  # {} on other ranks
 
 
+class Checkpoint:
+    """All the state of a run. What has a state registers here where it is built.
+
+    If the run resumes, `register` and `register_model` restore it at once; `save` saves all of it.
+    `values` are plain values, kept by the same name. `source` is the checkpoint that the run resumes
+    from (None: it starts from the beginning), `first_step` the step after it, and `warnings` are for
+    the user.
+
+    All ranks call every method. The main process searches the folder and writes; what it cannot do
+    is an InputError on all ranks. Each rank reads the source by itself.
+    """
+
+    def __init__(self, accelerator: Accelerator, experiment: Experiment):
+        self.experiment, self.folder = experiment, Path(experiment.output_dir)
+        self._weights: dict[str, tuple[nn.Module, About | None]] = {}
+        self._objects: dict[str, Stateful] = {}
+        self._lock: IO[str] | None = None
+        resume = experiment.resume
+
+        def find() -> tuple:
+            source, warnings = choose(self.folder, resume)
+            earlier = None if source is None else origin_of(source)
+            return source, earlier, warnings, all_checkpoints(self.folder)
+
+        self.source: Path | None
+        self.source, earlier, self.warnings, self._found = on_main(find)
+        self.first_step = 1 if self.source is None else step_of(self.source) + 1
+        named = None if isinstance(resume, bool) else str(Path(resume).resolve())
+        # Whether this start branches off from a checkpoint that was named, rather than resumes what
+        # an earlier start from that checkpoint has saved since.
+        self.forks = named is not None and named != earlier
+        self._origin = named if self.forks else earlier
+        self._saved = {} if self.source is None else load_state(self.source)
+        self.values: dict[str, Any] = self._saved.pop("values", {})
+        if accelerator.scaler is not None:
+            self.register("scaler", accelerator.scaler, optional=True)
+
+    # -------------------------------------------------- what is saved
+    def register(self, name: str, stateful: Stateful, optional: bool = False) -> None:
+        """Save the state of an object from now on, and restore it from `source`, if there is one.
+
+        Raises InputError where the source lacks it, unless it is `optional`, or where it does not fit.
+        """
+        self._objects[name] = stateful
+        if self.source is None or (optional and name not in self._saved):
+            return
+        try:
+            stateful.load_state_dict(self._saved.pop(name))
+        except (KeyError, ValueError) as e:  # possible for a checkpoint that was named
+            raise InputError(
+                f"{self.source} is from a run that trained something else: its {name} does not fit "
+                f"({e})"
+            ) from e
+
+    def register_model(
+        self,
+        name: str,
+        model: nn.Module,
+        about: About | None = None,
+        average: EMA | None = None,
+        optional: bool = False,
+    ) -> None:
+        """`register` the weights of a model, before the accelerator wraps it, and their average.
+
+        `about` is what their files say of themselves. The average of a run that kept none starts at
+        its weights.
+        """
+        parts = {name: model} if average is None else {name: average.model, f"{name}_raw": model}
+        self._weights |= {name: (part, about) for name, part in parts.items()}
+        if self.source is not None:
+            files = [self.source / f"{n}.safetensors" for n in (f"{name}_raw", name)]
+            if not (optional and not files[1].is_file()):
+                raw = read_state_dict(next((file for file in files if file.is_file()), files[1]))
+                load_tensors(model, raw, str(self.source))
+                if average is not None:
+                    load_tensors(average.model, read_state_dict(files[1]), str(self.source))
+        if average is not None:
+            self.register(f"{name}_average", average, optional=True)
+
+    def open(self, options: Any) -> None:
+        """Keep other runs out until this process ends, and write the options down."""
+
+        def lock() -> None:
+            self._lock = lock_folder(self.folder)  # held while this object lives
+            if all_checkpoints(self.folder) != self._found:
+                raise InputError(
+                    f"another run has just saved or removed a checkpoint in {self.folder}: run the "
+                    f"same command again"
+                )
+            configs.load.save(options, self.folder / "config.yaml")
+
+        on_main(lock)
+
+    def save(self, step: int) -> None:
+        """Write one checkpoint, whole when this returns."""
+        weights = {name: whole_tensors(model) for name, (model, _) in self._weights.items()}
+        about = {name: about for name, (_, about) in self._weights.items() if about is not None}
+        state = {name: stateful.state_dict() for name, stateful in self._objects.items()}
+        state["values"] = self.values
+        keep, keep_every = self.experiment.keep_checkpoints, self.experiment.keep_every
+        on_main(
+            lambda: save(self.folder, step, weights, state, keep, keep_every, self._origin, about)
+        )
+
+
+def whole_tensors(model: nn.Module) -> dict[str, Any]:
+    """A model's weights, whole, on the main process's CPU; {} on the others. All ranks call this."""
+    return get_model_state_dict(model, options=WHOLE_ON_MAIN)
+
+
+class WholeOptimizer:
+    """The state of a prepared optimizer by the names of its model's parameters; shards are gathered."""
+
+    def __init__(self, model: nn.Module, optimizer: Any):
+        self.model, self.optimizer = model, optimizer.optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE_ON_MAIN)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        set_optimizer_state_dict(
+            self.model, self.optimizer, optim_state_dict=state_dict, options=WHOLE
+        )
+
+
+# ---------------------------------------------------------------------- on disk
 def save(
     run_dir: Path,
     step: int,
-    weights: dict[str, dict[str, torch.Tensor]],
+    weights: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
     keep: int,
     keep_every: int = 0,
@@ -75,7 +223,7 @@ def save(
 def write_files(
     folder: Path,
     step: int,
-    weights: dict[str, dict[str, torch.Tensor]],
+    weights: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
     origin: str | None,
     about: Mapping[str, About],
@@ -89,14 +237,14 @@ def write_files(
         {"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(folder.iterdir())
     ]
-    manifest = {"step": step, "origin": origin, "files": entries}
+    manifest = {"format": FORMAT, "step": step, "origin": origin, "files": entries}
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     sync_folder(folder)
 
 
 def size_of(tree: Any) -> int:
     """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(tree, torch.Tensor):
+    if isinstance(tree, Tensor):
         return tree.numel() * tree.element_size()
     if isinstance(tree, dict):
         tree = list(tree.values())
@@ -126,6 +274,16 @@ def problem(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f"its manifest or a file of it is missing or unreadable ({type(e).__name__})"
     return None
+
+
+def check_format(path: Path) -> None:
+    """Raise InputError where a whole checkpoint is of another format."""
+    found = json.loads((path / MANIFEST).read_text()).get("format")
+    if found != FORMAT:
+        raise InputError(
+            f"{path} has checkpoint format {found}, and this version reads {FORMAT}: resume it with the "
+            f"version that wrote it, or start a new run"
+        )
 
 
 def origin_of(path: Path) -> str | None:
@@ -168,6 +326,7 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
     for path in reversed(candidates):
         reason = problem(path)
         if reason is None:
+            check_format(path)
             return path, warnings
         warnings.append(f"checkpoint {path} is damaged: {reason}; trying the one before")
     if candidates:
@@ -195,11 +354,6 @@ def first_weights(path: Path, *names: str) -> Path:
     return next((file for file in files if file.is_file()), files[-1])
 
 
-def load_weights_of(path: Path, *names: str) -> dict[str, torch.Tensor]:
-    """The `weights[name]` that `save` wrote, for the first of `names` that the checkpoint holds."""
-    return read_state_dict(first_weights(path, *names))
-
-
 def weights_file(path: str | Path, *names: str) -> Path:
     """The weights file that a path stands for.
 
@@ -223,6 +377,6 @@ def weights_file(path: str | Path, *names: str) -> Path:
     return first_weights(newest, *names)
 
 
-def read_weights(path: str | Path, *names: str) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path, *names: str) -> dict[str, Tensor]:
     """The tensors of `weights_file(path, *names)`."""
     return read_state_dict(weights_file(path, *names))

@@ -2,29 +2,15 @@
 
 import resource
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
+from configs.schema import Phase
 from runtime.processes import device_name
 
 TIMED_STEPS = 4  # per phase, after one that compiles and chooses kernels
-
-
-@dataclass
-class Stretch:
-    """A part of a run whose steps all cost the same: its name, first step and number of steps."""
-
-    name: str
-    first: int
-    steps: int
-
-    def after(self, first_step: int) -> "Stretch":
-        """What is left of the stretch for a run that starts at `first_step`."""
-        first = max(self.first, first_step)
-        return Stretch(self.name, first, max(self.first + self.steps - first, 0))
 
 
 def split_dry_run(argv: list[str]) -> tuple[bool, list[str]]:
@@ -34,18 +20,23 @@ def split_dry_run(argv: list[str]) -> tuple[bool, list[str]]:
 
 
 class DryRun:
-    """Runs and times the first steps of each stretch; nothing is written."""
+    """Runs and times the first steps of each phase that is left; nothing is written."""
 
-    def __init__(self, stretches: list[Stretch], first_step: int, device: torch.device):
-        left = [stretch.after(first_step) for stretch in stretches]
-        self.stretches = [stretch for stretch in left if stretch.steps]
+    def __init__(self, phases: Sequence[Phase], first_step: int, device: torch.device):
+        self.left: list[tuple[str, range]] = []  # names and steps of the phases
+        last = 0
+        for phase in phases:
+            steps = range(max(last + 1, first_step), last + phase.steps + 1)
+            last += phase.steps
+            if steps:
+                self.left.append((phase.name, steps))
         self.device = device
-        self.seconds: list[float] = []  # per step, of each stretch
+        self.seconds: list[float] = []  # per step, of each phase
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to run; the time between them is measured."""
-        for stretch in self.stretches:
-            chosen = range(stretch.first, stretch.first + min(stretch.steps, 1 + TIMED_STEPS))
+        for _, steps in self.left:
+            chosen = steps[: 1 + TIMED_STEPS]
             start = time.perf_counter()
             for step in chosen:
                 yield step
@@ -64,13 +55,13 @@ class DryRun:
             lines.append(f"parameters of the {name}: {trained:,} trained, {frozen:,} frozen")
         lines.append(f"memory: {memory(self.device)}")
         hours = 0.0
-        for stretch, seconds in zip(self.stretches, self.seconds):
-            hours += stretch.steps * seconds / 3600
+        for (name, steps), seconds in zip(self.left, self.seconds):
+            hours += len(steps) * seconds / 3600
             lines.append(
-                f"{stretch.name}: {global_batch / seconds:.4g} images/s, {seconds:.3g} s per step, "
-                f"{stretch.steps * seconds / 3600:.3g} hours for {stretch.steps} steps"
+                f"{name}: {global_batch / seconds:.4g} images/s, {seconds:.3g} s per step, "
+                f"{len(steps) * seconds / 3600:.3g} hours for {len(steps)} steps"
             )
-        left = sum(stretch.steps for stretch in self.stretches)
+        left = sum(len(steps) for _, steps in self.left)
         lines.append(f"expected time: {hours:.3g} hours for the {left} steps left")
         return [*lines, "dry run: nothing was written"]
 

@@ -15,8 +15,7 @@ from modeling.weights.tensors import tensors_hash
 from runtime.errors import InputError
 from training.checkpoint import read_weights, weights_file
 
-# What checkpoints call the weights to use; the average of a generator has a name of its own.
-NAMES = ("ema", "generator", "tokenizer")
+NAMES = ("generator", "tokenizer")  # what checkpoints call the weights to use
 
 
 class Record(TypedDict):

@@ -154,7 +154,11 @@ class RunLog:
 class Window:
     """Means since the last report, kept on the device: no transfer in a step that does not log."""
 
-    def __init__(self) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.reset()
+
+    def reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.images = 0  # of all ranks
@@ -181,40 +185,37 @@ class Window:
         yield
         self.started += time.perf_counter() - began
 
-    def state(self, accelerator: Accelerator) -> dict[str, Any]:
-        """What a checkpoint must keep of a window under way: sums (ranks, names), counts.
-
-        All ranks call this together.
-        """
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of a window under way: sums (ranks, names), counts."""
         names = sorted(self.sums)
         if not names:
             return {}
         row: Any = torch.stack([self.sums[n] for n in names])[None]
-        sums: Any = accelerator.gather(row)  # a row per rank
-        return {"names": names, "sums": sums.cpu(), "counts": self.counts}
+        sums: Any = self.accelerator.gather(row)  # a row per rank
+        return {"names": names, "sums": sums.cpu(), "counts": dict(self.counts)}
 
-    def restore(self, state: dict[str, Any], accelerator: Accelerator) -> None:
-        """Resume a window from its `state`; on another number of ranks, each gets the mean."""
-        if not state:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume a window; on another number of ranks, each gets the mean."""
+        if not state_dict:
             return
-        sums = state["sums"]
+        sums, accelerator = state_dict["sums"], self.accelerator
         same_ranks = len(sums) == accelerator.num_processes
         sums = (sums[accelerator.process_index] if same_ranks else sums.mean(0)).to(
             accelerator.device
         )
-        self.sums, self.counts = dict(zip(state["names"], sums)), dict(state["counts"])
+        self.sums, self.counts = dict(zip(state_dict["names"], sums)), dict(state_dict["counts"])
 
-    def close(self, accelerator: Accelerator) -> dict[str, float]:
+    def close(self) -> dict[str, float]:
         """Means over the window and all ranks, images/s of all ranks, share of time spent on data.
 
         The window starts anew.
         """
         names = sorted(self.sums)
         own: Any = torch.stack([self.sums[n] / self.counts[n] for n in names])
-        means: Any = accelerator.reduce(own, "mean")
+        means: Any = self.accelerator.reduce(own, "mean")
         seconds = time.perf_counter() - self.started
         result = dict(zip(names, means.tolist()))
         result["images/s"] = self.images / seconds
         result["data wait"] = self.waited / seconds
-        self.__init__()
+        self.reset()
         return result

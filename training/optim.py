@@ -109,8 +109,7 @@ class EMA:
     The average starts as a copy of the weights that the model has when the average is built: the
     initial weights of a new run, or the loaded ones where a run that had no average is resumed. The
     first update already mixes. With `warmup` the decay after n updates is (1 + n) / (10 + n), at most
-    `decay`, so that the average soon forgets its start; a checkpoint has to keep `updates`, which is
-    n. Buffers are copied, not averaged.
+    `decay`, so that the average soon forgets its start. Buffers are copied, not averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
@@ -124,6 +123,13 @@ class EMA:
             self.model = fsdp2_prepare_model(accelerator, self.model)
         else:
             self.model = self.model.to(accelerator.device)
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps besides the averaged weights."""
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.updates = state_dict["updates"]
 
     def next_decay(self) -> float:
         """The decay of the next update."""

@@ -1,14 +1,14 @@
-"""What both training loops share: `Run`, and the folder that it works in, `RunFolder`."""
+"""What both training loops share around their steps: `Run`."""
 
-import re
+import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, NoReturn, Optional, TypeVar
+from typing import Any, NoReturn, Optional, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,21 +16,20 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 import configs.load
-from configs.schema import Experiment, Training
+from configs.schema import Experiment, Phase, Training
 from data.loader import training_loader
 from data.unreadable import SkipUnreadable, lines_of
 from modeling.weights.metadata import About
-from modeling.weights.tensors import read_state_dict, tensors_hash
+from modeling.weights.tensors import read_state_dict, tensors_hash, write_state_dict
 from runtime.errors import InputError
-from runtime.files import lock_folder, write_whole
+from runtime.files import write_whole
 from runtime.parts import differing
 from runtime.processes import on_main
-from runtime.randomness import STREAMS_VERSION
 from runtime.signals import SAVED_AND_STOPPED, StopSignal
-from training import checkpoint
 from training.accelerator import precision
-from training.dry_run import DryRun, Stretch
-from training.initial import Record, check_same_start, initial_file
+from training.checkpoint import Checkpoint, whole_tensors
+from training.dry_run import DryRun
+from training.initial import check_same_start, initial_file
 from training.log import RunLog, Window, due
 from training.optim import FiniteGuard
 from training.utilisation import peak_flops
@@ -38,52 +37,23 @@ from training.utilisation import peak_flops
 T = TypeVar("T")
 UNREADABLE = "unreadable.txt"  # in a run's folder: images that others replace, one path per line
 REPORTED = ".reported"  # in a run's folder: the last checkpointed step whose reports are complete
-RENAMED_SETTINGS = {"batch in all": "global batch"}  # as earlier checkpoints call them
-# Options that earlier checkpoints do not name, with the values that those runs had.
-ADDED_SETTINGS = {
-    "training.numerics": "auto",
-    "training.ema_warmup": False,
-    "optimizer.params.count_from": 1,
-    "lr_scheduler.params.count_from": 1,
-    "model.critic_init": "scratch",
-    "model.cluster_in_critic_steps": False,
-    "model.vq_model.position_init": "own_patch",
-    "losses.critic_weight": 1.0,
-    "phases.critic_after": 1,  # of every phase
-    "perceptual.precision": "fp32",
-}
 
 
 # ---------------------------------------------------------------------- the same run?
-def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options -> {"section.option": value}; sections in a list become "name[0].option"."""
-    flat = {}
-    for name, value in options.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for i, item in enumerate(value):
-                flat |= flatten(item, f"{prefix}{name}[{i}].")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def check_same_run(
     earlier: dict[str, Any],
     now: dict[str, Any],
-    ignored: tuple[str, ...],
     source: str,
     fork: bool,
     ranks: int = 1,
 ) -> list[str]:
     """Compare settings with those of the checkpoint `source`; returns warnings for the user.
 
-    Names that start with one of `ignored` may differ. Any other difference raises InputError that
-    lists all of them, unless `fork` says that the checkpoint was named on purpose. Where the global
-    batch differs, the message names the batch per GPU that restores it on `ranks` GPUs.
+    Raises InputError that lists all differences, unless `fork` says that the checkpoint was named on
+    purpose. If the global batch differs, the message names the batch per GPU that restores it on
+    `ranks` GPUs.
     """
-    changed = differing(earlier, now, ignored)
+    changed = differing(earlier, now)
     if changed and not fork:
         raise InputError(
             f"{source} belongs to a run with other options: {changed}; restore those"
@@ -109,112 +79,6 @@ def batch_remedy(earlier: dict[str, Any], now: dict[str, Any], ranks: int) -> st
     )
 
 
-# ---------------------------------------------------------------------- its folder
-class RunFolder:
-    """The folder of a run: the checkpoint to resume from, the lock, the checkpoints to write.
-
-    The main process looks through the folder and writes; the other ranks follow what it found.
-    `source` is the checkpoint that the run resumes from (None: from the beginning), `first_step`
-    the step after it, `warnings` are for the user. Every method is called on all ranks. What the
-    main process cannot do is an InputError on all; each rank reads weights by itself.
-    """
-
-    def __init__(self, accelerator: Accelerator, experiment: Experiment):
-        self.accelerator, self.experiment = accelerator, experiment
-        self.path, resume = Path(experiment.output_dir), experiment.resume
-        self._lock: IO[str] | None = None
-
-        def choose() -> tuple:
-            source, warnings = checkpoint.choose(self.path, resume)
-            earlier = None if source is None else checkpoint.origin_of(source)
-            return source, earlier, warnings, checkpoint.all_checkpoints(self.path)
-
-        self.source: Path | None
-        self.source, earlier, self.warnings, self._checkpoints = on_main(choose)
-        self.first_step = 1 if self.source is None else checkpoint.step_of(self.source) + 1
-        named = None if isinstance(resume, bool) else str(Path(resume).resolve())
-        # Whether this start branches off from a checkpoint that was named, rather than resumes what
-        # an earlier start from that checkpoint has saved since.
-        self.forks = named is not None and named != earlier
-        self.origin = named if self.forks else earlier
-
-    def state(self, settings: dict[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
-        """The `state` that `save` wrote into `source`; loss scaling resumes from it.
-
-        `settings` are compared with those of the checkpoint (`check_same_run`).
-        """
-        source = self._source()
-        state = checkpoint.load_state(source)
-        if "run" not in state:
-            raise InputError(f"{source} is of an earlier version: start a new run")
-        earlier = dict(state["run"])
-        for old, new in RENAMED_SETTINGS.items():
-            if old in earlier:
-                earlier[new] = earlier.pop(old)
-        for name in settings:
-            option = re.sub(r"\[\d+\]", "", name)
-            if option in ADDED_SETTINGS:
-                earlier.setdefault(name, ADDED_SETTINGS[option])
-        self.warnings += check_same_run(
-            earlier, settings, ignored, str(source), self.forks, self.accelerator.num_processes
-        )
-        if state.pop("streams", 1) != STREAMS_VERSION:
-            self.warnings.append(
-                f"{source} is of a version that drew random numbers otherwise: from here on the order "
-                f"of the images, their crops and dropout are not those that this run would have had"
-            )
-        if self.accelerator.scaler is not None and "scaler" in state:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        return state
-
-    def _source(self) -> Path:
-        assert self.source is not None, "a run from the beginning has no checkpoint to read"
-        return self.source
-
-    def weights(self, *names: str) -> dict[str, Tensor]:
-        """The tensors of `source` under the first of `names` that the checkpoint holds."""
-        return checkpoint.load_weights_of(self._source(), *names)
-
-    def holds(self, name: str) -> bool:
-        """Whether `source` has weights under this name."""
-        return self.source is not None and checkpoint.first_weights(self.source, name).is_file()
-
-    def open(self, options: Any) -> None:
-        """Keep other runs out until this process ends, and write the options down."""
-
-        def lock() -> None:
-            self._lock = lock_folder(self.path)  # held while this object lives
-            if checkpoint.all_checkpoints(self.path) != self._checkpoints:
-                raise InputError(
-                    f"another run has just saved or removed a checkpoint in {self.path}: run the "
-                    f"same command again"
-                )
-            configs.load.save(options, self.path / "config.yaml")
-
-        on_main(lock)
-
-    def save(
-        self,
-        step: int,
-        weights: dict[str, dict[str, Tensor]],
-        state: dict[str, Any],
-        about: Mapping[str, About] | None = None,
-    ) -> None:
-        """One checkpoint, whole when this returns; the main process's tensors are written.
-
-        `about` is what the files of weights say of themselves, by the names of `weights`.
-        """
-        state = {**state, "streams": STREAMS_VERSION}
-        if self.accelerator.scaler is not None:
-            state = {**state, "scaler": self.accelerator.scaler.state_dict()}
-        keep, keep_every = self.experiment.keep_checkpoints, self.experiment.keep_every
-
-        def write() -> None:
-            checkpoint.save(self.path, step, weights, state, keep, keep_every, self.origin, about)
-
-        on_main(write)
-
-
 # ---------------------------------------------------------------------- the run
 @dataclass(frozen=True)
 class Due:
@@ -233,55 +97,67 @@ class Due:
 class Run:
     """Everything around a training step that does not depend on what is trained.
 
-    In this order: `Run(…)` finds the checkpoint to resume from; `resume` reads its state; the
-    program builds its models, with `initial_weights` if there are any; `start` builds the loader,
-    locks the folder and opens the log, so that nothing is written by a command that is refused.
-    Then, within `for step in run.steps()`: `next_batch`, `add`, `watch`, `due`, and whatever is due.
-    Last, `finish`.
+    `Run(…)` finds the checkpoint to resume from and compares its settings. The program then builds its
+    models, with `initial_weights` if there are any, and registers them with `checkpoint`, which
+    restores them. `start` builds the loader, locks the folder and opens the log, so that a refused
+    command writes nothing. Then, within `for step in run.steps()`: `next_batch`, `add`, `watch`,
+    `due`, and whatever is due. Last, `finish`.
     """
 
     loader_iterator: Iterator[Any]
     log: RunLog
 
     def __init__(
-        self, accelerator: Accelerator, options: Any, stretches: list[Stretch], dry_run: bool
+        self,
+        accelerator: Accelerator,
+        options: Any,
+        phases: Sequence[Phase],
+        data: dict[str, Any],
+        dry_run: bool,
     ):
-        self.accelerator, self.options = accelerator, options
+        """`data` identifies the training data: it must match when the run resumes, as must the options
+        but for those that `resumes=True` declares. Raises InputError otherwise, and if the run of the
+        checkpoint did not start from the weights of `experiment.init_weights`."""
+        self.accelerator, self.options, self.phases, self.data = accelerator, options, phases, data
         self.experiment: Experiment = options.experiment
         self.training: Training = options.training
-        self.total_steps = sum(stretch.steps for stretch in stretches)
+        self.total_steps = sum(phase.steps for phase in phases)
         self.batch = self.training.per_gpu_batch_size * accelerator.num_processes
         self.global_batch = self.batch * self.training.gradient_accumulation_steps
         self.flops_per_image: float | None = None  # for the log's MFU
-        self.about: dict[str, About] = {}  # what files of weights say of themselves, by their names
         self.stop = StopSignal(timedelta(minutes=self.training.timeout_minutes))
-        self.folder = RunFolder(accelerator, self.experiment)
-        self.first_step = self.folder.first_step
+        self.checkpoint = Checkpoint(accelerator, self.experiment)
+        self.folder, self.first_step = self.checkpoint.folder, self.checkpoint.first_step
         self.dry_run = None
         if dry_run:
-            self.dry_run = DryRun(stretches, self.first_step, accelerator.device)
-        self.saved: dict[str, Any] = {}  # the state of the checkpoint, until `start`
-        self.initial: Optional[Record] = None  # the weights that the run started from, if any
-        self.window, self.guard = Window(), FiniteGuard(accelerator)
+            self.dry_run = DryRun(phases, self.first_step, accelerator.device)
+        self.window, self.guard = Window(accelerator), FiniteGuard(accelerator)
         self._timed_from: float | None = None
         self._time_said = False
         self._unreadable = 0  # images that were reported as replaced
+        if self.resumed:
+            self._check_resume()
 
     # -------------------------------------------------- set-up
-    def resume(self, settings: dict[str, Any], ignored: tuple[str, ...]) -> None:
-        """Read the checkpoint's state, if there is a checkpoint, into `saved`.
+    def settings(self, step: int) -> dict[str, Any]:
+        """Settings that must match when the run resumes after `step`: of the phases, those that have begun."""
+        starts = itertools.accumulate((phase.steps for phase in self.phases), initial=0)
+        coming = tuple(f"phases[{i}]." for i, start in enumerate(starts) if start >= step)
+        options = configs.load.lasting(self.options).items()
+        begun = {name: value for name, value in options if not name.startswith(coming)}
+        return {**begun, **self.data, "global batch": self.global_batch}
 
-        Raises InputError where `settings` differ from the checkpoint's, but for `ignored` ones, and
-        where `experiment.init_weights` is not what the run of the checkpoint started from.
-        """
-        source, named = self.folder.source, self.experiment.init_weights
-        if source is None:
-            return
-        self.saved = self.folder.state(settings, ignored)
-        self.initial = self.saved.get("initial")
-        on_main(lambda: check_same_start(self.initial, named, source))
-        if self.initial is not None and named is None:
-            self.experiment.init_weights = self.initial["path"]  # for config.yaml
+    def _check_resume(self) -> None:
+        state, source, named = self.checkpoint, self.checkpoint.source, self.experiment.init_weights
+        assert source is not None
+        state.warnings += check_same_run(
+            state.values["run"], self.settings(self.first_step - 1), str(source),
+            state.forks, self.accelerator.num_processes,
+        )  # fmt: skip
+        initial = state.values.get("initial")
+        on_main(lambda: check_same_start(initial, named, source))
+        if initial is not None and named is None:
+            self.experiment.init_weights = initial["path"]  # for config.yaml
 
     def initial_weights(self) -> Optional[tuple[dict[str, Tensor], str]]:
         """The tensors of `experiment.init_weights` and the path of their file; all ranks call this.
@@ -293,12 +169,14 @@ class Run:
             return None
         file = on_main(lambda: initial_file(named))
         state = read_state_dict(file)
-        self.initial = {"path": named, "hash": on_main(lambda: tensors_hash(state))}
+        self.checkpoint.values["initial"] = {
+            "path": named, "hash": on_main(lambda: tensors_hash(state))
+        }  # fmt: skip
         return state, str(file)
 
     @property
     def resumed(self) -> bool:
-        return self.folder.source is not None
+        return self.checkpoint.source is not None
 
     def start(
         self, dataset: Any, images: int, workers: int, skip_unreadable: int | None = None
@@ -315,23 +193,22 @@ class Run:
             dataset, images, self.training, workers, accelerator, self.first_step
         )
         if self.dry_run is None:
-            self.folder.open(self.options)
+            self.checkpoint.open(self.options)
         self.loader_iterator = iter(loader)  # its workers read, and list what they cannot read
         self.log = RunLog(
             accelerator, self.experiment, configs.load.as_dict(self.options), self.first_step,
             self.total_steps, write=self.dry_run is None,
         )  # fmt: skip
-        for warning in self.folder.warnings:
+        for warning in self.checkpoint.warnings:
             self.log.say(f"warning: {warning}")
-        self.window = Window()
-        self.window.restore(self.saved.get("window", {}), accelerator)
-        self.saved = {}  # gigabytes of optimizer moments, in host memory
+        self.window.reset()
+        self.checkpoint.register("window", self.window)
         self._report_unreadable()
 
     def _unreadable_list(self) -> Path:
         """The file that lists unreadable images; of a dry run, one that goes with it."""
         if self.dry_run is None:
-            return self.folder.path / UNREADABLE
+            return self.folder / UNREADABLE
         self._scratch = tempfile.TemporaryDirectory(prefix="alitok-")
         return Path(self._scratch.name) / UNREADABLE
 
@@ -339,17 +216,17 @@ class Run:
         """Say how many images are replaced, whenever that number has changed."""
         if not self.accelerator.is_main_process or self.dry_run is not None:
             return
-        count = len(lines_of(self.folder.path / UNREADABLE))
+        count = len(lines_of(self.folder / UNREADABLE))
         if count > self._unreadable:
             self.log.say(
                 f"warning: {count} unreadable image{'s are' if count > 1 else ' is'} replaced by "
-                f"others; {self.folder.path / UNREADABLE} lists them"
+                f"others; {self.folder / UNREADABLE} lists them"
             )
         self._unreadable = count
 
     # -------------------------------------------------- around a step
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps to make; of a dry run, a few per stretch."""
+        """The numbers of the steps to make; of a dry run, a few per phase."""
         if self.dry_run is not None:
             yield from self.dry_run.steps()
             return
@@ -408,7 +285,7 @@ class Run:
     # -------------------------------------------------- after a step
     def log_window(self, step: int, values: dict[str, float]) -> None:
         """Log `values` and the window's means, rates and hours left; the window starts anew."""
-        window, world = self.window.close(self.accelerator), self.accelerator.num_processes
+        window, world = self.window.close(), self.accelerator.num_processes
         rate = window["images/s"]
         values = {**values, **window, "images/s per device": rate / world}
         peak = peak_flops(self.accelerator.device, precision(self.training))
@@ -435,22 +312,24 @@ class Run:
         with self.window.paused():
             yield
         if due.save or (due and step < self.first_step):
-            on_main(lambda: write_whole(self.folder.path / REPORTED, str(step).encode()))
+            on_main(lambda: write_whole(self.folder / REPORTED, str(step).encode()))
 
-    def save(
-        self,
-        step: int,
-        settings: dict[str, Any],
-        weights: dict[str, dict[str, Tensor]],
-        other_state: dict[str, Any],
-    ) -> None:
-        """Write a checkpoint: of the run that has these settings, with the log window's sums."""
+    def save(self, step: int) -> None:
+        """Write a checkpoint of everything that is registered."""
         with self.window.paused():
-            window = self.window.state(self.accelerator)
-            state = {**other_state, "run": settings, "window": window}
-            if self.initial is not None:
-                state["initial"] = self.initial
-            self.folder.save(step, weights, state, self.about)
+            self.checkpoint.values["run"] = self.settings(step)
+            self.checkpoint.save(step)
+
+    def export(self, model: nn.Module, name: str, suffix: str, about: About) -> None:
+        """Write a model's weights as NAME.suffix, the published format, and as NAME.safetensors into
+        the run's folder. All ranks call this."""
+        weights = whole_tensors(model)
+
+        def write() -> None:
+            for ending in (suffix, ".safetensors"):
+                write_state_dict(weights, self.folder / (name + ending), about)
+
+        on_main(write)
 
     def attempt(self, name: str, work: Callable[[], T]) -> Optional[T]:
         """`work()`, or None on every rank, and a warning, where it failed on any of them.
@@ -477,12 +356,17 @@ class Run:
 
         Checkpoints are written before the reports of their step.
         """
-        step, path = self.first_step - 1, self.folder.path / REPORTED
+        step, path = self.first_step - 1, self.folder / REPORTED
 
         def complete() -> bool:
             return path.is_file() and path.read_text().strip() == str(step)
 
-        if not self.resumed or self.folder.forks or self.dry_run is not None or on_main(complete):
+        if (
+            not self.resumed
+            or self.checkpoint.forks
+            or self.dry_run is not None
+            or on_main(complete)
+        ):
             return Due()
         found = self.scheduled(step)
         return Due(evaluate=found.evaluate, generate=found.generate)

@@ -69,7 +69,7 @@ def same_run(a, b):
         assert (final / name).read_bytes() == (other / name).read_bytes(), name
     states = [checkpoint.load_state(path) for path in (final, other)]
     for state in states:
-        assert state.pop("run")  # names the folders
+        assert state["values"].pop("run")  # names the folders
     assert equal(*states)
     for file in [*a.glob("*.bin"), *a.glob("*.pth")]:
         assert file.read_bytes() == (b / file.name).read_bytes(), file.name

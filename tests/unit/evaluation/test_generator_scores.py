@@ -122,7 +122,7 @@ def test_labels_beyond_the_classes_are_refused(score, runs, tmp_path):
 def test_a_checkpoint_is_scored(score, runs):
     step = runs / "a/checkpoints/step-00000003"
     folder, _ = score("--generator", step, "--cache", runs / "val")
-    file, _ = score("--generator", step / "ema.safetensors", "--cache", runs / "val")
+    file, _ = score("--generator", step / "generator.safetensors", "--cache", runs / "val")
     assert folder["metrics"] == file["metrics"] and folder["generator"]["step"] == 3
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 import configs.load
+from configs.load import flatten
 from configs.schema import GeneratorRun, TokenizerRun
 from experiments.alignment.ablation import chains_of
 from experiments.alignment.rows import (
@@ -18,7 +19,6 @@ from experiments.alignment.rows import (
     varied,
 )
 from runtime.errors import InputError
-from training.run import flatten
 
 # What a row changes in stage 1, beside the number of tokens.
 CHANGED = {

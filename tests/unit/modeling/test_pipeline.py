@@ -180,9 +180,9 @@ def test_files_that_do_not_belong_together_are_refused(made, stated, fill, tmp_p
 def test_runs_bring_all_that_a_pipeline_needs(made, tmp_path):
     generator, tokenizer, *files = made
     codes = fingerprint(tokenizer.state_dict())
-    about = {"generator": about_model(GENERATOR, TINY, codes), "ema": about_model(GENERATOR, TINY)}
+    about = {"generator": about_model(GENERATOR, TINY, codes)}
     raw = {name: torch.zeros_like(value) for name, value in generator.state_dict().items()}
-    weights = {"generator": raw, "ema": generator.state_dict()}
+    weights = {"generator_raw": raw, "generator": generator.state_dict()}
     checkpoint.save(tmp_path / "run_ar", 2, weights, {}, keep=2, about=about)
     about = {"tokenizer": about_model(TOKENIZER, SMALL, stage=2)}
     weights = {"tokenizer": tokenizer.state_dict()}

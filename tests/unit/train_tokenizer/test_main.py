@@ -4,11 +4,9 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from configs.schema import Phase
 from runtime.errors import InputError
 from train_tokenizer.__main__ import (
     MIN_IMAGES,
-    begun,
     has_collapsed,
     images_look_alike,
     refuse_fsdp,
@@ -39,12 +37,6 @@ def test_identical_codes_for_all_images_are_seen_however_many_they_are(images, d
     counts[range(40), range(40)] = images - different
     counts[range(40), range(40, 80)] = different
     assert not has_collapsed(counts.sum(0)) and images_look_alike(counts) is alike
-
-
-@pytest.mark.parametrize("step, names", [(0, ""), (1, "a"), (10, "a"), (11, "ab"), (30, "ab")])
-def test_a_phase_has_begun_once_it_has_a_step(step, names):
-    phases = [Phase(name="a", steps=10), Phase(name="b", steps=20), Phase(name="c", steps=1)]
-    assert "".join(phase["name"] for phase in begun(phases, step)) == names
 
 
 def test_fsdp_is_refused_in_one_line_with_the_remedy():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modeling.weights.metadata import DISCRIMINATOR, about_file, about_model
+from modeling.weights.tensors import read_state_dict
 from runtime.errors import InputError
 from tests.payload import Payload, forge
 from training import checkpoint
@@ -15,7 +16,9 @@ from training import checkpoint
 
 def save(run_dir, step, keep=10):
     """A checkpoint whose every tensor tells its step."""
-    weights = {name: {"w": torch.full((2, 3), float(step))} for name in ("generator", "ema")}
+    weights = {
+        name: {"w": torch.full((2, 3), float(step))} for name in ("generator", "generator_raw")
+    }
     state = {"step": step, "best": 0.5, "optimizer": {"state": {0: {"m": torch.arange(3) * step}}}}
     return checkpoint.save(run_dir, step, weights, state, keep)
 
@@ -54,8 +57,8 @@ def missing(path):
 # ---------------------------------------------------------------------- saving
 def test_weights_and_state_read_back_as_saved(tmp_path):
     path = save(tmp_path, 7)
-    for name in ("generator", "ema"):
-        weights = checkpoint.load_weights_of(path, name)
+    for name in ("generator", "generator_raw"):
+        weights = read_state_dict(path / f"{name}.safetensors")
         assert list(weights) == ["w"] and torch.equal(weights["w"], torch.full((2, 3), 7.0))
     state = checkpoint.load_state(path)
     moments = state["optimizer"]["state"][0].pop("m")
@@ -73,7 +76,7 @@ def test_manifest_names_every_other_file_with_size_and_sha256(tmp_path):
         if n != "manifest.json"
     ]
     names = [entry["name"] for entry in manifest["files"]]
-    assert names == ["ema.safetensors", "generator.safetensors", "state.pt"]
+    assert names == ["generator.safetensors", "generator_raw.safetensors", "state.pt"]
     assert manifest["files"] == expected
 
 
@@ -240,7 +243,7 @@ def test_code_in_the_weights_is_refused_and_not_run(run_dir, tmp_path):
     marker, path = tmp_path / "marker", folder(run_dir, 3)
     forge(path, "generator.safetensors", pickle.dumps(Payload(marker), protocol=2))
     with pytest.raises(InputError, match=r"generator\.safetensors"):
-        checkpoint.load_weights_of(path, "generator")
+        read_state_dict(path / "generator.safetensors")
     assert not marker.exists()
 
 
@@ -270,27 +273,38 @@ def test_weights_say_what_they_are(tmp_path):
 # ---------------------------------------------------------------------- weights of a run
 def test_weights_of_a_run_are_those_of_its_newest_whole_checkpoint(run_dir):
     altered(folder(run_dir, 3) / "generator.safetensors")
-    assert checkpoint.weights_file(run_dir, "ema") == folder(run_dir, 2) / "ema.safetensors"
-    assert torch.equal(checkpoint.read_weights(run_dir, "ema")["w"], torch.full((2, 3), 2.0))
+    assert (
+        checkpoint.weights_file(run_dir, "generator_raw")
+        == folder(run_dir, 2) / "generator_raw.safetensors"
+    )
+    assert torch.equal(
+        checkpoint.read_weights(run_dir, "generator_raw")["w"], torch.full((2, 3), 2.0)
+    )
 
 
 def test_of_several_names_the_first_that_a_run_holds_is_taken(run_dir):
-    assert checkpoint.weights_file(run_dir, "ema", "generator").name == "ema.safetensors"
+    assert (
+        checkpoint.weights_file(run_dir, "generator_raw", "generator").name
+        == "generator_raw.safetensors"
+    )
     assert checkpoint.weights_file(run_dir, "none", "generator").name == "generator.safetensors"
     assert checkpoint.weights_file(run_dir, "none").name == "none.safetensors"
 
 
 def test_a_weights_file_stands_for_itself(run_dir):
     file = folder(run_dir, 1) / "generator.safetensors"
-    assert checkpoint.weights_file(str(file), "ema") == file
+    assert checkpoint.weights_file(str(file), "generator_raw") == file
 
 
 def test_a_checkpoint_of_a_run_stands_for_its_weights(run_dir):
     path = folder(run_dir, 2)
-    assert checkpoint.weights_file(path, "ema", "generator") == path / "ema.safetensors"
+    assert (
+        checkpoint.weights_file(path, "generator_raw", "generator")
+        == path / "generator_raw.safetensors"
+    )
     altered(path / "generator.safetensors")
     with pytest.raises(InputError, match=r"step-00000002 is damaged: generator\.safetensors"):
-        checkpoint.weights_file(path, "ema")
+        checkpoint.weights_file(path, "generator_raw")
 
 
 def test_a_folder_without_checkpoints_has_no_weights(tmp_path):
@@ -336,10 +350,10 @@ def test_modes_of_all_files_follow_the_umask(tmp_path, umask, mode):
     finally:
         os.umask(before)
     modes = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()}
-    assert set(modes.values()) == {mode} and "ema.safetensors" in modes, modes
+    assert set(modes.values()) == {mode} and "generator_raw.safetensors" in modes, modes
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "ema.safetensors"])
+@pytest.mark.parametrize("name", ["manifest.json", "generator_raw.safetensors"])
 def test_checkpoint_that_may_not_be_read_is_not_passed_over_as_damaged(run_dir, monkeypatch, name):
     closed = folder(run_dir, 3) / name
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from training.dry_run import DryRun, Stretch, split_dry_run
+from configs.schema import Phase
+from training.dry_run import DryRun, split_dry_run
 
 
 @pytest.mark.parametrize("flag", ["--dry-run", "--dry_run"])
@@ -11,8 +12,8 @@ def test_the_flag_is_taken_out_of_the_arguments(flag):
 
 
 def dry_run(first_step=1):
-    stretches = [Stretch("one", 1, 100), Stretch("two", 101, 3), Stretch("three", 104, 1)]
-    return DryRun(stretches, first_step, torch.device("cpu"))
+    phases = [Phase("one", 100), Phase("two", 3), Phase("three", 1)]
+    return DryRun(phases, first_step, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ def dry_run(first_step=1):
         (105, []),
     ],
 )
-def test_it_runs_the_first_steps_of_every_stretch_that_is_left(first_step, steps):
+def test_it_runs_the_first_steps_of_every_phase_that_is_left(first_step, steps):
     assert list(dry_run(first_step).steps()) == steps
 
 

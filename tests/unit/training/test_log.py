@@ -100,62 +100,62 @@ def test_values_beyond_the_unit_interval_are_clamped(open_log, tmp_path):
 
 # ---------------------------------------------------------------------- windows
 def test_window_gives_the_mean_of_what_was_added(accelerator):
-    window = Window()
+    window = Window(accelerator)
     for loss in (1.0, 2.0, 6.0):
         window.add(loss=torch.tensor(loss), accuracy=torch.tensor(0.5))
-    values = window.close(accelerator)
+    values = window.close()
     assert values["loss"] == 3.0 and values["accuracy"] == 0.5
 
 
 def test_window_divides_by_the_steps_that_had_the_value(accelerator):
-    window = Window()
+    window = Window(accelerator)
     for loss in (1.0, 3.0):
         window.add(loss=torch.tensor(loss))
     window.add(grad_norm=torch.tensor(4.0))
-    values = window.close(accelerator)
+    values = window.close()
     assert values["loss"] == 2.0 and values["grad_norm"] == 4.0
 
 
 def test_window_starts_anew_once_closed(accelerator):
-    window = Window()
+    window = Window(accelerator)
     window.add(loss=torch.tensor(1.0))
     window.images += 1000
-    window.close(accelerator)
+    window.close()
     window.add(loss=torch.tensor(5.0))
-    values = window.close(accelerator)
+    values = window.close()
     assert values["loss"] == 5.0 and values["images/s"] == 0
 
 
 def test_window_keeps_no_graph():
-    window = Window()
+    window = Window(accelerator)
     window.add(loss=torch.ones((), requires_grad=True) * 2)
     assert not window.sums["loss"].requires_grad
 
 
 def test_window_goes_on_from_its_state_bit_by_bit(accelerator):
     values = torch.rand(7)
-    whole, first, second = Window(), Window(), Window()
+    whole, first, second = Window(accelerator), Window(accelerator), Window(accelerator)
     for value in values:
         whole.add(loss=value)
     for value in values[:3]:
         first.add(loss=value)
-    second.restore(first.state(accelerator), accelerator)
+    second.load_state_dict(first.state_dict())
     for value in values[3:]:
         second.add(loss=value)
-    assert second.close(accelerator)["loss"] == whole.close(accelerator)["loss"]
+    assert second.close()["loss"] == whole.close()["loss"]
 
 
 def test_window_of_two_ranks_goes_on_with_their_mean_on_one(accelerator):
     state = {"names": ["loss"], "sums": torch.tensor([[2.0], [6.0]]), "counts": {"loss": 2}}
-    window = Window()
-    window.restore(state, accelerator)
-    assert window.close(accelerator)["loss"] == 2.0
+    window = Window(accelerator)
+    window.load_state_dict(state)
+    assert window.close()["loss"] == 2.0
 
 
 def test_empty_window_has_an_empty_state(accelerator):
-    window = Window()
-    window.restore(window.state(accelerator), accelerator)
-    assert window.state(accelerator) == {} and window.sums == {}
+    window = Window(accelerator)
+    window.load_state_dict(window.state_dict())
+    assert window.state_dict() == {} and window.sums == {}
 
 
 @pytest.fixture
@@ -167,24 +167,24 @@ def clock(monkeypatch):
 
 
 def test_window_gives_rate_and_share_of_waiting(accelerator, clock):
-    window = Window()
+    window = Window(accelerator)
     with window.waiting():
         clock[0] += 1
     clock[0] += 3
     window.images += 20
     window.add(loss=torch.tensor(1.0))
-    values = window.close(accelerator)
+    values = window.close()
     assert values["images/s"] == 5.0 and values["data wait"] == 0.25
 
 
 def test_paused_time_does_not_count(accelerator, clock):
-    window = Window()
+    window = Window(accelerator)
     clock[0] += 4
     with window.paused():
         clock[0] += 100
     window.images += 20
     window.add(loss=torch.tensor(1.0))
-    assert window.close(accelerator)["images/s"] == 5.0
+    assert window.close()["images/s"] == 5.0
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
-import re
+"""The state of a run: what registers with its checkpoint is saved, restored, and compared."""
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from configs.schema import GeneratorRun
+from configs.schema import GeneratorRun, Phase, TokenizerRun
 from runtime.errors import InputError
 from training import checkpoint
-from training.run import RunFolder
-
-RUN = {"lr": 1.0}
+from training.checkpoint import Checkpoint
+from training.optim import EMA
+from training.run import Run
 
 
 @pytest.fixture
@@ -17,105 +18,115 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-def folder_of(accelerator, path, resume=True):
-    options = GeneratorRun()
+def options_of(path, resume=True, options=None):
+    options = options or GeneratorRun()
     options.experiment.output_dir, options.experiment.resume = str(path), resume
-    folder = RunFolder(accelerator, options.experiment)
-    folder.options = options
-    return folder
+    return options
 
 
-def save(folder, step):
-    folder.save(step, {"generator": {"w": torch.full((2,), float(step))}}, {"run": RUN})
+class State(Checkpoint):
+    """A checkpoint of one model whose weights tell the step, with an optimizer and an average."""
+
+    def __init__(self, accelerator, path, resume=True, average=False):
+        super().__init__(accelerator, options_of(path, resume).experiment)
+        self.model = nn.Linear(2, 1)
+        self.average = EMA(self.model, 0.5) if average else None
+        self.register_model("generator", self.model, average=self.average)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0, momentum=0.9)
+        self.register("optimizer", self.optimizer)
+
+    def train_and_save(self, step):
+        nn.init.constant_(self.model.weight, step)
+        if self.average is not None:
+            self.average.update(self.model)
+        self.values["best"] = -step
+        self.save(step)
+
+    def weight(self):
+        return self.model.weight.mean().item()
 
 
 @pytest.fixture
 def run_dir(accelerator, tmp_path):
     """A run with checkpoints of steps 10 and 20."""
-    folder = folder_of(accelerator, tmp_path / "run")
-    assert folder.source is None and folder.first_step == 1
-    folder.open(folder.options)
-    save(folder, 10)
-    save(folder, 20)
+    state = State(accelerator, tmp_path / "run")
+    assert state.source is None and state.first_step == 1
+    state.open(options_of(tmp_path / "run"))
+    state.train_and_save(10)
+    state.train_and_save(20)
     return tmp_path / "run"
 
 
-def test_it_goes_on_after_the_newest(accelerator, run_dir):
-    folder = folder_of(accelerator, run_dir)
-    assert folder.source.name == "step-00000020" and folder.first_step == 21
-    assert folder.state(RUN, ()) == {"run": RUN}
-    assert torch.equal(folder.weights("generator")["w"], torch.full((2,), 20.0))
+def test_what_registers_is_restored_at_once(accelerator, run_dir):
+    state = State(accelerator, run_dir)
+    assert state.source.name == "step-00000020" and state.first_step == 21
+    assert state.weight() == 20.0 and state.values == {"best": -20}
+    assert state.optimizer.param_groups[0]["momentum"] == 0.9
     assert (run_dir / "config.yaml").exists()
 
 
-def test_other_options_are_refused(accelerator, run_dir):
-    with pytest.raises(InputError, match=r"lr \(1\.0 there, 2\.0 now\)"):
-        folder_of(accelerator, run_dir).state({"lr": 2.0}, ())
+def test_the_file_to_use_is_the_average_and_training_continues_from_the_raw_weights(
+    accelerator, run_dir, tmp_path
+):
+    state = State(accelerator, tmp_path / "new", str(run_dir), average=True)
+    # From a run without an average, it starts at the weights.
+    assert state.average.model.weight.mean().item() == state.weight() == 20.0
+    state.train_and_save(30)
+    again = State(accelerator, tmp_path / "new", average=True)
+    assert again.weight() == 30.0 and again.average.model.weight.mean().item() == 25.0
+    assert again.average.updates == 1
+    used = checkpoint.read_weights(tmp_path / "new", "generator")["weight"]
+    assert torch.equal(used, again.average.model.weight)
+    fork = State(accelerator, tmp_path / "fork", str(tmp_path / "new"))  # keeps no average
+    assert fork.weight() == 30.0
 
 
-def test_a_checkpoint_given_by_name_may_differ_and_is_said(accelerator, run_dir, tmp_path):
-    folder = folder_of(accelerator, tmp_path / "new", str(run_dir))
-    folder.state({"lr": 2.0}, ())
-    assert any("lr (1.0 there, 2.0 now)" in line for line in folder.warnings)
+def test_what_a_checkpoint_lacks_is_refused_unless_it_is_optional(accelerator, run_dir):
+    state = State(accelerator, run_dir)
+    fresh = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=3.0)
+    state.register("another", fresh, optional=True)
+    assert fresh.param_groups[0]["lr"] == 3.0
+    with pytest.raises(InputError, match=r"step-00000020.* another does not fit"):
+        state.register("another", fresh)
 
 
-def test_the_command_that_named_a_checkpoint_goes_on_with_what_came_of_it(
+def test_an_optimizer_of_other_parameters_is_refused(accelerator, run_dir):
+    state = Checkpoint(accelerator, options_of(run_dir).experiment)
+    with pytest.raises(InputError, match=r"its optimizer does not fit .*parameter group"):
+        state.register("optimizer", torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0))
+
+
+def test_the_command_that_named_a_checkpoint_resumes_what_came_of_it(
     accelerator, run_dir, tmp_path
 ):
     first = str(run_dir / "checkpoints/step-00000010")
     for output in (tmp_path / "new", run_dir):  # into another folder, and back in the same
-        folder = folder_of(accelerator, output, first)
-        assert folder.first_step == 11 and folder.forks
-        save(folder, 15)
+        state = State(accelerator, output, first)
+        assert state.first_step == 11 and state.forks and state.weight() == 10.0
+        state.train_and_save(15)
         assert [checkpoint.step_of(p) for p in checkpoint.all_checkpoints(output)][-1] == 15
         for resume in (first, True):
-            again = folder_of(accelerator, output, resume)
+            again = State(accelerator, output, resume)
             assert again.first_step == 16 and not again.forks
-            with pytest.raises(InputError, match="lr"):
-                again.state({"lr": 2.0}, ())
-        save(again, 25)  # plainly resumed in between, it still knows where it came from
-        assert folder_of(accelerator, output, first).first_step == 26
+        again.train_and_save(25)  # plainly resumed in between, it still knows where it came from
+        assert State(accelerator, output, first).first_step == 26
 
 
 def test_a_folder_of_another_run_is_no_place_to_start_into(accelerator, run_dir, tmp_path):
-    other = folder_of(accelerator, tmp_path / "other")
-    save(other, 30)
+    State(accelerator, tmp_path / "other").train_and_save(30)
     with pytest.raises(InputError, match=r"did not come from experiment\.resume"):
-        folder_of(accelerator, tmp_path / "other", str(run_dir))
+        State(accelerator, tmp_path / "other", str(run_dir))
     assert len(checkpoint.all_checkpoints(tmp_path / "other")) == 1
 
 
 def test_a_checkpoint_saved_by_another_run_since_is_not_passed_over(accelerator, run_dir):
-    folder = folder_of(accelerator, run_dir)
-    save(folder_of(accelerator, run_dir), 30)
+    state = State(accelerator, run_dir)
+    State(accelerator, run_dir).train_and_save(30)
     with pytest.raises(InputError, match="another run has just saved"):
-        folder.open(folder.options)
+        state.open(options_of(run_dir))
 
 
-def test_a_checkpoint_of_an_earlier_version_is_named(accelerator, tmp_path):
-    folder = folder_of(accelerator, tmp_path)
-    folder.save(5, {"generator": {"w": torch.zeros(1)}}, {"step": 5})
-    with pytest.raises(InputError, match=r"step-00000005 is of an earlier version"):
-        folder_of(accelerator, tmp_path).state(RUN, ())
-
-
-def test_options_that_an_earlier_version_did_not_have_count_as_its_behaviour(accelerator, tmp_path):
-    folder = folder_of(accelerator, tmp_path)
-    earlier = {"phases[0].steps": 5}
-    folder.save(5, {"generator": {"w": torch.zeros(1)}}, {"run": earlier})
-    as_before = {
-        **earlier,
-        "training.numerics": "auto",
-        "training.ema_warmup": False,
-        "phases[0].critic_after": 1,
-    }
-    folder_of(accelerator, tmp_path).state(as_before, ())
-    for name, value in (("training.numerics", "published"), ("phases[0].critic_after", 2)):
-        with pytest.raises(InputError, match=re.escape(name)):
-            folder_of(accelerator, tmp_path).state({**as_before, name: value}, ())
-
-
-def test_loss_scaling_goes_on(accelerator, tmp_path):
+def test_loss_scaling_resumes(accelerator, tmp_path):
     def scaler(scale):
         return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=7)
 
@@ -127,17 +138,61 @@ def test_loss_scaling_goes_on(accelerator, tmp_path):
         accelerator.scaler.step(optimizer)
         accelerator.scaler.update()
         optimizer.zero_grad()
-    folder = folder_of(accelerator, tmp_path)
-    save(folder, 5)
+    State(accelerator, tmp_path).train_and_save(5)
     saved = accelerator.scaler.state_dict()
     assert saved["scale"] == 4.0
 
     accelerator.scaler = scaler(1024.0)
-    folder_of(accelerator, tmp_path).state(RUN, ())
+    State(accelerator, tmp_path)
     assert accelerator.scaler.state_dict() == saved
 
 
 def test_a_checkpoint_by_name_of_a_run_without_loss_scaling_starts_it_anew(accelerator, run_dir):
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-    folder_of(accelerator, run_dir, str(run_dir)).state(RUN, ())
+    State(accelerator, run_dir, str(run_dir))
     assert accelerator.scaler.get_scale() == 16.0
+
+
+# ---------------------------------------------------------------------- the same run
+def run_of(accelerator, path, resume=True, phases=(), data=None, seed=0):
+    options = options_of(path, resume, TokenizerRun(phases=PHASES))
+    options.phases, options.training.seed = list(phases), seed
+    return Run(accelerator, options, options.phases, data or {"images": 5}, False)
+
+
+def save_run(run, step):
+    run.checkpoint.values["run"] = run.settings(step)
+    run.checkpoint.save(step)
+
+
+PHASES = [Phase("a", 10), Phase("b", 20), Phase("c", 1)]
+
+
+@pytest.mark.parametrize(
+    "now, named",
+    [
+        ({"seed": 7}, r"training\.seed \(0 there, 7 now\)"),
+        ({"data": {"images": 6}}, r"images \(5 there, 6 now\)"),
+        ({"phases": [Phase("a", 10), Phase("b", 30)]}, r"phases\[1\]\.steps \(20 there, 30 now\)"),
+        ({"phases": [*PHASES[:2], Phase("c", 9), Phase("d", 9)]}, None),  # these have not begun
+    ],
+)
+def test_a_run_resumes_with_its_settings_and_a_fork_is_told_what_differs(
+    accelerator, tmp_path, now, named
+):
+    save_run(run_of(accelerator, tmp_path / "run", phases=PHASES), 30)
+    now = {"phases": PHASES, **now}
+    if named is None:
+        assert run_of(accelerator, tmp_path / "run", **now).checkpoint.warnings == []
+        return
+    with pytest.raises(InputError, match=named):
+        run_of(accelerator, tmp_path / "run", **now)
+    fork = run_of(accelerator, tmp_path / "new", str(tmp_path / "run"), **now)
+    (warning,) = fork.checkpoint.warnings
+    assert "with other options" in warning and fork.first_step == 31
+
+
+@pytest.mark.parametrize("step, names", [(0, ""), (1, "a"), (10, "a"), (11, "ab"), (30, "ab")])
+def test_settings_hold_the_phases_that_have_begun(accelerator, tmp_path, step, names):
+    settings = run_of(accelerator, tmp_path, phases=PHASES).settings(step)
+    assert "".join(settings.get(f"phases[{i}].name", "") for i in range(3)) == names

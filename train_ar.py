@@ -29,8 +29,8 @@ from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_to
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from generation.models import check_files
-from modeling.compiling import compile_blocks
-from modeling.generator import Attention, Generator, SwiGLU, next_code_loss
+from modeling.compiling import compile_training
+from modeling.generator import Attention, Generator, SwiGLU
 from modeling.sampling import NO_CLASS
 from modeling.tokenizer import CLUSTERING, Tokenizer
 from modeling.weights.class_names import NONE, ClassNames
@@ -299,11 +299,9 @@ class TrainState:
         self.model, self.optimizer = accelerator.prepare(self.generator, optimizer)
         if self.ema is not None:
             self.ema.prepare(accelerator)
-        self.loss_of = next_code_loss
         self.compiled = bool(compiles(training.compile, "training.compile"))
         if self.compiled:
-            compile_blocks(self.generator.blocks)
-            self.loss_of = torch.compile(next_code_loss, dynamic=False)  # one pass over the logits
+            compile_training(self.generator)
         run.checkpoint.register("optimizer", WholeOptimizer(self.generator, self.optimizer))
         self.model.train()
 
@@ -430,7 +428,7 @@ def validation_sums(run: Run, model: nn.Module, data: GeneratorData) -> Tensor:
     for codes, labels in DataLoader(Subset(dataset, list(share)), batch_size=batch):
         codes, labels = codes.to(accelerator.device), labels.to(accelerator.device)
         with accelerator.autocast():
-            loss, accuracy = next_code_loss(model(codes[:, :-1], labels), codes)
+            loss, accuracy = model(codes[:, :-1], labels, codes)
         sums += torch.stack([loss * len(codes), accuracy * len(codes), loss.new_tensor(len(codes))])
     model.train(was_training)
     return sums
@@ -488,8 +486,7 @@ def main(argv: list[str]) -> None:
                     codes = data.encoder.encode(to_float(codes))
             with accelerator.accumulate(state.model):
                 with accelerator.autocast():
-                    logits = state.model(codes[:, :-1], labels)
-                    loss, accuracy = state.loss_of(logits, codes)
+                    loss, accuracy = state.model(codes[:, :-1], labels, codes)
                 accelerator.backward(loss)
             run.add(loss=loss, accuracy=accuracy)
 

@@ -9,7 +9,6 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,8 +20,8 @@ from torch import Tensor
 import configs.load
 from benchmarks.common import machine
 from configs.schema import GeneratorRun, OptimizerParams
-from modeling.compiling import compile_blocks
-from modeling.generator import Attention, Generator, GeneratorConfig, SwiGLU, next_code_loss
+from modeling.compiling import compile_training
+from modeling.generator import Attention, Generator, GeneratorConfig, SwiGLU
 from train_ar import parameter_groups
 from training.optim import FiniteGuard, adamw, set_learning_rate
 from training.utilisation import peak_flops, training_flops
@@ -63,7 +62,6 @@ class Way:
     def __init__(self, model: Generator, plain: bool, compiled: bool):
         self.model, self.plain = model.train(), plain
         self.device = model.output.weight.device
-        self.loss_of: Callable = next_code_loss
         self.guard = FiniteGuard(Accelerator(cpu=self.device.type == "cpu"))
         if plain:
             blocks: Any = model.blocks
@@ -76,12 +74,11 @@ class Way:
             groups = parameter_groups(model, OPTIMIZER.weight_decay)
             self.optimizer = adamw(groups, OPTIMIZER)
             if compiled:
-                compile_blocks(model.blocks)
-                self.loss_of = torch.compile(next_code_loss, dynamic=False)
+                compile_training(model)
 
     def step(self, codes: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss, _ = self.loss_of(self.model(codes[:, :-1], labels), codes)
+            loss, _ = self.model(codes[:, :-1], labels, codes)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not self.plain:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,3 +48,9 @@ def compile_blocks(*stacks: Iterable[nn.Module]) -> None:
     dynamo.optimize_ddp = False
     for block in itertools.chain(*stacks):
         block.compile(dynamic=False)
+
+
+def compile_training(generator: Any) -> None:
+    """Compile what a training step of a `Generator` runs, in place: the blocks, and the loss behind them."""
+    compile_blocks(generator.blocks)
+    generator.loss = torch.compile(generator.loss, dynamic=False)

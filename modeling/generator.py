@@ -5,7 +5,7 @@ V codebook size. Attribute names are the keys of the published state dicts.
 """
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -229,8 +229,11 @@ class Generator(nn.Module):
         """Labels (B,) in 0…classes, the last being "no class" -> embeddings (B, 1, D)."""
         return self.embeddings(labels + self.config.codebook_size + 1).unsqueeze(1)
 
-    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Codes (B, N), N <= T, and labels (B,) -> logits (B, 1 + N, V); output i is of code i."""
+    def forward(self, codes: Tensor, labels: Tensor, targets: Optional[Tensor] = None) -> Any:
+        """Codes (B, N), N <= T, and labels (B,) -> logits (B, 1 + N, V); output i is of code i.
+
+        With the true codes (B, 1 + N) as targets: their loss and accuracy (`next_code_loss`).
+        """
         x = torch.cat([self.embed_class(labels), self.embeddings(codes)], 1)  # (B, 1 + N, D)
         x = self.tok_drop(x)
         table = self.rotary[: x.shape[1]]
@@ -239,7 +242,16 @@ class Generator(nn.Module):
                 x = checkpoint(block, x, table, use_reentrant=False)
             else:
                 x = block(x, table)
+        return self.logits(x) if targets is None else self.loss(x, targets)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The last block's output (B, N, D) -> logits (B, N, V)."""
         return self.output(self.norm(x))
+
+    def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`next_code_loss` from the last block's output (B, N, D). Compiled, it is one program that
+        writes its logits in the autocast type; outside of `forward`, accelerate makes them float32."""
+        return next_code_loss(self.logits(x), targets)
 
     def step(self, x: Tensor, cache: KVCache) -> Tensor:
         """Embeddings (B, 1, D) of the next position -> logits (B, V), float32; the cache grows."""

@@ -169,7 +169,7 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
     compiled = args.compile == "yes" or (args.compile == "auto" and cuda)
     began = time.perf_counter()
     set_matmul_precision(precision)  # before the engine captures its graph
-    engine = Engine(model, batch, sampling, dtype, compiled, args.engine, args.cache)
+    engine = Engine(model, batch, sampling, dtype, compiled, args.engine, args.cache, args.streams)
     decoder = ImageDecoder(tokenizer, dtype, compiled, batch)
 
     def inputs(n: int) -> tuple[Tensor, Tensor]:
@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="the attention")
     parser.add_argument("--cache", choices=CACHES, default="auto", help="type of keys and values")
+    parser.add_argument("--streams", type=int, default=1, help="parts of a batch side by side")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--changes", action="store_true", help="a CPU's log of changes instead")

@@ -35,7 +35,7 @@ from runtime.files import lock_folder, whole_file, writing
 from runtime.parts import Parts, check_settings
 from runtime.processes import on_main, set_matmul_precision
 
-LARGEST_CHUNK = 512  # larger chunks gain little and are shared less evenly among processes
+LARGEST_CHUNK = 1024  # images; every step reads the weights and starts its kernels once per chunk
 # Sizes of the tokenizer that no tensor's shape shows; earlier versions did not record them.
 ADDED = ("encoder_heads", "decoder_heads", "causal")
 # Not "remove the folder": the generator's training run may be in it.
@@ -147,7 +147,8 @@ class SampleFolder:
         lock.append(lock_folder(self.output))
         chunk = chunk or self._earlier_chunk()
         if chunk is None:
-            chunk = max(min(largest_batch(self.models, self.job), LARGEST_CHUNK, self.count), 1)
+            most = max(min(largest_batch(self.models, self.job), LARGEST_CHUNK), 1)
+            chunk = even_chunk(self.count, most, self.processes.num_processes)
         check_settings(self.settings_file, {**self.settings(), "chunk": chunk}, REMEDY, ADDED)
         return chunk
 
@@ -270,6 +271,12 @@ def concatenate_parts(
             np.lib.format.write_array_header_1_0(file, header)
             for number in tqdm(range(parts.count), unit="chunk", desc=path.name):
                 file.write(np.ascontiguousarray(parts.read(number, name)).data)
+
+
+def even_chunk(count: int, most: int, processes: int) -> int:
+    """Size of chunks of at most `most` images that gives every process about as many of them."""
+    rounds = -(-count // (most * processes))
+    return -(-count // (rounds * processes))
 
 
 def read_codes(path: str, config: TokenizerConfig) -> np.ndarray:

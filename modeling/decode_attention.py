@@ -10,6 +10,7 @@ Positions after p are never read: the cache needs no initial value. `qk_norm` (2
 weights of q and k; `turns` (positions, 2, h) holds the cosines and the signed sines of the rotation.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from torch import Tensor
 from .errors import InputError
 from .sampling import ENGINES
 
+log = logging.getLogger(__name__)
 EPS = 1e-5  # of the norms, as in `generator.RMSNorm`
 # The largest |fused - plain| / (1 + |plain|) that rounding explains, by type, for states of size 1.
 # float32: the order of the sums. bfloat16: one unit in the last place. int8: a value that is rounded
@@ -206,7 +208,8 @@ def find_fused(
 
 
 def describe(error: Exception) -> str:
-    """The type and the first line of an exception."""
+    """The type and the first line of an exception; its traceback goes to the log, at debug level."""
+    log.debug("%s", error, exc_info=error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -38,7 +38,6 @@ from .decode_attention import (
 from .devices import check_type
 from .errors import InputError
 from .generator import Block, Generator, GeneratorConfig
-from .quantizer import full_float32
 from .sampling import (
     CACHES,
     Sampling,
@@ -50,8 +49,6 @@ from .sampling import (
     label_rows,
 )
 
-# Two streams halve the rows of every product and read the weights twice, so a half must be large.
-STREAMED_BATCH = 128
 # Positions of all rows together that `prefill` computes at once: more take memory, not less time.
 PREFILLED_AT_ONCE = 2**14
 
@@ -246,12 +243,12 @@ class Engine:
     the fused attention, captures one step as the CUDA graph of all positions. `engine` chooses the
     attention: "auto" the fused one on CUDA if it is right there, "fused" or "plain" that one.
     `cache` "int8" stores keys and values in one byte each, with a scale per row and head. `streams`
-    samples parts of the batch side by side on CUDA, so that the products of one hide under the
-    attention of the other; by default two for batches of at least `STREAMED_BATCH`. The codes do not
-    depend on it up to rounding.
+    samples parts of the batch side by side on CUDA, so that the products of one may hide under the
+    attention of the other, but read the weights once each; `benchmarks.sampling --streams` compares.
+    The codes do not depend on it up to rounding.
 
-    TF32 counts as it is set when the engine is built; the output layer does not use it. The
-    generator is not changed. What has the engine's type already is shared with it, not copied (on a
+    TF32 counts as it is set when the engine is built, for the output layer too: it adds less than a
+    thousandth to the error of logits that follow blocks in bf16. The generator is not changed. What has the engine's type already is shared with it, not copied (on a
     CPU matrices are copied): train it on, and build another engine.
     Raises InputError for an option or a type that this device cannot do.
     """
@@ -266,7 +263,7 @@ class Engine:
         compiled: bool = False,
         engine: str = "auto",
         cache: str = "auto",
-        streams: Optional[int] = None,
+        streams: int = 1,
     ):
         if cache not in CACHES:
             raise InputError(f"cache={cache}: choose one of {', '.join(CACHES)}")
@@ -285,9 +282,6 @@ class Engine:
                 (dtype, stored),
                 self.device,
             )
-            if streams is None:
-                large = batch >= STREAMED_BATCH and self.device.type == "cuda"
-                streams = 2 if large and compiled and self.fused else 1
             parts = [
                 slice(batch * i // streams, batch * (i + 1) // streams) for i in range(streams)
             ]
@@ -392,8 +386,7 @@ class Engine:
                 x, qkv = functions.between(x, y, block, following)
         y = attend(qkv, blocks[-1].qk_norm, weights.turns, at, stream.caches[-1])
         x = functions.leave(x, y, blocks[-1], weights.norm)
-        with full_float32(self.device.type):
-            logits = linear(x, weights.output, weights.output_bias)  # (N, V)
+        logits = linear(x, weights.output, weights.output_bias)  # (N, V)
         s = self.sampling
         codes = functions.choose(
             logits,

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from .decode_attention import EPS, Cache, head_parts
 
-# Positions per tile, and warps. On sm_90, for head sizes 48, 64 and 80, 64 positions take 119 to 128
-# registers per thread and 16-byte loads; an int8 tile as long would take up to 212 registers.
-BLOCK = {False: 64, True: 32}  # by whether the cache is int8
-WARPS = 4
+# Positions per tile and warps of a program. What bounds the kernel is how many bytes it has in flight
+# while it waits for memory. On sm_90, one warp and 16 positions take 80 to 127 registers per thread for
+# head sizes 48, 64 and 80, so that 16 to 25 programs share a multiprocessor, with 75 to 84 KB in flight
+# and no barrier in the loop; four warps and 64 positions (int8: 32) leave 3 to 5, with 15 to 80 KB.
+SHAPE = (16, 1)
+WIDE = {False: (64, 4), True: (32, 4)}  # to try on another GPU, by whether the cache is int8
 
 
 @triton.jit
@@ -47,6 +49,12 @@ def int8_scale(xa, xb, dtype: tl.constexpr):
 def to_int8(x, scale):
     x = tl.minimum(tl.maximum(x / scale, -127.0), 127.0)
     return tl.where(x >= 0, x + 0.5, x - 0.5).to(tl.int8)  # the conversion truncates
+
+
+@triton.jit
+def streamed(at, filled):
+    """Elements of the cache, 0 where not filled. A step reads them once: L2 keeps the weights."""
+    return tl.load(at, filled, 0, eviction_policy="evict_first").to(tl.float32)
 
 
 @triton.jit
@@ -121,10 +129,10 @@ def fused_kernel(
         t = start + i
         filled = t < p
         line = (row + t[:, None]) * h
-        Ka = tl.load(k_cache + line + a[None, :], filled[:, None], 0).to(tl.float32)
-        Kb = tl.load(k_cache + line + b[None, :], filled[:, None], 0).to(tl.float32)
-        Va = tl.load(v_cache + line + a[None, :], filled[:, None], 0).to(tl.float32)
-        Vb = tl.load(v_cache + line + b[None, :], filled[:, None], 0).to(tl.float32)
+        Ka = streamed(k_cache + line + a[None, :], filled[:, None])
+        Kb = streamed(k_cache + line + b[None, :], filled[:, None])
+        Va = streamed(v_cache + line + a[None, :], filled[:, None])
+        Vb = streamed(v_cache + line + b[None, :], filled[:, None])
         score = tl.sum(qa[None, :] * Ka, 1) + tl.sum(qb[None, :] * Kb, 1)
         if INT8:
             score *= tl.load(k_scale + row + t, filled, 0.0).to(tl.float32)
@@ -147,11 +155,19 @@ def fused_kernel(
 
 
 def fused_attention(
-    qkv: Tensor, qk_norm: Tensor, turns: Tensor, position: Tensor, cache: Cache
+    qkv: Tensor,
+    qk_norm: Tensor,
+    turns: Tensor,
+    position: Tensor,
+    cache: Cache,
+    shape: tuple[int, int] = SHAPE,
 ) -> Tensor:
-    """`decode_attention.plain_attention`, with the position (1,) as int64 on the device."""
+    """`decode_attention.plain_attention`, with the position (1,) as int64 on the device.
+
+    `shape` is (positions per tile, a power of two; warps).
+    """
     N, H, S, h = cache.k.shape
-    parts = head_parts(h)
+    parts, (block, warps) = head_parts(h), shape
     assert parts is not None, f"head size {h} is not a sum of two powers of two"
     out = torch.empty(N, H * h, dtype=qkv.dtype, device=qkv.device)
     int8 = cache.k_scale is not None
@@ -159,6 +175,6 @@ def fused_attention(
     scales = (cache.k_scale, cache.v_scale) if int8 else (cache.k, cache.v)
     fused_kernel[(N * H,)](
         qkv, qk_norm, turns, position, cache.k, cache.v, *scales, out, S,
-        H=H, h=h, A=parts[0], B=parts[1], BLOCK=BLOCK[int8], EPS=EPS, INT8=int8, num_warps=WARPS,
+        H=H, h=h, A=parts[0], B=parts[1], BLOCK=block, EPS=EPS, INT8=int8, num_warps=warps,
     )  # fmt: skip
     return out

@@ -75,7 +75,9 @@ def longest_loop(code: str) -> list[str]:
     return longest
 
 
-def fused_attention(head_size: int, int8: bool = False) -> tuple[MachineCode, float]:
+def fused_attention(
+    head_size: int, int8: bool = False, shape: tuple[int, int] | None = None
+) -> tuple[MachineCode, float]:
     """The engine's attention, bf16 or with an int8 cache, and its instructions per element of K or V.
 
     An instruction is one thread's. Per pass of the loop, `BLOCK` positions of K and V are read.
@@ -92,10 +94,10 @@ def fused_attention(head_size: int, int8: bool = False) -> tuple[MachineCode, fl
         "k_cache": cache, "v_cache": cache, "k_scale": scale, "v_scale": scale, "out": "*bf16",
         "S": "i32",
     }  # fmt: skip
-    block = module.BLOCK[int8]
+    block, warps = shape or module.SHAPE
     constants = {
         "H": 16, "h": head_size, "A": parts[0], "B": parts[1], "BLOCK": block, "EPS": EPS,
         "INT8": int8,
     }  # fmt: skip
-    code = assemble(module.fused_kernel, signature, constants, module.WARPS)
+    code = assemble(module.fused_kernel, signature, constants, warps)
     return code, len(code.loop) * code.threads / (2 * block * head_size)

@@ -145,6 +145,15 @@ def test_nothing_is_written_where_memory_is_too_low(fill_folder, monkeypatch, tm
         fill_folder("b")
 
 
+@pytest.mark.parametrize(
+    "count, most, processes, chunk, chunks",
+    [(50_000, 1024, 8, 893, 56), (50_000, 512, 8, 481, 104), (7, 1024, 8, 1, 7), (7, 3, 1, 3, 3)],
+)
+def test_every_process_has_about_as_many_chunks(count, most, processes, chunk, chunks):
+    found = module.even_chunk(count, most, processes)
+    assert (found, -(-count // found)) == (chunk, chunks) and found <= most
+
+
 def test_advice_for_a_folder_with_larger_chunks_can_be_followed(fill_folder, monkeypatch):
     made = fill_folder(chunk=3)
     made.images_file.unlink()  # as if killed at the end

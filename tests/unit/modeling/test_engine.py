@@ -264,24 +264,17 @@ def test_functions_are_compiled_whole_for_fixed_shapes_without_choices_by_timing
 
 
 # ---------------------------------------------------------------------- types and devices
-def test_output_layer_is_float32_without_tf32_and_the_setting_is_kept(model, monkeypatch):
-    linear, states = engine_module.linear, []
+def test_output_layer_computes_in_float32(model, monkeypatch):
+    linear, types = engine_module.linear, []
 
     def watch(x, weight, bias=None):
-        states.append((len(weight), x.dtype, torch.backends.cuda.matmul.fp32_precision))
+        types.append((len(weight), x.dtype))
         return linear(x, weight, bias)
 
     monkeypatch.setattr(engine_module, "linear", watch)
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    try:
-        Engine(model, 4, Sampling(3.0), torch.bfloat16).sample(*inputs())
-        assert matmul.fp32_precision == "tf32"
-    finally:
-        matmul.fp32_precision = before
-    assert {s for s in states if s[0] == 16} == {(16, torch.float32, "ieee")}
-    assert {s[1:] for s in states if s[0] != 16} == {(torch.bfloat16, "tf32")}
+    Engine(model, 4, Sampling(3.0), torch.bfloat16).sample(*inputs())
+    assert {dtype for size, dtype in types if size == 16} == {torch.float32}
+    assert {dtype for size, dtype in types if size != 16} == {torch.bfloat16}
 
 
 def test_embeddings_and_norms_stay_float32(model):

@@ -16,7 +16,7 @@ from pathlib import Path
 from configs.load import sizes_for
 from data.cache import fingerprint
 from data.classes import printable
-from data.imagenet import unlike_imagenet
+from data.imagenet import misnumbered
 from data.images import scan_images
 from data.tree import is_image
 from data.walk import is_hidden
@@ -64,9 +64,9 @@ def main(argv: list[str]) -> None:
 
 
 def warn_of_classes(classes: list[str]) -> None:
-    unlike = unlike_imagenet(classes)
-    if unlike is not None:
-        print(f"warning: {unlike}")
+    doubt = misnumbered(classes)
+    if doubt is not None:
+        print(f"warning: {doubt}")
 
 
 def cache_path(text: str) -> str:

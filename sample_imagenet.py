@@ -23,6 +23,7 @@ from generation.job import SamplingJob, sampling_job
 from generation.models import check_files, class_names, generator_checkpoint, load_models
 from generation.prefix import prefix_codes
 from modeling.sampling import NO_CLASS
+from modeling.weights.class_names import sorted_as_text
 from runtime.processes import on_main, start_processes
 from runtime.program import run
 from training.checkpoint import read_weights, weights_file
@@ -50,6 +51,9 @@ def main(argv: list[str]) -> None:
     job = sampling_job(options, device, names)
     if codes is None:
         warn_of_untrained(generator_checkpoint(experiment), job, processes)
+        doubt = sorted_as_text(names.folders) if names is not None else None
+        if doubt and any(isinstance(item, int) for item in experiment.classes or ()):
+            processes.print(f"warning: {doubt}")
     models = load_models(options.model, experiment, tokenizer_state, generator_state, device)
     job = replace(job, prefix=on_main(lambda: prefix_codes(experiment, models.tokenizer)))
     folder = SampleFolder(

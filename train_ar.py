@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import configs.load
 from configs.schema import GeneratorRun, Phase
 from data.classes import describe_classes, printable, write_trained
-from data.imagenet import unlike_imagenet
+from data.imagenet import misnumbered
 from data.images import VIEWS, TrainViews, scan_images, to_float
 from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
 from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_tokens
+from data.tree import refuse_inside
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from generation.models import check_files
@@ -112,6 +113,8 @@ def open_data(
         heads = options.model.vq_model.encoder_heads
     known = tokenizer_hash
     if params.train_dir is None:
+        if index_folder is not None:
+            refuse_inside(index_folder, params.pretokenization)
         store = open_cache(params.pretokenization, options, known, heads)
         tokenizer_hash = store.manifest["tokenizer"]
         known, heads = known or tokenizer_hash, heads or store.manifest.get("encoder_heads")
@@ -357,7 +360,7 @@ def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
         f"{printable(train.source)}: {sample}{train.listed} images, "
         f"{describe_classes(shown, configured)}{train.left_out}"
     )
-    unlike = unlike_imagenet(train.classes)
+    unlike = misnumbered(train.classes)
     if unlike is not None:
         run.log.say(f"warning: {printable(train.source)}: {unlike}")
     if len(shown) < configured:

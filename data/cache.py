@@ -29,10 +29,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Raises InputError for a damaged manifest and for one of another format."""
     try:
         manifest = json.loads(path.read_text())
-        other = manifest["format"] != FORMAT or manifest["version"] != VERSION
+        name, version = manifest["format"], manifest["version"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"{path} is damaged ({e!r}); make the cache again") from e
-    if other:
+    if name == FORMAT and version != VERSION:
+        raise InputError(
+            f"{path} has version {version} of the format, and this program reads {VERSION}: read it "
+            f"with the program that wrote it"
+        )
+    if name != FORMAT:
         raise InputError(f"{path} is of another format; make the cache again")
     return manifest
 

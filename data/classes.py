@@ -1,6 +1,7 @@
 """Class names. Two sets of images or codes are compared by the names of their classes, not by labels."""
 
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -39,8 +40,9 @@ def map_labels(
     Raises InputError, which names `source`, where `wanted` lacks the class of a label. A class
     without a label may be absent.
     """
-    places = {name: place for place, name in enumerate(wanted)}
-    table = np.array([places.get(name, -1) for name in classes], np.int32)
+    # Some systems compose accents in names, others do not.
+    places = {unicodedata.normalize("NFC", name): place for place, name in enumerate(wanted)}
+    table = np.array([places.get(unicodedata.normalize("NFC", n), -1) for n in classes], np.int32)
     mapped = table[labels]
     if (mapped < 0).any():
         unknown = [str(classes[i]) for i in np.unique(labels[mapped < 0]).tolist()]

@@ -1,4 +1,4 @@
-"""ImageNet's classes, and sets of images whose classes look like them but are numbered otherwise."""
+"""ImageNet's classes, and sets whose classes are not numbered as their names suggest."""
 
 import re
 from collections.abc import Sequence
@@ -13,6 +13,13 @@ def imagenet_synsets() -> list[str]:
     from timm.data.imagenet_info import ImageNetInfo  # loads all of timm, so only when needed
 
     return ImageNetInfo().label_names()  # type: ignore[return-value] - a list, declared wider
+
+
+def misnumbered(classes: Sequence[str]) -> str | None:
+    """In words, where the labels of these classes are not the numbers that their names suggest."""
+    from modeling.weights.class_names import sorted_as_text  # loads models: only when needed
+
+    return sorted_as_text(dict(enumerate(classes))) or unlike_imagenet(classes)
 
 
 def unlike_imagenet(classes: Sequence[str]) -> str | None:

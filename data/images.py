@@ -7,14 +7,14 @@ a view, L that of the source crop that views are cut from (pixels).
 import io
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -28,8 +28,16 @@ from modeling.pixels import to_float as to_float
 from runtime.errors import InputError
 from runtime.randomness import Stream, generator_for
 
+T = TypeVar("T")
 # Of the many that Pillow reads; one of them (EPS) would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+# Longer ones are unreadable: cropped to 512 pixels, 1 x 40,000 of them would fill 30 GB first.
+MOST_ELONGATED = 500
+TURNS = dict(enumerate([
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+], 2))  # by EXIF's orientation  # fmt: skip
 VIEWS = {"center_flip": 2, "five_crop": 5, "ten_crop": 10}  # views per image, by kind
 
 
@@ -94,7 +102,8 @@ def list_classes(tree: FileTree) -> ImageListing:
     if not classes:
         raise InputError(
             f"{root} is not {name_of_root}: it holds no folders; put the images into one folder "
-            f"per class, or list their classes (pretokenization.py --labels FILE)"
+            f"per class, or list their classes (pretokenization.py --labels FILE); images without "
+            f"classes go into one folder for all, with model.generator.condition_num_classes=1"
         )
     names, labels = [], []
     empty, nested = [], {}  # names of classes; the latter with a folder of images below
@@ -168,7 +177,7 @@ def list_paths(
     if not is_path_list(source):
         return scan_images(source, index_folder=index_folder, classless=True).paths
     try:
-        lines = source.read_text().splitlines()
+        lines = source.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
         raise InputError(
             f"{source} is neither an image folder nor a text file of paths, and not a tar either"
@@ -191,16 +200,37 @@ def list_paths(
 # ---------------------------------------------------------------------- loading
 def load_image(path: ImagePath) -> Image.Image:
     """Any image as 8-bit RGB (`to_rgb`); EXIF rotation is ignored. Raises InputError."""
+    return read_image(path, to_rgb)
+
+
+def load_photo(path: ImagePath) -> tuple[Image.Image, Image.Transpose | None]:
+    """`load_image`, and how it must be turned to stand upright, by its EXIF; None: not at all."""
+    return read_image(path, lambda image: (to_rgb(image), turn_of(image)))
+
+
+def read_image(path: ImagePath, read: Callable[[Image.Image], T]) -> T:
+    """What `read` makes of an opened image. Raises InputError for unreadable ones."""
     try:
         file = io.BytesIO(path.read()) if isinstance(path, TarPath) else path
         with Image.open(file, formats=FORMATS) as image:
-            return to_rgb(image)
+            if max(image.size) > MOST_ELONGATED * min(image.size):
+                raise ValueError(
+                    f"{image.width}x{image.height} pixels: one side is over {MOST_ELONGATED} times the other"
+                )
+            return read(image)
     except UnidentifiedImageError as e:  # its own text shows the object that it read from
         raise InputError(
             f"unreadable image {path}: of no known format ({', '.join(FORMATS)}); repair or remove it"
         ) from e
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"unreadable image {path}: {e}; repair or remove it") from e
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # the metadata alone are damaged, in one of many ways
+        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -246,8 +276,10 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def photo_crop(path: ImagePath, size: int) -> Tensor:
-    """The centre crop (3, size, size), uint8, of an image. Raises InputError for a smaller one."""
-    image = load_image(path)
+    """The centre crop (3, size, size), uint8, of an upright photo. Raises InputError for a smaller one."""
+    image, turn = load_photo(path)
+    if turn is not None:
+        image = image.transpose(turn)
     if min(image.size) < size:
         raise InputError(
             f"{path} has {image.width}x{image.height} pixels, fewer than the {size}x{size} of this "
@@ -370,8 +402,8 @@ class TrainViews(Dataset):
         return image, self.no_class if dropped else label
 
 
-class SourceCrops(Dataset):
-    """What all views of image i are cut from (`cut_views`): (3, L, L), uint8."""
+class CroppedImages(Dataset):
+    """The views of image i: (V, 3, size, size), uint8."""
 
     def __init__(self, paths: Sequence[ImagePath], size: int, kind: str):
         self.paths, self.size, self.kind = paths, size, kind
@@ -380,14 +412,8 @@ class SourceCrops(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return source_crop(self.paths[index], self.size, self.kind)
-
-
-class CroppedImages(SourceCrops):
-    """The views of image i: (V, 3, size, size), uint8."""
-
-    def __getitem__(self, index: int) -> Tensor:
-        return cut_views(super().__getitem__(index)[None], self.size, self.kind)[0]
+        source = source_crop(self.paths[index], self.size, self.kind)
+        return cut_views(source[None], self.size, self.kind)[0]
 
 
 class CenterImages(Dataset):

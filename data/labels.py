@@ -1,16 +1,19 @@
 """Files that say of which class each image of a flat folder or tar is.
 
 Either one class per line, in the order of the images' names, as ILSVRC's list of the synsets of its
-validation images; or a CSV of file, class, with or without the suffixes of the files and with or without a
-header. Kaggle's LOC_val_solution.csv is one: its second column is a synset, then boxes.
+validation images; or lines of file and class, with or without the suffixes of the files and with or without
+a header. Commas, semicolons, tabs or spaces separate the two, as in caffe's val.txt. Kaggle's
+LOC_val_solution.csv is such a file: its second column is a synset, then boxes.
 """
 
 import csv
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.classes import first_names, printable
+from data.tree import is_image
 from runtime.errors import InputError
 
 HEADERS = ("file", "filename", "file_name", "path", "image", "imageid", "image_id", "name")
@@ -32,9 +35,14 @@ def read_labels(file: str | Path, names: Sequence[str], source: object) -> dict[
         lines.pop()
     if not lines:
         raise InputError(f"{file} is empty: write one class per line, or a CSV of file,class")
-    if "," in lines[0]:
-        return labels_by_name(file, lines, names, source)
-    return labels_in_order(file, lines, names, source)
+    known = {os.path.splitext(name)[0]: name for name in names} | {name: name for name in names}
+    known = {unicodedata.normalize("NFC", shown): name for shown, name in known.items()}
+    separator = next((s for s in ",;\t" if s in lines[0]), None)
+    *first, _ = lines[0].split()
+    in_pairs = first and (first[0] in known or first[0].lower() in HEADERS)
+    if separator is None and not (in_pairs or any(map(is_image, first))):
+        return labels_in_order(file, lines, names, source)
+    return labels_by_name(file, lines, separator, known, source)
 
 
 def labels_in_order(
@@ -59,12 +67,17 @@ def labels_in_order(
 
 
 def labels_by_name(
-    file: Path, lines: list[str], names: Sequence[str], source: object
+    file: Path, lines: list[str], separator: str | None, known: dict[str, str], source: object
 ) -> dict[str, str]:
-    known = {os.path.splitext(name)[0]: name for name in names} | {name: name for name in names}
+    """`known`: names of the images by what the file may call them.
+
+    `separator` None: spaces; then a file's name may hold some, and its class none.
+    """
+    names = list(dict.fromkeys(known.values()))
     labels: dict[str, str] = {}
     try:
-        rows = list(csv.reader(lines))
+        split = [line.rsplit(None, 1) for line in lines]
+        rows = split if separator is None else list(csv.reader(lines, delimiter=separator))
     except csv.Error as e:
         raise InputError(f"{file} is not a CSV of file,class: {e}") from e
     kaggle = rows[0] == KAGGLE
@@ -77,7 +90,7 @@ def labels_by_name(
                 f"{file}, line {number}: {len(row)} columns, two are expected: file,class"
             )
         given, label = row[0].strip(), row[1].strip()
-        name = known.get(given)
+        name = known.get(unicodedata.normalize("NFC", given))
         if name is None:
             raise InputError(
                 f"{file}, line {number}: there is no image {printable(given)} in {source}, which "

@@ -25,12 +25,13 @@ Shards hold `images_per_shard` images each, the last one the rest, so view v of 
     classes             names, sorted; a label is an index into them
     files               name, bytes and sha256 of every other file, the shards in order first
     tokenizer           fingerprint of encoder and codebook (`fingerprint`)
-    encoder_heads       attention heads of the encoder, which no tensor's shape shows (caches written
-                        before it was recorded lack it)
+    encoder_heads       attention heads of the encoder, which no tensor's shape shows
     image_size, crops, preprocessing    pixels; the kind of views, in the order of
                         `data.images.view_boxes`; what is done to an image, in words
     dtype, batch_size   of the encoder that computed the codes
     listed_images, listing    number of images in the folder, and a hash of their paths
+    image_sizes         a hash of their sizes in bytes
+    rotated             number of images whose EXIF says that they are rotated, which is ignored
     skipped             paths of unreadable images, which the store leaves out
     software            versions of the libraries
 
@@ -49,7 +50,7 @@ from torch.utils.data import Dataset
 
 from data.cache import MANIFEST, TokenCache, fingerprint, read_manifest
 from data.classes import describe_classes
-from data.imagenet import unlike_imagenet
+from data.imagenet import misnumbered
 from data.npz import NpzStore
 from data.order import EpochDraws
 from runtime.arguments import Parser, new_file, number, path
@@ -228,9 +229,9 @@ def main(argv: list[str]) -> None:
     about = {**cache.manifest, "images": cache.images, "views": cache.views, "tokens": cache.tokens}
     print(f"{args.folder}: {about['layout']}, {cache.images} images x {cache.views} views x "
           f"{cache.tokens} codes, {describe_classes(cache.classes)}")  # fmt: skip
-    unlike = unlike_imagenet(cache.classes)
-    if unlike is not None:
-        print(f"warning: {unlike}")
+    doubt = misnumbered(cache.classes)
+    if doubt is not None:
+        print(f"warning: {doubt}")
     if args.action == "verify":
         cache.verify()
         print("all files are whole and all codes and labels in range")

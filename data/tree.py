@@ -55,19 +55,30 @@ def kind_of_file(name: str) -> str:
 def read_tree(root: str | Path, index_folder: Path | None = None) -> FileTree:
     """The files below `root`, a folder or a tar, whose index is kept in `index_folder`.
 
-    Raises InputError for what is neither, or cannot be read. All processes of a job read a tar
-    together.
+    `index_folder` is where the program writes. Raises InputError where that lies in `root`, and for
+    what is neither folder nor tar, or cannot be read. All processes of a job read a tar together.
     """
     root = Path(root)
     if is_tar(root):
         return read_tar(root, index_folder)
     if not root.is_dir():
         raise InputError(f"no image folder {root}: pass a folder that holds one folder per class")
+    if index_folder is not None:
+        refuse_inside(index_folder, root)
     try:
         folders, left_out = walk(str(root))
     except OSError as e:
         raise InputError(f"cannot read {e.filename}: {e.strerror}; make the folder readable") from e
     return FileTree(root, False, folders, lambda name: os.path.join(root, name), left_out)
+
+
+def refuse_inside(output: Path, folder: str | Path) -> None:
+    """Raise InputError for an output in a folder that is read: the next start would read it too."""
+    if output.resolve().is_relative_to(Path(folder).resolve()):
+        raise InputError(
+            f"the output would lie in {folder} ({output.resolve()}), which is read: choose a place "
+            f"outside of it"
+        )
 
 
 def read_tar(root: Path, index_folder: Path | None) -> FileTree:

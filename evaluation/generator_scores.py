@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from configs.load import codes_per_image
 from data.classes import trained_classes
-from data.imagenet import unlike_imagenet
+from data.imagenet import misnumbered
 from data.tokens import TokenCache, open_tokens
 from evaluation.likelihood import COMPILED_VIEWS, Likelihood, measure_likelihood
 from modeling.compiling import compile_blocks
@@ -188,7 +188,7 @@ def about(source: Source) -> dict[str, Any]:
 def warnings_of(store: TokenCache, generator: Generator) -> list[str]:
     """Reasons to doubt the figures."""
     known = generator.config.condition_num_classes
-    unlike = unlike_imagenet(store.classes)
+    unlike = misnumbered(store.classes)
     others = [] if unlike is None else [f"{store.folder}: {unlike}"]
     if len(store.classes) == known:
         return others

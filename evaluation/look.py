@@ -53,12 +53,12 @@ EMPTY = 224  # grey value of rows that are not decoded
 
 
 # ---------------------------------------------------------------------- what is looked at
-def list_photos(sources: list[str]) -> dict[str, str]:
+def list_photos(sources: list[str], output: Optional[Path] = None) -> dict[str, str]:
     """Paths of files, and of all images below folders, by the names of their pictures."""
     photos: dict[str, str] = {}
     for source in sources:
         if os.path.isdir(source):
-            tree = read_tree(source)
+            tree = read_tree(source, output)
             found = {name: os.path.join(source, name) for name in tree.images()}
             if tree.left_out:
                 print(f"{source}: {len(found)} images{describe_left_out(tree.left_out)}")
@@ -207,7 +207,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    photos = list_photos(args.images)
+    photos = list_photos(args.images, Path(args.output))
     tokenizer = load_tokenizer(args.tokenizer, args.config).to(find_device(args.device))
     config = tokenizer.config
     check_window(config.image_size)

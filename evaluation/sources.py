@@ -82,7 +82,7 @@ class FolderImages:
 
 def sorted_paths(source: Path) -> list[ImagePath]:
     """All images in a folder or tar, at any depth; folder by folder, as paths compare."""
-    tree = read_tree(source, INDEX_FOLDER)
+    tree = read_tree(source, INDEX_FOLDER if is_tar(source) else None)
     if tree.left_out:
         PartialState().print(f"{source}: images{describe_left_out(tree.left_out)}")
     return [tree.path_of(n) for n in sorted(tree.images(), key=lambda name: name.split("/"))]

@@ -1,8 +1,10 @@
 """Images from classes in three lines: both models from their weight files, on one device."""
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,7 +20,7 @@ from .randomness import image_uniforms
 from .sampling import NO_CLASS, Sampling
 from .tokenizer import CLUSTERING, Tokenizer, TokenizerConfig
 from .weights import hub
-from .weights.class_names import ClassNames
+from .weights.class_names import ClassNames, sorted_as_text
 from .weights.metadata import (
     GENERATOR,
     TOKENIZER,
@@ -176,8 +178,10 @@ class Pipeline:
         guidance_scale, guidance_power, guidance_schedule, temperature, top_k, top_p. Image i draws
         from (seed, i) alone, as image i of sample_imagenet.py does: the same class, seed, settings
         and precision make the same image, up to rounding that depends on the batch and on compiling.
-        Raises InputError for no classes or unknown ones, and for settings that make no sense.
+        Raises InputError for no classes or unknown ones, and for a seed or settings that make no sense.
         """
+        if not isinstance(seed, Integral) or seed < 0:
+            raise InputError(f"seed {seed}: pass a whole number, 0 or more")
         labels = class_labels(classes, self.names)
         settings = sampling_settings(sampling)
         if (labels == NO_CLASS).all():  # guidance would double the work and change nothing
@@ -220,6 +224,9 @@ def class_labels(classes: Sequence[int | str | None], names: ClassNames) -> Tens
         )
     if not items:
         raise InputError("no classes: pass at least one class number, as [207]")
+    doubt = sorted_as_text(names.folders)
+    if doubt and any(isinstance(item, int) for item in items):
+        warnings.warn(doubt, stacklevel=3)
     return torch.tensor(names.labels(items))
 
 

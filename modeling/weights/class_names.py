@@ -3,6 +3,7 @@
 import difflib
 import operator
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Optional
@@ -96,11 +97,11 @@ class ClassNames:
         )
 
     def nearest(self, name: str) -> str:
-        folded: dict[str, str] = {}
-        for known in self.labels_of:
-            folded.setdefault(known.casefold(), known)
-        (near,) = difflib.get_close_matches(name.casefold(), folded, 1, 0.0)
-        return folded[near]
+        known: dict[str, str] = {}
+        for each in self.labels_of:
+            known.setdefault(folded(each), each)
+        (near,) = difflib.get_close_matches(folded(name), known, 1, 0.0)
+        return known[near]
 
     def caption(self, label: int) -> str:
         """What stands under an image of this label: its name, or its number where that is unknown."""
@@ -113,7 +114,28 @@ class ClassNames:
 
 
 def same(name: str, other: str) -> bool:
-    return name.casefold() == other.casefold()
+    """Whether two names differ in case or in how accents are composed only."""
+    return folded(name) == folded(other)
+
+
+def folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def sorted_as_text(folders: Mapping[int, str]) -> Optional[str]:
+    """In words, where all names {label: name} are numbers, but not those of their labels.
+
+    Folders are sorted as text: 0, 1, 10, 11, …, 2. Then a class's number is not its name.
+    """
+    if not folders or not all(name.isdecimal() for name in folders.values()):
+        return None
+    first = next((label for label, name in folders.items() if int(name) != label), None)
+    if first is None:
+        return None
+    return (
+        f"the classes' names are numbers, which are sorted as text: class {first} is the one called "
+        f"{folders[first]}; a number asks for a class by its place, or pad the names with zeros"
+    )
 
 
 def imagenet_names() -> dict[int, str]:

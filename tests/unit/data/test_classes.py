@@ -34,6 +34,11 @@ def test_labels_are_mapped_by_name():
     assert mapped.tolist() == [3, 0, 0, 2] and mapped.dtype == np.int32
 
 
+@pytest.mark.parametrize("names", [("cafe\u0301", "caf\u00e9"), ("caf\u00e9", "cafe\u0301")])
+def test_accents_may_be_composed_in_one_set_and_not_in_the_other(names):
+    assert map_labels(np.array([0]), [names[0]], ["ant", names[1]], "x").tolist() == [1]
+
+
 def test_class_without_images_may_be_unknown():
     assert map_labels(np.array([1]), ["ant", "bee"], ["bee"], "x").tolist() == [0]
 

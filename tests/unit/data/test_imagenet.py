@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from data.imagenet import imagenet_synsets, unlike_imagenet
+from data.imagenet import imagenet_synsets, misnumbered, unlike_imagenet
 
 SYNSETS = imagenet_synsets()
 
@@ -35,6 +35,22 @@ def test_other_numbers_and_orders_are_warned_of(classes, count, first):
     said = unlike_imagenet(classes)
     assert said is not None and "\n" not in said
     assert f"the {count} classes are synsets, but not ImageNet's 1000" in said and first in said
+
+
+@pytest.mark.parametrize(
+    "classes, said",
+    [
+        (["0", "1", "10", "11", "2"], "class 2 is the one called 10"),
+        (["1", "2", "3"], "class 0 is the one called 1"),
+        (["0", "1", "2"], None),
+        (["00", "01", "02"], None),
+        (["0", "1", "10", "cat"], None),
+        ([], None),
+    ],
+)
+def test_numbers_that_are_sorted_as_text_are_warned_of(classes, said):
+    doubt = misnumbered(classes)
+    assert (doubt is None) if said is None else (said in doubt and "\n" not in doubt)
 
 
 def test_without_timm_there_is_no_warning(monkeypatch):

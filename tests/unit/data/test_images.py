@@ -15,10 +15,10 @@ from torchvision.transforms import functional as TF
 from data import images as module
 from data import order
 from data.images import (
+    TURNS,
     VIEWS,
     CenterImages,
     CroppedImages,
-    SourceCrops,
     TrainImages,
     TrainViews,
     center_crop,
@@ -26,8 +26,11 @@ from data.images import (
     list_images,
     list_paths,
     load_image,
+    load_photo,
+    photo_crop,
     random_crop,
     scan_images,
+    source_crop,
     source_size,
     to_float,
     to_uint8,
@@ -125,7 +128,7 @@ def test_views_of_a_batch_are_those_of_its_images():
 )
 def test_one_crop_holds_all_views_of_an_image(tmp_path, kind, side):
     noise(300, 290).save(tmp_path / "a.png")
-    source = SourceCrops([str(tmp_path / "a.png")], 256, kind)[0]
+    source = source_crop(str(tmp_path / "a.png"), 256, kind)
     assert source.shape == (3, side, side) and source.dtype == torch.uint8
     views = CroppedImages([str(tmp_path / "a.png")], 256, kind)[0]
     assert torch.equal(cut_views(source[None], 256, kind)[0], views)
@@ -232,6 +235,10 @@ def test_unusable_folder_is_named(tmp_path, make):
     with pytest.raises(InputError) as error:
         list_images(root)
     assert str(root) in str(error.value) and "\n" not in str(error.value)
+    if make is images_without_class_folders:
+        assert "one folder for all, with model.generator.condition_num_classes=1" in str(
+            error.value
+        )
 
 
 def test_class_folder_without_images_is_named(tmp_path):
@@ -508,7 +515,7 @@ def test_list_file_names_images_relative_to_itself_or_absolutely(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     listed = tmp_path / "lists/train.txt"
-    listed.write_text(f"in.png\n\n../out.png \n{tmp_path}/out.png\n")
+    listed.write_text(f"\ufeffin.png\n\n../out.png \n{tmp_path}/out.png\n", "utf-8")
     expected = ["lists/in.png", "lists/../out.png", "out.png"]
     assert list_paths(listed) == [str(tmp_path / name) for name in expected]
 
@@ -576,3 +583,32 @@ def test_views_and_labels_are_drawn_as_from_a_ten_crop_cache(tmp_path):
         labels.add(label)
         views.add(int(view))
     assert labels == {0, 1, 2, 3} and len(views) > 5
+
+
+# ---------------------------------------------------------------------- odd photos
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_to_look_at_stands_upright_and_a_cache_ignores_its_rotation(tmp_path, orientation):
+    image = noise(40, 30)
+    exif = Image.Exif()
+    exif[274] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as saved:
+        upright = ImageOps.exif_transpose(saved)
+    expected = to_uint8(center_crop(upright, 16))
+    assert torch.equal(photo_crop(tmp_path / "a.png", 16), expected)
+    assert load_photo(tmp_path / "a.png")[1] == TURNS.get(orientation)
+    assert same(load_image(tmp_path / "a.png"), image)
+
+
+def test_damaged_exif_makes_no_image_unreadable(tmp_path):
+    noise(40, 30).save(tmp_path / "a.png", exif=b"Exif\0\0not a TIFF")
+    assert load_photo(tmp_path / "a.png")[1] is None
+
+
+@pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1)])
+def test_an_image_that_is_all_edge_is_unreadable(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"unreadable image .*a\.png: .*40000.* over 500 times"):
+        load_image(tmp_path / "a.png")
+    Image.new("RGB", (2, 1000)).save(tmp_path / "b.png")
+    assert load_image(tmp_path / "b.png").size == (2, 1000)

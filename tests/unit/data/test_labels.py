@@ -37,6 +37,10 @@ FILES = {
     "csv": "".join(f"{name_of(i)},{CLASSES[i]}\n" for i in (7, 1, 3, 2, 4, 6, 5)),
     "csv with a header": "\ufeffFilename, class\n"
     + "".join(f'"{name_of(i)}", {CLASSES[i]}\n' for i in CLASSES),
+    "spaces": "".join(f"{name_of(i)} {CLASSES[i]}\n" for i in CLASSES),
+    "spaces without suffixes": "".join(f"{name_of(i)[:-5]}  {CLASSES[i]}\n" for i in CLASSES),
+    "tabs": "file\tclass\n" + "".join(f"{name_of(i)}\t{CLASSES[i]}\n" for i in CLASSES),
+    "semicolons": "".join(f"{name_of(i)};{CLASSES[i]}\n" for i in CLASSES),
     "kaggle": "ImageId,PredictionString\n"
     + "".join(
         f"{name_of(i)[:-5]},{CLASSES[i]} 85 1 499 272 {CLASSES[i]} 3 4 5 6\n" for i in CLASSES
@@ -96,6 +100,8 @@ LINES = FILES["csv"].splitlines(keepends=True)
         ("".join(LINES[1:]), ["has no line for 1 of the 7 images", name_of(7)]),
         ("".join(LINES) + "other.JPEG,n01\n", ["line 8: there is no image other.JPEG", name_of(1)]),
         ("".join(LINES) + f"{name_of(7)},n02\n", [f"line 8: {name_of(7)} has a second class"]),
+        ("other.JPEG n01\n" * 7, ["line 1: there is no image other.JPEG"]),
+        (f"{name_of(1)} n01\n{name_of(2)}\n", ["line 2: 1 columns"]),
         ("".join(LINES[:-1]) + f"{name_of(5)},\n", ["line 7: there is no name of a class"]),
         ("".join(LINES[:-1]) + f"{name_of(5)},a/b\n", ["line 7: 'a/b' is no name of a class"]),
         ("".join(LINES[:-1]) + f"{name_of(5)},a,b\n", ["line 7: 3 columns"]),

@@ -11,10 +11,11 @@ import torch
 
 from modeling.generator import Generator, GeneratorConfig
 from modeling.image_decoder import decode_images
-from modeling.pipeline import Pipeline
+from modeling.pipeline import Pipeline, class_labels
 from modeling.randomness import image_uniforms
 from modeling.sampling import draw_codes, sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.tensors import fingerprint, write_state_dict
 from runtime.errors import InputError
@@ -98,6 +99,22 @@ def test_pipeline_refuses_classes_that_make_no_images(made, classes, words):
     pipeline = Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cpu")
     with pytest.raises(InputError, match=words):
         pipeline(classes)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "1"])
+def test_pipeline_refuses_seeds_that_are_not_whole_numbers(made, seed):
+    *_, generator, tokenizer = made
+    pipeline = Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cpu")
+    with pytest.raises(InputError, match=f"seed {seed}: pass a whole number, 0 or more"):
+        pipeline([0], seed=seed)
+
+
+def test_pipeline_warns_of_numbers_that_are_the_names_of_other_classes(recwarn):
+    names = ClassNames(3, {0: "0", 1: "10", 2: "2"})
+    assert class_labels(["10", 2], names).tolist() == [1, 2]
+    assert "class 1 is the one called 10" in str(recwarn.pop(UserWarning).message)
+    class_labels(["10"], names)
+    assert not recwarn
 
 
 def test_pipeline_refuses_unknown_settings_and_devices_that_are_not_there(made, monkeypatch):

@@ -56,6 +56,12 @@ def test_a_number_out_of_range_is_refused(item, words):
     assert words in refusal(IMAGENET, item)
 
 
+def test_accents_may_be_composed_or_not():
+    names = ClassNames(1, {0: "cafe\u0301"})
+    assert names.labels(["caf\u00e9", "CAFE\u0301"]) == [0, 0]
+    assert "the nearest name is cafe" in refusal(names, "caf\u00e9s")
+
+
 def test_a_runs_folders_are_its_names_and_a_number_is_a_label():
     assert DIGITS.labels(["5", 4, "9"]) == [0, 4, 4]
     assert DIGITS.caption(1) == "6"

@@ -181,7 +181,15 @@ def list_members(path: Path) -> Members:
 
     with ThreadPoolExecutor(SCANNERS) as pool:
         contents = pool.map(look_into, inner)
-        bar = tqdm(contents, f"list {path.name}", len(inner), unit="tar", delay=2, leave=False)
+        bar = tqdm(
+            contents,
+            f"list {path.name}",
+            len(inner),
+            unit="tar",
+            delay=2,
+            leave=False,
+            disable=None,
+        )
         for member, content in zip(inner, bar):
             folder = f"{member.name[: -len('.tar')]}/"
             found.append(Member(folder))

@@ -108,7 +108,7 @@ def write_packed_store(
     shutil.rmtree(store, ignore_errors=True)
     store.mkdir()
     writer = TokenWriter(store, *writer_sizes)
-    for number in tqdm(range(parts.count), unit="part", desc="pack"):
+    for number in tqdm(range(parts.count), unit="part", desc="pack", disable=None):
         writer.append(parts.read(number, "codes"))
     writer.finish(labels, paths, classes, about)
     for file in store.iterdir():

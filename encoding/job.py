@@ -28,13 +28,16 @@ from data.images import (
     VIEWS,
     ImageListing,
     ImagePath,
-    SourceCrops,
+    center_crop,
     cut_views,
+    load_photo,
     source_size,
     to_float,
+    to_uint8,
 )
 from data.loader import on_device
 from data.npz import write_npz_files, write_npz_manifest
+from data.tars import TarPath
 from data.tokens import open_tokens
 from data.writer import write_packed_store
 from encoding.encoder import encode
@@ -46,7 +49,7 @@ from runtime.processes import on_main
 
 BATCHES_PER_PART = 16  # what a killed run loses at most, per process
 COMPARED_BATCHES = 2  # encoded in float32 too, where another type is chosen
-ADDED = ("encoder_heads",)  # settings that earlier versions did not record
+STATS = 16  # threads that ask for sizes and times: a network's file system answers late
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +70,15 @@ class WorkFolder:
     """CACHE.partial: the settings, finished parts and, in the end, the store of one cache."""
 
     def __init__(
-        self, images: ImageListing, plan: EncodingPlan, settings: dict[str, Any], cache: Path
+        self,
+        images: ImageListing,
+        plan: EncodingPlan,
+        settings: dict[str, Any],
+        times: np.ndarray,
+        cache: Path,
     ):
         self.images, self.plan, self.settings, self.cache = images, plan, settings, cache
+        self.times = times  # (N,) int64: seconds, of the last change of every image
         self.paths = images.names
         self.folder = cache.with_name(cache.name + ".partial")
         self.store = self.folder / "store"
@@ -87,15 +96,17 @@ class WorkFolder:
                 f"{cache} exists and is not a token cache: choose another --cached_path"
             )
         manifest = open_tokens(cache).manifest
-        recorded = {
-            key: manifest.get(key, self.settings[key] if key in ADDED else None)
-            for key in self.settings
-        }
-        changed = differing(recorded, self.settings)
+        changed = differing({key: manifest.get(key) for key in self.settings}, self.settings)
         if changed:
             raise InputError(
                 f"{cache} was made with other settings: {changed}; remove it or choose another "
                 f"--cached_path"
+            )
+        newer = np.flatnonzero(self.times > (cache / MANIFEST).stat().st_mtime)
+        if len(newer):
+            print(
+                f"warning: {len(newer)} images were changed after {cache} was made "
+                f"({first_names([self.paths[i] for i in newer])}): remove it to encode them again"
             )
         shutil.rmtree(self.folder, ignore_errors=True)  # of a run killed while it cleaned up
         return True
@@ -105,7 +116,8 @@ class WorkFolder:
         self._lock = lock_folder(self.folder)
         with writing(self.folder):
             remedy = "remove it, or choose another --cached_path"
-            check_settings(self.folder / "settings.json", self.settings, remedy, ADDED)
+            settings = {**self.settings, "image_times": short_hash(self.times.tobytes())}
+            check_settings(self.folder / "settings.json", settings, remedy)
             if self.plan.layout == "npz" and not self.store.exists():
                 shutil.rmtree(self.folder / "parts", ignore_errors=True)  # their files are gone
                 self.store.mkdir()
@@ -124,12 +136,17 @@ class WorkFolder:
                 names = [self.paths[i] for i in part.indices[part.readable]]
                 write_npz_files(self.store, names, codes)
                 codes = codes[:0]  # the part records only that these files are whole
-            self.parts.write(part.number, codes=codes, skipped=part.skipped)
+            rotated = np.count_nonzero(part.rotated)
+            self.parts.write(part.number, codes=codes, skipped=part.skipped, rotated=rotated)
 
     def skipped(self) -> list[int]:
         """Sorted indices of the unreadable images in the finished parts."""
         finished = (n for n in range(self.parts.count) if self.parts.path(n).exists())
         return sorted(i for n in finished for i in self.parts.read(n, "skipped").tolist())
+
+    def rotated(self) -> int:
+        """Number of images that say that they are rotated."""
+        return sum(int(self.parts.read(n, "rotated")) for n in range(self.parts.count))
 
     def describe_skipped(self, skipped: list[int]) -> str:
         names = first_names([self.paths[i] for i in sorted(skipped)])
@@ -159,6 +176,8 @@ def encode_folder(
     of other settings and for more unreadable images than `plan.skip_unreadable`.
     """
     paths = images.names
+    # The main process alone compares and writes settings.
+    sizes, times = sizes_and_times(images.paths if processes.is_main_process else [])
     settings = {
         "layout": plan.layout,
         "tokenizer": tokenizer_hash,
@@ -168,9 +187,10 @@ def encode_folder(
         "dtype": plan.dtype,
         "batch_size": plan.batch_size,
         "listed_images": len(paths),
-        "listing": listing_hash(paths),
+        "listing": short_hash("\n".join(paths).encode(errors="surrogateescape")),
+        "image_sizes": short_hash(sizes.tobytes()),
     }
-    work = WorkFolder(images, plan, settings, cache)
+    work = WorkFolder(images, plan, settings, times, cache)
     if on_main(work.is_complete):
         processes.print(f"{cache} is complete: {len(paths)} images")
         return
@@ -205,11 +225,12 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
     kept = sorted(set(range(len(paths))).difference(skipped))
     if not kept:
         raise InputError(f"none of the images under {images.root} is readable")
-    views = VIEWS[plan.crops]
+    views, rotated = VIEWS[plan.crops], work.rotated()
     about = {
         **{key: value for key, value in work.settings.items() if key != "layout"},
         "preprocessing": preprocessing(plan.crops, plan.image_size),
         "skipped": [paths[i] for i in skipped],
+        "rotated": rotated,
         "software": {
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
@@ -232,13 +253,34 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
     work.release()
     if skipped:
         print(f"skipped {work.describe_skipped(skipped)}; the manifest lists them")
+    if rotated:
+        print(
+            f"warning: {rotated} images say that they are rotated (EXIF), which a cache ignores as the "
+            f"published one does: turn the files if they lie on their side"
+        )
     print(f"wrote {work.cache}: {len(kept)} images x {views} views, {plan.crops}, {plan.dtype}")
 
 
-def listing_hash(paths: list[str]) -> str:
-    """16 hex digits of the paths of a folder's images, in their order."""
-    text = "encoder." + "\n".join(paths)  # the prefix has no meaning, but earlier caches have it
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+def short_hash(content: bytes) -> str:
+    """16 hex digits."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def sizes_and_times(paths: Sequence[ImagePath]) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and seconds of the last change of every image: (N,), int64; -1 for missing files."""
+
+    def of(path: ImagePath) -> tuple[int, int]:
+        if isinstance(path, TarPath):
+            return int(path.tar.sizes[path.number]), path.tar.stamp[1] // 10**9
+        try:
+            status = os.stat(path)
+        except OSError:  # a link to nothing: unreadable, but the job says so
+            return -1, -1
+        return status.st_size, int(status.st_mtime)  # not all file systems keep fractions
+
+    with ThreadPoolExecutor(STATS) as pool:
+        found = np.array(list(pool.map(of, paths)), np.int64).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
 
 
 def preprocessing(kind: str, size: int) -> str:
@@ -251,26 +293,27 @@ def preprocessing(kind: str, size: int) -> str:
 
 # ---------------------------------------------------------------------- encoding
 class ReadableCrops(Dataset):
-    """(source crop (3, L, L), True) of image i. With `skip_unreadable`, an unreadable one is (black, False).
+    """(source crop (3, L, L), readable, whether its EXIF says that it is rotated) of image i.
 
-    It keeps its place in its batch, so that what is encoded together does not depend on it.
+    With `skip_unreadable`, an unreadable one is (black, False, False). It keeps its place in its batch,
+    so that what is encoded together does not depend on it.
     """
 
     def __init__(self, paths: Sequence[ImagePath], plan: EncodingPlan):
-        self.crops = SourceCrops(paths, plan.image_size, plan.crops)
+        self.paths, self.side = paths, source_size(plan.image_size, plan.crops)
         self.skip = plan.skip_unreadable > 0
 
     def __len__(self) -> int:
-        return len(self.crops)
+        return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, bool]:
+    def __getitem__(self, index: int) -> tuple[Tensor, bool, bool]:
         try:
-            return self.crops[index], True
+            image, turn = load_photo(self.paths[index])
         except InputError:
             if not self.skip:
                 raise
-            side = source_size(self.crops.size, self.crops.kind)
-            return torch.zeros(3, side, side, dtype=torch.uint8), False
+            return torch.zeros(3, self.side, self.side, dtype=torch.uint8), False, False
+        return to_uint8(center_crop(image, self.side)), True, turn is not None
 
 
 class EncodedPart(NamedTuple):
@@ -280,6 +323,7 @@ class EncodedPart(NamedTuple):
     indices: np.ndarray  # (n,), of the images
     codes: np.ndarray  # (n, V, T) uint16
     readable: np.ndarray  # (n,) bool
+    rotated: np.ndarray  # (n,) bool: those that say so
 
     @property
     def skipped(self) -> np.ndarray:
@@ -318,19 +362,19 @@ def encode_parts(
     arriving = on_device(loader, device)
     total = sum(len(batch) for n in numbers for batch in batches[n])
     share = f" (1 of {processes.num_processes})" if processes.num_processes > 1 else ""
-    quiet = not processes.is_main_process
-    with tqdm(total=total, unit="img", desc=f"encode{share}", disable=quiet) as bar:
+    hidden = None if processes.is_main_process else True  # None: where there is no terminal
+    with tqdm(total=total, unit="img", desc=f"encode{share}", disable=hidden) as bar:
         for number in numbers:
-            codes, readable = [], []
+            codes, flags = [], []
             for _ in batches[number]:
-                crops, whole = next(arriving)  # (n, 3, L, L) uint8, (n,) bool
+                crops, readable, rotated = next(arriving)  # (n, 3, L, L) uint8, (n,) bool twice
                 codes.append(encode_views(encoder, crops, plan, plan.dtype).int())
-                readable.append(whole)
+                flags.append(torch.stack([readable, rotated]))
                 bar.update(len(crops))
             # The only place that waits for the device, once per part.
             part = torch.cat(codes).cpu().numpy().astype(np.uint16)
             indices = np.concatenate([np.array(batch) for batch in batches[number]])
-            yield EncodedPart(number, indices, part, torch.cat(readable).cpu().numpy())
+            yield EncodedPart(number, indices, part, *torch.cat(flags, 1).cpu().numpy())
 
 
 def encode_views(encoder: Tokenizer, crops: Tensor, plan: EncodingPlan, dtype: str) -> Tensor:

@@ -176,7 +176,10 @@ def measure(
     starts = share_of(range(0, count, batch), processes.process_index, processes.num_processes)
     total = sum(min(batch, count - start) for start in starts)
     bar = tqdm(
-        total=total, unit="img", desc=Path(images.name).name, disable=not processes.is_main_process
+        total=total,
+        unit="img",
+        desc=Path(images.name).name,
+        disable=None if processes.is_main_process else True,
     )
     for start, pixels, digests in read_ahead(images, starts, batch, workers, network.device):
         collector.add(start, pixels, digests)

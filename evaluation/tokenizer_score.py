@@ -28,7 +28,6 @@ from evaluation.reconstruction import (
     image_batches,
     reconstruct,
 )
-from evaluation.sources import INDEX_FOLDER
 from evaluation.statistics import SetStatistics, collector_of
 from modeling.tokenizer import CLUSTERING, Tokenizer
 from modeling.weights.metadata import about_file
@@ -95,7 +94,7 @@ def score_tokenizer(
     """
     size, device = tokenizer.config.image_size, tokenizer.latent_tokens.device
     check_window(size)
-    listing = scan_images(folder, index_folder=INDEX_FOLDER, classless=True)
+    listing = scan_images(folder, index_folder=picture.parent, classless=True)
     processes.print(f"{printable(folder)}: {listing.describe()}")
     paths = listing.paths
     before, after = (
@@ -153,7 +152,10 @@ def progress(
     """The batches, with a bar of this process's share on the main process."""
     share = -(-images // processes.num_processes)
     with tqdm(
-        total=share, unit="img", desc="reconstruct", disable=not processes.is_main_process
+        total=share,
+        unit="img",
+        desc="reconstruct",
+        disable=None if processes.is_main_process else True,
     ) as bar:
         for first, pixels in batches:
             yield first, pixels

@@ -185,7 +185,7 @@ class SampleFolder:
         with (
             tqdm(
                 total=sum(map(len, ranges)), unit="img", desc="sample",
-                disable=not self.processes.is_main_process,
+                disable=None if self.processes.is_main_process else True,
             ) as bar,
             ThreadPoolExecutor() as painters,
             ThreadPoolExecutor(1) as writer,
@@ -269,7 +269,7 @@ def concatenate_parts(
         entry = zipfile.ZipInfo("arr_0.npy")  # a fixed date: the same images, the same bytes
         with archive.open(entry, "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for number in tqdm(range(parts.count), unit="chunk", desc=path.name):
+            for number in tqdm(range(parts.count), unit="chunk", desc=path.name, disable=None):
                 file.write(np.ascontiguousarray(parts.read(number, name)).data)
 
 

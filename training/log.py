@@ -72,7 +72,10 @@ class RunLog:
             with writing(self.folder):
                 self.file = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115
         self.bar = tqdm(
-            total=total_steps, initial=first_step - 1, unit="step", disable=not self.write
+            total=total_steps,
+            initial=first_step - 1,
+            unit="step",
+            disable=None if self.write else True,
         )
 
     def _start_wandb(self, experiment: Experiment, config: dict[str, Any]) -> None:

@@ -1,12 +1,18 @@
-"""The encoding job: batches, unreadable images, the hash of a listing."""
+"""The encoding job: batches, unreadable images, images that were edited."""
+
+import json
+import os
+import time
 
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
-from data.cache import fingerprint
-from data.images import VIEWS, cut_views
-from encoding.job import EncodingPlan, ReadableCrops, listing_hash, part_batches
+from data.images import VIEWS, cut_views, scan_images
+from encoding import job
+from encoding.job import EncodingPlan, ReadableCrops, encode_folder, part_batches
+from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
 
 
@@ -15,9 +21,9 @@ def test_unreadable_image_keeps_its_place_as_black_views(tmp_path, kind):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     plan = EncodingPlan(20, kind, skip_unreadable=1)
-    crop, readable = ReadableCrops([str(bad)], plan)[0]
+    crop, readable, _ = ReadableCrops([str(bad)], plan)[0]
     Image.new("RGB", (30, 40)).save(tmp_path / "good.png")
-    good, good_is_readable = ReadableCrops([str(tmp_path / "good.png")], plan)[0]
+    good, good_is_readable, _ = ReadableCrops([str(tmp_path / "good.png")], plan)[0]
     assert crop.shape == good.shape and good_is_readable is True
     views = cut_views(crop[None], 20, kind)[0]
     assert views.shape == (VIEWS[kind], 3, 20, 20) and views.dtype == torch.uint8
@@ -34,7 +40,60 @@ def test_batches_are_consecutive_and_never_cross_a_part():
     assert {len(batch) for batch in batches[:-1]} == {3} and len(batches[-1]) == 2
 
 
-def test_hash_of_a_listing_is_that_of_earlier_caches_and_takes_any_name():
-    paths = ["cat/a.png", "dög/b.png"]
-    assert listing_hash(paths) == fingerprint({"encoder." + "\n".join(paths): torch.zeros(0)})
-    assert listing_hash(["cat/\udcff.png"]) != listing_hash(["cat/\udcfe.png"])
+# ---------------------------------------------------------------------- the whole job
+@pytest.fixture
+def encode(tmp_path):
+    """Encodes the folder `photos` into `cache`, in one part per image; returns the manifest."""
+    sizes = dict(image_size=16, encoder_width=16, encoder_layers=1, encoder_heads=2)
+    encoder = Tokenizer(TokenizerConfig(**sizes), with_decoder=False).eval()
+    for name in ("cat/a.jpg", "cat/b.jpg", "d\udcff/c.jpg"):
+        save(tmp_path / "photos" / name)
+
+    def run():
+        plan = EncodingPlan(16, "center_flip", batch_size=1, num_workers=0)
+        listing = scan_images(tmp_path / "photos")
+        encode_folder(listing, encoder, "hash", plan, tmp_path / "cache", PartialState(cpu=True))
+        return json.loads((tmp_path / "cache/manifest.json").read_text())
+
+    return run
+
+
+def save(path, seconds=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20)).save(path, **options)
+    os.utime(path, (time.time() + seconds,) * 2)
+
+
+def test_images_that_say_they_are_rotated_are_counted(encode, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[274] = 6
+    save(tmp_path / "photos/cat/b.jpg", exif=exif)
+    assert encode()["rotated"] == 1
+    assert "warning: 1 images say that they are rotated (EXIF)" in capsys.readouterr().out
+
+
+def test_a_complete_cache_of_edited_images_is_warned_of_or_refused(encode, tmp_path, capsys):
+    encode()
+    encode()
+    assert "warning" not in capsys.readouterr().out
+    save(tmp_path / "photos/cat/b.jpg", seconds=100)  # as long as before
+    encode()
+    assert "warning: 1 images were changed after" in (said := capsys.readouterr().out)
+    assert "(cat/b.jpg): remove it to encode them again" in said
+    save(tmp_path / "photos/cat/b.jpg", comment=b"longer")
+    with pytest.raises(InputError, match="made with other settings: image_sizes"):
+        encode()
+
+
+@pytest.mark.parametrize("edit", [{"seconds": -100}, {"comment": b"longer"}], ids=str)
+def test_images_edited_between_an_interruption_and_its_resume_are_refused(
+    encode, tmp_path, monkeypatch, edit
+):
+    monkeypatch.setattr(job, "publish", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode()
+    monkeypatch.undo()
+    save(tmp_path / "photos/cat/b.jpg", **edit)
+    with pytest.raises(InputError, match=r"holds work of other settings: image_\w+ \("):
+        encode()
+    assert not (tmp_path / "cache").exists()

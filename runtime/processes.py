@@ -24,8 +24,19 @@ def start_processes(device: str | None = None) -> PartialState:
     """Join the job's processes (plain, torchrun or accelerate), on CUDA with NCCL or CPU, gloo."""
     if device not in (None, "cpu", "cuda"):
         raise InputError(f"device {device}: choose cpu or cuda")
+    refuse_leftovers()
     # Told to use the CPU, accelerate joins several processes with gloo; left alone it does not.
     return PartialState(cpu=find_device(device).type == "cpu", timeout=TIMEOUT)
+
+
+def refuse_leftovers() -> None:
+    """Refuse a launcher's variables without the launcher: torch would wait for processes or fail."""
+    left = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
+    if left and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            f"the environment has {', '.join(left)}, but no launcher's MASTER_ADDR: unset "
+            f"{' '.join(left)}, or start with torchrun or accelerate launch"
+        )
 
 
 def on_main(work: Callable[[], T]) -> T:

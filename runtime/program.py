@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 import select
@@ -29,6 +30,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
     So does a full disk or a closed folder, wherever the program meets it. A reader that closes the
     pipe (`| head`) ends it quietly.
     """
+    open_streams()
     try:
         main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -42,14 +44,21 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
         if isinstance(e, InputError):
             # A DataLoader's worker wraps the message into its traceback; the line itself comes last.
             message = str(e).rsplit("InputError: ")[-1].strip()
+        elif out_of_shared_memory(e):
+            message = (
+                "/dev/shm is full, through which data workers pass their batches: give it more space "
+                "(docker run --shm-size=1g) or start fewer of them (--num_workers, "
+                "dataset.params.num_workers_per_gpu; 0: none)"
+            )
         elif isinstance(e, OSError) and e.errno in REMEDIES:
-            message = f"{e.filename or 'a file'}: {e.strerror}; {REMEDIES[e.errno]}, then try again"
+            place = e.filename or ("standard output" if stdout_fails(e) else "a file")
+            message = f"{place}: {e.strerror}; {REMEDIES[e.errno]}, then try again"
         else:
             traceback.print_exc()
             leave(1)
         # Every rank meets the same mistake. Rank 0 reports it first, and the launcher ends the
         # others while they wait; a mistake that only another rank met is reported all the same.
-        if int(os.environ.get("RANK", 0)) > 0:
+        if os.environ.get("RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer only notes the launcher's
             time.sleep(3)
         report(f"error: {one_line(message)}")
@@ -59,6 +68,36 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
         leave(130)
 
 
+def open_streams() -> None:
+    """Output that anybody may print to: nowhere where it is closed, and any letter in any encoding."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for good
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def stdout_fails(error: OSError) -> bool:
+    """Whether standard output fails with this error, which an empty line shows."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError as e:  # also of a stream that is no file
+        return e.errno == error.errno
+    return False
+
+
+def out_of_shared_memory(error: Exception) -> bool:
+    """Whether data workers failed for want of /dev/shm, of which containers have 64 MB."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        try:
+            return os.statvfs("/dev/shm").f_bavail < 16  # pages
+        except OSError:
+            return False
+    words = r"shared memory\(shm\)|out of shared memory"
+    return isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
+
+
 def one_line(message: str) -> str:
     """A message in one readable line, whatever values of the user's it quotes."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
@@ -66,7 +105,7 @@ def one_line(message: str) -> str:
 
 
 def report(line: str) -> None:
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # a pipe without a reader, a full disk
         print(line, file=sys.stderr)
 
 

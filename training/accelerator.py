@@ -15,7 +15,7 @@ from configs.environment import check_environment
 from configs.numerics import Numerics, resolve
 from configs.schema import Training
 from modeling.devices import uses_cuda
-from runtime.processes import set_tf32
+from runtime.processes import refuse_leftovers, set_tf32
 
 # Gradients per all-reduce. torch.compile also splits a model at every bucket and compiles each part:
 # with PyTorch's 25 MiB, B is compiled in 26 parts and XL in 66.
@@ -40,6 +40,7 @@ def start_training(training: Training, exact_attention: bool = False) -> Acceler
     """
     numerics = numerics_of(training, exact_attention)
     check_environment(training, numerics.autocast)
+    refuse_leftovers()
     accelerator = Accelerator(
         cpu=not uses_cuda(),
         mixed_precision=numerics.autocast,

@@ -12,6 +12,7 @@ step() { printf '\n[%s min] %s\n' "$(((SECONDS - started) / 60))" "$*"; }
 step "digits: scikit-learn's handwritten digits as PNG folders"
 python -m quickstart.digits $out/data
 step "tokenizer, stage 1: causal decoder, prefix tokens, clustered codebook"
+[ -e $out/stage1/metrics.jsonl ] || python -m quickstart.estimate $out/stage1 $$ &
 python -m train_tokenizer config=configs/digits_stage1.yaml
 step "tokenizer, stage 2: bidirectional decoder"
 python -m train_tokenizer config=configs/digits_stage2.yaml

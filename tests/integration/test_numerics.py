@@ -22,7 +22,7 @@ from train_tokenizer import losses
 CONFIG = """
 model:
   vq_model:
-    {codebook_size: 64, token_size: 8, image_size: 64, encoder_width: 32, encoder_layers: 1,
+    {codebook_size: 64, token_size: 8, image_size: 32, encoder_width: 32, encoder_layers: 1,
      encoder_heads: 2, decoder_width: 32, decoder_layers: 1, decoder_heads: 2, causal: true,
      num_buffer_tokens: 1, prefix_head: true, clustering: true}
 perceptual: {pretrained: false}
@@ -39,7 +39,7 @@ def run(tmp_path, monkeypatch):
     folder = tmp_path / "train" / "class"
     folder.mkdir(parents=True)
     for i in range(2):
-        pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
     (tmp_path / "tiny.yaml").write_text(CONFIG)
 

@@ -394,6 +394,9 @@ class TrainState:
         if not tokenizer.encoder_frozen:
             stacks.append(tokenizer.encoder.transformer)
         compile_blocks(*stacks)
+        if self.discriminator is not None:
+            critic: Any = self.discriminator
+            critic.logits = torch.compile(critic.logits, dynamic=False)
 
     @property
     def averaged(self) -> Tokenizer:

@@ -12,24 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def same_padding(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """Pad (B, C, H, W) as TensorFlow's "same" does: output = ⌈input / stride⌉, the odd pixel last."""
-    pads = []
-    for size in (x.shape[3], x.shape[2]):
-        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-        pads += [total // 2, total - total // 2]
-    return F.pad(x, pads)
-
-
-class SameConv2d(nn.Conv2d):
-    """A convolution of stride 1 that keeps the image size."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(same_padding(input, self.kernel_size[0], 1))
+def same_conv(before: int, after: int, kernel: int) -> nn.Conv2d:
+    """A convolution of stride 1 and an odd kernel that keeps the image size."""
+    return nn.Conv2d(before, after, kernel, padding=kernel // 2)
 
 
 class BlurDownsample(nn.Module):
-    """Halve the image through the binomial kernel (1, 3, 3, 1)."""
+    """Halve the image through the binomial kernel (1, 3, 3, 1): sizes ⌈H / 2⌉, ⌈W / 2⌉.
+
+    Padded as TensorFlow's "same" does: one pixel on each side, and of an odd size two at its end.
+    """
 
     kernel: Tensor
 
@@ -42,7 +34,8 @@ class BlurDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
         kernel = self.kernel.to(x.dtype).expand(channels, -1, -1, -1)
-        return F.conv2d(same_padding(x, 4, 2), kernel, stride=2, groups=channels)
+        odd = [0, x.shape[3] % 2, 0, x.shape[2] % 2]
+        return F.conv2d(F.pad(x, odd) if any(odd) else x, kernel, None, 2, 1, groups=channels)
 
 
 class Discriminator(nn.Module):
@@ -55,11 +48,11 @@ class Discriminator(nn.Module):
     def __init__(self, channels: int = 128, exact: bool = True):
         super().__init__()
         self.exact = exact
-        self.block_in = nn.Sequential(SameConv2d(3, channels, 5), nn.LeakyReLU(0.1))
+        self.block_in = nn.Sequential(same_conv(3, channels, 5), nn.LeakyReLU(0.1))
         widths = [channels, channels, 2 * channels, 4 * channels]
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                SameConv2d(before, after, 3),
+                same_conv(before, after, 3),
                 BlurDownsample(),
                 nn.GroupNorm(32, after),
                 nn.LeakyReLU(0.1),
@@ -68,9 +61,9 @@ class Discriminator(nn.Module):
         )
         self.pool = nn.AdaptiveMaxPool2d(16)
         self.to_logits = nn.Sequential(
-            SameConv2d(widths[-1], widths[-1], 1),
+            same_conv(widths[-1], widths[-1], 1),
             nn.LeakyReLU(0.1),
-            SameConv2d(widths[-1], 1, 5),
+            same_conv(widths[-1], 1, 5),
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -82,7 +75,8 @@ class Discriminator(nn.Module):
         return self.logits(images)
 
     def logits(self, images: Tensor) -> Tensor:
-        x = self.block_in(images)
+        # The layout of tensor cores. Eager group norms leave it; compiled, everything keeps it.
+        x = self.block_in(images.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             x = block(x)
         return self.to_logits(self.pool(x))

@@ -136,16 +136,17 @@ def test_fp16_without_cuda_is_refused(train, tmp_path):
 def test_nothing_is_compiled_after_the_first_step_of_a_kind(
     train, workspace, tmp_path, monkeypatch, stage, programs
 ):
-    """One program serves a stack of blocks, but the encoder's last block has its own. Neither the
-    discriminator's first step nor an evaluation compiles the tokenizer again."""
+    """One program serves a stack of blocks, but the encoder's last block has its own. The
+    discriminator has one for the tokenizer's loss and one for its own steps, of which the first does
+    not compile the tokenizer again. Evaluations compile nothing."""
     before_step = count_by_step(trainer, monkeypatch)
-    phases = "phases=[{steps: 1, learning_rate: 1e-3}, {steps: 3, gan_weight: 0.005}]"
+    phases = "phases=[{steps: 1, learning_rate: 1e-3}, {steps: 4, gan_weight: 0.005}]"
     deep, stage1 = "model.vq_model.encoder_layers=2", workspace.stage1_run
     train(
         stage, tmp_path / "run", phases, "training.compile=True", "experiment.eval_every=1",
         deep if stage == 1 else f"experiment.stage1_checkpoint={stage1}",
     )  # fmt: skip
-    assert before_step == [0] + 3 * [programs]
+    assert before_step == [0, programs, programs + 1, programs + 2, programs + 2]
 
 
 def test_only_reporting_steps_wait_for_the_device(train, tmp_path, monkeypatch):

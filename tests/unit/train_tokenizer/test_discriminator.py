@@ -2,7 +2,12 @@ import numpy as np
 import torch
 
 from tests.golden.fill import images
-from train_tokenizer.discriminator import Discriminator, adversarial_loss, hinge_loss, same_padding
+from train_tokenizer.discriminator import (
+    BlurDownsample,
+    Discriminator,
+    adversarial_loss,
+    hinge_loss,
+)
 
 
 def test_logits_are_the_published_ones(golden, fill):
@@ -17,10 +22,11 @@ def test_logits_are_the_published_ones(golden, fill):
     np.testing.assert_allclose(whole.numpy(), expected["logits_256"], atol=1e-4, rtol=0)
 
 
-def test_same_padding_puts_the_odd_pixel_last():
-    x = torch.ones(1, 1, 5, 6)
-    assert same_padding(x, 4, 2).shape[2:] == (8, 8)  # outputs 3 = ceil(5 / 2) and 3
-    assert same_padding(x, 4, 2)[0, 0, 1, 0] == 0 and same_padding(x, 4, 2)[0, 0, 1, 1] == 1
+def test_blur_of_an_odd_size_is_padded_by_two_at_its_end():
+    blurred = BlurDownsample()(torch.ones(1, 1, 5, 6))[0, 0]
+    # Of the kernel's (1, 3, 3, 1) / 8, what falls on the image.
+    expected = torch.outer(torch.tensor([7.0, 8, 4]), torch.tensor([7.0, 8, 7])) / 64
+    torch.testing.assert_close(blurred, expected)
 
 
 def test_hinge_losses_on_known_logits():

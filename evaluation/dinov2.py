@@ -24,7 +24,7 @@ SIZE = 224  # pixels: 16x16 patches of 14
 WIDTH = 1024
 OFFSET = 0.1  # of DINOv2's position embedding, see `resample_positions`
 NAMES = {384: "ViT-S/14", 768: "ViT-B/14", 1024: "ViT-L/14", 1536: "ViT-g/14"}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class DINOv2:
@@ -45,24 +45,30 @@ class DINOv2:
         check_kind(state, path)
         self.device = torch.device(device)
         self.network = build(state, path).to(self.device)
+        self.colours = colours(self.device)
         self.identity = f"dinov2-vitl14 {file_sha256(path)[:16]}"
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W), uint8, of any size -> (B, 1024), (B, 0), (B, 0)."""
         with matmul_precision("fp32"), torch.autocast(self.device.type, enabled=False):
-            tokens = self.network(prepare(images.to(self.device, non_blocking=True)))
+            tokens = self.network(prepare(images.to(self.device, non_blocking=True), self.colours))
         return tokens, tokens[:, :0], tokens[:, :0]
 
 
-def prepare(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W), uint8 -> the network's input (B, 3, 224, 224), float32.
+def colours(device: torch.device | str) -> Tensor:
+    """ImageNet's mean and standard deviation of each channel: (2, 3, 1, 1), float32, on the device."""
+    return torch.tensor([MEAN, STD], device=device).view(2, 3, 1, 1)
+
+
+def prepare(images: Tensor, colours: Tensor) -> Tensor:
+    """Images (B, 3, H, W), uint8, and `colours` -> the network's input (B, 3, 224, 224), float32.
 
     The resize is bicubic with antialiasing, in float32 and without rounding, whatever the sides' ratio: EDM2's
     default, which differs slightly from a resize of uint8 pixels by Pillow.
     """
     resized = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", antialias=True)
-    mean, std = (resized.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = colours
     return (resized / 255 - mean) / std
 
 

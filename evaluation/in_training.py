@@ -53,7 +53,7 @@ def open_evaluator(
 def job_in_training(options: GeneratorRun, device: torch.device) -> SamplingJob:
     """What sample_imagenet.py would sample, in chunks that leave room for the training.
 
-    Nothing is compiled: that takes too long here. Raises InputError for what cannot be sampled on
+    Nothing is compiled, which takes too long here; on CUDA a step is captured. Raises InputError for what cannot be sampled on
     this device, so that a trainer can call it before its first step.
     """
     options = replace(options, experiment=replace(options.experiment, compile=False))

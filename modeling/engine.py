@@ -239,9 +239,9 @@ def prefill(rows: Tensor, weights: Weights, caches: list[Cache]) -> None:
 class Engine:
     """Samples batches of `batch` images with the weights of a generator, on its device.
 
-    `dtype` is the type of matrices and cache. `compiled` compiles the functions of a step and, with
-    the fused attention, captures one step as the CUDA graph of all positions. `engine` chooses the
-    attention: "auto" the fused one on CUDA if it is right there, "fused" or "plain" that one.
+    `dtype` is the type of matrices and cache. `compiled` compiles the functions of a step.
+    With the fused attention, compiled or not, one step is captured as the CUDA graph of all
+    positions. `engine` chooses the attention: "auto" the fused one on CUDA if it is right there, "fused" or "plain" that one.
     `cache` "int8" stores keys and values in one byte each, with a scale per row and head. `streams`
     samples parts of the batch side by side on CUDA, so that the products of one may hide under the
     attention of the other, but read the weights once each; `benchmarks.sampling --streams` compares.
@@ -302,8 +302,8 @@ class Engine:
             self.graph: Optional[torch.cuda.CUDAGraph] = None
             if compiled:
                 self._compile()
-                if self.device.type == "cuda" and self.fused:
-                    self._capture()
+            if self.device.type == "cuda" and self.fused:
+                self._capture()
 
     def on_device(self) -> contextlib.AbstractContextManager:
         """Makes the engine's GPU the current one: graphs and Triton kernels go to that."""
@@ -343,8 +343,9 @@ class Engine:
         self._set_position(0)
         graph = torch.cuda.CUDAGraph()
         try:
-            # torch's own capture stream is on the GPU of the first graph of the process.
-            with torch.cuda.graph(graph, stream=side):
+            # torch's own capture stream is on the GPU of the first graph of the process. Other threads
+            # (a data loader's, in training) may go on talking to the GPU.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 self._step(0)
             self.graph = graph
         except RuntimeError as e:

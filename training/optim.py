@@ -1,7 +1,6 @@
 """What a step does with its gradients: clipping, the guard, AdamW, the average of the weights."""
 
 import copy
-import math
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from runtime.errors import InputError
@@ -47,8 +47,12 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float |
 
     Returns the norm before clipping, a scalar on the device, the same on every rank.
     """
-    # Clipping to infinity only measures.
-    norm: Any = accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    norm: Any
+    if max_norm:
+        norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    else:  # clipping to infinity would multiply every gradient by 1
+        accelerator.unscale_gradients()
+        norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP: a share per rank
 
 

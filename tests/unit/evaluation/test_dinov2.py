@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluation import dinov2
-from evaluation.dinov2 import DINOV2_FILE, DINOv2, prepare, resample_positions
+from evaluation.dinov2 import DINOV2_FILE, DINOv2, colours, prepare, resample_positions
 from evaluation.metrics import frechet_distance
 from runtime.errors import InputError
 from tests.dinov2 import random_state, write_random_dinov2
@@ -147,7 +147,9 @@ def test_resize_is_bicubic_with_antialias_in_float(size):
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     mean, std = (np.array(v)[:, None, None] for v in (dinov2.MEAN, dinov2.STD))
     expected = (resized_by_the_rule(images) / 255 - mean) / std
-    np.testing.assert_allclose(prepare(images), expected, atol=2e-4)  # 0.01 grey levels
+    np.testing.assert_allclose(
+        prepare(images, colours("cpu")), expected, atol=2e-4
+    )  # 0.01 grey levels
 
 
 def test_the_distance_is_that_of_the_transcribed_pipeline(network, folder):

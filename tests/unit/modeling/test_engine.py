@@ -231,8 +231,8 @@ def test_a_step_is_captured_on_a_stream_of_the_engines_gpu_or_not_at_all(
     captured, made_current = [], []
 
     @contextlib.contextmanager
-    def capture(graph, stream=None):
-        captured.append(stream)
+    def capture(graph, stream, capture_error_mode):
+        captured.append((stream, capture_error_mode))
         yield
         if fails:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -247,7 +247,9 @@ def test_a_step_is_captured_on_a_stream_of_the_engines_gpu_or_not_at_all(
         engine._set_position(5)  # wherever compiling has left it
         engine._capture()
     assert positions == [0, 1]  # set before the side stream waits, and one step later
-    assert captured == [side]  # not torch's own, which stays on the first engine's GPU
+    assert captured == [
+        (side, "thread_local")
+    ]  # not torch's own, which stays on the first engine's GPU
     said = [str(w.message) for w in recwarn if "uses no CUDA graph" in str(w.message)]
     assert len(said) == fails and (engine.graph is None) == fails
     assert made_current == [current] * fails

@@ -111,3 +111,4 @@ def test_gradients_are_clipped_to_the_norm_and_without_one_only_measured(limit, 
     model.weight.grad = torch.tensor([[3.0, 4.0]])
     assert clip_gradients(Accelerator(cpu=True), model, limit).item() == 5.0
     assert model.weight.grad.norm().item() == pytest.approx(length, rel=1e-5)
+    assert bool(limit) == bool(model.weight.grad._version)  # not even multiplied by 1

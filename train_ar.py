@@ -31,12 +31,12 @@ from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from generation.models import check_files
 from modeling.compiling import compile_training
-from modeling.generator import Attention, Generator, SwiGLU
+from modeling.generator import Generator, build_generator
 from modeling.sampling import NO_CLASS
-from modeling.tokenizer import CLUSTERING, Tokenizer
+from modeling.tokenizer import Tokenizer
 from modeling.weights.class_names import NONE, ClassNames
 from modeling.weights.metadata import GENERATOR, About, about_model
-from modeling.weights.tensors import describe, load_tensors, read_state_dict
+from modeling.weights.tensors import describe, load_for_use, load_tensors, read_state_dict
 from runtime.errors import InputError
 from runtime.processes import compiles, device_name, on_main
 from runtime.program import run as run_program
@@ -212,7 +212,7 @@ def load_tokenizer(options: GeneratorRun) -> tuple[Tokenizer, str]:
     file = on_main(lambda: checkpoint.weights_file(path, "tokenizer"))
     state = read_state_dict(file)
     check_files(options.model, file, state)
-    load_tensors(tokenizer, state, path, CLUSTERING, CLUSTERING)
+    load_for_use(tokenizer, state, path)
     return tokenizer.eval().requires_grad_(False), fingerprint(state)
 
 
@@ -241,13 +241,8 @@ def check_classes(path: str, classes: list[str], options: GeneratorRun) -> None:
 
 # ---------------------------------------------------------------------- what is trained
 def parameter_groups(model: Generator, weight_decay: float) -> list[dict]:
-    """Weight decay on the matrices of attention, MLP and output only, by module, not by name."""
-    decayed = [model.output.weight]
-    for module in model.modules():
-        if isinstance(module, Attention):
-            decayed += [module.qkv.weight, module.proj.weight]
-        if isinstance(module, SwiGLU):
-            decayed += [module.w1.weight, module.w2.weight, module.w3.weight]
+    """Weight decay on the generator's matrices only (`Generator.decayed`)."""
+    decayed = model.decayed()
     chosen = {id(p) for p in decayed}
     others = [p for p in model.parameters() if id(p) not in chosen]
     return [
@@ -290,7 +285,7 @@ class TrainState:
         self.accelerator, self.config = accelerator, options.model.generator
         self.about = about_generator(options, data)
         set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
-        self.generator = Generator(self.config)
+        self.generator = build_generator(self.config)
         self.start = load_initial(run, self.generator)
         self.ema = None
         if training.use_ema:
@@ -318,7 +313,7 @@ class TrainState:
         part: Any = self.averaged
         if not self.accelerator.is_fsdp2:
             return part
-        whole = Generator(self.config).to(self.accelerator.device)
+        whole = build_generator(self.config).to(self.accelerator.device)
         whole.load_state_dict(get_model_state_dict(part, options=WHOLE))
         return whole
 
@@ -446,7 +441,7 @@ def sample_grid(
         return torch.empty(0)
     generator, labels = options.model.generator, grid_labels(options)
     uniforms = image_uniforms(generator.seed, range(len(labels)), generator.image_seq_len)
-    engine = in_training.sampling_engine(model, options, len(labels))
+    engine = in_training.job_in_training(options, accelerator.device).sampler(model, len(labels))
     return tokenizer.decode(engine.sample(labels, uniforms))
 
 

@@ -71,11 +71,11 @@ def plain_codes(model: Generator, sampling: Sampling, labels: Tensor, uniforms: 
     scales = guidance_schedule(sampling.guidance_scale, sampling.guidance_power, 273)
     labels = torch.cat([labels, torch.full_like(labels, config.no_class)])
     cache, codes = GrownCache(config.num_hidden_layers), []
-    x = model.embed_class(labels)
+    rows = config.condition_rows(labels)
     for t in range(config.image_seq_len):
-        logits = guide(model.step(x, cache), scales[t])
+        logits = guide(model.step(rows, cache), scales[t])
         codes.append(draw_codes(logits, uniforms[:, t], 1.0))
-        x = model.embeddings(codes[-1].repeat(2)).unsqueeze(1)
+        rows = codes[-1].repeat(2)
     return torch.stack(codes, 1)
 
 
@@ -250,7 +250,7 @@ def changes(args: argparse.Namespace) -> None:
     labels, uniforms = torch.arange(args.batch), torch.rand(args.batch, config.image_seq_len)
 
     def preallocated() -> Tensor:
-        return sample_codes(model, labels, uniforms, 16.0, 1.8)
+        return sample_codes(model, labels, uniforms, Sampling(16.0, 1.8))
 
     def engine(
         dtype: torch.dtype, arranged: bool = True, compiled: bool = False

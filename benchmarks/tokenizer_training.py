@@ -106,7 +106,7 @@ class Mode:
 
     def update(self, out: TokenizerOutput) -> None:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.model.quantize.cluster(out.latents.detach().flatten(0, 1))
+        self.model.quantize.before_update(out.latents.detach().flatten(0, 1))
         self.optimizer.step()
         self.optimizer.zero_grad()
 

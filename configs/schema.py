@@ -269,9 +269,9 @@ class GeneratorExperiment(Experiment):
     )
     engine: str = option(
         "auto",
-        "Attention of sampling; auto: fused on CUDA if it is right there.",
-        choices=ENGINES,
-        only="sample",
+        "Attention of sampling; auto: fused on CUDA if it is right there; reference: the plain loop, "
+        "slow, for any backbone.",
+        choices=(*ENGINES, "reference"),
     )
     cache: str = option(
         "auto",

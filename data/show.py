@@ -12,8 +12,8 @@ from data.cache import TokenCache, fingerprint
 from data.pictures import captioned, enlarged, picture_grid, write_png
 from modeling.devices import find_device
 from modeling.image_decoder import ImageDecoder
-from modeling.tokenizer import CLUSTERING, Tokenizer
-from modeling.weights.tensors import load_tensors, read_state_dict
+from modeling.tokenizer import Tokenizer
+from modeling.weights.tensors import load_for_use, read_state_dict
 
 COLUMNS, MARGIN = 8, 6  # images side by side at most, and pixels between them
 
@@ -28,7 +28,7 @@ def show_cache(
     """
     state = read_state_dict(weights)
     tokenizer = Tokenizer(sizes_for(weights, config, UNSEEN_SIZES))
-    load_tensors(tokenizer, state, weights, ignore=CLUSTERING, keep=CLUSTERING)
+    load_for_use(tokenizer, state, weights)
     sizes = tokenizer.config
     cache.check(
         sizes.codebook_size, sizes.num_tokens, fingerprint(tokenizer.state_dict()), sizes.encoder_heads

@@ -5,8 +5,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from modeling.tokenizer import CLUSTERING, Tokenizer, TokenizerConfig
-from modeling.weights.tensors import load_tensors
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights.tensors import load_for_use
 from runtime.processes import matmul_precision
 
 # Bytes of the widest activation of the images that a CPU encodes at once. glibc gives blocks over 32 MiB
@@ -25,7 +25,7 @@ def load_encoder(
         tokenizer = Tokenizer(config, with_decoder=False)
     tokenizer.to_empty(device=device)
     # Either stage's file will do: its decoder, and stage 1's clustering buffer, stay on disk.
-    load_tensors(tokenizer, state, path, ignore=("decoder.", *CLUSTERING), keep=CLUSTERING)
+    load_for_use(tokenizer, state, path, ignore=("decoder.",))
     return tokenizer.eval()
 
 
@@ -42,7 +42,7 @@ def encode(tokenizer: Tokenizer, images: Tensor, dtype: str) -> Tensor:
         with matmul_precision("tf32" if dtype == "tf32" else "fp32"), bf16:
             latents = tokenizer.encoder(part, tokenizer.latent_tokens)
         with matmul_precision("fp32"):
-            codes.append(tokenizer.quantize.nearest(latents))
+            codes.append(tokenizer.quantize.encode(latents))
     return torch.cat(codes)
 
 

@@ -14,7 +14,7 @@ from data.imagenet import misnumbered
 from data.tokens import TokenCache, open_tokens
 from evaluation.likelihood import COMPILED_VIEWS, Likelihood, measure_likelihood
 from modeling.compiling import compile_blocks
-from modeling.generator import Generator
+from modeling.generator import Generator, build_generator
 from modeling.pipeline import generator_config
 from modeling.weights.metadata import About, about_file
 from modeling.weights.tensors import load_tensors, read_state_dict
@@ -109,7 +109,7 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
     names = class_names(source.file, about)
     if names:
         store.use_classes(names)
-    generator = Generator(config)
+    generator = build_generator(config)
     load_tensors(generator, state, source.name)
     return generator.eval()
 

@@ -22,7 +22,6 @@ from evaluation.reconstruction import (
 from evaluation.statistics import Collector
 from generation.images import sample_images
 from generation.job import SamplingJob, sampling_job
-from modeling.engine import Engine
 from modeling.generator import Generator
 from modeling.tokenizer import Tokenizer
 from runtime.errors import InputError
@@ -61,12 +60,6 @@ def job_in_training(options: GeneratorRun, device: torch.device) -> SamplingJob:
     return replace(job, chunk=job.chunk or CHUNK)
 
 
-def sampling_engine(generator: Generator, options: GeneratorRun, batch: int) -> Engine:
-    """What sample_imagenet.py would sample with, but not compiled."""
-    job = job_in_training(options, generator.output.weight.device)
-    return Engine(generator, batch, job.sampling, job.dtype)
-
-
 def metrics_of(evaluator: Evaluator, collector: Collector, name: str) -> dict[str, float]:
     """The known metrics for the log, the Fréchet distance as `name`; empty except on rank 0.
 
@@ -103,7 +96,7 @@ class GeneratedScores:
     def measure(self) -> "GeneratedScores":
         """Sample this rank's share; talks to no other rank."""
         processes, size = self.evaluator.processes, self.options.model.vq_model.image_size
-        job = job_in_training(self.options, self.generator.output.weight.device)
+        job = job_in_training(self.options, self.tokenizer.latent_tokens.device)
         chunk, rank, world = job.chunk or CHUNK, processes.process_index, processes.num_processes
         collector = Collector("generated images", job.count, (size, size), self.evaluator.network)
         batches = [
@@ -111,7 +104,7 @@ class GeneratedScores:
             for start in share_of(range(0, job.count, chunk), rank, world)
         ]
         with matmul_precision(job.precision):
-            engine = Engine(self.generator, chunk, job.sampling, job.dtype)
+            engine = job.sampler(self.generator, chunk)
             for batch in sample_images(engine, self.tokenizer, job, batches):
                 pixels = torch.from_numpy(batch.images).permute(0, 3, 1, 2)
                 collector.add(batch.indices.start, pixels)

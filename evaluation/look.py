@@ -98,7 +98,7 @@ def look_at(tokenizer: Tokenizer, pixels: Tensor) -> Look:
     image = to_float(pixels.to(tokenizer.latent_tokens.device))
     with matmul_precision("fp32"):
         codes = tokenizer.encode(image.unsqueeze(0))  # (1, T)
-        vectors = tokenizer.quantize.embedding(codes)
+        vectors = tokenizer.quantize.lookup(codes)
         K, g, T = config.num_prefix_tokens, config.grid, config.num_tokens
         strip = decoder.strip(decoder.tokens(vectors[:, :K])) if config.prefix_head else None
         rows = {n: decoder(vectors[:, :n])[0][0] for n in range(K + g, T + 1, g)}

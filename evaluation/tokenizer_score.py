@@ -29,9 +29,9 @@ from evaluation.reconstruction import (
     reconstruct,
 )
 from evaluation.statistics import SetStatistics, collector_of
-from modeling.tokenizer import CLUSTERING, Tokenizer
+from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import about_file
-from modeling.weights.tensors import load_tensors, tensors_hash
+from modeling.weights.tensors import load_for_use, tensors_hash
 from runtime.errors import InputError
 from runtime.processes import matmul_precision
 from training.checkpoint import read_weights
@@ -60,14 +60,14 @@ def load_tokenizer(source: str, config: Optional[str] = None) -> Tokenizer:
     with torch.device("meta"):  # random initial weights would cost seconds
         tokenizer = Tokenizer(sizes_for(source, config, UNSEEN_SIZES, **decoder))
     tokenizer.to_empty(device="cpu")
-    load_tensors(tokenizer, state, source, ignore=CLUSTERING, keep=CLUSTERING)
+    load_for_use(tokenizer, state, source)
     return tokenizer.eval()
 
 
 def weights_hash(tokenizer: Tokenizer) -> str:
     """Hash of all weights that images depend on."""
-    state = tokenizer.state_dict()
-    return tensors_hash({name: state[name] for name in state if not name.startswith(CLUSTERING)})
+    state, spare = tokenizer.state_dict(), tokenizer.training_only
+    return tensors_hash({name: state[name] for name in state if name not in spare})
 
 
 def identity_of(tokenizer: Tokenizer) -> dict[str, Any]:

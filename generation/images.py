@@ -10,6 +10,7 @@ from torch import Tensor
 from generation.job import SamplingJob
 from modeling.engine import Engine
 from modeling.image_decoder import DECODED_AT_ONCE, ImageDecoder
+from modeling.sampling import ReferenceEngine
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
 from runtime.randomness import image_uniforms
@@ -24,7 +25,10 @@ class ImageBatch(NamedTuple):
 
 
 def sample_images(
-    engine: Engine, tokenizer: Tokenizer, job: SamplingJob, batches: Iterable[range]
+    engine: Engine | ReferenceEngine,
+    tokenizer: Tokenizer,
+    job: SamplingJob,
+    batches: Iterable[range],
 ) -> Iterator[ImageBatch]:
     """The images of a job at the given indices. A batch has at most `engine.batch` of them."""
 

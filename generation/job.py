@@ -7,7 +7,9 @@ import torch
 
 from configs.schema import GeneratorRun
 from modeling.devices import default_dtype
-from modeling.sampling import NO_CLASS, Sampling
+from modeling.engine import Engine
+from modeling.generator import Backbone, Generator
+from modeling.sampling import NO_CLASS, ReferenceEngine, Sampling
 from modeling.weights.class_names import ClassNames
 from runtime.errors import InputError
 from runtime.processes import compiles
@@ -25,7 +27,7 @@ class SamplingJob:
     precision: str  # fp32, tf32 or bf16
     compiled: bool
     chunk: Optional[int]  # images sampled together; None: as many as memory allows
-    engine: str = "auto"  # see modeling.engine.Engine
+    engine: str = "auto"  # see modeling.engine.Engine; reference: ReferenceEngine
     cache: str = "auto"
     # Codes (M, n) that image i begins with: row i mod M; None: all codes are sampled.
     prefix: Optional[torch.Tensor] = field(default=None, compare=False)
@@ -34,6 +36,22 @@ class SamplingJob:
     def dtype(self) -> torch.dtype:
         """The type of the generator's matrices."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def sampler(self, model: Backbone, batch: int) -> Engine | ReferenceEngine:
+        """What draws codes with a generator, for batches of up to `batch` images.
+
+        Raises InputError for a backbone that the engine does not know.
+        """
+        if self.engine == "reference":
+            return ReferenceEngine(model, batch, self.sampling, self.dtype)
+        if not isinstance(model, Generator):
+            raise InputError(
+                f"experiment.engine={self.engine} does not know {type(model).__name__}: set "
+                f"experiment.engine=reference"
+            )
+        return Engine(
+            model, batch, self.sampling, self.dtype, self.compiled, self.engine, self.cache
+        )
 
     def labels(self, indices: range) -> torch.Tensor:
         """Classes of the images at `indices`: (len(indices),), int64."""
@@ -58,7 +76,11 @@ def sampling_job(
     known = generator.condition_num_classes
     names = names or ClassNames(known)
     classes = tuple(names.labels(experiment.classes or range(known)))
-    sampling = generator.sampling
+    sampling, reference = generator.sampling, experiment.engine == "reference"
+    if reference and experiment.cache != "auto":
+        raise InputError(
+            f"experiment.cache={experiment.cache} is not for experiment.engine=reference: leave one out"
+        )
     if set(classes) == {NO_CLASS}:  # guidance would double the work and change nothing
         sampling = replace(sampling, guidance_scale=1.0)
     return SamplingJob(
@@ -67,7 +89,7 @@ def sampling_job(
         seed=generator.seed,
         sampling=sampling,
         precision=sampling_precision(experiment.precision, device),
-        compiled=compiles(experiment.compile, "experiment.compile"),
+        compiled=not reference and compiles(experiment.compile, "experiment.compile"),
         chunk=experiment.per_proc_batch_size,
         engine=experiment.engine,
         cache=experiment.cache,

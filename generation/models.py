@@ -13,12 +13,13 @@ from data.classes import trained_classes
 from generation.job import SamplingJob
 from modeling.devices import free_memory
 from modeling.engine import PREFILLED_AT_ONCE, Engine, cache_bytes
-from modeling.generator import Generator
+from modeling.generator import Generator, build_generator
 from modeling.image_decoder import DECODED_AT_ONCE
-from modeling.tokenizer import CLUSTERING, Tokenizer
+from modeling.sampling import ReferenceEngine
+from modeling.tokenizer import Tokenizer
 from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import GENERATOR, TOKENIZER, About, about_file, about_model
-from modeling.weights.tensors import check_same_codes, load_tensors, tensors_hash
+from modeling.weights.tensors import check_same_codes, load_for_use, load_tensors, tensors_hash
 from runtime.errors import InputError
 
 
@@ -31,18 +32,10 @@ class Models:
     hashes: dict[str, str]  # of the weights, by "tokenizer" and "generator"
     device: torch.device
 
-    def engine(self, job: SamplingJob, batch: int) -> Engine:
+    def engine(self, job: SamplingJob, batch: int) -> Engine | ReferenceEngine:
         """The job's engine for batches of up to `batch` images."""
         assert self.generator is not None
-        return Engine(
-            self.generator,
-            batch,
-            job.sampling,
-            job.dtype,
-            job.compiled,
-            job.engine,
-            job.cache,
-        )
+        return job.sampler(self.generator, batch)
 
 
 def generator_checkpoint(experiment: GeneratorExperiment) -> str:
@@ -102,13 +95,11 @@ def load_models(
     Raises InputError where weights do not fit the sizes.
     """
     tokenizer, generator = Tokenizer(sizes.vq_model), None
-    load_tensors(
-        tokenizer, tokenizer_state, experiment.tokenizer_checkpoint, CLUSTERING, CLUSTERING
-    )
+    load_for_use(tokenizer, tokenizer_state, experiment.tokenizer_checkpoint)
     tokenizer.to(device).eval()
     hashes = {"tokenizer": tensors_hash(tokenizer_state)}
     if generator_state is not None:
-        generator = Generator(sizes.generator)
+        generator = build_generator(sizes.generator)
         load_tensors(generator, generator_state, generator_checkpoint(experiment))
         generator.to(device).eval()
         hashes["generator"] = tensors_hash(generator_state)

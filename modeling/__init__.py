@@ -1,1 +1,1 @@
-"""AliTok's models: tokenizer, generator and sampling. Needs torch, einops and safetensors only."""
+"""AliTok's models: tokenizer, generator and sampling. Needs torch, einops, NumPy and safetensors only."""

@@ -37,7 +37,7 @@ from .decode_attention import (
 )
 from .devices import check_type
 from .errors import InputError
-from .generator import Block, Generator, GeneratorConfig
+from .generator import NO_CLASS, Block, Generator, GeneratorConfig
 from .sampling import (
     CACHES,
     Sampling,
@@ -46,7 +46,6 @@ from .sampling import (
     draw_codes,
     guidance_schedule,
     guide,
-    label_rows,
 )
 
 # Positions of all rows together that `prefill` computes at once: more take memory, not less time.
@@ -434,10 +433,10 @@ class Engine:
         check_prefix(prefix, B, config)
         n = prefix.shape[1]
         # Shapes are fixed: a smaller batch is filled up with images of "no class".
-        classes = labels.new_full((self.batch,), config.no_class, dtype=torch.int64)
-        classes[:B] = label_rows(labels, config.no_class)
-        rows = classes + config.codebook_size + 1
-        no_class = torch.full_like(rows, config.codebook_size + 1 + config.no_class)
+        classes = labels.new_full((self.batch,), NO_CLASS, dtype=torch.int64)
+        classes[:B] = labels
+        rows = config.condition_rows(classes)
+        no_class = config.condition_rows(torch.full_like(classes, NO_CLASS))
         numbers = uniforms.new_zeros(self.batch, T)
         numbers[:B] = uniforms
         known = prefix.new_zeros(self.batch, n, dtype=torch.int64)

@@ -4,8 +4,9 @@ Shape suffixes: B images, T codes, N positions in this call, D hidden size, H he
 V codebook size. Attribute names are the keys of the published state dicts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from .errors import InputError
 from .fields import check_options, option
 from .rotary import rotary_table, rotate, token_layout
+
+# The label of an image without a class. It is far from any other, so that a label that is wrong by
+# one is refused.
+NO_CLASS = -(2**31)
 
 
 @dataclass
@@ -80,8 +85,20 @@ class GeneratorConfig:
 
     @property
     def no_class(self) -> int:
-        """The label that stands for "no class" (row 5097 of the published embedding)."""
+        """The label that stands for "no class" in training."""
         return self.condition_num_classes
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding: the codes, one that nothing uses, the classes, "no class"."""
+        return self.codebook_size + 1 + self.condition_num_classes + 1
+
+    def condition_rows(self, labels: Tensor) -> Tensor:
+        """The embedding's rows of labels 0…classes, the last being "no class", or `NO_CLASS`.
+
+        The published embedding has "no class" in row 5097.
+        """
+        return labels.masked_fill(labels == NO_CLASS, self.no_class) + self.codebook_size + 1
 
 
 class KVCache:
@@ -89,6 +106,7 @@ class KVCache:
 
     def __init__(self, model: "Generator", batch: int):
         config = model.config
+        self.filled = 0
         # The last code is never an input, so 1 + T - 1 positions are ever written.
         shape = (
             config.num_hidden_layers,
@@ -100,7 +118,6 @@ class KVCache:
         weight = model.output.weight
         self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.empty_like(self.keys)
-        self.filled = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, H, N, h) after what is filled; return all keys and values up to there."""
@@ -108,6 +125,26 @@ class KVCache:
         self.keys[layer, :, :, self.filled : end] = k
         self.values[layer, :, :, self.filled : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Backbone(Protocol):
+    """What training, sampling by `sampling.ReferenceEngine` and scoring need of a generator's module."""
+
+    config: GeneratorConfig
+
+    def __call__(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Codes (B, N) and labels (B,) -> logits (B, 1 + N, V), as `Generator.forward`."""
+        ...
+
+    def new_cache(self, batch: int) -> Any: ...
+
+    def step(self, rows: Tensor, cache: Any) -> Tensor:
+        """Rows (B,) of the next position -> logits (B, V), float32, as `Generator.step`."""
+        ...
+
+    def decayed(self) -> list[Tensor]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class RMSNorm(nn.Module):
@@ -206,9 +243,7 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.config = config
-        # Rows: the codes, one that nothing uses, the classes, "no class".
-        rows = config.codebook_size + 1 + config.condition_num_classes + 1
-        self.embeddings = nn.Embedding(rows, config.hidden_size)
+        self.embeddings = nn.Embedding(config.rows, config.hidden_size)
         self.tok_drop = nn.Dropout(config.tok_dropout)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size)
@@ -225,17 +260,13 @@ class Generator(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.output.weight)  # starts from the uniform distribution
 
-    def embed_class(self, labels: Tensor) -> Tensor:
-        """Labels (B,) in 0…classes, the last being "no class" -> embeddings (B, 1, D)."""
-        return self.embeddings(labels + self.config.codebook_size + 1).unsqueeze(1)
-
     def forward(self, codes: Tensor, labels: Tensor, targets: Optional[Tensor] = None) -> Any:
         """Codes (B, N), N <= T, and labels (B,) -> logits (B, 1 + N, V); output i is of code i.
 
         With the true codes (B, 1 + N) as targets: their loss and accuracy (`next_code_loss`).
         """
-        x = torch.cat([self.embed_class(labels), self.embeddings(codes)], 1)  # (B, 1 + N, D)
-        x = self.tok_drop(x)
+        rows = torch.cat([self.config.condition_rows(labels).unsqueeze(1), codes], 1)
+        x = self.tok_drop(self.embeddings(rows))  # (B, 1 + N, D)
         table = self.rotary[: x.shape[1]]
         for block in self.blocks:
             if self.config.use_checkpoint and self.training:
@@ -253,13 +284,36 @@ class Generator(nn.Module):
         writes its logits in the autocast type; outside of `forward`, accelerate makes them float32."""
         return next_code_loss(self.logits(x), targets)
 
-    def step(self, x: Tensor, cache: KVCache) -> Tensor:
-        """Embeddings (B, 1, D) of the next position -> logits (B, V), float32; the cache grows."""
+    def decayed(self) -> list[Tensor]:
+        """What weight decay shrinks: the matrices of attention, MLP and output."""
+        decayed = [self.output.weight]
+        for module in self.modules():
+            if isinstance(module, Attention):
+                decayed += [module.qkv.weight, module.proj.weight]
+            if isinstance(module, SwiGLU):
+                decayed += [module.w1.weight, module.w2.weight, module.w3.weight]
+        return decayed
+
+    def new_cache(self, batch: int) -> KVCache:
+        """What `step` keeps between the positions of `batch` images."""
+        return KVCache(self, batch)
+
+    def step(self, rows: Tensor, cache: KVCache) -> Tensor:
+        """Rows (B,) of the embedding at the next position -> logits (B, V), float32; the cache grows.
+
+        The rows are `condition_rows` at the first position, then the codes.
+        """
+        x = self.embeddings(rows).unsqueeze(1)  # (B, 1, D)
         table = self.rotary[cache.filled : cache.filled + 1]
         for block in self.blocks:
             x = block(x, table, cache)
         cache.filled += 1
         return self.output(self.norm(x))[:, 0].float()
+
+
+def build_generator(config: GeneratorConfig) -> Generator:
+    """A generator of these sizes; the one place that builds it, so that another backbone is tried here."""
+    return Generator(config)
 
 
 def next_code_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:

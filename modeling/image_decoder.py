@@ -33,8 +33,8 @@ class ImageDecoder:
         batch: int = DECODED_AT_ONCE,
     ):
         assert tokenizer.decoder is not None, "a tokenizer without its decoder"
-        self.embedding, self.decoder = tokenizer.quantize.embedding, tokenizer.decoder
-        self.device = self.embedding.weight.device
+        self.lookup, self.decoder = tokenizer.quantize.lookup, tokenizer.decoder
+        self.device = tokenizer.latent_tokens.device
         self.autocast = dtype == torch.bfloat16 and decodes_in_bfloat16(self.device)
         self.part = min(batch, DECODED_AT_ONCE)
         self.compiled = False
@@ -65,7 +65,7 @@ class ImageDecoder:
         if self.compiled:
             codes = F.pad(codes, (0, 0, 0, self.part - count))
         with torch.autocast(self.device.type, torch.bfloat16, self.autocast):
-            pixels = self.decoder(self.embedding(codes))[0][:count]
+            pixels = self.decoder(self.lookup(codes))[0][:count]
         return to_uint8(pixels).permute(0, 2, 3, 1)
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from .devices import default_dtype, find_device
 from .engine import Engine
 from .errors import InputError
-from .generator import Generator, GeneratorConfig
+from .generator import GeneratorConfig, build_generator
 from .image_decoder import ImageDecoder
 from .randomness import image_uniforms
 from .sampling import NO_CLASS, Sampling
-from .tokenizer import CLUSTERING, Tokenizer, TokenizerConfig
+from .tokenizer import Tokenizer, TokenizerConfig
 from .weights import hub
 from .weights.class_names import ClassNames, sorted_as_text
 from .weights.metadata import (
@@ -34,6 +34,7 @@ from .weights.tensors import (
     check_same_codes,
     describe,
     fingerprint,
+    load_for_use,
     load_tensors,
     read_state_dict,
     write_state_dict,
@@ -97,7 +98,7 @@ class Pipeline:
             config = config or stated
         self.tokenizer = Tokenizer(config or TokenizerConfig()).eval()
         state = read_state_dict(file)
-        load_tensors(self.tokenizer, state, str(file), CLUSTERING, CLUSTERING)
+        load_for_use(self.tokenizer, state, str(file))
         return state
 
     def _open_generator(self, file: Path) -> None:
@@ -114,7 +115,7 @@ class Pipeline:
                     f"but the tokenizer {tokens} of {codes}: pass the tokenizer that it was trained "
                     f"with"
                 )
-        self.generator = Generator(config).eval()
+        self.generator = build_generator(config).eval()
         load_tensors(self.generator, state, str(file))
 
     # ------------------------------------------------------------------ folders and the hub

@@ -78,11 +78,12 @@ class VectorQuantizer(nn.Module):
     """Replaces each vector by the nearest of `codebook_size` codes by L2, without normalising them.
 
     Distances, codes, loss and clustering are in full float32, whatever the autocast type and
-    whether TF32 is on. `clustering` adds the buffer `embed_prob` that `cluster` needs; the inference
-    format has none.
+    whether TF32 is on. `clustering` adds the buffer `embed_prob`, which the inference format lacks.
+    Other modules see `forward`, `encode`, `lookup`, `before_update` and `training_only` alone.
     """
 
     embed_prob: Tensor
+    training_only = ("embed_prob",)  # its tensors that neither codes nor vectors depend on
 
     def __init__(self, codebook_size: int, token_size: int, clustering: bool):
         super().__init__()
@@ -90,11 +91,15 @@ class VectorQuantizer(nn.Module):
         if clustering:
             self.register_buffer("embed_prob", torch.zeros(codebook_size))
 
-    def nearest(self, z: Tensor) -> Tensor:
+    def encode(self, z: Tensor) -> Tensor:
         """Codes (B, T), int64, of vectors (B, T, token_size)."""
         flat = z.detach().float().flatten(0, 1)
         codes = nearest_codes(flat, self.embedding.weight.detach().float())
         return codes.view(z.shape[:2])
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Vectors (…, token_size) of codes (…)."""
+        return self.embedding(codes)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize (B, T, token_size); returns float32 vectors of that shape, codes and loss.
@@ -103,14 +108,14 @@ class VectorQuantizer(nn.Module):
         0.25·(sg[zq] - z)² + (zq - sg[z])².
         """
         z = z.float()
-        codes = self.nearest(z)
-        zq = self.embedding(codes).float()
+        codes = self.encode(z)
+        zq = self.lookup(codes).float()
         loss = COMMITMENT * F.mse_loss(z, zq.detach()) + F.mse_loss(zq, z.detach())
         return z + (zq - z).detach(), codes, loss
 
     @torch.no_grad()
-    def cluster(self, z: Tensor) -> None:
-        """Move rarely used codes towards the encoder's output: one update, in place.
+    def before_update(self, z: Tensor) -> None:
+        """Clustering: move rarely used codes towards the encoder's output: one update, in place.
 
         `z` (N, token_size) is this rank's share of the batch. Every code e moves towards the vector
         of the whole batch that is closest to it, e <- (1-a)·e + a·closest with

@@ -14,15 +14,12 @@ from torch import Tensor
 
 from .errors import InputError
 from .fields import check_options, option
-from .generator import Generator, GeneratorConfig, KVCache
+from .generator import NO_CLASS, Backbone, GeneratorConfig
 
 SCHEDULES = ("power-cosine", "constant", "linear")
 # How `engine.Engine` computes attention, and in which type it keeps keys and values.
 ENGINES = ("auto", "fused", "plain")
 CACHES = ("auto", "int8")
-# The label of an image without a class, which samples from the "no class" row. It is far from any
-# other, so that a label that is wrong by one is refused.
-NO_CLASS = -(2**31)
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Sampling:
         "power-cosine", "How the scale grows from step to step.", choices=SCHEDULES
     )
     temperature: float = option(
-        1.0, "Softmax temperature; 1e-5 takes the most likely code.", above=0, at_least=1e-6
+        1.0, "Softmax temperature; 1e-5 takes the most likely code.", at_least=1e-6
     )
     top_k: int = option(0, "Draw among this many most likely codes; 0: all.", at_least=0)
     top_p: float = option(
@@ -145,48 +142,62 @@ def check_labels(labels: Tensor, classes: int) -> None:
         check_classes(int(asked.min()), int(asked.max()), classes)
 
 
-def label_rows(labels: Tensor, no_class: int) -> Tensor:
-    """Labels as the generator counts them: `NO_CLASS` becomes its label `no_class`."""
-    return labels.masked_fill(labels == NO_CLASS, no_class)
-
-
 @torch.inference_mode()
 def sample_codes(
-    model: Generator,
+    model: Backbone,
     labels: Tensor,
     uniforms: Tensor,
-    guidance_scale: float,
-    guidance_power: float,
-    temperature: float = 1.0,
+    sampling: Sampling,
     prefix: Optional[Tensor] = None,
 ) -> Tensor:
     """Draw the codes of one image per label: labels (B,), uniforms (B, T) -> codes (B, T), int64.
 
-    The readable twin of `engine.Engine`; tests hold their codes equal. `guidance_scale` 0 or 1 samples
-    without guidance. With guidance both branches run in one batch: logits = u + s_t·(c - u), where u is
-    the "no class" branch, which is also that of the label `NO_CLASS`. The first codes are those of
-    `prefix` (B, n), if it is there, instead of drawn ones. The model must be in eval mode.
+    The readable twin of `engine.Engine`; tests hold their codes equal. With guidance both branches run
+    in one batch: logits = u + s_t·(c - u), where u is the "no class" branch, which is also that of the
+    label `NO_CLASS`. The first codes are those of `prefix` (B, n), if it is there, instead of drawn
+    ones. The model is in eval mode.
     """
-    T = model.config.image_seq_len
-    check_labels(labels, model.config.condition_num_classes)
-    sampling = Sampling(guidance_scale, guidance_power, temperature=temperature)
-    scales = guidance_schedule(guidance_scale, guidance_power, T).to(labels.device)
-    B = len(labels)
-    labels = label_rows(labels, model.config.no_class)
-    if sampling.guided:
-        labels = torch.cat([labels, torch.full_like(labels, model.config.no_class)])
-    cache = KVCache(model, len(labels))
-    codes = torch.empty(B, T, dtype=torch.int64, device=labels.device)
-    x = model.embed_class(labels)
+    config, s = model.config, sampling
+    T = config.image_seq_len
+    check_labels(labels, config.condition_num_classes)
+    scales = guidance_schedule(s.guidance_scale, s.guidance_power, T, s.guidance_schedule)
+    scales = scales.to(labels.device)
+    branches = 2 if s.guided else 1
+    rows = config.condition_rows(labels)
+    if s.guided:
+        rows = torch.cat([rows, config.condition_rows(torch.full_like(labels, NO_CLASS))])
+    cache = model.new_cache(len(rows))
+    codes = torch.empty(len(labels), T, dtype=torch.int64, device=labels.device)
     for t in range(T):
-        logits = model.step(x, cache)  # (N, V)
-        if sampling.guided:
+        logits = model.step(rows, cache)  # (N, V)
+        if s.guided:
             logits = guide(logits, scales[t])
         if prefix is not None and t < prefix.shape[1]:
             codes[:, t] = prefix[:, t]
         else:
-            codes[:, t] = draw_codes(logits, uniforms[:, t], temperature)
-        x = model.embeddings(codes[:, t : t + 1])  # (B, 1, D)
-        if sampling.guided:
-            x = x.repeat(2, 1, 1)
+            codes[:, t] = draw_codes(logits, uniforms[:, t], s.temperature, s.top_k, s.top_p)
+        rows = codes[:, t].repeat(branches)
     return codes
+
+
+class ReferenceEngine:
+    """`sample_codes` behind `engine.Engine`'s interface: slow, and for any backbone.
+
+    bfloat16 is computed under autocast.
+    """
+
+    def __init__(
+        self, model: Backbone, batch: int, sampling: Sampling, dtype: torch.dtype = torch.float32
+    ):
+        self.model, self.batch, self.sampling, self.dtype = model, batch, sampling, dtype
+        self.config, self.device = model.config, next(model.parameters()).device
+
+    def sample(self, labels: Tensor, uniforms: Tensor, prefix: Optional[Tensor] = None) -> Tensor:
+        """Labels (B,) and uniforms (B, T) -> codes (B, T), int64, as `engine.Engine.sample`."""
+        given = [x if x is None else x.to(self.device) for x in (labels, uniforms, prefix)]
+        labels, uniforms, prefix = given  # pyright: ignore[reportAssignmentType]
+        if prefix is not None:
+            check_prefix(prefix, len(labels), self.config)
+        reduced = self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced):
+            return sample_codes(self.model, labels, uniforms, self.sampling, prefix)

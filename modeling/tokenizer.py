@@ -21,8 +21,6 @@ from .fields import check_options, option
 from .quantizer import VectorQuantizer, full_float32
 from .tokenizer_blocks import TokenizerBlock
 
-# In stage 1's weights alone: the running mean that clustering keeps. No code or image depends on it.
-CLUSTERING = ("quantize.embed_prob",)
 WEIGHT_STD = 0.02  # of all weights at the start, as published
 
 
@@ -246,6 +244,11 @@ class Tokenizer(nn.Module):
         self.encoder_frozen = False  # set by freeze_encoder
         self.reset_parameters()
 
+    @property
+    def training_only(self) -> tuple[str, ...]:
+        """Tensors in stage 1's weights on which no code or image depends."""
+        return tuple(f"quantize.{name}" for name in self.quantize.training_only)
+
     def reset_parameters(self) -> None:
         """Start as published: weights trunc_normal(0, 0.02), biases 0, latent tokens, class
         embedding and positions normal(0, width^-0.5); the encoder's by `position_init`."""
@@ -319,7 +322,7 @@ class Tokenizer(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S), float in [0, 1] -> codes (B, T), int64."""
-        return self.quantize.nearest(self.latents(images))
+        return self.quantize.encode(self.latents(images))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, T), int64 -> images (B, 3, S, S), float32 in [0, 1].
@@ -327,7 +330,7 @@ class Tokenizer(nn.Module):
         The first n = K + r·g codes alone, r >= 1, make the first r rows of patches (`Decoder`).
         """
         assert self.decoder is not None, "a tokenizer without decoder only encodes"
-        return self.decoder(self.quantize.embedding(codes))[0]
+        return self.decoder(self.quantize.lookup(codes))[0]
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """One training pass over images (B, 3, S, S) in [0, 1]."""

@@ -593,7 +593,7 @@ def main(argv: list[str]) -> None:
 
         # The update of the weights; clustering comes before it, as published: it moves moved codes
         if state.codes.latents:
-            state.tokenizer.quantize.cluster(state.codes.take_latents())
+            state.tokenizer.quantize.before_update(state.codes.take_latents())
         norm = clip_gradients(accelerator, model, training.max_grad_norm)
         run.watch(step, norm, optimizer)
         set_learning_rate(optimizer, lr)

@@ -99,7 +99,7 @@ def cut_errors(tokenizer: Tokenizer, images: Tensor) -> Tensor:
     """
     assert tokenizer.decoder is not None
     grid, lengths = tokenizer.config.grid, cut_lengths(tokenizer.config)
-    vectors = tokenizer.quantize.embedding(encode(tokenizer, images))  # (B, T, token_size)
+    vectors = tokenizer.quantize.lookup(encode(tokenizer, images))  # (B, T, token_size)
     mean = vectors.mean(0)
     errors = torch.zeros(len(lengths), grid, dtype=torch.float64, device=images.device)
     for known, originals in zip(vectors.split(BATCH), images.split(BATCH)):

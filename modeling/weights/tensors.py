@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..tokenizer import Tokenizer
 from .files import whole_file
 from .formats import PYTORCH, SAFETENSORS, kind_by_content, unwrap
 from .metadata import TOKENIZER, About, about_file, layers
@@ -284,6 +285,14 @@ def load_tensors(
         )
     check_finite(found, source)
     model.load_state_dict(found, strict=False)  # strictness was checked above, with reasons
+
+
+def load_for_use(
+    tokenizer: Tokenizer, state: dict[str, Tensor], source: str, ignore: tuple[str, ...] = ()
+) -> None:
+    """`load_tensors` of a tokenizer that is used, not trained."""
+    spare = tokenizer.training_only
+    load_tensors(tokenizer, state, source, (*ignore, *spare), spare)
 
 
 def check_finite(state: dict[str, Tensor], source: str) -> None:

@@ -25,7 +25,7 @@ ARROWS = {
     "quickstart": ("evaluation", "generation", *BELOW),
 }
 # What `modeling` may import from outside the project and the standard library.
-MODELING_NEEDS = {"torch", "einops", "safetensors"}
+MODELING_NEEDS = {"torch", "einops", "numpy", "safetensors"}
 # Triton comes with torch on Linux. One file needs it, which is loaded only where it can run.
 TRITON_FILES = {"fused_attention.py"}
 # What one function needs and everybody else can do without: imported inside it.
@@ -75,7 +75,7 @@ def test_the_arrows_make_no_circle():
         done += ready
 
 
-def test_modeling_needs_torch_einops_and_safetensors_alone():
+def test_modeling_needs_four_packages_alone():
     for file in files_of("modeling"):
         outside = imports_of(file) - sys.stdlib_module_names
         if file.name in TRITON_FILES:

@@ -54,7 +54,12 @@ def test_the_requirements_agree_with_the_packages():
     programs = {line for line in lines if line and not line.startswith("#")}
     core = set(PROJECT["project"]["dependencies"])
     assert core <= programs
-    assert {re.split("[><=]", line)[0] for line in core} == {"torch", "einops", "safetensors"}
+    assert {re.split("[><=]", line)[0] for line in core} == {
+        "torch",
+        "einops",
+        "numpy",
+        "safetensors",
+    }
 
 
 def test_the_checks_of_a_commit_are_those_of_the_test_suite():

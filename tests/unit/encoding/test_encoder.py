@@ -96,7 +96,7 @@ def test_only_the_encoder_and_only_tf32_may_use_tf32(dtype, inside, monkeypatch)
         return noting
 
     monkeypatch.setattr(tokenizer.encoder, "forward", note("encoder", tokenizer.encoder.forward))
-    monkeypatch.setattr(tokenizer.quantize, "nearest", note("nearest", tokenizer.quantize.nearest))
+    monkeypatch.setattr(tokenizer.quantize, "encode", note("nearest", tokenizer.quantize.encode))
     encode(tokenizer, torch.rand(1, 3, 16, 16), dtype)
     assert seen == {"encoder": (inside, inside), "nearest": (False, False)}
 

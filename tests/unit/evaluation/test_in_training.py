@@ -91,7 +91,7 @@ def test_generated_images_are_those_of_the_options(evaluator, models, options, m
         digests, metrics = scored_images(evaluator, models, options, monkeypatch)
         job = job_in_training(options, CPU)
         assert job.classes == tuple(classes or range(3))
-        engine = in_training.sampling_engine(generator, options, 14)
+        engine = in_training.job_in_training(options, torch.device("cpu")).sampler(generator, 14)
         (batch,) = sample_images(engine, tokenizer, job, [range(14)])
         assert digests == [digest.tobytes() for digest in digests_of(batch.images)]
         scored[classes is None] = metrics["val/gFID"]

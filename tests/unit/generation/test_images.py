@@ -6,7 +6,7 @@ import torch
 
 from generation.images import decode_stored, sample_images
 from modeling.image_decoder import decode_images
-from modeling.sampling import sample_codes
+from modeling.sampling import Sampling, sample_codes
 from runtime.randomness import image_uniforms
 
 
@@ -28,7 +28,7 @@ def test_images_are_those_of_class_seed_and_index_whatever_the_batch(models, job
     assert indices == list(range(8))
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     uniforms = image_uniforms(5, range(8), 7)
-    expected = sample_codes(models.generator, labels, uniforms, 2.0, 1.0)
+    expected = sample_codes(models.generator, labels, uniforms, Sampling(2.0))
     assert (torch.from_numpy(codes) == expected).all()
     pixels = decode_images(models.tokenizer, expected, torch.float32)
     np.testing.assert_array_equal(images, pixels.numpy())

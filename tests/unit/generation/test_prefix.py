@@ -15,7 +15,7 @@ from generation.folder import SampleFolder
 from generation.images import sample_images
 from generation.models import largest_batch
 from generation.prefix import masked_below, prefix_codes
-from modeling.sampling import sample_codes
+from modeling.sampling import Sampling, sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
 from runtime.randomness import image_uniforms
@@ -177,7 +177,7 @@ def test_prefixes_are_taken_in_turn_in_every_chunk(models, job):
     codes = [b.codes for b in sample_images(models.engine(job, 3), models.tokenizer, job, batches)]
     labels, whole = torch.arange(8) % 3, PREFIX.repeat(4, 1)
     uniforms = image_uniforms(5, range(8), 7)
-    expected = sample_codes(models.generator, labels, uniforms, 2.0, 1.0, prefix=whole)
+    expected = sample_codes(models.generator, labels, uniforms, Sampling(2.0), whole)
     assert np.concatenate(codes).tolist() == expected.tolist()
     assert expected[:, :3].tolist() == whole.tolist()
 

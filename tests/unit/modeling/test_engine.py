@@ -389,11 +389,11 @@ def test_a_prefix_is_what_stepping_through_its_codes_is(model, n, scale, cache, 
 def test_codes_behind_a_prefix_are_those_of_the_plain_loop(model, n, scale):
     labels, uniforms = inputs(3)
     prefix = torch.randint(16, (3, n))
-    expected = sample_codes(model, labels, uniforms, scale, 1.0, prefix=prefix)
+    expected = sample_codes(model, labels, uniforms, Sampling(scale), prefix)
     codes = Engine(model, 4, Sampling(scale), streams=2).sample(labels, uniforms, prefix)
     assert torch.equal(codes, expected)  # of a batch that is not full
     if 0 < n < 7:
-        others = sample_codes(model, labels, uniforms, scale, 1.0, prefix=(prefix + 1) % 16)
+        others = sample_codes(model, labels, uniforms, Sampling(scale), (prefix + 1) % 16)
         assert not torch.equal(others[:, n:], expected[:, n:])  # they depend on it
 
 

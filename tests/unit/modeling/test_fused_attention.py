@@ -163,7 +163,7 @@ def test_steps_of_a_block_are_the_block(fill, engine, size):
 def test_codes_of_the_fused_engine_are_those_of_the_plain_loop(fill, size):
     model = fill(Generator(tiny(size))).to(DEVICE)
     labels, uniforms = torch.arange(2, device=DEVICE), torch.rand(2, 7).to(DEVICE)
-    codes = sample_codes(model, labels, uniforms, 4.0, 1.5)
+    codes = sample_codes(model, labels, uniforms, Sampling(4.0, 1.5))
     for engine in ("fused", "plain"):
         ours = Engine(model, 2, Sampling(4.0, 1.5), engine=engine, streams=2)
         assert torch.equal(ours.sample(labels, uniforms), codes)
@@ -177,7 +177,7 @@ def test_the_fused_engine_behind_a_prefix_is_where_its_steps_lead(fill, cache, a
     engine = Engine(model, 2, Sampling(4.0, 1.5), engine="fused", cache=cache, streams=2)
     if cache == "auto":
         prefix = torch.randint(64, (2, 3)).to(DEVICE)
-        expected = sample_codes(model, labels, uniforms, 4.0, 1.5, prefix=prefix)
+        expected = sample_codes(model, labels, uniforms, Sampling(4.0, 1.5), prefix)
         assert torch.equal(engine.sample(labels, uniforms, prefix), expected)
     logits = []
     # The code of every step is given by its number, so that all ways see the same sequence.

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from modeling.generator import (
+    NO_CLASS,
     Attention,
     Generator,
     GeneratorConfig,
-    KVCache,
     RMSNorm,
     SwiGLU,
     next_code_loss,
@@ -154,16 +154,16 @@ def test_every_output_sees_the_class(fill):
 def test_embedding_rows_are_codes_then_one_unused_then_classes_then_no_class():
     model = Generator(TINY)
     rows = model.embeddings.weight
-    assert len(rows) == 16 + 1 + 3 + 1
-    assert torch.equal(model.embed_class(torch.tensor([0]))[0, 0], rows[16 + 1])
-    assert torch.equal(model.embed_class(torch.tensor([TINY.no_class]))[0, 0], rows[-1])
+    assert len(rows) == TINY.rows == 16 + 1 + 3 + 1
+    labels = torch.tensor([0, 2, TINY.no_class, NO_CLASS])
+    assert TINY.condition_rows(labels).tolist() == [17, 19, 20, 20]
 
 
 def test_no_class_of_the_published_models_is_row_5097():
     with torch.device("meta"):
         model = Generator(GeneratorConfig(num_hidden_layers=0))
     assert len(model.embeddings.weight) == 5098
-    assert model.config.no_class + model.config.codebook_size + 1 == 5097
+    assert model.config.condition_rows(torch.tensor([NO_CLASS])) == 5097
 
 
 def test_untrained_model_predicts_every_code_alike():
@@ -212,12 +212,12 @@ def test_bfloat16_autocast_stays_near_float32(fill):
 def test_cached_step_under_bfloat16_autocast_stays_near_float32(fill):
     model = fill(Generator(TINY))
     codes, labels = inputs()
-    cache = KVCache(model, 2)
+    cache = model.new_cache(2)
     with torch.inference_mode():
         exact = model(codes[:, :2], labels)
         with torch.autocast("cpu", torch.bfloat16):
-            for t, x in enumerate([model.embed_class(labels), model.embeddings(codes[:, :1])]):
-                logits = model.step(x, cache)
+            for t, rows in enumerate([model.config.condition_rows(labels), codes[:, 0]]):
+                logits = model.step(rows, cache)
                 torch.testing.assert_close(logits, exact[:, t], atol=0.1, rtol=0.1)
 
 
@@ -225,13 +225,13 @@ def test_cached_step_under_bfloat16_autocast_stays_near_float32(fill):
 def test_cached_steps_equal_one_pass_in_all_layouts(fill, tokens):
     model = fill(Generator(config(image_seq_len=tokens)))
     codes, labels = inputs(length=tokens)
-    cache = KVCache(model, 2)
+    cache = model.new_cache(2)
     with torch.inference_mode():
         whole = model(codes, labels)
-        x = model.embed_class(labels)
+        rows = model.config.condition_rows(labels)
         for t in range(tokens):
-            torch.testing.assert_close(model.step(x, cache), whole[:, t], atol=1e-5, rtol=1e-4)
-            x = model.embeddings(codes[:, t : t + 1])
+            torch.testing.assert_close(model.step(rows, cache), whole[:, t], atol=1e-5, rtol=1e-4)
+            rows = codes[:, t]
 
 
 # ---------------------------------------------------------------------- the formulation

@@ -13,7 +13,7 @@ from modeling.generator import Generator, GeneratorConfig
 from modeling.image_decoder import decode_images
 from modeling.pipeline import Pipeline, class_labels
 from modeling.randomness import image_uniforms
-from modeling.sampling import draw_codes, sample_codes
+from modeling.sampling import Sampling, draw_codes, sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
@@ -57,7 +57,7 @@ def test_pipeline_reads_the_sizes_and_makes_the_images_of_its_parts(made):
     assert pipeline.generator.config == TINY
     images = pipeline([2, 0], seed=5, guidance_scale=4.0, guidance_power=1.5)
     uniforms = image_uniforms(5, range(2), 7)
-    codes = sample_codes(generator, torch.tensor([2, 0]), uniforms, 4.0, 1.5)
+    codes = sample_codes(generator, torch.tensor([2, 0]), uniforms, Sampling(4.0, 1.5))
     assert torch.equal(images, decode_images(tokenizer, codes, torch.float32))
     assert images.shape == (2, 16, 16, 3)
     assert not torch.equal(pipeline([2, 0], seed=6, guidance_scale=4.0), images)
@@ -73,7 +73,7 @@ def test_pipeline_samples_codes_without_prefix_tokens(fill, tmp_path):
     pipeline = Pipeline(*files, tokenizer_config=small, device="cpu")
     images = pipeline([2, 0], seed=5, guidance_scale=4.0, guidance_power=1.5)
     uniforms = image_uniforms(5, range(2), 4)
-    codes = sample_codes(generator, torch.tensor([2, 0]), uniforms, 4.0, 1.5)
+    codes = sample_codes(generator, torch.tensor([2, 0]), uniforms, Sampling(4.0, 1.5))
     assert codes.shape == (2, 4)
     assert torch.equal(images, decode_images(tokenizer, codes, torch.float32))
     with pytest.raises(InputError, match="4 tokens without prefix"):
@@ -162,7 +162,7 @@ def test_a_stage_1_tokenizer_that_says_so_needs_no_config(made, stated, fill, tm
     about = about_model(TOKENIZER, config, stage=1)
     write_state_dict(tokenizer.state_dict(), tmp_path / "t1.safetensors", about)
     pipeline = Pipeline(made[2], tmp_path / "t1.safetensors", device="cpu")
-    codes = sample_codes(made[0], torch.tensor([1]), image_uniforms(0, range(1), 7), 1.0, 1.0)
+    codes = sample_codes(made[0], torch.tensor([1]), image_uniforms(0, range(1), 7), Sampling(1.0))
     assert torch.equal(pipeline([1]), decode_images(tokenizer, codes, torch.float32))
     # Both stages make the same codes.
     assert torch.equal(

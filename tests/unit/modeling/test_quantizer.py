@@ -31,13 +31,13 @@ def brute_force(z, codebook):
 # ---------------------------------------------------------------------- quantization
 def test_nearest_is_that_of_brute_force():
     model, z = quantizer(), torch.randn(3, 50, SIZE)
-    assert torch.equal(model.nearest(z), brute_force(z, model.embedding.weight))
+    assert torch.equal(model.encode(z), brute_force(z, model.embedding.weight))
 
 
 def test_vectors_are_not_normalised_before_comparing():
     model = VectorQuantizer(2, 2, clustering=False)
     model.embedding.weight.data = torch.tensor([[1.0, 0.0], [10.0, 10.0]])
-    assert model.nearest(torch.tensor([[[1.0, 1.0]]])).item() == 0  # by angle it would be 1
+    assert model.encode(torch.tensor([[[1.0, 1.0]]])).item() == 0  # by angle it would be 1
 
 
 def test_output_is_the_chosen_codes():
@@ -139,12 +139,12 @@ def test_codes_and_clustering_are_full_float32(loose_products, monkeypatch):
 
     monkeypatch.setattr(quantizer_module, "squared_distances", watched)
     around = products(), old_settings()
-    found["codes"] = model.nearest(z)
+    found["codes"] = model.encode(z)
     found["forward"] = model(z)[1]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     found["compiled"] = compiled(z.requires_grad_())[1]
     start = model.embedding.weight.detach().clone()
-    model.cluster(z.detach().flatten(0, 1))
+    model.before_update(z.detach().flatten(0, 1))
     assert seen == [(["ieee"] * 5, (False, False), False, torch.float32)] * 4
     assert (products(), old_settings()) == around  # as they were
     exact = torch.cdist(z.detach().double(), start.double()).argmin(2)
@@ -162,7 +162,7 @@ def test_bfloat16_products_of_this_cpu_would_change_codes():
     torch.set_float32_matmul_precision(before)
     if torch.equal(loose, squared_distances(z.flatten(0, 1), model.embedding.weight)):
         pytest.skip("a CPU that multiplies in float32 whatever the setting: x86 without AMX")
-    assert (loose.argmin(1).view(4, 128) != model.nearest(z)).any()
+    assert (loose.argmin(1).view(4, 128) != model.encode(z)).any()
 
 
 def test_precision_of_products_is_restored_after_an_error():
@@ -182,9 +182,9 @@ def test_tf32_leaves_codes_and_clustering_alone_on_cuda():
         model.load_state_dict(state)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
         with torch.autocast("cuda", torch.bfloat16, enabled=allow):
-            results[allow] = [model.nearest(z), torch.compile(model)(z)[1]]
+            results[allow] = [model.encode(z), torch.compile(model)(z)[1]]
             loose = squared_distances(z.flatten(0, 1), model.embedding.weight).argmin(1)
-            model.cluster(z.flatten(0, 1))
+            model.before_update(z.flatten(0, 1))
         results[allow] += [v.clone() for v in model.state_dict().values()]
         assert torch.backends.cuda.matmul.allow_tf32 is allow
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -203,7 +203,7 @@ def test_clustering_is_the_published_formula():
     model.embed_prob.uniform_(0, 2e-4)
     before, share = model.embedding.weight.detach().clone(), model.embed_prob.clone()
     codes = brute_force(z[None], before)[0]
-    model.cluster(z)
+    model.before_update(z)
     for code in range(CODES):
         p = 0.99 * share[code] + 0.01 * (codes == code).float().mean()
         a = math.exp(-10 * CODES * p / (1 - 0.99) - 1e-3)
@@ -218,7 +218,7 @@ def test_clustering_leaves_used_codes_in_place():
     before = model.embedding.weight.detach().clone()
     z = before.repeat(5, 1) + 0.01  # every code is chosen by a sixteenth of the batch
     model.embed_prob.fill_(1 / CODES)
-    model.cluster(z)
+    model.before_update(z)
     moved = (model.embedding.weight - before).abs().max()
     assert moved < 0.01 * math.exp(-9)  # 0.01 away, a = exp(-10 - 1e-3)
 
@@ -228,7 +228,7 @@ def test_clustering_moves_dead_codes_onto_the_data():
     model.embedding.weight.data[1:] += 100  # all but code 0 are far from everything
     z = torch.randn(30, SIZE)
     dead = model.embedding.weight.detach()[1:].clone()
-    model.cluster(z)
+    model.before_update(z)
     closest = z[torch.cdist(dead, z).argmin(1)]
     after = model.embedding.weight.detach()[1:]
     assert torch.allclose(after, closest, atol=0.3)  # a = exp(-1e-3) of some 200 to go
@@ -238,13 +238,13 @@ def test_clustering_keeps_the_shares_a_distribution():
     model = quantizer(clustering=True)
     model.embed_prob.fill_(1 / CODES)
     for _ in range(3):
-        model.cluster(torch.randn(30, SIZE))
+        model.before_update(torch.randn(30, SIZE))
     assert model.embed_prob.sum().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_clustering_leaves_no_gradient_graph():
     model = quantizer(clustering=True)
-    model.cluster(torch.randn(30, SIZE, requires_grad=True))
+    model.before_update(torch.randn(30, SIZE, requires_grad=True))
     assert model.embedding.weight.is_leaf and model.embedding.weight.requires_grad
     assert not model.embed_prob.requires_grad
 
@@ -263,7 +263,7 @@ def cluster_share(rank, folder):
         model = VectorQuantizer(CODES, SIZE, clustering=True)
         model.load_state_dict(given["model"])
         for batch in given["batches"]:
-            model.cluster(batch.chunk(2)[rank])
+            model.before_update(batch.chunk(2)[rank])
         torch.save(model.state_dict(), f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -279,7 +279,7 @@ def test_two_ranks_cluster_as_one_process_with_the_whole_batch(tmp_path):
     cluster_share(1, str(tmp_path))
     other.join()
     for batch in batches:
-        model.cluster(batch)
+        model.before_update(batch)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     for name, expected in model.state_dict().items():
         assert torch.equal(first[name], second[name])

@@ -1,27 +1,23 @@
-"""The uniforms against NumPy's own generator, which images have been drawn with since the first."""
+import hashlib
 
-import numpy as np
 import pytest
-import torch
 
 from modeling.randomness import image_uniforms
 
 
-def by_numpy(seed, indices, steps):
-    rows = []
-    for index in indices:
-        sequence = np.random.SeedSequence(seed, spawn_key=(index,))
-        generator = np.random.Generator(np.random.Philox(sequence))
-        rows.append(generator.random(steps, dtype=np.float32))
-    return torch.from_numpy(np.stack(rows))
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, 8, 9, 273, 1057])
-@pytest.mark.parametrize("seed", [0, 1, 42, 2**32 - 1, 2**32, 2**64 - 1, 2**70 + 3, 2**130 + 9])
-def test_uniforms_are_those_of_numpys_philox(seed, steps):
-    for indices in (range(5), range(49_990, 50_000), range(2**32 - 2, 2**32 + 2)):
-        expected = by_numpy(seed, indices, steps)
-        assert torch.equal(image_uniforms(seed, indices, steps), expected)
+@pytest.mark.parametrize(
+    "seed, digest",
+    [
+        (0, "09a1e87a0afba5e7"),
+        (42, "da09ec02135ca1fb"),
+        (2**32, "cfb4a8a24751a27b"),
+        (2**130 + 9, "1f7ac0f67d8eb454"),
+    ],
+)
+def test_uniforms_are_those_of_published_samples(seed, digest):
+    """Philox's numbers, hashed: another release of NumPy that draws others would change every image."""
+    uniforms = image_uniforms(seed, [0, 7, 49_999, 2**32 + 1], 273)
+    assert hashlib.sha256(uniforms.numpy().tobytes()).hexdigest().startswith(digest)
 
 
 def test_no_images_take_no_numbers():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from modeling import sampling
 from modeling.engine import Engine
 from modeling.generator import Generator, GeneratorConfig
 from modeling.image_decoder import decode_images
@@ -111,12 +110,10 @@ LABELS = torch.tensor([0, 1, 2, 1, 0])
 @torch.no_grad()
 def test_scale_zero_and_one_sample_the_class_branch_alone(model, monkeypatch, scale):
     batches = []
-    cache = sampling.KVCache
-    monkeypatch.setattr(
-        sampling, "KVCache", lambda *given: batches.append(given[1]) or cache(*given)
-    )
+    cache = model.new_cache
+    monkeypatch.setattr(model, "new_cache", lambda n: batches.append(n) or cache(n))
     uniforms = torch.rand(5, 7)
-    codes = sample_codes(model, LABELS, uniforms, scale, 1.8)
+    codes = sample_codes(model, LABELS, uniforms, Sampling(scale, 1.8))
     assert torch.equal(codes, reference(model, LABELS, uniforms))
     assert batches == [5]  # half the work of guidance
 
@@ -125,7 +122,7 @@ def test_scale_zero_and_one_sample_the_class_branch_alone(model, monkeypatch, sc
 @torch.no_grad()
 def test_guided_codes_are_those_of_the_formula_without_cache(model, scale, power, temperature):
     uniforms = torch.rand(5, 7)
-    codes = sample_codes(model, LABELS, uniforms, scale, power, temperature)
+    codes = sample_codes(model, LABELS, uniforms, Sampling(scale, power, temperature=temperature))
     assert torch.equal(codes, reference(model, LABELS, uniforms, scale, power, temperature))
     assert not torch.equal(codes, reference(model, LABELS, uniforms, None, power, temperature))
 
@@ -133,26 +130,26 @@ def test_guided_codes_are_those_of_the_formula_without_cache(model, scale, power
 @pytest.mark.parametrize("label", [-1, 3, 4])
 def test_class_out_of_range_is_refused_with_the_range(model, label):
     with pytest.raises(InputError) as caught:
-        sample_codes(model, torch.tensor([0, label]), torch.rand(2, 7), 4.0, 1.0)
+        sample_codes(model, torch.tensor([0, label]), torch.rand(2, 7), Sampling(4.0))
     assert str(label) in str(caught.value) and "0…2" in str(caught.value)
 
 
 @pytest.mark.parametrize("scale", [0.0, 4.0])
 def test_codes_of_an_image_do_not_depend_on_the_others_of_its_batch(model, scale):
     uniforms = torch.rand(5, 7)
-    together = sample_codes(model, LABELS, uniforms, scale, 1.0)
+    together = sample_codes(model, LABELS, uniforms, Sampling(scale))
     for i in range(5):
-        alone = sample_codes(model, LABELS[i : i + 1], uniforms[i : i + 1], scale, 1.0)
+        alone = sample_codes(model, LABELS[i : i + 1], uniforms[i : i + 1], Sampling(scale))
         assert torch.equal(alone[0], together[i])
-    backwards = sample_codes(model, LABELS.flip(0), uniforms.flip(0), scale, 1.0)
+    backwards = sample_codes(model, LABELS.flip(0), uniforms.flip(0), Sampling(scale))
     assert torch.equal(backwards.flip(0), together)
 
 
 def test_same_uniforms_give_the_same_codes_whatever_the_global_seed(model):
     uniforms = torch.rand(5, 7)
-    first = sample_codes(model, LABELS, uniforms, 4.0, 1.0)
+    first = sample_codes(model, LABELS, uniforms, Sampling(4.0))
     torch.manual_seed(99)
-    assert torch.equal(sample_codes(model, LABELS, uniforms, 4.0, 1.0), first)
+    assert torch.equal(sample_codes(model, LABELS, uniforms, Sampling(4.0)), first)
 
 
 # ---------------------------------------------------------------------- top-k and top-p
@@ -283,7 +280,7 @@ def test_engine_leaves_the_model_as_it_was_and_does_not_follow_it(model):
 def test_the_label_of_no_class_samples_from_the_row_that_no_class_has(model, scale):
     labels, uniforms = torch.tensor([NO_CLASS, 1, NO_CLASS]), torch.rand(3, 7)
     codes = Engine(model, 4, Sampling(scale)).sample(labels, uniforms)
-    assert torch.equal(codes, sample_codes(model, labels, uniforms, scale, 1.0))
+    assert torch.equal(codes, sample_codes(model, labels, uniforms, Sampling(scale)))
     assert labels.tolist() == [NO_CLASS, 1, NO_CLASS]  # left as they were
     unguided = Engine(model, 3, Sampling()).sample(torch.full((3,), NO_CLASS), uniforms)
     assert torch.equal(codes[::2], unguided[::2])  # guidance changes nothing

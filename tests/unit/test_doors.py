@@ -1,0 +1,169 @@
+"""The doors of docs/architecture.md: a toy of each kind is added in the places that it names."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from torch import nn
+
+import evaluation.generator_scores
+import modeling.generator
+import modeling.pipeline
+import modeling.tokenizer
+import modeling.weights.metadata
+import sample_imagenet
+import train_ar
+from data.writer import TokenWriter
+from modeling.generator import GeneratorConfig
+from modeling.image_decoder import ImageDecoder
+from modeling.sampling import Sampling, sample_codes
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights.tensors import fingerprint, load_for_use, read_state_dict, write_state_dict
+from runtime.errors import InputError
+
+SIZES = """
+model:
+  vq_model:
+    {codebook_size: 16, token_size: 2, image_size: 16, patch_size: 4, encoder_width: 32, encoder_layers: 1,
+     encoder_heads: 2, decoder_width: 32, decoder_layers: 1, decoder_heads: 2}
+  generator: {hidden_size: 32, num_attention_heads: 2, codebook_size: 16, image_seq_len: 21, condition_num_classes: 3}
+dataset: {params: {num_workers_per_gpu: 0}}
+experiment: {log_every: 4, eval_every: 8, generate_every: 0}
+training: {per_gpu_batch_size: 8, max_train_steps: 8, mixed_precision: 'no'}
+"""
+
+
+# ---------------------------------------------------------------------- a backbone
+class Recurrent(nn.Module):
+    """A generator without attention: embeddings, a GRU, an output layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.rows, config.hidden_size)
+        self.gru = nn.GRU(config.hidden_size, config.hidden_size, batch_first=True)
+        self.output = nn.Linear(config.hidden_size, config.codebook_size)
+
+    def forward(self, codes, labels):
+        rows = torch.cat([self.config.condition_rows(labels).unsqueeze(1), codes], 1)
+        return self.output(self.gru(self.embeddings(rows))[0])
+
+    def decayed(self):
+        return [self.output.weight]
+
+    def new_cache(self, batch):
+        return {"state": torch.zeros(1, batch, self.config.hidden_size)}
+
+    def step(self, rows, cache):
+        x, cache["state"] = self.gru(self.embeddings(rows).unsqueeze(1), cache["state"])
+        return self.output(x)[:, 0].float()
+
+
+def sizes_of_recurrent(state):
+    codes, hidden = state["output.weight"].shape
+    classes = len(state["embeddings.weight"]) - codes - 2
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": 2,
+        "codebook_size": codes,
+        "condition_num_classes": classes,
+    }
+
+
+def test_a_backbone_is_trained_sampled_and_scored(tmp_path, monkeypatch, fill):
+    monkeypatch.setattr(modeling.generator, "Generator", Recurrent)
+    for module in (modeling.weights.metadata, modeling.pipeline):  # one function, under two names
+        monkeypatch.setattr(module, "generator_sizes", sizes_of_recurrent)
+    (tmp_path / "toy.yaml").write_text(SIZES)
+    tokenizer = fill(Tokenizer(TokenizerConfig(16, 2, None, 16, 4, 32, 1, 2, 32, 1, 2)))
+    write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth")
+    (tmp_path / "cache").mkdir()
+    writer = TokenWriter(tmp_path / "cache", 1, 21, 16)
+    writer.append((np.arange(24)[:, None, None] % 3 + np.arange(21)) % 16)
+    about = {"image_size": 16, "crops": "center", "tokenizer": fingerprint(tokenizer.state_dict())}
+    writer.finish([i % 3 for i in range(24)], [str(i) for i in range(24)], ["a", "b", "c"], about)
+
+    run, weights = tmp_path / "run", tmp_path / "run/generator.safetensors"
+    train_ar.main([
+        f"config={tmp_path}/toy.yaml", f"experiment.output_dir={run}",
+        f"dataset.params.pretokenization={tmp_path}/cache",
+        f"dataset.params.val_pretokenization={tmp_path}/cache",
+    ])  # fmt: skip
+
+    def sample(*options):
+        sample_imagenet.main([
+            f"config={tmp_path}/toy.yaml", f"experiment.output_dir={tmp_path}/samples",
+            f"experiment.generator_checkpoint={weights}", "experiment.num_fid_samples=3",
+            f"experiment.tokenizer_checkpoint={tmp_path}/tokenizer.pth", *options,
+        ])  # fmt: skip
+
+    with pytest.raises(InputError, match=r"Recurrent: set experiment\.engine=reference"):
+        sample("experiment.output_dir=" + str(tmp_path / "other"))
+    sample("experiment.engine=reference", "model.generator.guidance_scale=3")
+    assert np.load(tmp_path / "samples_codes.npz")["arr_0"].shape == (3, 21)
+
+    score = evaluation.generator_scores.score_generator
+    result = score(
+        str(weights), [], str(tmp_path / "cache"), str(tmp_path / "p.png"), PartialState(), 8
+    )
+    assert result["metrics"]["nats_per_code"] > 0
+
+
+def test_a_backbones_codes_are_those_of_its_own_forward():
+    config = GeneratorConfig(32, 1, 2, codebook_size=16, image_seq_len=7, condition_num_classes=3)
+    model, labels = Recurrent(config).eval(), torch.tensor([0, 2])
+    codes = sample_codes(model, labels, torch.rand(2, 7), Sampling(temperature=1e-5))
+    with torch.no_grad():
+        assert torch.equal(model(codes[:, :-1], labels).argmax(2), codes)
+
+
+# ---------------------------------------------------------------------- a quantizer
+class Signs(nn.Module):
+    """Finite scalar quantization with two levels per channel: the signs are the bits of a code."""
+
+    training_only = ()
+
+    def __init__(self, codebook_size, token_size, clustering):
+        super().__init__()
+        assert codebook_size == 2**token_size
+        self.register_buffer("bits", 2 ** torch.arange(token_size), persistent=False)
+
+    def encode(self, z):
+        return ((z > 0) * self.bits).sum(-1)
+
+    def lookup(self, codes):
+        return (codes.unsqueeze(-1) & self.bits > 0) * 2.0 - 1
+
+    def before_update(self, z):
+        pass
+
+    def forward(self, z):
+        codes = self.encode(z)
+        return z + (self.lookup(codes) - z).detach(), codes, z.new_zeros(())
+
+
+def test_a_quantizer_trains_encodes_decodes_and_is_saved(monkeypatch, tmp_path):
+    monkeypatch.setattr(modeling.tokenizer, "VectorQuantizer", Signs)
+    config = TokenizerConfig(16, 4, None, 16, 4, 32, 1, 2, 32, 1, 2)
+    tokenizer, images = Tokenizer(config), torch.rand(4, 3, 16, 16)
+    optimizer = torch.optim.Adam(tokenizer.parameters(), 1e-2)
+    losses = []
+    for _ in range(5):
+        out = tokenizer(images)
+        loss = (out.images - images).square().mean() + out.quantizer_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and tokenizer.encoder.conv_out.weight.grad.any()
+
+    codes = tokenizer.eval().encode(images)
+    assert codes.max() < 16 and torch.equal(
+        (codes.unsqueeze(-1) >> torch.arange(4)) & 1, (tokenizer.latents(images) > 0).long()
+    )
+
+    write_state_dict(tokenizer.state_dict(), tmp_path / "t.safetensors")
+    again = Tokenizer(config)
+    load_for_use(again, read_state_dict(tmp_path / "t.safetensors"), "t")
+    pixels = ImageDecoder(again.eval(), torch.float32)(codes)
+    assert torch.equal(pixels, ImageDecoder(tokenizer, torch.float32)(codes))

@@ -11,9 +11,9 @@ torchrun --nproc_per_node=8 evaluate.py …            the same numbers from 8 G
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
-from typing import Optional, TypeVar
+from typing import NamedTuple, Optional, TypeVar
 
 from accelerate import PartialState
 
@@ -31,10 +31,11 @@ from evaluation.references import save_statistics
 from evaluation.report import print_result
 from evaluation.selfcheck import selfcheck
 from evaluation.sources import open_images
-from evaluation.tokenizer_score import load_tokenizer, score_tokenizer
+from evaluation.tokenizer_score import draw_preview, load_tokenizer, score_tokenizer
 from runtime.arguments import Parser, new_file, number, path
 from runtime.errors import InputError
-from runtime.processes import start_processes
+from runtime.files import try_to_write
+from runtime.processes import on_main, start_processes
 from runtime.program import run
 from runtime.published import MissingFile
 
@@ -43,7 +44,7 @@ T = TypeVar("T")
 WEIGHTS = Path("weights")  # the published files
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--samples", type=path, help="what to score: .npz (arr_0, uint8), or folder or tar of PNGs"
@@ -76,7 +77,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--reconstruction", action="store_true", help="score a tokenizer")
     parser.add_argument(
-        "--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder"
+        "--tokenizer", type=path, help="weights or a run folder (weights/AliTok.pth)"
     )
     parser.add_argument(
         "--config", type=path, help="YAML whose model.vq_model describes another tokenizer"
@@ -117,47 +118,35 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="CUDA where there is one")
     args = parser.parse_args(argv)
-    check(args)
-    return args
+    return choose_task(args, given_flags(parser, args)), args
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse arguments that make no task."""
-    if args.generator or args.cache or args.compare:
-        others = args.reconstruction or args.selfcheck or of_images(args)
-        if not (args.generator and args.cache) or others:
-            raise InputError("--generator and --cache go together, alone or with --compare")
-    elif args.selfcheck:
-        if args.reconstruction or of_images(args):
-            raise InputError("--selfcheck takes no images: it finds ADM's in weights/")
-    else:
-        check_images(args)
+def given_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> set[str]:
+    """The flags whose value is not the default."""
+    return {name for name, value in vars(args).items() if value != parser.get_default(name)}
 
 
-def of_images(args: argparse.Namespace) -> bool:
-    """Whether any option is set that only images are scored with."""
-    named = (args.samples, args.reference, args.save_stats, args.crop, args.half_manifold)
-    return any(named) or args.features != ["inception"]
-
-
-def check_images(args: argparse.Namespace) -> None:
-    """Refuse arguments that name no images to score, or others than they can go with."""
-    if args.reconstruction and (args.samples or args.reference or not args.data_path):
-        raise InputError("--reconstruction takes --tokenizer and --data_path, no other images")
+def choose_task(args: argparse.Namespace, given: set[str]) -> "Task":
+    """The task that the flags ask for. Raises InputError for flags that make none, or two."""
+    task = next((task for task in TASKS if task.name in given), TASKS[-1])
+    takes = {task.name} & {"selfcheck", "generator", "reconstruction"} | task.needs | task.takes
+    foreign, missing = given - takes - ALL_TAKE, task.needs - given
+    if foreign:
+        shown = ", ".join(f"--{name}" for name in sorted(takes))
+        raise InputError(f"--{min(foreign)} does not go with {task}, which takes {shown}")
+    if task.name == "samples" and not {"samples", "save_stats"} & given:
+        missing = missing | {"samples (or --save_stats)"}
+    if missing:
+        raise InputError(
+            f"{task} needs --{' and --'.join(sorted(missing))}; other tasks are "
+            f"{', '.join(f'--{other.name}' for other in TASKS[:-1])}"
+        )
     unknown = [name for name in args.features if name not in FEATURES]
     if unknown or len(set(args.features)) < len(args.features):
         raise InputError(f"--features {','.join(args.features)}: choose of {', '.join(FEATURES)}")
     if args.save_stats and len(args.features) > 1:
         raise InputError("--save_stats writes the statistics of one feature space: pass --features")
-    if args.reconstruction and args.features != ["inception"]:
-        raise InputError("--reconstruction measures rFID: it takes --features inception only")
-    if args.reconstruction and (args.crop or args.half_manifold):
-        raise InputError("--reconstruction takes neither --crop nor --half_manifold")
-    if not args.reconstruction and not (args.reference and (args.samples or args.save_stats)):
-        raise InputError(
-            "nothing to do: pass --samples and --reference, --reference and --save_stats, "
-            "--reconstruction with --tokenizer and --data_path, --generator and --cache, or --selfcheck"
-        )
+    return task
 
 
 def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
@@ -210,21 +199,28 @@ def open_networks(
 
 def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> None:
     assert processes.device is not None  # accelerate's type hint allows it
-    tokenizer = load_tokenizer(args.tokenizer, args.config).to(processes.device)
+    tokenizer = load_tokenizer(args.tokenizer or "weights/AliTok.pth", args.config).to(
+        processes.device
+    )
     device, missing = processes.device, []
     network = if_there("rFID", lambda: Inception(device, WEIGHTS), missing)
     lpips = if_there("LPIPS", lambda: LPIPS(WEIGHTS).to(device), missing)
     if args.save_stats and network is None:
         raise InputError(f"--save_stats writes the features of Inception: {missing[0]}")
-    result, originals = score_tokenizer(
+    picture = Path(args.picture or "output/reconstruction.png")
+    on_main(lambda: [try_to_write(file) for file in (picture, args.save_stats) if file])
+    result, originals, preview = score_tokenizer(
         tokenizer, Path(args.data_path) / args.split, network, lpips, processes, args.batch_size,
-        args.num_workers, Path(args.picture or "output/reconstruction.png"),
+        args.num_workers, picture.parent,
     )  # fmt: skip
-    if result:
-        result["warnings"] = [*missing, *result["warnings"]]
-    if network is not None and args.save_stats and processes.is_main_process:
-        save_statistics(originals, args.save_stats, network.identity)
+    if not result:
+        return
+    result["picture"] = str(picture)
+    result["warnings"] = [*missing, *result["warnings"]]
     print_result(result)
+    if network is not None and args.save_stats:
+        save_statistics(originals, args.save_stats, network.identity)
+    draw_preview(preview, picture)
 
 
 def if_there(figure: str, build: Callable[[], T], missing: list[str]) -> Optional[T]:
@@ -240,25 +236,51 @@ def if_there(figure: str, build: Callable[[], T], missing: list[str]) -> Optiona
 
 
 def evaluate_generator(args: argparse.Namespace, processes: PartialState) -> None:
+    picture = args.picture or "output/generator.png"
+    on_main(lambda: try_to_write(picture))
     result = score_generator(
-        args.generator, args.compare, args.cache, args.picture or "output/generator.png", processes,
+        args.generator, args.compare, args.cache, picture, processes,
         args.batch_size, args.num_workers, args.precision,
     )  # fmt: skip
     show_generator(result)
 
 
+def check_evaluator(args: argparse.Namespace, processes: PartialState) -> None:
+    if not selfcheck(WEIGHTS, processes, args.batch_size, args.num_workers):
+        raise SystemExit(1)
+
+
+# ---------------------------------------------------------------------- the tasks
+class Task(NamedTuple):
+    """What one call does, and the flags that it needs and takes; any other flag is refused."""
+
+    name: str
+    run: Callable[[argparse.Namespace, PartialState], None]
+    needs: Set[str] = frozenset()
+    takes: Set[str] = frozenset()
+
+    def __str__(self) -> str:
+        return "scoring samples" if self.name == "samples" else f"--{self.name}"
+
+
+ALL_TAKE = {"batch_size", "num_workers", "device"}
+TASKS = (
+    Task("selfcheck", check_evaluator),
+    Task("generator", evaluate_generator, {"cache"}, {"compare", "precision", "picture"}),
+    Task(
+        "reconstruction", evaluate_tokenizer, {"data_path"},
+        {"tokenizer", "config", "split", "save_stats", "picture"},
+    ),
+    Task(
+        "samples", evaluate_samples, {"reference"},
+        {"samples", "crop", "save_stats", "num_samples", "allow_partial", "half_manifold", "features"},
+    ),
+)  # fmt: skip
+
+
 def main(argv: list[str]) -> None:
-    args = parse(argv)
-    processes = start_processes(args.device)
-    if args.selfcheck:
-        if not selfcheck(WEIGHTS, processes, args.batch_size, args.num_workers):
-            raise SystemExit(1)
-    elif args.generator:
-        evaluate_generator(args, processes)
-    elif args.reconstruction:
-        evaluate_tokenizer(args, processes)
-    else:
-        evaluate_samples(args, processes)
+    task, args = parse(argv)
+    task.run(args, start_processes(args.device))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class DINOv2:
 
     name, file, package = "dinov2", DINOV2_FILE, "timm"
     resize = "bicubic to 224x224 in float32, antialiased, not rounded"
+    features: tuple[str, str, str] = ("normalised class token", "", "")
     widths: tuple[int, int, int] = (WIDTH, 0, 0)
     published: Optional[bool] = None  # the authors name no checksum
 

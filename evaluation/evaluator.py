@@ -10,13 +10,8 @@ from accelerate import PartialState
 
 from evaluation.dinov2 import DINOv2
 from evaluation.features import FeatureNetwork, Inception
-from evaluation.metrics import (
-    IS_SPLIT,
-    NEIGHBOURS,
-    frechet_distance_of_moments,
-    precision_recall,
-)
 from evaluation.references import check_sizes, open_reference
+from evaluation.set_metrics import METRICS, named
 from evaluation.sources import Images
 from evaluation.statistics import SetStatistics, measure
 from runtime.errors import InputError
@@ -87,14 +82,17 @@ class Evaluator:
             return {}
         metrics = compare(samples, self.reference, self.network.device, self.half_manifold)
         return {
-            "metrics": named_metrics(metrics, self.network),
+            "metrics": {named(name, self.network.name): x for name, x in metrics.items()},
             "protocol": protocol(self.network, samples, self.reference, self.half_manifold),
             "images_asked": expected,
             "partial": samples.images is not None and samples.images < expected,
             "samples": samples.summary(),
             "reference": self.reference.summary(),
             **conditions(self.network, self.batch, self.network.device),
-            "warnings": warnings_of(self.network, self.reference, samples),
+            "warnings": [
+                *warnings_of(self.network, self.reference, samples),
+                *same_set(samples, self.reference),
+            ],
         }
 
 
@@ -112,41 +110,22 @@ def check_count(count: int, expected: int, name: str, allow_partial: bool) -> No
 
 
 def compare(
-    samples: SetStatistics,
-    reference: SetStatistics,
-    device: torch.device,
-    half_manifold: bool = False,
-) -> dict[str, Any]:
-    """FID, sFID, IS, precision and recall; None where the reference does not hold enough."""
-    ours, theirs = ([m.to(device) for m in side.moments] for side in (samples, reference))
-    score = samples.inception_score or (None, None)
-    metrics: dict[str, Any] = {
-        "FID": frechet_distance_of_moments(*ours[:2], *theirs[:2]),
-        "sFID": None,
-        "IS": score[0],
-        "IS_std": score[1],
-        "precision": None,
-        "recall": None,
-    }
-    if len(theirs) == 4:
-        metrics["sFID"] = frechet_distance_of_moments(*ours[2:], *theirs[2:])
-    if reference.manifold is not None and samples.manifold is not None:
-        metrics["precision"], metrics["recall"] = precision_recall(
-            reference.manifold, samples.manifold, device, half=half_manifold
-        )
-    return metrics
+    samples: SetStatistics, reference: SetStatistics, device: torch.device, half: bool = False
+) -> dict[str, Optional[float]]:
+    """The figures of all metrics (`METRICS`) that the samples' network has the features for.
 
-
-def named_metrics(metrics: dict[str, Any], network: FeatureNetwork) -> dict[str, Any]:
-    """`compare`'s metrics as results name them: gFID, …, or FD_DINOv2 and what else that space has."""
-    distance, *others = metrics
-    if network.name == "inception":
-        return {"gFID": metrics[distance], **{name: metrics[name] for name in others}}
-    return {
-        "FD_DINOv2": metrics[distance],
-        "precision_DINOv2": metrics["precision"],
-        "recall_DINOv2": metrics["recall"],
-    }
+    None where the reference does not hold enough. `half`: distances of manifolds in float16.
+    """
+    figures: dict[str, Optional[float]] = {}
+    for metric in METRICS:
+        ours, theirs = (side.parts.get(metric.part) for side in (samples, reference))
+        if ours is None:
+            continue
+        values: tuple[Optional[float], ...] = (None,) * len(metric.names)
+        if theirs is not None or not metric.compares:
+            values = metric.figures(ours, theirs or (), device, half)
+        figures |= zip(metric.names, values)
+    return figures
 
 
 def protocol(
@@ -182,20 +161,23 @@ def conditions(
 
 def features_of(network: FeatureNetwork) -> dict[str, Any]:
     """The network's weights, and which of its features each metric uses."""
-    pool, spatial, classes = network.widths
-    if network.name == "inception":
-        features = {
-            "FID": f"pool_3 ({pool})",
-            "sFID": f"first 7 channels of mixed_6/conv ({spatial})",
-            "IS": f"logits without bias ({classes}), splits of {IS_SPLIT} in file order",
-            "precision_recall": f"pool_3, k = {NEIGHBOURS}",
-        }
-    else:
-        features = {
-            "FD_DINOv2": f"normalised class token ({pool})",
-            "precision_recall": f"normalised class token, k = {NEIGHBOURS}",
-        }
+    features = {
+        metric.names[0]: (
+            f"{network.features[metric.feature]} ({network.widths[metric.feature]}){metric.terms}"
+        )
+        for metric in METRICS
+        if network.widths[metric.feature]
+    }
     return {"network": network.identity, "weights_published": network.published, **features}
+
+
+def same_set(samples: SetStatistics, reference: SetStatistics) -> list[str]:
+    """A warning where both sets are the same images in the same order."""
+    if samples.hash is None or samples.hash != reference.hash:
+        return []
+    return [
+        f"{samples.name} and {reference.name} are the same images: is this the reference itself?"
+    ]
 
 
 def warnings_of(network: Optional[FeatureNetwork], *sides: SetStatistics) -> list[str]:

@@ -24,7 +24,9 @@ class FeatureNetwork(Protocol):
     file: str  # of the weights
     package: str  # that holds the network
     resize: str  # what is done to the images, in words
-    widths: tuple[int, int, int]  # of pooled features, spatial features and logits; 0: has none
+    # Pooled features, spatial features and logits, in words, and their widths; 0: has none.
+    features: tuple[str, str, str]
+    widths: tuple[int, int, int]
     identity: str  # tells features of one weight file from those of another
     published: Optional[bool]  # whether the weights are the published ones; None: not known
     device: torch.device
@@ -41,6 +43,11 @@ class Inception:
 
     name, file, package = "inception", INCEPTION_FILE, "torch-fidelity"
     resize = "TensorFlow's bilinear to 299x299, not antialiased, within the network"
+    features: tuple[str, str, str] = (
+        "pool_3",
+        "first 7 channels of mixed_6/conv",
+        "logits without bias",
+    )
     widths: tuple[int, int, int] = (2048, 17 * 17 * SPATIAL_CHANNELS, 1008)
 
     def __init__(self, device: torch.device | str, weights: Path):

@@ -13,6 +13,7 @@ from data.classes import trained_classes
 from data.imagenet import misnumbered
 from data.tokens import TokenCache, open_tokens
 from evaluation.likelihood import COMPILED_VIEWS, Likelihood, measure_likelihood
+from evaluation.report import table_of
 from modeling.compiling import compile_blocks
 from modeling.generator import Generator, build_generator
 from modeling.pipeline import generator_config
@@ -220,16 +221,16 @@ def table(scored: dict[str, Any]) -> str:
         "nats": metrics["nats_per_code"], "bits": metrics["bits_per_code"],
         "top1": metrics["top1"], "top5": metrics["top5"],
     }  # fmt: skip
-    lines = [
-        f"{generator['path']}{step}: {scored['views']} views",
-        f"{'position':<10}{'codes':>6}{'nats/code':>11}{'bits/code':>11}{'top-1':>9}{'top-5':>9}",
-    ]
-    for row in [*scored["by_group"], whole]:
-        lines.append(
-            f"{row['name']:<10}{row['codes']:>6}{row['nats']:>11.4f}{row['bits']:>11.4f}"
-            f"{row['top1']:>9.2%}{row['top5']:>9.2%}"
-        )
-    return "\n".join([*lines, f"bits per image: {metrics['bits_per_image']:.2f}"])
+    rows = [
+        [row["name"], str(row["codes"]), f"{row['nats']:.4f}", f"{row['bits']:.4f}",
+         f"{row['top1']:.2%}", f"{row['top5']:.2%}"]
+        for row in [*scored["by_group"], whole]
+    ]  # fmt: skip
+    headers = ["position", "codes", "nats/code", "bits/code", "top-1", "top-5"]
+    return (
+        f"{generator['path']}{step}: {scored['views']} views\n{table_of(rows, headers)}\n"
+        f"bits per image: {metrics['bits_per_image']:.2f}"
+    )
 
 
 def plot_positions(scored: dict[str, Likelihood], path: str) -> bool:

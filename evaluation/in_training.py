@@ -11,14 +11,7 @@ from configs.schema import GeneratorRun
 from data.images import ImagePath
 from evaluation.evaluator import Evaluator
 from evaluation.lpips import LPIPS
-from evaluation.reconstruction import (
-    Consumer,
-    PerceptualDistance,
-    ReconstructionFeatures,
-    ReconstructionSums,
-    image_batches,
-    reconstruct,
-)
+from evaluation.reconstruction import ReconstructionFeatures, Scores
 from evaluation.statistics import Collector
 from generation.images import sample_images
 from generation.job import SamplingJob, sampling_job
@@ -27,7 +20,6 @@ from modeling.tokenizer import Tokenizer
 from runtime.errors import InputError
 from runtime.parts import share_of
 from runtime.processes import matmul_precision
-from runtime.signals import outlive_first_signal
 
 CHUNK = 64  # images sampled together where the config sets no number
 
@@ -117,13 +109,9 @@ class GeneratedScores:
         return metrics_of(self.evaluator, self.collector, "gFID")
 
 
-class ReconstructionScores:
-    """Metrics of the reconstructions of the images at `paths` (ADM's centre crop), from one pass.
-
-    Two calls, so that an image that one rank cannot read leaves no other rank waiting: `measure`
-    reads this rank's share of the images, `reduced` adds up over all ranks. Call both outside
-    autocast: like evaluate.py they reconstruct in float32.
-    """
+class ReconstructionScores(Scores):
+    """`Scores` for the log: val/psnr, …; with an evaluator, on rank 0, also val/rFID and its other
+    metrics: a true rFID where the reference holds these very images."""
 
     def __init__(
         self,
@@ -133,42 +121,15 @@ class ReconstructionScores:
         lpips: Optional[LPIPS] = None,
         evaluator: Optional[Evaluator] = None,
     ):
-        self.tokenizer, self.paths, self.processes = tokenizer, paths, processes
-        self.evaluator, self.device = evaluator, tokenizer.latent_tokens.device
-        self.sums = ReconstructionSums(
-            tokenizer.config.codebook_size, tokenizer.config.num_tokens, self.device
-        )
-        self.perceptual = None if lpips is None else PerceptualDistance(lpips, self.device)
-        self.collector = None
+        self.evaluator, self.collector, consumers = evaluator, None, []
         if evaluator is not None:
-            side = tokenizer.config.image_size
-            self.collector = Collector(
-                "reconstructions", len(paths), (side, side), evaluator.network
-            )
-
-    def measure(self, batch: int, workers: int) -> "ReconstructionScores":
-        """Reconstruct this rank's share, `batch` images at once, read by `workers` processes."""
-        consumers: list[Consumer] = [self.sums]
-        if self.perceptual is not None:
-            consumers.append(self.perceptual)
-        if self.collector is not None:
+            size = (tokenizer.config.image_size, tokenizer.config.image_size)
+            self.collector = Collector("reconstructions", len(paths), size, evaluator.network)
             consumers.append(ReconstructionFeatures(self.collector))
-        rank, world = self.processes.process_index, self.processes.num_processes
-        size = self.tokenizer.config.image_size
-        batches = image_batches(self.paths, size, batch, workers, rank, world, outlive_first_signal)
-        reconstruct(self.tokenizer, batches, self.device, consumers)
-        return self
+        super().__init__(tokenizer, paths, processes, lpips, *consumers)
 
     def reduced(self) -> dict[str, float]:
-        """Metrics of all ranks' shares; all ranks call this together.
-
-        val/psnr, val/codebook_use, val/perplexity and val/code_agreement on all ranks; val/lpips with LPIPS; with an
-        evaluator, on rank 0 only, val/rFID and its other metrics: a true rFID where the reference
-        holds these very images.
-        """
-        values = {f"val/{name}": value for name, value in self.sums.metrics().items()}
-        if self.perceptual is not None:
-            values["val/lpips"] = self.perceptual.mean()
+        values = {f"val/{name}": value for name, value in super().reduced().items()}
         if self.evaluator is not None and self.collector is not None:
             values |= metrics_of(self.evaluator, self.collector, "rFID")
         return values

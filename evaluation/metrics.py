@@ -8,13 +8,14 @@ from typing import Optional
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import gather, pad_across_processes, reduce
 from torch import Tensor
 
 from runtime.errors import InputError
 
 IS_SPLIT = 5000  # images per split of the Inception Score
 NEIGHBOURS = 3  # k of precision and recall
+MANIFOLD_IMAGES = 50_000  # more images than this are thinned evenly for precision and recall
 BLOCK = 4096  # rows and columns of a block of distances: 134 MB
 
 
@@ -23,6 +24,17 @@ def summed(values: Tensor) -> Tensor:
     total = reduce(values, "sum")
     assert isinstance(total, Tensor)  # accelerate also reduces nested tensors
     return total
+
+
+def in_order(parts: list[Tensor], indices: list[Tensor], device: torch.device) -> Tensor:
+    """Rows of all processes, sorted by their index in the set."""
+    rows = torch.cat([part.to(device) for part in parts])
+    places = torch.cat(indices).to(device)
+    rows = gather(pad_across_processes(rows))
+    places = gather(pad_across_processes(places, pad_index=-1))
+    assert isinstance(rows, Tensor) and isinstance(places, Tensor)
+    present = places >= 0
+    return rows[present][places[present].argsort()]
 
 
 # ---------------------------------------------------------------------- Fréchet distance
@@ -38,8 +50,8 @@ class Moments:
         self.mean = torch.zeros(width, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
 
-    def add(self, features: Tensor) -> None:
-        """Features (B, width)."""
+    def add(self, features: Tensor, indices: object = None) -> None:
+        """Features (B, width); their places in the set do not matter."""
         features = features.double()
         n, total = len(features), self.count + len(features)
         mean = features.mean(0)
@@ -102,11 +114,11 @@ class InceptionScore:
         self.sums = torch.zeros(splits, classes + 2, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, indices: Tensor) -> None:
-        """Logits (B, classes) of the images at `indices` (B,) of the set."""
+        """Logits (B, classes) of the images at `indices` (B,), on the CPU, of the set."""
         log_p = logits.double().log_softmax(1)
         p = log_p.exp()
         rows = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], 1)
-        self.sums.index_add_(0, indices // IS_SPLIT, rows)
+        self.sums.index_add_(0, (indices // IS_SPLIT).to(rows.device), rows)
 
     def reduced(self) -> tuple[float, float]:
         """Mean and standard deviation over the splits."""
@@ -118,6 +130,28 @@ class InceptionScore:
 
 
 # ---------------------------------------------------------------------- precision and recall
+class FeatureSample:
+    """The features of at most `MANIFOLD_IMAGES` images, spread evenly over the set, in its order."""
+
+    def __init__(self, width: int, images: int, device: torch.device | str = "cpu"):
+        self.images, self.device = images, torch.device(device)
+        # The lists start with an empty entry, so that a process without images can gather too.
+        self.rows = [torch.empty(0, width, device=device)]
+        self.places = [torch.empty(0).long()]
+
+    def add(self, features: Tensor, indices: Tensor) -> None:
+        """Features (B, width) of the images at `indices` (B,), on the CPU, of the set."""
+        share = min(MANIFOLD_IMAGES, self.images)
+        chosen = (indices + 1) * share // self.images > indices * share // self.images
+        kept = chosen.nonzero().squeeze(1)  # on the CPU: a mask on the device would make it wait
+        self.rows.append(features[kept.to(features.device)])
+        self.places.append(indices[kept])
+
+    def reduced(self) -> tuple[Tensor]:
+        """(M, width), on the CPU, the same on every process."""
+        return (in_order(self.rows, self.places, self.device).cpu(),)
+
+
 def precision_recall(
     reference: Tensor,
     samples: Tensor,

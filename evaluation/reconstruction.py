@@ -4,22 +4,25 @@
 PSNR and code use, LPIPS, SSIM, features for rFID, pictures. A consumer takes `add(batch)`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Optional, Protocol
+from typing import Optional, Protocol, Self
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from data.images import CenterImages, ImagePath
 from evaluation.lpips import LPIPS
 from evaluation.metrics import summed
-from evaluation.statistics import Collector, PixelCollector
+from evaluation.statistics import Collector
 from modeling.pixels import to_float, to_uint8
 from modeling.tokenizer import Tokenizer
 from runtime.parts import share_of
+from runtime.signals import outlive_first_signal
 
 SSIM_WINDOW = 11  # pixels, height and width
 
@@ -37,6 +40,10 @@ class Batch:
 
 class Consumer(Protocol):
     def add(self, batch: Batch) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        """Figures by name, over all processes, which all call this; often there are none."""
+        return {}
 
 
 @torch.no_grad()
@@ -68,16 +75,57 @@ def image_batches(
     workers: int,
     rank: int = 0,
     world: int = 1,
-    worker_init: Optional[Callable[[int], None]] = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """This rank's share of fixed batches of ADM's centre crops, for `reconstruct`."""
     starts = share_of(range(0, len(paths), batch), rank, world)
     indices = [list(range(start, min(start + batch, len(paths)))) for start in starts]
     loader = DataLoader(
         CenterImages(paths, size), batch_sampler=indices, num_workers=workers,
-        worker_init_fn=worker_init,
+        worker_init_fn=outlive_first_signal,
     )  # fmt: skip
     yield from zip(starts, loader)
+
+
+class Scores:
+    """Figures of the reconstructions of the images at `paths` (ADM's centre crop), from one pass.
+
+    Two calls, so that an image that one rank cannot read leaves no other rank waiting: `measure` reads
+    this rank's share of the images, `reduced` adds up over all ranks. Call both outside autocast: they
+    reconstruct in float32. `consumers` see every batch too.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        paths: Sequence[ImagePath],
+        processes: PartialState,
+        lpips: Optional[LPIPS] = None,
+        *consumers: Consumer,
+    ):
+        self.tokenizer, self.paths, self.processes = tokenizer, paths, processes
+        self.device, config = tokenizer.latent_tokens.device, tokenizer.config
+        sums = ReconstructionSums(config.codebook_size, config.num_tokens, self.device)
+        self.consumers = [sums, *consumers]
+        if lpips is not None:
+            self.consumers.append(PerceptualDistance(lpips, self.device))
+
+    def measure(self, batch: int, workers: int, bar: bool = False) -> Self:
+        """Reconstruct this rank's share, `batch` images at once, read by `workers` processes."""
+        rank, world = self.processes.process_index, self.processes.num_processes
+        size = self.tokenizer.config.image_size
+        batches = image_batches(self.paths, size, batch, workers, rank, world)
+        if bar:
+            share = -(-len(self.paths) // batch // world)
+            hidden = None if self.processes.is_main_process else True  # None: without a terminal
+            batches = tqdm(batches, "reconstruct", share, unit="batch", disable=hidden)
+        reconstruct(self.tokenizer, batches, self.device, self.consumers)
+        return self
+
+    def reduced(self) -> dict[str, float]:
+        """The figures of all ranks' shares: `psnr`, `codebook_use`, `perplexity`, of two images or more
+        `code_agreement`, with LPIPS `lpips`, and those of the consumers. All ranks call this together.
+        """
+        return {k: v for consumer in self.consumers for k, v in consumer.metrics().items()}
 
 
 # ---------------------------------------------------------------------- PSNR and code use
@@ -119,7 +167,7 @@ def code_agreement(counts: Tensor) -> float:
     return same.mean().item()
 
 
-class ReconstructionSums:
+class ReconstructionSums(Consumer):
     """Sums over images, on the device, that add up over ranks: PSNR, images, codes by position."""
 
     def __init__(self, codebook_size: int, tokens: int, device: torch.device):
@@ -145,8 +193,10 @@ class ReconstructionSums:
 
 
 # ---------------------------------------------------------------------- LPIPS and SSIM
-class ImageMean:
+class ImageMean(Consumer):
     """The mean over images of a figure, over all processes."""
+
+    name: str
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # of the figure; images
@@ -155,14 +205,15 @@ class ImageMean:
         """Add the sum of the figure over `images` images."""
         self.sums += torch.stack([total.double(), self.sums.new_tensor(images)])
 
-    def mean(self) -> float:
-        """All processes must call this."""
+    def metrics(self) -> dict[str, float]:
         total, images = summed(self.sums).tolist()
-        return total / images
+        return {self.name: total / images}
 
 
 class PerceptualDistance(ImageMean):
     """Mean LPIPS, in float32 whatever autocast says."""
+
+    name = "lpips"
 
     def __init__(self, lpips: LPIPS, device: torch.device):
         super().__init__(device)
@@ -176,6 +227,8 @@ class PerceptualDistance(ImageMean):
 
 class StructuralSimilarity(ImageMean):
     """Mean SSIM."""
+
+    name = "ssim"
 
     def add(self, batch: Batch) -> None:
         self.update(ssim(batch.images, batch.reconstructions).sum(), len(batch.images))
@@ -203,27 +256,27 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------- features and pictures
-class ReconstructionFeatures:
+class ReconstructionFeatures(Consumer):
     """Collects the statistics of the reconstructions, truncated to uint8 as published samples are."""
 
-    def __init__(self, collector: Collector | PixelCollector):
+    def __init__(self, collector: Collector):
         self.collector = collector
 
     def add(self, batch: Batch) -> None:
         self.collector.add(batch.first, to_uint8(batch.reconstructions))
 
 
-class OriginalFeatures:
+class OriginalFeatures(Consumer):
     """Collects the statistics of the images themselves."""
 
-    def __init__(self, collector: Collector | PixelCollector):
+    def __init__(self, collector: Collector):
         self.collector = collector
 
     def add(self, batch: Batch) -> None:
         self.collector.add(batch.first, batch.pixels)
 
 
-class Preview:
+class Preview(Consumer):
     """Keeps the first `count` images of this process's first batch, before and after, in [0, 1]."""
 
     def __init__(self, count: int):

@@ -16,6 +16,8 @@ from runtime.errors import InputError
 from runtime.files import whole_file
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names; others' files hold the first two
+# The names of the parts of `SetStatistics` in files.
+STORED = {"pool": MOMENTS[:2], "spatial": MOMENTS[2:], "manifold": ("pool_3",)}
 
 
 def open_reference(
@@ -50,7 +52,7 @@ def open_reference(
         images = npz_images(path)
         check_size(images, size)
         side = measure(images, network, processes, batch, workers)
-        stored.manifold, stored.size = side.manifold, side.size
+        stored.parts["manifold"], stored.size = side.parts["manifold"], side.size
         stored.hash, stored.duplicates = f"{stored.hash} + {side.hash}", side.duplicates
     return stored
 
@@ -100,8 +102,11 @@ def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
             int(values["images"]) if "images" in values else None,
             None if height_width is None else (height_width[0], height_width[1]),
             str(values.get("hash", digest)),
-            moments=tuple(torch.from_numpy(values[key]).double() for key in keys),
-            manifold=None if manifold is None else torch.from_numpy(manifold),
+            parts={
+                part: tuple(map(torch.from_numpy, (values[key] for key in names)))
+                for part, names in STORED.items()
+                if names[0] in values
+            },
         )
     except (TypeError, ValueError, IndexError) as e:
         raise InputError(f"{path} is damaged ({e}): make it again with --save_stats") from e
@@ -121,9 +126,13 @@ def check_moment(path: Path, key: str, values: np.ndarray, width: int) -> None:
 
 def save_statistics(side: SetStatistics, path: str | Path, identity: str) -> None:
     """Write statistics as a reference for later, whole or not at all; `identity` of the features."""
-    arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in zip(MOMENTS, side.moments)}
+    arrays: dict[str, Any] = {
+        key: value.cpu().numpy()
+        for part, names in STORED.items()
+        for key, value in zip(names, side.parts.get(part, ()))
+    }
     arrays |= {"features": np.array(identity), "hash": np.array(side.hash)}
-    for key, value in (("images", side.images), ("size", side.size), ("pool_3", side.manifold)):
+    for key, value in (("images", side.images), ("size", side.size)):
         if value is not None:
             arrays[key] = np.asarray(value)
     with whole_file(path) as partial, open(partial, "wb") as file:

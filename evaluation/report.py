@@ -8,23 +8,17 @@ printed. Results of different protocols are not put into one table.
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from tabulate import tabulate
 from tqdm import tqdm
 
 from runtime.arguments import Parser, as_path
 from runtime.errors import InputError
+from runtime.parts import differing
 from runtime.program import run
-
-# Why a metric is None, by its name.
-UNKNOWN = {
-    "sFID": "the reference holds no spatial statistics",
-    "precision": "the reference holds no images",
-    "recall": "the reference holds no images",
-    "precision_DINOv2": "the reference holds no images",
-    "recall_DINOv2": "the reference holds no images",
-}
 
 
 def print_result(result: dict[str, Any], *others: dict[str, Any]) -> None:
@@ -48,12 +42,18 @@ def print_table(result: dict[str, Any]) -> None:
     rows = [
         ("samples", describe_set(samples)),
         ("reference", describe_set(reference)),
-        *((name, format_metric(name, value)) for name, value in result["metrics"].items()),
+        *((name, format_metric(value)) for name, value in result["metrics"].items()),
     ]
     if result["partial"]:
         rows.insert(0, ("PARTIAL", f"{samples['images']} of {result['images_asked']} images"))
-    width = max(len(name) for name, _ in rows)
-    tqdm.write("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    tqdm.write(table_of(rows, align="left"))
+
+
+def table_of(
+    rows: Sequence[Sequence[str]], headers: Sequence[str] = (), align: str = "right"
+) -> str:
+    """Rows of text as aligned columns, without lines around them."""
+    return tabulate(rows, headers, "plain", stralign=align, disable_numparse=True)
 
 
 def describe_set(summary: dict[str, Any]) -> str:
@@ -61,8 +61,8 @@ def describe_set(summary: dict[str, Any]) -> str:
     return f"{summary['path']}: {count}, {summary['hash']}"
 
 
-def format_metric(name: str, value: Optional[float]) -> str:
-    return f"not known: {UNKNOWN[name]}" if value is None else f"{value:.4f}"
+def format_metric(value: Optional[float]) -> str:
+    return "not known: the reference lacks what it needs" if value is None else f"{value:.4f}"
 
 
 # ---------------------------------------------------------------------- several results
@@ -118,37 +118,27 @@ def check_protocols(columns: Columns) -> None:
     for cells in columns.values():
         (first, (_, ours)), *others = cells.items()
         for path, (_, theirs) in others:
-            check_same(first, ours, path, theirs)
-
-
-def check_same(first: Path, ours: dict[str, Any], path: Path, theirs: dict[str, Any]) -> None:
-    differences = [
-        f"{key} ({ours.get(key)} in {first}, {theirs.get(key)} in {path})"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
-    ]
-    if differences:
-        raise InputError(
-            f"the results are not comparable, their protocols differ: "
-            f"{', '.join(differences)}; evaluate them the same way, or report them apart"
-        )
+            differences = differing(ours, theirs, places=(f"in {first}", f"in {path}"))
+            if differences:
+                raise InputError(
+                    f"the results are not comparable, their protocols differ: {differences}; "
+                    f"evaluate them the same way, or report them apart"
+                )
 
 
 def results_table(files: list[Path], columns: Columns) -> str:
     """The protocols, then a row per file and a column per metric; a dash is a metric it lacks."""
-    lines = [["", *columns]]
+    rows = []
     for path in files:
         values = (cells.get(path, (None,))[0] for cells in columns.values())
-        lines.append([str(path), *("-" if v is None else f"{v:.4f}" for v in values)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
-    rows = ["  ".join(f"{text:>{w}}" for text, w in zip(line, widths)).rstrip() for line in lines]
+        rows.append([str(path), *("-" if v is None else f"{v:.4f}" for v in values)])
     protocols = []
     for cells in columns.values():
         _, protocol = next(iter(cells.values()))
         terms = ", ".join(f"{key} {value}" for key, value in protocol.items())
         if f"protocol: {terms}" not in protocols:
             protocols.append(f"protocol: {terms}")
-    return "\n".join([*protocols, *rows])
+    return "\n".join([*protocols, table_of(rows, ["", *columns])])
 
 
 def main(argv: list[str]) -> None:

@@ -8,24 +8,22 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, pad_across_processes
 from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.features import FeatureNetwork
-from evaluation.metrics import InceptionScore, Moments, summed
+from evaluation.metrics import in_order, summed
+from evaluation.set_metrics import METRICS, Part, Sums
 from evaluation.sources import Images
 from runtime.errors import InputError
 from runtime.parts import share_of
-
-MANIFOLD_IMAGES = 50_000  # more images than this are thinned evenly for precision and recall
 
 
 @dataclass
@@ -37,40 +35,71 @@ class SetStatistics:
     size: Optional[tuple[int, int]] = None  # height, width
     hash: Optional[str] = None  # of the pixels in order, or of the moments
     duplicates: Optional[int] = None  # images that are a copy of an earlier one
-    # mu, sigma of the pooled features, then mu_s, sigma_s of the spatial ones, which a file or a
-    # network may lack
-    moments: tuple[Tensor, ...] = ()
-    manifold: Optional[Tensor] = None  # (M, D) float32 on the CPU, for precision and recall
-    inception_score: Optional[tuple[float, float]] = None  # mean, standard deviation
+    # By `SetMetric.part`, what the metrics summed up; a file or a network may lack some.
+    parts: dict[str, Part] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """What identifies the set, for the JSON result."""
         size = None if self.size is None else list(self.size)
-        manifold = None if self.manifold is None else len(self.manifold)
+        manifold = len(self.parts["manifold"][0]) if "manifold" in self.parts else None
         return {
             "path": self.name, "images": self.images, "size": size, "hash": self.hash,
             "duplicates": self.duplicates, "manifold_images": manifold,
         }  # fmt: skip
 
 
-class PixelCollector:
-    """Identifies one set of `images` images by their pixels, without any network."""
+class Collector:
+    """Sums up one set of `images` images, on this process.
 
-    def __init__(self, name: str, images: int, size: tuple[int, int], device: torch.device):
-        self.name, self.images, self.size, self.device = name, images, size, device
+    Their pixels identify the set; of the features of `network`, if there is one, it sums up what the
+    metrics need. `device` is the network's by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        images: int,
+        size: tuple[int, int],
+        network: Optional[FeatureNetwork],
+        device: torch.device | str = "cpu",
+    ):
+        self.name, self.images, self.size, self.network = name, images, size, network
+        self.device = torch.device(device if network is None else network.device)
         # The lists start with an empty entry, so that a process without images can gather too.
         self.digests = [torch.empty(0, 16, dtype=torch.uint8)]
         self.places = [torch.empty(0).long()]
+        self.non_finite = torch.zeros(1, dtype=torch.int64, device=self.device)  # images
+        self.sums: dict[str, tuple[int, Sums]] = {}  # by part: the feature and its sums
+        for metric in METRICS:
+            width = 0 if network is None else network.widths[metric.feature]
+            if width and metric.part not in self.sums:
+                sums = metric.sums(width, images, self.device)
+                self.sums[metric.part] = metric.feature, sums
 
     def add(self, first: int, images: Tensor, digests: Optional[np.ndarray] = None) -> None:
         """Images `first`, `first` + 1, … of the set: (B, 3, H, W), uint8; `digests` if known."""
         if digests is None:
             digests = digests_of(images.permute(0, 2, 3, 1).cpu().numpy())
+        indices = torch.arange(first, first + len(images))
         self.digests.append(torch.from_numpy(digests))
-        self.places.append(torch.arange(first, first + len(images)))
+        self.places.append(indices)
+        if self.network is None:
+            return
+        features = self.network(images)
+        self.non_finite += (~(features[0].isfinite().all(1) & features[1].isfinite().all(1))).sum()
+        for feature, sums in self.sums.values():
+            sums.add(features[feature], indices)
 
     def finish(self) -> SetStatistics:
-        """Name, hash and copies of the whole set; all processes must call this."""
+        """The statistics of the whole set, the same on every process; all of them must call this."""
+        if self.network is not None and self.images < 2:
+            raise InputError(f"{self.name} holds one image: a covariance needs 2 or more")
+        non_finite = int(summed(self.non_finite).item())
+        if self.network is not None and non_finite:
+            raise InputError(
+                f"{non_finite} of {self.images} images of {self.name} have features that are NaN "
+                f"or infinite: fetch {self.network.file} again"
+            )
         digests = in_order(self.digests, self.places, self.device).cpu().numpy()
         return SetStatistics(
             self.name,
@@ -78,85 +107,8 @@ class PixelCollector:
             self.size,
             hash=hashlib.sha256(digests.tobytes()).hexdigest()[:16],
             duplicates=self.images - len(np.unique(digests, axis=0)),
+            parts={part: sums.reduced() for part, (_, sums) in self.sums.items()},
         )
-
-
-class Collector:
-    """Sums up the features of one set of `images` images, on this process."""
-
-    def __init__(self, name: str, images: int, size: tuple[int, int], network: FeatureNetwork):
-        device, (pool, spatial, classes) = network.device, network.widths
-        self.name, self.images, self.network = name, images, network
-        self.pixels = PixelCollector(name, images, size, device)
-        self.pool, self.spatial = Moments(pool, device), Moments(spatial, device)
-        self.score = InceptionScore(images, classes, device)
-        self.non_finite = torch.zeros(1, dtype=torch.int64, device=device)  # images
-        # As in PixelCollector, an empty entry for a process without images.
-        self.manifold = [torch.empty(0, pool, device=device)]
-        self.manifold_places = [torch.empty(0).long()]
-
-    def add(self, first: int, images: Tensor, digests: Optional[np.ndarray] = None) -> None:
-        """Images `first`, `first` + 1, … of the set: (B, 3, H, W), uint8; `digests` if known."""
-        self.pixels.add(first, images, digests)
-        indices = torch.arange(first, first + len(images))
-        pool, spatial, logits = self.network(images)
-        self.pool.add(pool)
-        if spatial.shape[1]:
-            self.spatial.add(spatial)
-        if logits.shape[1]:
-            self.score.add(logits, indices.to(logits.device))
-        self.non_finite += (~(pool.isfinite().all(1) & spatial.isfinite().all(1))).sum()
-        share = min(MANIFOLD_IMAGES, self.images)
-        chosen = (indices + 1) * share // self.images > indices * share // self.images
-        places = indices[chosen]  # on the CPU: a mask on the device would make it wait
-        self.manifold.append(pool[(places - first).to(pool.device)])
-        self.manifold_places.append(places)
-
-    def finish(self) -> SetStatistics:
-        """The statistics of the whole set, the same on every process; all of them must call this."""
-        device = self.network.device
-        if self.images < 2:
-            raise InputError(f"{self.name} holds one image: a covariance needs 2 or more")
-        non_finite = int(summed(self.non_finite).item())
-        if non_finite:
-            raise InputError(
-                f"{non_finite} of {self.images} images of {self.name} have features that are NaN "
-                f"or infinite: fetch {self.network.file} again"
-            )
-        moments = self.pool.reduced()
-        _, spatial, classes = self.network.widths
-        if spatial:
-            moments += self.spatial.reduced()
-        return replace(
-            self.pixels.finish(),
-            moments=moments,
-            manifold=in_order(self.manifold, self.manifold_places, device).cpu(),
-            inception_score=self.score.reduced() if classes else None,
-        )
-
-
-def collector_of(
-    name: str,
-    images: int,
-    size: tuple[int, int],
-    network: Optional[FeatureNetwork],
-    device: torch.device,
-) -> Collector | PixelCollector:
-    """A collector of the network's features; without a network, of pixels alone."""
-    if network is None:
-        return PixelCollector(name, images, size, device)
-    return Collector(name, images, size, network)
-
-
-def in_order(parts: list[Tensor], indices: list[Tensor], device: torch.device) -> Tensor:
-    """Rows of all processes, sorted by their index in the set."""
-    rows = torch.cat([part.to(device) for part in parts])
-    places = torch.cat(indices).to(device)
-    rows = gather(pad_across_processes(rows))
-    places = gather(pad_across_processes(places, pad_index=-1))
-    assert isinstance(rows, Tensor) and isinstance(places, Tensor)
-    present = places >= 0
-    return rows[present][places[present].argsort()]
 
 
 def digests_of(images: np.ndarray) -> np.ndarray:

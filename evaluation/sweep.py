@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 import configs.load
 from configs.schema import GeneratorRun
 from evaluation.evaluator import Evaluator
+from evaluation.report import table_of
 from evaluation.sources import open_images
 from generation.folder import SampleFolder, shown_classes
 from generation.job import SamplingJob, sampling_job
@@ -194,14 +195,13 @@ def read_metrics(path: Path) -> dict[str, Any]:
 def table(grid: list[list[dict[str, Any]]], scales: list[float], powers: list[float]) -> str:
     """gFID / IS, one row per scale; the lowest gFID is marked."""
     best = min(cell["gFID"] for row in grid for cell in row)
-    lines = [["scale \\ power", *(f"{power:g}" for power in powers)]]
+    rows = []
     for scale, row in zip(scales, grid):
         marked = ["*" if cell["gFID"] == best else "" for cell in row]
         cells = [f"{c['gFID']:.2f} / {c['IS']:.1f}{mark}" for c, mark in zip(row, marked)]
-        lines.append([f"{scale:g}", *cells])
-    width = max(len(text) for line in lines for text in line)
-    lines = ["  ".join(f"{text:>{width}}" for text in line) for line in lines]
-    return "\n".join(["gFID / IS, * the lowest gFID", *lines])
+        rows.append([f"{scale:g}", *cells])
+    headers = ["scale \\ power", *(f"{power:g}" for power in powers)]
+    return f"gFID / IS, * the lowest gFID\n{table_of(rows, headers)}"
 
 
 def heat_map(
@@ -214,7 +214,7 @@ def heat_map(
     size = (MARGIN + width * len(powers), MARGIN + height * len(scales))
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((5, 5), "scale ↓ power →", "black", font)
+    draw.text((5, 5), "scale down, power across", "black", font)
     for j, power in enumerate(powers):
         centre = (MARGIN + (j + 0.5) * width, MARGIN - 15)
         draw.text(centre, f"{power:g}", "black", font, anchor="mm")

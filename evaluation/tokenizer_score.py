@@ -1,13 +1,10 @@
 """A tokenizer's score on images: rFID, PSNR, SSIM, LPIPS, use of the codebook."""
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
-from tqdm import tqdm
 
 from configs.load import UNSEEN_SIZES, config_beside, sizes_for
 from data.classes import printable
@@ -18,17 +15,13 @@ from evaluation.features import FeatureNetwork
 from evaluation.lpips import LPIPS
 from evaluation.reconstruction import (
     SSIM_WINDOW,
-    Consumer,
     OriginalFeatures,
-    PerceptualDistance,
     Preview,
     ReconstructionFeatures,
-    ReconstructionSums,
+    Scores,
     StructuralSimilarity,
-    image_batches,
-    reconstruct,
 )
-from evaluation.statistics import SetStatistics, collector_of
+from evaluation.statistics import Collector, SetStatistics
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import about_file
 from modeling.weights.tensors import load_for_use, tensors_hash
@@ -84,57 +77,48 @@ def score_tokenizer(
     processes: PartialState,
     batch: int,
     workers: int,
-    picture: Path,
-) -> tuple[dict[str, Any], SetStatistics]:
+    index_folder: Path,
+) -> tuple[dict[str, Any], SetStatistics, Preview]:
     """Reconstruct all images of a folder or tar (ADM's centre crop) once, in float32, and measure them.
 
     Without `network` there is no rFID, without `lpips` no LPIPS. Returns the result, empty except
-    on the main process, and the statistics of the originals. Writes before | after | difference of
-    the first images to `picture`.
+    on the main process, the statistics of the originals and the first images, for `draw_preview`. The
+    index of a tar is kept in `index_folder`.
     """
     size, device = tokenizer.config.image_size, tokenizer.latent_tokens.device
     check_window(size)
-    listing = scan_images(folder, index_folder=picture.parent, classless=True)
+    listing = scan_images(folder, index_folder=index_folder, classless=True)
     processes.print(f"{printable(folder)}: {listing.describe()}")
-    paths = listing.paths
+    count = len(listing.paths)
     before, after = (
-        collector_of(name, len(paths), (size, size), network, device)
+        Collector(name, count, (size, size), network, device)
         for name in (str(folder), "its reconstructions")
     )
-    sums = ReconstructionSums(tokenizer.config.codebook_size, tokenizer.config.num_tokens, device)
-    similarity, preview = StructuralSimilarity(device), Preview(PREVIEW_IMAGES)
-    perceptual = None if lpips is None else PerceptualDistance(lpips, device)
-    consumers: list[Consumer] = [
-        sums, similarity, OriginalFeatures(before), ReconstructionFeatures(after), preview
-    ]  # fmt: skip
-    if perceptual is not None:
-        consumers.append(perceptual)
-    rank, world = processes.process_index, processes.num_processes
-    batches = image_batches(paths, size, batch, workers, rank, world)
+    preview = Preview(PREVIEW_IMAGES)
+    scores = Scores(
+        tokenizer, listing.paths, processes, lpips, StructuralSimilarity(device),
+        OriginalFeatures(before), ReconstructionFeatures(after), preview,
+    )  # fmt: skip
     with matmul_precision("fp32"):
-        reconstruct(tokenizer, progress(batches, len(paths), processes), device, consumers)
+        scores.measure(batch, workers, bar=True)
+    figures: dict[str, Optional[float]] = {**scores.reduced()}
     originals, reconstructions = before.finish(), after.finish()
-    figures = {**sums.metrics(), "ssim": similarity.mean()}
-    if perceptual is not None:
-        figures["lpips"] = perceptual.mean()
     if not processes.is_main_process:
-        return {}, originals
+        return {}, originals, preview
     if network is not None:
         figures["rfid"] = compare(reconstructions, originals, device)["FID"]
-    draw_preview(preview, picture)
     result = {
         "metrics": {name: figures[key] for name, key in METRICS.items() if key in figures},
         "protocol": protocol(network, reconstructions, originals),
-        "images_asked": len(paths),
+        "images_asked": count,
         "partial": False,
         "samples": reconstructions.summary(),
         "reference": originals.summary(),
-        "picture": str(picture),
         "weights": identity_of(tokenizer),
         **conditions(network, batch, device),
         "warnings": warnings_of(network, originals, reconstructions),
     }
-    return result, originals
+    return result, originals, preview
 
 
 def check_window(size: int) -> None:
@@ -144,22 +128,6 @@ def check_window(size: int) -> None:
             f"images of {size} px are smaller than the window of SSIM, {SSIM_WINDOW} px: use a "
             f"tokenizer of larger images"
         )
-
-
-def progress(
-    batches: Iterable[tuple[int, Tensor]], images: int, processes: PartialState
-) -> Iterator[tuple[int, Tensor]]:
-    """The batches, with a bar of this process's share on the main process."""
-    share = -(-images // processes.num_processes)
-    with tqdm(
-        total=share,
-        unit="img",
-        desc="reconstruct",
-        disable=None if processes.is_main_process else True,
-    ) as bar:
-        for first, pixels in batches:
-            yield first, pixels
-            bar.update(len(pixels))
 
 
 def draw_preview(preview: Preview, path: Path) -> None:

@@ -131,10 +131,13 @@ class Backbone(Protocol):
     """What training, sampling by `sampling.ReferenceEngine` and scoring need of a generator's module."""
 
     config: GeneratorConfig
+    blocks: nn.ModuleList  # compiled one by one, if training is compiled; may be empty
 
-    def __call__(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Codes (B, N) and labels (B,) -> logits (B, 1 + N, V), as `Generator.forward`."""
+    def __call__(self, codes: Tensor, labels: Tensor, targets: Optional[Tensor] = None) -> Any:
+        """As `Generator.forward`: logits or, with targets, their loss and accuracy."""
         ...
+
+    def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: ...  # compiled likewise
 
     def new_cache(self, batch: int) -> Any: ...
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import tempfile
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +23,15 @@ __all__ = [
 def write_whole(path: str | Path, data: bytes) -> None:
     with whole_file(path) as partial:
         partial.write_bytes(data)
+
+
+def try_to_write(path: str | Path) -> None:
+    """Raise InputError where a file cannot be written there, before the work whose result it takes."""
+    folder = Path(path).parent
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"1")
 
 
 def sync_folder(path: Path) -> None:

@@ -18,10 +18,17 @@ def share_of(items: S, rank: int, world: int) -> S:
     return items[rank::world]
 
 
-def differing(earlier: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The entries in which two settings differ, with both values; empty where they agree."""
+def differing(
+    earlier: dict[str, Any],
+    settings: dict[str, Any],
+    places: tuple[object, object] = ("there", "now"),
+) -> str:
+    """The entries in which two settings differ, with both values; empty where they agree.
+
+    `places` name the two.
+    """
     return ", ".join(
-        f"{key} ({earlier.get(key)} there, {settings.get(key)} now)"
+        f"{key} ({earlier.get(key)} {places[0]}, {settings.get(key)} {places[1]})"
         for key in sorted(earlier.keys() | settings.keys())
         if earlier.get(key) != settings.get(key)
     )

@@ -30,7 +30,7 @@ class TinyFeatures:
 
     name, file, package = "inception", "tiny.pth", "torch-fidelity"
     resize = "to 4x4 tiles, where Inception resizes to 299x299"
-    widths = (12, 6, 5)
+    features, widths = ("pool", "spatial", "logits"), (12, 6, 5)
     published = True
 
     def __init__(self, device="cpu", weights=None, identity="tiny"):

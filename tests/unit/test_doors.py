@@ -1,12 +1,17 @@
 """The doors of docs/architecture.md: a toy of each kind is added in the places that it names."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
 from torch import nn
 
+import evaluate
+import evaluation.evaluator
 import evaluation.generator_scores
+import evaluation.statistics
 import modeling.generator
 import modeling.pipeline
 import modeling.tokenizer
@@ -14,12 +19,16 @@ import modeling.weights.metadata
 import sample_imagenet
 import train_ar
 from data.writer import TokenWriter
-from modeling.generator import GeneratorConfig
+from evaluation import set_metrics
+from evaluation.metrics import FeatureSample
+from evaluation.set_metrics import POOL
+from modeling.generator import GeneratorConfig, next_code_loss
 from modeling.image_decoder import ImageDecoder
 from modeling.sampling import Sampling, sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.tensors import fingerprint, load_for_use, read_state_dict, write_state_dict
 from runtime.errors import InputError
+from tests.inception import TinyFeatures
 
 SIZES = """
 model:
@@ -43,10 +52,15 @@ class Recurrent(nn.Module):
         self.embeddings = nn.Embedding(config.rows, config.hidden_size)
         self.gru = nn.GRU(config.hidden_size, config.hidden_size, batch_first=True)
         self.output = nn.Linear(config.hidden_size, config.codebook_size)
+        self.blocks = nn.ModuleList()
 
-    def forward(self, codes, labels):
+    def forward(self, codes, labels, targets=None):
         rows = torch.cat([self.config.condition_rows(labels).unsqueeze(1), codes], 1)
-        return self.output(self.gru(self.embeddings(rows))[0])
+        x = self.gru(self.embeddings(rows))[0]
+        return self.output(x) if targets is None else self.loss(x, targets)
+
+    def loss(self, x, targets):
+        return next_code_loss(self.output(x), targets)
 
     def decayed(self):
         return [self.output.weight]
@@ -167,3 +181,45 @@ def test_a_quantizer_trains_encodes_decodes_and_is_saved(monkeypatch, tmp_path):
     load_for_use(again, read_state_dict(tmp_path / "t.safetensors"), "t")
     pixels = ImageDecoder(again.eval(), torch.float32)(codes)
     assert torch.equal(pixels, ImageDecoder(tokenizer, torch.float32)(codes))
+
+
+# ---------------------------------------------------------------------- a metric
+class KernelDistance:
+    """KID (Bińkowski et al. 2018): the squared MMD with the kernel (x·y / D + 1)³, of all images at once."""
+
+    names, part, feature, terms, compares = ("KID",), "manifold", POOL, "", True
+
+    def sums(self, width, images, device):
+        return FeatureSample(width, images, device)
+
+    def figures(self, samples, reference, device, half):
+        x, y = samples[0].double(), reference[0].double()
+
+        def mean(a, b, distinct):
+            kernel = (a @ b.T / a.shape[1] + 1) ** 3
+            return (kernel.sum() - kernel.trace() * distinct) / (len(a) * (len(b) - distinct))
+
+        return ((mean(x, x, 1) + mean(y, y, 1) - 2 * mean(x, y, 0)).item(),)
+
+
+def test_a_metric_stands_in_table_json_and_saved_statistics(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(set_metrics, "METRICS", [*set_metrics.METRICS, KernelDistance()])
+    monkeypatch.setattr(evaluation.statistics, "METRICS", set_metrics.METRICS)
+    monkeypatch.setattr(evaluation.evaluator, "METRICS", set_metrics.METRICS)
+    monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
+    rng = np.random.default_rng(0)
+    for name, brightest in (("samples", 256), ("reference", 100)):
+        np.savez(f"{name}.npz", rng.integers(0, brightest, (20, 8, 8, 3), dtype=np.uint8))
+
+    def score(*arguments):
+        evaluate.main([*arguments, "--device=cpu", "--num_samples=20"])
+        return capsys.readouterr().out
+
+    said = score("--samples=samples.npz", "--reference=reference.npz")
+    found = json.loads(said.splitlines()[-1])
+    assert found["metrics"]["KID"] > 0.1 and f"KID        {found['metrics']['KID']:.4f}" in said
+    assert found["features"]["KID"] == "pool (12)"
+    score("--reference=reference.npz", "--save_stats=stats.npz")
+    stored = json.loads(score("--samples=samples.npz", "--reference=stats.npz").splitlines()[-1])
+    assert stored["metrics"] == found["metrics"]

@@ -12,8 +12,8 @@ import evaluation.evaluator
 import evaluation.metrics
 import evaluation.statistics
 from data.images import center_crop
-from evaluation.metrics import frechet_distance
-from evaluation.statistics import Collector, collector_of, in_order
+from evaluation.metrics import frechet_distance, in_order
+from evaluation.statistics import Collector
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
 from tests.tars import packed
@@ -99,8 +99,11 @@ def test_batch_size_changes_nothing(score, batch):
     assert found["samples"] == expected["samples"]
 
 
-def test_identical_sets(score):
-    metrics = score(samples="reference.npz", count=30)[0]["metrics"]
+def test_identical_sets_are_warned_of(score):
+    result, said = score(samples="reference.npz", count=30)
+    assert "warning: reference.npz and reference.npz are the same images" in said
+    assert not any("same images" in warning for warning in score()[0]["warnings"])
+    metrics = result["metrics"]
     assert metrics["gFID"] < 1e-6 and metrics["sFID"] < 1e-6
     assert metrics["precision"] == metrics["recall"] == 1
 
@@ -131,7 +134,7 @@ def test_adm_statistics_alone_give_no_precision(score):
     expected = frechet_distance(features_of(SAMPLES)[0], pool)
     assert result["metrics"]["gFID"] == pytest.approx(expected, rel=1e-5)
     assert result["metrics"]["precision"] is None
-    assert "precision  not known: the reference holds no images" in said
+    assert "precision  not known: the reference lacks what it needs" in said
 
 
 def test_mean_and_covariance_alone_give_fid_and_leave_sfid_out(score):
@@ -142,7 +145,7 @@ def test_mean_and_covariance_alone_give_fid_and_leave_sfid_out(score):
     result, said = score(reference="pytorch_fid.npz")
     assert result["metrics"]["gFID"] == both["metrics"]["gFID"]
     assert result["metrics"]["sFID"] is None
-    assert "sFID       not known: the reference holds no spatial statistics" in said
+    assert "sFID       not known: the reference lacks what it needs" in said
 
 
 def test_reference_of_larger_pictures_is_cropped_as_adm_does(score, tmp_path):
@@ -203,13 +206,13 @@ def test_adm_file_of_both_gives_moments_from_one_and_precision_from_the_other(sc
 
 
 def test_large_manifolds_are_thinned_evenly(monkeypatch):
-    monkeypatch.setattr(evaluation.statistics, "MANIFOLD_IMAGES", 5)
+    monkeypatch.setattr(evaluation.metrics, "MANIFOLD_IMAGES", 5)
     collector = Collector("memory", 20, (8, 8), TinyFeatures())
     pixels = torch.from_numpy(SAMPLES).permute(0, 3, 1, 2)
     for first in (12, 0, 6):
         collector.add(first, pixels[first : first + (8 if first == 12 else 6)])
     side = collector.finish()
-    np.testing.assert_allclose(side.manifold, features_of(SAMPLES)[0][3::4], rtol=1e-6)
+    np.testing.assert_allclose(side.parts["manifold"][0], features_of(SAMPLES)[0][3::4], rtol=1e-6)
 
 
 def test_order_of_batches_changes_no_hash():
@@ -227,16 +230,13 @@ def test_order_of_batches_changes_no_hash():
 
 def test_pixels_alone_identify_a_set_as_its_features_do():
     pixels = torch.from_numpy(np.concatenate([SAMPLES, SAMPLES[:3]])).permute(0, 3, 1, 2)
-    sides = [
-        collector_of("memory", 23, (8, 8), network, torch.device("cpu"))
-        for network in (TinyFeatures(), None)
-    ]
+    sides = [Collector("memory", 23, (8, 8), network) for network in (TinyFeatures(), None)]
     for first in (12, 0, 6):
         for side in sides:
             side.add(first, pixels[first : first + (11 if first == 12 else 6)])
     with_features, without = (side.finish() for side in sides)
     assert without.summary() == {**with_features.summary(), "manifold_images": None}
-    assert without.duplicates == 3 and not without.moments
+    assert without.duplicates == 3 and not without.parts
 
 
 def test_rows_come_in_order():
@@ -349,17 +349,30 @@ def test_one_image_has_no_covariance(score):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "nothing to do"),
-        (["--samples=a.npz"], "nothing to do"),
-        (["--reference=a.npz"], "nothing to do"),
-        (["--reconstruction"], "takes --tokenizer and --data_path"),
-        (["--reconstruction", "--data_path=d", "--samples=a.npz"], "no other images"),
-        (["--reference=a.npz", "--save_stats=b"], "ends in .npz"),
+        ([], ["needs --reference and --samples (or --save_stats)", "--reconstruction"]),
+        (["--samples=a.npz"], ["scoring samples needs --reference"]),
+        (["--reference=a.npz"], ["needs --samples (or --save_stats)"]),
+        (["--reference=a.npz", "--save_stats=b"], ["ends in .npz"]),
+        (["--reconstruction"], ["--reconstruction needs --data_path"]),
+        (["--generator=x.bin"], ["--generator needs --cache"]),
+        (["--cache=c"], ["--cache does not go with scoring samples"]),
+        *(
+            (
+                [*task.split(), flag],
+                [f"{flag.split('=')[0]} does not go with {task.split()[0].split('=')[0]}"],
+            )
+            for task, flags in (
+                ("--selfcheck", "--reference=r --save_stats=s.npz --features=dinov2 --crop=8"),
+                ("--reconstruction --data_path=d", "--samples=a.npz --reference=r --half_manifold"),
+                ("--generator=x --cache=c", "--reconstruction --reference=r --features=dinov2"),
+            )
+            for flag in flags.split()
+        ),
         (
             ["--reference=a.npz", "--samples=b.npz", "--batch_size=0"],
-            "--batch_size: 0: choose 1 to 65536",
+            ["--batch_size: 0: choose 1 to 65536"],
         ),
     ],
 )
 def test_arguments_that_make_no_task_are_refused(argv, words):
-    refused(lambda: evaluate.main(argv), words)
+    refused(lambda: evaluate.main(argv), *words)

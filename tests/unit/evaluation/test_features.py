@@ -160,16 +160,18 @@ def test_score_is_torch_fidelitys_over_several_splits(monkeypatch):
 
 
 def test_identical_sets_have_no_distance(sides):
-    found = frechet_distance_of_moments(*sides[0].moments[:2], *sides[0].moments[:2])
+    found = frechet_distance_of_moments(*sides[0].parts["pool"] * 2)
     assert abs(found) < 1e-6
 
 
 def test_batch_size_changes_nothing(sides, features):
     # Measured above in batches of 4; here all at once.
-    np.testing.assert_allclose(sides[0].manifold, features[0][0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(sides[0].moments[0], features[0][0].mean(0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(sides[0].parts["manifold"][0], features[0][0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        sides[0].parts["pool"][0], features[0][0].mean(0), rtol=1e-5, atol=1e-7
+    )
     sigma = np.cov(np.float64(features[0][1]), rowvar=False)
-    np.testing.assert_allclose(sides[0].moments[3], sigma, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(sides[0].parts["spatial"][1], sigma, rtol=1e-4, atol=1e-6)
 
 
 def test_missing_weights_are_asked_for_in_one_line(tmp_path, monkeypatch):

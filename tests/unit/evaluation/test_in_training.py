@@ -17,6 +17,7 @@ from evaluation.in_training import (
     open_evaluator,
 )
 from evaluation.statistics import digests_of
+from generation import job
 from generation.images import sample_images
 from modeling.generator import Generator
 from modeling.tokenizer import Tokenizer, TokenizerConfig
@@ -104,13 +105,13 @@ def test_precision_is_that_of_the_options_and_leaves_that_of_training(
 ):
     dtypes, precisions = [], []
 
-    class Engine(in_training.Engine):
-        def __init__(self, model, batch, sampling, dtype):
+    class Engine(job.Engine):
+        def __init__(self, model, batch, sampling, dtype, *rest):
             dtypes.append(dtype)
             precisions.append(torch.backends.cuda.matmul.allow_tf32)
-            super().__init__(model, batch, sampling, dtype)
+            super().__init__(model, batch, sampling, dtype, *rest)
 
-    monkeypatch.setattr(in_training, "Engine", Engine)
+    monkeypatch.setattr(job, "Engine", Engine)
     with matmul_precision("tf32"):  # that of the training
         for precision in ("bf16", "fp32"):
             options.experiment.precision = precision

@@ -81,7 +81,7 @@ def test_distances_are_ordered_as_an_eye_would(network, photos):
         collector = Collector(name, len(images), (SIZE, SIZE), network)
         for first in range(0, len(images), 8):
             collector.add(first, images[first : first + 8])
-        return collector.finish().moments
+        return collector.finish().parts["pool"]
 
     original = moments("photos", crops)
 

@@ -201,6 +201,25 @@ def test_picture_shows_before_after_and_difference(score):
     np.testing.assert_allclose(second[2], difference, atol=1)
 
 
+@pytest.mark.parametrize("flag", ["--picture=blocked/p.png", "--save_stats=blocked/s.npz"])
+def test_outputs_are_tried_before_anything_is_computed(score, monkeypatch, flag):
+    monkeypatch.chdir(score.folder)
+    (score.folder / "blocked").write_text("a file")
+    monkeypatch.setattr(evaluate, "score_tokenizer", lambda *_: pytest.fail("images were read"))
+    with pytest.raises(InputError, match="blocked"):
+        score(flag)
+
+
+def test_figures_are_printed_before_a_file_that_cannot_be_written(score, monkeypatch, capsys):
+    def full(*_):
+        raise InputError("no space left")
+
+    monkeypatch.setattr(evaluate, "draw_preview", full)
+    with pytest.raises(InputError, match="no space left"):
+        score()
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["metrics"]["PSNR"] > 0
+
+
 def test_statistics_of_the_originals_serve_as_a_reference(score):
     _, _ = score(f"--save_stats={score.folder}/val.npz")
     with np.load(score.folder / "val.npz", allow_pickle=False) as stored:
@@ -220,7 +239,7 @@ def test_tar_of_the_images_has_their_figures(score, monkeypatch):
         assert result["samples"]["images"] == 13
         for name, value in expected["metrics"].items():
             assert result["metrics"][name] == pytest.approx(value, rel=1e-4), name
-    assert [path.name for path in (score.folder / "output").iterdir()] == ["val.tar.index.npz"]
+    assert (score.folder / "out/val.tar.index.npz").exists()  # beside the picture
 
 
 def test_folder_that_is_not_there_is_named(score):

@@ -322,7 +322,9 @@ def test_pixels_are_truncated_not_rounded_and_channels_come_last():
             return values.expand(len(vectors), 3, 2, 2), None
 
     tokenizer = SimpleNamespace(
-        quantize=SimpleNamespace(embedding=torch.nn.Embedding(16, 4)), decoder=Pixels()
+        quantize=SimpleNamespace(lookup=torch.nn.Embedding(16, 4)),
+        decoder=Pixels(),
+        latent_tokens=torch.empty(5, 4),
     )
     images = decode_images(tokenizer, torch.zeros(70, 5, dtype=torch.int64), torch.float32)
     assert images.shape == (70, 2, 2, 3) and images.dtype == torch.uint8

@@ -10,7 +10,7 @@ AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}  # for oneD
 
 
 def test_matrices_multiply_on_a_processor_without_avx512():
-    # oneDNN has no products in bfloat16 there. The whole suite also passes under these variables.
+    # oneDNN has no products in bfloat16 there. docs/platforms.md says what else passed so.
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "tests/unit/modeling/test_cpu_layout.py"],
         cwd=ROOT,

@@ -2,11 +2,14 @@
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from .decode_attention import describe
 
 # Programs per function in one process: three sizes, two types, several batches and samplings; of
 # `layer`, three for each.
@@ -20,7 +23,13 @@ def compile_function(function: Callable) -> Callable:
     Inductor then chooses no kernel by timing, so the order of its sums, and with it the images, are
     the same on every GPU of a kind.
     """
-    return torch.compile(function, dynamic=False, fullgraph=True, options={"deterministic": True})
+    from torch._inductor import config
+
+    # torch 2.9 has the older option alone, which leaves a kernel one configuration.
+    name, value = "deterministic", True
+    if not hasattr(config, name):
+        name, value = "triton.autotune_pointwise", False
+    return torch.compile(function, dynamic=False, fullgraph=True, options={name: value})
 
 
 @contextlib.contextmanager
@@ -47,10 +56,20 @@ def compile_blocks(*stacks: Iterable[nn.Module]) -> None:
     # DDP's first bucket, of 1 MiB, is full.
     dynamo.optimize_ddp = False
     for block in itertools.chain(*stacks):
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, backend=inductor_or_eager)
 
 
 def compile_training(generator: Any) -> None:
     """Compile what a training step of a `Generator` runs, in place: the blocks, and the loss behind them."""
     compile_blocks(generator.blocks)
-    generator.loss = torch.compile(generator.loss, dynamic=False)
+    generator.loss = torch.compile(generator.loss, dynamic=False, backend=inductor_or_eager)
+
+
+def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+    """A backend of torch.compile: Inductor or, after one warning, eager code from then on."""
+    try:
+        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+    except Exception as e:
+        warnings.warn(f"a model is not compiled, which is slower: {describe(e)}", stacklevel=2)
+        torch.compiler.set_stance("force_eager")
+        return graph.forward

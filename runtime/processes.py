@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import sysconfig
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -59,17 +62,33 @@ def device_name(device: torch.device) -> str:
 
 
 def compiles(setting: bool | str, option: str) -> bool:
-    """Whether to use torch.compile; "auto" compiles on CUDA where there is a C compiler.
+    """Whether to use torch.compile; "auto" means on CUDA.
 
-    CUDA code needs the C compiler too, to be linked. Raises InputError where `setting` is True and
-    there is none; `option` names the setting in the message.
+    Where it lacks a compiler or Python's headers, "auto" warns and is False, and True raises
+    InputError; `option` names the setting in the message.
     """
-    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-    if setting == "auto":
-        return uses_cuda() and compiler
-    if setting and not compiler:
-        raise InputError(f"{option}=True needs a C compiler: install gcc or leave the option out")
-    return bool(setting)
+    if not (uses_cuda() if setting == "auto" else setting):
+        return False
+    lacks = missing_to_compile()
+    if lacks and setting is True:
+        raise InputError(f"{option}=True needs {lacks}, or leave the option out")
+    if lacks and PartialState().is_main_process:
+        warnings.warn(f"{option}: not compiled, which is slower: it needs {lacks}", stacklevel=2)
+    return not lacks
+
+
+def missing_to_compile() -> str:
+    """What torch.compile needs and does not find, with Debian's package for it; empty: nothing.
+
+    Triton builds a C module for CUDA, Inductor C++ modules for a CPU; both include Python.h.
+    """
+    language, *known = (
+        ("C", "CC", "gcc", "clang") if uses_cuda() else ("C++", "CXX", "g++", "clang++")
+    )
+    if not any(shutil.which(os.environ.get(name, name)) for name in known):
+        return f"a {language} compiler: install build-essential"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.is_file() else f"{header}: install python3-dev"
 
 
 def set_matmul_precision(precision: str) -> None:

@@ -18,7 +18,9 @@ def count_by_step(module, monkeypatch) -> list[int]:
 
     torch._dynamo.reset()
     monkeypatch.setattr(
-        torch, "compile", lambda f, **options: compile_function(f, backend=counter, **options)
+        torch,
+        "compile",
+        lambda f, **options: compile_function(f, **{**options, "backend": counter}),
     )
     monkeypatch.setattr(module, "seed_step", counted)
     return before_step

@@ -78,7 +78,9 @@ def test_compiled_score_is_the_eager_one_and_compiles_two_programs(store, model,
     counter, compile_function = CompileCounter(), torch.compile
     torch._dynamo.reset()
     monkeypatch.setattr(
-        torch, "compile", lambda f, **options: compile_function(f, backend=counter, **options)
+        torch,
+        "compile",
+        lambda f, **options: compile_function(f, **{**options, "backend": counter}),
     )
     compile_blocks(model.blocks)
     found = measure_likelihood(model, store, 4, compiled=True)

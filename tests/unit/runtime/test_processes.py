@@ -133,23 +133,46 @@ def test_success_is_status_0_and_says_nothing(program):
     assert program("pass") == (0, [])
 
 
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Set up a machine: whether it has CUDA, and which compilers and headers."""
+
+    def set_up(cuda=False, compilers=(), header=True):
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(processes, "uses_cuda", lambda: cuda)
+        monkeypatch.setattr(processes.shutil, "which", lambda name: name in compilers or None)
+        monkeypatch.setattr(processes.sysconfig, "get_path", lambda name: str(tmp_path))
+        if header:
+            (tmp_path / "Python.h").touch()
+
+    return set_up
+
+
 @pytest.mark.parametrize(
-    "asked, cuda, compiler, expected",
-    [
-        ("auto", True, "gcc", True), ("auto", True, None, False), ("auto", False, "gcc", False),
-        (True, False, "gcc", True), (False, True, "gcc", False),
-    ],
-)  # fmt: skip
-def test_compiling_needs_a_compiler(monkeypatch, asked, cuda, compiler, expected):
-    monkeypatch.setattr(processes, "uses_cuda", lambda: cuda)
-    monkeypatch.setattr(processes.shutil, "which", lambda name: compiler)
+    "asked, cuda, expected",
+    [("auto", True, True), ("auto", False, False), (True, False, True), (False, True, False)],
+)
+def test_compiling_is_automatic_on_cuda_only(machine, asked, cuda, expected):
+    machine(cuda, ["gcc", "g++"])
     assert processes.compiles(asked, "training.compile") is expected
 
 
-def test_compiling_without_a_compiler_is_refused_where_it_was_asked_for(monkeypatch):
-    monkeypatch.setattr(processes.shutil, "which", lambda name: None)
-    with pytest.raises(InputError, match=r"training\.compile=True needs a C compiler"):
+@pytest.mark.parametrize(
+    "cuda, compilers, header, lacks",
+    [
+        (True, ["g++"], True, "a C compiler: install build-essential"),
+        (False, ["gcc"], True, r"a C\+\+ compiler: install build-essential"),
+        (True, ["gcc"], False, "Python.h: install python3-dev"),
+    ],
+)
+def test_compiling_needs_a_compiler_and_headers(machine, cuda, compilers, header, lacks):
+    machine(cuda, compilers, header)
+    with pytest.raises(InputError, match=rf"training\.compile=True needs .*{lacks}"):
         processes.compiles(True, "training.compile")
+    if cuda:
+        with pytest.warns(UserWarning, match=rf"training\.compile: not compiled, .*{lacks}"):
+            assert processes.compiles("auto", "training.compile") is False
 
 
 def test_unknown_device_is_named():

@@ -6,8 +6,8 @@ import time
 from datetime import timedelta
 from types import FrameType
 
-import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 SAVED_AND_STOPPED = 75  # exit status: the same command resumes (sysexits' EX_TEMPFAIL)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -36,28 +36,33 @@ class StopSignal:
 
     One request may arrive twice: from the scheduler that signals all processes, and from torchrun,
     which passes it on. So a signal counts as a second one only `PATIENCE` seconds after the first.
-    `agreed` is one small all-reduce between the CPUs of the ranks. It does not wait for a device,
-    and it waits for a rank that does not answer no longer than `timeout`.
+    `agreed` goes through the store at which the ranks met: it waits for no device, needs no second
+    network beside NCCL's, and waits for a rank that does not answer no longer than `timeout`.
     """
 
     def __init__(self, timeout: timedelta) -> None:
         self.request = StopRequest()
-        self.group: dist.ProcessGroup | None = None
+        self.store: distributed_c10d.Store | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
-            group = dist.new_group(backend="gloo", timeout=timeout)
-            self.group = (
-                group if isinstance(group, dist.ProcessGroup) else None
-            )  # all ranks are in it
+            self.store = distributed_c10d.PrefixStore("stop", distributed_c10d._get_default_store())
+            self.store.set_timeout(timeout)
+        self.rounds = 0
         for number in STOP_SIGNALS:
             signal.signal(number, self.request)
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; every rank gets the same answer."""
-        if self.group is None:
+        if self.store is None:
             return self.request.made
-        flag = torch.tensor([float(self.request.made)])
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-        return bool(flag)
+        self.rounds += 1
+        answer = f"answer {self.rounds}"
+        if self.request.made:
+            self.store.set("asked", "")
+        # No rank is a round ahead of another, so the last one of a round makes a multiple of them.
+        if self.store.add("calls", 1) == self.rounds * dist.get_world_size():
+            self.store.delete_key(f"answer {self.rounds - 1}")  # read by all, who are here
+            self.store.set(answer, str(self.store.check(["asked"])))
+        return self.store.get(answer) == b"True"
 
 
 def outlive_first_signal(worker: int) -> None:

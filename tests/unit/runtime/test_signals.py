@@ -1,3 +1,5 @@
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,3 +29,44 @@ def test_first_signal_asks_and_the_second_ends(name, status):
         [sys.executable, "-c", PROGRAM.format(name=name)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout == "still here\n" and done.returncode == status, done.stderr
+
+
+RANK = """
+import os, signal, sys
+from datetime import timedelta
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+from runtime.signals import StopSignal
+rank = int(sys.argv[1])
+store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, rank == 0)
+dist.init_process_group("fake", store=store, rank=rank, world_size=2)
+stop = StopSignal(timedelta(seconds=30))
+answers = []
+for step in range(5):
+    if step == 3 and rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    answers.append(stop.agreed())
+print(answers, flush=True)
+store.add("done", 1)
+while rank == 0 and store.add("done", 0) < 2:  # it serves the store
+    pass
+os._exit(0)
+"""
+
+
+def test_ranks_agree_without_a_network_of_their_own():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    # gloo would listen there, and fail.
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "nowhere0"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), port],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank in ranks:
+        out, _ = rank.communicate(timeout=100)
+        assert out == "[False, False, False, True, True]\n"

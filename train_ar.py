@@ -42,7 +42,7 @@ from runtime.processes import compiles, device_name, on_main
 from runtime.program import run as run_program
 from runtime.randomness import image_uniforms, seed_step
 from training import checkpoint
-from training.accelerator import precision, start_training
+from training.accelerator import describe_precision, start_training
 from training.checkpoint import WHOLE, WholeOptimizer
 from training.dry_run import split_dry_run
 from training.initial import fit_classes
@@ -337,7 +337,7 @@ def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
         run.log.say(state.start)
     run.log.say(
         f"{parameters / 1e6:.1f}M parameters on {world} x {device_name(run.accelerator.device)}, "
-        f"autocast {precision(training)}{', compiled' * state.compiled}"
+        f"autocast {describe_precision(training)}{', compiled' * state.compiled}"
     )
     run.log.say(
         f"{data.train.images} images x {data.train.views} views; {run.global_batch} images per step = "

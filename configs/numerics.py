@@ -30,14 +30,16 @@ TABLE = {
 PUBLISHED_GENERATOR = TABLE["fast"]  # the generator was published with bf16 and TF32
 
 
-def resolve(training: Training, cuda: bool, exact_attention: bool = False) -> Numerics:
-    """The numerics of a run; `cuda` is whether it trains on CUDA.
+def resolve(
+    training: Training, cuda: bool, exact_attention: bool = False, bf16: bool = True
+) -> Numerics:
+    """The numerics of a run; `cuda` is whether it trains on CUDA, `bf16` whether that computes in it.
 
-    `auto` is fast, and `mixed_precision`, `enable_tf32` and `exact_attention` may change it. A mode
+    `auto` is fast (without bf16 what the tokenizer was published with), and `mixed_precision`, `enable_tf32` and `exact_attention` may change it. A mode
     that is named holds as a whole: raises InputError where one of the three contradicts it.
     """
     mode, autocast, tf32 = training.numerics, training.mixed_precision, training.enable_tf32
-    numerics = TABLE["fast" if mode == "auto" else mode]
+    numerics = TABLE[mode if mode != "auto" else "fast" if bf16 else "published"]
     if mode == "published" and not isinstance(training, TokenizerTraining):
         numerics = PUBLISHED_GENERATOR
     if mode != "auto":

@@ -76,8 +76,8 @@ class Training:
         "auto",
         "Precision of training. published: as the published programs on CUDA (tokenizer: fp16 with "
         "a loss scaler, discriminator in float32, TF32 in convolutions only; generator: bf16); "
-        "fast: bf16; exact: float32 without TF32; auto: fast, as far as the two options below, and "
-        "exact_attention, leave it.",
+        "fast: bf16; exact: float32 without TF32; auto: fast (fp16 with a loss scaler on GPUs without "
+        "bf16), as far as the two options below, and exact_attention, leave it.",
         choices=NUMERICS,
     )
     mixed_precision: str = option(

@@ -15,6 +15,7 @@ from data.tokens import TokenCache, open_tokens
 from evaluation.likelihood import COMPILED_VIEWS, Likelihood, measure_likelihood
 from evaluation.report import table_of
 from modeling.compiling import compile_blocks
+from modeling.devices import default_dtype
 from modeling.generator import Generator, build_generator
 from modeling.pipeline import generator_config
 from modeling.weights.metadata import About, about_file
@@ -143,7 +144,7 @@ def score_generator(
     store, sources = open_tokens(cache), find_sources(given, others)
     rank, world = processes.process_index, processes.num_processes
     device = torch.device(processes.device or "cpu")
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    bf16 = precision == "bf16" or (precision == "auto" and default_dtype(device) == torch.bfloat16)
     views = store.images * store.views
     many = device.type == "cuda" and views >= COMPILED_VIEWS * world
     compiled = many and compiles("auto", "--generator")

@@ -60,7 +60,7 @@ from runtime.randomness import seed_step
 from train_tokenizer.discriminator import Discriminator, hinge_loss, weights_frozen
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training import checkpoint
-from training.accelerator import numerics_of, precision, start_training, tune_convolutions
+from training.accelerator import describe_precision, numerics_of, start_training, tune_convolutions
 from training.dry_run import split_dry_run
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run
@@ -470,7 +470,7 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
         f"{frozen / 1e6:.1f}M frozen; {len(data.paths)} images, {run.global_batch} per step; "
         f"{phases} = {run.total_steps} steps = {epochs:.1f} epochs; from step {run.first_step} on "
         f"{run.accelerator.num_processes} x {run.accelerator.device.type}; numerics "
-        f"{options.training.numerics}: autocast {precision(options.training)}"
+        f"{options.training.numerics}: autocast {describe_precision(options.training)}"
     )
 
 

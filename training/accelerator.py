@@ -14,7 +14,7 @@ from accelerate.utils import (
 from configs.environment import check_environment
 from configs.numerics import Numerics, resolve
 from configs.schema import Training
-from modeling.devices import uses_cuda
+from modeling.devices import has_bfloat16, uses_cuda
 from runtime.processes import refuse_leftovers, set_tf32
 
 # Gradients per all-reduce. torch.compile also splits a model at every bucket and compiles each part:
@@ -27,9 +27,18 @@ def precision(training: Training) -> str:
     return numerics_of(training).autocast
 
 
+def describe_precision(training: Training) -> str:
+    """The autocast type for a run's header, with the reason where the GPU decided it."""
+    found = precision(training)
+    by_gpu = found == "fp16" and training.numerics == training.mixed_precision == "auto"
+    return f"{found} (this GPU does not compute in bf16)" if by_gpu else found
+
+
 def numerics_of(training: Training, exact_attention: bool = False) -> Numerics:
     """What a run's options mean on this machine (`configs.numerics.resolve`)."""
-    return resolve(training, uses_cuda(), exact_attention)
+    cuda = uses_cuda()
+    bf16 = not cuda or has_bfloat16(torch.device("cuda"))
+    return resolve(training, cuda, exact_attention, bf16)
 
 
 def start_training(training: Training, exact_attention: bool = False) -> Accelerator:

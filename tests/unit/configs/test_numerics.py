@@ -28,6 +28,13 @@ def test_the_generator_was_published_in_bf16():
     assert resolve(published, cuda=True).autocast == "bf16"
 
 
+@pytest.mark.parametrize("schema", [Training, TokenizerTraining])
+def test_auto_is_fp16_on_a_gpu_without_bf16(schema):
+    assert resolve(schema(), True, bf16=False) == Numerics("fp16", False, True, True)
+    for named in ({"numerics": "fast"}, {"mixed_precision": "bf16"}):
+        assert resolve(schema(**named), True, bf16=False).autocast == "bf16"
+
+
 @pytest.mark.parametrize("word", [True, False])
 def test_without_a_named_mode_the_other_options_decide(word):
     training = TokenizerTraining(mixed_precision="fp16", enable_tf32=word)

@@ -192,4 +192,5 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch):
 )
 def test_precision(monkeypatch, asked, cuda, expected):
     monkeypatch.setattr(accelerator, "uses_cuda", lambda: cuda)
+    monkeypatch.setattr(accelerator, "has_bfloat16", lambda device: True)
     assert precision(Training(mixed_precision=asked)) == expected

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.accelerator import BUCKET_MIB, tune_convolutions
+from configs.schema import Training
+from training import accelerator
+from training.accelerator import BUCKET_MIB, describe_precision, tune_convolutions
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = f"""
@@ -50,3 +52,19 @@ def test_cudnn_times_its_algorithms_on_cuda(monkeypatch, device, tunes):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tunes)
     tune_convolutions(torch.device(device))
     assert torch.backends.cudnn.benchmark is tunes
+
+
+@pytest.mark.parametrize(
+    "capability, options, words",
+    [
+        ((7, 5), {}, "fp16 (this GPU does not compute in bf16)"),
+        ((7, 5), {"mixed_precision": "fp16"}, "fp16"),
+        ((8, 0), {}, "bf16"),
+    ],
+)
+def test_the_header_says_why_a_gpu_before_ampere_trains_in_fp16(
+    monkeypatch, capability, options, words
+):
+    monkeypatch.setattr(accelerator, "uses_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert describe_precision(Training(**options)) == words

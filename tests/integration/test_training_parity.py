@@ -196,6 +196,8 @@ class Tensors:
 
 
 CRITIC_LOOSE = ("to_logits.2.bias",)  # its gradient is rounding noise, which Adam amplifies
+# Of the mean logits once the discriminator has stepped: README-training.md, "Processors".
+LOGITS_LOOSE = 2e-3
 
 
 def check_tokenizer(golden, recorder, run, stage, warm):
@@ -227,26 +229,28 @@ def check_tokenizer(golden, recorder, run, stage, warm):
             target = prefix_target(batch, recorder.models["tokenizer"].config)
             near(F.mse_loss(out.strip, target).detach(), figure["aux_mse"][s], 1e-5)
         noise = 1e-4 * critic_steps[s] + 1e-5  # of the discriminator's loose bias
-        near(record["grad_norm"], figure["grad_norm"][s], 1e-4 if kinds[s] == "G" else 3e-3)
+        loose_logits = LOGITS_LOOSE if critic_steps[s] else 0.0
+        loose_gradients = 3e-3 if kinds[s] == "D" else 2e-4 if critic_steps[s] else 1e-4
+        near(record["grad_norm"], figure["grad_norm"][s], loose_gradients)
         if kinds[s] == "G":
             near(record["mse"], figure["mse"][s], 1e-5)
-            near(record["loss"], figure["total"][s], 1e-5)
             gan = 0.005 * record.get("gan", 0.0)
-            near(gan, figure["gan"][s], 0, 0.005 * noise)
+            near(gan, figure["gan"][s], loose_logits, 0.005 * noise)
+            near(record["loss"] - gan, figure["total"][s] - figure["gan"][s], 1e-5)
             if stage == 1:
                 near(record["quantizer"], figure["quantizer"][s], 1e-5)
                 whole = record["mse"] + 2.125 * 5 / 16 * record["aux"]
                 near(whole, figure["reconstruction"][s], 1e-5)
         else:
             near(record["critic"], figure["critic"][s], 1e-4)
-            near(record["real"], figure["real"][s], 0, noise)
-            near(record["fake"], figure["fake"][s], 0, noise)
+            near(record["real"], figure["real"][s], loose_logits, noise)
+            near(record["fake"], figure["fake"][s], loose_logits, noise)
         of = tokenizer if kinds[s] == "G" else critic
         loose = () if kinds[s] == "G" else CRITIC_LOOSE
         for i, name in enumerate(of.names):
             if name not in loose:
                 found = step["gradients"].get(name, 0.0)
-                near(found, of.of("grad")[s, i], 1e-4 if kinds[s] == "G" else 3e-3, 1e-9, name)
+                near(found, of.of("grad")[s, i], loose_gradients, 1e-9, name)
 
     trained = {name for step, kind in zip(recorder.steps, kinds) if kind == "G"
                for name in step["gradients"]}  # fmt: skip
@@ -262,7 +266,7 @@ def check_tokenizer(golden, recorder, run, stage, warm):
     # The keys' biases, which softmax does not see, are noise: they are within the sums.
     keys = [name for name in tokenizer.names if name.endswith("attn.in_proj.bias")]
     tokenizer.check_end(end, 3e-3, 1e-3, keys)
-    critic.check_end(read_state_dict(saved / "discriminator.safetensors"), 3e-3, 1e-2, CRITIC_LOOSE)
+    critic.check_end(read_state_dict(saved / "discriminator.safetensors"), 1e-2, 1e-2, CRITIC_LOOSE)
     exported = read_state_dict(run / "tokenizer.pth")
     assert all(torch.equal(exported[name], end[name]) for name in end)
 

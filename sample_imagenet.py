@@ -61,11 +61,11 @@ def main(argv: list[str]) -> None:
         experiment.grid, names,
     )  # fmt: skip
     evaluator = None
-    if experiment.evaluate:
+    if experiment.fid_reference:
         # A mistake in the reference shows now, not after hours of sampling.
         side = options.model.vq_model.image_size
         evaluator = Evaluator.open(
-            experiment.evaluate, processes, Path("weights"), size=(side, side)
+            experiment.fid_reference, processes, Path("weights"), size=(side, side)
         )
     images = folder.fill()
     if evaluator is not None:

@@ -6,7 +6,6 @@ needs, and writes nothing.
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -86,7 +85,6 @@ class GeneratorData:
     tokenizer_hash: str  # of the tokenizer that makes, or made, the codes
     tokenizer: Optional[Tokenizer]  # for samples and to encode images; on the device, frozen
     encoder: Optional[Tokenizer]  # the tokenizer, where the dataset yields images to encode
-    encodes_in_autocast: bool  # otherwise in float32, with TF32 as training
     validation: Optional[TokenCache]  # its labels are the training set's
     evaluator: Optional[Evaluator]  # for gFID
 
@@ -135,15 +133,21 @@ def open_data(
     names = ClassNames(
         options.model.generator.condition_num_classes, dict(enumerate(train.classes))
     )
-    if experiment.classes is not None:  # by number from here on: only this set knows the names
-        labels = names.labels(experiment.classes)
-        experiment.classes = [NONE if label == NO_CLASS else label for label in labels]
+    numbered = classes_by_number(options, names)
     if experiment.generate_every:  # refused now, not at the first samples
-        in_training.job_in_training(options, accelerator.device)
-    autocast = params.encoder_precision == "autocast"
+        in_training.job_in_training(numbered, accelerator.device)
     return GeneratorData(
-        train, names, str(tokenizer_hash), tokenizer, encoder, autocast, validation, evaluator
+        train, names, str(tokenizer_hash), tokenizer, encoder, validation, evaluator
     )
+
+
+def classes_by_number(options: GeneratorRun, names: ClassNames) -> GeneratorRun:
+    """The options with `experiment.classes` by number: only the training set knows the names."""
+    experiment = options.experiment
+    if experiment.classes is None:
+        return options
+    labels = [NONE if label == NO_CLASS else label for label in names.labels(experiment.classes)]
+    return replace(options, experiment=replace(experiment, classes=labels))
 
 
 def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
@@ -153,12 +157,6 @@ def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
             f"dataset.params.skip_unreadable={options.dataset.params.skip_unreadable}: a token cache "
             f"holds no images; leave it out, or set dataset.params.train_dir to train on images "
             f"(pretokenization.py has --skip_unreadable)"
-        )
-    if options.dataset.params.encoder_precision != "fp32":
-        raise InputError(
-            f"dataset.params.encoder_precision={options.dataset.params.encoder_precision}: a token cache "
-            f"is already encoded; leave it out, or set dataset.params.train_dir to train on images "
-            f"(pretokenization.py has --dtype)"
         )
     dataset = TrainTokens(store, *draws_of(options))
     source = str(store.folder)
@@ -355,6 +353,8 @@ def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
         f"{printable(train.source)}: {sample}{train.listed} images, "
         f"{describe_classes(shown, configured)}{train.left_out}"
     )
+    if sample:
+        run.log.say(f"warning: experiment.max_train_examples={train.images} leaves images out")
     unlike = misnumbered(train.classes)
     if unlike is not None:
         run.log.say(f"warning: {printable(train.source)}: {unlike}")
@@ -462,6 +462,7 @@ def main(argv: list[str]) -> None:
     kept = None if dry_run else Path(options.experiment.output_dir)
     data = open_data(options, accelerator, index_folder=kept)
     phases = [Phase("training", total_steps)]
+    options = classes_by_number(options, data.names)
     run = Run(accelerator, options, phases, data.identity(), dry_run)
     state = TrainState(run, options, data)
     workers = options.dataset.params.num_workers_per_gpu
@@ -480,8 +481,7 @@ def main(argv: list[str]) -> None:
         for _ in range(training.gradient_accumulation_steps):
             codes, labels = run.next_batch()
             if data.encoder is not None:  # they are still images
-                with accelerator.autocast() if data.encodes_in_autocast else nullcontext():
-                    codes = data.encoder.encode(to_float(codes))
+                codes = data.encoder.encode(to_float(codes))
             with accelerator.accumulate(state.model):
                 with accelerator.autocast():
                     loss, accuracy = state.model(codes[:, :-1], labels, codes)

@@ -118,7 +118,7 @@ def read_tokenizer(table: str, columns: list[int]) -> Callable[[str], list[Cell]
                 found[values[0]] = [values[i] for i in columns]
         return [
             (table, mode, i + 1, value)
-            for mode in ("exact", "published", "fast, compiled")
+            for mode in ("exact", "fast, compiled")
             for i, value in enumerate(found.get(mode, [""] * len(columns)))
         ]
 

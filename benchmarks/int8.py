@@ -141,9 +141,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=100, help="images sampled together (100)")
     parser.add_argument("options", nargs="*", help="option=value, as of sample_imagenet.py")
     args = parser.parse_args(argv)
-    options = load(args.config, args.generator, args.options)
+    fixed = [f"experiment.num_fid_samples={args.images}", "experiment.precision=fp32"]
+    options = load(args.config, args.generator, [*args.options, *fixed])
     experiment, device = options.experiment, find_device()
-    experiment.num_fid_samples, experiment.precision = args.images, "fp32"
     generator = experiment.generator_checkpoint
     assert generator is not None  # `load` sets it
     models = load_models(

@@ -139,7 +139,7 @@ def plain_codes(tokenizer: Tokenizer, images: Tensor) -> Tensor:
 
 def beside_plain(options: argparse.Namespace, device: torch.device) -> None:
     """Encoding as pretokenization does it in float32, and the published forward pass, in turn."""
-    config = TokenizerConfig(exact_attention=False)
+    config = TokenizerConfig()
     config.encoder_layers = options.layers or config.encoder_layers
     tokenizer = Tokenizer(config, with_decoder=False).to(device).eval()
     images = torch.rand(options.plain, 3, 256, 256, device=device)
@@ -168,7 +168,7 @@ def end_to_end(folder: Path, options: argparse.Namespace, processes: PartialStat
         image.save(files[-1], quality=90)
     device = processes.device
     assert device is not None  # accelerate's type hint allows it
-    config = TokenizerConfig(exact_attention=False)  # as pretokenization builds it
+    config = TokenizerConfig()
     tokenizer = Tokenizer(config, with_decoder=False).to(device).eval()
     views = VIEWS[options.views]
     batches = -(-options.encode // options.batch_size)

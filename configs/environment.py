@@ -54,11 +54,9 @@ def check_environment(
         if name.startswith("TORCH") and not forces:
             continue  # 0 is as if it were not set
         if forces is not None and {forces} != tf32:
-            said = f"training.enable_tf32={training.enable_tf32}"
-            if training.numerics != "auto":
-                said = f"training.numerics={training.numerics}"
-            elif training.enable_tf32 == "auto":
-                said += f" ({numerics.tf32_products})"
+            said = f"training.numerics={training.numerics}"
+            if training.enable_tf32 != "auto":
+                said = f"training.enable_tf32={training.enable_tf32}"
             raise contradiction(environment, name, said)
     if value_of("ACCELERATE_USE_FSDP") == "true" and value_of("FSDP_VERSION") != "2":
         raise InputError(

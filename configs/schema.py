@@ -12,24 +12,23 @@ one sentence, the values that it takes, and notes, which also hold for the optio
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Optional
 
-from modeling.fields import check_options, option, short
+from modeling.fields import Options, option, short
 from modeling.generator import GeneratorConfig
-from modeling.sampling import CACHES, ENGINES, SCHEDULES, Sampling
+from modeling.sampling import CACHES, ENGINES, Sampling
 from modeling.tokenizer import TokenizerConfig
 from runtime.errors import InputError
 
 COMMAND_LINE = "the command line"
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 NUMERICS = ("auto", "published", "fast", "exact")
-EXACT_LOSSES = ("published", "exact")  # numerics under which the perceptual networks are float32
 
 
-class Loaded:
+class Loaded(Options):
     """What `configs.load` knows of a program's options besides their values."""
 
     # {full name of each option that was set: COMMAND_LINE, or "FILE, line N"}
@@ -38,29 +37,23 @@ class Loaded:
 
 # ---------------------------------------------------------------------- both trainers
 @dataclass
-class OptimizerParams:
+class OptimizerParams(Options):
     learning_rate: float = option(4e-4, "The highest learning rate.", at_least=0)
     beta1: float = option(0.9, "Decay of the first moment.", at_least=0, below=1)
     beta2: float = option(0.96, "Decay of the second moment.", at_least=0, below=1)
     weight_decay: float = option(
-        0.03, "Decay of the matrices of attention, MLP and output.", at_least=0, at_most=1000
+        0.03, "Weight decay of the matrices of attention, MLP and output.", at_least=0, at_most=1000
     )
-
-    def __post_init__(self):
-        check_options(self)
 
 
 @dataclass
-class Optimizer:
+class Optimizer(Options):
     name: str = option("adamw", "The optimizer.", choices=("adamw",))
     params: OptimizerParams = option(OptimizerParams, "Parameters of AdamW.")
 
-    def __post_init__(self):
-        check_options(self)
-
 
 @dataclass
-class Training:
+class Training(Options):
     gradient_accumulation_steps: int = option(
         1, "Batches per optimizer step.", at_least=1, at_most=2**20, resumes=True
     )
@@ -74,28 +67,27 @@ class Training:
     )
     numerics: str = option(
         "auto",
-        "Precision of training. published: as the published programs on CUDA (tokenizer: fp16 with "
-        "a loss scaler, discriminator in float32, TF32 in convolutions only; generator: bf16); "
-        "fast: bf16; exact: float32 without TF32; auto: fast (fp16 with a loss scaler on GPUs without "
-        "bf16), as far as the two options below, and exact_attention, leave it.",
+        "Precision of training on CUDA. published: that of the published programs (tokenizer: fp16 "
+        "with a loss scaler, discriminator in float32, TF32 in convolutions only; generator: bf16 and "
+        "TF32); fast: bf16 and TF32; exact: float32 without TF32; auto: fast, or on GPUs without bf16 the tokenizer's published. The next two options overrule it.",
         choices=NUMERICS,
     )
     mixed_precision: str = option(
         "auto",
-        "Autocast type; auto: that of the numerics (bf16 by default) on CUDA, no elsewhere.",
+        "Autocast type; auto: that of training.numerics on CUDA, no elsewhere.",
         choices=PRECISIONS,
         instead="experiment.precision",
     )
     enable_tf32: bool | str = option(
         "auto",
-        "Float32 products and convolutions in TensorFloat-32 on CUDA; auto: as the numerics say "
-        "(true by default).",
+        "TensorFloat-32 in float32 products and convolutions on CUDA; auto: that of "
+        "training.numerics.",
         choices=("auto", True, False),
         resumes=True,
         instead="experiment.precision=tf32",
     )
     enable_wandb: bool = option(
-        False, "Log to Weights & Biases too; it obeys WANDB_MODE.", resumes=True
+        False, "Also log to Weights & Biases, which obeys WANDB_MODE.", resumes=True
     )
     use_ema: bool = option(
         False,
@@ -103,45 +95,45 @@ class Training:
         instead="experiment.generator_checkpoint; of a run folder, the average is used",
     )
     ema_decay: float = option(
-        0.9999, "Share of the average that each step keeps.", at_least=0, at_most=1
+        0.999, "Decay of the average, the share that each update keeps.", at_least=0, at_most=1
     )
     ema_warmup: bool = option(
-        False,
+        True,
         "Warm the decay up: after n updates of the average it is (1 + n) / (10 + n), at most "
         "ema_decay.",
     )
     compile: bool | str = option(
         False,
-        "torch.compile the trained model; auto: on CUDA.",
+        "Compile the trained model with torch.compile; auto: only on CUDA.",
         choices=(True, False, "auto"),
         resumes=True,
         instead="experiment.compile",
     )
     timeout_minutes: int = option(
         30,
-        "Minutes after which ranks give up waiting for a dead one.",
+        "Minutes that a rank waits for the others before it gives up.",
         at_least=1,
         at_most=10**6,
         resumes=True,
     )
     seed: int = option(
         42,
-        "Seed of weights, order, crops and dropout; null: 42.",
+        "Seed of initial weights, order, crops and dropout; null: 42.",
         at_least=0,
         null=42,
         instead="model.generator.seed",
     )
     max_train_steps: int = option(500_000, "Optimizer steps of the run.", at_least=1)
     max_grad_norm: float = option(
-        1.0, "Clip the gradient to this norm; 0 or null: no clipping.", at_least=0, null=0.0
+        1.0,
+        "Largest norm of the gradient, which is clipped to it; 0 or null: no clipping.",
+        at_least=0,
+        null=0.0,
     )
-
-    def __post_init__(self):
-        check_options(self)
 
 
 @dataclass
-class Experiment:
+class Experiment(Options):
     project: str = option("alitok", "Project in Weights & Biases.", only="train")
     name: str = option(
         "alitok",
@@ -152,8 +144,8 @@ class Experiment:
     output_dir: str = option("output/alitok", "Folder of the run.", path=True)
     resume: bool | str = option(
         True,
-        "true: resume from the newest checkpoint; false: refuse a used folder; a path: start from "
-        "that checkpoint or run.",
+        "true: resume from the newest checkpoint; false: refuse a folder that has checkpoints; a path: "
+        "start from that checkpoint or run.",
         path=True,
         only="train",
         instead="experiment.output_dir; sampling always resumes what is there",
@@ -171,13 +163,13 @@ class Experiment:
     )
     keep_checkpoints: int = option(
         2,
-        "Newest checkpoints to keep; with 2, one is left when the newest is damaged.",
+        "Newest checkpoints to keep; at least 2, so that one is left if the newest is damaged.",
         at_least=2,
         only="train",
     )
     keep_every: int = option(
         0,
-        "Keep the checkpoints of multiples of this step for good; 0: none.",
+        "Never delete the checkpoints at multiples of this step; 0: delete all but the newest.",
         at_least=0,
         only="train",
     )
@@ -199,21 +191,21 @@ class Experiment:
     )
     max_train_examples: Optional[int] = option(
         None,
-        "Train on this many images only, spread over all classes; null: all.",
+        "Train on this many images only, spread evenly over all classes; null: all. Published files "
+        "use it for book-keeping only.",
         at_least=1,
         only="train",
         instead="experiment.num_fid_samples",
     )
     fid_reference: Optional[str] = option(
         None,
-        "Score against this while training, as evaluate.py --reference; null: never.",
+        "Reference of the scores, as for evaluate.py: training scores at every evaluation or grid of "
+        "samples, sampling at the end; null: no scores.",
         path=True,
-        only="train",
-        instead="experiment.evaluate",
     )
 
     def __post_init__(self):
-        check_options(self)
+        super().__post_init__()
         if Path(self.output_dir).name in ("", ".."):
             raise InputError(
                 f"output_dir={short(self.output_dir)}: set the name of a folder of its own, such as "
@@ -244,16 +236,9 @@ class GeneratorExperiment(Experiment):
     )
     save_png: bool = option(
         True,
-        "Write every image as a PNG too.",
+        "Also write every image as a PNG.",
         only="sample",
         instead="experiment.generate_every for sample grids",
-    )
-    evaluate: Optional[str] = option(
-        None,
-        "Score the samples against this reference at the end; null: do not.",
-        path=True,
-        only="sample",
-        instead="experiment.fid_reference",
     )
     precision: str = option(
         "auto",
@@ -262,28 +247,27 @@ class GeneratorExperiment(Experiment):
     )
     compile: bool | str = option(
         "auto",
-        "torch.compile the sampler; auto: on CUDA.",
+        "Compile the sampler with torch.compile; auto: only on CUDA.",
         choices=("auto", True, False),
         only="sample",
         instead="training.compile",
     )
     engine: str = option(
         "auto",
-        "Attention of sampling; auto: fused on CUDA if it is right there; reference: the plain loop, "
+        "Attention of sampling; auto: fused on CUDA, if it passes its check there; reference: the plain loop, "
         "slow, for any backbone.",
         choices=(*ENGINES, "reference"),
     )
     cache: str = option(
         "auto",
-        "Keys and values in sampling; int8: half the bytes of bf16, slightly other images; auto: as "
-        "the precision.",
+        "Type of the cached keys and values. int8 halves the memory of bf16 and changes images "
+        "slightly; auto: the type of experiment.precision.",
         choices=CACHES,
         only="sample",
     )
     classes: Optional[list[int | str]] = option(
         None,
-        "Image i has class classes[i mod their number], by number or name; none: an image without a "
-        "class; null: all classes.",
+        "Classes by number or name, taken in turn; none: an image without a class; null: all classes.",
         at_least=0,
     )
     codes: Optional[str] = option(
@@ -294,28 +278,28 @@ class GeneratorExperiment(Experiment):
     )
     prefix: Optional[str] = option(
         None,
-        "Complete images from their beginning: an image, or an .npy or .npz of codes, of which image "
-        "i begins with row i mod their number; null: sample whole images.",
+        "Complete images from a beginning: an image, or an .npy or .npz file of codes, whose rows are "
+        "taken in turn; null: sample whole images.",
         path=True,
         only="sample",
     )
     prefix_rows: Optional[int] = option(
         None,
-        "Rows of codes that the prefix holds after the prefix tokens; null: half of an image's rows, "
-        "and all of a file's codes.",
+        "Rows of codes to keep after the prefix tokens; null: half of the rows of an image, all codes "
+        "of a file.",
         at_least=0,
         at_most=8192,
         only="sample",
     )
     prefix_mask: bool = option(
         False,
-        "Encode the prefix's image with its mean colour in place of all other rows, so that the "
-        "codes know nothing of them.",
+        "Before encoding, replace the rows that are not kept by the image's mean colour, so that the "
+        "codes do not depend on them.",
         only="sample",
     )
     grid: int = option(
         0,
-        "N: write the first N x N images as one picture too; 0: none.",
+        "Also write the first N x N images as one picture; 0: no picture.",
         at_least=0,
         at_most=1000,
         only="sample",
@@ -342,7 +326,7 @@ class GeneratorExperiment(Experiment):
 
 
 @dataclass
-class GeneratorOptions(GeneratorConfig):
+class GeneratorOptions(GeneratorConfig, Sampling):
     """The generator's architecture, then how to sample from it."""
 
     num_hidden_layers: int = option(24, "Blocks.", at_least=1, at_most=1024)
@@ -352,12 +336,6 @@ class GeneratorOptions(GeneratorConfig):
         at_least=1,
         at_most=65536,
     )
-    randomize_temperature: float = option(
-        1.0,
-        "Softmax temperature of sampling; 1e-5 takes the most likely code.",
-        at_least=1e-6,
-        resumes=True,
-    )
     guidance_scale: float = option(
         16.0,
         "Scale of classifier-free guidance; 0 or 1: none.",
@@ -366,44 +344,24 @@ class GeneratorOptions(GeneratorConfig):
         resumes=True,
     )
     guidance_scale_pow: float = option(
-        1.8, "Power of the power-cosine guidance schedule.", at_least=0, at_most=1000, resumes=True
-    )
-    guidance_schedule: str = option(
-        "power-cosine", "How guidance grows from token to token.", choices=SCHEDULES, resumes=True
-    )
-    top_k: int = option(
-        0, "Draw among this many most likely codes; 0: all.", at_least=0, resumes=True
-    )
-    top_p: float = option(
-        1.0,
-        "Draw among the fewest codes that hold this probability; 1: all.",
-        above=0,
-        at_most=1,
-        resumes=True,
+        1.8, "Power of the power-cosine schedule.", at_least=0, at_most=1000, resumes=True
     )
     seed: int = option(42, "Seed of sampling; null: 42.", at_least=0, null=42, resumes=True)
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(
-            guidance_scale=self.guidance_scale,
-            guidance_power=self.guidance_scale_pow,
-            guidance_schedule=self.guidance_schedule,
-            temperature=self.randomize_temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-        )
+        return Sampling(**{field.name: getattr(self, field.name) for field in fields(Sampling)})
 
 
 @dataclass
-class GeneratorModels:
+class GeneratorModels(Options):
     vq_model: TokenizerConfig = option(TokenizerConfig, "The tokenizer's sizes.", resumes=True)
     generator: GeneratorOptions = option(
         GeneratorOptions, "The generator's sizes, its dropout and its sampling."
     )
 
     def __post_init__(self):
-        check_options(self)
+        super().__post_init__()
         check_layers(self.vq_model)
         generator, tokenizer = self.generator, self.vq_model
         if generator.image_seq_len != tokenizer.num_tokens:
@@ -424,38 +382,29 @@ class GeneratorModels:
 
 
 @dataclass
-class TokenDataParams:
+class TokenDataParams(Options):
     pretokenization: str = option("cache_alitok", "The token cache to train on.", path=True)
     train_dir: Optional[str] = option(
         None,
-        "Train on the ten crops of this image folder or tar instead, encoded on the fly.",
+        "Train on the ten crops of this image folder or tar instead, encoded on the fly in float32.",
         path=True,
-    )
-    encoder_precision: str = option(
-        "fp32",
-        "Precision of the encoder with train_dir. fp32: float32, with TF32 where training uses it; "
-        "autocast: the autocast type of training, which is faster and changes some codes.",
-        choices=("fp32", "autocast"),
     )
     val_pretokenization: Optional[str] = option(
         None, "A held-out token cache for experiment.eval_every.", path=True
     )
     skip_unreadable: int = option(
         0,
-        "Unreadable images that the next readable one may replace; unreadable.txt in the run's folder "
-        "lists them. Only with train_dir.",
+        "Unreadable images to tolerate: the next readable image replaces each, and unreadable.txt in "
+        "the run's folder lists them. Only with train_dir.",
         at_least=0,
     )
     num_workers_per_gpu: int = option(
-        4, "Reading processes per GPU; 0: none.", at_least=0, at_most=1024
+        4, "Reading processes per GPU; 0: the main process reads.", at_least=0, at_most=1024
     )
-
-    def __post_init__(self):
-        check_options(self)
 
 
 @dataclass
-class TokenData:
+class TokenData(Options):
     params: TokenDataParams = option(TokenDataParams, "Where the codes come from.")
     preprocessing: dict[str, Any] = option(
         dict,
@@ -464,37 +413,28 @@ class TokenData:
         null={},
     )
 
-    def __post_init__(self):
-        check_options(self)
-
 
 @dataclass
-class SchedulerParams:
+class SchedulerParams(Options):
     learning_rate: float = option(
         "${optimizer.params.learning_rate}", "The highest rate.", at_least=0
     )
     warmup_steps: int = option(62_500, "Steps of linear warm-up; 0: none.", at_least=0)
     end_lr: float = option(1e-5, "The rate at the end of the cosine.", at_least=0)
     count_from: int = option(
-        1,
-        "Number of the first update in the schedule; 0 (as published): its rate is 0, and the last "
-        "one's is not quite end_lr.",
+        0,
+        "Number of the first update in the schedule. 0, as published: the first rate is 0 and the last "
+        "is not quite end_lr.",
         choices=(0, 1),
     )
 
-    def __post_init__(self):
-        check_options(self)
-
 
 @dataclass
-class Scheduler:
+class Scheduler(Options):
     scheduler: str = option(
         "cosine", "The rate's shape after the warm-up.", choices=("cosine", "constant")
     )
     params: SchedulerParams = option(SchedulerParams, "Its rates and warm-up.")
-
-    def __post_init__(self):
-        check_options(self)
 
 
 @dataclass
@@ -513,7 +453,7 @@ class GeneratorRun(Loaded):
     training: Training = option(Training, "Batches, precision, steps.", only="train")
 
     def __post_init__(self):
-        check_options(self)
+        super().__post_init__()
         size = self.model.vq_model.image_size
         for name in ("resize_shorter_edge", "crop_size"):
             value = self.dataset.preprocessing.get(name, size)
@@ -529,34 +469,33 @@ class GeneratorRun(Loaded):
 @dataclass
 class TokenizerExperiment(Experiment):
     stage1_checkpoint: Optional[str] = option(
-        None, "Stage 2: where encoder and codebook come from, a file or a run folder.", path=True
+        None, "Stage 2: source of encoder and codebook, a file or a run folder.", path=True
     )
 
 
 @dataclass
-class TokenizerModels:
+class TokenizerModels(Options):
     stage: int = option(1, "Stage of training.", choices=(1, 2))
     vq_model: TokenizerConfig = option(TokenizerConfig, "The tokenizer's sizes.")
     decoder_init: str = option(
         "stage1",
-        "Stage 2's decoder starts from stage 1's (as the published code) or from scratch (as the "
-        "paper says).",
+        "Start of stage 2's decoder: stage 1's, as in the published code, or scratch, as in the paper.",
         choices=("stage1", "scratch"),
     )
     critic_init: str = option(
         "scratch",
-        "Stage 2's discriminator starts from stage 1's (as published) or from scratch.",
+        "Start of stage 2's discriminator: stage 1's, as published, or scratch.",
         choices=("stage1", "scratch"),
     )
     cluster_in_critic_steps: bool = option(
-        False, "Cluster the codebook in the discriminator's steps too (as published)."
+        False, "Also cluster the codebook in the discriminator's steps, as published."
     )
     use_checkpoint: bool = option(
         False, "Recompute activations in the backward pass: less memory, more time.", resumes=True
     )
 
     def __post_init__(self):
-        check_options(self)
+        super().__post_init__()
         check_layers(self.vq_model)
         for name, default in (("critic_init", "scratch"), ("decoder_init", "stage1")):
             value = getattr(self, name)
@@ -582,7 +521,7 @@ class TokenizerModels:
 
 
 @dataclass
-class ImageDataParams:
+class ImageDataParams(Options):
     train_dir: str = option(
         "imagenet/train",
         "A folder or an uncompressed tar, of one folder per class (or one tar, as ImageNet's is "
@@ -595,15 +534,15 @@ class ImageDataParams:
     )
     train_root: Optional[str] = option(
         None,
-        "Folder of the relative paths in those text files; null: the folder of the file, which "
-        "always comes first.",
+        "Folder of relative paths in those text files, searched after the folder of the file; null: "
+        "none.",
         path=True,
         resumes=True,
     )
     skip_unreadable: int = option(
         0,
-        "Unreadable images that the next readable one may replace; unreadable.txt in the run's folder "
-        "lists them.",
+        "Unreadable images to tolerate: the next readable image replaces each, and unreadable.txt in "
+        "the run's folder lists them.",
         at_least=0,
         resumes=True,
     )
@@ -613,35 +552,32 @@ class ImageDataParams:
         at_least=1,
         at_most=65536,
     )
-    random_flip: bool = option(True, "Mirror half of the training images.")
+    random_flip: bool = option(True, "Mirror each training image with probability 1/2.")
     num_workers_per_gpu: int = option(
-        8, "Reading processes per GPU; 0: none.", at_least=0, at_most=1024, resumes=True
+        8,
+        "Reading processes per GPU; 0: the main process reads.",
+        at_least=0,
+        at_most=1024,
+        resumes=True,
     )
 
-    def __post_init__(self):
-        check_options(self)
-
 
 @dataclass
-class ImageData:
+class ImageData(Options):
     params: ImageDataParams = option(ImageDataParams, "Where the images are.")
 
-    def __post_init__(self):
-        check_options(self)
-
 
 @dataclass
-class Phase:
+class Phase(Options):
     """A stretch of tokenizer training; a term of weight 0 is not computed."""
 
     name: str = option("main", "Name of the phase in the log.")
     steps: int = option(0, "Steps of the phase.", at_least=1)
     learning_rate: float = option(1e-4, "The first rate.", at_least=0)
-    end_lr: Optional[float] = option(None, "The last rate; null: constant.", at_least=0)
-    shape: Optional[str] = option(
+    end_lr: Optional[float] = option(
         None,
-        "The way from the first rate to the last; null: constant without end_lr, cosine with it.",
-        choices=("constant", "cosine", "linear"),
+        "The last rate, reached along a half cosine; null: the first rate all the way.",
+        at_least=0,
     )
     perceptual_weight: float = option(
         0.0, "Weight of the ConvNeXt-S logits' MSE.", at_least=0, at_most=1e6
@@ -660,61 +596,25 @@ class Phase:
         at_least=1,
     )
 
-    def __post_init__(self):
-        try:
-            check_options(self)
-        except InputError as e:
-            raise InputError(f"{e} (phase {short(self.name)})", e.option) from e
-        if self.shape is None:
-            self.shape = "constant" if self.end_lr is None else "cosine"
-        if (self.shape == "constant") != (self.end_lr is None):
-            raise InputError(
-                f"shape={self.shape} and end_lr={self.end_lr} (phase {short(self.name)}): a constant rate "
-                f"has no end_lr, the other shapes need one",
-                "shape",
-            )
-
 
 @dataclass
-class Losses:
+class Losses(Options):
     """Weights that stay the same in all phases; a term of weight 0 is not computed."""
 
     aux: str = option(
         "strip",
-        "How the prefix tokens are judged. strip (v1): MSE of their strip, times K / g²; stitched "
-        "(v3): MSE and perceptual term of an image whose first row of patches is the strip.",
+        "Loss of the prefix tokens. strip (v1): MSE of their strip, times K / g²; stitched (v3): MSE "
+        "and perceptual term of an image whose first row of patches is the strip.",
         choices=("strip", "stitched"),
     )
-    aux_weight: float = option(10.0, "Weight of that term.", at_least=0, at_most=1e6)
-    quantizer_weight: float = option(
-        1.0, "Weight of the quantizer's loss.", at_least=0, at_most=1e6
-    )
+    aux_weight: float = option(10.0, "Weight of this loss.", at_least=0, at_most=1e6)
     critic_weight: float = option(
         1.0, "Weight of the discriminator's hinge loss (published: 0.1).", above=0, at_most=1e6
     )
 
-    def __post_init__(self):
-        check_options(self)
-
 
 @dataclass
-class Perceptual:
-    pretrained: bool = option(
-        True, "Pretrained perceptual networks; false: random ones, for tests only."
-    )
-    precision: str = option(
-        "fp32",
-        "Convolutions and products of the perceptual networks in the losses: fp32, as published, or "
-        "bf16, which is faster on GPUs.",
-        choices=("fp32", "bf16"),
-    )
-
-    def __post_init__(self):
-        check_options(self)
-
-
-@dataclass
-class TokenizerOptimizerParams:
+class TokenizerOptimizerParams(Options):
     beta1: float = option(0.9, "Decay of the first moment.", at_least=0, below=1)
     beta2: float = option(0.999, "Decay of the second moment.", at_least=0, below=1)
     weight_decay: float = option(0.01, "Weight decay.", at_least=0, at_most=1000)
@@ -724,29 +624,23 @@ class TokenizerOptimizerParams:
         at_least=0,
     )
     count_from: int = option(
-        1,
-        "Number of the first step in the warm-up; 0 (as published): its rate is 0.",
+        0,
+        "Number of the first step in the warm-up. 0, as published: the first rate is 0.",
         choices=(0, 1),
     )
     critic_learning_rate: Optional[float] = option(
         None,
-        "The discriminator's constant rate (published: 1e-4); null: that of the tokenizer.",
+        "The discriminator's constant rate; null, as published: that of the phase, without warm-up.",
         at_least=0,
     )
 
-    def __post_init__(self):
-        check_options(self)
-
 
 @dataclass
-class TokenizerOptimizer:
+class TokenizerOptimizer(Options):
     name: str = option("adamw", "The optimizer.", choices=("adamw",))
     params: TokenizerOptimizerParams = option(
         TokenizerOptimizerParams, "Parameters of AdamW; the phases set its learning rate."
     )
-
-    def __post_init__(self):
-        check_options(self)
 
 
 @dataclass
@@ -756,7 +650,7 @@ class TokenizerTraining(Training):
     )
     max_train_steps: Optional[int] = option(  # type: ignore[assignment]  # the phases rule
         None,
-        "Only compared with the sum of the phases' steps; null: not.",
+        "Must equal the sum of the phases' steps; null: not compared.",
         at_least=1,
         resumes=True,
     )
@@ -773,14 +667,14 @@ class TokenizerRun(Loaded):
     dataset: ImageData = option(ImageData, "The training data.")
     optimizer: TokenizerOptimizer = option(TokenizerOptimizer, "The optimizer, AdamW.")
     losses: Losses = option(Losses, "Loss weights that stay the same in all phases.")
-    perceptual: Perceptual = option(Perceptual, "The perceptual networks.")
     phases: list[Phase] = option(
-        list, "The phases in their order, always the whole list: [{name: main, steps: 1000}, …]."
+        list,
+        "The phases in their order, [{name: main, steps: 1000}, …]; phases[0].steps=… sets one option.",
     )
     training: TokenizerTraining = option(TokenizerTraining, "Batches, precision.")
 
     def __post_init__(self):
-        check_options(self)
+        super().__post_init__()
         if not self.phases:
             raise InputError("no phases: list at least one, with its steps, in the config")
         total, expected = sum(p.steps for p in self.phases), self.training.max_train_steps
@@ -790,11 +684,6 @@ class TokenizerRun(Loaded):
                 f"training.max_train_steps={expected}, but the phases have {steps} = {total} "
                 f"steps: correct one, or leave the former out",
                 "training.max_train_steps",
-            )
-        if self.perceptual.precision == "bf16" and self.training.numerics in EXACT_LOSSES:
-            raise InputError(
-                f"training.numerics={self.training.numerics} computes the losses in float32, but "
-                f"perceptual.precision=bf16: leave one of the two out"
             )
         model, losses = self.model.vq_model, self.losses
         if model.prefix_head and not losses.aux_weight:

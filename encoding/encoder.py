@@ -1,7 +1,5 @@
 """The encoder as pretokenization runs it: loaded without a decoder, in the chosen precision."""
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -19,8 +17,6 @@ def load_encoder(
     config: TokenizerConfig, state: dict[str, Tensor], path: str, device: torch.device
 ) -> Tokenizer:
     """The part of a tokenizer that makes codes, in eval mode. `path` names the weights in errors."""
-    # Attention in the type of its input: float32, or that of autocast.
-    config = dataclasses.replace(config, exact_attention=False)
     with torch.device("meta"):
         tokenizer = Tokenizer(config, with_decoder=False)
     tokenizer.to_empty(device=device)

@@ -42,7 +42,7 @@ REMEDY = "remove it, or use another --output"
 # Options that the sweep sets for each cell.
 PER_CELL = (
     "experiment.output_dir", "experiment.num_fid_samples", "experiment.save_png",
-    "experiment.evaluate", "model.generator.guidance_scale", "model.generator.guidance_scale_pow",
+    "experiment.fid_reference", "model.generator.guidance_scale", "model.generator.guidance_scale_pow",
 )  # fmt: skip
 
 
@@ -138,7 +138,9 @@ def main(argv: list[str]) -> None:
 
 def guided(job: SamplingJob, scale: float, power: float) -> SamplingJob:
     """The job of one cell."""
-    return replace(job, sampling=replace(job.sampling, guidance_scale=scale, guidance_power=power))
+    return replace(
+        job, sampling=replace(job.sampling, guidance_scale=scale, guidance_scale_pow=power)
+    )
 
 
 def shared_settings(job: SamplingJob) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def shared_settings(job: SamplingJob) -> dict[str, Any]:
         "compile": job.compiled,
         "cache": job.cache,
         "guidance_schedule": job.sampling.guidance_schedule,
-        "temperature": job.sampling.temperature,
+        "temperature": job.sampling.randomize_temperature,
         "top_k": job.sampling.top_k,
         "top_p": job.sampling.top_p,
     }

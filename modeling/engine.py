@@ -291,7 +291,7 @@ class Engine:
             self.streams = [Stream(config, part, branches, stored, self.device) for part in parts]
             self.scales = guidance_schedule(
                 sampling.guidance_scale,
-                sampling.guidance_power,
+                sampling.guidance_scale_pow,
                 config.image_seq_len,
                 sampling.guidance_schedule,
             ).to(self.device)
@@ -393,7 +393,7 @@ class Engine:
             stream.uniforms.index_select(1, position)[:, 0],
             self.scales.index_select(0, position),
             s.guided,
-            s.temperature,
+            s.randomize_temperature,
             s.top_k,
             s.top_p,
         )  # (B,)

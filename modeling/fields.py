@@ -1,11 +1,8 @@
 """Options of the config dataclasses: one declaration for each, and one check for all of them.
 
     @dataclass
-    class Optimizer:
+    class Optimizer(Options):
         beta1: float = option(0.9, "Decay of the first moment.", at_least=0, below=1)
-
-        def __post_init__(self):
-            check_options(self)
 
 The declaration is all that there is to say about an option: the check, the reading of configs, the
 command line's help and `docs/options.md` use it. Errors name the class's own field (`beta1=2: …`);
@@ -224,11 +221,16 @@ def expectation(kind: Any, rule: Rule) -> str:
     return f"set {'' if kind is bool else 'an ' if kind is int else 'a '}{name}"
 
 
-def check_options(config: Any) -> None:
-    """Refuse values of another type or outside what the config's class declares.
+class Options:
+    """Base of the config dataclasses."""
 
-    Called by `__post_init__`. Raises InputError that names the field.
-    """
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def check_options(config: Any) -> None:
+    """Raise InputError, which names the field, for a value of another type or outside of what the
+    config's class declares."""
     for field in dataclasses.fields(config):
         rule, value = field.metadata["rule"], getattr(config, field.name)
         kind, optional = types_of(type(config))[field.name]

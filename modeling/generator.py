@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
-from .fields import check_options, option
+from .fields import Options, option
 from .rotary import rotary_table, rotate, token_layout
 
 # The label of an image without a class. It is far from any other, so that a label that is wrong by
@@ -23,7 +23,7 @@ NO_CLASS = -(2**31)
 
 
 @dataclass
-class GeneratorConfig:
+class GeneratorConfig(Options):
     """Sizes and dropout of a generator; the defaults are AliTok-B."""
 
     hidden_size: int = option(768, "Channels.", at_least=1, at_most=65536)
@@ -62,7 +62,7 @@ class GeneratorConfig:
     )
 
     def __post_init__(self):
-        check_options(self)
+        super().__post_init__()
         grid, prefix = token_layout(self.image_seq_len)
         if prefix not in (grid + 1, grid, 0):
             raise InputError(

@@ -38,8 +38,6 @@ class ImageDecoder:
         self.autocast = dtype == torch.bfloat16 and decodes_in_bfloat16(self.device)
         self.part = min(batch, DECODED_AT_ONCE)
         self.compiled = False
-        if self.autocast:
-            self.decoder = with_inexact_attention(self.decoder)
         if compiled:
             self._compile(tokenizer.config.num_tokens)
 
@@ -78,14 +76,6 @@ def shallow_copy(module: Decoder) -> Decoder:
     """Copies of all modules that share their parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)
-
-
-def with_inexact_attention(decoder: Decoder) -> Decoder:
-    """The same decoder with its attention in the autocast type; parameters are shared."""
-    decoder = shallow_copy(decoder)
-    for block in decoder.transformer:
-        block.attn.exact = False  # type: ignore[union-attr]
-    return decoder
 
 
 def decode_images(tokenizer: Tokenizer, codes: Tensor, dtype: torch.dtype) -> Tensor:

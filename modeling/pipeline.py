@@ -176,7 +176,7 @@ class Pipeline:
 
         A class is a number, a name ("golden retriever") or None: an image without a class, which
         guidance does not change. `sampling` are the fields of `modeling.sampling.Sampling`:
-        guidance_scale, guidance_power, guidance_schedule, temperature, top_k, top_p. Image i draws
+        guidance_scale, guidance_scale_pow, guidance_schedule, randomize_temperature, top_k, top_p. Image i draws
         from (seed, i) alone, as image i of sample_imagenet.py does: the same class, seed, settings
         and precision make the same image, up to rounding that depends on the batch and on compiling.
         Raises InputError for no classes or unknown ones, and for a seed or settings that make no sense.

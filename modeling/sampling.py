@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .fields import check_options, option
+from .fields import Options, option
 from .generator import NO_CLASS, Backbone, GeneratorConfig
 
 SCHEDULES = ("power-cosine", "constant", "linear")
@@ -22,29 +22,42 @@ ENGINES = ("auto", "fused", "plain")
 CACHES = ("auto", "int8")
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How codes are drawn from logits."""
+@dataclass
+class Sampling(Options):
+    """How codes are drawn from logits; the names are those of the published configs."""
 
     guidance_scale: float = option(
-        1.0, "Scale of classifier-free guidance; 0 or 1: none.", at_least=0, at_most=10_000
+        1.0,
+        "Scale of classifier-free guidance; 0 or 1: none.",
+        at_least=0,
+        at_most=10_000,
+        resumes=True,
     )
-    guidance_power: float = option(
-        1.0, "Power of the power-cosine schedule.", at_least=0, at_most=1000
+    guidance_scale_pow: float = option(
+        1.0, "Power of the power-cosine schedule.", at_least=0, at_most=1000, resumes=True
     )
     guidance_schedule: str = option(
-        "power-cosine", "How the scale grows from step to step.", choices=SCHEDULES
+        "power-cosine",
+        "How the scale grows from token to token.",
+        choices=SCHEDULES,
+        resumes=True,
     )
-    temperature: float = option(
-        1.0, "Softmax temperature; 1e-5 takes the most likely code.", at_least=1e-6
+    randomize_temperature: float = option(
+        1.0,
+        "Softmax temperature; 1e-5 takes the most likely code.",
+        at_least=1e-6,
+        resumes=True,
     )
-    top_k: int = option(0, "Draw among this many most likely codes; 0: all.", at_least=0)
+    top_k: int = option(
+        0, "Draw among this many most likely codes; 0: all.", at_least=0, resumes=True
+    )
     top_p: float = option(
-        1.0, "Draw among the fewest codes that hold this probability; 1: all.", above=0, at_most=1
+        1.0,
+        "Draw among the fewest codes that hold this probability; 1: all.",
+        above=0,
+        at_most=1,
+        resumes=True,
     )
-
-    def __post_init__(self):
-        check_options(self)
 
     @property
     def guided(self) -> bool:
@@ -160,7 +173,7 @@ def sample_codes(
     config, s = model.config, sampling
     T = config.image_seq_len
     check_labels(labels, config.condition_num_classes)
-    scales = guidance_schedule(s.guidance_scale, s.guidance_power, T, s.guidance_schedule)
+    scales = guidance_schedule(s.guidance_scale, s.guidance_scale_pow, T, s.guidance_schedule)
     scales = scales.to(labels.device)
     branches = 2 if s.guided else 1
     rows = config.condition_rows(labels)
@@ -175,7 +188,9 @@ def sample_codes(
         if prefix is not None and t < prefix.shape[1]:
             codes[:, t] = prefix[:, t]
         else:
-            codes[:, t] = draw_codes(logits, uniforms[:, t], s.temperature, s.top_k, s.top_p)
+            codes[:, t] = draw_codes(
+                logits, uniforms[:, t], s.randomize_temperature, s.top_k, s.top_p
+            )
         rows = codes[:, t].repeat(branches)
     return codes
 

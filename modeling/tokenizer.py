@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
-from .fields import check_options, option
+from .fields import Options, option
 from .quantizer import VectorQuantizer, full_float32
 from .tokenizer_blocks import TokenizerBlock
 
@@ -25,7 +25,7 @@ WEIGHT_STD = 0.02  # of all weights at the start, as published
 
 
 @dataclass
-class TokenizerConfig:
+class TokenizerConfig(Options):
     """Sizes of a tokenizer; the defaults are the published inference model.
 
     g = image_size / patch_size, K prefix tokens, T = K + g² codes per image.
@@ -55,10 +55,6 @@ class TokenizerConfig:
         False, "The auxiliary head that reads the prefix tokens; stage 1: true."
     )
     clustering: bool = option(False, "Codebook clustering in training; stage 1: true.")
-    exact_attention: bool = option(
-        False,
-        "Attention in float32 whatever the autocast type; published training used that type.",
-    )
     position_init: str = option(
         "normal",
         "Start of the encoder's positions: normal, as published, or own_patch, by which every "
@@ -67,7 +63,7 @@ class TokenizerConfig:
     )
 
     def __post_init__(self):
-        check_options(self)
+        super().__post_init__()
         if self.image_size % self.patch_size:
             raise InputError(
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: "
@@ -144,7 +140,7 @@ class Encoder(nn.Module):
         self.latent_token_positional_embedding = nn.Parameter(torch.empty(config.num_tokens, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.ModuleList(
-            TokenizerBlock(width, config.encoder_heads, causal=False, exact=config.exact_attention)
+            TokenizerBlock(width, config.encoder_heads, causal=False)
             for _ in range(config.encoder_layers)
         )
         self.ln_post = nn.LayerNorm(width)
@@ -181,7 +177,7 @@ class Decoder(nn.Module):
         )
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.ModuleList(
-            TokenizerBlock(width, config.decoder_heads, config.causal, config.exact_attention)
+            TokenizerBlock(width, config.decoder_heads, config.causal)
             for _ in range(config.decoder_layers)
         )
         self.ln_post = nn.LayerNorm(width)

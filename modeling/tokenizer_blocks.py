@@ -13,16 +13,14 @@ class TokenizerAttention(nn.Module):
 
     With `first`, only the tokens from there on attend, to all: (B, T, D) -> (B, T - first, D).
 
-    `exact` computes the attention itself in float32 whatever the autocast type. Otherwise it runs
-    in the autocast type, as in published training: the published model casts q, k and v to float32,
-    but under autocast PyTorch casts them back. Without autocast both are float32.
+    It runs in the autocast type, as in published training: the published model casts q, k and v to
+    float32, but under autocast PyTorch casts them back.
     """
 
-    def __init__(self, width: int, heads: int, causal: bool, exact: bool):
+    def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.heads = heads
         self.causal = causal
-        self.exact = exact
         self.in_proj = nn.Linear(width, 3 * width)  # rows ordered q, k, v, each head-major
         self.out_proj = nn.Linear(width, width)
 
@@ -34,8 +32,6 @@ class TokenizerAttention(nn.Module):
         else:
             qkv = self.in_proj(x).view(B, T, 3, self.heads, D // self.heads)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, h)
-        if self.exact:
-            q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(y.transpose(1, 2).reshape(B, T - first, D))
@@ -64,10 +60,10 @@ class TokenizerBlock(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); (B, T, D) -> (B, T - first, D), without the tokens
     before `first`, to which the others attend."""
 
-    def __init__(self, width: int, heads: int, causal: bool, exact: bool):
+    def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = TokenizerAttention(width, heads, causal, exact)
+        self.attn = TokenizerAttention(width, heads, causal)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 

@@ -64,7 +64,7 @@ from training.accelerator import describe_precision, numerics_of, start_training
 from training.dry_run import split_dry_run
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run
-from training.schedule import is_critic_step, phase_at, tokenizer_lr
+from training.schedule import is_critic_step, phase_at, phase_lr, tokenizer_lr
 
 WEIGHTS = Path("weights")  # the published files that the losses and metrics need
 PREVIEWS, PER_ROW = 16, 8  # images in a preview, and pictures (before | after) in its row
@@ -146,8 +146,6 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     assert tokenizer.encoder is not None and tokenizer.decoder is not None
     tokenizer.encoder.recompute = tokenizer.decoder.recompute = options.model.use_checkpoint
     if options.model.stage == 1:
-        # Without its loss no gradient reaches the codebook, and DDP would wait for one.
-        tokenizer.quantize.requires_grad_(options.losses.quantizer_weight > 0)
         return tokenizer
     if options.experiment.init_weights is not None:
         tokenizer.freeze_encoder()
@@ -349,15 +347,12 @@ class TrainState:
         self.start = load_initial(run, self.tokenizer)
         adversarial = any(phase.gan_weight for phase in options.phases)
         self.discriminator = build_discriminator(options) if adversarial else None
-        weights = WEIGHTS if options.perceptual.pretrained else None
         # One rank reads the disk, the others its cache.
         with accelerator.local_main_process_first():
-            bf16 = options.perceptual.precision == "bf16"
-            self.networks = FrozenNetworks(options.phases, weights, accelerator.device, bf16)
-            # Evaluation measures with the published LPIPS alone.
-            self.lpips = None if weights is None else self.networks.lpips
-            if self.lpips is None and weights and evaluates and lpips_is_available(weights):
-                self.lpips = LPIPS(weights).to(accelerator.device)
+            self.networks = FrozenNetworks(options.phases, WEIGHTS, accelerator.device)
+            self.lpips = self.networks.lpips
+            if self.lpips is None and evaluates and lpips_is_available(WEIGHTS):
+                self.lpips = LPIPS(WEIGHTS).to(accelerator.device)
         self.ema = None
         if training.use_ema:
             self.ema = EMA(self.tokenizer, training.ema_decay, training.ema_warmup)
@@ -452,13 +447,13 @@ def refuse_fsdp(accelerator: Accelerator) -> Accelerator:
 
 def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
     """The header of a run: what trains, on what, for how long; and what is missing or unusual."""
-    options, log, networks = state.options, run.log, state.networks
-    if (networks.convnext or networks.lpips) and not options.perceptual.pretrained:
-        log.say("warning: perceptual.pretrained=false: the networks are random, for tests only")
+    options, log = state.options, run.log
     if data.validation and state.lpips is None:
         log.say("no val/lpips: it needs VGG16 and its heads (weights/README.md)")
     sample = "" if data.whole else f"{len(data.paths)} images, spread over all of "
     log.say(f"{printable(options.dataset.params.train_dir)}: {sample}{data.source}")
+    if sample:
+        log.say(f"warning: experiment.max_train_examples={len(data.paths)} leaves images out")
     if state.start:
         log.say(state.start)
     trained = sum(p.numel() for p in state.tokenizer.parameters() if p.requires_grad)
@@ -547,11 +542,12 @@ def tokenizer_loss(
 
 
 def learning_rate(options: TokenizerRun, step: int, train_critic: bool) -> float:
-    """The rate of a step; the discriminator's is the tokenizer's unless it has one of its own."""
+    """The rate of a step; the discriminator's is the phase's unless it has one of its own."""
     params = options.optimizer.params
-    if train_critic and params.critic_learning_rate is not None:
-        return params.critic_learning_rate
-    return tokenizer_lr(options.phases, step, params)
+    if not train_critic:
+        return tokenizer_lr(options.phases, step, params)
+    own = params.critic_learning_rate
+    return phase_lr(options.phases, step) if own is None else own
 
 
 def main(argv: list[str]) -> None:
@@ -560,8 +556,7 @@ def main(argv: list[str]) -> None:
     training, phases = options.training, options.phases
 
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
-    exact_attention = options.model.vq_model.exact_attention
-    accelerator = refuse_fsdp(start_training(training, exact_attention))
+    accelerator = refuse_fsdp(start_training(training))
     tune_convolutions(accelerator.device)
     kept = None if dry_run else Path(options.experiment.output_dir)
     data = open_data(options, index_folder=kept)

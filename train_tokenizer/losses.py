@@ -30,25 +30,16 @@ class FrozenNetworks:
     """The perceptual networks that at least one phase needs, on the training device.
 
     Their convolutions run in channels_last, the layout of tensor cores and of ConvNeXt's norms.
-    `weights` is the folder of their published files; None leaves them random, for tests. With `bf16`
-    the losses compute the networks' convolutions and products in bfloat16; norms, sums of layers and
-    what follows the networks stay float32, and so do the networks outside of the losses.
+    `weights` is the folder of their published files; None leaves them random, for tests.
     """
 
-    def __init__(
-        self, phases: list[Phase], weights: Optional[Path], device: torch.device, bf16: bool = False
-    ):
-        self.device_type, self.bf16 = device.type, bf16
+    def __init__(self, phases: list[Phase], weights: Optional[Path], device: torch.device):
         self.convnext: Optional[ConvNeXtLogits] = None
         self.lpips: Optional[LPIPS] = None
         if any(p.perceptual_weight for p in phases):
             self.convnext = channels_last(ConvNeXtLogits(weights), device)
         if any(p.lpips_weight for p in phases):
             self.lpips = channels_last(LPIPS(weights), device)
-
-    def precision(self) -> torch.autocast:
-        """Around the networks' part of the losses: the type of their convolutions and products."""
-        return torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16)
 
 
 def tokenizer_terms(
@@ -61,8 +52,7 @@ def tokenizer_terms(
     networks: FrozenNetworks,
     discriminator: Optional[Callable[[Tensor], Tensor]],
 ) -> dict[str, tuple[float, Tensor]]:
-    """(weight, value) of every term of one step, on images (B, 3, S, S) in [0, 1], in float32 (the
-    networks in the type of `networks.precision`).
+    """(weight, value) of every term of one step, on images (B, 3, S, S) in [0, 1], in float32.
 
     The terms and their weights are those of the paper's section on two-stage training; `networks`
     and `discriminator` are only used, and only needed, where the phase's weights are not 0.
@@ -77,20 +67,17 @@ def tokenizer_terms(
         terms["aux"] = (losses.aux_weight, F.mse_loss(stitched, images))
         if phase.perceptual_weight:
             assert networks.convnext is not None
-            with networks.precision():
-                value = networks.convnext.distance(stitched, images)
+            value = networks.convnext.distance(stitched, images)
             terms["aux_perceptual"] = (losses.aux_weight * phase.perceptual_weight, value)
-    if stage == 1 and losses.quantizer_weight:
-        terms["quantizer"] = (losses.quantizer_weight, out.quantizer_loss)
+    if stage == 1:
+        terms["quantizer"] = (1.0, out.quantizer_loss)
     if phase.perceptual_weight:
         assert networks.convnext is not None
-        with networks.precision():
-            value = networks.convnext.distance(out.images, images)
+        value = networks.convnext.distance(out.images, images)
         terms["perceptual"] = (phase.perceptual_weight, value)
     if phase.lpips_weight:
         assert networks.lpips is not None
-        with networks.precision():
-            value = networks.lpips.distance(out.images, images)
+        value = networks.lpips.distance(out.images, images)
         terms["lpips"] = (phase.lpips_weight, value)
     if phase.gan_weight:
         assert discriminator is not None

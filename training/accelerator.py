@@ -34,20 +34,19 @@ def describe_precision(training: Training) -> str:
     return f"{found} (this GPU does not compute in bf16)" if by_gpu else found
 
 
-def numerics_of(training: Training, exact_attention: bool = False) -> Numerics:
+def numerics_of(training: Training) -> Numerics:
     """What a run's options mean on this machine (`configs.numerics.resolve`)."""
     cuda = uses_cuda()
     bf16 = not cuda or has_bfloat16(torch.device("cuda"))
-    return resolve(training, cuda, exact_attention, bf16)
+    return resolve(training, cuda, bf16)
 
 
-def start_training(training: Training, exact_attention: bool = False) -> Accelerator:
+def start_training(training: Training) -> Accelerator:
     """The accelerator of a training program, with the run's numerics.
 
-    Raises InputError where `training.numerics` is contradicted by other options, among them the
-    tokenizer's `exact_attention`, or the environment contradicts the options.
+    Raises InputError where the environment contradicts the options.
     """
-    numerics = numerics_of(training, exact_attention)
+    numerics = numerics_of(training)
     check_environment(training, numerics.autocast)
     refuse_leftovers()
     accelerator = Accelerator(

@@ -307,7 +307,7 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
         if candidates:
             raise InputError(
                 f"{run_dir} already holds {candidates[-1].name} and experiment.resume=False: set "
-                f"another experiment.output_dir"
+                f"experiment.resume=True to resume it, or another experiment.output_dir"
             )
         return None, []
     if isinstance(resume, str):

@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, Optional, TypeVar
@@ -157,7 +157,8 @@ class Run:
         initial = state.values.get("initial")
         on_main(lambda: check_same_start(initial, named, source))
         if initial is not None and named is None:
-            self.experiment.init_weights = initial["path"]  # for config.yaml
+            self.experiment = replace(self.experiment, init_weights=initial["path"])
+            self.options = replace(self.options, experiment=self.experiment)  # for config.yaml
 
     def initial_weights(self) -> Optional[tuple[dict[str, Tensor], str]]:
         """The tensors of `experiment.init_weights` and the path of their file; all ranks call this.

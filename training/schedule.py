@@ -6,11 +6,9 @@ from configs.schema import Phase, Scheduler, TokenizerOptimizerParams
 from runtime.errors import InputError
 
 
-def interpolate(start: float, end: float, progress: float, shape: str | None) -> float:
-    """From `start` (progress 0) to `end` (progress 1) along a half cosine or a line."""
-    if shape == "cosine":
-        progress = 0.5 * (1 - math.cos(math.pi * progress))
-    return start + (end - start) * progress
+def half_cosine(start: float, end: float, progress: float) -> float:
+    """From `start` (progress 0) to `end` (progress 1)."""
+    return start + (end - start) * 0.5 * (1 - math.cos(math.pi * progress))
 
 
 def generator_lr(step: int, total: int, options: Scheduler) -> float:
@@ -25,7 +23,7 @@ def generator_lr(step: int, total: int, options: Scheduler) -> float:
     if options.scheduler == "constant":
         return peak
     progress = (step - warmup) / max(total - warmup, 1)
-    return interpolate(peak, options.params.end_lr, progress, "cosine")
+    return half_cosine(peak, options.params.end_lr, progress)
 
 
 def phase_at(phases: list[Phase], step: int) -> tuple[Phase, int]:
@@ -54,16 +52,21 @@ def tokenizer_steps(phases: list[Phase], step: int) -> int:
     return count
 
 
+def phase_lr(phases: list[Phase], step: int) -> float:
+    """Learning rate of step 1…total: the phase's own curve."""
+    phase, within = phase_at(phases, step)
+    if phase.end_lr is None:
+        return phase.learning_rate
+    return half_cosine(phase.learning_rate, phase.end_lr, within / phase.steps)
+
+
 def tokenizer_lr(phases: list[Phase], step: int, params: TokenizerOptimizerParams) -> float:
-    """Learning rate of step 1…total: the phase's own curve, scaled by one warm-up at the start.
+    """Learning rate of step 1…total: that of the phase, scaled by one warm-up at the start.
 
     The warm-up counts the tokenizer's own steps from `count_from`: with 0, as published, the first
     has rate 0.
     """
-    phase, within = phase_at(phases, step)
-    lr = phase.learning_rate
-    if phase.end_lr is not None:
-        lr = interpolate(lr, phase.end_lr, within / phase.steps, phase.shape)
+    lr = phase_lr(phases, step)
     if not params.warmup_steps:
         return lr
     done = tokenizer_steps(phases, step) - 1 + params.count_from

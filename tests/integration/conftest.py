@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.integration.warm import Warm
+from train_tokenizer import __main__ as trainer
+from train_tokenizer.losses import FrozenNetworks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +36,7 @@ model:
     causal: true
     prefix_head: true
     clustering: true
-optimizer: {{params: {{warmup_steps: 2}}}}
+optimizer: {{params: {{warmup_steps: 2, count_from: 1}}}}
 phases: [{{name: mse, steps: 6, learning_rate: 1.0e-3}}]
 dataset: {{params: {{num_workers_per_gpu: 0}}}}
 experiment: {{log_every: 1, eval_every: 3, save_every: 3}}
@@ -45,7 +47,7 @@ model:
   stage: 2
   vq_model: {VQ_MODEL}
     num_buffer_tokens: 2
-optimizer: {{params: {{warmup_steps: 2}}}}
+optimizer: {{params: {{warmup_steps: 2, count_from: 1}}}}
 phases: [{{name: mse, steps: 4, learning_rate: 1.0e-3}}]
 dataset: {{params: {{num_workers_per_gpu: 0}}}}
 experiment: {{log_every: 1, eval_every: 3, save_every: 3}}
@@ -64,7 +66,7 @@ model:
     guidance_scale: 2.0
 dataset: {{params: {{num_workers_per_gpu: 0}}}}
 optimizer: {{params: {{learning_rate: 1.0e-2}}}}
-lr_scheduler: {{params: {{warmup_steps: 2}}}}
+lr_scheduler: {{params: {{warmup_steps: 2, count_from: 1}}}}
 experiment: {{log_every: 1, eval_every: 3, generate_every: 3, save_every: 3, per_proc_batch_size: 3}}
 training: {{per_gpu_batch_size: 4, max_train_steps: 6}}
 """
@@ -190,3 +192,13 @@ def warm(tmp_path_factory):
     started = Warm(ROOT, tmp_path_factory.mktemp("warm"))
     yield started
     started.close()
+
+
+@pytest.fixture
+def random_networks(monkeypatch):
+    """Random perceptual networks in place of those that training reads from files."""
+
+    def built(phases, weights, device):
+        return FrozenNetworks(phases, None, device)
+
+    monkeypatch.setattr(trainer, "FrozenNetworks", built)

@@ -176,5 +176,5 @@ def test_class_less_folder(workspace, tmp_path):
 def test_used_folder_is_refused_without_resume(workspace):
     before = sorted(p.name for p in workspace.stage1_run.iterdir())
     done = workspace.stage1(workspace.stage1_run, "experiment.resume=False", check=False)
-    refused(done, "already holds step-00000006", "experiment.output_dir")
+    refused(done, "already holds step-00000006", "experiment.resume=True", "experiment.output_dir")
     assert sorted(p.name for p in workspace.stage1_run.iterdir()) == before

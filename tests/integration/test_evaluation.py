@@ -81,7 +81,7 @@ def test_sampler_scores_its_samples(workspace, tmp_path, tiny, capsys):
     argv = [
         f"config={workspace.root}/generator.yaml", f"experiment.output_dir={tmp_path}/samples",
         f"experiment.generator_checkpoint={workspace.generator}", "experiment.num_fid_samples=14",
-        f"experiment.tokenizer_checkpoint={workspace.tokenizer}", f"experiment.evaluate={tiny}",
+        f"experiment.tokenizer_checkpoint={workspace.tokenizer}", f"experiment.fid_reference={tiny}",
     ]  # fmt: skip
     sample_imagenet.main(argv)
     first = result_of(capsys.readouterr().out)

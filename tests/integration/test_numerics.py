@@ -16,7 +16,6 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import configs.numerics
 import train_tokenizer.__main__ as train_tokenizer
-from runtime.errors import InputError
 from train_tokenizer import losses
 
 CONFIG = """
@@ -25,7 +24,6 @@ model:
     {codebook_size: 64, token_size: 8, image_size: 32, encoder_width: 32, encoder_layers: 1,
      encoder_heads: 2, decoder_width: 32, decoder_layers: 1, decoder_heads: 2, causal: true,
      num_buffer_tokens: 1, prefix_head: true, clustering: true}
-perceptual: {pretrained: false}
 phases: [{steps: 2, learning_rate: 1.0e-4, perceptual_weight: 0.1, lpips_weight: 0.1, gan_weight: 0.1}]
 dataset: {params: {num_workers_per_gpu: 0}}
 experiment: {eval_every: 0, generate_every: 0}
@@ -34,7 +32,7 @@ training: {per_gpu_batch_size: 1}
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch, random_networks):
     """`run(*options)`: a step of the tokenizer and one of the discriminator; the types by part."""
     folder = tmp_path / "train" / "class"
     folder.mkdir(parents=True)
@@ -140,9 +138,3 @@ def test_types_per_part(run, monkeypatch, mode, attention, discriminator):
 def test_published_is_float32_on_a_cpu(run):
     types = run("training.numerics=published")
     assert set.union(*types.values()) == FULL
-
-
-def test_contradiction_writes_nothing(run, tmp_path):
-    with pytest.raises(InputError, match=r"model\.vq_model\.exact_attention=True"):
-        run("training.numerics=published", "model.vq_model.exact_attention=True")
-    assert not (tmp_path / "run").exists()

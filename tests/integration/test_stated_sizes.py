@@ -46,7 +46,7 @@ def test_files_of_runs_need_no_sizes_and_classes_go_by_name(workspace, sample, t
     assert settings["classes"] == [2, "none", 0]
     paths = workspace.root / "run_ar", workspace.root / "run2/tokenizer.safetensors"
     images = Pipeline(*paths, device="cpu")(
-        ["class2", None, "class0", 2], seed=42, guidance_scale=2.0, guidance_power=1.8
+        ["class2", None, "class0", 2], seed=42, guidance_scale=2.0, guidance_scale_pow=1.8
     )
     np.testing.assert_array_equal(images.numpy(), expected)
 

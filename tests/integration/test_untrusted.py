@@ -121,7 +121,7 @@ def test_config_of_a_tokenizer_to_evaluate(workspace, warm, bomb):
     "program, option, name",
     [
         ("train_ar.py", "experiment.fid_reference=ref.npz", INCEPTION_FILE),
-        ("sample_imagenet.py", "experiment.evaluate=ref.npz", INCEPTION_FILE),
+        ("sample_imagenet.py", "experiment.fid_reference=ref.npz", INCEPTION_FILE),
         ("evaluate.py", "--reference ref.npz --save_stats out.npz", INCEPTION_FILE),
         ("train_tokenizer", "phases=[{steps: 1, perceptual_weight: 1.0}]", CONVNEXT_FILE),
         ("train_tokenizer", "phases=[{steps: 1, lpips_weight: 1.0}]", "vgg16-397923af.pth"),

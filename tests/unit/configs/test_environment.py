@@ -41,7 +41,7 @@ def test_an_environment_that_agrees_with_the_config_is_accepted(variables):
         ("ACCELERATE_USE_DEEPSPEED", "true", "without DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "without Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "without a parallelism config"),
-        ("NVIDIA_TF32_OVERRIDE", "0", "training.enable_tf32=auto (True)"),
+        ("NVIDIA_TF32_OVERRIDE", "0", "training.numerics=auto"),
         ("FSDP_VERSION", "1", "only FSDP 2"),
     ],
 )

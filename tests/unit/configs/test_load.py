@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from configs.load import load, save, tokenizer_config
+from configs.load import lasting, load, save, tokenizer_config
 from configs.schema import GeneratorRun, TokenizerRun
 from modeling.fields import declared
 from runtime.errors import InputError
-from tests.unit.configs.test_schema import B, option, refusal, written
+from tests.unit.configs.test_schema import STAGE1, B, option, refusal, written
 
 # The options that spec.md lists of the published configs, as such a file has them.
 AUTHORS = """
@@ -94,7 +94,7 @@ def test_text_of_a_file_is_taken_as_it_stands_there(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "name", ["experiment.output_dir", "experiment.evaluate", "experiment.resume",
+    "name", ["experiment.output_dir", "experiment.fid_reference", "experiment.resume",
              "dataset.params.pretokenization", "dataset.params.val_pretokenization"]
 )  # fmt: skip
 def test_a_path_starts_at_home(monkeypatch, tmp_path, name):
@@ -106,7 +106,7 @@ def test_a_path_starts_at_home(monkeypatch, tmp_path, name):
 
 
 def test_every_option_that_is_a_path_expands_home():
-    names = {"output_dir", "resume", "fid_reference", "generator_checkpoint", "evaluate", "codes",
+    names = {"output_dir", "resume", "fid_reference", "generator_checkpoint", "codes",
              "prefix", "tokenizer_checkpoint", "stage1_checkpoint", "pretokenization", "train_dir",
              "val_pretokenization", "val_dir", "train_root", "init_weights"}  # fmt: skip
     found = {
@@ -170,10 +170,20 @@ def test_a_refusal_blames_the_command_line_for_what_came_from_there(tmp_path):
     assert message.endswith("(the command line)") and "own.yaml" not in message
 
 
+def test_options_say_which_were_set_and_where(tmp_path):
+    file = written(tmp_path, "training:\n  seed: 3\n  max_train_steps: 9\nphases:\n- steps: 2\n")
+    options = load(TokenizerRun, [file, "training.seed=4", "phases=[{steps: 9, name: x}]"])
+    line, typed = f"{tmp_path}/own.yaml, line 3", "the command line"
+    assert options.places == {
+        "training.seed": typed, "training.max_train_steps": line,
+        "phases": typed, "phases[0].steps": typed, "phases[0].name": typed,
+    }  # fmt: skip
+
+
 def test_a_line_is_known_inside_a_list_too(tmp_path):
     file = written(tmp_path, "phases:\n  - {steps: 3}\n  - steps: 4\n    gan_weight: -1\n")
     message = refusal(TokenizerRun, file, "optimizer.params.warmup_steps=0")
-    assert "phases[1].gan_weight=-1.0: set 0 or more (phase main)" in message
+    assert "phases[1].gan_weight=-1.0: set 0 or more" in message
     assert message.endswith(f"({tmp_path}/own.yaml, line 4)")
 
 
@@ -203,7 +213,8 @@ def test_the_authors_config_loads_unchanged_in_both_programs(tmp_path, capsys):
     assert warning.count("dataset.preprocessing (crop_size, random_flip) has no effect") == 1
     assert warning.count("\n") == 1
     assert options.training.mixed_precision == "no" and options.optimizer.name == "adamw"
-    assert options.lr_scheduler.params.learning_rate == 4e-4
+    schedule = options.lr_scheduler.params
+    assert (schedule.learning_rate, schedule.count_from) == (4e-4, 0)
 
 
 @pytest.mark.parametrize("value", ["", "null", "{}"])
@@ -231,10 +242,8 @@ def test_preprocessing_may_be_set_on_the_command_line():
         ("train_ar", "experiment.generator_checkpoint", "experiment.init_weights=FILE"),
         ("sample_imagenet", "experiment.init_weights", "experiment.generator_checkpoint"),
         ("train_ar", "experiment.compile", "training.compile"),
-        ("train_ar", "experiment.evaluate", "experiment.fid_reference"),
         ("sample_imagenet", "training.compile", "experiment.compile"),
         ("sample_imagenet", "training.seed", "model.generator.seed"),
-        ("sample_imagenet", "experiment.fid_reference", "experiment.evaluate"),
         ("sample_imagenet", "lr_scheduler.params.end_lr", "leave it out"),
     ],
 )
@@ -270,6 +279,19 @@ def test_a_run_that_is_shortened_is_warned_of_and_can_be_used_afterwards(tmp_pat
     assert warning in capsys.readouterr().err
     load(GeneratorRun, [f"config={tmp_path}"], "sample_imagenet")
     assert not capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- resuming
+def test_options_that_a_resume_compares_are_those_that_decide_the_weights():
+    kept = lasting(load(GeneratorRun, [B]))
+    assert kept["model.generator.hidden_size"] == 768 and kept["training.numerics"] == "auto"
+    free = ("experiment.", "dataset.", "model.vq_model.", "model.generator.guidance_scale",
+            "model.generator.use_checkpoint", "training.per_gpu_batch_size", "training.compile",
+            "training.enable_wandb", "training.enable_tf32")  # fmt: skip
+    assert not [name for name in kept if name.startswith(free)]
+    kept = lasting(load(TokenizerRun, [STAGE1]))
+    assert kept["phases[2].gan_weight"] == 0.005 and "model.vq_model.token_size" in kept
+    assert "dataset.params.resize" in kept and "dataset.params.train_dir" not in kept
 
 
 # ---------------------------------------------------------------------- files

@@ -276,8 +276,8 @@ REFUSED = [
     (G, "experiment.output_dir=.", "experiment.output_dir"),
     (G, "experiment.output_dir=a/..", "experiment.output_dir"),
     (G, "experiment.output_dir=~nobody-has-this-name/run", "experiment.output_dir"),
-    (G, "experiment.evaluate=False", "experiment.evaluate"),
-    (G, "experiment.evaluate=None", "experiment.evaluate"),
+    (G, "experiment.fid_reference=False", "experiment.fid_reference"),
+    (G, "experiment.fid_reference=None", "experiment.fid_reference"),
     # what does not fit together
     (G, "model.generator.image_seq_len=272", "model.generator.image_seq_len"),
     (G, "model.generator.image_seq_len=50", "model.generator.image_seq_len"),
@@ -300,8 +300,6 @@ REFUSED = [
     (T, "experiment.stage1_checkpoint=run", "experiment.stage1_checkpoint"),
     (T, "model.decoder_init=scratch", "model.decoder_init"),
     (T, "model.critic_init=stage1", "model.critic_init"),
-    (T, "phases=[{steps: 1, shape: linear}]", "phases[0].shape"),
-    (T, "phases=[{steps: 1, shape: constant, end_lr: 0.1}]", "phases[0].shape"),
 ]
 
 

@@ -13,9 +13,7 @@ from tests.golden.fill import images
 
 @pytest.fixture
 def tokenizer(fill):
-    return fill(
-        Tokenizer(TokenizerConfig(encoder_layers=2, exact_attention=False), with_decoder=False)
-    )
+    return fill(Tokenizer(TokenizerConfig(encoder_layers=2), with_decoder=False))
 
 
 def small():
@@ -64,10 +62,7 @@ def test_bf16_codes_are_mostly_those_of_fp32_and_leave_the_next_fp32_exact(token
 
 
 def test_bf16_codes_of_a_fitted_codebook_agree_to_nine_tenths(fill):
-    """Of a codebook fitted to the encoder's latents, as a trained one is; not of random vectors.
-
-    Under autocast as in training on images (`dataset.params.encoder_precision=autocast`).
-    """
+    """Of a codebook fitted to the encoder's latents, as a trained one is; not of random vectors."""
     sizes = dict(image_size=64, encoder_width=128, encoder_layers=4, encoder_heads=4)
     tokenizer = fill(Tokenizer(TokenizerConfig(codebook_size=256, **sizes), with_decoder=False))
     with torch.no_grad():

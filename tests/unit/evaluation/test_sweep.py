@@ -33,7 +33,7 @@ def jobs(tmp_path, monkeypatch):
         def fill(self):
             sampled.append(self.job)
             self.output.mkdir(parents=True)
-            shift = self.job.sampling.guidance_scale * 10 + self.job.sampling.guidance_power
+            shift = self.job.sampling.guidance_scale * 10 + self.job.sampling.guidance_scale_pow
             np.savez(self.images_file, (noise[: self.count] + shift).astype(np.uint8))
             return self.images_file
 
@@ -52,7 +52,7 @@ GRID = ["--scales=2,0.5", "--powers=1,3"]
 def test_every_cell_is_sampled_scored_and_shown(jobs, tmp_path, capsys):
     sweep.main([*ARGUMENTS, *GRID])
     assert [job.sampling.guidance_scale for job in jobs.sampled] == [2.0, 2.0, 0.5, 0.5]
-    assert [job.sampling.guidance_power for job in jobs.sampled] == [1.0, 3.0] * 2
+    assert [job.sampling.guidance_scale_pow for job in jobs.sampled] == [1.0, 3.0] * 2
     assert {job.count for job in jobs.sampled} == {16}
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines() if " / " in line][1:]

@@ -112,7 +112,9 @@ def test_greedy_generation(golden, generator, scale, power):
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("scale, power", [(16, 1.8), (6, 0.7), (0, 1)])
 def test_greedy_generation_by_the_engine(golden, generator, scale, power, streams):
-    engine = Engine(generator, 2, Sampling(scale, power, temperature=1e-5), streams=streams)
+    engine = Engine(
+        generator, 2, Sampling(scale, power, randomize_temperature=1e-5), streams=streams
+    )
     codes = engine.sample(torch.tensor([3, 977]), torch.full((2, 273), 0.5))
     assert (codes.numpy() == golden("generator_small.npz")[f"greedy_{scale}_{power}"]).all()
 
@@ -120,7 +122,7 @@ def test_greedy_generation_by_the_engine(golden, generator, scale, power, stream
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="compiling for a CPU needs a C++ compiler")
 def test_greedy_generation_by_the_compiled_engine(golden, generator):
-    engine = Engine(generator, 2, Sampling(16, 1.8, temperature=1e-5), compiled=True)
+    engine = Engine(generator, 2, Sampling(16, 1.8, randomize_temperature=1e-5), compiled=True)
     assert engine.compiled
     codes = engine.sample(torch.tensor([3, 977]), torch.full((2, 273), 0.5))
     assert (codes.numpy() == golden("generator_small.npz")["greedy_16_1.8"]).all()
@@ -132,7 +134,7 @@ def test_greedy_generation_by_the_compiled_engine(golden, generator):
 def test_greedy_generation_by_the_engine_on_cuda(
     golden, generator, scale, power, compiled, streams
 ):
-    sampling = Sampling(scale, power, temperature=1e-5)
+    sampling = Sampling(scale, power, randomize_temperature=1e-5)
     engine = Engine(generator.cuda(), 2, sampling, compiled=compiled, streams=streams)
     assert engine.fused and engine.compiled == compiled == (engine.graph is not None)
     codes = engine.sample(torch.tensor([3, 977]), torch.full((2, 273), 0.5)).cpu().numpy()

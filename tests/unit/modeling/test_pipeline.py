@@ -55,7 +55,7 @@ def test_pipeline_reads_the_sizes_and_makes_the_images_of_its_parts(made):
     generator, tokenizer, *files = made
     pipeline = Pipeline(*files, tokenizer_config=SMALL, device="cpu")
     assert pipeline.generator.config == TINY
-    images = pipeline([2, 0], seed=5, guidance_scale=4.0, guidance_power=1.5)
+    images = pipeline([2, 0], seed=5, guidance_scale=4.0, guidance_scale_pow=1.5)
     uniforms = image_uniforms(5, range(2), 7)
     codes = sample_codes(generator, torch.tensor([2, 0]), uniforms, Sampling(4.0, 1.5))
     assert torch.equal(images, decode_images(tokenizer, codes, torch.float32))
@@ -71,7 +71,7 @@ def test_pipeline_samples_codes_without_prefix_tokens(fill, tmp_path):
     write_state_dict(tokenizer.state_dict(), tmp_path / "t.pth")
     files = str(tmp_path / "g.bin"), str(tmp_path / "t.pth")
     pipeline = Pipeline(*files, tokenizer_config=small, device="cpu")
-    images = pipeline([2, 0], seed=5, guidance_scale=4.0, guidance_power=1.5)
+    images = pipeline([2, 0], seed=5, guidance_scale=4.0, guidance_scale_pow=1.5)
     uniforms = image_uniforms(5, range(2), 4)
     codes = sample_codes(generator, torch.tensor([2, 0]), uniforms, Sampling(4.0, 1.5))
     assert codes.shape == (2, 4)

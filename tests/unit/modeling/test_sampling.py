@@ -122,7 +122,9 @@ def test_scale_zero_and_one_sample_the_class_branch_alone(model, monkeypatch, sc
 @torch.no_grad()
 def test_guided_codes_are_those_of_the_formula_without_cache(model, scale, power, temperature):
     uniforms = torch.rand(5, 7)
-    codes = sample_codes(model, LABELS, uniforms, Sampling(scale, power, temperature=temperature))
+    codes = sample_codes(
+        model, LABELS, uniforms, Sampling(scale, power, randomize_temperature=temperature)
+    )
     assert torch.equal(codes, reference(model, LABELS, uniforms, scale, power, temperature))
     assert not torch.equal(codes, reference(model, LABELS, uniforms, None, power, temperature))
 
@@ -207,7 +209,7 @@ def test_other_guidance_schedules_by_hand(schedule, expected):
     "values, words",
     [
         (dict(guidance_schedule="cosine"), "power-cosine, constant or linear"),
-        (dict(temperature=0.0), "temperature=0.0"),
+        (dict(randomize_temperature=0.0), "temperature=0.0"),
         (dict(top_k=-1), "top_k=-1"),
         (dict(top_p=0.0), "top_p=0.0"),
         (dict(top_p=1.1), "top_p=1.1"),
@@ -230,7 +232,7 @@ def engine_codes(model, labels, uniforms, batch=5, **given):
 def test_engine_draws_what_the_formula_without_cache_does(model, scale, streams):
     uniforms = torch.rand(5, 7)
     codes = engine_codes(
-        model, LABELS, uniforms, guidance_scale=scale, guidance_power=1.5, streams=streams
+        model, LABELS, uniforms, guidance_scale=scale, guidance_scale_pow=1.5, streams=streams
     )
     expected = reference(model, LABELS, uniforms, None if scale < 2 else scale, 1.5)
     assert torch.equal(codes, expected)
@@ -247,7 +249,9 @@ def test_engine_follows_its_knobs(model):
     p /= p.sum()
     labels = torch.full((10_000,), 1)
     uniforms = torch.rand(10_000, 7, generator=torch.Generator().manual_seed(2))
-    codes = engine_codes(model, labels, uniforms, batch=10_000, temperature=0.8, top_k=6)[:, 0]
+    codes = engine_codes(model, labels, uniforms, batch=10_000, randomize_temperature=0.8, top_k=6)[
+        :, 0
+    ]
     counts = torch.bincount(codes, minlength=16)
     possible = p > 0
     assert possible.sum() == 6 and not counts[~possible].any()

@@ -74,13 +74,12 @@ def test_default_config_is_the_published_model():
     assert (published.grid, published.num_prefix_tokens, published.num_tokens) == (16, 17, 273)
     assert (published.codebook_size, published.token_size) == (4096, 32)
     assert (published.num_buffer_tokens, published.causal) == (32, False)
-    assert not published.exact_attention and published.position_init == "normal"
+    assert published.position_init == "normal"
 
 
 # ---------------------------------------------------------------------- blocks
-@pytest.mark.parametrize("exact", [False, True])
-def test_block_without_the_first_tokens_computes_what_the_whole_one_does(exact):
-    block = TokenizerBlock(16, 2, causal=False, exact=exact)
+def test_block_without_the_first_tokens_computes_what_the_whole_one_does():
+    block = TokenizerBlock(16, 2, causal=False)
     x = torch.randn(3, 9, 16, requires_grad=True)
     whole, part = block(x)[:, 4:], block(x, 4)
     torch.testing.assert_close(part, whole)
@@ -356,8 +355,7 @@ def test_without_decoder_the_codes_are_the_same(fill):
     assert model.encode(images).unique().numel() > 1
 
 
-@pytest.mark.parametrize("exact, dtype", [(True, torch.float32), (False, torch.bfloat16)])
-def test_exact_attention_runs_in_float32_whatever_the_autocast_type(monkeypatch, exact, dtype):
+def test_attention_runs_in_the_autocast_type(monkeypatch):
     seen = []
     attention = F.scaled_dot_product_attention
 
@@ -367,10 +365,10 @@ def test_exact_attention_runs_in_float32_whatever_the_autocast_type(monkeypatch,
         return out
 
     monkeypatch.setattr("modeling.tokenizer_blocks.F.scaled_dot_product_attention", spy)
-    model = Tokenizer(config(exact_attention=exact))
+    model = Tokenizer(config())
     with torch.autocast("cpu", torch.bfloat16):
         out = model(torch.rand(1, 3, 32, 32))
-    assert seen == [{dtype}] * 4  # two layers each
+    assert seen == [{torch.bfloat16}] * 4  # two layers each
     assert out.images.dtype == out.latents.dtype == torch.float32
 
 
@@ -472,19 +470,3 @@ def test_recomputing_gives_the_same_gradients_from_fewer_kept_tensors():
         kept.append(sum(sizes))
     torch.testing.assert_close(results[0], results[1])
     assert kept[1] < kept[0]
-
-
-@pytest.mark.parametrize("exact, kind", [(True, torch.float32), (False, torch.bfloat16)])
-def test_attention_runs_in_float32_or_in_the_autocast_type(monkeypatch, exact, kind):
-    seen = set()
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def watched(q, k, v, **options):
-        seen.update((q.dtype, k.dtype, v.dtype))
-        return original(q, k, v, **options)
-
-    monkeypatch.setattr("modeling.tokenizer_blocks.F.scaled_dot_product_attention", watched)
-    model = small(exact_attention=exact)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(torch.rand(1, 3, 16, 16))
-    assert seen == {kind} and out.images.dtype == torch.float32

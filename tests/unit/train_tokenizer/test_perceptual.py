@@ -1,21 +1,13 @@
-import copy
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_sample_image
 from torch import nn
 from torchvision.models import ConvNeXt_Small_Weights, convnext_small
-from torchvision.transforms.functional import gaussian_blur
 
-from evaluation.lpips import LPIPS
 from runtime.errors import InputError
-from tests.unit.evaluation.test_real_network import EfficientNet
 from train_tokenizer.perceptual import (
     CONVNEXT_FILE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ConvNeXtLogits,
 )
 
@@ -76,50 +68,6 @@ def test_convnext_distance_is_the_mean_square_of_the_logits_difference(convnext)
         expected = (convnext(images) - convnext(targets)).square().mean()
         torch.testing.assert_close(convnext.distance(images, targets), expected)
     assert expected > 0
-
-
-class RealNetwork(nn.Module):
-    """A network with ImageNet's weights in the place of ConvNeXt-S."""
-
-    def __init__(self):
-        super().__init__()
-        self.network = EfficientNet().network.requires_grad_(False)
-
-    def forward(self, images):
-        for name, values in (("std", IMAGENET_STD), ("mean", IMAGENET_MEAN)):
-            values = torch.tensor(values).view(3, 1, 1)
-            images = images * values if name == "std" else images + values
-        return self.network((images - 0.5) / 0.5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["convnext", "lpips"])
-def test_bfloat16_moves_a_loss_of_real_photos_by_a_few_per_cent(convnext, kind):
-    """Of blurred and of noisy photos. The gradient in the pixels moves further, but keeps its way."""
-    network, size = LPIPS(None), 48  # torch's own bfloat16 convolutions, without AVX-512, are slow
-    if kind == "convnext":
-        network, size = copy.copy(convnext), 224
-        network._modules = {**convnext._modules, "network": RealNetwork()}
-    photos = torch.stack(
-        [
-            torch.from_numpy(load_sample_image(name)).permute(2, 0, 1)[:, 100:][..., 200:] / 255
-            for name in ("flower.jpg", "china.jpg")
-        ]
-    )
-    photos = photos[..., :size, :size]
-    for images in (gaussian_blur(photos, [9, 9]), (photos + 0.1 * torch.randn_like(photos)).clamp(0, 1)):  # fmt: skip
-        values, gradients = [], []
-        for bf16 in (False, True):
-            x = images.clone().requires_grad_()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = network.distance(x, photos)
-            assert loss.dtype == torch.float32
-            gradients += torch.autograd.grad(loss, x)
-            values.append(loss.item())
-        assert values[0] > 0
-        assert values[1] == pytest.approx(values[0], rel=0.06) and values[1] != values[0]
-        exact, rough = (gradient.flatten() for gradient in gradients)
-        assert F.cosine_similarity(exact, rough, 0) > 0.4
 
 
 def test_convnext_reads_224_pixels_normalised_as_torchvisions_weights_want(convnext, monkeypatch):

@@ -6,7 +6,7 @@ import torch
 import configs.load
 from configs.schema import GeneratorRun, TokenizerRun
 from runtime.errors import InputError
-from train_tokenizer.__main__ import build_discriminator
+from train_tokenizer.__main__ import build_discriminator, learning_rate
 
 
 def tokenizer_preset(name, *options):
@@ -17,23 +17,36 @@ def tokenizer_preset(name, *options):
 def test_published_stage1():
     run = tokenizer_preset("tokenizer_stage1")
     assert run.model.vq_model.position_init == "normal"
-    assert not run.model.vq_model.exact_attention
     assert run.model.cluster_in_critic_steps
     params = run.optimizer.params
-    assert (params.warmup_steps, params.count_from, params.critic_learning_rate) == (
-        10_000,
-        0,
-        1e-4,
-    )
+    assert (params.warmup_steps, params.count_from) == (10_000, 0)
     assert (run.losses.critic_weight, run.training.max_grad_norm) == (0.1, 0)
 
 
 def test_published_stage2():
     run = tokenizer_preset("tokenizer_stage2")
     assert (run.model.decoder_init, run.model.critic_init) == ("stage1", "stage1")
-    params = run.optimizer.params
-    assert (params.warmup_steps, params.critic_learning_rate) == (0, 1e-4)
+    assert run.optimizer.params.warmup_steps == 0
     assert (run.losses.critic_weight, run.training.max_grad_norm) == (0.1, 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(f"tokenizer_stage{n}{size}" for n in (1, 2) for size in ("", "_512")), "finetune_decoder"],
+)
+def test_published_discriminator_follows_the_rate_of_the_phase(name):
+    run = tokenizer_preset(name)
+    assert run.optimizer.params.critic_learning_rate is None
+    steps = [phase.steps for phase in run.phases]
+    adversarial = [sum(steps[:-1]) + within for within in (1, steps[-1])]
+    first, last = (learning_rate(run, step, train_critic=True) for step in adversarial)
+    assert (first, last) == (pytest.approx(2e-5, rel=1e-3), pytest.approx(2e-6))
+
+
+def test_warm_up_is_the_tokenizers_alone():
+    run = tokenizer_preset("tokenizer_stage1")
+    rates = [learning_rate(run, 5_001, critic) for critic in (False, True)]
+    assert rates == [pytest.approx(0.5e-4), 1e-4]
 
 
 @pytest.mark.parametrize("name", ["alitok_b", "alitok_l", "alitok_xl"])
@@ -45,22 +58,6 @@ def test_published_generators(name):
 @pytest.mark.parametrize("name", ["digits_stage1", "tokenizer_v3_stage1", "tokenizer_stage1_512"])
 def test_other_presets_start_every_latent_at_its_own_patch(name):
     assert tokenizer_preset(name).model.vq_model.position_init == "own_patch"
-
-
-@pytest.mark.parametrize(
-    "preset, option, reason",
-    [
-        ("tokenizer_stage1", "model.critic_init=stage1", "stage 1 always starts from scratch"),
-        (
-            "tokenizer_stage2",
-            "model.cluster_in_critic_steps=true",
-            "needs model.vq_model.clustering=true",
-        ),
-    ],
-)
-def test_option_of_the_other_stage_is_refused(preset, option, reason):
-    with pytest.raises(InputError, match=reason):
-        tokenizer_preset(preset, option)
 
 
 def test_stage2_without_a_discriminator_of_stage1_says_what_to_set(tmp_path):

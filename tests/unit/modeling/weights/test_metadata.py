@@ -59,7 +59,7 @@ def refusal(path):
 
 # ---------------------------------------------------------------------- written and read
 def test_sizes_are_those_that_decide_what_a_model_computes():
-    training = {"clustering", "exact_attention", "position_init"}
+    training = {"clustering", "position_init"}
     assert set(SIZES[TOKENIZER]) == {f.name for f in dataclasses.fields(TokenizerConfig)} - training
     training = {"dropout", "attn_drop", "tok_dropout", "class_label_dropout", "use_checkpoint"}
     assert set(SIZES[GENERATOR]) == {f.name for f in dataclasses.fields(GeneratorConfig)} - training

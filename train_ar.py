@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import configs.load
 from configs.schema import GeneratorRun, Phase
 from data.classes import describe_classes, printable, write_trained
+from data.identity import hash_of_texts, identity_of_images
 from data.imagenet import misnumbered
 from data.images import VIEWS, TrainViews, scan_images, to_float
 from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
@@ -51,6 +52,7 @@ from training.schedule import generator_lr
 from training.utilisation import training_flops
 
 WEIGHTS = Path("weights")  # the published files that metrics need
+SAME_DATA = "the validation data equals the training data, so it shows no overfitting"
 GRID_CLASSES, GRID_PER_CLASS = 10, 4  # of a sample grid
 PROBED = 16  # images of a cache whose codes are read before the first step
 
@@ -68,6 +70,7 @@ class TrainingSet:
     labels: np.ndarray  # (images,)
     classes: list[str]  # names; a label is an index into them
     skip_unreadable: Optional[int]  # None for codes
+    identity: dict[str, str]  # of the source's images or codes
     left_out: str = ""  # what else the source holds, in words
 
     @property
@@ -91,7 +94,10 @@ class GeneratorData:
     def identity(self) -> dict[str, Any]:
         """What must be the same when the run resumes."""
         train = self.train
-        return {"images": train.images, "views": train.views, "tokenizer": self.tokenizer_hash}
+        return {
+            "images": train.images, "views": train.views, "tokenizer": self.tokenizer_hash,
+            "classes": hash_of_texts(train.classes), **train.identity,
+        }  # fmt: skip
 
 
 def open_data(
@@ -163,7 +169,7 @@ def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
     return sampled(
         TrainingSet(
             source, dataset, store.images, store.images, store.views, store.labels, store.classes,
-            skip_unreadable=None,
+            skip_unreadable=None, identity=on_main(store.identity),
         ),
         options,
     )  # fmt: skip
@@ -180,7 +186,8 @@ def train_on_images(
     return sampled(
         TrainingSet(
             folder, dataset, len(labels), len(labels), VIEWS["ten_crop"], labels, listing.classes,
-            options.dataset.params.skip_unreadable, listing.describe_left_out(),
+            options.dataset.params.skip_unreadable,
+            on_main(lambda: identity_of_images(listing.paths)), listing.describe_left_out(),
         ),
         options,
     )  # fmt: skip
@@ -331,6 +338,10 @@ def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
     samples = run.total_steps * run.global_batch
     epochs = samples / data.train.images
     describe_data(run, state, data.train)
+    if data.validation is not None and on_main(data.validation.identity) == data.train.identity:
+        run.log.say(
+            f"warning: {printable(run.options.dataset.params.val_pretokenization)}: {SAME_DATA}"
+        )
     if state.start:
         run.log.say(state.start)
     run.log.say(

@@ -59,6 +59,8 @@ class Written(NamedTuple):
 def load(schema: type[T], argv: list[str], program: str = "") -> T:
     """Options of one program: schema defaults, then `config=FILE`, then `section.option=value` …
 
+    The config in a run's folder means the run in this folder, wherever it was when it was written.
+
     `--help` prints them all and ends the program. The `places` of the options say which were set, and
     where. Raises InputError for a missing file, a misspelt option (with the nearest name), a value of
     the wrong type or out of its range, an option of another program on the command line, or a
@@ -80,6 +82,8 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
     if len(files) != 1:
         raise InputError("set one config=FILE, for example config=configs/alitok_b.yaml")
     path, written = read_file(schema, files[0])
+    if path.name == "config.yaml" and is_run(path.parent):  # it may have moved since
+        written["experiment.output_dir"] = Written(str(path.parent), str(path))
     for key, text in pairs:
         if key != "config":
             for name, value in read_argument(schema, key, text):
@@ -98,6 +102,11 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
         for warning in warnings:
             print(f"warning: {path}: {warning}", file=sys.stderr)
     return options
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a training run's: such a folder is locked, or holds checkpoints."""
+    return (folder / ".lock").is_file() or (folder / "checkpoints").is_dir()
 
 
 def tokenizer_config(path: str | Path | None, **known: Any) -> TokenizerConfig:

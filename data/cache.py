@@ -59,6 +59,10 @@ class TokenCache(ABC):
     codebook_size: int | None
 
     @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """Short hashes of the cache's content, without its classes."""
+
+    @abstractmethod
     def codes(self, image: int, view: int) -> np.ndarray:
         """Codes (T,), int64, of one view. Raises InputError for codes beyond the codebook."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.cache import MANIFEST, TokenCache, read_manifest, write_manifest
+from data.identity import identity_of_images
 from data.walk import walk
 from runtime.errors import InputError
 from runtime.files import sync_file, sync_folder
@@ -69,6 +70,9 @@ class NpzStore(TokenCache):
                 f"the cache again"
             )
         return names
+
+    def identity(self) -> dict[str, str]:
+        return identity_of_images(self._files)
 
     def _read(self, image: int) -> np.ndarray:
         """All codes of an image: (V, T)."""

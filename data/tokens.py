@@ -50,6 +50,7 @@ from torch.utils.data import Dataset
 
 from data.cache import MANIFEST, TokenCache, fingerprint, read_manifest
 from data.classes import describe_classes
+from data.identity import hash_of_texts
 from data.imagenet import misnumbered
 from data.npz import NpzStore
 from data.order import EpochDraws
@@ -131,6 +132,9 @@ class TokenStore(TokenCache):
         codes = self._shards[shard][row, view]
         self.check_codes(codes, f"image {image}")
         return codes.astype(np.int64)
+
+    def identity(self) -> dict[str, str]:
+        return {"codes": hash_of_texts(file["sha256"] for file in self.manifest["files"])}
 
     def paths(self, count: int) -> list[str]:
         # Names that are not UTF-8 keep their bytes; only \n ends a line.

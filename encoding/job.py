@@ -5,7 +5,6 @@ cache do not depend on the number of processes or on interruptions.
 """
 
 import dataclasses
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from data.cache import MANIFEST
 from data.classes import first_names
+from data.identity import hash_of_texts, short_hash, sizes_and_times
 from data.images import (
     VIEWS,
     ImageListing,
@@ -37,7 +37,6 @@ from data.images import (
 )
 from data.loader import on_device
 from data.npz import write_npz_files, write_npz_manifest
-from data.tars import TarPath
 from data.tokens import open_tokens
 from data.writer import write_packed_store
 from encoding.encoder import encode
@@ -49,7 +48,6 @@ from runtime.processes import on_main
 
 BATCHES_PER_PART = 16  # what a killed run loses at most, per process
 COMPARED_BATCHES = 2  # encoded in float32 too, where another type is chosen
-STATS = 16  # threads that ask for sizes and times: a network's file system answers late
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +185,7 @@ def encode_folder(
         "dtype": plan.dtype,
         "batch_size": plan.batch_size,
         "listed_images": len(paths),
-        "listing": short_hash("\n".join(paths).encode(errors="surrogateescape")),
+        "listing": hash_of_texts(paths),
         "image_sizes": short_hash(sizes.tobytes()),
     }
     work = WorkFolder(images, plan, settings, times, cache)
@@ -259,28 +257,6 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
             f"published one does: turn the files if they lie on their side"
         )
     print(f"wrote {work.cache}: {len(kept)} images x {views} views, {plan.crops}, {plan.dtype}")
-
-
-def short_hash(content: bytes) -> str:
-    """16 hex digits."""
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def sizes_and_times(paths: Sequence[ImagePath]) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes and seconds of the last change of every image: (N,), int64; -1 for missing files."""
-
-    def of(path: ImagePath) -> tuple[int, int]:
-        if isinstance(path, TarPath):
-            return int(path.tar.sizes[path.number]), path.tar.stamp[1] // 10**9
-        try:
-            status = os.stat(path)
-        except OSError:  # a link to nothing: unreadable, but the job says so
-            return -1, -1
-        return status.st_size, int(status.st_mtime)  # not all file systems keep fractions
-
-    with ThreadPoolExecutor(STATS) as pool:
-        found = np.array(list(pool.map(of, paths)), np.int64).reshape(-1, 2)
-    return found[:, 0], found[:, 1]
 
 
 def preprocessing(kind: str, size: int) -> str:

@@ -64,7 +64,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
         report(f"error: {one_line(message)}")
         leave(2)
     except KeyboardInterrupt:
-        report("stopped; the same command resumes from what is saved")
+        report("stopped; finished work is kept")
         leave(130)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 SAVED_AND_STOPPED = 75  # exit status: the same command resumes (sysexits' EX_TEMPFAIL)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 PATIENCE = 3.0  # seconds
 
 
@@ -27,15 +27,30 @@ class StopRequest:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.at is None:
             self.at = time.monotonic()
-        elif time.monotonic() - self.at > PATIENCE:
+        elif time.monotonic() - self.at > patience(number):
             os._exit(128 + number)
 
 
-class StopSignal:
-    """SIGTERM or SIGUSR1 to any rank asks all of them to stop; a second one exits at once.
+def patience(number: int) -> float:
+    """Seconds within which a further signal is the first one again, passed on by a launcher."""
+    alone = "TORCHELASTIC_RUN_ID" not in os.environ
+    return 0.0 if alone and number == signal.SIGINT else PATIENCE
 
-    One request may arrive twice: from the scheduler that signals all processes, and from torchrun,
-    which passes it on. So a signal counts as a second one only `PATIENCE` seconds after the first.
+
+def listen(request: StopRequest) -> None:
+    """Let every stop signal make the request, but for those that are ignored (nohup)."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, request)
+
+
+class StopSignal:
+    """SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP to any rank asks all of them to stop; a second signal
+    exits at once.
+
+    One request may arrive twice: from the scheduler or terminal that signals all processes, and from
+    torchrun, which passes it on. So a signal counts as a second one only `PATIENCE` seconds after the
+    first; a second Ctrl-C without torchrun counts at once.
     `agreed` goes through the store at which the ranks met: it waits for no device, needs no second
     network beside NCCL's, and waits for a rank that does not answer no longer than `timeout`.
     """
@@ -47,8 +62,7 @@ class StopSignal:
             self.store = distributed_c10d.PrefixStore("stop", distributed_c10d._get_default_store())
             self.store.set_timeout(timeout)
         self.rounds = 0
-        for number in STOP_SIGNALS:
-            signal.signal(number, self.request)
+        listen(self.request)
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; every rank gets the same answer."""
@@ -71,6 +85,4 @@ def outlive_first_signal(worker: int) -> None:
     torchrun signals a whole process group, workers included, and by default they would die of it.
     With this they end when their rank tells them to, or has ended itself.
     """
-    request = StopRequest()
-    for number in STOP_SIGNALS:
-        signal.signal(number, request)
+    listen(StopRequest())

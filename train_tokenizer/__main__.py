@@ -22,6 +22,7 @@ import configs.load
 from configs.load import UNSEEN_SIZES
 from configs.schema import ImageDataParams, Phase, TokenizerRun
 from data.classes import printable
+from data.identity import identity_of_images
 from data.images import (
     ImagePath,
     TrainImages,
@@ -85,13 +86,14 @@ class TokenizerData:
     paths: list[ImagePath]
     source: str  # what they are of, in words
     whole: bool  # whether that is all of them
+    identity_of_all: dict[str, str]  # of all that is there
     dataset: TrainImages
     validation: list[ImagePath]  # paths of held-out images; may be empty
     evaluator: Optional[Evaluator]  # for rFID
 
     def identity(self) -> dict[str, Any]:
         """What must be the same when the run resumes."""
-        return {"images": len(self.paths)}
+        return {"images": len(self.paths), **self.identity_of_all}
 
 
 def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> TokenizerData:
@@ -120,7 +122,8 @@ def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> Tok
     )
     dataset = TrainImages(paths, size, resize, params.random_flip, options.training.seed)
     whole = len(paths) == len(listed)
-    return TokenizerData(paths, source, whole, dataset, validation, evaluator)
+    identity = on_main(lambda: identity_of_images(listed))
+    return TokenizerData(paths, source, whole, identity, dataset, validation, evaluator)
 
 
 def list_training(
@@ -454,6 +457,13 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
     log.say(f"{printable(options.dataset.params.train_dir)}: {sample}{data.source}")
     if sample:
         log.say(f"warning: experiment.max_train_examples={len(data.paths)} leaves images out")
+    if data.validation and on_main(
+        lambda: identity_of_images(data.validation) == data.identity_of_all
+    ):
+        log.say(
+            f"warning: {printable(str(options.dataset.params.val_dir))}: the validation data equals the "
+            f"training data, so it shows no overfitting"
+        )
     if state.start:
         log.say(state.start)
     trained = sum(p.numel() for p in state.tokenizer.parameters() if p.requires_grad)

@@ -56,12 +56,12 @@ def check_same_run(
     changed = differing(earlier, now)
     if changed and not fork:
         raise InputError(
-            f"{source} belongs to a run with other options: {changed}; restore those"
+            f"{source} belongs to a run with other options or data: {changed}; restore those"
             f"{batch_remedy(earlier, now, ranks)}, or start "
             f"another run from it with another experiment.output_dir and "
             f"experiment.resume={source}"
         )
-    return [f"resumes from {source} with other options: {changed}"] * bool(changed)
+    return [f"resumes from {source} with other options or data: {changed}"] * bool(changed)
 
 
 def batch_remedy(earlier: dict[str, Any], now: dict[str, Any], ranks: int) -> str:

@@ -29,9 +29,12 @@ def files(folder):
 
 # ---------------------------------------------------------------------- signals and locks
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINERS)
-def test_asked_by_sigusr1_it_saves_the_step_and_meanwhile_keeps_others_out(
-    workspace, warm, tmp_path, name
+@pytest.mark.parametrize(
+    "name, number",
+    [("stage1", signal.SIGUSR1), ("generator", signal.SIGINT), ("generator", signal.SIGHUP)],
+)
+def test_asked_by_a_signal_it_saves_the_step_and_meanwhile_keeps_others_out(
+    workspace, warm, tmp_path, name, number
 ):
     program, options = trainer(workspace, name, steps=100_000)
     options += ["experiment.log_every=1", "experiment.save_every=0"]
@@ -39,7 +42,7 @@ def test_asked_by_sigusr1_it_saves_the_step_and_meanwhile_keeps_others_out(
     run = warm.start(program, *options)
     assert wait_for(lambda: len(logged(tmp_path / "run")) >= 5, run), run.output()
     assert f"{tmp_path}/run is in use by another run" in warm.refused(program, *options)
-    run.signal(signal.SIGUSR1)
+    run.signal(number, group=True)
     assert run.end() == SAVED_AND_STOPPED and "asked to stop: saved step" in run.output()
     assert steps(tmp_path / "run") == [logged(tmp_path / "run")[-1]["step"]]
 

@@ -257,6 +257,22 @@ def test_unreadable_training_images_are_replaced_and_listed(workspace, train, tm
     assert losses(tmp_path / "run") == whole
 
 
+def test_other_images_of_the_same_number_are_refused_and_equal_held_out_ones_warned_of(
+    workspace, train, tmp_path
+):
+    short = ["phases=[{steps: 1, learning_rate: 1e-3}]", f"dataset.params.val_dir={tmp_path}/train"]
+    shutil.copytree(workspace.root / "train", tmp_path / "train")
+    said = train(1, tmp_path / "run", *short)
+    assert f"warning: {tmp_path}/train: the validation data equals the training data" in said
+    changed = sorted((tmp_path / "train").rglob("*.png"))[3]
+    changed.write_bytes(sorted((workspace.root / "train").rglob("*.png"))[0].read_bytes() + b"x")
+    other = f"dataset.params.train_dir={tmp_path}/train"
+    message = refusal(train, 1, tmp_path / "run", *short, other)
+    assert "with other options or data: image sizes (" in message and "names" not in message
+    said = train(1, tmp_path / "fork", *short, other, f"experiment.resume={tmp_path}/run")
+    assert "warning: resumes from" in said and "image sizes (" in said
+
+
 def test_fewer_examples_are_of_all_classes(workspace, train, tmp_path):
     few = ["experiment.max_train_examples=6", "phases=[{steps: 1, learning_rate: 1e-3}]"]
     said = train(1, tmp_path, *few)

@@ -200,7 +200,7 @@ def test_header_names_the_classes_and_warns_of_missing_ones(train, cache, tmp_pa
     train("training.max_train_steps=1")
     said = capsys.readouterr().out
     assert f"{cache}: 24 images, 3 classes of 3 configured (a, b, c)" in said
-    assert "warning" not in said
+    assert said.count("warning") == 1 and "validation data equals the training data" in said
     train("training.max_train_steps=1", "model.generator.condition_num_classes=10", run="ten")
     said = capsys.readouterr().out
     assert "3 classes of 10 configured" in said
@@ -535,6 +535,45 @@ def test_resume_with_another_batch_or_data_is_refused(train):
         train("training.max_train_steps=2", "training.gradient_accumulation_steps=1")
     with pytest.raises(InputError, match=r"images \(24 there, 16 now\)"):
         train("training.max_train_steps=2", "experiment.max_train_examples=16")
+
+
+def test_resume_on_other_data_of_the_same_size_is_refused_and_a_fork_is_warned(
+    train, tmp_path, capsys
+):
+    caches = [
+        ("codes", write_cache(tmp_path / "codes", ["a", "b", "c"], seed=8)),
+        ("classes", write_cache(tmp_path / "classes", ["a", "b", "d"])),
+    ]
+    train("training.max_train_steps=2")
+    before = (tmp_path / "run/classes.json").read_bytes()
+    for name, cache in caches:
+        other = f"dataset.params.pretokenization={cache}"
+        other = [other, "dataset.params.val_pretokenization=null", "training.max_train_steps=2"]
+        with pytest.raises(InputError, match=rf"other options or data: .*{name} \("):
+            train(*other)
+        assert (tmp_path / "run/classes.json").read_bytes() == before
+        capsys.readouterr()
+        train(*other, f"experiment.resume={tmp_path}/run", run=f"fork_{name}")
+        said = capsys.readouterr().out
+        assert re.search(rf"warning: resumes from .* or data: .*{name} \(", said)
+        assert "equals the training data" not in said
+
+
+def test_a_moved_run_resumes_where_it_lies(train, tmp_path, monkeypatch):
+    whole = train("training.max_train_steps=4", "experiment.save_every=2", run="whole")
+    train("training.max_train_steps=4", "experiment.save_every=2")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "run").rename(tmp_path / "there/moved")
+    monkeypatch.chdir(tmp_path / "there")
+    train_ar.main(["config=moved"])
+    lines = (tmp_path / "there/moved/metrics.jsonl").read_text().splitlines()
+    assert without_clock(map(json.loads, lines)) == without_clock(whole)
+    assert not (tmp_path / "run").exists()
+    # Another place on the command line is another run.
+    train_ar.main(["config=moved/config.yaml", "experiment.output_dir=other"])
+    lines = (tmp_path / "there/other/metrics.jsonl").read_text().splitlines()
+    assert without_clock(map(json.loads, lines)) == without_clock(whole)
 
 
 def test_resume_goes_on_where_the_weights_are_not_concerned(train):

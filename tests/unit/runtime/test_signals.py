@@ -10,25 +10,47 @@ ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import os, signal, time
 from datetime import timedelta
+if {ignored}:
+    signal.signal(signal.{name}, signal.SIG_IGN)
 from runtime.signals import PATIENCE, StopSignal
 stop = StopSignal(timedelta(minutes=1))
 assert not stop.agreed()
 os.kill(os.getpid(), signal.{name})
-assert stop.agreed()
+assert stop.agreed() != {ignored}
 os.kill(os.getpid(), signal.{name})
 print("still here", flush=True)  # the same request, passed on by someone else
 time.sleep(PATIENCE + 0.1)
 os.kill(os.getpid(), signal.{name})
-print("never")
+print("never", flush=True)
 """
 
 
-@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGUSR1", 138)])
+def run(name, ignored=False, launcher="torchrun"):
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "1"}
+    if launcher is None:
+        del environment["TORCHELASTIC_RUN_ID"]
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(name=name, ignored=ignored)],
+        cwd=ROOT, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, status", [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130), ("SIGHUP", 129)]
+)
 def test_first_signal_asks_and_the_second_ends(name, status):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(name=name)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run(name)
     assert done.stdout == "still here\n" and done.returncode == status, done.stderr
+
+
+def test_second_ctrl_c_ends_at_once_without_a_launcher():
+    done = run("SIGINT", launcher=None)
+    assert done.stdout == "" and done.returncode == 130, done.stderr
+
+
+def test_hang_up_that_is_ignored_stays_ignored():
+    done = run("SIGHUP", ignored=True)
+    assert done.stdout == "still here\nnever\n" and done.returncode == 0, done.stderr
 
 
 RANK = """

@@ -1,0 +1,59 @@
+"""What a run works on, in short hashes: a resumed run compares them, and training with validation data."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:  # reading a cache needs no images
+    from data.images import ImagePath
+
+THREADS, CHUNK = 16, 1000  # a network's file system answers late
+
+
+def short_hash(content: bytes) -> str:
+    """16 hex digits."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def hash_of_texts(texts: Iterable[str]) -> str:
+    """`short_hash` of texts, in their order."""
+    return short_hash("\n".join(texts).encode(errors="surrogateescape"))
+
+
+def identity_of_images(paths: Sequence["ImagePath"]) -> dict[str, str]:
+    """Hashes of the names of images, without what all have in common, and of their sizes in bytes.
+
+    Moved together, images keep their identity.
+    """
+    names = list(map(str, paths))
+    start = len(os.path.commonprefix([min(names), max(names)]))  # noqa: RUF071 - of all
+    return {
+        "image names": hash_of_texts(name[start:] for name in names),
+        "image sizes": short_hash(sizes_and_times(paths)[0].tobytes()),
+    }
+
+
+def sizes_and_times(paths: Sequence["ImagePath"]) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and seconds of the last change of every image: (N,), int64; -1 for missing files."""
+
+    def of(path: "ImagePath") -> tuple[int, int]:
+        if not isinstance(path, (str, Path)):  # in a tar
+            return int(path.tar.sizes[path.number]), path.tar.stamp[1] // 10**9
+        try:
+            status = os.stat(path)
+        except OSError:  # a link to nothing: its reader says so
+            return -1, -1
+        return status.st_size, int(status.st_mtime)  # not all file systems keep fractions
+
+    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = [
+            pair for chunk in pool.map(lambda chunk: list(map(of, chunk)), chunks) for pair in chunk
+        ]
+    both = np.array(found, np.int64).reshape(-1, 2)
+    return both[:, 0].copy(), both[:, 1].copy()

@@ -44,7 +44,7 @@ from evaluation.reconstruction import (
     image_batches,
     reconstruct,
 )
-from modeling.compiling import compile_blocks
+from modeling.compiling import compile_blocks, inductor_or_eager
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
 from modeling.weights.metadata import DISCRIMINATOR, TOKENIZER, about_file, about_model
 from modeling.weights.tensors import (
@@ -394,7 +394,7 @@ class TrainState:
         compile_blocks(*stacks)
         if self.discriminator is not None:
             critic: Any = self.discriminator
-            critic.logits = torch.compile(critic.logits, dynamic=False)
+            critic.logits = torch.compile(critic.logits, dynamic=False, backend=inductor_or_eager)
 
     @property
     def averaged(self) -> Tokenizer:

@@ -1,9 +1,10 @@
 """The fused attention against PyTorch's and against a copy: `python -m benchmarks.attention`.
 
-One block's attention of one step, bf16, at the last position, by head size. GB/s count the cache once:
-keys and values up to the position. PyTorch's attention reads a cache that is written already, so that
-its time leaves out norm, rotation and writing. On a CPU the kernel runs in Triton's interpreter, at
-one row, where only its result means something.
+One block's attention of one step, by head size, type of the cache and position, with the engine's
+shape of a program and the other one (`fused_attention.WIDE`). GB/s count keys and values up to the
+position once. PyTorch's attention reads a cache that is written already, so that its time leaves out
+norm, rotation and writing. On a CPU the kernel runs in Triton's interpreter, at one row, where only
+its result means something.
 """
 
 import argparse
@@ -14,10 +15,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import machine
-from modeling.decode_attention import empty_cache, plain_attention
+from benchmarks.common import copy_rate, machine
+from modeling.decode_attention import empty_cache, filled, plain_attention, quantize
 
-HEADS, POSITIONS = 16, 273
+HEADS, CODES = 16, 273
 
 
 def milliseconds(work: Callable[[], object], calls: int = 20, rounds: int = 5) -> float:
@@ -40,29 +41,46 @@ def milliseconds(work: Callable[[], object], calls: int = 20, rounds: int = 5) -
     return statistics.median(times)
 
 
-def measure(size: int, rows: int, device: torch.device, copied: float) -> None:
-    from modeling.fused_attention import fused_attention
+def measure(size: int, int8: bool, positions: list[int], rows: int, device: torch.device) -> None:
+    from modeling.fused_attention import SHAPE, WIDE, fused_attention
 
     torch.manual_seed(0)
-    last = POSITIONS - 1
-    cache = empty_cache(rows, HEADS, POSITIONS, size, torch.bfloat16, device)
-    cache.k.normal_()
-    cache.v.normal_()
+    stored = torch.int8 if int8 else torch.bfloat16
+    cache = empty_cache(rows, HEADS, CODES, size, stored, device)
+    for values, scales in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+        if scales is None:
+            values.normal_()
+        else:
+            for row in range(rows):  # the float32 states of all rows would be large
+                values[row], scales[row] = quantize(
+                    torch.randn_like(values[row], dtype=torch.float32)
+                )
     qkv = torch.randn(rows, 3 * HEADS * size, device=device).bfloat16()
     qk_norm = torch.rand(2, 1, size, device=device) + 0.5
-    angles = torch.randn(POSITIONS, size, device=device)
+    angles = torch.randn(CODES, size, device=device)
     turns = torch.stack([angles.cos(), angles.sin()], 1)
-    position = torch.tensor([last], device=device)
-    fused = fused_attention(qkv, qk_norm, turns, position, cache).float()
-    plain = plain_attention(qkv, qk_norm, turns, last, cache).float()
-    error = ((fused - plain).abs() / (1 + plain.abs())).max().item()
-    line = f"head size {size}: rows {rows}, largest difference {error:.4f}"
+    error, rates = 0.0, {SHAPE: [], WIDE[int8]: []}
+    last = positions[-1]
+    for p in positions:
+        position = torch.tensor([p], device=device)
+        plain = plain_attention(qkv, qk_norm, turns, p, cache).float()
+        for shape in rates:
+            work = lambda: fused_attention(qkv, qk_norm, turns, position, cache, shape)  # noqa: B023, E731
+            off = (work().float() - plain).abs() / (1 + plain.abs())
+            error = max(error, off.max().item())
+            if device.type == "cuda":  # bytes / ms / 1e6 are GB/s
+                moved = 2 * rows * HEADS * p * size * cache.k.element_size()
+                rates[shape].append(f"{moved / milliseconds(work) / 1e6:.0f}")
+    line = f"head size {size}, {'int8' if int8 else 'bf16'} cache: rows {rows}, largest difference {error:.4f}"
     if device.type == "cuda":
-        q = torch.randn(rows, HEADS, 1, size, device=device).bfloat16()
-        moved = 2 * cache.k.numel() * cache.k.element_size() / 1e6  # MB, and MB / ms is GB/s
-        ours = moved / milliseconds(lambda: fused_attention(qkv, qk_norm, turns, position, cache))
-        sdpa = moved / milliseconds(lambda: F.scaled_dot_product_attention(q, cache.k, cache.v))
-        line += f", fused {ours:.0f} GB/s, PyTorch {sdpa:.0f} GB/s, copy {copied:.0f} GB/s"
+        ours = ", ".join(f"{warps} warps {' '.join(rates[block, warps])}" for block, warps in rates)
+        line += f"; GB/s at {' '.join(map(str, positions))}: {ours}"
+        if not int8:
+            q = torch.randn(rows, HEADS, 1, size, device=device).bfloat16()
+            K, V = filled(cache, last)
+            spent = milliseconds(lambda: F.scaled_dot_product_attention(q, K, V))
+            line += f"; PyTorch at {last} {4 * rows * HEADS * last * size / spent / 1e6:.0f}"
+        line += f"; copy {copy_rate(device) / 1e9:.0f}"
     print(line, flush=True)
 
 
@@ -71,18 +89,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=512 if cuda else 1, help="images x branches")
     parser.add_argument("--head-sizes", type=int, nargs="+", default=[48, 64, 80])
+    parser.add_argument(
+        "--positions", type=int, nargs="+", default=[16, 64, 137, 272] if cuda else [17]
+    )
     args = parser.parse_args()
     if not cuda:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is loaded
     device = torch.device("cuda" if cuda else "cpu")
     print(machine())
-    copied = 0.0
-    if cuda:
-        source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        copied = 2 * source.numel() / 1e6 / milliseconds(lambda: target.copy_(source))
     for size in args.head_sizes:
-        measure(size, args.rows, device, copied)
+        for int8 in (False, True):
+            measure(size, int8, args.positions, args.rows, device)
 
 
 if __name__ == "__main__":

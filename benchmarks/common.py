@@ -1,6 +1,9 @@
-"""What every benchmark prints first: the machine and the software."""
+"""What benchmarks share: the machine by name, and what it does at best."""
 
 import platform
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,3 +27,49 @@ def processor() -> str:
         if line.startswith("model name")
     ]
     return names[0] if names else platform.machine()
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s of a large copy, read and written, measured now: the median of nine."""
+    source = torch.empty(
+        1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device
+    )
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_seconds(lambda: target.copy_(source))
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large product of square matrices, measured now: the median of nine."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / median_seconds(lambda: a @ b)
+
+
+def median_seconds(work: Callable[[], object], times: int = 9) -> float:
+    """Of one call, by the wall clock; the first, which warms up, does not count."""
+    found = []
+    for _ in range(times + 1):
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[1:])
+
+
+def profile(work: Callable[[], object], rows: int = 20) -> None:
+    """Print the GPU's time of one call by kernel."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        work()
+        torch.cuda.synchronize()
+    print(profiler.key_averages().table("self_device_time_total", rows, max_name_column_width=70))
+
+
+if __name__ == "__main__":
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(machine())
+    print(
+        f"copy {copy_rate(here) / 1e9:.0f} GB/s, product "
+        f"{product_rate(here, torch.bfloat16) / 1e12:.2f} TFLOP/s"
+    )

@@ -1,8 +1,9 @@
 """Generator training against the plain way: `python -m benchmarks.generator_training [b l xl small]`.
 
-Both train the same model on the same random codes, in turn, in one process. Plain is what the
-published code does: eager, a dense float mask, AdamW that is not fused. On CUDA the presets run at
-their published batch a GPU, in bf16; on a CPU a small model in float32.
+Both train the same model on the same random codes in one process: ours first, then the plain way, then
+both in turn for their ratio. Plain is what the published code does: eager, a dense float mask, AdamW
+that is not fused. On CUDA the published sizes run at their batch a GPU, in bf16; on a CPU a small model
+in float32. All parameters decay, which costs the same.
 """
 
 import argparse
@@ -10,28 +11,29 @@ import copy
 import statistics
 import time
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import configs.load
-from benchmarks.common import machine
-from configs.schema import GeneratorRun, OptimizerParams
+from benchmarks.common import machine, profile
+from benchmarks.sampling import SIZES
 from modeling.compiling import compile_training
 from modeling.generator import Attention, Generator, GeneratorConfig, SwiGLU
-from train_ar import parameter_groups
 from training.optim import FiniteGuard, adamw, set_learning_rate
 from training.utilisation import peak_flops, training_flops
 
-PUBLISHED = {"b": (16, 500_000), "l": (32, 500_000), "xl": (64, 250_000)}  # GPUs, steps
+# GPUs, steps, images per GPU
+PUBLISHED = {"b": (16, 500_000, 128), "l": (32, 500_000, 64), "xl": (64, 250_000, 32)}
 SMALL = GeneratorConfig(
     hidden_size=128, num_hidden_layers=6, num_attention_heads=4, codebook_size=256,
     image_seq_len=73, condition_num_classes=10,
 )  # fmt: skip
-OPTIMIZER = OptimizerParams()
+OPTIMIZER = SimpleNamespace(beta1=0.9, beta2=0.96, weight_decay=0.03)
 
 
 def plain_attention(self: Attention, x: Tensor, table: Tensor, cache: None = None) -> Tensor:
@@ -68,11 +70,11 @@ class Way:
             for block in blocks:
                 block.attn.forward = partial(plain_attention, block.attn)
                 block.mlp.forward = partial(plain_mlp, block.mlp)
-            groups = parameter_groups(model, OPTIMIZER.weight_decay)
-            self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.96), fused=False)
+            self.optimizer = torch.optim.AdamW(
+                model.parameters(), lr=1e-4, betas=(0.9, 0.96), fused=False
+            )
         else:
-            groups = parameter_groups(model, OPTIMIZER.weight_decay)
-            self.optimizer = adamw(groups, OPTIMIZER)
+            self.optimizer = adamw(model.parameters(), OPTIMIZER)
             if compiled:
                 compile_training(model)
 
@@ -103,60 +105,67 @@ def measure(name: str, config: GeneratorConfig, batch: int, args: argparse.Names
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = Generator(config).to(device)
-    ways = {
-        "plain": Way(copy.deepcopy(model), True, False),
-        "ours": Way(model, False, args.compile),
-    }
     codes = torch.randint(config.codebook_size, (batch, config.image_seq_len), device=device)
     labels = torch.randint(config.condition_num_classes, (batch,), device=device)
-    memory = {}
-    for key, way in ways.items():
+    ways, times = {}, {}
+    for key in ("ours", "plain")[: 2 if args.plain else 1]:
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        way = ways[key] = Way(copy.deepcopy(model), key == "plain", args.compile)
         way.seconds(3, codes, labels)  # warm-up, compiling included
-        if device.type == "cuda":
-            weights = sum(p.numel() * 4 for p in way.model.parameters())
-            memory[key] = (torch.cuda.max_memory_allocated() - before + weights) / 2**30
-    times = {key: [] for key in ways}
-    for _ in range(args.rounds):
-        for key, way in ways.items():
-            times[key].append(way.seconds(args.steps, codes, labels))
-    peak = peak_flops(device, "bf16")
-    rates = {key: batch / statistics.median(times[key]) for key in ways}
-    for key, rate in rates.items():
+        memory = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
+        times[key] = [way.seconds(args.steps, codes, labels) for _ in range(args.rounds)]
+        rate = batch / statistics.median(times[key])
         line = f"{name} batch {batch} {key}: {rate:.1f} images/s"
-        if peak:
-            line += f", MFU {rate * training_flops(config) / peak:.1%}, {memory[key]:.1f} GiB"
-        print(line)
-    ratios = [a / b for a, b in zip(times["plain"], times["ours"])]
-    print(f"{name}: ours is {statistics.median(ratios):.2f} x as fast (median of {len(ratios)})")
-    if name in PUBLISHED:
-        gpus, steps = PUBLISHED[name]
-        hours = steps * batch / rates["ours"] / 3600
-        print(
-            f"{name}: {steps} steps on {gpus} such GPUs, if they scale without loss: {hours:.0f} h, "
-            f"{hours * gpus:.0f} GPU-hours, {hours * gpus * args.price:.0f} USD at {args.price} USD "
-            f"a GPU-hour"
-        )
+        if peak := peak_flops(device, "bf16"):
+            line += f", MFU {rate * training_flops(config) / peak:.1%}, {memory / 2**30:.1f} GiB"
+        print(line, flush=True)
+        if key == "ours" and name in PUBLISHED:
+            gpus, steps, _ = PUBLISHED[name]
+            hours = steps * 2048 / gpus / rate / 3600
+            print(
+                f"{name}: {steps} steps on {gpus} such GPUs, if they scale without loss: {hours:.0f} h, "
+                f"{hours * gpus:.0f} GPU-hours, {hours * gpus * args.price:.0f} USD at {args.price} USD "
+                f"a GPU-hour",
+                flush=True,
+            )
+        if args.profile and device.type == "cuda" and key == "ours":
+            profile(lambda: way.step(codes, labels))  # noqa: B023
+    if args.plain:
+        pairs = [
+            (ways["plain"].seconds(args.steps, codes, labels),
+             ways["ours"].seconds(args.steps, codes, labels))
+            for _ in range(args.rounds)
+        ]  # fmt: skip
+        ratio = statistics.median(a / b for a, b in pairs)
+        print(f"{name}: ours is {ratio:.2f} x as fast (median of {len(pairs)})", flush=True)
 
 
 def main() -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("models", nargs="*", default=["b", "l", "xl"] if cuda else ["small"])
+    parser.add_argument("--batches", type=int, nargs="+", help="instead of the published one")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="a round")
     parser.add_argument("--price", type=float, default=2.5, help="USD a GPU-hour")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
+    parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--profile", action="store_true", help="a GPU's time of a step, by kernel")
+    parser.add_argument(
+        "--cudnn", action="store_true", help="cuDNN's attention before PyTorch's, to try"
+    )
     args = parser.parse_args()
     print(machine())
+    first = [SDPBackend.CUDNN_ATTENTION] * args.cudnn
+    backends = [*first, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     for name in args.models:
-        if name == "small":
-            measure(name, SMALL, 64, args)
-            continue
-        preset = configs.load.load(GeneratorRun, [f"config=configs/alitok_{name}.yaml"])
-        measure(name, preset.model.generator, preset.training.per_gpu_batch_size, args)
+        config, published = (SMALL, 64) if name == "small" else (SIZES[name][0], PUBLISHED[name][2])
+        for batch in args.batches or [published]:
+            torch._dynamo.reset()
+            with sdpa_kernel(backends, set_priority=True):
+                measure(name, config, batch, args)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
-"""All figures that need a GPU, step by step: `bash benchmarks/h100.sh`.
+"""All figures that need a GPU, the most telling first: `bash benchmarks/h100.sh --output DIR`.
 
-Every step is a command with a time limit of its own. Its output is shown as it comes, and what it
-measured is written into benchmarks/README.md before the next step begins, so that a cut costs the
-step that it hits. `--tiny` runs the same steps at small sizes on a CPU and fills a copy of the README.
+Every step is a command with a time limit of its own. DIR gets what a step printed as soon as it has
+ended, the log of all, and a copy of benchmarks/README.md with the cells that are known. After
+`--minutes` no step begins and the running one is cut; another call with the same DIR resumes with the
+steps that are not done. `--tiny` runs all steps at small sizes on a CPU.
 """
 
 import argparse
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 
@@ -25,14 +26,15 @@ from benchmarks.tables import Cell, fill
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "benchmarks/README.md"
-LIMIT = 25 * 60  # seconds of all steps
 SIZES = ("B", "L", "XL")
-TRAINED = {"B": "B, 128", "L": "L, 64", "XL": "XL, 32"}
 RUNS = {
     "B": "B, 500,000 steps × 2048",
     "L": "L, 500,000 steps × 2048",
     "XL": "XL, 250,000 steps × 2048",
 }
+KERNEL_TESTS = [
+    f"tests/unit/modeling/test_{name}.py" for name in ("fused_attention", "parity", "engine")
+]
 
 
 class Step(NamedTuple):
@@ -54,57 +56,87 @@ def find(pattern: str, text: str) -> tuple[str, ...]:
 
 def read_tests(output: str) -> list[Cell]:
     (summary,) = find(r"^=*\s*(\d+ (?:passed|failed|skipped|deselected).*?) in ", output)
-    return [("## CUDA device", 'pytest -m "gpu or kernel"', 1, summary)]
+    return [("## CUDA device", "pytest of the kernels and of parity", 1, summary)]
+
+
+def read_limits(output: str) -> list[Cell]:
+    copy, product = find(r"copy ([\d.]+) GB/s, product ([\d.]+) TFLOP/s", output)
+    cells = [("copy of 1 GiB", copy), ("product of 8,192² in bf16", product)]
+    return [("## CUDA device", row, 1, value) for row, value in cells]
 
 
 def read_attention(output: str) -> list[Cell]:
     cells = []
     for size in (48, 64, 80):
-        values = find(
-            rf"^head size {size}: .*difference ([\d.]+)"
-            r"(?:, fused (\d+) GB/s, PyTorch (\d+) GB/s, copy (\d+) GB/s)?",
-            output,
-        )
-        cells += [("Attention of one step", str(size), i + 1, v) for i, v in enumerate(values)]
+        for cache in ("bf16", "int8"):
+            off, one, four, plain, copy = find(
+                rf"^head size {size}, {cache} cache: .*difference ([\d.]+)"
+                r"(?:; GB/s at [\d ]+: 1 warps ([\d ]+), 4 warps ([\d ]+)"
+                r"(?:; PyTorch at \d+ (\d+))?; copy (\d+))?",
+                output,
+            )
+            values = {1: off, 2: one, 3: four, 5: copy} | ({4: plain} if cache == "bf16" else {})
+            row = f"{size}, {cache}"
+            cells += [("Attention of one step", row, i, value) for i, value in values.items()]
     return cells
 
 
-def read_sampling(size: str, batch: int) -> Callable[[str], list[Cell]]:
+def read_sampling(size: str, streams: bool = False) -> Callable[[str], list[Cell]]:
     column = 1 + SIZES.index(size)
 
     def read(output: str) -> list[Cell]:
-        (rate,) = find(r"^\s+ours .*?: ([\d.]+) images/s", output)
-        (ratio,) = find(r"^\s+ratio\s+([\d.]+)", output)
-        (share,) = find(r"ours reaches (\d+%) of it", output)
-        (least,) = find(r"^\s+roofline ([\d.]+) images/s", output)
-        rows = {"images/s": rate, "of the roofline": share, "roofline, images/s": least}
-        if batch == 256:
-            rows["against the plain way"] = ratio and f"{ratio}×"
-        return [("## Sampling", f"{name}, batch {batch}", column, v) for name, v in rows.items()]
+        rows = {}
+        for batch in (256, 512):
+            (rate,) = find(rf"^\s+ours +batch {batch}, .* 1 streams: ([\d.]+) images/s", output)
+            least, share = find(
+                rf"^\s+roofline batch {batch}, 1 streams: ([\d.]+) images/s.* reaches (\d+%)",
+                output,
+            )
+            rows |= {
+                f"images/s, batch {batch}": rate, f"roofline, images/s, batch {batch}": least,
+                f"of the roofline, batch {batch}": share,
+            }  # fmt: skip
+        if streams:
+            (rows["images/s, batch 256 in two streams"],) = find(
+                r"^\s+ours +batch 256, .* 2 streams: ([\d.]+) images/s", output
+            )
+        return [("## Sampling", name, column, value) for name, value in rows.items()]
 
     return read
 
 
-def read_training(size: str) -> Callable[[str], list[Cell]]:
+def read_plain_sampling(output: str) -> list[Cell]:
+    (ratio,) = find(r"^\s+ratio\s+([\d.]+)", output)
+    return [("## Sampling", "against the plain way", 1, ratio and f"{ratio}×")]
+
+
+def read_training(size: str, batches: tuple[int, ...]) -> Callable[[str], list[Cell]]:
     def read(output: str) -> list[Cell]:
-        plain, plain_memory = find(
-            r"plain: ([\d.]+) images/s(?:, MFU [\d.]+%, ([\d.]+) GiB)?", output
-        )
-        ours, use, memory = find(
-            r"ours: ([\d.]+) images/s(?:, MFU ([\d.]+%), ([\d.]+) GiB)?", output
-        )
-        (ratio,) = find(r"ours is ([\d.]+) x as fast", output)
-        hours, gpu_hours, cost = find(r": (\d+) h, (\d+) GPU-hours, (\d+) USD", output)
-        both = f"{plain_memory or ''} / {memory}" if memory else ""
-        row = TRAINED[size]
-        values = [ours and machine(), plain, ours, ratio, use, both]
-        cells = [("## Generator training", row, i + 1, v) for i, v in enumerate(values)]
-        paper = [hours, gpu_hours, cost and f"{cost} USD"]
+        cells = []
+        for batch in batches:
+            ours, use, memory = find(
+                rf"batch {batch} ours: ([\d.]+) images/s(?:, MFU ([\d.]+%), ([\d.]+ GiB))?", output
+            )
+            values = {1: ours and machine(), 3: ours, 5: use, 6: memory}
+            row = f"{size}, {batch}"
+            cells += [("## Generator training", row, i, value) for i, value in values.items()]
+        paper = find(r": (\d+) h, (\d+) GPU-hours, (\d+ USD)", output)
         return cells + [
-            ("## Generator training", RUNS[size], i + 2, v or "") for i, v in enumerate(paper)
+            ("## Generator training", RUNS[size], i + 2, value) for i, value in enumerate(paper)
         ]
 
     return read
+
+
+def read_plain_training(output: str) -> list[Cell]:
+    (rate,) = find(r"plain: ([\d.]+) images/s", output)
+    (ratio,) = find(r"ours is ([\d.]+) x as fast", output)
+    return [("## Generator training", "B, 128", i, v) for i, v in ((2, rate), (4, ratio))]
+
+
+def read_critic(output: str) -> list[Cell]:
+    values = find(r"eager ([\d.]+) ms, compiled ([\d.]+) ms", output)
+    return [("A discriminator's step", "H100", i + 1, value) for i, value in enumerate(values)]
 
 
 def read_tokenizer(table: str, columns: list[int]) -> Callable[[str], list[Cell]]:
@@ -179,83 +211,119 @@ def module(name: str, *arguments: object) -> list[str]:
 
 
 def steps() -> list[Step]:
-    """All steps, the ones that others depend on first."""
+    """All steps, the most telling first; in `tiny`, equal commands run once."""
+    sample = ["--rounds", 1, "--precisions", "fp32", "--layers", 1, "--batches", 1]
+    tiny_sampling = module("sampling", "--sizes", "b", *sample, "--plain-batch", 1)
+    tiny_training = module(
+        "generator_training", "small", "--batches", 2, "--rounds", 1, "--steps", 1
+    )
+    tiny_tokenizer = module(
+        "tokenizer_training",
+        "--batch",
+        1,
+        "--steps",
+        1,
+        "--rounds",
+        1,
+        "--no-perceptual",
+        "--critic",
+    )
+
+    def sampling(size: str, limit: int, *more: object) -> Step:
+        command = module(
+            "sampling",
+            "--sizes",
+            size.lower(),
+            "--batches",
+            256,
+            512,
+            "--rounds",
+            2,
+            "--plain-batch",
+            0,
+            *more,
+        )
+        reader = read_sampling(size, "--streams" in more)
+        return Step(f"sampling {size}", limit, command, tiny_sampling, reader)
+
+    def training(size: str, limit: int, batches: tuple[int, ...], *more: object) -> Step:
+        command = module(
+            "generator_training",
+            size.lower(),
+            "--batches",
+            *batches,
+            "--rounds",
+            3,
+            "--no-plain",
+            *more,
+        )
+        name = f"training {size}" + (" with cuDNN's attention" if "--cudnn" in more else "")
+        reader = read_training(size, batches) if "--cudnn" not in more else nothing
+        return Step(name, limit, command, tiny_training, reader)
+
+    def tokenizer(name: str, limit: int, reader: Callable, *more: object) -> Step:
+        # A step in float32 is 39 TFLOP.
+        command = module("tokenizer_training", "--compile", "--steps", 4, "--rounds", 2, *more)
+        return Step(name, limit, command, tiny_tokenizer, reader)
+
     return [
+        Step("rates of the device", 20, module("common"), module("common"), read_limits),
         Step(
-            "tests on the GPU", 210, ["-m", "pytest", "-q", "-m", "gpu or kernel"],
-            ["-m", "pytest", "-q", "tests/unit/runtime/test_parts.py"], read_tests,
+            "tests of the kernels", 60,
+            ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors",
+             "-m", "gpu or kernel", *KERNEL_TESTS],
+            ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/runtime/test_parts.py"],
+            read_tests,
         ),
         Step(
-            "fused attention", 40, module("attention"), module("attention", "--head-sizes", 48),
-            read_attention,
+            "attention", 40, module("attention"),
+            module("attention", "--head-sizes", 48, "--positions", 3), read_attention,
         ),
-        *sampling_steps(),
-        *generator_steps(),
-        *tokenizer_steps(),
+        sampling("B", 110, "--streams", 1, 2, "--profile"),
+        training("B", 70, (128,), "--profile"),
+        training("XL", 70, (32, 64)),
+        tokenizer(
+            "tokenizer, fast mode and discriminator", 70, read_critic, "--modes", "fast", "--no-perceptual", "--critic"
+        ),
+        sampling("XL", 80),
+        Step(
+            "sampling, the plain way", 60,
+            module("sampling", "--sizes", "b", "--rounds", 1, "--plain-batch", 125), tiny_sampling,
+            read_plain_sampling,
+        ),
+        Step(
+            "training, the plain way", 60, module("generator_training", "b", "--rounds", 2),
+            tiny_training, read_plain_training,
+        ),
+        training("B", 60, (128,), "--cudnn"),
+        training("L", 80, (64, 128)),
+        sampling("L", 80),
+        tokenizer(
+            "tokenizer, MFU", 105, read_tokenizer("The same without ConvNeXt-S", [1, 2, 3]), "--no-perceptual"
+        ),
+        tokenizer(
+            "tokenizer with ConvNeXt-S", 105, read_tokenizer("Published size", [1, 2, 4, 5, 6, 7, 8, 9])
+        ),
         *evaluation_steps(),
     ]  # fmt: skip
 
 
-def sampling_steps() -> list[Step]:
-    found = []
-    tiny = ["--batch", 1, "--plain-batch", 1, "--layers", 1, "--rounds", 1, "--precisions", "fp32"]
-    for batch, limits in ((256, (100, 120, 140)), (512, (50, 60, 70))):
-        for size, limit in zip(SIZES, limits):
-            # The ratio to the plain way is that of batch 256; at 512 the plain way is kept short.
-            # Its growing cache at XL's size leaves no room for batches of 125.
-            if batch == 256:
-                plain = ["--rounds", 2, "--plain-batch", 32 if size == "XL" else 125]
-            else:
-                plain = ["--rounds", 1, "--plain-batch", 8]
-            chosen = ["--sizes", size.lower()]
-            full = module("sampling", *chosen, "--batch", batch, *plain)
-            found.append(
-                Step(
-                    f"sampling {size}, batch {batch}", limit, full,
-                    module("sampling", *chosen, *tiny), read_sampling(size, batch),
-                )
-            )  # fmt: skip
-    return found
+def nothing(output: str) -> list[Cell]:
+    """For a step whose figures are read in the log."""
+    return []
 
 
-def generator_steps() -> list[Step]:
+def evaluation_steps() -> list[Step]:
+    """Pretokenization, and what scores images and generators."""
     return [
-        Step(
-            f"training {size}", limit, module("generator_training", size.lower(), "--rounds", 3),
-            module("generator_training", "small", "--rounds", 1, "--steps", 1), read_training(size),
-        )
-        for size, limit in zip(SIZES, (60, 80, 100))
-    ]  # fmt: skip
-
-
-def tokenizer_steps() -> list[Step]:
-    """Its training, and pretokenization with it."""
-    small = ["--batch", 2, "--steps", 1, "--rounds", 1, "--no-perceptual"]
-    brief = ["--compile", "--steps", 4, "--rounds", 2]  # a step in float32 is 39 TFLOP
-    return [
-        Step(
-            "tokenizer, MFU", 105, module("tokenizer_training", *brief, "--no-perceptual"),
-            module("tokenizer_training", *small),
-            read_tokenizer("The same without ConvNeXt-S", [1, 2, 3]),
-        ),
-        Step(
-            "tokenizer with ConvNeXt-S", 105, module("tokenizer_training", *brief),
-            module("tokenizer_training", *small),
-            read_tokenizer("Published size", [1, 2, 4, 5, 6, 7, 8, 9]),
-        ),
         Step(
             "pretokenization", 90,
             module(
                 "tokens", "--images", 500, "--encode", 256, "--batch_size", 32, "--views",
                 "ten_crop", "--turns", 2, "--plain", 64, "--num_workers", os.cpu_count() or 8,
             ),
-            module("tokens", "--images", 20, "--encode", 2), read_pretokenization,
+            module("tokens", "--images", 4, "--encode", 0, "--plain", 1, "--turns", 1), read_pretokenization,
         ),
-    ]  # fmt: skip
-
-
-def evaluation_steps() -> list[Step]:
-    return [
         Step(
             "evaluation", 80,
             module("evaluation", "--images", 5000, "--rounds", 3, "--manifold", 5000),
@@ -268,7 +336,7 @@ def evaluation_steps() -> list[Step]:
                 "evaluation", "--features", "dinov2", "--images", 1000, "--rounds", 2, "--manifold", 0
             ),
             module(
-                "evaluation", "--features", "dinov2", "--images", 1, "--batch_size", 1, "--rounds", 1,
+                "evaluation", "--features", "dinov2", "--images", 2, "--batch_size", 2, "--rounds", 1,
                 "--manifold", 0,
             ),
             read_dinov2,
@@ -281,8 +349,8 @@ def evaluation_steps() -> list[Step]:
 
 
 # ---------------------------------------------------------------------- running
-def run(command: list[str], limit: float) -> tuple[str, str]:
-    """Show a command's output as it comes; returns it, and how it ended.
+def run(command: list[str], limit: float, log: TextIO) -> tuple[str, str]:
+    """Show and log a command's output as it comes; returns it, and how it ended.
 
     After `limit` seconds the command and all that it started are ended; what it has printed counts.
     """
@@ -303,7 +371,7 @@ def run(command: list[str], limit: float) -> tuple[str, str]:
     lines = []
     try:
         for line in process.stdout:
-            print("   ", line, end="", flush=True)
+            say(f"    {line}", log)
             lines.append(line)
         code = process.wait()
     finally:
@@ -314,37 +382,57 @@ def run(command: list[str], limit: float) -> tuple[str, str]:
     return "".join(lines), state
 
 
+def say(text: str, log: TextIO) -> None:
+    print(text, end="", flush=True)
+    print(text, end="", flush=True, file=log)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="small sizes on a CPU, into a copy")
+    parser.add_argument("--output", type=Path, default=Path("output/benchmarks"), help="folder")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all steps of this call")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, on a CPU")
     parser.add_argument("--only", help="steps whose name contains this")
     args = parser.parse_args()
     if not args.tiny and not torch.cuda.is_available():
         print("there is no CUDA device here: --tiny tries the steps on a CPU", file=sys.stderr)
         return 2
-    readme = README
-    if args.tiny:
-        readme = Path(tempfile.mkdtemp(prefix="alitok-benchmarks-")) / "README.md"
-        readme.write_text(README.read_text())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends its command too
+    deadline = time.monotonic() + 60 * args.minutes
+    args.output.mkdir(parents=True, exist_ok=True)
+    readme, states_file = args.output / "README.md", args.output / "steps.json"
+    if not readme.exists():
+        readme.write_text(README.read_text())
+    states = json.loads(states_file.read_text()) if states_file.exists() else {}
     device = machine() + (" (tiny: figures mean nothing)" if args.tiny else "")
-    chosen = [step for step in steps() if not args.only or args.only in step.name]
-    print(f"{device}: {len(chosen)} steps, at most {sum(s.limit for s in chosen) / 60:.0f} minutes")
     fill(readme, [("## CUDA device", "device", 1, device)])
-    ended = []
-    for number, step in enumerate(chosen, 1):
-        command = step.tiny if args.tiny else step.command
-        print(f"[{number}/{len(chosen)}] {step.name}: python {' '.join(command)}", flush=True)
-        began = time.monotonic()
-        output, state = run(command, step.limit)
-        missing = fill(readme, step.read(output))
-        state += f", {time.monotonic() - began:.0f} s"
-        if missing:
-            state += f", not measured: {'; '.join(missing)}"
-        print(f"[{number}/{len(chosen)}] {step.name}: {state}", flush=True)
-        ended.append(f"  {step.name}: {state}")
-    print("\n".join(["", *ended, f"written to {readme}"]))
-    return 0
+    chosen = [step for step in steps() if not args.only or args.only in step.name]
+    outputs: dict[tuple[str, ...], tuple[str, str]] = {}  # by command
+    with open(args.output / "log.txt", "a") as log:
+        say(f"{device}: {len(chosen)} steps, {args.minutes:g} minutes\n", log)
+        for number, step in enumerate(chosen, 1):
+            left = deadline - time.monotonic()
+            if states.get(step.name, "").startswith("done") or left < 1:
+                continue
+            command = step.tiny if args.tiny else step.command
+            say(f"[{number}/{len(chosen)}] {step.name}: python {' '.join(command)}\n", log)
+            began = time.monotonic()
+            if tuple(command) not in outputs:
+                limit = left if args.tiny else min(step.limit, left)
+                outputs[tuple(command)] = run(command, limit, log)
+            output, state = outputs[tuple(command)]
+            (args.output / f"{step.name}.txt").write_text(output)
+            missing = fill(readme, step.read(output))
+            state += f", {time.monotonic() - began:.0f} s"
+            if missing:
+                state += f", not measured: {'; '.join(missing)}"
+            say(f"[{number}/{len(chosen)}] {step.name}: {state}\n", log)
+            states[step.name] = state
+            states_file.write_text(json.dumps(states, indent=1))
+        for step in chosen:
+            say(f"  {step.name}: {states.get(step.name, 'not begun')}\n", log)
+        say(f"written to {args.output}\n", log)
+    return 0 if all(states.get(s.name, "").startswith("done") for s in chosen) else 1
 
 
 if __name__ == "__main__":

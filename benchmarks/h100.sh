@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measure everything that needs a GPU, in at most 25 minutes, and write it into benchmarks/README.md:
-# `bash benchmarks/h100.sh`. `--tiny` tries the steps on a CPU and writes a copy of the README instead.
+# Measure what needs a GPU, the most telling first: `bash benchmarks/h100.sh --output DIR --minutes 9`.
+# Another call with the same DIR resumes. `--tiny` runs all steps at small sizes on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec python3 -m benchmarks.h100 "$@"

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import configs.load
 from benchmarks.common import machine
 from benchmarks.evaluation import seconds
 from benchmarks.generator_training import SMALL
-from configs.schema import GeneratorRun
+from benchmarks.sampling import SIZES
 from data.tokens import TokenStore
 from data.writer import TokenWriter
 from evaluation.likelihood import measure_likelihood
@@ -56,8 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     config = SMALL
     if args.model != "small":
-        preset = configs.load.load(GeneratorRun, [f"config=configs/alitok_{args.model}.yaml"])
-        config = preset.model.generator
+        config, _ = SIZES[args.model]
     device = torch.device("cuda" if cuda else "cpu")
     torch.manual_seed(0)
     model = Generator(config).to(device).eval()

@@ -16,6 +16,10 @@ import torch
 from benchmarks.paper.inductor import InternalsMoved, Program, emit, fake
 from benchmarks.paper.kernel import fused_attention
 from benchmarks.paper.model import (
+    FLOAT32,
+    LAUNCH,
+    OVERLAPPED,
+    Attention,
     Part,
     sampling_roofline,
     sampling_step,
@@ -24,9 +28,10 @@ from benchmarks.paper.model import (
     training_step,
     utilisation,
 )
-from benchmarks.paper.training import bytes_per_layer
+from benchmarks.paper.training import programs_of_step
 from modeling import engine
-from modeling.generator import GeneratorConfig
+from modeling import fused_attention as kernel
+from modeling.generator import Generator, GeneratorConfig
 
 # The generator, and its published training batch per GPU.
 SIZES = {
@@ -34,6 +39,7 @@ SIZES = {
     "l": (GeneratorConfig(hidden_size=1024, num_hidden_layers=24), 64),
     "xl": (GeneratorConfig(hidden_size=1280, num_hidden_layers=32), 32),
 }
+LARGER = {"b": 256, "l": 128, "xl": 64}  # images per GPU that 80 GB hold
 CHOICES = {"plain": (0, 1.0), "top-k": (100, 1.0), "top-p": (0, 0.9), "both": (100, 0.9)}
 INT8 = 1.0 + 2 / 64  # bytes per element of an int8 cache: one, and its share of a bf16 scale
 
@@ -77,54 +83,104 @@ def show(parts: list[Part]) -> str:
     return ", ".join(f"{part.name} {part.seconds * 1e3:.2f}" for part in parts)
 
 
-def sampling(size: str, batch: int) -> dict[str, Any]:
-    """Print the modelled sampling of one size; return what was counted."""
+def sampling(size: str, batches: list[int]) -> dict[str, Any]:
+    """Print the modelled sampling of one size; return what was counted at the first batch."""
     config, _ = SIZES[size]
-    between = between_attentions(config, 2 * batch)
-    # Every element of a cache takes part; nothing between the attentions may write as much.
-    cache = 2 * batch * config.hidden_size * config.image_seq_len
+    code, attention = fused_attention(config.head_size)
+    _, wide = fused_attention(config.head_size, False, kernel.WIDE[False])
+    int8_code, int8 = fused_attention(config.head_size, True)
     counted: dict[str, Any] = {
-        "kernels": len(between.kernels), "products": len(between.products),
-        "others": between.others, "copies": between.copies(cache), "bytes": between.bytes,
-        "undetermined": between.undetermined,
+        name: {"instructions": a.instructions, "registers": c.registers, "spilled": c.spilled,
+               "programs": a.programs}
+        for name, c, a in (("bf16", code, attention), ("int8", int8_code, int8))
     }  # fmt: skip
     print(
-        f"{size.upper()} sampling, batch {batch} with guidance; counted between two attentions: "
-        f"{len(between.kernels)} kernels, {len(between.products)} products, "
-        f"{between.bytes / 1e6:.0f} MB"
+        f"{size.upper()} sampling with guidance; counted of the attention, bf16 and int8 cache: "
+        f"{attention.instructions:.1f} and {int8.instructions:.1f} instructions per element, "
+        f"{code.registers} and {int8_code.registers} registers, {code.spilled} and "
+        f"{int8_code.spilled} bytes spilled, {attention.programs} and {int8.programs} programs per "
+        f"multiprocessor"
     )
-    for name, int8, per_element in (("bf16", False, 2.0), ("int8", True, INT8)):
-        code, instructions = fused_attention(config.head_size, int8)
-        counted[name] = {
-            "instructions": instructions, "registers": code.registers, "spilled": code.spilled,
-        }  # fmt: skip
-        roofline = sampling_roofline(config, batch, per_element)
-        parts = sampling_step(config, batch, instructions, between, per_element)
-        rate = batch / (config.image_seq_len * total(parts))
+    for batch in batches:
+        between = between_attentions(config, 2 * batch)
+        choose = choice(config, 2 * batch, *CHOICES["plain"])
+        # Every element of a cache takes part; nothing between the attentions may write as much.
+        cache = 2 * batch * config.hidden_size * config.image_seq_len
+        if batch == batches[0]:
+            counted |= {
+                "kernels": len(between.kernels), "products": len(between.products),
+                "others": between.others, "copies": between.copies(cache),
+                "bytes": between.bytes, "undetermined": between.undetermined,
+            }  # fmt: skip
         print(
-            f"  {name} cache: counted {instructions:.1f} instructions per element, "
-            f"{code.registers} registers, {code.spilled} bytes spilled\n"
-            f"    modelled: roofline {roofline:.0f} codes of images/s; one stream {rate:.0f} "
-            f"({rate / roofline:.0%}); ms per step: {show(parts)}"
+            f"  batch {batch}: counted between two attentions: {len(between.kernels)} kernels, "
+            f"{len(between.products)} products, {between.bytes / 1e6:.0f} MB"
         )
+        show_sampling(config, batch, "bf16 cache", 2.0, attention, between, choose)
+        show_sampling(config, batch, "int8 cache", INT8, int8, between, choose)
+        show_changes(config, batch, wide, attention, between, choose)
     return counted
 
 
-def training(size: str) -> dict[str, Any]:
-    """Print the modelled training of one size; return the bytes per layer."""
-    config, batch = SIZES[size]
-    moved = bytes_per_layer(config, batch)
-    parts = training_step(config, batch, moved)
-    seconds = total(parts)
+def show_sampling(
+    config: GeneratorConfig, batch: int, name: str, per_element: float, attention: Attention,
+    between: Program, choose: Program,
+) -> None:  # fmt: skip
+    roofline = sampling_roofline(config, batch, per_element)
+    parts = sampling_step(config, batch, attention, between, choose, per_element)
+    rate = batch / (config.image_seq_len * total(parts))
     print(
-        f"{size.upper()} training, batch {batch}, bf16; counted per layer: "
-        f"{moved['kernels'] / 1e9:.2f} GB by generated kernels, "
-        f"{moved['products'] / 1e9:.2f} by products, {moved['others'] / 1e9:.2f} by attention\n"
-        f"  modelled: at most {batch / seconds:.0f} images/s, MFU "
-        f"{utilisation(config, batch, seconds):.0%} (products at their full rate, no optimizer, no "
-        f"loss, no gaps); ms per step: {show(parts)}"
+        f"    {name}: modelled: roofline {roofline:.0f} codes of images/s; {rate:.0f} "
+        f"({rate / roofline:.0%}); ms per step: {show(parts)}"
     )
-    return {name: value for name, value in moved.items()}
+
+
+def show_changes(
+    config: GeneratorConfig, batch: int, wide: Attention, attention: Attention, between: Program,
+    choose: Program,
+) -> None:  # fmt: skip
+    """One change after another, each with those before it; the last three are not built."""
+    ways: dict[str, dict[str, Any]] = {
+        "attention of four warps, output layer in float32": {"attention": wide, "output": FLOAT32},
+        "attention of one warp": {"output": FLOAT32},
+        "output layer in TF32": {},
+        "not built: dependent launch": {"launch": OVERLAPPED},
+        "not built: silu·up and the norms in the products' epilogues": {
+            "launch": OVERLAPPED, "fewer": 2,
+        },
+        "not built: a persistent grid": {"launch": 0.0, "fewer": 2},
+    }  # fmt: skip
+    roofline = sampling_roofline(config, batch)
+    found = []
+    for name, change in ways.items():
+        chosen = {"attention": attention, "launch": LAUNCH, **change}
+        parts = sampling_step(config, batch, between=between, choose=choose, **chosen)
+        rate = batch / (config.image_seq_len * total(parts))
+        found.append(f"{name} {rate:.0f} ({rate / roofline:.0%})")
+    print(f"    modelled, codes of images/s: {'; '.join(found)}")
+
+
+def training(size: str) -> dict[str, Any]:
+    """Print the modelled training of one size; return what was counted per layer."""
+    config, published = SIZES[size]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Generator(config).parameters())
+    counted: dict[str, Any] = {}
+    for batch in (published, LARGER[size]):
+        block, loss = (compiled.counted for compiled in programs_of_step(config, batch))
+        parts = training_step(config, batch, block, loss, parameters)
+        seconds = total(parts)
+        print(
+            f"{size.upper()} training, batch {batch}, bf16; counted per layer: "
+            f"{block.moved['kernels'] / 1e9:.2f} GB by generated kernels, "
+            f"{block.moved['products'] / 1e9:.2f} by products, {block.moved['others'] / 1e9:.2f} by "
+            f"attention, {block.launches} launches; output and loss {loss.moved['kernels'] / 1e9:.2f} "
+            f"and {loss.moved['products'] / 1e9:.2f} GB\n"
+            f"  modelled: {batch / seconds:.0f} images/s, MFU "
+            f"{utilisation(config, batch, seconds):.0%} ; ms per step: {show(parts)}"
+        )
+        counted = counted or block.moved
+    return counted
 
 
 def choosing(name: str, rows: int) -> dict[str, Any]:
@@ -148,7 +204,9 @@ def choosing(name: str, rows: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("sizes", nargs="*", default=list(SIZES), help="of b, l and xl")
-    parser.add_argument("--batch", type=int, default=256, help="images sampled at once")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[256, 512, 1024], help="images sampled at once"
+    )
     parser.add_argument("--json", help="write what was counted to this file")
     args = parser.parse_args()
     if unknown := [size for size in args.sizes if size not in SIZES]:
@@ -159,7 +217,7 @@ def main() -> None:
     )
     counted: dict[str, Any] = {"torch": torch.__version__, "sampling": {}, "training": {}}
     works: list[tuple[str, Callable[[str], dict]]] = [
-        ("sampling", lambda size: sampling(size, args.batch)),
+        ("sampling", lambda size: sampling(size, args.batches)),
         ("training", training),
     ]
     for size in args.sizes:
@@ -170,7 +228,7 @@ def main() -> None:
                 print(f"{size.upper()} {name}: cannot be worked out: {e}", file=sys.stderr)
                 counted[name][size] = {"moved": str(e).splitlines()[0]}
             sys.stdout.flush()
-    counted["choosing"] = {name: choosing(name, 2 * args.batch) for name in CHOICES}
+    counted["choosing"] = {name: choosing(name, 2 * args.batches[0]) for name in CHOICES}
     if args.json:
         with open(args.json, "w") as file:
             json.dump(counted, file, indent=1)

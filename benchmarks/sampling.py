@@ -1,10 +1,11 @@
 """Sampling speed against the plain way and against what the machine could do at best.
 
     python -m benchmarks.sampling                     # B, L and XL on a CUDA device
-    python -m benchmarks.sampling --sizes b --batch 4 --plain-batch 4 --layers 6   # on a CPU
+    python -m benchmarks.sampling --sizes b --batches 4 --plain-batch 4 --layers 6   # on a CPU
 
-Both ways sample with random weights and guidance, in turn, `--rounds` times; times are medians and the
-speed-up is the median of the rounds' ratios. The plain way is the published sampler's: float32 (TF32
+Weights are random, guidance is on. Ours is timed first, for every batch and number of streams; then the
+last of ours and the plain way, in turn. Each is timed `--rounds` times; times are medians and the speed-up is
+the median of the rounds' ratios. The plain way is the published sampler's: float32 (TF32
 on CUDA), a cache grown by concatenation, eager, then decoding all at once. `--layers` cuts generator
 and decoder down to that many layers where a whole run takes too long; ms per step and images/s are
 then those of the smaller models. `--clock processor` counts the processor time of one thread instead of
@@ -12,19 +13,22 @@ the wall clock, for a CPU that is shared with other work.
 """
 
 import argparse
+import itertools
+import logging
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import modeling.engine
-from benchmarks.common import machine
+from benchmarks.common import copy_rate, machine, product_rate, profile
 from data.pictures import write_png
 from modeling.engine import Engine, cache_bytes
 from modeling.generator import Generator, GeneratorConfig, KVCache
@@ -47,7 +51,6 @@ SIZES = {
     "l": (GeneratorConfig(hidden_size=1024, num_hidden_layers=24), Sampling(6.0, 0.7)),
     "xl": (GeneratorConfig(hidden_size=1280, num_hidden_layers=32), Sampling(13.0, 1.4)),
 }
-BATCHES = {"b": 256, "l": 256, "xl": 256}
 
 
 class GrownCache(KVCache):
@@ -96,23 +99,12 @@ def seconds(work: Callable[..., object], *arguments: object) -> float:
     return clock() - began
 
 
-def median(work: Callable[[], object], times: int) -> float:
-    work()
-    return statistics.median(seconds(work) for _ in range(times))
-
-
 def limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes/s of a large copy (read plus written) and FLOP/s of a large product, measured here."""
-    big = device.type == "cuda"
-    source = torch.empty(1 << (30 if big else 27), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.numel() / median(lambda: target.copy_(source), 9)
-    n = 8192 if big else 1024
-    rates = []
-    for kind in {dtype, torch.float32}:  # many a CPU multiplies bf16 matrices faster as float32
-        a, b = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
-        rates.append(2 * n**3 / median(lambda a=a, b=b: a @ b, 9))
-    return bandwidth, max(rates)
+    """Bytes/s of a large copy and FLOP/s of a large product, measured here.
+
+    Many a CPU multiplies bf16 matrices faster as float32.
+    """
+    return copy_rate(device), max(product_rate(device, kind) for kind in {dtype, torch.float32})
 
 
 def roofline(
@@ -165,38 +157,74 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
     model = Generator(config).to(device).eval()
     torch.nn.init.normal_(model.output.weight, std=0.02)
     tokenizer = Tokenizer(tokenizer_config).to(device).eval()
-    batch, plain_batch = args.batch or BATCHES[size], args.plain_batch
     compiled = args.compile == "yes" or (args.compile == "auto" and cuda)
-    began = time.perf_counter()
-    set_matmul_precision(precision)  # before the engine captures its graph
-    engine = Engine(model, batch, sampling, dtype, compiled, args.engine, args.cache, args.streams)
-    decoder = ImageDecoder(tokenizer, dtype, compiled, batch)
 
     def inputs(n: int) -> tuple[Tensor, Tensor]:
         labels = torch.arange(n, device=device) % config.condition_num_classes
         uniforms = torch.rand(n, config.image_seq_len, generator=torch.Generator().manual_seed(1))
         return labels, uniforms.to(device)
 
-    ours, plain = inputs(batch), inputs(plain_batch)
-    codes = engine.sample(*ours)
-    decoder(codes)
-    synchronize()
-    print(f"  ready after {time.perf_counter() - began:.1f} s", flush=True)
+    last: Any = None
+    for batch, streams in itertools.product(args.batches, args.streams):
+        del last  # its cache
+        began = time.perf_counter()
+        set_matmul_precision(precision)  # before the engine captures its graph
+        engine = Engine(model, batch, sampling, dtype, compiled, args.engine, args.cache, streams)
+        decoder = ImageDecoder(tokenizer, dtype, compiled, batch)
+        ours = inputs(batch)
+        codes = engine.sample(*ours)
+        images = decoder(codes)
+        synchronize()
+        print(f"  ready after {time.perf_counter() - began:.1f} s", flush=True)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        rounds = range(args.rounds)
+        sampled = statistics.median(seconds(engine.sample, *ours) for _ in rounds)
+        decoded = statistics.median(seconds(decoder, codes) for _ in rounds)
+        peak = torch.cuda.max_memory_allocated() if cuda else 0
+        least = roofline(config, sampling, tokenizer, batch, dtype, device)
+        total = sampled + decoded
+        print(
+            f"  ours   batch {batch}, {'compiled' if engine.compiled else 'eager'}, "
+            f"{'captured' if engine.graph else 'not captured'}, "
+            f"{'fused' if engine.fused else 'plain'} attention, {streams} streams: "
+            f"{batch / total:.3f} images/s; codes {batch / sampled:.3f}/s "
+            f"({sampled / config.image_seq_len * 1e3:.2f} ms per step), decoding "
+            f"{batch / decoded:.3f}/s, writing {batch / writing_rate(images, codes):.1f}/s (beside "
+            f"the others); cache "
+            f"{batch * cache_bytes(config, sampling, dtype, args.cache) / 2**30:.2f} GiB"
+            + (f", peak {peak / 2**30:.2f} GiB" if cuda else "")
+        )
+        print(
+            f"  roofline batch {batch}, {streams} streams: {batch / sum(least):.3f} images/s (codes "
+            f"{batch / least[0]:.3f}/s, decoding {batch / least[1]:.3f}/s): ours reaches "
+            f"{sum(least) / total:.0%} of it",
+            flush=True,
+        )
+        last = engine, decoder, ours, codes
+        if args.profile and cuda and engine.graph is not None:
+            profile(lambda: [engine.graph.replay() for _ in range(5)])  # noqa: B023
+    if args.plain_batch:
+        against_plain(config, sampling, model, tokenizer, precision, args, last, inputs)
+
+
+def against_plain(
+    config: GeneratorConfig, sampling: Sampling, model: Generator, tokenizer: Tokenizer,
+    precision: str, args: argparse.Namespace, last: Any, inputs: Callable[[int], tuple],
+) -> None:  # fmt: skip
+    """The plain way and the last of ours in turn, so that their ratio holds."""
+    engine, decoder, ours, codes = last
+    device, batch, plain_batch = codes.device, len(codes), args.plain_batch
+    plain = inputs(plain_batch)
     plain_ids = torch.randint(config.codebook_size, (plain_batch, 273), device=device)
-    peak = 0
     times: dict[str, list[float]] = {k: [] for k in ("codes", "images", "plain", "plain images")}
     for _ in range(args.rounds):
         set_matmul_precision(precision)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
         times["codes"].append(seconds(engine.sample, *ours))
         times["images"].append(seconds(decoder, codes))
-        peak = torch.cuda.max_memory_allocated() if cuda else 0
-        set_matmul_precision("tf32" if cuda else "fp32")
+        set_matmul_precision("tf32" if device.type == "cuda" else "fp32")
         times["plain"].append(seconds(plain_codes, model, sampling, *plain))
         times["plain images"].append(seconds(decode_images, tokenizer, plain_ids, torch.float32))
-    images = decoder(codes)
-    writing = writing_rate(images, codes)
     ratios = [
         (p + q) / plain_batch / ((c + i) / batch)
         for c, i, p, q in zip(
@@ -205,33 +233,15 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
     ]
     alone = [p / plain_batch / (c / batch) for c, p in zip(times["codes"], times["plain"])]
     t = {name: statistics.median(values) for name, values in times.items()}
-    set_matmul_precision(precision)
-    least_codes, least_images = roofline(config, sampling, tokenizer, batch, dtype, device)
-    total = t["codes"] + t["images"]
-    steps = config.image_seq_len
-    print(
-        f"  ours   batch {batch}, {'compiled' if engine.compiled else 'eager'}, "
-        f"{'fused' if engine.fused else 'plain'} attention, {len(engine.streams)} streams: "
-        f"{batch / total:.3f} images/s; codes {batch / t['codes']:.3f}/s "
-        f"({t['codes'] / steps * 1e3:.2f} ms per step), decoding {batch / t['images']:.3f}/s, "
-        f"writing {batch / writing:.1f}/s (beside the others); cache "
-        f"{batch * cache_bytes(config, sampling, dtype, args.cache) / 2**30:.2f} GiB"
-        + (f", peak {peak / 2**30:.2f} GiB" if cuda else "")
-    )
     print(
         f"  plain  batch {plain_batch}: {plain_batch / (t['plain'] + t['plain images']):.3f} "
         f"images/s; codes {plain_batch / t['plain']:.3f}/s "
-        f"({t['plain'] / steps * 1e3:.2f} ms per step), "
+        f"({t['plain'] / config.image_seq_len * 1e3:.2f} ms per step), "
         f"decoding {plain_batch / t['plain images']:.3f}/s"
     )
     print(
         f"  ratio  {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} … {max(ratios):.2f}), "
-        f"codes alone {statistics.median(alone):.2f}"
-    )
-    print(
-        f"  roofline {batch / (least_codes + least_images):.3f} images/s (codes "
-        f"{batch / least_codes:.3f}/s, decoding {batch / least_images:.3f}/s): ours reaches "
-        f"{(least_codes + least_images) / total:.0%} of it",
+        f"codes alone {statistics.median(alone):.2f}",
         flush=True,
     )
 
@@ -247,7 +257,8 @@ def changes(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model = Generator(config).eval()
     torch.nn.init.normal_(model.output.weight, std=0.02)
-    labels, uniforms = torch.arange(args.batch), torch.rand(args.batch, config.image_seq_len)
+    batch = args.batches[0]
+    labels, uniforms = torch.arange(batch), torch.rand(batch, config.image_seq_len)
 
     def preallocated() -> Tensor:
         return sample_codes(model, labels, uniforms, Sampling(16.0, 1.8))
@@ -258,7 +269,7 @@ def changes(args: argparse.Namespace) -> None:
         original = modeling.engine.cpu_layout
         if not arranged:
             modeling.engine.cpu_layout = lambda rows, compiled: lambda weight: weight
-        made = Engine(model, args.batch, sampling, dtype, compiled)
+        made = Engine(model, batch, sampling, dtype, compiled)
         modeling.engine.cpu_layout = original
         return lambda: made.sample(labels, uniforms)
 
@@ -289,13 +300,14 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES) if cuda else ["b"])
     parser.add_argument("--precisions", nargs="+", default=["bf16"] if cuda else ["fp32", "bf16"])
-    parser.add_argument("--batch", type=int, default=None if cuda else 4, help="of ours")
-    parser.add_argument("--plain-batch", type=int, default=125 if cuda else 4)
+    parser.add_argument("--batches", type=int, nargs="+", default=[256 if cuda else 4])
+    parser.add_argument("--plain-batch", type=int, default=125 if cuda else 4, help="0: ours alone")
     parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="the attention")
     parser.add_argument("--cache", choices=CACHES, default="auto", help="type of keys and values")
-    parser.add_argument("--streams", type=int, default=1, help="parts of a batch side by side")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1], help="parts side by side")
+    parser.add_argument("--profile", action="store_true", help="a GPU's time of 5 steps, by kernel")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--changes", action="store_true", help="a CPU's log of changes instead")
@@ -304,6 +316,8 @@ def main() -> None:
     clock = CLOCKS[args.clock]
     if args.clock == "processor":
         torch.set_num_threads(1)
+    logging.basicConfig()
+    logging.getLogger("modeling").setLevel(logging.DEBUG)  # why something is not compiled
     print(machine())
     if args.changes:
         return changes(args)

@@ -8,6 +8,7 @@ trainer's own loader; the perceptual network has random weights, which costs the
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -23,12 +24,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import machine
+from benchmarks.common import machine, median_seconds
 from configs.schema import Losses, Phase
 from data.images import TrainImages, list_paths, to_float
 from data.order import SampleOrder
 from modeling.compiling import compile_blocks
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
+from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 
 STAGE1: dict[str, Any] = dict(num_buffer_tokens=1, causal=True, prefix_head=True, clustering=True)
@@ -36,6 +38,7 @@ SMALL: dict[str, Any] = dict(
     codebook_size=1024, token_size=16, image_size=64, patch_size=8, encoder_width=128,
     encoder_layers=3, encoder_heads=4, decoder_width=128, decoder_layers=4, decoder_heads=4,
 )  # fmt: skip
+MODES = ("exact", "fast")
 PARTS = ("data", "encoder", "decoder", "losses", "backward", "optimizer")
 # Dense bf16 peaks of the makers' data sheets, in FLOP/s, by a part of the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}
@@ -110,6 +113,24 @@ class Mode:
         self.optimizer.zero_grad()
 
 
+def critic_ms(mode: Mode, batch: int, steps: int, compiled: bool) -> tuple[float, float]:
+    """Milliseconds of the discriminator's forward and backward pass, eager and compiled (else NaN)."""
+    critic: Any = Discriminator(exact=mode.name == "exact").to(mode.device)
+    side = mode.config.image_size
+    images = torch.rand(2 * batch, 3, side, side, device=mode.device)
+
+    def step() -> None:
+        with mode.autocast():
+            real, fake = critic(images).chunk(2)
+        hinge_loss(real, fake).backward()
+
+    eager, ours = median_seconds(step, steps), math.nan
+    if compiled:
+        critic.logits = torch.compile(critic.logits, dynamic=False)
+        ours = median_seconds(step, steps)
+    return 1e3 * eager, 1e3 * ours
+
+
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -139,6 +160,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--no-perceptual", action="store_true", help="without ConvNeXt-S (MFU)")
     parser.add_argument("--compile", action="store_true", help="the fast mode with torch.compile")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--critic", action="store_true", help="time the discriminator too")
     parser.add_argument("--batch", type=int, help="images per step (48 on CUDA, 8 on a CPU)")
     parser.add_argument("--steps", type=int, help="per round (20 on CUDA, 3 on a CPU)")
     parser.add_argument("--rounds", type=int, default=5)
@@ -149,10 +172,10 @@ def main() -> None:
     phase = Phase("main", 1, 1e-4, perceptual_weight=0.0 if args.no_perceptual else 1.0)
     networks = FrozenNetworks([phase], weights=None, device=device)
     sizes: dict[str, Any] = {} if cuda else SMALL
-    modes = [Mode(name, sizes, networks, phase, device) for name in ("exact", "fast")]
+    modes = [Mode(name, sizes, networks, phase, device) for name in args.modes]
     flops = flops_per_image(modes[0])
-    if args.compile:
-        fast: Any = modes[-1].model
+    if args.compile and "fast" in args.modes:
+        fast: Any = modes[args.modes.index("fast")].model
         compile_blocks(fast.encoder.transformer, fast.decoder.transformer)
 
     def measure(mode: Mode, batches: Iterator[Tensor], in_parts: bool = False) -> float:
@@ -182,6 +205,7 @@ def main() -> None:
         rounds = [[measure(mode, batches) for mode in modes] for _ in range(args.rounds)]
         for mode in modes:
             measure(mode, batches, in_parts=True)
+        critics = [critic_ms(mode, batch, steps, args.compile) for mode in modes * args.critic]
         del batches  # ends the workers before their folder goes
 
     peak = next((v for k, v in PEAKS.items() if cuda and k in torch.cuda.get_device_name()), None)
@@ -193,12 +217,17 @@ def main() -> None:
     print("| --- " * (4 + len(PARTS)) + "|")
     for i, mode in enumerate(modes):
         speed = statistics.median(r[i] for r in rounds)
-        gain = statistics.median(r[i] / r[0] for r in rounds)
+        gain = statistics.median(r[i] / r[0] for r in rounds)  # over the first mode
         use = f"{speed * flops / peak:.1%}" if peak and args.no_perceptual else ""
         total = sum(mode.seconds.values())
         shares = " | ".join(f"{mode.seconds[part] / total:.0%}" for part in PARTS)
         name = "fast, compiled" if args.compile and mode.name == "fast" else mode.name
         print(f"| {name} | {speed:.1f} | {gain:.2f}× | {use} | {shares} |")
+    for mode, (eager, ours) in zip(modes, critics):
+        print(
+            f"{mode.name}: the discriminator on {batch} images and as many reconstructions, forward "
+            f"and backward: eager {eager:.1f} ms, compiled {ours:.1f} ms"
+        )
 
 
 if __name__ == "__main__":

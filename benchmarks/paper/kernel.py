@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.inductor import H100, InternalsMoved
+from benchmarks.paper.model import Attention
 
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 LABEL = re.compile(r"^\s*(\.L_\w+):")
@@ -19,7 +20,13 @@ class MachineCode:
     registers: int  # per thread
     spilled: int  # bytes of local memory per thread
     loop: list[str]  # the instructions of the longest loop
-    threads: int
+    warps: int
+
+    @property
+    def programs(self) -> int:
+        """Programs that share a multiprocessor: registers come in blocks of 256 per warp."""
+        per_warp = -(-32 * self.registers // 256) * 256
+        return min(H100.regs_per_multiprocessor // (per_warp * self.warps), 64 // self.warps, 32)
 
 
 def assemble(
@@ -48,7 +55,7 @@ def assemble(
         found = re.search(r"REG:(\d+).*?LOCAL:(\d+)", usage)
         if found is None:
             raise ValueError("cuobjdump names no registers")
-        return MachineCode(int(found[1]), int(found[2]), longest_loop(code), 32 * warps)
+        return MachineCode(int(found[1]), int(found[2]), longest_loop(code), warps)
     except Exception as e:
         raise InternalsMoved(f"triton {triton.__version__}: {type(e).__name__}: {e}") from e
 
@@ -77,10 +84,10 @@ def longest_loop(code: str) -> list[str]:
 
 def fused_attention(
     head_size: int, int8: bool = False, shape: tuple[int, int] | None = None
-) -> tuple[MachineCode, float]:
-    """The engine's attention, bf16 or with an int8 cache, and its instructions per element of K or V.
+) -> tuple[MachineCode, Attention]:
+    """The engine's attention, bf16 or with an int8 cache, as it is compiled and for the model.
 
-    An instruction is one thread's. Per pass of the loop, `BLOCK` positions of K and V are read.
+    `shape` is (positions per tile, warps), by default the engine's. An instruction is one thread's. Per pass of the loop, `BLOCK` positions of K and V are read.
     """
     from modeling import fused_attention as module
     from modeling.decode_attention import EPS, head_parts
@@ -100,4 +107,5 @@ def fused_attention(
         "INT8": int8,
     }  # fmt: skip
     code = assemble(module.fused_kernel, signature, constants, warps)
-    return code, len(code.loop) * code.threads / (2 * block * head_size)
+    instructions = len(code.loop) * 32 * warps / (2 * block * head_size)
+    return code, Attention(instructions, code.programs, block, warps)

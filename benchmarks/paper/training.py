@@ -9,7 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -21,6 +21,7 @@ from torch.fx.node import map_aggregate
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from benchmarks.paper.inductor import Emitted, InternalsMoved, Program, pretended_h100
+from benchmarks.paper.model import Counted
 from modeling.generator import Generator, GeneratorConfig
 
 CUDA = torch.device("cuda", 0)
@@ -97,8 +98,9 @@ def on_cuda(module: torch.fx.GraphModule, inputs: list) -> tuple[torch.fx.GraphM
     return moved, [mode, *placed]
 
 
-def backend(record: list[Program]) -> Callable:
-    """A Dynamo backend that adds the forward's and the backward's program to `record`."""
+def backend(record: list[Program], kept: list[float]) -> Callable:
+    """A Dynamo backend that adds the forward's and the backward's program to `record`, and the bytes
+    that the forward keeps for the backward to `kept`."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -117,6 +119,8 @@ def backend(record: list[Program]) -> Callable:
                 contextlib.suppress(Emitted),
             ):
                 compile_fx_inner(moved, placed, is_backward=backward)
+            if not backward:
+                kept.append(bytes_kept(module))
             return make_boxed_func(module.forward)
 
         return compile_graph
@@ -135,35 +139,59 @@ def backend(record: list[Program]) -> Callable:
     )
 
 
-def training_programs(config: GeneratorConfig, batch: int) -> list[Program]:
-    """The forward and the backward program of the blocks under bf16 autocast, without the loss."""
+def bytes_kept(forward: torch.fx.GraphModule) -> float:
+    """Of what a forward graph computes for its backward, with its result, and without its inputs."""
+    (output,) = (node for node in forward.graph.nodes if node.op == "output")
+    computed = {n for n in output.args[0] if isinstance(n, torch.fx.Node) and n.op != "placeholder"}
+    values = [node.meta.get("val") for node in computed]
+    return float(sum(v.numel() * v.dtype.itemsize for v in values if isinstance(v, Tensor)))
+
+
+class Compiled(NamedTuple):
+    """What a compiled function of a training step moves, launches and keeps."""
+
+    counted: Counted
+    kept: float  # bytes
+
+
+def compiled_training(function: Callable, inputs: Callable[[], tuple]) -> Compiled:
+    """Count forward and backward of `function` under bf16 autocast; `inputs` makes its arguments.
+
+    Its result, or the first of its results, is differentiated.
+    """
     record: list[Program] = []
+    kept: list[float] = []
     torch._dynamo.reset()
     try:
-        with FakeTensorMode(), mock.patch.object(F, "scaled_dot_product_attention", stand_in):
-            model = Generator(config).train()
-
-            def blocks(x: Tensor, table: Tensor) -> Tensor:
-                for block in model.blocks:
-                    x = block(x, table)
-                return x
-
-            x = torch.empty(batch, config.image_seq_len, config.hidden_size, requires_grad=True)
+        with mock.patch.object(F, "scaled_dot_product_attention", stand_in):
             with torch.autocast("cpu", torch.bfloat16):
-                compiled = torch.compile(blocks, backend=backend(record), fullgraph=True)
-                y = compiled(x, model.rotary[: config.image_seq_len])
-            y.sum().backward()
+                compiled = torch.compile(function, backend=backend(record, kept), fullgraph=True)
+                y = compiled(*inputs())
+            (y if isinstance(y, Tensor) else y[0]).sum().backward()
     except Exception as e:
         raise InternalsMoved(f"torch {torch.__version__}: {type(e).__name__}: {e}") from e
     if len(record) != 2:
         raise InternalsMoved(f"torch {torch.__version__}: {len(record)} programs, not 2")
-    return record
+    moved = {kind: sum(p.moved[kind] for p in record) for kind in record[0].moved}
+    return Compiled(Counted(moved, sum(p.launches for p in record)), sum(kept))
 
 
-def bytes_per_layer(config: GeneratorConfig, batch: int) -> dict[str, float]:
-    """Bytes that one more layer moves, forward and backward, by kind."""
-    totals = []
-    for layers in (2, 3):
-        programs = training_programs(replace(config, num_hidden_layers=layers), batch)
-        totals.append({k: sum(p.moved[k] for p in programs) for k in programs[0].moved})
-    return {kind: totals[1][kind] - totals[0][kind] for kind in totals[0]}
+def programs_of_step(
+    config: GeneratorConfig, batch: int, blocks: int = 1
+) -> tuple[Compiled, Compiled]:
+    """What a step compiles: blocks, one at a time unless `blocks` says how many, and output and loss."""
+    shape = batch, config.image_seq_len, config.hidden_size
+    with FakeTensorMode():
+        model = Generator(replace(config, num_hidden_layers=blocks)).train()
+
+        def run(x: Tensor, table: Tensor) -> Tensor:
+            for block in model.blocks:
+                x = block(x, table)
+            return x
+
+        def state() -> Tensor:
+            return torch.empty(shape, requires_grad=True)
+
+        codes = torch.zeros(shape[:2], dtype=torch.int64)
+        block = compiled_training(run, lambda: (state(), model.rotary[: shape[1]]))
+        return block, compiled_training(model.loss, lambda: (state(), codes))

@@ -13,7 +13,16 @@ import torch
 
 from benchmarks.paper.inductor import InternalsMoved, Program, parse
 from benchmarks.paper.kernel import longest_loop
-from benchmarks.paper.model import product, sampling_roofline, sampling_step, total
+from benchmarks.paper.model import (
+    Attention,
+    attention_of_training,
+    attention_seconds,
+    product,
+    sampling_roofline,
+    sampling_step,
+    shapes,
+    total,
+)
 from modeling.generator import GeneratorConfig
 
 ROOT = Path(__file__).parents[3]
@@ -33,7 +42,7 @@ def run(*command):
 def paper(tmp_path_factory):
     """What the program counts for B, and what it prints."""
     file = tmp_path_factory.mktemp("paper") / "counted.json"
-    printed = run("-m", "benchmarks.on_paper", "b", "--batch", 256, "--json", file)
+    printed = run("-m", "benchmarks.on_paper", "b", "--batches", 256, "--json", file)
     return json.loads(file.read_text()), printed
 
 
@@ -68,15 +77,14 @@ def test_fused_attention_takes_few_instructions_per_element_and_spills_nothing(p
     values = counted(paper, "sampling")[cache]
     assert 2 < values["instructions"] <= most
     assert values["spilled"] == 0
-    # Three programs of 4 warps share the 65,536 registers of a multiprocessor; bf16 with Triton 3.8
-    # (124 registers) four, with Triton 3.6 (162) three.
-    assert values["registers"] * 128 * 3 <= 65536
+    assert values["programs"] >= 20  # share a multiprocessor
 
 
 @pytest.mark.slow
 def test_bytes_per_training_layer(paper):
-    # 5.88 GB with q and k apart, their pairs in halves, and w1 and w3 in two products.
-    assert counted(paper, "training")["kernels"] == pytest.approx(4.75e9, rel=0.02)
+    # Compiled by block; 4.75 GB if several were one program. Those had 5.88 with q and k apart, their
+    # pairs in halves, and w1 and w3 in two products.
+    assert counted(paper, "training")["kernels"] == pytest.approx(5.12e9, rel=0.02)
 
 
 @pytest.mark.slow
@@ -282,10 +290,33 @@ def test_small_product_waits_for_its_weights_and_a_large_one_for_the_matrix_unit
     assert product(128 * 132, 128 * 16, 8192) == pytest.approx(2 * 128 * 132 * 2048 * 8192 / 800e12)
 
 
+NOTHING = Program("", [], [], [], {"kernels": 0.0})
+BETWEEN = Program("", [], ["extern_kernels.mm"] * 4, [], {"kernels": 1e7})
+
+
 def test_more_instructions_never_make_a_step_shorter():
-    program = Program("", [], ["extern_kernels.mm"] * 4, [], {"kernels": 1e7})
-    times = [total(sampling_step(GeneratorConfig(), 256, n, program)) for n in (1, 5, 29, 60)]
+    config, ways = GeneratorConfig(), [Attention(n, 25, 16, 1) for n in (1, 5, 29, 60)]
+    times = [total(sampling_step(config, 256, way, BETWEEN, NOTHING)) for way in ways]
     assert times == sorted(times) and times[-1] > 2 * times[0]
+
+
+def test_attention_of_few_programs_waits_and_that_of_many_reads():
+    # By hand: 65 positions of B, 512 rows of 16 heads: 102 MB at 2.64 TB/s; or 15.5 times 4 x 132
+    # programs that each take 1.8 + 2 x 1.4 + 0.4 microseconds.
+    of = lambda programs, block, warps: attention_seconds(  # noqa: E731
+        shapes(GeneratorConfig()), 512, 65, 2.0, Attention(5, programs, block, warps)
+    )
+    assert of(25, 16, 1) == pytest.approx(2 * 768 * 512 * 65 * 2 / 2.64e12)
+    assert of(4, 64, 4) == pytest.approx(512 * 16 / 528 * 5.0e-6)
+
+
+def test_training_attention_computes_whole_tiles_of_padded_heads():
+    shape = shapes(
+        GeneratorConfig()
+    )  # 273 positions are 3 tiles, of which 6 of 9; 48 channels are 64
+    assert attention_of_training(shape, 128, 0.0) == pytest.approx(
+        14 * 6 * 128**2 * 64 * 16 * 128 / 350e12
+    )
 
 
 def test_moved_internals_are_an_error_of_their_own():

@@ -85,6 +85,11 @@ class TokenCache(ABC):
 
         From here on, codes beyond `codebook_size` are refused even where the cache states none.
         """
+        if self.views == 1 and self.tokens == 2 * tokens and self.manifest["tokenizer"] is None:
+            raise InputError(
+                f"{self.folder} holds (1, {self.tokens}) codes per image: the published program joins "
+                f"the two views of its centre crop by a defect; make the cache with pretokenization.py"
+            )
         for name, there, here in (
             ("codebook size", self.manifest["codebook_size"], codebook_size),
             ("codes per image", self.tokens, tokens),

@@ -39,21 +39,24 @@ def identity_of_images(paths: Sequence["ImagePath"]) -> dict[str, str]:
 
 
 def sizes_and_times(paths: Sequence["ImagePath"]) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes and seconds of the last change of every image: (N,), int64; -1 for missing files."""
-
-    def of(path: "ImagePath") -> tuple[int, int]:
-        if not isinstance(path, (str, Path)):  # in a tar
-            return int(path.tar.sizes[path.number]), path.tar.stamp[1] // 10**9
-        try:
-            status = os.stat(path)
-        except OSError:  # a link to nothing: its reader says so
-            return -1, -1
-        return status.st_size, int(status.st_mtime)  # not all file systems keep fractions
-
+    """`size_and_time` of every image: (N,), int64, twice."""
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     with ThreadPoolExecutor(THREADS) as pool:
         found = [
-            pair for chunk in pool.map(lambda chunk: list(map(of, chunk)), chunks) for pair in chunk
+            pair
+            for chunk in pool.map(lambda chunk: list(map(size_and_time, chunk)), chunks)
+            for pair in chunk
         ]
     both = np.array(found, np.int64).reshape(-1, 2)
     return both[:, 0].copy(), both[:, 1].copy()
+
+
+def size_and_time(path: "ImagePath") -> tuple[int, int]:
+    """Bytes of an image and seconds of its last change; -1 for missing files."""
+    if not isinstance(path, (str, Path)):  # in a tar
+        return int(path.tar.sizes[path.number]), path.tar.stamp[1] // 10**9
+    try:
+        status = os.stat(path)
+    except OSError:  # a link to nothing: its reader says so
+        return -1, -1
+    return status.st_size, int(status.st_mtime)  # not all file systems keep fractions

@@ -1,5 +1,6 @@
 """Batches from data workers: the endless loader of both trainers, and copies ahead to a device."""
 
+import os
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -12,11 +13,21 @@ from data.order import SampleOrder
 from runtime.signals import outlive_first_signal
 
 
+def worker_count(asked: int | None = None) -> int:
+    """Data workers of this process; None: 8, or its share of the machine's cores if these are fewer."""
+    if asked is not None:
+        return asked
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return max(min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), 1)
+
+
 def training_loader(
     dataset: Dataset,
     items: int,
     training: Training,
-    workers: int,
+    workers: int | None,
     accelerator: Accelerator,
     first_step: int,
 ) -> DataLoader:
@@ -37,7 +48,7 @@ def training_loader(
     return DataLoader(
         dataset,
         batch_sampler=order,
-        num_workers=workers,
+        num_workers=worker_count(workers),
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=outlive_first_signal,
     )

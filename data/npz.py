@@ -5,6 +5,7 @@ class's label is the rank of its folder name. Written here, a manifest.json lies
 """
 
 import os
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -12,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from data.cache import MANIFEST, TokenCache, read_manifest, write_manifest
 from data.identity import identity_of_images
 from data.walk import walk
 from runtime.errors import InputError
-from runtime.files import sync_file, sync_folder
+from runtime.files import sync_file, sync_folder, writing
+
+PACKED_ONLY = (
+    "format", "version", "layout", "codes_dtype", "images_per_shard", "files",
+)  # entries of the manifest  # fmt: skip
 
 
 class NpzStore(TokenCache):
@@ -111,6 +117,34 @@ def write_npz_files(store: Path, paths: list[str], codes: np.ndarray) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(file, codes=image.astype(np.int64))
     os.sync()  # once for all of them: one fsync per file takes ten times as long
+
+
+def export_npz(store: TokenCache, blocks: Iterable[np.ndarray], folder: Path) -> None:
+    """Write a packed store as pretokenization's `--format npz` would have written it.
+
+    `blocks` are its codes (n, V, T) in order. The folder is whole or absent. Raises InputError where
+    it exists, and for paths that do not lie in the folders of their classes.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    if folder.exists():
+        raise InputError(f"{folder} exists: choose another --output")
+    paths = store.paths(store.images)
+    for path, label in zip(paths, store.labels.tolist()):
+        if path.split("/")[0] != store.classes[label] or ".." in path.split("/"):
+            raise InputError(
+                f"{store.folder} names {path}, which is not in the folder of its class"
+            )
+    with writing(partial):
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed call
+        partial.mkdir(parents=True)
+        first = 0
+        for codes in tqdm(blocks, unit="block", desc=folder.name, disable=None):
+            write_npz_files(partial, paths[first : first + len(codes)], codes)
+            first += len(codes)
+        about = {name: value for name, value in store.manifest.items() if name not in PACKED_ONLY}
+        write_npz_manifest(partial, about)
+        os.rename(partial, folder)
+        sync_folder(folder.parent)
 
 
 def write_npz_manifest(store: Path, entries: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
     python -m data.tokens info DIR      print what a cache holds and how it was made
     python -m data.tokens verify DIR    read all of it: checksums, shapes, codes and labels in range
     python -m data.tokens show DIR --tokenizer FILE --images 16     draw what the codes say
+    python -m data.tokens export DIR --output NEW     write a packed store as the published layout
 
 The packed store of N images, V views per image and T codes per view is a folder of raw files (all
 integers are little-endian):
@@ -39,6 +40,7 @@ Shards hold `images_per_shard` images each, the last one the rest, so view v of 
 too (layout "npz"; no images_per_shard, codes_dtype and files).
 """
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,9 +54,9 @@ from data.cache import MANIFEST, TokenCache, fingerprint, read_manifest
 from data.classes import describe_classes
 from data.identity import hash_of_texts
 from data.imagenet import misnumbered
-from data.npz import NpzStore
+from data.npz import NpzStore, export_npz
 from data.order import EpochDraws
-from runtime.arguments import Parser, new_file, number, path
+from runtime.arguments import Parser, as_path, new_file, number, path
 from runtime.errors import InputError
 from runtime.files import file_sha256
 from runtime.program import run
@@ -68,6 +70,9 @@ __all__ = [
     "fingerprint",
     "open_tokens",
 ]
+
+
+BLOCK = 4096  # images that are exported at a time
 
 
 class TokenStore(TokenCache):
@@ -135,6 +140,12 @@ class TokenStore(TokenCache):
 
     def identity(self) -> dict[str, str]:
         return {"codes": hash_of_texts(file["sha256"] for file in self.manifest["files"])}
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All codes in order, (n, V, T), uint16, some thousand images at a time."""
+        for shard in self._shards:
+            for first in range(0, len(shard), BLOCK):
+                yield shard[first : first + BLOCK]
 
     def paths(self, count: int) -> list[str]:
         # Names that are not UTF-8 keep their bytes; only \n ends a line.
@@ -204,9 +215,9 @@ class AllTokens(Dataset):
 
 def main(argv: list[str]) -> None:
     parser = Parser(
-        prog="python -m data.tokens", description="Describe, verify or show a token cache."
+        prog="python -m data.tokens", description="Describe, verify, show or export a token cache."
     )
-    parser.add_argument("action", choices=["info", "verify", "show"])
+    parser.add_argument("action", choices=["info", "verify", "show", "export"])
     parser.add_argument("folder", type=path)
     parser.add_argument("--tokenizer", type=path, help="show: weights file that wrote the cache")
     parser.add_argument(
@@ -219,10 +230,20 @@ def main(argv: list[str]) -> None:
         "--picture", type=new_file(".png"), default="output/cache.png",
         help="show: PNG to draw (output/cache.png)",
     )  # fmt: skip
+    parser.add_argument("--output", type=as_path, help="export: folder to write")
     args = parser.parse_args(argv)
     if (args.tokenizer is not None) != (args.action == "show"):
         raise InputError("--tokenizer FILE goes with show, and show needs it to decode the codes")
+    if (args.output is not None) != (args.action == "export"):
+        raise InputError("--output DIR goes with export, and export needs it")
     cache = open_tokens(args.folder)
+    if args.action == "export":
+        if not isinstance(cache, TokenStore):
+            raise InputError(f"{args.folder} has the published layout already")
+        cache.verify()
+        export_npz(cache, cache.blocks(), args.output)
+        print(f"wrote {args.output}: {cache.images} images x {cache.views} views")
+        return
     if args.action == "show":
         # Loaded here: readers need no models.
         from data.show import show_cache

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.cache import MANIFEST
 from data.classes import first_names
-from data.identity import hash_of_texts, short_hash, sizes_and_times
+from data.identity import hash_of_texts, short_hash, size_and_time, sizes_and_times
 from data.images import (
     VIEWS,
     ImageListing,
@@ -48,6 +48,7 @@ from runtime.processes import on_main
 
 BATCHES_PER_PART = 16  # what a killed run loses at most, per process
 COMPARED_BATCHES = 2  # encoded in float32 too, where another type is chosen
+FACTS = ("readable", "rotated by its EXIF", "bytes", "seconds of its last change")  # of an image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +73,9 @@ class WorkFolder:
         images: ImageListing,
         plan: EncodingPlan,
         settings: dict[str, Any],
-        times: np.ndarray,
         cache: Path,
     ):
         self.images, self.plan, self.settings, self.cache = images, plan, settings, cache
-        self.times = times  # (N,) int64: seconds, of the last change of every image
         self.paths = images.names
         self.folder = cache.with_name(cache.name + ".partial")
         self.store = self.folder / "store"
@@ -100,7 +99,13 @@ class WorkFolder:
                 f"{cache} was made with other settings: {changed}; remove it or choose another "
                 f"--cached_path"
             )
-        newer = np.flatnonzero(self.times > (cache / MANIFEST).stat().st_mtime)
+        stats = np.stack(sizes_and_times(self.images.paths), 1)
+        if short_hash(stats[:, 0].tobytes()) != manifest.get("image_sizes"):
+            raise InputError(
+                f"{cache} was made when the images had other sizes: remove it or choose another "
+                f"--cached_path"
+            )
+        newer = np.flatnonzero(stats[:, 1] > (cache / MANIFEST).stat().st_mtime)
         if len(newer):
             print(
                 f"warning: {len(newer)} images were changed after {cache} was made "
@@ -114,8 +119,7 @@ class WorkFolder:
         self._lock = lock_folder(self.folder)
         with writing(self.folder):
             remedy = "remove it, or choose another --cached_path"
-            settings = {**self.settings, "image_times": short_hash(self.times.tobytes())}
-            check_settings(self.folder / "settings.json", settings, remedy)
+            check_settings(self.folder / "settings.json", self.settings, remedy)
             if self.plan.layout == "npz" and not self.store.exists():
                 shutil.rmtree(self.folder / "parts", ignore_errors=True)  # their files are gone
                 self.store.mkdir()
@@ -134,17 +138,26 @@ class WorkFolder:
                 names = [self.paths[i] for i in part.indices[part.readable]]
                 write_npz_files(self.store, names, codes)
                 codes = codes[:0]  # the part records only that these files are whole
-            rotated = np.count_nonzero(part.rotated)
-            self.parts.write(part.number, codes=codes, skipped=part.skipped, rotated=rotated)
+            self.parts.write(part.number, codes=codes, facts=part.facts)
 
-    def skipped(self) -> list[int]:
-        """Sorted indices of the unreadable images in the finished parts."""
-        finished = (n for n in range(self.parts.count) if self.parts.path(n).exists())
-        return sorted(i for n in finished for i in self.parts.read(n, "skipped").tolist())
+    def finished(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the images in the finished parts: sorted indices (n,), and `FACTS` (n, 4)."""
+        numbers = [n for n in range(self.parts.count) if self.parts.path(n).exists()]
+        indices = [i for n in numbers for batch in self.batches[n] for i in batch]
+        facts = [self.parts.read(n, "facts") for n in numbers]
+        return np.array(indices, np.int64), np.concatenate([np.empty((0, 4), np.int64), *facts])
 
-    def rotated(self) -> int:
-        """Number of images that say that they are rotated."""
-        return sum(int(self.parts.read(n, "rotated")) for n in range(self.parts.count))
+    def refuse_edited(self) -> None:
+        """Raise InputError for images that were changed after they were encoded."""
+        indices, facts = self.finished()
+        now = np.stack(sizes_and_times([self.images.paths[i] for i in indices]), 1)
+        edited = indices[(facts[:, 2:] != now).any(1)]
+        if len(edited):
+            raise InputError(
+                f"{len(edited)} images were changed after they were encoded "
+                f"({first_names([self.paths[i] for i in edited])}): restore them, or remove "
+                f"{self.folder} and start anew"
+            )
 
     def describe_skipped(self, skipped: list[int]) -> str:
         names = first_names([self.paths[i] for i in sorted(skipped)])
@@ -174,8 +187,6 @@ def encode_folder(
     of other settings and for more unreadable images than `plan.skip_unreadable`.
     """
     paths = images.names
-    # The main process alone compares and writes settings.
-    sizes, times = sizes_and_times(images.paths if processes.is_main_process else [])
     settings = {
         "layout": plan.layout,
         "tokenizer": tokenizer_hash,
@@ -186,16 +197,17 @@ def encode_folder(
         "batch_size": plan.batch_size,
         "listed_images": len(paths),
         "listing": hash_of_texts(paths),
-        "image_sizes": short_hash(sizes.tobytes()),
     }
-    work = WorkFolder(images, plan, settings, times, cache)
+    work = WorkFolder(images, plan, settings, cache)
     if on_main(work.is_complete):
         processes.print(f"{cache} is complete: {len(paths)} images")
         return
     on_main(work.claim)
+    on_main(work.refuse_edited)
 
     missing = work.parts.missing(processes.process_index, processes.num_processes)
-    skipped = work.skipped()
+    indices, facts = work.finished()
+    skipped = indices[facts[:, 0] == 0].tolist()
     processes.wait_for_everyone()  # before any rank adds a part that another still counts
     work.refuse_too_many(skipped)
     source = ReadableCrops(images.paths, plan)
@@ -218,17 +230,19 @@ def encode_folder(
 def publish(work: WorkFolder, config: TokenizerConfig) -> None:
     """Make the cache from the finished parts, put it into its place and remove the work folder."""
     plan, images, paths = work.plan, work.images, work.paths
-    skipped = work.skipped()
+    indices, facts = work.finished()
+    skipped = indices[facts[:, 0] == 0].tolist()
     work.refuse_too_many(skipped)
     kept = sorted(set(range(len(paths))).difference(skipped))
     if not kept:
         raise InputError(f"none of the images under {images.root} is readable")
-    views, rotated = VIEWS[plan.crops], work.rotated()
+    views, rotated = VIEWS[plan.crops], int(facts[:, 1].sum())
     about = {
         **{key: value for key, value in work.settings.items() if key != "layout"},
         "preprocessing": preprocessing(plan.crops, plan.image_size),
         "skipped": [paths[i] for i in skipped],
         "rotated": rotated,
+        "image_sizes": short_hash(facts[:, 2].tobytes()),
         "software": {
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
@@ -269,10 +283,10 @@ def preprocessing(kind: str, size: int) -> str:
 
 # ---------------------------------------------------------------------- encoding
 class ReadableCrops(Dataset):
-    """(source crop (3, L, L), readable, whether its EXIF says that it is rotated) of image i.
+    """(source crop (3, L, L), `FACTS` (4,), int64) of image i.
 
-    With `skip_unreadable`, an unreadable one is (black, False, False). It keeps its place in its batch,
-    so that what is encoded together does not depend on it.
+    With `skip_unreadable`, an unreadable one is black. It keeps its place in its batch, so that what is
+    encoded together does not depend on it.
     """
 
     def __init__(self, paths: Sequence[ImagePath], plan: EncodingPlan):
@@ -282,14 +296,17 @@ class ReadableCrops(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, bool, bool]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        stat = size_and_time(self.paths[index])
         try:
             image, turn = load_photo(self.paths[index])
         except InputError:
             if not self.skip:
                 raise
-            return torch.zeros(3, self.side, self.side, dtype=torch.uint8), False, False
-        return to_uint8(center_crop(image, self.side)), True, turn is not None
+            black = torch.zeros(3, self.side, self.side, dtype=torch.uint8)
+            return black, torch.tensor([0, 0, *stat])
+        crop = to_uint8(center_crop(image, self.side))
+        return crop, torch.tensor([1, turn is not None, *stat])
 
 
 class EncodedPart(NamedTuple):
@@ -298,8 +315,11 @@ class EncodedPart(NamedTuple):
     number: int
     indices: np.ndarray  # (n,), of the images
     codes: np.ndarray  # (n, V, T) uint16
-    readable: np.ndarray  # (n,) bool
-    rotated: np.ndarray  # (n,) bool: those that say so
+    facts: np.ndarray  # (n, 4) int64: FACTS
+
+    @property
+    def readable(self) -> np.ndarray:
+        return self.facts[:, 0] == 1
 
     @property
     def skipped(self) -> np.ndarray:
@@ -341,16 +361,16 @@ def encode_parts(
     hidden = None if processes.is_main_process else True  # None: where there is no terminal
     with tqdm(total=total, unit="img", desc=f"encode{share}", disable=hidden) as bar:
         for number in numbers:
-            codes, flags = [], []
+            codes, facts = [], []
             for _ in batches[number]:
-                crops, readable, rotated = next(arriving)  # (n, 3, L, L) uint8, (n,) bool twice
+                crops, known = next(arriving)  # (n, 3, L, L) uint8, (n, 4) int64
                 codes.append(encode_views(encoder, crops, plan, plan.dtype).int())
-                flags.append(torch.stack([readable, rotated]))
+                facts.append(known)
                 bar.update(len(crops))
             # The only place that waits for the device, once per part.
             part = torch.cat(codes).cpu().numpy().astype(np.uint16)
             indices = np.concatenate([np.array(batch) for batch in batches[number]])
-            yield EncodedPart(number, indices, part, *torch.cat(flags, 1).cpu().numpy())
+            yield EncodedPart(number, indices, part, torch.cat(facts).cpu().numpy())
 
 
 def encode_views(encoder: Tokenizer, crops: Tensor, plan: EncodingPlan, dtype: str) -> Tensor:

@@ -21,13 +21,13 @@ def test_unreadable_image_keeps_its_place_as_black_views(tmp_path, kind):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     plan = EncodingPlan(20, kind, skip_unreadable=1)
-    crop, readable, _ = ReadableCrops([str(bad)], plan)[0]
+    crop, facts = ReadableCrops([str(bad)], plan)[0]
     Image.new("RGB", (30, 40)).save(tmp_path / "good.png")
-    good, good_is_readable, _ = ReadableCrops([str(tmp_path / "good.png")], plan)[0]
-    assert crop.shape == good.shape and good_is_readable is True
+    good, good_facts = ReadableCrops([str(tmp_path / "good.png")], plan)[0]
+    assert crop.shape == good.shape and good_facts[0] == 1
     views = cut_views(crop[None], 20, kind)[0]
     assert views.shape == (VIEWS[kind], 3, 20, 20) and views.dtype == torch.uint8
-    assert not views.any() and readable is False
+    assert not views.any() and facts[0] == 0
     with pytest.raises(InputError, match=r"bad\.png"):
         ReadableCrops([str(bad)], EncodingPlan(20, kind))[0]
 
@@ -81,7 +81,7 @@ def test_a_complete_cache_of_edited_images_is_warned_of_or_refused(encode, tmp_p
     assert "warning: 1 images were changed after" in (said := capsys.readouterr().out)
     assert "(cat/b.jpg): remove it to encode them again" in said
     save(tmp_path / "photos/cat/b.jpg", comment=b"longer")
-    with pytest.raises(InputError, match="made with other settings: image_sizes"):
+    with pytest.raises(InputError, match="was made when the images had other sizes"):
         encode()
 
 
@@ -94,6 +94,18 @@ def test_images_edited_between_an_interruption_and_its_resume_are_refused(
         encode()
     monkeypatch.undo()
     save(tmp_path / "photos/cat/b.jpg", **edit)
-    with pytest.raises(InputError, match=r"holds work of other settings: image_\w+ \("):
+    with pytest.raises(
+        InputError, match=r"1 images were changed after they were encoded \(cat/b\.jpg\)"
+    ):
         encode()
     assert not (tmp_path / "cache").exists()
+
+
+def test_an_unreadable_image_may_be_repaired_before_the_resume(encode, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "BATCHES_PER_PART", 2)
+    (tmp_path / "photos/d\udcff/c.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match="unreadable image"):
+        encode()
+    assert len(list((tmp_path / "cache.partial/parts").iterdir())) == 1
+    save(tmp_path / "photos/d\udcff/c.jpg", seconds=100)
+    assert encode()["images"] == 3

@@ -17,6 +17,7 @@ from typing import NamedTuple, Optional, TypeVar
 
 from accelerate import PartialState
 
+from data.loader import worker_count
 from evaluation.evaluator import (
     FEATURES,
     STANDARD_COUNT,
@@ -114,7 +115,10 @@ def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
         "--batch_size", type=number(1, 65_536), default=64, help="images per batch (64)"
     )
     parser.add_argument(
-        "--num_workers", type=number(0, 1024), default=8, help="reading threads per process (8)"
+        "--num_workers",
+        type=number(0, 1024),
+        default=worker_count(),
+        help="reading threads per process (8, at most one per core)",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="CUDA where there is one")
     args = parser.parse_args(argv)

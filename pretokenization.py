@@ -18,6 +18,7 @@ from data.cache import fingerprint
 from data.classes import printable
 from data.imagenet import misnumbered
 from data.images import scan_images
+from data.loader import worker_count
 from data.tree import is_image
 from data.walk import is_hidden
 from encoding.encoder import load_encoder
@@ -115,8 +116,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
              "(default: fp32)")
     add("--skip_unreadable", type=number(0, 10**9), default=0, metavar="N",
         help="leave out at most N unreadable images, listed in the manifest (default: 0)")
-    add("--num_workers", type=number(0, 1024), default=8, metavar="N",
-        help="decoding processes per GPU (default: 8)")
+    add("--num_workers", type=number(0, 1024), default=worker_count(), metavar="N",
+        help="decoding processes per GPU (default: 8, at most one per core)")
     add("--device", type=device, metavar="{cpu,cuda}", help="default: CUDA where there is a GPU")
     for flag, kind in WITHOUT_EFFECT.items():
         absent, words = argparse.SUPPRESS, "published flag, without effect here"

@@ -398,8 +398,11 @@ class TokenDataParams(Options):
         "the run's folder lists them. Only with train_dir.",
         at_least=0,
     )
-    num_workers_per_gpu: int = option(
-        4, "Reading processes per GPU; 0: the main process reads.", at_least=0, at_most=1024
+    num_workers_per_gpu: Optional[int] = option(
+        None,
+        "Reading processes per GPU; 0: the main process reads; null: 8, at most one per core.",
+        at_least=0,
+        at_most=1024,
     )
 
 
@@ -553,9 +556,9 @@ class ImageDataParams(Options):
         at_most=65536,
     )
     random_flip: bool = option(True, "Mirror each training image with probability 1/2.")
-    num_workers_per_gpu: int = option(
-        8,
-        "Reading processes per GPU; 0: the main process reads.",
+    num_workers_per_gpu: Optional[int] = option(
+        None,
+        "Reading processes per GPU; 0: the main process reads; null: 8, at most one per core.",
         at_least=0,
         at_most=1024,
         resumes=True,

@@ -6,6 +6,12 @@ same command resumes an interrupted run. `--dry-run` runs a few steps of every p
 whole run needs, and writes nothing.
 """
 
+if not __package__:  # started as a file: the other packages are out of reach
+    import sys
+
+    print("error: run `python -m train_tokenizer` in the folder above this one", file=sys.stderr)
+    sys.exit(2)
+
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
 from dataclasses import dataclass
@@ -32,6 +38,7 @@ from data.images import (
     scan_images,
     to_float,
 )
+from data.loader import worker_count
 from data.subset import spread_over_classes
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
@@ -505,7 +512,8 @@ def evaluate(run: Run, state: TrainState, data: TokenizerData) -> Optional[dict[
     scores = in_training.ReconstructionScores(
         state.averaged, data.validation, PartialState(), state.lpips, data.evaluator
     )
-    batch, workers = run.training.per_gpu_batch_size, run.options.dataset.params.num_workers_per_gpu
+    batch = run.training.per_gpu_batch_size
+    workers = worker_count(run.options.dataset.params.num_workers_per_gpu)
     measured = run.attempt("evaluation", lambda: scores.measure(batch, workers))
     return None if measured is None else run.attempt("evaluation", measured.reduced)
 

@@ -180,7 +180,7 @@ class Run:
         return self.checkpoint.source is not None
 
     def start(
-        self, dataset: Any, images: int, workers: int, skip_unreadable: int | None = None
+        self, dataset: Any, images: int, workers: int | None, skip_unreadable: int | None = None
     ) -> None:
         """Build the loader over (epoch, index < `images`), lock the folder, open the log.
 

@@ -39,12 +39,14 @@ def test_papers_pretokenization_command_asks_for_the_weights(workspace, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_published_tokenizer_command_names_ours():
+@pytest.mark.parametrize("command", ["train_tokenizer.py", "__main__.py", "."])
+def test_published_tokenizer_command_names_ours(command):
     done = subprocess.run(
-        [sys.executable, ROOT / "train_tokenizer.py", "--root", "x"], capture_output=True, text=True
-    )
+        [sys.executable, command, "--root", "x"], cwd=ROOT / "train_tokenizer",
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and "python -m train_tokenizer config=" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "`python -m train_tokenizer" in done.stderr
 
 
 @pytest.mark.parametrize(

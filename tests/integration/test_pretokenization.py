@@ -180,22 +180,6 @@ def test_manifest_records_the_heads_and_other_heads_are_refused(workspace, runs,
     assert "encoder_heads (2 there, 4 now)" in line
 
 
-def test_cache_and_work_from_before_the_heads_were_recorded_are_taken(runs, tmp_path):
-    cache, data = tmp_path / "cache", copies(tmp_path / "data", 36)
-    runs.ok(tmp_path / "whole", data=data)
-    runs.refused(cache, data=data, largest_file=2500)
-    settings = tmp_path / "cache.partial/settings.json"
-    earlier = json.loads(settings.read_text())
-    assert earlier.pop("encoder_heads") == 2
-    settings.write_text(json.dumps(earlier))
-    runs.ok(cache, data=data)
-    assert files(cache) == files(tmp_path / "whole")
-    earlier = manifest(cache)
-    del earlier["encoder_heads"]
-    (cache / "manifest.json").write_text(json.dumps(earlier))
-    assert "is complete" in runs.ok(cache, data=data)
-
-
 # ---------------------------------------------------------------------- precision
 def test_bf16_prints_its_agreement_and_is_recorded(runs, tmp_path):
     output = runs.ok(tmp_path / "cache", "--dtype", "bf16", "--batch_size", "4")
@@ -249,6 +233,16 @@ def test_npz_layout_is_the_published_one_with_the_same_codes(workspace, runs, tm
             assert (arrays["codes"] == [store.codes(image, v) for v in (0, 1)]).all()
     names = {f"{path}.npz" for path in paths.splitlines()} | {"manifest.json"}
     assert {str(path) for path in files(tmp_path / "npz")} == names
+
+
+def test_an_exported_cache_is_that_of_the_published_layout_byte_for_byte(runs, warm, tmp_path):
+    runs.ok(tmp_path / "packed")
+    runs.ok(tmp_path / "npz", "--format", "npz")
+    warm.ok("data.tokens", "export", tmp_path / "packed", "--output", tmp_path / "exported")
+    assert files(tmp_path / "exported") == files(tmp_path / "npz")
+    assert not (tmp_path / "exported.partial").exists()
+    again = ["export", tmp_path / "packed", "--output", tmp_path / "exported"]
+    assert "exported exists: choose another --output" in warm.refused("data.tokens", *again)
 
 
 def test_npz_work_whose_files_were_removed_starts_anew(runs, tmp_path):

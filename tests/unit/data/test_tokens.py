@@ -10,7 +10,7 @@ import torch
 
 from data import writer
 from data.cache import fingerprint, write_manifest
-from data.npz import NpzStore
+from data.npz import NpzStore, export_npz
 from data.tokens import AllTokens, TokenStore, TrainTokens, main, open_tokens
 from data.writer import TokenWriter
 from runtime.errors import InputError
@@ -458,6 +458,25 @@ def test_manifest_cannot_name_classes_outside_its_folder(published, classes):
     write_manifest(published, {"layout": "npz", "classes": classes})
     with pytest.raises(InputError, match=r"manifest\.json is damaged"):
         open_tokens(published)
+
+
+def test_the_published_programs_centre_crops_are_refused_with_their_defect(tmp_path):
+    store = NpzStore(write_npz(tmp_path / "published", random_codes()[:, :1]))
+    with pytest.raises(InputError, match=r"\(1, 5\) codes .* joins the two views"):
+        store.check(CODEBOOK, TOKENS / 2)
+    store.check(CODEBOOK, TOKENS)
+
+
+@pytest.mark.parametrize(
+    "paths, label",
+    [(["cat/../../a", *PATHS[1:]], 0), (["/etc/a", *PATHS[1:]], 0), (PATHS[1:] + PATHS[:1], 1)],
+)
+def test_a_path_outside_the_folder_of_its_class_is_not_exported(cache, tmp_path, paths, label):
+    store = TokenStore(cache)
+    store.paths = lambda count: paths
+    with pytest.raises(InputError, match="not in the folder of its class"):
+        export_npz(store, store.blocks(), tmp_path / "exported")
+    assert not (tmp_path / "exported.partial").exists()
 
 
 # ---------------------------------------------------------------------- classes of another set

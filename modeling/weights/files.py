@@ -22,9 +22,12 @@ def writing(path: str | Path) -> Iterator[None]:
         raise  # RuntimeErrors, but of the device
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own
         lines = str(getattr(e, "strerror", None) or e).strip().splitlines() or [type(e).__name__]
+        remedy = "free some space or make the folder writable"
+        if isinstance(e, (FileExistsError, NotADirectoryError)):
+            remedy = "it is a file, where a folder is needed: choose another place"
         raise InputError(
-            f"cannot write {getattr(e, 'filename', None) or path} ({lines[0]}): what is finished "
-            f"stays; make room, or the folder writable, and run the same command again"
+            f"cannot write {getattr(e, 'filename', None) or path} ({lines[0]}): {remedy}, then rerun; "
+            f"finished work is kept"
         ) from e
 
 

@@ -197,7 +197,7 @@ def test_disk_that_fills_in_a_save_is_one_line_and_costs_nothing(workspace, warm
     line = warm.refused(
         program, *options, f"experiment.output_dir={run}", largest_file=largest - 1000
     )
-    assert f"cannot write {run}/checkpoints/step-00000020" in line and "make room" in line
+    assert f"cannot write {run}/checkpoints/step-00000020" in line and "free some space" in line
     assert files(run / "checkpoints") == kept and steps(run) == [10]
     warm.ok(program, *options, f"experiment.output_dir={run}")
     same_run(whole, run)

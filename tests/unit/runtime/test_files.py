@@ -4,7 +4,7 @@ import pytest
 
 from runtime import files
 from runtime.errors import InputError
-from runtime.files import whole_file, write_whole, writing
+from runtime.files import lock_folder, whole_file, write_whole, writing
 
 
 def fail(*_, **__):
@@ -17,7 +17,7 @@ def test_a_file_that_cannot_be_written_keeps_its_content(tmp_path, monkeypatch, 
     write_whole(path, b"old")
     module, name = call.split(".")
     monkeypatch.setattr(getattr(files, module), name, fail)
-    with pytest.raises(InputError, match=r"cannot write .*/file \(disk full\).*make room"):
+    with pytest.raises(InputError, match=r"cannot write .*/file \(disk full\).*free some space"):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
@@ -48,6 +48,13 @@ def test_the_place_is_named_that_the_system_names(tmp_path):
     with pytest.raises(InputError) as error, writing(tmp_path):
         (tmp_path / "file" / "below").mkdir()
     assert f"cannot write {tmp_path}/file/below (Not a directory)" in str(error.value)
+
+
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_a_file_in_the_place_of_a_folder_is_not_called_a_lack_of_space(tmp_path, output):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write .*: it is a file, .*choose another place"):
+        lock_folder(tmp_path / output)
 
 
 def test_what_torch_says_of_a_full_disk_is_one_line():

@@ -38,7 +38,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"with the program that wrote it"
         )
     if name != FORMAT:
-        raise InputError(f"{path} is of another format; make the cache again")
+        raise InputError(f"{path} has another format; make the cache again")
     return manifest
 
 
@@ -81,7 +81,7 @@ class TokenCache(ABC):
         tokenizer: str | None = None,
         encoder_heads: int | None = None,
     ) -> None:
-        """Refuse a cache that another tokenizer wrote; what either side leaves unknown is not compared.
+        """Refuse another tokenizer's cache; fields unknown on either side are skipped.
 
         From here on, codes beyond `codebook_size` are refused even where the cache states none.
         """
@@ -126,6 +126,6 @@ class TokenCache(ABC):
         if (signed and codes.min() < 0) or (size is not None and codes.max() >= size):
             limit = "below 0" if size is None else f"beyond {size - 1}"
             raise InputError(
-                f"{where} of {self.folder} holds codes {limit}: it is damaged or of another "
-                f"tokenizer; make the cache again"
+                f"{where} of {self.folder} holds codes {limit}: it is damaged or another "
+                f"tokenizer's; make the cache again"
             )

@@ -16,14 +16,14 @@ def imagenet_synsets() -> list[str]:
 
 
 def misnumbered(classes: Sequence[str]) -> str | None:
-    """In words, where the labels of these classes are not the numbers that their names suggest."""
+    """What is wrong, if labels differ from the numbers that the names suggest; None if nothing is."""
     from modeling.weights.class_names import sorted_as_text  # loads models: only when needed
 
     return sorted_as_text(dict(enumerate(classes))) or unlike_imagenet(classes)
 
 
 def unlike_imagenet(classes: Sequence[str]) -> str | None:
-    """In words, where most classes are synsets, but they are not ImageNet's 1,000 in their order.
+    """What is wrong, if most classes are synsets, but not ImageNet's 1,000 in their order.
 
     Then the labels are not those of published weights, and nothing else would say so.
     """

@@ -153,12 +153,6 @@ def list_labelled(tree: FileTree, labels: str | Path) -> ImageListing:
     return ImageListing(tree.root, samples, names, classes, dict(tree.count_others()))
 
 
-def list_images(root: str | Path) -> tuple[list[tuple[ImagePath, int]], list[str]]:
-    """`scan_images` as (path, label) of every image and the sorted class names."""
-    listing = scan_images(root)
-    return listing.samples, listing.classes
-
-
 def is_path_list(source: str | Path) -> bool:
     """Whether `list_paths` reads this as a text file of paths."""
     return Path(source).is_file() and not is_tar(source)

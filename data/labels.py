@@ -1,4 +1,4 @@
-"""Files that say of which class each image of a flat folder or tar is.
+"""Files that name the class of each image in a flat folder or tar.
 
 Either one class per line, in the order of the images' names, as ILSVRC's list of the synsets of its
 validation images; or lines of file and class, with or without the suffixes of the files and with or without

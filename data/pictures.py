@@ -43,7 +43,7 @@ def picture_grid(
 
 
 def enlarged(images: np.ndarray, width: int = READABLE) -> np.ndarray:
-    """Images (…, H, W, 3) with every pixel repeated, so that they are `width` pixels wide or more."""
+    """Images (…, H, W, 3) with every pixel repeated, at least `width` pixels wide."""
     factor = max(-(-width // images.shape[-2]), 1)
     return images.repeat(factor, -3).repeat(factor, -2)
 
@@ -51,7 +51,7 @@ def enlarged(images: np.ndarray, width: int = READABLE) -> np.ndarray:
 def captioned(image: np.ndarray, *lines: str) -> np.ndarray:
     """An image (H, W, 3), uint8, with lines of text below it: (H + 17 per line, W, 3).
 
-    A line that is too long loses its middle, what is not printable is escaped.
+    A long line is cut in its middle; unprintable characters are escaped.
     """
     band = Image.new("RGB", (image.shape[1], LINE * len(lines)), "white")
     draw, font = ImageDraw.Draw(band), ImageFont.load_default(TEXT)
@@ -71,7 +71,7 @@ def with_captions(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
 
 
 def fitted(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """A line without its middle, as far as it must be to be `width` pixels long."""
+    """A line, cut in its middle to at most `width` pixels."""
     # Pillow's font has the letters of Western Europe.
     line = printable(line).encode("latin-1", "backslashreplace").decode("latin-1")
     for kept in range(min(len(line), width), 0, -1):  # no letter is narrower than a pixel

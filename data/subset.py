@@ -1,4 +1,4 @@
-"""A part of the training images that shows all classes (`experiment.max_train_examples`)."""
+"""A part of the training images that covers all classes (`experiment.max_train_examples`)."""
 
 from typing import Any
 
@@ -16,9 +16,9 @@ def evenly_spaced(items: int, count: int) -> np.ndarray:
 def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
     """Indices (count,), in order, of a sample of images with these labels (N,); all where N <= count.
 
-    Every class gives as many images as every other, as far as it has them, and they are evenly
-    spaced within it. With fewer images than classes, evenly spaced classes give one each. Nothing is
-    random, so every rank and every start of a run finds the same images.
+    Each class contributes equally, or all it has, evenly spaced within the class. With fewer images
+    than classes, evenly spaced classes contribute one each. Nothing is random, so every rank and every
+    start of a run finds the same images.
     """
     if count >= len(labels):
         return np.arange(len(labels))

@@ -1,4 +1,4 @@
-"""Images in a tar, read where they lie: nothing is unpacked.
+"""Images read directly from a tar; nothing is unpacked.
 
 A tar inside the tar stands for a folder of its name, so ImageNet's training set as it is downloaded, a tar
 of one tar per class, lists as one folder per class does. Listing reads the header of every member, of
@@ -106,7 +106,7 @@ class Tar:
 
 
 def is_tar(path: str | Path) -> bool:
-    """Whether this is a file that is a tar by its name or its first bytes, compressed or not."""
+    """Whether a file is a tar, compressed or not, by its name or its first bytes."""
     path = Path(path)
     return path.is_file() and (
         path.suffix.lower() == ".tar"
@@ -157,7 +157,7 @@ def open_tar(path: str | Path, index_folder: Path | None) -> Tar:
 
 
 def stamp_of(file: Path | int) -> tuple[int, int]:
-    """Size in bytes and time of change (ns): what tells two states of a file apart."""
+    """Size in bytes and time of change (ns), which identify the state of a file."""
     status = os.stat(file)
     return status.st_size, status.st_mtime_ns
 
@@ -170,7 +170,7 @@ class Members(NamedTuple):
 
 
 def list_members(path: Path) -> Members:
-    """All members, with those of inner tars in the place of these. Raises InputError."""
+    """All members; inner tars are replaced by their members. Raises InputError."""
     found, inner = [], []
     for member in walk(path, 0, path.stat().st_size, str(path)):
         (inner if member.name.lower().endswith(".tar") else found).append(member)
@@ -263,7 +263,7 @@ def write_index(index: Path, members: Members, stamp: tuple[int, int]) -> None:
 
 
 def read_index(index: Path, stamp: tuple[int, int]) -> Members | None:
-    """None where there is none, or it is damaged or of another state of the tar."""
+    """None if the index is missing or damaged, or describes another state of the tar."""
     try:
         with np.load(index, allow_pickle=False) as arrays:
             if arrays["about"].tolist() != [VERSION, *stamp]:

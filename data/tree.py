@@ -25,7 +25,7 @@ class FileTree(NamedTuple):
 
     root: Path
     is_tar: bool
-    folders: dict[str, list[str]]  # path of a folder from the root, which is "": names of its files
+    folders: dict[str, list[str]]  # names of files by the path of their folder, "" for the root
     path_of: Callable[[str], ImagePath]  # of a file, by its path from the root
     left_out: Counter[str]  # entries that were not entered, by kind
 

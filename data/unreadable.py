@@ -26,11 +26,11 @@ class KeyedImages(Protocol):
 
 
 class SkipUnreadable(Dataset):
-    """`images` by (epoch, index) with index < `items`, with others in the place of unreadable ones.
+    """`images` by (epoch, index), index < `items`; readable images replace unreadable ones.
 
-    The place of an unreadable image is taken by the next readable one of the listing, which starts
-    again after `items`: with its own label, and as it is drawn in that epoch. So an item depends on
-    its key and on the files alone, never on the rank, the worker or the step of resuming.
+    The next readable image of the listing, which wraps around at `items`, replaces an unreadable one,
+    with its own label and its own draws of that epoch. So an item depends only on its key and on the
+    files, never on the rank, the worker or the step of resuming.
 
     At most `limit` different images may be unreadable. All ranks and workers write their paths into
     the file `report`, one per line, which is the list for the user and the common count; a resumed

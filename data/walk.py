@@ -16,7 +16,7 @@ def is_hidden(name: str) -> bool:
 
 
 def walk(root: str) -> tuple[dict[str, list[str]], Counter[str]]:
-    """The files below a folder by the path of theirs from it, which is "", and what is left out, by kind.
+    """Names of files by the path of their folder, "" for the root, and counts of what is left out.
 
     Links are followed, and every real folder is entered once: under its own name, if it lies below
     the root without a link, otherwise under that of the first link to it. A link to a folder that it

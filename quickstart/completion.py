@@ -16,7 +16,7 @@ from torch import Tensor
 
 import configs.load
 from configs.schema import GeneratorRun
-from data.images import list_images, photo_crop, to_float
+from data.images import photo_crop, scan_images, to_float
 from data.pictures import captioned, enlarged, picture_grid, to_pixels, write_png
 from evaluation.reconstruction import psnr
 from generation.prefix import encode_beginning, masked_below
@@ -70,7 +70,7 @@ def block(
 def main(argv: list[str]) -> None:
     folder, picture = Path(argv[0]), Path(argv[1])
     tokenizer, generator, options = load_models(folder)
-    first = {label: path for path, label in reversed(list_images(folder / "data/val")[0])}
+    first = {label: path for path, label in reversed(scan_images(folder / "data/val").samples)}
     classes = sorted(first)
     pixels = [photo_crop(first[label], tokenizer.config.image_size) for label in classes]
     engine = Engine(generator, COMPLETIONS * len(pixels), options.model.generator.sampling)

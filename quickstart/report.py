@@ -11,7 +11,7 @@ from sklearn.svm import SVC
 
 import configs.load
 from configs.schema import TokenizerRun
-from data.images import CenterImages, CroppedImages, list_images
+from data.images import CenterImages, CroppedImages, scan_images
 from data.pictures import picture_grid, to_pixels, write_png
 from data.tokens import TokenStore
 from evaluation.metrics import frechet_distance
@@ -32,7 +32,7 @@ def validation_metrics(folder: Path, stage: int) -> tuple[dict[str, float], np.n
     tokenizer = Tokenizer(options.model.vq_model)
     load_weights(tokenizer, folder / f"stage{stage}/tokenizer.pth")
     # Every tenth image first, so that all ten classes come into the picture.
-    paths = [path for path, _ in list_images(folder / "data/val")[0]]
+    paths = scan_images(folder / "data/val").paths
     paths = [p for start in range(10) for p in paths[start::10]]
     sums, preview = (
         ReconstructionSums(tokenizer.config.codebook_size, tokenizer.config.num_tokens, CPU),
@@ -54,7 +54,7 @@ def features(images: np.ndarray, colour: bool = False) -> np.ndarray:
 
 def real_images(folder: Path, size: int, kind: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (N, S, S, 3) and classes of real images: their centre crops, or all views of a kind."""
-    samples, _ = list_images(folder)
+    samples = scan_images(folder).samples
     paths, labels = [path for path, _ in samples], np.array([label for _, label in samples])
     if kind is None:
         views = torch.stack([CenterImages(paths, size)[i] for i in range(len(paths))])

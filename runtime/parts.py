@@ -23,7 +23,7 @@ def differing(
     settings: dict[str, Any],
     places: tuple[object, object] = ("there", "now"),
 ) -> str:
-    """The entries in which two settings differ, with both values; empty where they agree.
+    """The entries in which two settings differ, with both values; empty if they agree.
 
     `places` name the two.
     """

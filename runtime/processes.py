@@ -43,7 +43,7 @@ def refuse_leftovers() -> None:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What `work()` gives on the main process, on all; its InputError is raised on all."""
+    """Run `work` on the main process; all processes return its result or raise its InputError."""
     outcome: list = [None, None]
     if PartialState().is_main_process:
         try:

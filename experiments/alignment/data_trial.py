@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from sklearn.cluster import MiniBatchKMeans
 
-from data.images import center_crop, list_images, load_image
+from data.images import center_crop, load_image, scan_images
 from evaluation.reconstruction import codebook_use
 from experiments.alignment.emoji import SIZE, write_emoji
 from experiments.alignment.neighbours import predict
@@ -91,7 +91,7 @@ class Trial:
 
 def read_crops(folder: Path) -> np.ndarray:
     """(N, 32, 32, 3), float32 in [0, 1]: the centre crops of a folder."""
-    paths = [path for path, _ in list_images(folder)[0]]
+    paths = scan_images(folder).paths
     pixels = [np.asarray(center_crop(load_image(path), CONFIG.image_size)) for path in paths]
     return np.stack(pixels).astype(np.float32) / 255
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from data.images import CenterImages, list_images
+from data.images import CenterImages, scan_images
 from data.pictures import to_pixels
 from data.tokens import TokenStore
 from evaluation.metrics import frechet_distance
@@ -59,7 +59,7 @@ class Features:
 
 def crops(folder: Path, size: int, limit: int | None = None) -> np.ndarray:
     """The centre crops (N, S, S, 3), uint8, of a folder; evenly spaced ones where there are more than `limit`."""
-    paths = [path for path, _ in list_images(folder)[0]]
+    paths = scan_images(folder).paths
     paths = paths[:: max(len(paths) // limit, 1)][:limit] if limit else paths
     images = CenterImages(paths, size)
     return torch.stack([images[i] for i in range(len(paths))]).permute(0, 2, 3, 1).numpy()

@@ -123,7 +123,7 @@ def folded(name: str) -> str:
 
 
 def sorted_as_text(folders: Mapping[int, str]) -> Optional[str]:
-    """In words, where all names {label: name} are numbers, but not those of their labels.
+    """What is wrong, if all names {label: name} are numbers, but not those of their labels.
 
     Folders are sorted as text: 0, 1, 10, 11, …, 2. Then a class's number is not its name.
     """

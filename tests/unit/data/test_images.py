@@ -23,7 +23,6 @@ from data.images import (
     TrainViews,
     center_crop,
     cut_views,
-    list_images,
     list_paths,
     load_image,
     load_photo,
@@ -189,7 +188,8 @@ def test_classes_and_paths_are_sorted(tmp_path):
     for name in ("b/2.png", "b/1.png", "a/3.png", "C/4.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         noise(4, 4).save(tmp_path / name)
-    samples, classes = list_images(tmp_path)
+    listing = scan_images(tmp_path)
+    samples, classes = listing.samples, listing.classes
     assert classes == ["C", "a", "b"]
     found = [(Path(path).relative_to(tmp_path).as_posix(), label) for path, label in samples]
     assert found == [("C/4.png", 0), ("a/3.png", 1), ("b/1.png", 2), ("b/2.png", 2)]
@@ -233,7 +233,7 @@ def test_unusable_folder_is_named(tmp_path, make):
     root = tmp_path / "photos"
     make(root)
     with pytest.raises(InputError) as error:
-        list_images(root)
+        scan_images(root)
     assert str(root) in str(error.value) and "\n" not in str(error.value)
     if make is images_without_class_folders:
         assert "one folder for all, with model.generator.condition_num_classes=1" in str(
@@ -244,7 +244,7 @@ def test_unusable_folder_is_named(tmp_path, make):
 def test_class_folder_without_images_is_named(tmp_path):
     class_folder_without_images(tmp_path / "photos")
     with pytest.raises(InputError, match="hollow"):
-        list_images(tmp_path / "photos")
+        scan_images(tmp_path / "photos")
 
 
 def tree(root, *names):
@@ -259,7 +259,8 @@ def tree(root, *names):
 def test_listing_is_that_of_torchvisions_image_folder(tmp_path):
     tree(tmp_path, "b/2.png", "b/x/1.png", "a/Z.png", "a/a.JPEG", "C/x.png", "a/n.txt")
     expected = ImageFolder(str(tmp_path))
-    assert list_images(tmp_path) == (expected.samples, expected.classes)
+    listing = scan_images(tmp_path)
+    assert (listing.samples, listing.classes) == (expected.samples, expected.classes)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_listing_is_that_of_torchvisions_image_folder(tmp_path):
 def test_folder_above_the_classes_is_refused_by_name(tmp_path, names, nested, remedy):
     root = tmp_path / "root"
     tree(root, *names)
-    for listed in (scan_images, list_images, list_paths):
+    for listed in (scan_images, list_paths):
         with pytest.raises(InputError) as error:
             listed(root)
         assert f"{root} is not a folder of classes: {nested} folders of images" in str(error.value)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import list_images
+from data.images import scan_images
 from experiments.alignment import data_trial
 from experiments.alignment.data_trial import CROPS, nearest, patches, read_crops, small, try_out
 from experiments.alignment.emoji import SIZE
@@ -68,7 +68,8 @@ def test_the_command_writes_what_is_missing_and_prints_a_line_each(tmp_path, mon
 def test_photos_are_crops_of_the_right_size(tmp_path):
     data_trial.write_photos(tmp_path)
     for split, count in CROPS.items():
-        samples, classes = list_images(tmp_path / split)
+        listing = scan_images(tmp_path / split)
+        samples, classes = listing.samples, listing.classes
         assert len(classes) == 8 and len(samples) == 8 * count
         with Image.open(samples[0][0]) as image:
             assert (image.mode, image.size) == ("RGB", (SIZE, SIZE))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import list_images
+from data.images import scan_images
 from experiments.alignment import emoji
 from experiments.alignment.emoji import HELD_OUT, SIZE, file_of, held_out, motif
 from runtime.errors import InputError
@@ -76,7 +76,8 @@ def test_the_folders_hold_every_graphic_once_and_no_motif_on_both_sides(tmp_path
     sides, pixels = {}, defaultdict(set)
     motif_of = {file.name: name for _, name, file in emoji.emoji_files()}
     for split in ("train", "val"):
-        samples, classes = list_images(tmp_path / split)
+        listing = scan_images(tmp_path / split)
+        samples, classes = listing.samples, listing.classes
         assert len(classes) == 8
         assert not {"activities", "component"} & set(classes)
         names = [path.rsplit("/", 1)[1] for path, _ in samples]

@@ -28,7 +28,7 @@ from runtime.errors import InputError
 from runtime.files import write_whole, writing
 from runtime.program import run
 from train_tokenizer import __main__ as train_tokenizer
-from training.reference import curve, run_records
+from training.plot import curve, run_records
 
 if TYPE_CHECKING:  # not needed by anything but plots
     from matplotlib.figure import Figure

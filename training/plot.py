@@ -1,5 +1,6 @@
-"""Draw the curves of one or several runs: `python -m training.plot RUN_DIR… [--reference]`."""
+"""Draw the curves of one or several runs: `python -m training.plot RUN_DIR… [--reference FILE]`."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,21 +8,40 @@ from runtime.arguments import Parser, as_path, new_file
 from runtime.errors import InputError
 from runtime.files import writing
 from runtime.program import run
-from training.reference import Records, closest_reference, curve, run_records
+from training.log import step_of
 
 if TYPE_CHECKING:  # not needed by anything but plots
     from matplotlib.figure import Figure
 
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
+Records = list[dict[str, float]]
+
+
+def read_records(path: Path) -> Records:
+    """The records of a metrics.jsonl or a reference; a line that a kill cut short is left out."""
+    return [json.loads(line) for line in path.read_text().splitlines() if step_of(line) < 1e18]
+
+
+def run_records(folder: Path) -> Records:
+    """The records of a run. Raises InputError for a folder without any file of them."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"no metrics.jsonl in {folder}: pass the output_dir of a training run")
+    return read_records(path)
+
+
+def curve(records: Records, name: str) -> dict[float, float]:
+    """Step -> value of one quantity."""
+    return {record["step"]: record[name] for record in records if name in record}
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(description="Draw the curves of one or several runs.")
     parser.add_argument("runs", nargs="+", type=as_path, help="output_dir of a run")
     parser.add_argument(
-        "--reference", action="store_true",
-        help="draw the first run over the quickstart's curves of the same kind (docs/reference)",
+        "--reference", type=as_path,
+        help="draw over the curves and ranges of this file (quickstart/reference/NAME.jsonl)",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=new_file(*FORMATS), default="curves.png", help="(curves.png)"
@@ -32,10 +52,9 @@ def main(argv: list[str]) -> None:
         name != "step" for records in runs.values() for record in records for name in record
     ):
         raise InputError(f"no records yet in {', '.join(runs)}")
-    reference = None
-    if args.reference:
-        name, reference = closest_reference(next(iter(runs.values())))
-        print(f"reference: the quickstart's {name}")
+    if args.reference is not None and not args.reference.is_file():
+        raise InputError(f"no file {args.reference}: pass a file of quickstart/reference")
+    reference = None if args.reference is None else read_records(args.reference)
     try:
         figure = plot_curves(runs, reference)
     except ImportError as e:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.alignment.results import Group, differences, metrics_of
 from runtime.errors import InputError
 from runtime.files import whole_file
-from training.reference import curve
+from training.plot import curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from scipy import stats
 
 from experiments.alignment.rows import ROWS, Row
 from runtime.errors import InputError
-from training.reference import Records, run_records
+from training.plot import Records, run_records
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from quickstart.digits import write_digits
 from tests.integration.conftest import execute
 from tests.integration.test_bad_input import refused
-from training.reference import run_records
+from training.plot import run_records
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_the_study_in_miniature(tmp_path, images):
     assert sorted(p.parent.name for p in folder.glob("*/metrics.jsonl")) == [
         "generator", "stage1", "stage2"
     ]  # fmt: skip
-    execute("training.reference", folder, f"--output={tmp_path / 'reference'}")
+    execute("quickstart.reference", folder, f"--output={tmp_path / 'reference'}")
 
     inside = json.loads((root / "inside/seed_42/inside.json").read_text())
     assert [row["name"] for row in inside["rows"]] == ["causal", "aux"]

@@ -2,8 +2,9 @@
 
 import pytest
 
+from quickstart.reference import LARGEST, REFERENCE, outside
 from tests.integration.conftest import ROOT, execute
-from training.reference import LARGEST, REFERENCE, outside, read_records, run_records
+from training.plot import read_records, run_records
 
 QUICKSTART = ROOT / "output/quickstart"
 SHARE = 0.1  # of the records may leave the range: luck takes single ones

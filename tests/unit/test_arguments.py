@@ -34,7 +34,7 @@ NEEDED = {
     "pretokenization": ["--data_path", "no"],
     "data.tokens": ["info", "no"],
     "training.plot": ["no"],
-    "training.reference": ["no"],
+    "quickstart.reference": ["no"],
     "evaluation.sweep": ["--reference", "no", "--scales", "1", "--powers", "1"],
     "evaluation.report": ["no.json"],
     "evaluation.look": ["no.png"],

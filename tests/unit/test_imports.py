@@ -22,7 +22,7 @@ ARROWS = {
     "evaluation": ("generation", "training", *BELOW),
     "train_tokenizer": ("evaluation", "training", *BELOW),
     "programs": ("evaluation", "encoding", "generation", "training", *BELOW),
-    "quickstart": ("evaluation", "generation", *BELOW),
+    "quickstart": ("evaluation", "generation", "training", *BELOW),
 }
 # What `modeling` may import from outside the project and the standard library.
 MODELING_NEEDS = {"torch", "einops", "numpy", "safetensors"}

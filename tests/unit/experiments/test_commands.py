@@ -146,6 +146,6 @@ run(main)
             time.sleep(0.05)
         study.send_signal(number)
         _, said = study.communicate(timeout=30)
-    assert study.returncode == 130 and b"the same command resumes" in said
+    assert study.returncode == 130 and b"finished work is kept" in said
     with pytest.raises(ProcessLookupError):
         os.kill(int(file.read_text()), 0)

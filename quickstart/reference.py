@@ -1,12 +1,12 @@
 """Reference curves: the quickstart's losses, smoothed, with the range that its seeds span.
 
-    python -m training.reference output/quickstart [output/quickstart_seed1 …]
+    python -m quickstart.reference output/quickstart [output/quickstart_seed1 …]
 
-writes docs/reference/NAME.jsonl for every run folder NAME in the first of these folders. A file has one record per
+writes quickstart/reference/NAME.jsonl for every run folder NAME in the first of these folders. A file has one record per
 line of the run's metrics.jsonl: the step, the number of folders ("runs") and, per quantity, its smoothed value, and
 under low/QUANTITY and high/QUANTITY the smallest and largest of the smoothed values of all folders. Speeds and times
 are left out.
-`python -m training.plot RUN_DIR --reference` draws a run over the fitting file.
+`python -m training.plot RUN_DIR --reference FILE` draws a run over such a file.
 """
 
 import json
@@ -16,34 +16,14 @@ from runtime.arguments import Parser, as_path
 from runtime.errors import InputError
 from runtime.files import write_whole
 from runtime.program import run
-from training.log import step_of
+from training.plot import Records, curve, run_records
 
-REFERENCE = Path(__file__).parents[1] / "docs/reference"
+REFERENCE = Path(__file__).parent / "reference"  # a folder
 WINDOW = 5  # records in a mean of a training quantity
 DIGITS = 5
 LARGEST = 50_000  # bytes of all files
 # Beginnings of names of what no run learns.
 NOT_LEARNT = ("images/s", "data wait", "hours left", "mfu", "memory", "phase", "runs")
-
-Records = list[dict[str, float]]
-
-
-def read_records(path: Path) -> Records:
-    """The records of a metrics.jsonl or a reference; a line that a kill cut short is left out."""
-    return [json.loads(line) for line in path.read_text().splitlines() if step_of(line) < 1e18]
-
-
-def run_records(folder: Path) -> Records:
-    """The records of a run. Raises InputError for a folder without any file of them."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise InputError(f"no metrics.jsonl in {folder}: pass the output_dir of a training run")
-    return read_records(path)
-
-
-def curve(records: Records, name: str) -> dict[float, float]:
-    """Step -> value of one quantity."""
-    return {record["step"]: record[name] for record in records if name in record}
 
 
 def quantities(records: Records) -> set[str]:
@@ -114,25 +94,10 @@ def outside(records: Records, reference: Records, name: str) -> list[float]:
     ]
 
 
-def closest_reference(records: Records, folder: Path = REFERENCE) -> tuple[str, Records]:
-    """Name and records of the reference whose quantities are most like those of a run."""
-    files = sorted(folder.glob("*.jsonl"))
-    if not files:
-        raise InputError(f"no reference curves in {folder}: make them with training.reference")
-    own = quantities(records)
-
-    def unlike(file: Path) -> int:
-        names = {n for n in quantities(read_records(file)) if not n.startswith(("low/", "high/"))}
-        return len(own ^ names)
-
-    closest = min(files, key=unlike)
-    return closest.stem, read_records(closest)
-
-
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m training.reference", description="Make the reference curves.")
+    parser = Parser(prog="python -m quickstart.reference", description="Make the reference curves.")
     parser.add_argument("folders", nargs="+", type=as_path, help="output of a quickstart per seed")
-    parser.add_argument("--output", type=as_path, default=REFERENCE, help="(docs/reference)")
+    parser.add_argument("--output", type=as_path, default=REFERENCE, help="(quickstart/reference)")
     args = parser.parse_args(argv)
     names = sorted(path.parent.name for path in args.folders[0].glob("*/metrics.jsonl"))
     if not names:

@@ -2,9 +2,11 @@ import json
 
 import pytest
 
+from quickstart import reference
+from quickstart.reference import outside, smoothed
 from runtime.errors import InputError
-from training import plot, reference
-from training.reference import closest_reference, curve, outside, read_records, smoothed
+from training import plot
+from training.plot import curve, read_records
 
 
 def write_run(folder, seed=0, names=("loss", "accuracy"), steps=12):
@@ -73,28 +75,13 @@ def test_a_run_outside_the_range_is_found(quickstarts, tmp_path):
         outside(records[:-2], known, "loss")
 
 
-def test_the_reference_of_a_runs_kind_is_chosen(quickstarts, tmp_path):
-    folder = make(quickstarts[:1], tmp_path)
-    for name in ("stage1", "generator"):
-        records = read_records(quickstarts[2] / name / "metrics.jsonl")
-        assert closest_reference(records, folder)[0] == name
-    with pytest.raises(InputError, match="no reference curves"):
-        closest_reference(records, tmp_path / "none")
-    with pytest.raises(InputError, match="has no range of loss: make it from several seeds"):
-        outside(records, read_records(folder / "generator.jsonl"), "loss")
-
-
-def test_plot_draws_a_run_over_the_reference(quickstarts, tmp_path, monkeypatch, capsys):
+def test_plot_draws_a_run_over_the_reference(quickstarts, tmp_path):
     folder = make(quickstarts, tmp_path)
-    monkeypatch.setattr(
-        plot, "closest_reference", lambda records: closest_reference(records, folder)
-    )
     argv = [str(quickstarts[1] / "stage1"), "--output", str(tmp_path / "a.png")]
     plot.main(argv)
     without = (tmp_path / "a.png").read_bytes()
-    plot.main([*argv, "--reference"])
+    plot.main([*argv, "--reference", str(folder / "stage1.jsonl")])
     assert (tmp_path / "a.png").read_bytes() != without
-    assert "reference: the quickstart's stage1" in capsys.readouterr().out
     figure = plot.plot_curves(
         {"run": read_records(quickstarts[1] / "stage1/metrics.jsonl")},
         read_records(folder / "stage1.jsonl"),
@@ -116,6 +103,10 @@ def test_unfinished_or_missing_runs_are_refused(quickstarts, tmp_path):
     with pytest.raises(InputError, match=r"not all runs have .* at step"):
         make([quickstarts[0], tmp_path / "short"], tmp_path)
     assert not (tmp_path / "reference").exists()
+    folder = make(quickstarts[2:], tmp_path)
+    records = read_records(quickstarts[2] / "generator/metrics.jsonl")
+    with pytest.raises(InputError, match="has no range of loss: make it from several seeds"):
+        outside(records, read_records(folder / "generator.jsonl"), "loss")
 
 
 def test_files_beyond_fifty_kilobytes_are_refused(tmp_path):

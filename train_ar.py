@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 import configs.load
 from configs.schema import GeneratorRun, Phase
@@ -25,10 +25,12 @@ from data.identity import hash_of_texts, identity_of_images
 from data.imagenet import misnumbered
 from data.images import VIEWS, TrainViews, scan_images, to_float
 from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
-from data.tokens import AllTokens, TokenCache, TrainTokens, fingerprint, open_tokens
+from data.tokens import TokenCache, TrainTokens, fingerprint, open_tokens
 from data.tree import refuse_inside
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
+from evaluation.likelihood import Likelihood, share_of_sums
+from evaluation.metrics import summed
 from generation.models import check_files
 from modeling.compiling import compile_training
 from modeling.generator import Generator, build_generator
@@ -394,16 +396,21 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData
         with torch.compiler.set_stance("force_eager"):
             generator = state.to_evaluate()
             if evaluates:
-                sums = run.attempt("validation", lambda: validation_sums(run, generator, data))
+                store = data.validation
+                assert store is not None, "evaluates says so"
+                sums = run.attempt("validation", lambda: validation_sums(run, generator, store))
                 if sums is not None:
-                    loss, accuracy, count = run.accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
+                    sums = summed(sums).cpu()
+                    figures = Likelihood(sums, store.images * store.views).figures()
                     values = run.checkpoint.values
                     logged = on_main(lambda: run.log.lowest("val/loss"))
                     best = min(values.get("best", float("inf")), logged)
-                    if loss / count < best:  # before the record, which says that this is done
-                        values["best"] = loss / count
+                    if figures["nats"] < best:  # before the record, which says that this is done
+                        values["best"] = figures["nats"]
                         run.export(generator, "generator_best", ".bin", state.about)
-                    log.metrics(step, {"val/loss": loss / count, "val/accuracy": accuracy / count})
+                    log.metrics(
+                        step, {"val/loss": figures["nats"], "val/accuracy": figures["top1"]}
+                    )
             if generates:
                 assert data.tokenizer is not None, "generate_every loads the tokenizer"
                 tokenizer, evaluator = data.tokenizer, data.evaluator
@@ -423,24 +430,11 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData
                         log.metrics(step, values)
 
 
-@torch.no_grad()
-def validation_sums(run: Run, model: nn.Module, data: GeneratorData) -> Tensor:
-    """Over this rank's share of the held-out views: sums of loss (nats per code) and top-1 accuracy,
-    and their number; (3,), float64."""
-    assert data.validation is not None
-    accelerator, dataset = run.accelerator, AllTokens(data.validation)
-    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    batch = run.training.per_gpu_batch_size
-    for codes, labels in DataLoader(Subset(dataset, list(share)), batch_size=batch):
-        codes, labels = codes.to(accelerator.device), labels.to(accelerator.device)
-        with accelerator.autocast():
-            loss, accuracy = model(codes[:, :-1], labels, codes)
-        sums += torch.stack([loss * len(codes), accuracy * len(codes), loss.new_tensor(len(codes))])
-    model.train(was_training)
-    return sums
+def validation_sums(run: Run, model: nn.Module, store: TokenCache) -> Tensor:
+    """`Likelihood.sums` of this rank's share of the held-out views, in the precision of training."""
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    with run.accelerator.autocast():
+        return share_of_sums(model, store, run.training.per_gpu_batch_size, rank, world)
 
 
 @torch.no_grad()

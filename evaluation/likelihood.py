@@ -73,7 +73,6 @@ class Likelihood:
         }
 
 
-@torch.no_grad()
 def measure_likelihood(
     model: nn.Module,
     store: TokenCache,
@@ -85,9 +84,26 @@ def measure_likelihood(
 ) -> Likelihood:
     """The likelihood of every view of a cache under a generator, the same on every process.
 
-    `model` maps codes (B, T - 1) and labels (B,) to logits (B, T, V), and is in eval mode meanwhile. All
-    `world` processes must call this. They share batches of consecutive views, so their number changes the order of
-    float64 sums only. Call it within autocast for the precision of a training run's own validation. `compiled`
+    The arguments are those of `share_of_sums`; all `world` processes must call this.
+    """
+    sums = share_of_sums(model, store, batch, rank, world, workers, compiled)
+    return Likelihood(summed(sums).cpu(), store.images * store.views)
+
+
+@torch.no_grad()
+def share_of_sums(
+    model: nn.Module,
+    store: TokenCache,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    compiled: bool = False,
+) -> Tensor:
+    """`Likelihood.sums` of one process's share of the views, on the model's device; talks to no other.
+
+    `model` maps codes (B, T - 1) and labels (B,) to logits (B, T, V), and is in eval mode meanwhile. The
+    processes share batches of consecutive views, so their number changes the order of float64 sums only. Call it within autocast for the precision of a training run's own validation. `compiled`
     compiles what follows the model too; a last batch that is smaller runs eagerly.
     """
     dataset, device = AllTokens(store), next(model.parameters()).device
@@ -108,7 +124,7 @@ def measure_likelihood(
         with eager(compiled and len(codes) < batch):
             sums += sums_of(model(codes[:, :-1], labels), codes)
     model.train(was_training)
-    return Likelihood(summed(sums).cpu(), len(dataset))
+    return sums
 
 
 def eager(wanted: bool) -> contextlib.AbstractContextManager:

@@ -25,7 +25,7 @@ from configs.schema import GeneratorRun
 from evaluation.evaluator import Evaluator
 from evaluation.report import table_of
 from evaluation.sources import open_images
-from generation.folder import SampleFolder, shown_classes
+from generation.folder import SampleFolder
 from generation.job import SamplingJob, sampling_job
 from generation.models import check_files, class_names, generator_checkpoint, load_models
 from runtime.arguments import Parser, number, path
@@ -113,20 +113,23 @@ def main(argv: list[str]) -> None:
     models = load_models(options.model, experiment, tokenizer_state, generator_state, device)
     side = options.model.vq_model.image_size
     evaluator = Evaluator.open(args.reference, processes, Path("weights"), size=(side, side))
+    folders = {
+        cell: SampleFolder(
+            cell_file(output, *cell).with_suffix(""), cell_job, models, processes,
+            grid=experiment.grid, names=names,
+        )
+        for cell, cell_job in jobs.items()
+    }  # fmt: skip
+    shared = next(iter(folders.values())).settings()
     settings = {
-        "num_samples": args.num_samples,
         "reference": evaluator.reference.hash,
         "features": evaluator.network.identity,
         "options": sorted(arguments),
-        "weights": models.hashes,
-        "sampling": shared_settings(job),
+        **{name: shared[name] for name in shared.keys() - {"guidance_scale", "guidance_scale_pow"}},
     }
-    on_main(lambda: check_settings(output / "sweep.json", settings, REMEDY, ("sampling",)))
-    for (scale, power), cell_job in jobs.items():
+    on_main(lambda: check_settings(output / "sweep.json", settings, REMEDY))
+    for (scale, power), folder in folders.items():
         result = cell_file(output, scale, power)
-        folder = SampleFolder(
-            result.with_suffix(""), cell_job, models, processes, grid=experiment.grid, names=names
-        )
         if not result.exists():
             processes.print(f"guidance scale {scale:g}, power {power:g}")
             score_cell(folder, evaluator, result)
@@ -141,21 +144,6 @@ def guided(job: SamplingJob, scale: float, power: float) -> SamplingJob:
     return replace(
         job, sampling=replace(job.sampling, guidance_scale=scale, guidance_scale_pow=power)
     )
-
-
-def shared_settings(job: SamplingJob) -> dict[str, Any]:
-    """What all cells share, whichever file or option it came from."""
-    return {
-        "classes": shown_classes(job),
-        "seed": job.seed,
-        "precision": job.precision,
-        "compile": job.compiled,
-        "cache": job.cache,
-        "guidance_schedule": job.sampling.guidance_schedule,
-        "temperature": job.sampling.randomize_temperature,
-        "top_k": job.sampling.top_k,
-        "top_p": job.sampling.top_p,
-    }
 
 
 def cell_file(output: Path, scale: float, power: float) -> Path:

@@ -15,6 +15,7 @@ import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Optional
 
@@ -36,8 +37,8 @@ from runtime.parts import Parts, check_settings
 from runtime.processes import on_main, set_matmul_precision
 
 LARGEST_CHUNK = 1024  # images; every step reads the weights and starts its kernels once per chunk
-# Sizes of the tokenizer that no tensor's shape shows; earlier versions did not record them.
-ADDED = ("encoder_heads", "decoder_heads", "causal")
+# Sizes of the tokenizer that no tensor's shape shows.
+UNSEEN_SIZES = ("encoder_heads", "decoder_heads", "causal")
 # Not "remove the folder": the generator's training run may be in it.
 REMEDY = "use another experiment.output_dir, or remove what sampling left there"
 
@@ -70,36 +71,25 @@ class SampleFolder:
 
     def settings(self) -> dict[str, Any]:
         """All that decides the files, but for the size of the chunks."""
-        job, hashes = self.job, self.models.hashes
+        job, models = self.job, self.models
+        unseen = {name: getattr(models.tokenizer.config, name) for name in UNSEEN_SIZES}
         settings = {
-            "images": self.count,
-            "tokenizer": hashes["tokenizer"],
-            "png": self.png,
-            "grid": self.grid,
-            "precision": job.precision,
-            **{name: getattr(self.models.tokenizer.config, name) for name in ADDED},
-        }
+            "images": self.count, "png": self.png, "grid": self.grid, "precision": job.precision,
+            **models.hashes, **unseen,
+        }  # fmt: skip
         if self.codes is not None:
             digest = hashlib.sha256(np.ascontiguousarray(self.codes).tobytes())
             return {**settings, "codes": digest.hexdigest()[:16]}
-        assert self.models.generator is not None
-        known = self.models.generator.config.condition_num_classes
-        if job.cache != "auto":  # folders from before the option have no such entry
-            settings["cache"] = job.cache
-        if job.prefix is not None:
-            settings["prefix"] = prefix_hash(job.prefix)
+        assert models.generator is not None
+        known = models.generator.config.condition_num_classes
         return {
             **settings,
+            **asdict(job.sampling),
             "classes": known if job.classes == tuple(range(known)) else shown_classes(job),
-            "guidance_scale": job.sampling.guidance_scale,
-            "guidance_scale_pow": job.sampling.guidance_scale_pow,
-            "guidance_schedule": job.sampling.guidance_schedule,
-            "temperature": job.sampling.randomize_temperature,
-            "top_k": job.sampling.top_k,
-            "top_p": job.sampling.top_p,
+            "prefix": None if job.prefix is None else prefix_hash(job.prefix),
             "seed": job.seed,
             "compile": job.compiled,
-            "generator": hashes["generator"],
+            "cache": job.cache,
         }
 
     def fill(self) -> Path:
@@ -149,7 +139,7 @@ class SampleFolder:
         if chunk is None:
             most = max(min(largest_batch(self.models, self.job), LARGEST_CHUNK), 1)
             chunk = even_chunk(self.count, most, self.processes.num_processes)
-        check_settings(self.settings_file, {**self.settings(), "chunk": chunk}, REMEDY, ADDED)
+        check_settings(self.settings_file, {**self.settings(), "chunk": chunk}, REMEDY)
         return chunk
 
     def _earlier_chunk(self) -> Optional[int]:

@@ -34,14 +34,11 @@ def differing(
     )
 
 
-def check_settings(
-    path: Path, settings: dict[str, Any], remedy: str, added: tuple[str, ...] = ()
-) -> None:
+def check_settings(path: Path, settings: dict[str, Any], remedy: str) -> None:
     """Write `settings` as JSON, or compare them with what an earlier run wrote there.
 
-    Earlier versions did not write the entries `added`: where such a one is absent, it is not
-    compared. Raises InputError that names the differing entries and the remedy. One process checks,
-    and the others follow (`runtime.processes.on_main`).
+    Raises InputError that names the differing entries and the remedy. One process checks, and the
+    others follow (`runtime.processes.on_main`).
     """
     if not path.exists():
         write_whole(path, json.dumps(settings, indent=1).encode())
@@ -50,7 +47,7 @@ def check_settings(
         earlier = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as e:
         raise InputError(f"{path} is damaged; {remedy}") from e
-    changed = differing({**{key: settings[key] for key in added}, **earlier}, settings)
+    changed = differing(earlier, settings)
     if changed:
         raise InputError(f"{path.parent} holds work of other settings: {changed}; {remedy}")
 

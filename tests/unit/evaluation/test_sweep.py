@@ -6,6 +6,8 @@ import pytest
 
 import evaluation.evaluator
 from evaluation import sweep
+from modeling.generator import GeneratorConfig
+from modeling.tokenizer import TokenizerConfig
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
 
@@ -39,7 +41,11 @@ def jobs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep, "SampleFolder", Folder)
     sampled_from = {"tokenizer": "t", "generator": "g"}
-    models = SimpleNamespace(hashes=sampled_from)
+    models = SimpleNamespace(
+        hashes=sampled_from,
+        tokenizer=SimpleNamespace(config=TokenizerConfig()),
+        generator=SimpleNamespace(config=GeneratorConfig()),
+    )
     monkeypatch.setattr(sweep, "load_models", lambda *_: models)
     monkeypatch.setattr(sweep, "read_weights", lambda *_: {})
     return SimpleNamespace(sampled=sampled, models=models)
@@ -69,7 +75,7 @@ def test_a_config_that_was_edited_is_another_sweep(jobs, tmp_path):
     sweep.main([*ARGUMENTS, *GRID])
     config = tmp_path / "c.yaml"
     config.write_text(config.read_text().replace("image_seq_len: 7", "image_seq_len: 7, top_k: 3"))
-    with pytest.raises(InputError, match="holds work of other settings: sampling"):
+    with pytest.raises(InputError, match=r"holds work of other settings: top_k \(0 there, 3 now\)"):
         sweep.main([*ARGUMENTS, *GRID])
 
 
@@ -110,7 +116,7 @@ def test_results_of_other_settings_are_not_mixed_in(jobs, other):
 def test_results_of_other_weights_behind_the_same_path_are_not_mixed_in(jobs, part):
     sweep.main([*ARGUMENTS, "--scales=2", "--powers=1"])
     jobs.models.hashes = {**jobs.models.hashes, part: "another"}
-    with pytest.raises(InputError, match=r"weights \(.* there, .*another.* now\).*--output"):
+    with pytest.raises(InputError, match=rf"{part} \(. there, another now\).*--output"):
         sweep.main([*ARGUMENTS, *GRID])
     assert len(jobs.sampled) == 1
 

@@ -50,9 +50,9 @@ def test_settings_keep_their_names(fill_folder):
     assert settings == {
         "images": 8, "tokenizer": "t" * 16, "png": False, "grid": 0, "precision": "fp32",
         "classes": 3, "guidance_scale": 2.0, "guidance_scale_pow": 1.0,
-        "guidance_schedule": "power-cosine", "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+        "guidance_schedule": "power-cosine", "randomize_temperature": 1.0, "top_k": 0, "top_p": 1.0,
         "seed": 5, "compile": False, "generator": "g" * 16, "chunk": 3,
-        "encoder_heads": 2, "decoder_heads": 2, "causal": False,
+        "encoder_heads": 2, "decoder_heads": 2, "causal": False, "cache": "auto", "prefix": None,
     }  # fmt: skip
 
 
@@ -77,13 +77,6 @@ def test_images_of_a_grid_have_the_names_of_their_classes(fill_folder, tmp_path,
 def test_sizes_that_no_shape_shows_belong_to_the_job(fill_folder, models, name, other):
     made = fill_folder(chunk=3)
     made.images_file.unlink()
-    settings = json.loads(made.settings_file.read_text())
-    del settings[name]  # as earlier versions wrote it
-    made.settings_file.write_text(json.dumps(settings))
-    fill_folder(chunk=3)
-    made.settings_file.write_text(
-        json.dumps({**settings, name: getattr(models.tokenizer.config, name)})
-    )
     models.tokenizer.config = replace(models.tokenizer.config, **{name: other})
     with pytest.raises(InputError, match=f"{name} .* there, {other} now"):
         fill_folder(chunk=3)

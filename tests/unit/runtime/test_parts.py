@@ -46,17 +46,6 @@ def test_part_not_yet_renamed_is_absent_and_can_be_written_again(tmp_path, monke
     assert (parts.read(0, "codes") == np.arange(6)).all() and parts.missing(0, 1) == []
 
 
-def test_entry_that_earlier_versions_lack_is_compared_where_it_is_there(tmp_path):
-    path = tmp_path / "settings.json"
-    check_settings(path, SETTINGS, "remedy")
-    check_settings(path, {**SETTINGS, "heads": 8}, "remedy", added=("heads",))
-    with pytest.raises(InputError, match=r"heads \(None there, 8 now\); remedy"):
-        check_settings(path, {**SETTINGS, "heads": 8}, "remedy")
-    path.write_text(json.dumps({**SETTINGS, "heads": 4}))
-    with pytest.raises(InputError, match=r"heads \(4 there, 8 now\); remedy"):
-        check_settings(path, {**SETTINGS, "heads": 8}, "remedy", added=("heads",))
-
-
 def test_parts_hold_no_pickled_objects(tmp_path):
     parts = Parts(tmp_path, 1)
     parts.write(0, codes=np.array([{}], dtype=object))

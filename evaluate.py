@@ -228,9 +228,9 @@ def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> Non
 
 
 def if_there(figure: str, build: Callable[[], T], missing: list[str]) -> Optional[T]:
-    """The network of a figure; None, and a line in `missing`, where a file of its is not there.
+    """The network of a figure; None, and a line in `missing`, if one of its files is missing.
 
-    A file that is there and is not right is refused.
+    A wrong file is refused.
     """
     try:
         return build()
@@ -256,7 +256,7 @@ def check_evaluator(args: argparse.Namespace, processes: PartialState) -> None:
 
 # ---------------------------------------------------------------------- the tasks
 class Task(NamedTuple):
-    """What one call does, and the flags that it needs and takes; any other flag is refused."""
+    """One task and the flags that it needs and takes; any other flag is refused."""
 
     name: str
     run: Callable[[argparse.Namespace, PartialState], None]

@@ -57,8 +57,8 @@ class Evaluator:
 
         Without a `network` the features are Inception's.
 
-        `size` (height, width) is that of the samples, where it is known already, and `crop` that of
-        the crops to take of the reference's images (`references.open_reference`).
+        `size` is the samples' (height, width), if already known; `crop` is the side of the centre crops
+        of the reference's images (`references.open_reference`).
         """
         if network is None:
             assert processes.device is not None  # accelerate's type hint allows it
@@ -134,7 +134,7 @@ def protocol(
     reference: SetStatistics,
     half_manifold: bool = False,
 ) -> dict[str, Any]:
-    """What must be the same for two results to be comparable."""
+    """The terms that two comparable results share."""
     return {
         "network": None if network is None else network.identity,
         "resize": None if network is None else network.resize,
@@ -148,7 +148,7 @@ def protocol(
 def conditions(
     network: Optional[FeatureNetwork], batch: int, device: torch.device
 ) -> dict[str, Any]:
-    """What else a result depends on besides the images."""
+    """Everything else that a result depends on."""
     packages = [] if network is None else [network.package]
     return {
         "features": None if network is None else features_of(network),
@@ -181,7 +181,7 @@ def same_set(samples: SetStatistics, reference: SetStatistics) -> list[str]:
 
 
 def warnings_of(network: Optional[FeatureNetwork], *sides: SetStatistics) -> list[str]:
-    """What a reader of the figures should know, a line each."""
+    """Reasons to doubt the figures, one line each."""
     warnings = []
     for side in sides:
         if side.duplicates:

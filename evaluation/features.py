@@ -18,12 +18,12 @@ SPATIAL_CHANNELS = 7
 
 
 class FeatureNetwork(Protocol):
-    """What the statistics need of a network: `Inception`, or `dinov2.DINOv2`."""
+    """The interface of a feature network: `Inception`, or `dinov2.DINOv2`."""
 
     name: str  # of the feature space, as --features has it
     file: str  # of the weights
     package: str  # that holds the network
-    resize: str  # what is done to the images, in words
+    resize: str  # how the images are resized, in words
     # Pooled features, spatial features and logits, in words, and their widths; 0: has none.
     features: tuple[str, str, str]
     widths: tuple[int, int, int]

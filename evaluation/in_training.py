@@ -42,7 +42,7 @@ def open_evaluator(
 
 
 def job_in_training(options: GeneratorRun, device: torch.device) -> SamplingJob:
-    """What sample_imagenet.py would sample, in chunks that leave room for the training.
+    """The job that sample_imagenet.py would sample, in chunks that leave room for the training.
 
     Nothing is compiled, which takes too long here; on CUDA a step is captured. Raises InputError for what cannot be sampled on
     this device, so that a trainer can call it before its first step.

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of photos, as one picture per photo:
+"""Photos through a tokenizer and back, as one picture per photo:
 
     python -m evaluation.look --tokenizer weights/AliTok.pth photo.jpg folder/
 
@@ -52,7 +52,7 @@ MARGIN = 6  # pixels around pictures
 EMPTY = 224  # grey value of rows that are not decoded
 
 
-# ---------------------------------------------------------------------- what is looked at
+# ---------------------------------------------------------------------- photos
 def list_photos(sources: list[str], output: Optional[Path] = None) -> dict[str, str]:
     """Paths of files, and of all images below folders, by the names of their pictures."""
     photos: dict[str, str] = {}
@@ -78,7 +78,7 @@ def list_photos(sources: list[str], output: Optional[Path] = None) -> dict[str, 
 
 
 class Look(NamedTuple):
-    """An image (3, S, S) in [0, 1], and what a tokenizer makes of it."""
+    """An image (3, S, S) in [0, 1], its codes and its reconstructions."""
 
     image: Tensor
     codes: Tensor  # (T,)
@@ -123,7 +123,7 @@ def picture_of(look: Look, config: TokenizerConfig, name: str) -> np.ndarray:
     if look.strip is not None:
         parts.append(strip_picture(look, look.strip, config))
     kind = "causal" if config.causal else "bidirectional"
-    parts.append(title(f"what the {kind} decoder makes of the first codes alone:", top.shape[1]))
+    parts.append(title(f"decoded by the {kind} decoder from the first codes alone:", top.shape[1]))
     first = [first_codes(look, n, config) for n in codes_shown(look, config)]
     parts.append(picture_grid(np.stack(first), COLUMNS, MARGIN))
     return stacked(parts)
@@ -157,7 +157,7 @@ def strip_picture(look: Look, strip: Tensor, config: TokenizerConfig) -> np.ndar
     width = strip.shape[-1] * (shown(look.image).shape[1] // config.image_size)
     pair = picture_grid(enlarged(to_pixels(torch.stack([target, strip])), width), 1, MARGIN)
     parts = "corner patch and first row" if config.num_prefix_tokens > config.grid else "first row"
-    text = f"{parts}, above what the {config.num_prefix_tokens} prefix tokens alone decode to: "
+    text = f"{parts}, above the picture of the {config.num_prefix_tokens} prefix tokens alone: "
     return stacked([pair, title(f"{text}PSNR {figure:.2f} dB", 3 * width)])
 
 
@@ -167,7 +167,7 @@ def codes_shown(look: Look, config: TokenizerConfig) -> list[int]:
 
 
 def first_codes(look: Look, n: int, config: TokenizerConfig) -> np.ndarray:
-    """What the first n codes decode to, above rows that are not decoded, with its PSNR."""
+    """The picture of the first n codes, above rows that are not decoded, with its PSNR."""
     if n in look.rows:
         rows = look.rows[n]
     else:  # the prefix tokens: of their strip, the first row of patches

@@ -1,4 +1,4 @@
-"""Images through a tokenizer and back: one loop, and what is computed from its batches.
+"""Images through a tokenizer and back: one loop, and the figures computed from its batches.
 
 `reconstruct` encodes and decodes every batch once and hands it to each of its consumers: sums of
 PSNR and code use, LPIPS, SSIM, features for rFID, pictures. A consumer takes `add(batch)`.
@@ -156,7 +156,7 @@ class PositionCounts:
 
 
 def code_agreement(counts: Tensor) -> float:
-    """The share of pairs of images that have the same code at a position, mean over positions.
+    """The share of pairs of images with the same code at a position, averaged over positions.
 
     `counts` (T, codebook_size) are those of `PositionCounts`, of all ranks. 1: every image has the
     same codes, however many of the codebook they are; with independent codes it is the sum of their

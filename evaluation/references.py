@@ -71,7 +71,7 @@ def check_sizes(name: str, size: tuple[int, int], samples: Optional[tuple[int, i
 
 
 def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
-    """Moments of an .npz, and what else `save_statistics` wrote there.
+    """Moments of an .npz, and everything else that `save_statistics` wrote.
 
     A file of mu and sigma alone, as pytorch-fid writes it, leaves the spatial moments out.
     """
@@ -117,7 +117,7 @@ def check_moment(path: Path, key: str, values: np.ndarray, width: int) -> None:
     expected = (width, width) if "sigma" in key else (width,)
     if values.shape != expected:
         raise InputError(
-            f"{path}: {key} is of shape {values.shape}, not {expected}: these are statistics of "
+            f"{path}: {key} has shape {values.shape}, not {expected}: these are statistics of "
             f"other features; make them with --save_stats"
         )
     if values.dtype.kind != "f" or not np.isfinite(values).all():

@@ -93,7 +93,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def check_figures(metrics: dict[str, Optional[float]]) -> None:
-    """Raise TypeError for what is not a dict of numbers and of None."""
+    """Raise TypeError unless `metrics` is a dict of numbers and None."""
     if not all(
         value is None or isinstance(value, (int, float)) for value in dict(metrics).values()
     ):

@@ -24,7 +24,7 @@ Part = tuple[Any, ...]
 
 
 class Sums(Protocol):
-    """What a metric sums up of one set; memory must not grow with the number of images."""
+    """A metric's sums over one set; memory must not grow with the number of images."""
 
     def add(self, features: Tensor, indices: Tensor, /) -> None:
         """Features (B, width) of the images at `indices` (B,), on the CPU, of the set."""

@@ -36,7 +36,7 @@ class ArrayImages:
     def __init__(self, name: str, array: np.ndarray):
         if array.ndim != 4 or array.shape[3] != 3 or not len(array):
             raise InputError(
-                f"{name} is of shape {array.shape}: pass images as (N, height, width, 3)"
+                f"{name} has shape {array.shape}: pass images as (N, height, width, 3)"
             )
         if array.dtype != np.uint8:
             raise InputError(f"{name} is {array.dtype}: pass uint8 images, 0 … 255")

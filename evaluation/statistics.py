@@ -1,4 +1,4 @@
-"""What is measured of one set of images, image by image in any order, on all processes of a job.
+"""Statistics of one set of images, summed up in any order by all processes of a job.
 
 Images are read in fixed batches of consecutive indices that the processes share, so that the
 features, and the figures up to the order of float64 sums, are the same on any number of them.
@@ -28,7 +28,7 @@ from runtime.parts import share_of
 
 @dataclass
 class SetStatistics:
-    """All that a comparison needs of one set of images; None is what a file does not tell."""
+    """All that a comparison needs of one set of images; None: unknown."""
 
     name: str
     images: Optional[int] = None
@@ -39,7 +39,7 @@ class SetStatistics:
     parts: dict[str, Part] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """What identifies the set, for the JSON result."""
+        """The set's identity, for the JSON result."""
         size = None if self.size is None else list(self.size)
         manifold = len(self.parts["manifold"][0]) if "manifold" in self.parts else None
         return {

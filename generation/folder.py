@@ -70,7 +70,7 @@ class SampleFolder:
         self.settings_file = output / "sampling.json"
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the files, but for the size of the chunks."""
+        """Everything that decides the files, except the size of the chunks."""
         job, models = self.job, self.models
         unseen = {name: getattr(models.tokenizer.config, name) for name in UNSEEN_SIZES}
         settings = {
@@ -93,7 +93,7 @@ class SampleFolder:
         }
 
     def fill(self) -> Path:
-        """Make what is missing and return the .npz of all images; all processes must call this.
+        """Make all missing images and return the .npz of all; all processes must call this.
 
         Raises InputError for a folder in use or of other settings, and where memory or disk do not
         suffice; finished chunks stay.

@@ -1,4 +1,4 @@
-"""What a sampling job makes, as settings: everything its images depend on besides the weights."""
+"""A sampling job as settings: everything that its images depend on besides the weights."""
 
 from dataclasses import dataclass, field, replace
 from typing import Optional
@@ -38,7 +38,7 @@ class SamplingJob:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def sampler(self, model: Backbone, batch: int) -> Engine | ReferenceEngine:
-        """What draws codes with a generator, for batches of up to `batch` images.
+        """The sampler of a generator's codes, for batches of up to `batch` images.
 
         Raises InputError for a backbone that the engine does not know.
         """

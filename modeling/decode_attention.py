@@ -223,7 +223,7 @@ def check_attention(
     types: tuple[torch.dtype, torch.dtype],
     device: torch.device,
 ) -> Optional[str]:
-    """What is wrong with an attention on this device, or None. `types` as for `choose_attention`.
+    """The reason why an attention is wrong on this device, or None. `types` as for `choose_attention`.
 
     Compares one step at the first, the middle and the last position with the plain form, on random
     states of three rows. The sums of the comparison are float32 on every device. Everything behind

@@ -117,7 +117,7 @@ def layer(
 
 
 def leave(x: Tensor, y: Tensor, block: BlockWeights, final_norm: Tensor) -> Tensor:
-    """What follows the last attention, up to the output layer's input: (N, D) float32."""
+    """From the last attention's output to the output layer's input: (N, D) float32."""
     return norm(after_attention(x, y, block), final_norm)
 
 
@@ -247,7 +247,7 @@ class Engine:
     The codes do not depend on it up to rounding.
 
     TF32 counts as it is set when the engine is built, for the output layer too: it adds less than a
-    thousandth to the error of logits that follow blocks in bf16. The generator is not changed. What has the engine's type already is shared with it, not copied (on a
+    thousandth to the error of logits that follow blocks in bf16. The generator is not changed. Tensors that already have the engine's type are shared, not copied (on a
     CPU matrices are copied): train it on, and build another engine.
     Raises InputError for an option or a type that this device cannot do.
     """
@@ -311,10 +311,10 @@ class Engine:
         return contextlib.nullcontext()
 
     def _compile(self) -> None:
-        """Compile by taking steps. What cannot be compiled stays eager, with one warning.
+        """Compile by taking steps. Functions that cannot be compiled stay eager, with one warning.
 
         `layer` is one program for the first position, one for the last, whose cache is full, and one
-        for all between. Of the last one's cache most is not initialised; nothing of it is kept.
+        for all between. The last one's cache is mostly uninitialised; none of it is kept.
         """
         self.functions, self.compiled = StepFunctions(*map(compile_function, StepFunctions())), True
         last = self.config.image_seq_len - 1
@@ -331,7 +331,7 @@ class Engine:
     def _capture(self) -> None:
         """Capture one step as a CUDA graph. The position is read on the device: it serves all.
 
-        What cannot be captured is launched step by step, with one warning.
+        A step that cannot be captured is launched kernel by kernel, with one warning.
         """
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         self._set_position(0)  # on the current stream, which the other one waits for

@@ -27,7 +27,7 @@ TYPED = object()  # as `null`: the type alone decides whether null is allowed
 
 @dataclass(frozen=True)
 class Rule:
-    """What is declared about one option; `notes` belong to other rooms (`configs.schema`)."""
+    """The declaration of one option; `notes` belong to other rooms (`configs.schema`)."""
 
     sentence: str
     at_least: Optional[float] = None
@@ -48,7 +48,7 @@ class Rule:
         return ", ".join(given)
 
     def complaint(self, value: Any) -> str:
-        """What to set instead of `value`; empty where it is allowed."""
+        """The remedy for a refused `value`; empty if it is allowed."""
         if self.choices:
             # True == 1 in Python, but not in a config.
             same = any(value == c and type(value) is type(c) for c in self.choices)
@@ -69,7 +69,7 @@ class Rule:
         return f"set {number(most)} or less" if most is not None and value > most else ""
 
     def text_complaint(self, value: str) -> str:
-        """What is wrong with a text as the name of a thing or file; empty where nothing is."""
+        """The fault of a text as the name of a thing or file; empty if there is none."""
         if not value.strip():
             return "the text is empty"
         if len(value) > LONGEST:
@@ -187,7 +187,7 @@ def is_union(kind: Any) -> bool:
 
 # ---------------------------------------------------------------------- the check
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value is of a config's type; an integer is a number, a flag is not."""
+    """Whether a value has a config's type; an integer is a number, a flag is not."""
     if is_union(kind):
         return any(is_a(value, part) for part in get_args(kind))
     if get_origin(kind) is list:
@@ -210,7 +210,7 @@ def type_name(kind: Any) -> str:
 
 
 def expectation(kind: Any, rule: Rule) -> str:
-    """What to set for an option, in words."""
+    """The allowed values of an option, in words."""
     if rule.choices:
         return f"choose {words(rule.choices)}"
     if section_of(kind):

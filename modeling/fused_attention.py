@@ -94,7 +94,7 @@ def fused_kernel(
     kb = rotated(k_in, qk_norm + h, turn, b, r, h)
     va, vb = tl.load(v_in + a).to(tl.float32), tl.load(v_in + b).to(tl.float32)
 
-    # The cache's new row. What is used of it below is what later steps will read.
+    # The cache's new row, as later steps will read it.
     row = program * S
     at = (row + p) * h
     if INT8:

@@ -120,7 +120,7 @@ class KVCache:
         self.values = torch.empty_like(self.keys)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, H, N, h) after what is filled; return all keys and values up to there."""
+        """Append (B, H, N, h); return all keys and values so far."""
         end = self.filled + k.shape[2]
         self.keys[layer, :, :, self.filled : end] = k
         self.values[layer, :, :, self.filled : end] = v
@@ -128,7 +128,7 @@ class KVCache:
 
 
 class Backbone(Protocol):
-    """What training, sampling by `sampling.ReferenceEngine` and scoring need of a generator's module."""
+    """The interface of a generator for training, `sampling.ReferenceEngine` and scoring."""
 
     config: GeneratorConfig
     blocks: nn.ModuleList  # compiled one by one, if training is compiled; may be empty
@@ -264,7 +264,7 @@ class Generator(nn.Module):
         nn.init.zeros_(self.output.weight)  # starts from the uniform distribution
 
     def forward(self, codes: Tensor, labels: Tensor, targets: Optional[Tensor] = None) -> Any:
-        """Codes (B, N), N <= T, and labels (B,) -> logits (B, 1 + N, V); output i is of code i.
+        """Codes (B, N), N <= T, and labels (B,) -> logits (B, 1 + N, V); output i predicts code i.
 
         With the true codes (B, 1 + N) as targets: their loss and accuracy (`next_code_loss`).
         """
@@ -288,7 +288,7 @@ class Generator(nn.Module):
         return next_code_loss(self.logits(x), targets)
 
     def decayed(self) -> list[Tensor]:
-        """What weight decay shrinks: the matrices of attention, MLP and output."""
+        """The parameters that weight decay shrinks: the matrices of attention, MLP and output."""
         decayed = [self.output.weight]
         for module in self.modules():
             if isinstance(module, Attention):
@@ -298,7 +298,7 @@ class Generator(nn.Module):
         return decayed
 
     def new_cache(self, batch: int) -> KVCache:
-        """What `step` keeps between the positions of `batch` images."""
+        """The state that `step` keeps between the positions of `batch` images."""
         return KVCache(self, batch)
 
     def step(self, rows: Tensor, cache: KVCache) -> Tensor:

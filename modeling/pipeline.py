@@ -126,7 +126,7 @@ class Pipeline:
         """A pipeline from a folder that `save_pretrained` wrote, or from one on the hub (org/name).
 
         `revision` is a commit, tag or branch on the hub: pin a commit, and the weights stay the same;
-        without it the newest of the main branch is taken. Both files are of one commit, which becomes
+        without it the newest of the main branch is taken. Both files come from one commit, which becomes
         `pipeline.revision`. `options` are those of the class. Raises InputError where the hub does not
         answer, and as the class does.
         """

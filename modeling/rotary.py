@@ -11,8 +11,8 @@ BASE = 10000.0
 def token_layout(seq_len: int) -> tuple[int, int]:
     """Grid g and prefix K of T = K + g² tokens (273 -> 16, 17).
 
-    The grid is the largest that T holds. In a layout K is g + 1, g or 0; no T is of two layouts, since
-    all three lie in g² … (g + 1)² - 1. Any other K means that T is of none.
+    The grid is the largest that fits into T. A layout has K = g + 1, g or 0; no T has two layouts, since
+    all three lie in g² … (g + 1)² - 1. Any other K means that T has none.
     """
     grid = math.isqrt(seq_len)
     return grid, seq_len - grid * grid

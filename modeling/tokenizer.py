@@ -212,7 +212,7 @@ class Decoder(nn.Module):
         return self.ln_post(x[:, buffers.shape[1] :])
 
     def strip(self, x: Tensor) -> Optional[Tensor]:
-        """What the auxiliary head makes of the prefix tokens in x (B, n, D): (B, 3, p, K·p)."""
+        """The auxiliary head's picture of the prefix tokens in x (B, n, D): (B, 3, p, K·p)."""
         if not hasattr(self, "ffn_aux"):
             return None
         prefix = x[:, : self.num_prefix_tokens]

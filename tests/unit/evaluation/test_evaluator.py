@@ -287,7 +287,7 @@ def test_statistics_of_other_features_are_refused(score, monkeypatch):
 @pytest.mark.parametrize(
     "changed, words",
     [
-        (dict(mu=np.zeros(64)), ("mu is of shape (64,), not (12,)", "other features")),
+        (dict(mu=np.zeros(64)), ("mu has shape (64,), not (12,)", "other features")),
         (dict(sigma_s=np.full((6, 6), np.nan)), ("sigma_s does not hold finite",)),
         (dict(mu=np.array([{}] * 12)), ("bad.npz",)),
         (

@@ -106,9 +106,9 @@ def test_damaged_compressed_npz_is_refused(tmp_path):
     "array, words",
     [
         (PIXELS.astype(np.float32), "is float32: pass uint8"),
-        (PIXELS.transpose(0, 3, 1, 2), "of shape (7, 3, 5, 6)"),
-        (PIXELS[0], "of shape (5, 6, 3)"),
-        (PIXELS[:0], "of shape (0, 5, 6, 3)"),
+        (PIXELS.transpose(0, 3, 1, 2), "has shape (7, 3, 5, 6)"),
+        (PIXELS[0], "has shape (5, 6, 3)"),
+        (PIXELS[:0], "has shape (0, 5, 6, 3)"),
     ],
 )
 def test_other_shapes_and_types_are_refused(tmp_path, array, words):

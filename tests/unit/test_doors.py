@@ -22,13 +22,14 @@ from data.writer import TokenWriter
 from evaluation import set_metrics
 from evaluation.metrics import FeatureSample
 from evaluation.set_metrics import POOL
-from modeling.generator import GeneratorConfig, next_code_loss
+from modeling.generator import next_code_loss
 from modeling.image_decoder import ImageDecoder
 from modeling.sampling import Sampling, sample_codes
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.tokenizer import Tokenizer
 from modeling.weights.tensors import fingerprint, load_for_use, read_state_dict, write_state_dict
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
+from tests.tiny import tiny_generator, tiny_tokenizer
 
 SIZES = """
 model:
@@ -89,7 +90,13 @@ def test_a_backbone_is_trained_sampled_and_scored(tmp_path, monkeypatch, fill):
     for module in (modeling.weights.metadata, modeling.pipeline):  # one function, under two names
         monkeypatch.setattr(module, "generator_sizes", sizes_of_recurrent)
     (tmp_path / "toy.yaml").write_text(SIZES)
-    tokenizer = fill(Tokenizer(TokenizerConfig(16, 2, None, 16, 4, 32, 1, 2, 32, 1, 2)))
+    tokenizer = fill(
+        Tokenizer(
+            tiny_tokenizer(
+                token_size=2, patch_size=4, encoder_width=32, decoder_width=32, num_buffer_tokens=32
+            )
+        )
+    )
     write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth")
     (tmp_path / "cache").mkdir()
     writer = TokenWriter(tmp_path / "cache", 1, 21, 16)
@@ -124,7 +131,7 @@ def test_a_backbone_is_trained_sampled_and_scored(tmp_path, monkeypatch, fill):
 
 
 def test_a_backbones_codes_are_those_of_its_own_forward():
-    config = GeneratorConfig(32, 1, 2, codebook_size=16, image_seq_len=7, condition_num_classes=3)
+    config = tiny_generator(num_hidden_layers=1)
     model, labels = Recurrent(config).eval(), torch.tensor([0, 2])
     codes = sample_codes(model, labels, torch.rand(2, 7), Sampling(temperature=1e-5))
     with torch.no_grad():
@@ -158,7 +165,7 @@ class Signs(nn.Module):
 
 def test_a_quantizer_trains_encodes_decodes_and_is_saved(monkeypatch, tmp_path):
     monkeypatch.setattr(modeling.tokenizer, "VectorQuantizer", Signs)
-    config = TokenizerConfig(16, 4, None, 16, 4, 32, 1, 2, 32, 1, 2)
+    config = tiny_tokenizer(patch_size=4, encoder_width=32, decoder_width=32, num_buffer_tokens=32)
     tokenizer, images = Tokenizer(config), torch.rand(4, 3, 16, 16)
     optimizer = torch.optim.Adam(tokenizer.parameters(), 1e-2)
     losses = []

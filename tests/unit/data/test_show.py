@@ -15,15 +15,12 @@ from data.pictures import LINE, READABLE
 from data.tokens import main, open_tokens
 from data.writer import TokenWriter
 from modeling.image_decoder import decode_images
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.tokenizer import Tokenizer
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
+from tests.tiny import tiny_tokenizer
 
-SIZES = TokenizerConfig(
-    codebook_size=16, token_size=4, image_size=16, patch_size=8,
-    encoder_width=8, encoder_layers=1, encoder_heads=1,
-    decoder_width=8, decoder_layers=1, decoder_heads=1, num_buffer_tokens=2,
-)  # fmt: skip
+SIZES = tiny_tokenizer(encoder_width=8, encoder_heads=1, decoder_width=8, decoder_heads=1)
 T, VIEWS = 7, 2
 CODES = np.random.default_rng(0).integers(0, 16, (5, VIEWS, T))
 LABELS, CLASSES = [0, 0, 1, 1, 1], ["cat", "dög"]

@@ -20,24 +20,14 @@ from evaluation.statistics import digests_of
 from generation import job
 from generation.images import sample_images
 from modeling.generator import Generator
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.tokenizer import Tokenizer
 from runtime.errors import InputError
 from runtime.processes import matmul_precision
 from tests.inception import TinyFeatures
+from tests.tiny import tiny_tokenizer
 
 CPU, WEIGHTS = torch.device("cpu"), Path("weights")
-SIZES = TokenizerConfig(
-    codebook_size=16,
-    token_size=4,
-    image_size=16,
-    patch_size=8,
-    encoder_width=16,
-    encoder_layers=1,
-    encoder_heads=2,
-    decoder_width=16,
-    decoder_layers=1,
-    decoder_heads=2,
-)
+SIZES = tiny_tokenizer(num_buffer_tokens=32)
 GENERATOR = GeneratorOptions(
     hidden_size=32,
     num_hidden_layers=1,

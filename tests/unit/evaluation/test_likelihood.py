@@ -10,9 +10,10 @@ from data.tokens import open_tokens
 from data.writer import TokenWriter
 from evaluation.likelihood import Likelihood, measure_likelihood, position_sums
 from modeling.compiling import compile_blocks
-from modeling.generator import Generator, GeneratorConfig, next_code_loss
+from modeling.generator import Generator, next_code_loss
+from tests.tiny import tiny_generator
 
-TINY = GeneratorConfig(32, 2, 2, codebook_size=32, image_seq_len=21, condition_num_classes=3)
+TINY = tiny_generator(codebook_size=32, image_seq_len=21)
 
 
 @pytest.fixture

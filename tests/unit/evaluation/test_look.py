@@ -19,23 +19,20 @@ from evaluation.look import (
     picture_of,
 )
 from evaluation.reconstruction import ssim
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.tokenizer import Tokenizer
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
+from tests.tiny import tiny_tokenizer
 
 # 4x4 codes after 5 prefix tokens; a patch has 8 px.
-SIZES = dict(
-    codebook_size=16, token_size=4, image_size=32, patch_size=8,
-    encoder_width=16, encoder_layers=1, encoder_heads=2,
-    decoder_width=16, decoder_layers=2, decoder_heads=2,
-)  # fmt: skip
+SIZES = dict(image_size=32, decoder_layers=2, num_buffer_tokens=32)
 STAGE1 = dict(causal=True, prefix_head=True, num_buffer_tokens=1)
 
 
 @pytest.fixture(params=["stage 1", "stage 2", "v3"])
 def tokenizer(request, fill):
     changes = {"stage 1": STAGE1, "stage 2": {}, "v3": {**STAGE1, "num_latent_tokens": 20}}
-    return fill(Tokenizer(TokenizerConfig(**SIZES, **changes[request.param])))
+    return fill(Tokenizer(tiny_tokenizer(**{**SIZES, **changes[request.param]})))
 
 
 def write_photo(path, size=(48, 40), seed=0):
@@ -145,9 +142,7 @@ def test_what_holds_no_photo_is_refused(tmp_path):
 @pytest.fixture
 def start(tokenizer, tmp_path):
     write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth")
-    config = tokenizer.config
-    names = (*SIZES, "causal", "prefix_head", "num_buffer_tokens", "num_latent_tokens")
-    sizes = {name: getattr(config, name) for name in names}
+    sizes = vars(tokenizer.config)
     lines = [f"    {name}: {'null' if v is None else v}" for name, v in sizes.items()]
     (tmp_path / "config.yaml").write_text("\n".join(["model:", "  vq_model:", *lines]))
 

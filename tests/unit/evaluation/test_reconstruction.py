@@ -14,7 +14,8 @@ from evaluation.reconstruction import (
     image_batches,
     reconstruct,
 )
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.tokenizer import Tokenizer
+from tests.tiny import tiny_tokenizer
 
 CPU = torch.device("cpu")
 T = 7  # codes of an image of `tokenizer`
@@ -110,10 +111,7 @@ def test_no_codes_at_all_are_no_use():
 
 @pytest.fixture
 def tokenizer():
-    sizes = dict(encoder_width=8, encoder_layers=1, encoder_heads=1)
-    sizes |= dict(decoder_width=8, decoder_layers=1, decoder_heads=1, num_buffer_tokens=1)
-    config = TokenizerConfig(codebook_size=16, token_size=4, image_size=8, patch_size=4, **sizes)
-    return Tokenizer(config)
+    return Tokenizer(tiny_tokenizer(image_size=8, patch_size=4))
 
 
 BATCHES = torch.arange(3 * 2 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(3, 2, 3, 8, 8)

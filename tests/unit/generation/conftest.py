@@ -3,30 +3,13 @@ import torch
 
 from generation.job import SamplingJob
 from generation.models import Models
-from modeling.generator import Generator, GeneratorConfig
+from modeling.generator import Generator
 from modeling.sampling import Sampling
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.tokenizer import Tokenizer
+from tests.tiny import tiny_generator, tiny_tokenizer
 
-SIZES = TokenizerConfig(
-    codebook_size=16,
-    token_size=4,
-    image_size=16,
-    patch_size=8,
-    encoder_width=16,
-    encoder_layers=1,
-    encoder_heads=2,
-    decoder_width=16,
-    decoder_layers=1,
-    decoder_heads=2,
-)
-GENERATOR = GeneratorConfig(
-    hidden_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    codebook_size=16,
-    image_seq_len=7,
-    condition_num_classes=3,
-)
+SIZES = tiny_tokenizer(num_buffer_tokens=32)
+GENERATOR = tiny_generator(num_hidden_layers=1)
 
 
 @pytest.fixture

@@ -16,16 +16,13 @@ from generation.images import sample_images
 from generation.models import largest_batch
 from generation.prefix import masked_below, prefix_codes
 from modeling.sampling import Sampling, sample_codes
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.tokenizer import Tokenizer
 from runtime.errors import InputError
 from runtime.randomness import image_uniforms
+from tests.tiny import tiny_tokenizer
 
 # 4x4 codes of 16 after 5 prefix tokens: T = 21.
-SIZES = TokenizerConfig(
-    codebook_size=16, token_size=4, image_size=32, patch_size=8,
-    encoder_width=16, encoder_layers=2, encoder_heads=2,
-    decoder_width=16, decoder_layers=1, decoder_heads=2,
-)  # fmt: skip
+SIZES = tiny_tokenizer(image_size=32, encoder_layers=2, num_buffer_tokens=32)
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from modeling import engine as engine_module
 from modeling.decode_attention import dequantized, plain_attention
 from modeling.devices import free_memory
 from modeling.engine import Engine, StepFunctions, cache_bytes, copy_to
-from modeling.generator import Generator, GeneratorConfig
+from modeling.generator import Generator
 from modeling.sampling import Sampling, sample_codes
 from runtime.errors import InputError
+from tests.tiny import tiny_generator
 
 compiles_on_cpu = [
     pytest.mark.slow,
@@ -27,15 +28,7 @@ compiles_on_cpu = [
 
 
 def config(**changes):
-    sizes = dict(
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        codebook_size=16,
-        image_seq_len=7,
-        condition_num_classes=3,
-    )
-    return GeneratorConfig(**{**sizes, **changes})
+    return tiny_generator(**{"num_hidden_layers": 3, **changes})
 
 
 @pytest.fixture

@@ -26,9 +26,10 @@ from modeling.decode_attention import (
     write_position,
 )
 from modeling.engine import Engine, after_attention, block_weights, norm, rotation_turns
-from modeling.generator import Generator, GeneratorConfig
+from modeling.generator import Generator
 from modeling.sampling import Sampling, sample_codes
 from runtime.errors import InputError
+from tests.tiny import tiny_generator
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,14 +68,7 @@ def test_the_kernel_passes_its_tests_in_the_interpreter():
 
 
 def tiny(size, layers=2):
-    return GeneratorConfig(
-        hidden_size=2 * size,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        codebook_size=64,
-        image_seq_len=7,
-        condition_num_classes=3,
-    )
+    return tiny_generator(hidden_size=2 * size, num_hidden_layers=layers, codebook_size=64)
 
 
 # ---------------------------------------------------------------------- one attention

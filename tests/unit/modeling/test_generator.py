@@ -16,15 +16,9 @@ from modeling.generator import (
 )
 from modeling.rotary import rotary_table, rotate, token_layout
 from runtime.errors import InputError
+from tests.tiny import tiny_generator
 
-TINY = GeneratorConfig(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    codebook_size=16,
-    image_seq_len=21,
-    condition_num_classes=3,
-)
+TINY = tiny_generator(image_seq_len=21)
 UNDROPPED = dict(dropout=0.0, attn_drop=0.0, tok_dropout=0.0)
 
 

@@ -9,38 +9,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modeling.generator import Generator, GeneratorConfig
+from modeling.generator import Generator
 from modeling.image_decoder import decode_images
 from modeling.pipeline import Pipeline, class_labels
 from modeling.randomness import image_uniforms
 from modeling.sampling import Sampling, draw_codes, sample_codes
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.tokenizer import Tokenizer
 from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.tensors import fingerprint, write_state_dict
 from runtime.errors import InputError
+from tests.tiny import tiny_generator, tiny_tokenizer
 from training import checkpoint
 
-SMALL = TokenizerConfig(
-    codebook_size=16,
-    token_size=4,
-    image_size=16,
-    patch_size=8,
-    encoder_width=16,
-    encoder_layers=1,
-    encoder_heads=2,
-    decoder_width=16,
-    decoder_layers=1,
-    decoder_heads=2,
-)
-TINY = GeneratorConfig(
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    codebook_size=16,
-    image_seq_len=7,
-    condition_num_classes=3,
-)
+SMALL = tiny_tokenizer(num_buffer_tokens=32)
+TINY = tiny_generator(num_hidden_layers=3)
 
 
 @pytest.fixture

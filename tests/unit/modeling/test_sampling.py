@@ -7,19 +7,13 @@ import torch
 from scipy.stats import chisquare
 
 from modeling.engine import Engine
-from modeling.generator import Generator, GeneratorConfig
+from modeling.generator import Generator
 from modeling.image_decoder import decode_images
 from modeling.sampling import NO_CLASS, Sampling, draw_codes, guidance_schedule, sample_codes
 from runtime.errors import InputError
+from tests.tiny import tiny_generator
 
-TINY = GeneratorConfig(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    codebook_size=16,
-    image_seq_len=7,
-    condition_num_classes=3,
-)
+TINY = tiny_generator()
 BELOW_ONE = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
 
 

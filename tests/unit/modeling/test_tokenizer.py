@@ -8,15 +8,11 @@ import torch.nn.functional as F
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from modeling.tokenizer_blocks import TokenizerBlock
 from runtime.errors import InputError
+from tests.tiny import tiny_tokenizer
 
-TINY = TokenizerConfig(
-    codebook_size=16,
-    token_size=4,
+TINY = tiny_tokenizer(
     image_size=32,
-    patch_size=8,
-    encoder_width=16,
     encoder_layers=2,
-    encoder_heads=2,
     decoder_width=24,
     decoder_layers=2,
     decoder_heads=3,

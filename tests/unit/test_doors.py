@@ -133,7 +133,7 @@ def test_a_backbone_is_trained_sampled_and_scored(tmp_path, monkeypatch, fill):
 def test_a_backbones_codes_are_those_of_its_own_forward():
     config = tiny_generator(num_hidden_layers=1)
     model, labels = Recurrent(config).eval(), torch.tensor([0, 2])
-    codes = sample_codes(model, labels, torch.rand(2, 7), Sampling(temperature=1e-5))
+    codes = sample_codes(model, labels, torch.rand(2, 7), Sampling(randomize_temperature=1e-5))
     with torch.no_grad():
         assert torch.equal(model(codes[:, :-1], labels).argmax(2), codes)
 

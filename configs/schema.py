@@ -297,6 +297,19 @@ class GeneratorExperiment(Experiment):
         "codes do not depend on them.",
         only="sample",
     )
+    edit: Optional[str] = option(
+        None,
+        "Draw the part of this image that experiment.mask marks anew; null: sample whole images.",
+        path=True,
+        only="sample",
+    )
+    mask: Optional[str] = option(
+        None,
+        "What experiment.edit draws: x0,y0,x1,y1 in pixels of its image, x1 and y1 excluded, or an "
+        "image of the same size, white where codes are drawn.",
+        path=True,
+        only="sample",
+    )
     grid: int = option(
         0,
         "Also write the first N x N images as one picture; 0: no picture.",
@@ -317,11 +330,20 @@ class GeneratorExperiment(Experiment):
                 f"codes",
                 name,
             )
-        if self.prefix is not None and self.codes is not None:
+        if (self.edit is None) != (self.mask is None):
+            given, other = ("edit", "mask") if self.mask is None else ("mask", "edit")
             raise InputError(
-                f"codes={short(self.codes)} decodes whole images, but "
-                f"experiment.prefix={short(self.prefix)} samples the rest of images: leave one out",
-                "codes",
+                f"{given}={short(getattr(self, given))} needs experiment.{other}: experiment.edit is "
+                f"an image, and experiment.mask the part of it that is drawn",
+                given,
+            )
+        sources = [name for name in ("codes", "prefix", "edit") if getattr(self, name) is not None]
+        if len(sources) > 1:
+            first, second = sources[:2]
+            raise InputError(
+                f"{first}={short(getattr(self, first))} and experiment.{second}="
+                f"{short(getattr(self, second))} both give codes of the images: leave one out",
+                first,
             )
 
 

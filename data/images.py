@@ -202,6 +202,12 @@ def load_photo(path: ImagePath) -> tuple[Image.Image, Image.Transpose | None]:
     return read_image(path, lambda image: (to_rgb(image), turn_of(image)))
 
 
+def load_upright(path: ImagePath) -> Image.Image:
+    """`load_image`, turned to stand upright by its EXIF."""
+    image, turn = load_photo(path)
+    return image if turn is None else image.transpose(turn)
+
+
 def read_image(path: ImagePath, read: Callable[[Image.Image], T]) -> T:
     """What `read` makes of an opened image. Raises InputError for unreadable ones."""
     try:
@@ -271,9 +277,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 def photo_crop(path: ImagePath, size: int) -> Tensor:
     """The centre crop (3, size, size), uint8, of an upright photo. Raises InputError for a smaller one."""
-    image, turn = load_photo(path)
-    if turn is not None:
-        image = image.transpose(turn)
+    image = load_upright(path)
     if min(image.size) < size:
         raise InputError(
             f"{path} has {image.width}x{image.height} pixels, fewer than the {size}x{size} of this "

@@ -1,7 +1,7 @@
-"""The beginning of images that sampling completes: codes of a file, or of an image.
+"""Codes that sampling is given: the beginning of images that it completes, the rest of one that it edits.
 
 The encoder is bidirectional: every code of a whole image may depend on all of its pixels, so that the
-first codes also tell something about the rest. `mask` replaces the rest before encoding.
+given codes also tell something about the rest. `experiment.prefix_mask` replaces it before encoding.
 """
 
 import zipfile
@@ -10,12 +10,14 @@ from typing import Optional
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from configs.schema import GeneratorExperiment
-from data.images import photo_crop, to_float
+from data.images import center_crop, load_upright, photo_crop, to_float
 from encoding.encoder import encode
 from generation.images import check_codebook
+from modeling.sampling import DRAWN
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
 
@@ -24,11 +26,14 @@ KEYS = ("arr_0", "codes")  # in an .npz: of OUTPUT_DIR_codes.npz; of a cache's p
 
 
 def prefix_codes(experiment: GeneratorExperiment, tokenizer: Tokenizer) -> Optional[Tensor]:
-    """The codes (M, n), int64, that image i begins with: row i mod M; None: images are not completed.
+    """The codes (M, n), int64, that image i begins with: row i mod M; None: all codes are drawn.
 
-    n is K + prefix_rows·g. Raises InputError for a file that holds no such codes, and for an image
-    that is smaller than the tokenizer's.
+    n is K + prefix_rows·g, or T where an image is edited, whose codes in the mask are `DRAWN`. Raises
+    InputError for a file that holds no such codes, and for an image that is smaller than the
+    tokenizer's.
     """
+    if experiment.edit is not None and experiment.mask is not None:
+        return edited_codes(tokenizer, experiment.edit, experiment.mask)
     path, rows, config = experiment.prefix, experiment.prefix_rows, tokenizer.config
     if path is None:
         return None
@@ -121,3 +126,47 @@ def masked_below(image: Tensor, row: int) -> Tensor:
     masked = image.clone()
     masked[:, row:] = image.mean((1, 2), keepdim=True)
     return masked
+
+
+# ---------------------------------------------------------------------- an image that is edited
+def edited_codes(tokenizer: Tokenizer, path: str, mask: str) -> Tensor:
+    """Codes (1, T), int64, on the CPU, of an image; `DRAWN` where the mask touches their patch.
+
+    The prefix tokens describe the first row of patches: all are drawn where the mask touches it.
+    """
+    config = tokenizer.config
+    image = to_float(photo_crop(path, config.image_size).to(tokenizer.latent_tokens.device))
+    drawn = masked_patches(path, mask, config)
+    drawn = torch.cat([drawn[0].any().expand(config.num_prefix_tokens), drawn.flatten()])
+    codes = encode(tokenizer, image.unsqueeze(0), "fp32").cpu()
+    return codes.where(~drawn, DRAWN)
+
+
+def masked_patches(path: str, mask: str, config: TokenizerConfig) -> Tensor:
+    """Which patches (g, g), bool, of an image's crop a mask of the whole image touches."""
+    size = load_upright(path).size
+    try:
+        x0, y0, x1, y1 = (int(number) for number in mask.split(","))
+    except ValueError:
+        shown = load_upright(mask).convert("L")
+        if shown.size != size:
+            raise InputError(
+                f"experiment.mask={mask} has {shown.width}x{shown.height} pixels, but experiment.edit="
+                f"{path} has {size[0]}x{size[1]}: draw the mask over that image"
+            ) from None
+    else:
+        shown = Image.new("L", size)
+        if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]):
+            raise InputError(
+                f"experiment.mask={mask} is not a part of {size[0]}x{size[1]} pixels: set x0,y0,x1,y1 "
+                f"with 0 <= x0 < x1 <= {size[0]} and 0 <= y0 < y1 <= {size[1]}"
+            )
+        shown.paste(255, (x0, y0, x1, y1))
+    crop = torch.from_numpy(np.array(center_crop(shown, config.image_size))) >= 128
+    drawn = crop.unflatten(1, (config.grid, -1)).unflatten(0, (config.grid, -1)).any(3).any(1)
+    if shown.getbbox() is not None and not drawn.any():
+        raise InputError(
+            f"experiment.mask={mask} touches nothing of the centre crop of experiment.edit={path}: "
+            f"choose another part, or crop the image first"
+        )
+    return drawn

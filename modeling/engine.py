@@ -40,6 +40,7 @@ from .errors import InputError
 from .generator import NO_CLASS, Block, Generator, GeneratorConfig
 from .sampling import (
     CACHES,
+    DRAWN,
     Sampling,
     check_labels,
     check_prefix,
@@ -123,6 +124,7 @@ def leave(x: Tensor, y: Tensor, block: BlockWeights, final_norm: Tensor) -> Tens
 
 def choose(
     logits: Tensor,
+    given: Tensor,
     uniform: Tensor,
     scale: Tensor,
     guided: bool,
@@ -130,10 +132,11 @@ def choose(
     top_k: int,
     top_p: float,
 ) -> Tensor:
-    """Logits (N, V), uniforms (B,) and a guidance scale (1,) -> codes (B,)."""
+    """Logits (N, V), given codes (B,), uniforms (B,) and a guidance scale (1,) -> codes (B,)."""
     if guided:
         logits = guide(logits, scale)
-    return draw_codes(logits, uniform, temperature, top_k, top_p)
+    drawn = draw_codes(logits, uniform, temperature, top_k, top_p)
+    return torch.where(given == DRAWN, drawn, given)
 
 
 class StepFunctions(NamedTuple):
@@ -213,6 +216,7 @@ class Stream:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.rows = torch.zeros(rows, dtype=torch.int64, device=device)  # of the embedding, next
         self.uniforms = torch.zeros(batch, T, device=device)
+        self.given = torch.full((batch, T), DRAWN, dtype=torch.int64, device=device)
         self.codes = torch.zeros(batch, T, dtype=torch.int64, device=device)
         self.cuda: Optional[torch.cuda.Stream] = None
         if device.type == "cuda":
@@ -390,6 +394,7 @@ class Engine:
         s = self.sampling
         codes = functions.choose(
             logits,
+            stream.given.index_select(1, position)[:, 0],
             stream.uniforms.index_select(1, position)[:, 0],
             self.scales.index_select(0, position),
             s.guided,
@@ -420,9 +425,9 @@ class Engine:
 
         The label `NO_CLASS` stands for an image without a class, which guidance leaves as it is.
         With `prefix` (B, n), n <= T, the first n codes are these and only the others are drawn: as
-        they would be if the first n steps had drawn the prefix, up to rounding. Raises InputError
-        for a prefix of other codes or longer than T. On CUDA this returns before the codes are
-        there, as every operation on them does.
+        they would be if the first n steps had drawn the prefix, up to rounding. A code `DRAWN` of the
+        prefix is drawn too. Raises InputError for a prefix of other codes or longer than T. On CUDA
+        this returns before the codes are there, as every operation on them does.
         """
         B, T, config = len(labels), self.config.image_seq_len, self.config
         if self.batch < B:
@@ -431,7 +436,9 @@ class Engine:
         if prefix is None:
             prefix = torch.empty(B, 0, dtype=torch.int64, device=labels.device)
         check_prefix(prefix, B, config)
-        n = prefix.shape[1]
+        given = prefix.new_full((self.batch, T), DRAWN, dtype=torch.int64)
+        given[:B, : prefix.shape[1]] = prefix
+        n = int((prefix != DRAWN).all(0).cumprod(0).sum()) if prefix.numel() else 0
         # Shapes are fixed: a smaller batch is filled up with images of "no class".
         classes = labels.new_full((self.batch,), NO_CLASS, dtype=torch.int64)
         classes[:B] = labels
@@ -439,16 +446,15 @@ class Engine:
         no_class = config.condition_rows(torch.full_like(classes, NO_CLASS))
         numbers = uniforms.new_zeros(self.batch, T)
         numbers[:B] = uniforms
-        known = prefix.new_zeros(self.batch, n, dtype=torch.int64)
-        known[:B] = prefix
         with self.on_device():
             for stream in self.streams:
                 both = torch.cat([x[stream.images] for x in (rows, no_class)])[: len(stream.rows)]
                 copy_to(stream.rows, both)
                 copy_to(stream.uniforms, numbers[stream.images])
+                copy_to(stream.given, given[stream.images])
                 stream.position.zero_()
                 if n:
-                    copy_to(stream.codes[:, :n], known[stream.images])
+                    copy_to(stream.codes[:, :n], given[stream.images, :n].clamp(min=0))
                     self._prefill(stream, n)
             if self.graph is not None:
                 for _ in range(n, T):

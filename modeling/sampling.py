@@ -20,6 +20,7 @@ SCHEDULES = ("power-cosine", "constant", "linear")
 # How `engine.Engine` computes attention, and in which type it keeps keys and values.
 ENGINES = ("auto", "fused", "plain")
 CACHES = ("auto", "int8")
+DRAWN = -1  # in given codes: one that is not given
 
 
 @dataclass
@@ -133,7 +134,7 @@ def check_classes(lowest: int, highest: int, classes: int) -> None:
 
 
 def check_prefix(prefix: Tensor, images: int, config: GeneratorConfig) -> None:
-    """Refuse first codes (images, n) that images of this model cannot begin with."""
+    """Refuse given codes (images, n) that images of this model cannot have."""
     count, n = prefix.shape
     if count != images:
         raise ValueError(f"prefixes of {count} images for {images} images")
@@ -141,8 +142,8 @@ def check_prefix(prefix: Tensor, images: int, config: GeneratorConfig) -> None:
         raise InputError(
             f"a prefix of {n} codes is too long: images of this model have {config.image_seq_len}"
         )
-    if n and (prefix.min() < 0 or prefix.max() >= config.codebook_size):
-        other = int(prefix.min() if prefix.min() < 0 else prefix.max())
+    if n and (prefix.min() < DRAWN or prefix.max() >= config.codebook_size):
+        other = int(prefix.min() if prefix.min() < DRAWN else prefix.max())
         raise InputError(
             f"the prefix holds code {other}: this model has codes 0…{config.codebook_size - 1}"
         )
@@ -168,7 +169,7 @@ def sample_codes(
     The readable twin of `engine.Engine`; tests hold their codes equal. With guidance both branches run
     in one batch: logits = u + s_t·(c - u), where u is the "no class" branch, which is also that of the
     label `NO_CLASS`. The first codes are those of `prefix` (B, n), if it is there, instead of drawn
-    ones. The model is in eval mode.
+    ones, except where it is `DRAWN`. The model is in eval mode.
     """
     config, s = model.config, sampling
     T = config.image_seq_len
@@ -185,12 +186,10 @@ def sample_codes(
         logits = model.step(rows, cache)  # (N, V)
         if s.guided:
             logits = guide(logits, scales[t])
+        codes[:, t] = draw_codes(logits, uniforms[:, t], s.randomize_temperature, s.top_k, s.top_p)
         if prefix is not None and t < prefix.shape[1]:
-            codes[:, t] = prefix[:, t]
-        else:
-            codes[:, t] = draw_codes(
-                logits, uniforms[:, t], s.randomize_temperature, s.top_k, s.top_p
-            )
+            given = prefix[:, t]
+            codes[:, t] = torch.where(given == DRAWN, codes[:, t], given)
         rows = codes[:, t].repeat(branches)
     return codes
 

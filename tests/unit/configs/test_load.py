@@ -107,7 +107,7 @@ def test_a_path_starts_at_home(monkeypatch, tmp_path, name):
 
 def test_every_option_that_is_a_path_expands_home():
     names = {"output_dir", "resume", "fid_reference", "generator_checkpoint", "codes",
-             "prefix", "tokenizer_checkpoint", "stage1_checkpoint", "pretokenization", "train_dir",
+             "prefix", "edit", "mask", "tokenizer_checkpoint", "stage1_checkpoint", "pretokenization", "train_dir",
              "val_pretokenization", "val_dir", "train_root", "init_weights"}  # fmt: skip
     found = {
         name.split(".")[-1]

@@ -289,6 +289,13 @@ REFUSED = [
     (G, "experiment.prefix_rows=3", "experiment.prefix_rows"),
     (G, "experiment.prefix_mask=true", "experiment.prefix_mask"),
     (G, "experiment.codes=b.npz & experiment.prefix=a.npy", "experiment.codes"),
+    (G, "experiment.edit=a.png", "experiment.edit"),
+    (G, "experiment.mask=a.png", "experiment.mask"),
+    (
+        G,
+        "experiment.prefix=a.npy & experiment.edit=a.png & experiment.mask=b.png",
+        "experiment.prefix",
+    ),
     (T, "model.vq_model.image_size=100", "model.vq_model.image_size"),
     (T, "model.vq_model.encoder_heads=5", "model.vq_model.encoder_width"),
     (T, "model.vq_model.num_latent_tokens=256", "model.vq_model.prefix_head"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from PIL import Image
+from PIL import ExifTags, Image
 
 from configs.schema import GeneratorExperiment
 from data.images import center_crop
@@ -15,7 +15,8 @@ from generation.folder import SampleFolder
 from generation.images import sample_images
 from generation.models import largest_batch
 from generation.prefix import masked_below, prefix_codes
-from modeling.sampling import Sampling, sample_codes
+from modeling.image_decoder import decode_images
+from modeling.sampling import DRAWN, Sampling, sample_codes
 from modeling.tokenizer import Tokenizer
 from runtime.errors import InputError
 from runtime.randomness import image_uniforms
@@ -161,6 +162,81 @@ def test_codes_cannot_be_masked(tokenizer, tmp_path):
 
 def test_no_prefix_is_none(tokenizer):
     assert codes_of(tokenizer) is None
+
+
+# ---------------------------------------------------------------------- an image that is edited
+# The photo's 60x50 pixels are cut to its middle 50x50, which become 32x32: 4x4 patches of 12.5 pixels.
+@pytest.mark.parametrize(
+    "box, patches",
+    [
+        ("20,15,28,24", [(1, 1)]),
+        ("20,15,32,24", [(1, 1), (1, 2)]),
+        ("20,2,28,10", [(0, 1)]),
+        ("0,40,60,50", [(3, 0), (3, 1), (3, 2), (3, 3)]),
+    ],
+)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_codes_are_kept_but_for_the_patches_that_the_mask_touches(
+    tokenizer, photo, tmp_path, box, patches, as_file
+):
+    mask = box
+    if as_file:
+        mask = str(tmp_path / "mask.png")
+        image = Image.new("L", (60, 50))
+        image.paste(255, tuple(map(int, box.split(","))))
+        image.save(mask)
+    codes = codes_of(tokenizer, edit=str(photo), mask=mask)
+    drawn = torch.zeros(4, 4, dtype=torch.bool)
+    for place in patches:
+        drawn[place] = True
+    # The prefix tokens describe the first row of patches.
+    drawn = torch.cat([torch.full((5,), patches[0][0] == 0), drawn.flatten()])
+    assert torch.equal(codes, tokenizer.encode(crop(photo)[None]).where(~drawn, DRAWN))
+
+
+def test_a_photo_is_edited_as_it_is_seen(tokenizer, photo, tmp_path):
+    image = Image.open(photo)
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = 6  # stored lying on its left side
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    given = [
+        codes_of(tokenizer, edit=str(p), mask="20,15,28,24")
+        for p in (photo, tmp_path / "turned.png")
+    ]
+    assert torch.equal(*given)
+
+
+def test_an_empty_mask_keeps_the_image_as_it_is_reconstructed(models, job, tmp_path):
+    Image.effect_noise((16, 16), 90).convert("RGB").save(tmp_path / "a.png")
+    Image.new("L", (16, 16)).save(tmp_path / "mask.png")
+    given = codes_of(models.tokenizer, edit=f"{tmp_path}/a.png", mask=f"{tmp_path}/mask.png")
+    job = replace(job, prefix=given)
+    (batch,) = sample_images(models.engine(job, 2), models.tokenizer, job, [range(2)])
+    photo = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1) / 255
+    codes = models.tokenizer.encode(photo[None])
+    assert batch.codes.tolist() == codes.repeat(2, 1).tolist()
+    assert np.array_equal(batch.images[0], decode_images(models.tokenizer, codes, torch.float32)[0])
+
+
+@pytest.mark.parametrize(
+    "mask, words",
+    [
+        (
+            "0,0,61,50",
+            r"mask=0,0,61,50 is not a part of 60x50 pixels: set x0,y0,x1,y1 with 0 <= x0",
+        ),
+        ("5,0,5,50", "is not a part of 60x50"),
+        ("0,0,3,50", r"mask=0,0,3,50 touches nothing of the centre crop"),
+        ("0,0,3", "unreadable image 0,0,3"),
+        ("none.png", r"unreadable image none\.png"),
+        ("small.png", r"small\.png has 40x31 pixels, but experiment\.edit=.*photo\.png has 60x50"),
+    ],
+)
+def test_masks_of_something_else_are_refused(tokenizer, photo, tmp_path, monkeypatch, mask, words):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (40, 31)).save("small.png")
+    with pytest.raises(InputError, match=words):
+        codes_of(tokenizer, edit=str(photo), mask=mask)
 
 
 # ---------------------------------------------------------------------- the job

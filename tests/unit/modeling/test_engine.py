@@ -17,7 +17,7 @@ from modeling.decode_attention import dequantized, plain_attention
 from modeling.devices import free_memory
 from modeling.engine import Engine, StepFunctions, cache_bytes, copy_to
 from modeling.generator import Generator
-from modeling.sampling import Sampling, sample_codes
+from modeling.sampling import DRAWN, Sampling, sample_codes
 from runtime.errors import InputError
 from tests.tiny import tiny_generator
 
@@ -428,6 +428,23 @@ def test_a_large_prefill_is_cut_into_parts_that_change_nothing(model, monkeypatc
     assert parts == [3, 3, 2]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_given_codes_stay_where_they_are_and_the_plain_loop_agrees(model, traced, scale, compiled):
+    labels, uniforms = inputs(3)
+    given = torch.randint(16, (3, 7))
+    given[:, [2, 5]], given[1, 0] = DRAWN, DRAWN
+    engine = Engine(model, 4, Sampling(scale), compiled=compiled, streams=2)
+    codes = engine.sample(labels, uniforms, given)
+    assert torch.equal(codes, sample_codes(model, labels, uniforms, Sampling(scale), given))
+    known = given != DRAWN
+    assert torch.equal(codes[known], given[known]) and (codes >= 0).all()
+    others = engine.sample(labels, uniforms.flip(1), given)
+    assert not torch.equal(others[~known], codes[~known])  # they are drawn
+    whole = engine.sample(labels, uniforms)  # nothing of the edit is left
+    assert torch.equal(whole, sample_codes(model, labels, uniforms, Sampling(scale)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_engine_takes_a_prefix(model, traced, dtype):
     labels, uniforms = inputs()
@@ -443,7 +460,7 @@ def test_a_compiled_engine_takes_a_prefix(model, traced, dtype):
     [
         (torch.zeros(4, 8).long(), "a prefix of 8 codes is too long: images of this model have 7"),
         (torch.full((4, 2), 16), "the prefix holds code 16: this model has codes 0…15"),
-        (torch.full((4, 2), -1), "the prefix holds code -1: this model has codes 0…15"),
+        (torch.full((4, 2), -2), "the prefix holds code -2: this model has codes 0…15"),
     ],
 )
 def test_prefix_of_other_codes_is_refused(model, prefix, words):

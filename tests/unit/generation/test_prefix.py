@@ -273,11 +273,7 @@ def test_a_folder_of_another_prefix_is_refused(models, job, tmp_path):
 
 def test_a_folder_without_prefix_is_refused_to_one_with(models, job, tmp_path):
     job = replace(job, chunk=3)
-    made = folder(tmp_path, job, models)
-    made.fill()
-    assert "prefix" not in json.loads(
-        made.settings_file.read_text()
-    )  # as earlier versions wrote it
+    folder(tmp_path, job, models).fill()
     with pytest.raises(InputError, match=r"prefix \(None there"):
         folder(tmp_path, replace(job, prefix=PREFIX), models).fill()
 

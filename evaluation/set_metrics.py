@@ -44,9 +44,7 @@ class SetMetric(Protocol):
 
     def sums(self, width: int, images: int, device: torch.device) -> Sums: ...
 
-    def figures(
-        self, samples: Part, reference: Part, device: torch.device, half: bool
-    ) -> tuple[float, ...]: ...
+    def figures(self, ours: Part, theirs: Part, device: torch.device, half: bool) -> Part: ...
 
 
 class FrechetDistance:
@@ -58,10 +56,8 @@ class FrechetDistance:
     def sums(self, width: int, images: int, device: torch.device) -> Moments:
         return Moments(width, device)
 
-    def figures(
-        self, samples: Part, reference: Part, device: torch.device, half: bool
-    ) -> tuple[float, ...]:
-        moments = [m.to(device) for m in (*samples, *reference)]
+    def figures(self, ours: Part, theirs: Part, device: torch.device, half: bool) -> Part:
+        moments = [m.to(device) for m in (*ours, *theirs)]
         return (frechet_distance_of_moments(*moments),)
 
 
@@ -74,10 +70,8 @@ class Score:
     def sums(self, width: int, images: int, device: torch.device) -> InceptionScore:
         return InceptionScore(images, width, device)
 
-    def figures(
-        self, samples: Part, reference: Part, device: torch.device, half: bool
-    ) -> tuple[float, ...]:
-        return samples
+    def figures(self, ours: Part, theirs: Part, device: torch.device, half: bool) -> Part:
+        return ours
 
 
 class Manifolds:
@@ -89,10 +83,8 @@ class Manifolds:
     def sums(self, width: int, images: int, device: torch.device) -> FeatureSample:
         return FeatureSample(width, images, device)
 
-    def figures(
-        self, samples: Part, reference: Part, device: torch.device, half: bool
-    ) -> tuple[float, ...]:
-        return precision_recall(reference[0], samples[0], device, half=half)
+    def figures(self, ours: Part, theirs: Part, device: torch.device, half: bool) -> Part:
+        return precision_recall(theirs[0], ours[0], device, half=half)
 
 
 METRICS: list[SetMetric] = [

@@ -104,7 +104,10 @@ def test_generator_logits_and_loss(golden, generator):
 def test_greedy_generation(golden, generator, scale, power):
     labels = torch.tensor([3, 977])
     codes = sample_codes(
-        generator, labels, torch.full((2, 273), 0.5), Sampling(scale, power, randomize_temperature=1e-5)
+        generator,
+        labels,
+        torch.full((2, 273), 0.5),
+        Sampling(scale, power, randomize_temperature=1e-5),
     )
     assert (codes.numpy() == golden("generator_small.npz")[f"greedy_{scale}_{power}"]).all()
 

@@ -89,7 +89,7 @@ class GeneratorData:
     names: ClassNames  # of its classes
     tokenizer_hash: str  # of the tokenizer that makes, or made, the codes
     tokenizer: Optional[Tokenizer]  # for samples and to encode images; on the device, frozen
-    encoder: Optional[Tokenizer]  # the tokenizer, where the dataset yields images to encode
+    encoder: Optional[Tokenizer]  # the tokenizer, if the dataset yields images to encode
     validation: Optional[TokenCache]  # its labels are the training set's
     evaluator: Optional[Evaluator]  # for gFID
 
@@ -109,7 +109,7 @@ def open_data(
 
     The index of images in a tar is kept in `index_folder`.
 
-    Raises InputError where one of them does not fit the configured models, or the other.
+    Raises InputError if they do not fit the configured models or each other.
     """
     params, experiment = options.dataset.params, options.experiment
     tokenizer = tokenizer_hash = encoder = heads = None
@@ -261,8 +261,8 @@ def parameter_groups(model: Generator, weight_decay: float) -> list[dict]:
 def load_initial(run: Run, generator: Generator) -> str:
     """Load `experiment.init_weights`, if this is a new run with it; returns in words what was taken.
 
-    Raises InputError where the weights do not fit, but for the number of classes (`fit_classes`), or
-    are of images of another number of codes, which no tensor shows.
+    Raises InputError if the weights do not fit (the number of classes may differ: `fit_classes`) or
+    model another number of codes per image, which no tensor shows.
     """
     found = run.initial_weights()
     if found is None:
@@ -283,8 +283,8 @@ def load_initial(run: Run, generator: Generator) -> str:
 class TrainState:
     """The generator, its optimizer and its average, from the checkpoint that `run` resumes from, if any.
 
-    `start` says in words where initial weights came from, if from a file; `about` is what files of the
-    weights say of themselves.
+    `start` says in words where initial weights came from, if from a file; `about` is the metadata of
+    the weights.
     """
 
     def __init__(self, run: Run, options: GeneratorRun, data: GeneratorData):

@@ -91,7 +91,7 @@ class TokenizerData:
     """What a run learns from, and the held-out images and networks that it is evaluated with."""
 
     paths: list[ImagePath]
-    source: str  # what they are of, in words
+    source: str  # where they come from, in words
     whole: bool  # whether that is all of them
     identity_of_all: dict[str, str]  # of all that is there
     dataset: TrainImages
@@ -104,8 +104,8 @@ class TokenizerData:
 
 
 def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> TokenizerData:
-    """List the images of a run. Raises InputError where there are none, or they would be too small,
-    and where a list or a held-out image cannot be read. Indexes of tars are kept in `index_folder`."""
+    """List the images of a run. Raises InputError if there are none, if they would be too small,
+    or if a list or a held-out image cannot be read. Indexes of tars are kept in `index_folder`."""
     params, size = options.dataset.params, options.model.vq_model.image_size
     resize = params.resize or size
     if resize < size:
@@ -114,7 +114,7 @@ def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> Tok
     if params.train_root is not None and not lists:
         raise InputError(
             f"dataset.params.train_root={params.train_root} is for text files of paths, and "
-            f"dataset.params.train_dir={params.train_dir} is none: leave train_root out"
+            f"dataset.params.train_dir={params.train_dir} is not one: leave train_root out"
         )
     listed, labels, source = list_training(params, index_folder)
     chosen = spread_over_classes(labels, options.experiment.max_train_examples or len(listed))
@@ -201,7 +201,7 @@ def check_encoder(file: Path, config: TokenizerConfig) -> None:
 
 
 def is_of_stage1(source: str, state: dict[str, Tensor]) -> bool:
-    """Whether weights are of stage 1, by their own names, their metadata or their run's config."""
+    """Whether weights come from stage 1, by their own names, their metadata or their run's config."""
     if any(name.startswith(STAGE1_ONLY) for name in state):
         return True
     # Without prefix head and clustering, no name shows it.
@@ -215,8 +215,8 @@ def is_of_stage1(source: str, state: dict[str, Tensor]) -> bool:
 def load_initial(run: Run, tokenizer: Tokenizer) -> str:
     """Load `experiment.init_weights`, if this is a new run with it; returns in words what was taken.
 
-    Raises InputError where the weights do not fit in name, shape or a size that no shape shows, and
-    where they disagree with the encoder or codebook of `experiment.stage1_checkpoint`.
+    Raises InputError if the weights do not fit in name, shape or a size that no shape shows, or if
+    they disagree with the encoder or codebook of `experiment.stage1_checkpoint`.
     """
     found = run.initial_weights()
     if found is None:
@@ -244,7 +244,7 @@ def load_initial(run: Run, tokenizer: Tokenizer) -> str:
 
 
 def check_same_encoder(state: dict[str, Tensor], source: str, stage1: str) -> None:
-    """InputError where a tokenizer's encoder or codebook is not that of the stage-1 checkpoint."""
+    """Raise InputError if a tokenizer's encoder or codebook differs from the stage-1 checkpoint's."""
     first = read_state_dict(on_main(lambda: checkpoint.weights_file(stage1, "tokenizer")))
     if fingerprint(state) != fingerprint(first):
         raise InputError(
@@ -328,7 +328,7 @@ class CodebookUse:
 
 
 def images_look_alike(counts: Tensor) -> bool:
-    """Whether counts (T, codebook_size) are of enough images, nearly all with the same codes."""
+    """Whether counts (T, codebook_size) cover enough images, nearly all with the same codes."""
     return counts[0].sum().item() >= MIN_IMAGES and code_agreement(counts) > MAX_AGREEMENT
 
 
@@ -342,8 +342,8 @@ class TrainState:
     """Tokenizer, discriminator, their optimizers, the average and the frozen networks of the losses.
 
     Their state is that of the checkpoint that `run` resumes from, if any. `start` says in words where
-    initial weights came from, if from a file; `about` is what files of the tokenizer say of
-    themselves. `critic` is the discriminator as the accelerator wraps it; without an adversarial
+    initial weights came from, if from a file; `about` is the metadata of the tokenizer's
+    files. `critic` is the discriminator as the accelerator wraps it; without an adversarial
     phase there is none.
     """
 
@@ -507,7 +507,7 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData
 def evaluate(run: Run, state: TrainState, data: TokenizerData) -> Optional[dict[str, float]]:
     """Metrics of the held-out reconstructions, and rFID with a reference, from one pass over them.
 
-    None, after a warning, where an image cannot be read or a figure cannot be computed.
+    None, after a warning, if an image cannot be read or a figure cannot be computed.
     """
     scores = in_training.ReconstructionScores(
         state.averaged, data.validation, PartialState(), state.lpips, data.evaluator

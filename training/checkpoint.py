@@ -4,8 +4,8 @@ A checkpoint is a folder `checkpoints/step-00001000` of files and a manifest wit
 sha256. It is valid only while its files match the manifest, so a killed save or a damaged disk costs
 at most one checkpoint. It holds tensors and plain values only; nothing in it is ever executed.
 
-NAME.safetensors are the weights to use: where the run keeps an average, the average. The weights that
-training continues from are then NAME_raw.safetensors.
+NAME.safetensors holds the weights to use: the average, if the run keeps one. NAME_raw.safetensors then
+holds the weights that training continues from.
 """
 
 import json
@@ -84,7 +84,7 @@ class Checkpoint:
     def register(self, name: str, stateful: Stateful, optional: bool = False) -> None:
         """Save the state of an object from now on, and restore it from `source`, if there is one.
 
-        Raises InputError where the source lacks it, unless it is `optional`, or where it does not fit.
+        Raises InputError if the source lacks it, unless it is `optional`, or if it does not fit.
         """
         self._objects[name] = stateful
         if self.source is None or (optional and name not in self._saved):
@@ -107,7 +107,7 @@ class Checkpoint:
     ) -> None:
         """`register` the weights of a model, before the accelerator wraps it, and their average.
 
-        `about` is what their files say of themselves. The average of a run that kept none starts at
+        `about` is the metadata of their files. The average of a run that kept none starts at
         its weights.
         """
         parts = {name: model} if average is None else {name: average.model, f"{name}_raw": model}
@@ -183,9 +183,9 @@ def save(
 
     `weights` become NAME.safetensors, usable on their own; `state` (optimizers and plain values)
     becomes state.pt. Checkpoints whose step is a multiple of `keep_every` are never removed as old.
-    `origin` is the checkpoint that the user named to start the run from, if any; `about` is what the
-    files of weights say of themselves, by the names of `weights`. Raises InputError, with the earlier
-    checkpoints untouched, where the disk is full or not writable.
+    `origin` is the checkpoint that the user named to start the run from, if any; `about` is the metadata of the
+    weights, by the names of `weights`. Raises InputError, and leaves
+    the earlier checkpoints untouched, if the disk is full or not writable.
     """
     folder = run_dir / "checkpoints"
     final = folder / f"step-{step:08d}"
@@ -199,7 +199,7 @@ def save(
             if needed > free:
                 raise InputError(
                     f"no room for the checkpoint of step {step} in {folder}: {needed / 1e9:.2f} GB "
-                    f"needed, {free / 1e9:.2f} GB free; make room and run the same command again"
+                    f"needed, {free / 1e9:.2f} GB free; free some space and run the same command again"
                 )
             write_files(aside, step, weights, state, origin, about or {})
             # The run was resumed from an earlier checkpoint, so those of later steps, and a damaged
@@ -254,8 +254,8 @@ def size_of(tree: Any) -> int:
 def problem(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None.
 
-    Raises InputError where its files may not be read: that is not damage, and an older checkpoint is
-    no remedy.
+    Raises InputError if its files may not be read: that is not damage, and an older checkpoint does
+    not help.
     """
     try:
         entries = json.loads((path / MANIFEST).read_text())["files"]
@@ -272,12 +272,12 @@ def problem(path: Path) -> str | None:
             f"no permission to read {e.filename}: make it readable (chmod), or run as its owner"
         ) from e
     except (OSError, ValueError, KeyError, TypeError) as e:
-        return f"its manifest or a file of it is missing or unreadable ({type(e).__name__})"
+        return f"its manifest or one of its files is missing or unreadable ({type(e).__name__})"
     return None
 
 
 def check_format(path: Path) -> None:
-    """Raise InputError where a whole checkpoint is of another format."""
+    """Raise InputError if a whole checkpoint has another format."""
     found = json.loads((path / MANIFEST).read_text()).get("format")
     if found != FORMAT:
         raise InputError(

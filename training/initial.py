@@ -31,7 +31,7 @@ def initial_file(path: str) -> Path:
 
 
 def check_same_start(recorded: Optional[Record], path: Optional[str], source: Path) -> None:
-    """InputError where the run of checkpoint `source` did not start from the weights at `path`.
+    """Raise InputError if the run of checkpoint `source` did not start from the weights at `path`.
 
     The same path is taken for the same weights: a run folder may have newer ones by now, and a file
     may be gone. Another path is read and compared by its tensors. None stands for what is recorded.
@@ -42,7 +42,7 @@ def check_same_start(recorded: Optional[Record], path: Optional[str], source: Pa
         return
     start = "random weights" if recorded is None else recorded["path"]
     raise InputError(
-        f"{source} is of a run that started from {start}, not from experiment.init_weights={path}: "
+        f"{source} belongs to a run that started from {start}, not from experiment.init_weights={path}: "
         f"leave init_weights out (null) to resume it, or set another experiment.output_dir to start "
         f"a run from these weights"
     )
@@ -55,7 +55,7 @@ def fit_classes(
 
     The rows of the codes and of "no class" are copied. With another number of classes their meaning
     has changed: every class then starts at the mean of the old rows. Raises InputError where
-    the codes are others. A state dict that is not a generator's comes back as it is.
+    the codes are others. A state dict of another model is returned unchanged.
     """
     name = "embeddings.weight"
     if name not in state or "output.weight" not in state:

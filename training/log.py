@@ -126,7 +126,7 @@ class RunLog:
             self.accelerator.log(values, step=step)
 
     def lowest(self, name: str) -> float:
-        """The lowest value of `name` in the records so far; infinite where there is none."""
+        """The lowest value of `name` in the records so far; infinite if there is none."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if self.write else []
         return min((json.loads(line).get(name, math.inf) for line in lines), default=math.inf)

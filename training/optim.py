@@ -111,7 +111,7 @@ class EMA:
     """Exponential moving average of a model's weights: avg ← decay · avg + (1 − decay) · weights.
 
     The average starts as a copy of the weights that the model has when the average is built: the
-    initial weights of a new run, or the loaded ones where a run that had no average is resumed. The
+    initial weights of a new run, or the loaded ones if a run without an average is resumed. The
     first update already mixes. With `warmup` the decay after n updates is (1 + n) / (10 + n), at most
     `decay`, so that the average soon forgets its start. Buffers are copied, not averaged.
     """

@@ -65,7 +65,7 @@ def check_same_run(
 
 
 def batch_remedy(earlier: dict[str, Any], now: dict[str, Any], ranks: int) -> str:
-    """The options that restore the earlier global batch on `ranks` GPUs; empty where it is kept."""
+    """The options that restore the earlier global batch on `ranks` GPUs; empty if it is the same."""
     batch = earlier.get("global batch")
     if not isinstance(batch, int) or batch == now.get("global batch"):
         return ""
@@ -163,7 +163,7 @@ class Run:
     def initial_weights(self) -> Optional[tuple[dict[str, Tensor], str]]:
         """The tensors of `experiment.init_weights` and the path of their file; all ranks call this.
 
-        None without the option, and where the run resumes: its checkpoint has the weights.
+        None without the option, and if the run resumes: its checkpoint has the weights.
         """
         named = self.experiment.init_weights
         if named is None or self.resumed:
@@ -259,9 +259,8 @@ class Run:
     def due(self, step: int) -> Due:
         """What is due after this step, the same on every rank.
 
-        Raises InputError where a step since the last report was not finite, before anything of it
-        is logged or saved. That is the first host sync of a step, and there is none where nothing
-        is due.
+        Raises InputError if a step since the last report was not finite, before any of it is logged or
+        saved. This is the first host sync of a step; if nothing is due, there is none.
         """
         if self.dry_run is not None:
             return Due()
@@ -333,7 +332,7 @@ class Run:
         on_main(write)
 
     def attempt(self, name: str, work: Callable[[], T]) -> Optional[T]:
-        """`work()`, or None on every rank, and a warning, where it failed on any of them.
+        """`work()`; if it failed on any rank, None on every rank, and a warning.
 
         A report that fails must not end a training. `work` should not talk to other ranks before
         everything in it that can fail has succeeded.
@@ -383,7 +382,7 @@ class Run:
         self.log.close()
 
     def report_dry_run(self, models: dict[str, nn.Module]) -> None:
-        """Print what a dry run found; raises InputError where a step was not finite."""
+        """Print what a dry run found; raises InputError if a step was not finite."""
         assert self.dry_run is not None
         self.guard.raise_if_bad()
         for line in self.dry_run.report(models, self.global_batch):

@@ -518,7 +518,7 @@ def test_a_tokenizers_run_is_not_resumed_with_other_initial_weights(workspace, t
     shutil.copytree(workspace.stage1_run, tmp_path / "run")
     init = f"experiment.init_weights={workspace.stage1_run}"
     message = refusal(train, 1, tmp_path / "run", init)
-    assert "is of a run that started from random weights, not from" in message
+    assert "run that started from random weights, not from" in message
     message = refusal(train, 1, tmp_path / "run", init, "experiment.resume=False")
     assert "already holds step-00000006" in message
 

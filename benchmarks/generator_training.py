@@ -33,7 +33,7 @@ SMALL = GeneratorConfig(
     hidden_size=128, num_hidden_layers=6, num_attention_heads=4, codebook_size=256,
     image_seq_len=73, condition_num_classes=10,
 )  # fmt: skip
-OPTIMIZER = SimpleNamespace(beta1=0.9, beta2=0.96, weight_decay=0.03)
+OPTIMIZER: Any = SimpleNamespace(beta1=0.9, beta2=0.96, weight_decay=0.03)
 
 
 def plain_attention(self: Attention, x: Tensor, table: Tensor, cache: None = None) -> Tensor:

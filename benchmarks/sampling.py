@@ -202,8 +202,9 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
             flush=True,
         )
         last = engine, decoder, ours, codes
-        if args.profile and cuda and engine.graph is not None:
-            profile(lambda: [engine.graph.replay() for _ in range(5)])  # noqa: B023
+        graph = engine.graph
+        if args.profile and cuda and graph is not None:
+            profile(lambda: [graph.replay() for _ in range(5)])  # noqa: B023
     if args.plain_batch:
         against_plain(config, sampling, model, tokenizer, precision, args, last, inputs)
 

@@ -4,17 +4,16 @@ Images stay uint8 until they are on the device. Shape suffixes: B images, V view
 a view, L that of the source crop that views are cut from (pixels).
 """
 
-import io
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -22,22 +21,18 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from data.classes import describe_classes, first_names
 from data.labels import read_labels
 from data.order import EpochDraws
-from data.tars import TarPath, is_tar
+from data.tars import is_tar
 from data.tree import FileTree, ImagePath, describe_left_out, is_image, read_tree
+from modeling.photos import center_crop as center_crop
+from modeling.photos import load_image as load_image
+from modeling.photos import load_photo as load_photo
+from modeling.photos import load_upright as load_upright
+from modeling.photos import photo_crop as photo_crop
+from modeling.photos import to_uint8 as to_uint8
 from modeling.pixels import to_float as to_float
 from runtime.errors import InputError
 from runtime.randomness import Stream, generator_for
 
-T = TypeVar("T")
-# Of the many that Pillow reads; one of them (EPS) would start another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
-# Longer ones are unreadable: cropped to 512 pixels, 1 x 40,000 of them would fill 30 GB first.
-MOST_ELONGATED = 500
-TURNS = dict(enumerate([
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-], 2))  # by EXIF's orientation  # fmt: skip
 VIEWS = {"center_flip": 2, "five_crop": 5, "ten_crop": 10}  # views per image, by kind
 
 
@@ -191,101 +186,7 @@ def list_paths(
     return paths
 
 
-# ---------------------------------------------------------------------- loading
-def load_image(path: ImagePath) -> Image.Image:
-    """Any image as 8-bit RGB (`to_rgb`); EXIF rotation is ignored. Raises InputError."""
-    return read_image(path, to_rgb)
-
-
-def load_photo(path: ImagePath) -> tuple[Image.Image, Image.Transpose | None]:
-    """`load_image`, and how it must be turned to stand upright, by its EXIF; None: not at all."""
-    return read_image(path, lambda image: (to_rgb(image), turn_of(image)))
-
-
-def load_upright(path: ImagePath) -> Image.Image:
-    """`load_image`, turned to stand upright by its EXIF."""
-    image, turn = load_photo(path)
-    return image if turn is None else image.transpose(turn)
-
-
-def read_image(path: ImagePath, read: Callable[[Image.Image], T]) -> T:
-    """What `read` makes of an opened image. Raises InputError for unreadable ones."""
-    try:
-        file = io.BytesIO(path.read()) if isinstance(path, TarPath) else path
-        with Image.open(file, formats=FORMATS) as image:
-            if max(image.size) > MOST_ELONGATED * min(image.size):
-                raise ValueError(
-                    f"{image.width}x{image.height} pixels: one side is over {MOST_ELONGATED} times the other"
-                )
-            return read(image)
-    except UnidentifiedImageError as e:  # its own text shows the object that it read from
-        raise InputError(
-            f"unreadable image {path}: of no known format ({', '.join(FORMATS)}); repair or remove it"
-        ) from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"unreadable image {path}: {e}; repair or remove it") from e
-
-
-def turn_of(image: Image.Image) -> Image.Transpose | None:
-    try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # the metadata alone are damaged, in one of many ways
-        return None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16-bit grey is scaled, and transparent pixels are composited on white.
-
-    Everything else is Pillow's conversion, as in torchvision's loader. Raises ValueError for pixels
-    whose range is unknown: floats, and integers of 32 bits.
-    """
-    transparent = image.info.get("transparency")
-    sixteen_bits = image.mode.startswith("I;16") or (
-        image.mode == "I" and image.format in ("PNG", "PPM")
-    )
-    if sixteen_bits:
-        grey = np.asarray(image).astype(np.int64)
-        scaled = (grey * 255 + 32767) // 65535  # rounded
-        if transparent is not None:
-            scaled[grey == transparent] = 255
-        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
-    if image.mode in ("F", "I"):
-        kind = "floats" if image.mode == "F" else "32-bit integers"
-        raise ValueError(f"its pixels are {kind} of unknown range, convert it to 8 or 16 bits")
-    if transparent is None and image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
-        return image.convert("RGB")
-    colours = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
-
-
-def to_uint8(image: Image.Image) -> Tensor:
-    """(3, H, W), uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 # ---------------------------------------------------------------------- crops
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop to size x size pixels: halve with BOX while twice as large, then BICUBIC."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    resized = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(resized, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def photo_crop(path: ImagePath, size: int) -> Tensor:
-    """The centre crop (3, size, size), uint8, of an upright photo. Raises InputError for a smaller one."""
-    image = load_upright(path)
-    if min(image.size) < size:
-        raise InputError(
-            f"{path} has {image.width}x{image.height} pixels, fewer than the {size}x{size} of this "
-            f"tokenizer: use a larger image"
-        )
-    return to_uint8(center_crop(image, size))
-
-
 def source_size(size: int, kind: str) -> int:
     """L, the side of the centre crop that the views of a kind are cut from (281 for 256)."""
     return size if kind == "center_flip" else int(size * 1.1)

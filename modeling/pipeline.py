@@ -16,6 +16,7 @@ from .engine import Engine
 from .errors import InputError
 from .generator import GeneratorConfig, build_generator
 from .image_decoder import ImageDecoder
+from .pixels import to_pil
 from .randomness import image_uniforms
 from .sampling import NO_CLASS, Sampling
 from .tokenizer import Tokenizer, TokenizerConfig
@@ -74,9 +75,8 @@ class Pipeline:
         dtype: Optional[torch.dtype] = None,
         compiled: bool = False,
     ):
-        self.device = find_device(device)
-        self.dtype = dtype or default_dtype(self.device)
-        self.compiled = compiled
+        found = find_device(device)  # before any file is read
+        self.asked_dtype, self.compiled = dtype, compiled
         self.about: dict[str, Optional[About]] = {}  # what the files say of themselves
         tokenizer_file = weights_in(tokenizer, "tokenizer")
         generator_file = weights_in(generator, "generator")
@@ -84,11 +84,18 @@ class Pipeline:
         self._open_generator(generator_file)
         check_same_codes(self.about[GENERATOR], generator_file, state, tokenizer_file)
         self.names = class_names(self.about[GENERATOR], self.generator.config)
+        self.revision: Optional[str] = None  # the commit, of a pipeline from the hub
+        self.to(str(found))
+
+    def to(self, device: Optional[str]) -> "Pipeline":
+        """Move both models. Without a `dtype` of the caller's, it becomes the default of the device."""
+        self.device = find_device(device)
+        self.dtype = self.asked_dtype or default_dtype(self.device)
         self.tokenizer.to(self.device)
         self.generator.to(self.device)
         self.decoder = ImageDecoder(self.tokenizer, self.dtype)
         self.engine: Optional[Engine] = None
-        self.revision: Optional[str] = None  # the commit, of a pipeline from the hub
+        return self
 
     def _open_tokenizer(self, file: Path, config: Optional[TokenizerConfig]) -> dict[str, Tensor]:
         about = self.about[TOKENIZER] = about_file(file)
@@ -169,21 +176,46 @@ class Pipeline:
             return hub.upload(Path(folder), name, branch, private, message)
 
     # ------------------------------------------------------------------ images
+    def encode(self, *photos: Any) -> Tensor:
+        """`Tokenizer.encode_photos`: photos -> codes (B, T), int64, for example for `prefix`."""
+        return self.tokenizer.encode_photos(*photos)
+
+    def decode(self, codes: Tensor) -> list[Any]:
+        """Codes (B, T) -> B images of PIL, computed as those of `__call__` are."""
+        self.tokenizer.check_codes(codes)
+        return to_pil(self.decoder(codes.to(self.device)))
+
     def __call__(
-        self, classes: Sequence[int | str | None], seed: int = 0, **sampling: float | int | str
-    ) -> Tensor:
-        """Images of these classes: (N, S, S, 3), uint8, on the CPU.
+        self,
+        classes: Sequence[int | str | None],
+        seed: int | Sequence[int] = 0,
+        prefix: Optional[Tensor] = None,
+        output: str = "tensor",
+        **sampling: float | int | str,
+    ) -> Any:
+        """Images of these classes: (N, S, S, 3), uint8, on the CPU; a list of PIL images if `output` is "pil".
 
         A class is a number, a name ("golden retriever") or None: an image without a class, which
         guidance does not change. `sampling` are the fields of `modeling.sampling.Sampling`:
         guidance_scale, guidance_scale_pow, guidance_schedule, randomize_temperature, top_k, top_p. Image i draws
         from (seed, i) alone, as image i of sample_imagenet.py does: the same class, seed, settings
         and precision make the same image, up to rounding that depends on the batch and on compiling.
-        Raises InputError for no classes or unknown ones, and for a seed or settings that make no sense.
+        With a list of N seeds image i is the first image of seed[i]. `prefix` (N, n) or (1, n) are the
+        codes that images begin with; a code `modeling.sampling.DRAWN` (-1) of it is drawn too. Raises
+        InputError for no classes or unknown ones, and for a seed, a prefix or settings that make no
+        sense.
         """
-        if not isinstance(seed, Integral) or seed < 0:
-            raise InputError(f"seed {seed}: pass a whole number, 0 or more")
+        if output not in ("tensor", "pil"):
+            raise InputError(f"output={output}: choose tensor or pil")
         labels = class_labels(classes, self.names)
+        uniforms = self.uniforms(seed, len(labels))
+        if prefix is not None:
+            if prefix.ndim != 2 or len(prefix) not in (1, len(labels)):
+                raise InputError(
+                    f"a prefix of shape {tuple(prefix.shape)} for {len(labels)} images: pass codes "
+                    f"(1, n) for all, or ({len(labels)}, n)"
+                )
+            prefix = prefix.expand(len(labels), -1)
         settings = sampling_settings(sampling)
         if (labels == NO_CLASS).all():  # guidance would double the work and change nothing
             settings = replace(settings, guidance_scale=1.0)
@@ -191,9 +223,24 @@ class Pipeline:
         if self.engine is None or (self.engine.batch, self.engine.sampling) != (batch, settings):
             self.engine = None  # frees its memory for the next
             self.engine = Engine(self.generator, batch, settings, self.dtype, self.compiled)
-        uniforms = image_uniforms(seed, range(batch), self.generator.config.image_seq_len)
-        codes = self.engine.sample(labels, uniforms)
-        return self.decoder(codes).cpu()
+        images = self.decoder(self.engine.sample(labels, uniforms, prefix)).cpu()
+        return to_pil(images) if output == "pil" else images
+
+    def uniforms(self, seed: int | Sequence[int], images: int) -> Tensor:
+        """The random numbers (images, T) of one seed, or of one per image."""
+        alone = not isinstance(seed, Sequence) or isinstance(seed, str)
+        seeds = [seed] if alone else list(seed)
+        for each in seeds:
+            if not isinstance(each, Integral) or each < 0:
+                raise InputError(f"seed {each}: pass a whole number, 0 or more")
+        steps = self.generator.config.image_seq_len
+        if alone:
+            return image_uniforms(seeds[0], range(images), steps)
+        if len(seeds) != images:
+            raise InputError(
+                f"{len(seeds)} seeds for {images} images: pass one for all, or one each"
+            )
+        return torch.cat([image_uniforms(each, [0], steps) for each in seeds])
 
 
 def check_config(config: Optional[TokenizerConfig], about: About, source: object) -> None:

@@ -1,5 +1,7 @@
 """Pixels as numbers: uint8 as files hold them, float32 in [0, 1] as the models read and write them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,3 +17,10 @@ def to_uint8(images: Tensor) -> Tensor:
     Values outside [0, 1] are clamped.
     """
     return (images.clamp(0, 1) * 255).to(torch.uint8)
+
+
+def to_pil(images: Tensor) -> list[Any]:
+    """Images (B, S, S, 3), uint8 -> B images of Pillow, which is loaded only here."""
+    from PIL import Image
+
+    return [Image.fromarray(image) for image in images.cpu().numpy()]

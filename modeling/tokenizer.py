@@ -9,6 +9,7 @@ Attribute names are the keys of the published state dicts.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -16,8 +17,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .devices import find_device
 from .errors import InputError
 from .fields import Options, option
+from .pixels import to_float, to_pil, to_uint8
 from .quantizer import VectorQuantizer, full_float32
 from .tokenizer_blocks import TokenizerBlock
 
@@ -299,6 +302,63 @@ class Tokenizer(nn.Module):
         self.quantize.requires_grad_(False)
         self.encoder_frozen = True
 
+    # ------------------------------------------------------------------ for users
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        config: Optional[TokenizerConfig] = None,
+        device: Optional[str] = None,
+        revision: Optional[str] = None,
+    ) -> "Tokenizer":
+        """A tokenizer in eval mode, on a device as `devices.find_device` chooses it.
+
+        `name` is a weights file, a run folder, a folder that `Pipeline.save_pretrained` wrote, or one
+        on the hub (org/name), there at this `revision` (a commit, tag or branch). `config` is for files
+        that do not state their sizes, by default the published ones. Raises InputError where there are no
+        such weights, or they do not fit.
+        """
+        from .weights import pretrained  # it builds tokenizers
+
+        place = find_device(device)
+        return pretrained.open_tokenizer(name, config, revision).to(place)
+
+    def encode_photos(self, *photos: Any) -> Tensor:
+        """Photos, each a path or a PIL image, -> codes (B, T), int64, on the tokenizer's device.
+
+        A photo is turned upright and cut to its middle square, as `evaluation.look` does, and encoded
+        in float32 without gradients. Raises InputError for what is not an image, and for one that is
+        smaller than the tokenizer's.
+        """
+        from .photos import photo_crop  # Pillow is loaded only here
+
+        if not photos:
+            raise InputError("no photos: pass at least one path or PIL image")
+        images = torch.stack([photo_crop(photo, self.config.image_size) for photo in photos])
+        latents = self.exact_latents(to_float(images.to(self.latent_tokens.device)))
+        return self.quantize.encode(latents)
+
+    def decode_photos(self, codes: Tensor) -> list[Any]:
+        """Codes (B, T), int64 -> B images of PIL, without gradients. Raises InputError for other codes."""
+        self.check_codes(codes)
+        with torch.no_grad():
+            pixels = self.decode(codes.to(self.latent_tokens.device))
+        return to_pil(to_uint8(pixels).permute(0, 2, 3, 1))
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Refuse what is not codes (B, T) of this tokenizer."""
+        tokens, known = self.config.num_tokens, self.config.codebook_size
+        if codes.ndim != 2 or codes.shape[1] != tokens or codes.dtype != torch.int64:
+            raise InputError(
+                f"codes {tuple(codes.shape)} of {codes.dtype}: images of this tokenizer have codes "
+                f"(B, {tokens}) of torch.int64"
+            )
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < known:
+            raise InputError(
+                f"codes {int(codes.min())}…{int(codes.max())}: this tokenizer has 0…{known - 1}"
+            )
+
+    # ------------------------------------------------------------------ computing
     def latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S), float in [0, 1] -> latents (B, T, token_size), before quantization.
 

@@ -29,7 +29,12 @@ MODELING_NEEDS = {"torch", "einops", "numpy", "safetensors"}
 # Triton comes with torch on Linux. One file needs it, which is loaded only where it can run.
 TRITON_FILES = {"fused_attention.py"}
 # What one function needs and everybody else can do without: imported inside it.
-OPTIONAL = {"hub.py": {"huggingface_hub"}, "class_names.py": {"torchvision"}}
+OPTIONAL = {
+    "hub.py": {"huggingface_hub"},
+    "class_names.py": {"torchvision"},
+    "photos.py": {"PIL"},
+    "pixels.py": {"PIL"},
+}
 
 
 def room_of(file: Path) -> str:
@@ -90,8 +95,9 @@ def test_modeling_needs_four_packages_alone():
         ("data.tokens", {"accelerate", "omegaconf", "modeling.generator"}),
         (
             "modeling.pipeline",
-            {"accelerate", "omegaconf", "numpy.testing", "torchvision", "huggingface_hub"},
+            {"accelerate", "omegaconf", "numpy.testing", "torchvision", "huggingface_hub", "PIL"},
         ),
+        ("modeling", {"torch", "numpy", "modeling.pipeline"}),
         ("modeling.engine", {"modeling.fused_attention"}),
     ],
 )

@@ -59,6 +59,7 @@ def test_the_requirements_agree_with_the_packages():
         "einops",
         "numpy",
         "safetensors",
+        "pillow",
     }
 
 

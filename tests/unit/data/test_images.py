@@ -15,7 +15,6 @@ from torchvision.transforms import functional as TF
 from data import images as module
 from data import order
 from data.images import (
-    TURNS,
     VIEWS,
     CenterImages,
     CroppedImages,
@@ -35,6 +34,7 @@ from data.images import (
     to_uint8,
 )
 from data.walk import HIDDEN
+from modeling.photos import TURNS
 from runtime.errors import InputError
 from runtime.randomness import generator_for
 from tests.golden.fill import photo

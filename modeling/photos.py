@@ -1,0 +1,138 @@
+"""Photos as the tokenizer reads them: any image file as upright 8-bit RGB, cut to the middle square.
+
+The only module of this package that needs Pillow; it is loaded where a photo is encoded.
+"""
+
+import io
+import os
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+
+from .errors import InputError
+
+T = TypeVar("T")
+# Of the many that Pillow reads; one of them (EPS) would start another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+# Longer ones are unreadable: cropped to 512 pixels, 1 x 40,000 of them would fill 30 GB first.
+MOST_ELONGATED = 500
+TURNS = dict(enumerate([
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+], 2))  # by EXIF's orientation  # fmt: skip
+
+
+class Readable(Protocol):
+    """In the place of a path: an image whose bytes lie in an archive."""
+
+    def read(self) -> bytes: ...
+
+
+Photo = str | os.PathLike[str] | Readable
+
+
+# ---------------------------------------------------------------------- loading
+def load_image(path: Photo) -> Image.Image:
+    """Any image as 8-bit RGB (`to_rgb`); EXIF rotation is ignored. Raises InputError."""
+    return read_image(path, to_rgb)
+
+
+def load_photo(path: Photo) -> tuple[Image.Image, Image.Transpose | None]:
+    """`load_image`, and how it must be turned to stand upright, by its EXIF; None: not at all."""
+    return read_image(path, lambda image: (to_rgb(image), turn_of(image)))
+
+
+def load_upright(photo: Photo | Image.Image) -> Image.Image:
+    """A photo as 8-bit RGB, turned to stand upright by its EXIF. Raises InputError."""
+    if isinstance(photo, Image.Image):
+        try:
+            image, turn = to_rgb(photo), turn_of(photo)
+        except ValueError as e:
+            raise InputError(f"unreadable image: {e}") from e
+    else:
+        image, turn = load_photo(photo)
+    return image if turn is None else image.transpose(turn)
+
+
+def read_image(path: Photo, read: Callable[[Image.Image], T]) -> T:
+    """What `read` makes of an opened image. Raises InputError for unreadable ones."""
+    try:
+        file = path if isinstance(path, (str, os.PathLike)) else io.BytesIO(path.read())
+        with Image.open(file, formats=FORMATS) as image:
+            if max(image.size) > MOST_ELONGATED * min(image.size):
+                raise ValueError(
+                    f"{image.width}x{image.height} pixels: one side is over {MOST_ELONGATED} times the other"
+                )
+            return read(image)
+    except UnidentifiedImageError as e:  # its own text shows the object that it read from
+        raise InputError(
+            f"unreadable image {path}: of no known format ({', '.join(FORMATS)}); repair or remove it"
+        ) from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"unreadable image {path}: {e}; repair or remove it") from e
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # the metadata alone are damaged, in one of many ways
+        return None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB: 16-bit grey is scaled, and transparent pixels are composited on white.
+
+    Everything else is Pillow's conversion, as in torchvision's loader. Raises ValueError for pixels
+    whose range is unknown: floats, and integers of 32 bits.
+    """
+    transparent = image.info.get("transparency")
+    sixteen_bits = image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format in ("PNG", "PPM")
+    )
+    if sixteen_bits:
+        grey = np.asarray(image).astype(np.int64)
+        scaled = (grey * 255 + 32767) // 65535  # rounded
+        if transparent is not None:
+            scaled[grey == transparent] = 255
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+    if image.mode in ("F", "I"):
+        kind = "floats" if image.mode == "F" else "32-bit integers"
+        raise ValueError(f"its pixels are {kind} of unknown range, convert it to 8 or 16 bits")
+    if transparent is None and image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
+        return image.convert("RGB")
+    colours = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
+
+
+def to_uint8(image: Image.Image) -> Tensor:
+    """(3, H, W), uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------------- the crop
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop to size x size pixels: halve with BOX while twice as large, then BICUBIC."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    resized = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def photo_crop(photo: Photo | Image.Image, size: int) -> Tensor:
+    """The centre crop (3, size, size), uint8, of an upright photo. Raises InputError for a smaller one."""
+    image = load_upright(photo)
+    if min(image.size) < size:
+        name = "the image" if isinstance(photo, Image.Image) else photo
+        raise InputError(
+            f"{name} has {image.width}x{image.height} pixels, fewer than the {size}x{size} of this "
+            f"tokenizer: use a larger image"
+        )
+    return to_uint8(center_crop(image, size))

@@ -17,6 +17,7 @@ from typing import NamedTuple, Optional, TypeVar
 
 from accelerate import PartialState
 
+from configs.sizes import tokenizer_sizes
 from data.loader import worker_count
 from evaluation.evaluator import (
     FEATURES,
@@ -32,13 +33,16 @@ from evaluation.references import save_statistics
 from evaluation.report import print_result
 from evaluation.selfcheck import selfcheck
 from evaluation.sources import open_images
-from evaluation.tokenizer_score import draw_preview, load_tokenizer, score_tokenizer
+from evaluation.tokenizer_score import draw_preview, score_tokenizer
+from modeling.weights.metadata import TOKENIZER
+from modeling.weights.opened import load_tokenizer
 from runtime.arguments import Parser, new_file, number, path
 from runtime.errors import InputError
 from runtime.files import try_to_write
 from runtime.processes import on_main, start_processes
 from runtime.program import run
 from runtime.published import MissingFile
+from runtime.weights import open_on_all
 
 T = TypeVar("T")
 
@@ -203,9 +207,8 @@ def open_networks(
 
 def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> None:
     assert processes.device is not None  # accelerate's type hint allows it
-    tokenizer = load_tokenizer(args.tokenizer or "weights/AliTok.pth", args.config).to(
-        processes.device
-    )
+    opened = open_on_all(args.tokenizer or "weights/AliTok.pth", TOKENIZER)
+    tokenizer = load_tokenizer(opened, tokenizer_sizes(opened, args.config)).to(processes.device)
     device, missing = processes.device, []
     network = if_there("rFID", lambda: Inception(device, WEIGHTS), missing)
     lpips = if_there("LPIPS", lambda: LPIPS(WEIGHTS).to(device), missing)

@@ -13,7 +13,7 @@ import argparse
 import os
 from pathlib import Path
 
-from configs.load import sizes_for
+from configs.sizes import tokenizer_sizes
 from data.cache import fingerprint
 from data.classes import printable
 from data.imagenet import misnumbered
@@ -23,11 +23,12 @@ from data.tree import is_image
 from data.walk import is_hidden
 from encoding.encoder import load_encoder
 from encoding.job import EncodingPlan, encode_folder
+from modeling.weights.metadata import TOKENIZER
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
 from runtime.processes import start_processes
 from runtime.program import run
-from training.checkpoint import read_weights
+from runtime.weights import open_on_all
 
 # Folders that data sets put beside train/, and that are no classes.
 SPLITS = {"train", "val", "valid", "validation", "test", "devkit", "ILSVRC2012_devkit_t12"}
@@ -41,14 +42,14 @@ WITHOUT_EFFECT = {
 def main(argv: list[str]) -> None:
     args = parse(argv)
     size = {} if args.img_size is None else {"image_size": args.img_size}
-    config = sizes_for(args.tokenizer_checkpoint, args.config, ("encoder_heads",), **size)
     folder, choice = image_folder(args.data_path, args.split)
-    state = read_weights(args.tokenizer_checkpoint, "tokenizer")
     processes = start_processes(args.device)
     assert processes.device is not None  # accelerate's type hint allows it
     if args.dtype == "tf32" and processes.device.type != "cuda":
         raise InputError("--dtype tf32 exists only on CUDA: choose fp32 or bf16 on a CPU")
-    encoder = load_encoder(config, state, args.tokenizer_checkpoint, processes.device)
+    opened = open_on_all(args.tokenizer_checkpoint, TOKENIZER)
+    config = tokenizer_sizes(opened, args.config, **size)
+    encoder = load_encoder(opened, config, processes.device)
     cache = Path(args.cached_path)
     images = scan_images(folder, args.labels, index_folder=cache.parent)  # of a tar, minutes
     processes.print(printable(f"{choice}{folder}: {images.describe()}"))
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
         config.image_size, kind_of_crops(args), args.dtype, args.batch_size, args.format,
         args.skip_unreadable, args.num_workers,
     )  # fmt: skip
-    encode_folder(images, encoder, fingerprint(state), plan, cache, processes)
+    encode_folder(images, encoder, fingerprint(opened.state), plan, cache, processes)
 
 
 def warn_of_classes(classes: list[str]) -> None:
@@ -110,7 +111,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="a few large shards, or the published layout of one .npz per image (default: packed)")
     add("--tokenizer_checkpoint", type=path, default="weights/AliTok.pth", metavar="PATH",
         help="weights or a run folder (default: weights/AliTok.pth)")
-    add("--config", type=path, metavar="YAML", help="its model.vq_model describes the tokenizer (default: its run's config)")
+    add("--config", type=path, metavar="YAML", help="its model.vq_model has the sizes that the weights do not show (heads)")
     add("--dtype", choices=["fp32", "tf32", "bf16"], default="fp32",
         help="precision of the encoder: exact (fp32), or faster with some other codes "
              "(default: fp32)")

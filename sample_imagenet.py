@@ -14,47 +14,39 @@ from accelerate import PartialState
 
 import configs.load
 from configs.schema import GeneratorRun
-from data.classes import first_names, printable, untrained_labels
+from data.classes import first_names, printable
 from evaluation.evaluator import Evaluator
 from evaluation.report import print_result
 from evaluation.sources import open_images
 from generation.folder import SampleFolder, read_codes
 from generation.job import SamplingJob, sampling_job
-from generation.models import check_files, class_names, generator_checkpoint, load_models
+from generation.models import load_models, open_models
 from generation.prefix import prefix_codes
 from modeling.sampling import NO_CLASS
-from modeling.weights.class_names import sorted_as_text
+from modeling.weights.class_names import class_names, sorted_as_text
+from modeling.weights.opened import Opened
 from runtime.processes import on_main, start_processes
 from runtime.program import run
-from training.checkpoint import read_weights, weights_file
 
 
 def main(argv: list[str]) -> None:
     options = configs.load.load(GeneratorRun, argv, "sample_imagenet")
-    experiment = options.experiment
-    codes = generator_file = generator_state = names = None
-    if experiment.codes is not None:
-        codes = read_codes(experiment.codes, options.model.vq_model)
-    else:
-        generator_file = weights_file(generator_checkpoint(experiment), "generator")
-        generator_state = read_weights(generator_file)
-    tokenizer_file = weights_file(experiment.tokenizer_checkpoint, "tokenizer")
-    tokenizer_state = read_weights(tokenizer_file)
-    about = check_files(options.model, tokenizer_file, tokenizer_state, generator_file)
-    if generator_file is not None:
-        known = options.model.generator.condition_num_classes
-        names = class_names(about, str(generator_file), known)
-
     processes = start_processes()
     device = processes.device
     assert device is not None  # accelerate's type hint allows it
+    options, tokenizer, generator = open_models(options)
+    experiment, codes, names = options.experiment, None, None
+    if generator is None:
+        codes = read_codes(str(experiment.codes), options.model.vq_model)
+    else:
+        names = class_names(generator.about)
     job = sampling_job(options, device, names)
-    if codes is None:
-        warn_of_untrained(generator_checkpoint(experiment), job, processes)
+    if generator is not None:
+        warn_of_untrained(generator, job, processes)
         doubt = sorted_as_text(names.folders) if names is not None else None
         if doubt and any(isinstance(item, int) for item in experiment.classes or ()):
             processes.print(f"warning: {doubt}")
-    models = load_models(options.model, experiment, tokenizer_state, generator_state, device)
+    models = load_models(options.model, tokenizer, generator, device)
     job = replace(job, prefix=on_main(lambda: prefix_codes(experiment, models.tokenizer)))
     folder = SampleFolder(
         Path(experiment.output_dir), job, models, processes, codes, experiment.save_png,
@@ -72,15 +64,15 @@ def main(argv: list[str]) -> None:
         print_result(evaluator.evaluate(open_images(images), folder.count))
 
 
-def warn_of_untrained(weights: str, job: SamplingJob, processes: PartialState) -> None:
+def warn_of_untrained(generator: Opened, job: SamplingJob, processes: PartialState) -> None:
     """Say which classes the job samples that the generator was never trained on, if that is known."""
     classes = set(job.classes) - {NO_CLASS}
-    missing = untrained_labels(weights, classes)
+    missing = generator.about.without_images(classes)
     if missing:
         names = first_names([str(label) for label in missing])
         processes.print(
             f"warning: {len(missing)} of {len(classes)} classes ({names}) were never trained "
-            f"in {printable(weights)}: set experiment.classes to those that were"
+            f"in {printable(generator.file)}: set experiment.classes to those that were"
         )
 
 

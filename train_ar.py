@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 
 import configs.load
 from configs.schema import GeneratorRun, Phase
-from data.classes import describe_classes, printable, write_trained
+from configs.sizes import with_weights
+from data.classes import describe_classes, printable
 from data.identity import hash_of_texts, identity_of_images
 from data.imagenet import misnumbered
 from data.images import VIEWS, TrainViews, scan_images, to_float
@@ -31,19 +32,19 @@ from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from evaluation.likelihood import Likelihood, share_of_sums
 from evaluation.metrics import summed
-from generation.models import check_files
 from modeling.compiling import compile_training
 from modeling.generator import Generator, build_generator
 from modeling.sampling import NO_CLASS
 from modeling.tokenizer import Tokenizer
 from modeling.weights.class_names import NONE, ClassNames
-from modeling.weights.metadata import GENERATOR, About, about_model
-from modeling.weights.tensors import describe, load_for_use, load_tensors, read_state_dict
+from modeling.weights.metadata import GENERATOR, TOKENIZER, About, about_model
+from modeling.weights.opened import Opened, load_tokenizer
+from modeling.weights.tensors import describe, load_tensors
 from runtime.errors import InputError
 from runtime.processes import compiles, device_name, on_main
 from runtime.program import run as run_program
 from runtime.randomness import image_uniforms, seed_step
-from training import checkpoint
+from runtime.weights import open_on_all
 from training.accelerator import describe_precision, start_training
 from training.checkpoint import WHOLE, WholeOptimizer
 from training.dry_run import split_dry_run
@@ -103,19 +104,24 @@ class GeneratorData:
 
 
 def open_data(
-    options: GeneratorRun, accelerator: Accelerator, index_folder: Optional[Path] = None
+    options: GeneratorRun,
+    accelerator: Accelerator,
+    weights: Optional[Opened] = None,
+    index_folder: Optional[Path] = None,
 ) -> GeneratorData:
     """Open the token cache or the image folder of a run, and what it is evaluated with.
 
-    The index of images in a tar is kept in `index_folder`.
+    `weights` are the tokenizer's (`open_tokenizer`). The index of images in a tar is kept in
+    `index_folder`.
 
     Raises InputError if they do not fit the configured models or each other.
     """
     params, experiment = options.dataset.params, options.experiment
     tokenizer = tokenizer_hash = encoder = heads = None
-    if experiment.generate_every or params.train_dir is not None:
-        tokenizer, tokenizer_hash = load_tokenizer(options)
+    if weights is not None:
+        tokenizer = load_tokenizer(weights, options.model.vq_model).requires_grad_(False)
         tokenizer.to(accelerator.device)
+        tokenizer_hash = fingerprint(weights.state)
         heads = options.model.vq_model.encoder_heads
     known = tokenizer_hash
     if params.train_dir is None:
@@ -212,15 +218,16 @@ def sampled(train: TrainingSet, options: GeneratorRun) -> TrainingSet:
     )
 
 
-def load_tokenizer(options: GeneratorRun) -> tuple[Tokenizer, str]:
-    """The tokenizer of `experiment.tokenizer_checkpoint`, frozen, and its fingerprint."""
-    path = options.experiment.tokenizer_checkpoint
-    tokenizer = Tokenizer(options.model.vq_model)
-    file = on_main(lambda: checkpoint.weights_file(path, "tokenizer"))
-    state = read_state_dict(file)
-    check_files(options.model, file, state)
-    load_for_use(tokenizer, state, path)
-    return tokenizer.eval().requires_grad_(False), fingerprint(state)
+def needs_tokenizer(options: GeneratorRun) -> bool:
+    """Whether a run encodes images or decodes samples."""
+    return bool(options.experiment.generate_every or options.dataset.params.train_dir)
+
+
+def open_tokenizer(options: GeneratorRun) -> Optional[Opened]:
+    """`experiment.tokenizer_checkpoint`, where the run needs it."""
+    if not needs_tokenizer(options):
+        return None
+    return open_on_all(options.experiment.tokenizer_checkpoint, TOKENIZER)
 
 
 def open_cache(
@@ -258,26 +265,17 @@ def parameter_groups(model: Generator, weight_decay: float) -> list[dict]:
     ]
 
 
-def load_initial(run: Run, generator: Generator) -> str:
+def load_initial(run: Run, generator: Generator, classes: list[str]) -> str:
     """Load `experiment.init_weights`, if this is a new run with it; returns in words what was taken.
 
-    Raises InputError if the weights do not fit (the number of classes may differ: `fit_classes`) or
-    model another number of codes per image, which no tensor shows.
+    Raises InputError where the weights do not fit, but for the classes (`fit_classes`).
     """
-    found = run.initial_weights()
-    if found is None:
+    weights = run.initial_weights(GENERATOR)
+    if weights is None:
         return ""
-    state, source = found
-    state, words = fit_classes(state, generator.config, source)
-    load_tensors(generator, state, source)
-    trained, stated_by = configs.load.codes_per_image(source)
-    if trained not in (None, generator.config.image_seq_len):
-        raise InputError(
-            f"{source} is a generator of {trained} codes per image ({stated_by}), but "
-            f"model.generator.image_seq_len={generator.config.image_seq_len}: pass weights for "
-            f"images of this size"
-        )
-    return f"starts from {source}: {describe(state)}{words}"
+    state, words = fit_classes(weights, generator.config, classes)
+    load_tensors(generator, state, str(weights.file))
+    return f"starts from {weights.file}: {describe(state)}{words}"
 
 
 class TrainState:
@@ -293,7 +291,7 @@ class TrainState:
         self.about = about_generator(options, data)
         set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
         self.generator = build_generator(self.config)
-        self.start = load_initial(run, self.generator)
+        self.start = load_initial(run, self.generator, data.train.classes)
         self.ema = None
         if training.use_ema:
             self.ema = EMA(self.generator, training.ema_decay, training.ema_warmup)
@@ -330,7 +328,11 @@ def about_generator(options: GeneratorRun, data: GeneratorData) -> About:
     """What the run's weights say of themselves."""
     # The published layout of a cache states no tokenizer.
     tokenizer = None if data.tokenizer_hash == str(None) else data.tokenizer_hash
-    return about_model(GENERATOR, options.model.generator, tokenizer, classes=data.train.classes)
+    classes = data.train.classes
+    untrained = set(range(len(classes))) - set(np.unique(data.train.labels).tolist())
+    return about_model(
+        GENERATOR, options.model.generator, tokenizer, classes=classes, untrained=sorted(untrained)
+    )
 
 
 def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
@@ -376,12 +378,6 @@ def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
             f"warning: {configured - len(shown)} of model.generator.condition_num_classes="
             f"{configured} classes have no image to train on: samples of them will mean nothing"
         )
-
-
-def note_classes(run: Run, train: TrainingSet) -> None:
-    """Write into the run's folder what its generator knows, for the sampler's warning."""
-    trained = np.unique(train.labels).tolist()
-    on_main(lambda: write_trained(run.folder, train.classes, trained))
 
 
 def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData) -> None:
@@ -465,15 +461,15 @@ def main(argv: list[str]) -> None:
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
     accelerator = start_training(training)
     kept = None if dry_run else Path(options.experiment.output_dir)
-    data = open_data(options, accelerator, index_folder=kept)
+    weights = open_tokenizer(options)
+    options = with_weights(options, weights)
+    data = open_data(options, accelerator, weights, index_folder=kept)
     phases = [Phase("training", total_steps)]
     options = classes_by_number(options, data.names)
     run = Run(accelerator, options, phases, data.identity(), dry_run)
     state = TrainState(run, options, data)
     workers = options.dataset.params.num_workers_per_gpu
     run.start(data.train.dataset, data.train.images, workers, data.train.skip_unreadable)
-    if not dry_run:
-        note_classes(run, data.train)
     run.flops_per_image = training_flops(options.model.generator)
     describe_run(run, state, data)
     report(run, run.first_step - 1, run.missing_reports(), state, data)

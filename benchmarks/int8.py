@@ -25,13 +25,12 @@ import configs.load
 from benchmarks.common import machine
 from configs.schema import GeneratorRun
 from generation.job import SamplingJob, sampling_job
-from generation.models import Models, load_models
+from generation.models import Models, load_models, open_models
 from modeling.devices import find_device
 from modeling.engine import Engine
 from modeling.image_decoder import ImageDecoder
 from modeling.randomness import image_uniforms
 from runtime.program import run
-from training.checkpoint import read_weights
 
 Inputs = list[tuple[Tensor, Tensor]]  # labels (B,) and uniforms (B, T) of every batch
 # The way that all others are compared with is float32 throughout.
@@ -146,10 +145,8 @@ def main(argv: list[str]) -> None:
     experiment, device = options.experiment, find_device()
     generator = experiment.generator_checkpoint
     assert generator is not None  # `load` sets it
-    models = load_models(
-        options.model, experiment, read_weights(experiment.tokenizer_checkpoint, "tokenizer"),
-        read_weights(generator, "generator"), device,
-    )  # fmt: skip
+    options, tokenizer, weights = open_models(options)
+    models = load_models(options.model, tokenizer, weights, device)
     job = sampling_job(options, device)
     print(machine())
     print(

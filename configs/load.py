@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, TypeVar, get_args, get_origin
 
@@ -21,30 +21,15 @@ from yaml import MappingNode, Node, SequenceNode, YAMLError
 from configs.help import describe, used_by
 from configs.schema import (
     COMMAND_LINE,
-    GeneratorExperiment,
-    GeneratorOptions,
     GeneratorRun,
 )
 from modeling.fields import TYPED, Declared, declared, expectation, section_of, short, types_of
-from modeling.generator import GeneratorConfig
 from modeling.tokenizer import TokenizerConfig
-from modeling.weights.metadata import GENERATOR, SIZES, TOKENIZER, About, about_file, about_model
 from runtime.errors import InputError
 from runtime.files import write_whole
 
 T = TypeVar("T")
 
-# What weights were trained with: no shape of their tensors shows it.
-UNSEEN_SIZES = ("encoder_heads", "decoder_heads", "causal")
-# All that decides what a model computes.
-SIZES_OF_TOKENIZER = SIZES[TOKENIZER]
-SIZES_OF_GENERATOR = SIZES[GENERATOR]
-# Of a tokenizer, those that its codes depend on.
-SIZES_OF_ENCODER = tuple(
-    name
-    for name in SIZES_OF_TOKENIZER
-    if not name.startswith(("decoder_", "num_buffer", "causal", "prefix_head"))
-)
 FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -93,11 +78,7 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
                 written[name] = value
     options = build(schema, written)
     object.__setattr__(options, "places", {name: place for name, (_, place) in written.items()})
-    warnings = [
-        *sizes_of_runs(options, options.places),  # type: ignore[attr-defined]
-        *warmup_warning(options, program),
-        *without_effect(options, program),
-    ]
+    warnings = [*warmup_warning(options, program), *without_effect(options, program)]
     if os.environ.get("RANK", "0") == "0":
         for warning in warnings:
             print(f"warning: {path}: {warning}", file=sys.stderr)
@@ -109,84 +90,18 @@ def is_run(folder: Path) -> bool:
     return (folder / ".lock").is_file() or (folder / "checkpoints").is_dir()
 
 
-def tokenizer_config(path: str | Path | None, **known: Any) -> TokenizerConfig:
-    """A tokenizer's sizes: what is `known`, then `model.vq_model` of a YAML file, then the defaults."""
+def tokenizer_config(
+    path: str | Path | None, **known: Any
+) -> tuple[TokenizerConfig, dict[str, str]]:
+    """A tokenizer's sizes: what is `known`, then `model.vq_model` of a YAML file, then the defaults;
+    and which were set, and where."""
     prefix, written = "model.vq_model.", {}
     if path is not None:
         _, found = read_file(GeneratorRun, path)
         written = {n.removeprefix(prefix): w for n, w in found.items() if n.startswith(prefix)}
-    return build(TokenizerConfig, written, prefix, known)
-
-
-def read_run(schema: type[T], path: str | Path) -> T:
-    """The options of a run, from its config."""
-    return build(schema, read_file(schema, path)[1])
-
-
-def config_beside(path: str | Path) -> Optional[Path]:
-    """The config that describes weights: of their run, or written beside them by train_tokenizer.export.
-
-    `path` is a run's folder, a checkpoint of it (`step-…`), or a weights file. None where there is
-    no config: the weights came from elsewhere.
-    """
-    place = Path(os.path.expanduser(path))
-    runs = [place] if place.is_dir() else [place.parent]
-    if runs[0].parent.name == "checkpoints":
-        runs.append(runs[0].parent.parent)
-    found = [run / "config.yaml" for run in runs if place == run or (run / "checkpoints").is_dir()]
-    if not place.is_dir():
-        found.insert(0, place.with_suffix(".yaml"))
-    return next((file for file in found if file.is_file()), None)
-
-
-def sizes_for(
-    weights: str, config: Optional[str], names: tuple[str, ...], **known: Any
-) -> TokenizerConfig:
-    """`tokenizer_config` of `config` or, by default, what the weights say of themselves, else of what
-    lies beside them.
-
-    Raises InputError where the two differ in one of `names`, which no tensor's shape shows, or in a
-    size of the encoder that the weights state.
-    """
-    about = about_file(weights)
-    if about is not None:
-        return sizes_stated(about, weights, config, names, known)
-    beside = config_beside(weights)
-    sizes = tokenizer_config(config or beside, **known)
-    if config is not None and beside is not None:
-        trained = tokenizer_config(beside)
-        for name in names:
-            here, there = getattr(sizes, name), getattr(trained, name)
-            if here != there:
-                raise InputError(
-                    f"model.vq_model.{name}={here} ({config}) contradicts {beside}, by which "
-                    f"{weights} was trained: set {there}, or leave --config out"
-                )
-    return sizes
-
-
-def sizes_stated(
-    about: About,
-    weights: str,
-    config: Optional[str],
-    names: tuple[str, ...],
-    known: dict[str, Any],
-) -> TokenizerConfig:
-    """A tokenizer's sizes by its weights file. Raises InputError where what is `known`, or a config
-    file in one of `names` or in a size of the encoder, contradicts it."""
-    stated = about.build(TokenizerConfig, TOKENIZER, weights)
-    given = known
-    if config is not None:
-        here = about_model(TOKENIZER, tokenizer_config(config, **known)).config
-        given = {name: here[name] for name in (*known, *SIZES_OF_ENCODER, *names)}
-    for name, value in given.items():
-        if value != about.config[name]:
-            source = "the command line" if name in known else config
-            raise InputError(
-                f"{name}={value} ({source}) contradicts {weights}, which states "
-                f"{name}={about.config[name]}: leave it out, or pass other weights"
-            )
-    return stated
+    places = {name: place for name, (_, place) in written.items()}
+    places |= dict.fromkeys(known, COMMAND_LINE)
+    return build(TokenizerConfig, written, prefix, known), places
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -450,119 +365,6 @@ def warmup_warning(options: Any, program: str) -> list[str]:
         f"{name}={warmup} is longer than the run of {steps} steps: the learning rate never reaches "
         f"its peak"
     ]
-
-
-def sizes_of_runs(options: Any, places: dict[str, str]) -> list[str]:
-    """Set the sizes of models to those of the runs whose weights are used, and say which changed.
-
-    Some of them (`encoder_heads`, `causal`) no tensor's shape shows, so that other sizes would change
-    codes and images without an error. Raises InputError where the command line contradicts a run.
-    """
-    if not isinstance(options, GeneratorRun):
-        return []
-    model, said = options.model, []
-    experiment, sections = options.experiment, {}
-    weights = experiment.generator_checkpoint
-    file = config_beside(experiment.tokenizer_checkpoint)
-    if file is not None:
-        sections["vq_model"] = (file, tokenizer_config(file), UNSEEN_SIZES)
-    trained = run_beside(GeneratorRun, weights) if weights else None
-    # A generator's tensors show all its sizes but one; a folder stands for its config.
-    whole = bool(weights) and Path(weights).is_dir()
-    if trained is not None:
-        names = SIZES_OF_GENERATOR if whole else ("image_seq_len",)
-        sections["generator"] = (trained[0], trained[1].model.generator, names)
-    stated = stated_sections(experiment)
-    sections |= stated
-    for section, (file, run, names) in sections.items():
-        used = getattr(model, section)
-        if section == "vq_model" and Path(experiment.tokenizer_checkpoint).is_dir():
-            names = SIZES_OF_TOKENIZER
-        changes = {n: getattr(run, n) for n in names if getattr(run, n) != getattr(used, n)}
-        if section == "vq_model" and run.num_tokens == used.num_tokens:  # of the same grid, then
-            changes.pop("num_latent_tokens", None)  # null stands for the same number
-        for name, value in changes.items():
-            option = f"model.{section}.{name}"
-            if option in places and places[option] == COMMAND_LINE:
-                raise InputError(
-                    f"{option}={getattr(used, name)} contradicts {file}, by which the weights were "
-                    f"trained: leave it out, or set {value}{at(option, places)}"
-                )
-            said.append(f"{option}={value}, from {file}, instead of {getattr(used, name)}")
-        sections[section] = replace(used, **changes)
-    if said:
-        vq_model = sections.get("vq_model", model.vq_model)
-        generator = sections.get("generator", model.generator)
-        if "generator" not in stated and (trained is None or not whole):
-            generator = replace(generator, codebook_size=vq_model.codebook_size)
-            said += follow_tokenizer(generator, vq_model, experiment, places)
-        try:
-            options.model = replace(model, vq_model=vq_model, generator=generator)
-        except InputError as e:  # the runs do not belong together
-            raise InputError(f"{e} ({'; '.join(said)})") from e
-    return said
-
-
-def run_beside(schema: type[T], weights: str) -> Optional[tuple[Path, T]]:
-    """The config of the run that trained weights, as a file and as options; None without a run.
-
-    `weights` is the run's folder, a checkpoint of it, or a weights file in either.
-    """
-    file = config_beside(weights)
-    if file is None or file.name != "config.yaml":
-        return None
-    return file, read_run(schema, file)
-
-
-def codes_per_image(weights: str) -> tuple[Optional[int], str]:
-    """The codes per image of a generator's weights, which no tensor's shape shows, and who states them:
-    their file, or the config of their run. None where neither does.
-
-    Raises InputError for a file of another kind of model.
-    """
-    about = about_file(weights)
-    if about is not None:
-        about.expect(GENERATOR, weights)
-        return about.config["image_seq_len"], "as the file states"
-    run = run_beside(GeneratorRun, weights)
-    return (None, "") if run is None else (run[1].model.generator.image_seq_len, str(run[0]))
-
-
-def stated_sections(experiment: GeneratorExperiment) -> dict[str, tuple[str, Any, tuple[str, ...]]]:
-    """What weights files state of their models, {section: (file, config, names of the sizes)}.
-
-    Raises InputError for a file of another kind of model.
-    """
-    tokenizer, generator = experiment.tokenizer_checkpoint, experiment.generator_checkpoint
-    found: dict[str, tuple[str, Any, tuple[str, ...]]] = {}
-    about = about_file(tokenizer)
-    if about is not None:
-        config = about.build(TokenizerConfig, TOKENIZER, tokenizer)
-        found["vq_model"] = tokenizer, config, SIZES_OF_TOKENIZER
-    about = None if generator is None else about_file(generator)
-    if about is not None:
-        config = about.build(GeneratorConfig, GENERATOR, generator)
-        found["generator"] = str(generator), config, SIZES_OF_GENERATOR
-    return found
-
-
-def follow_tokenizer(
-    generator: GeneratorOptions,
-    vq_model: TokenizerConfig,
-    experiment: GeneratorExperiment,
-    places: dict[str, str],
-) -> list[str]:
-    """Set the codes per image of a generator without weights to those of the tokenizer's weights.
-
-    The command line's number stays (and is refused where it does not fit), and so does that of a
-    generator whose weights do not state theirs.
-    """
-    name, before = "model.generator.image_seq_len", generator.image_seq_len
-    named = name in places and places[name] == COMMAND_LINE
-    if named or experiment.generator_checkpoint is not None or before == vq_model.num_tokens:
-        return []
-    generator.image_seq_len = vq_model.num_tokens
-    return [f"{name}={vq_model.num_tokens}, as many as the tokenizer makes, instead of {before}"]
 
 
 def without_effect(options: Any, program: str) -> list[str]:

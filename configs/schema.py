@@ -509,7 +509,8 @@ class TokenizerModels(Options):
     )
     critic_init: str = option(
         "scratch",
-        "Start of stage 2's discriminator: stage 1's, as published, or scratch.",
+        "Start of the discriminator: scratch, or stage1: that of experiment.stage1_checkpoint, as "
+        "published, or the one beside experiment.init_weights.",
         choices=("stage1", "scratch"),
     )
     cluster_in_critic_steps: bool = option(
@@ -522,14 +523,12 @@ class TokenizerModels(Options):
     def __post_init__(self):
         super().__post_init__()
         check_layers(self.vq_model)
-        for name, default in (("critic_init", "scratch"), ("decoder_init", "stage1")):
-            value = getattr(self, name)
-            if self.stage == 1 and value != default:
-                raise InputError(
-                    f"{name}={value}: stage 1 always starts from scratch; this is an option of "
-                    f"model.stage=2",
-                    name,
-                )
+        if self.stage == 1 and self.decoder_init != "stage1":
+            raise InputError(
+                f"decoder_init={self.decoder_init}: stage 1 always starts from scratch; this is an "
+                f"option of model.stage=2",
+                "decoder_init",
+            )
         if self.cluster_in_critic_steps and not self.vq_model.clustering:
             raise InputError(
                 "cluster_in_critic_steps=True needs model.vq_model.clustering=true: set it, or leave "
@@ -736,18 +735,18 @@ class TokenizerRun(Loaded):
         """Refuse options of stage 2 that take from stage 1 what `init_weights` brings or lacks."""
         experiment, model = self.experiment, self.model
         if experiment.init_weights is None:
+            if model.stage == 1 and model.critic_init != "scratch":
+                raise InputError(
+                    f"model.critic_init={model.critic_init}: stage 1 starts from scratch, unless "
+                    f"experiment.init_weights brings a discriminator; leave it out",
+                    "model.critic_init",
+                )
             return
         if model.decoder_init == "scratch":
             raise InputError(
                 "model.decoder_init=scratch, but experiment.init_weights brings a decoder: leave one "
                 "of them out",
                 "model.decoder_init",
-            )
-        if model.critic_init == "stage1" and experiment.stage1_checkpoint is None:
-            raise InputError(
-                "model.critic_init=stage1, but experiment.init_weights brings no discriminator: set "
-                "model.critic_init=scratch, or experiment.stage1_checkpoint too",
-                "model.critic_init",
             )
 
 

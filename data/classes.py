@@ -1,17 +1,13 @@
 """Class names. Two sets of images or codes are compared by the names of their classes, not by labels."""
 
-import json
 import unicodedata
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
 from runtime.errors import InputError
-from runtime.files import write_whole
 
 NAMES_SHOWN = 3
-TRAINED = "classes.json"  # in a generator's run folder: the classes that it was trained on
 
 
 def printable(name: object) -> str:
@@ -51,31 +47,3 @@ def map_labels(
             f"set has {describe_classes(wanted)}. Use sets with the same class names"
         )
     return mapped
-
-
-def write_trained(folder: Path, classes: Sequence[str], labels: Iterable[int]) -> None:
-    """Note in a run's folder which of its training set's classes have images: their `labels`."""
-    trained = {str(label): classes[label] for label in labels}
-    write_whole(folder / TRAINED, json.dumps(trained, indent=1).encode())
-
-
-def trained_classes(weights: str | Path) -> dict[int, str]:
-    """{label: name} of the classes that a generator was trained on; empty where that is unknown.
-
-    `weights` is a run folder, one of its checkpoints or a file in either.
-    """
-    path = Path(weights).absolute()
-    for folder in (path, *path.parents[:3]):
-        if (folder / TRAINED).is_file():
-            try:
-                content = json.loads((folder / TRAINED).read_text())
-                return {int(label): str(name) for label, name in content.items()}
-            except (OSError, ValueError, TypeError, AttributeError):
-                return {}  # it only serves warnings and names
-    return {}
-
-
-def untrained_labels(weights: str | Path, labels: Iterable[int]) -> list[int]:
-    """Those of the labels that a generator was not trained on; none where that is unknown."""
-    trained = trained_classes(weights)
-    return sorted(set(labels) - trained.keys()) if trained else []

@@ -7,13 +7,13 @@ from typing import Optional
 import numpy as np
 import torch
 
-from configs.load import UNSEEN_SIZES, sizes_for
+from configs.sizes import tokenizer_sizes
 from data.cache import TokenCache, fingerprint
 from data.pictures import captioned, enlarged, picture_grid, write_png
 from modeling.devices import find_device
 from modeling.image_decoder import ImageDecoder
-from modeling.tokenizer import Tokenizer
-from modeling.weights.tensors import load_for_use, read_state_dict
+from modeling.weights.metadata import TOKENIZER
+from modeling.weights.opened import load_tokenizer, open_weights
 
 COLUMNS, MARGIN = 8, 6  # images side by side at most, and pixels between them
 
@@ -23,21 +23,20 @@ def show_cache(
 ) -> int:
     """Write the first views of the first `count` images, or of all; returns how many these are.
 
-    `weights` is a file of the tokenizer that wrote the cache, `config` the YAML of its sizes, if they
-    are neither the published ones nor beside the file. Raises InputError for another tokenizer.
+    `weights` is a file or a run of the tokenizer that wrote the cache, `config` a YAML of the sizes that
+    these do not show. Raises InputError for another tokenizer.
     """
-    state = read_state_dict(weights)
-    tokenizer = Tokenizer(sizes_for(weights, config, UNSEEN_SIZES))
-    load_for_use(tokenizer, state, weights)
+    opened = open_weights(weights, TOKENIZER)
+    tokenizer = load_tokenizer(opened, tokenizer_sizes(opened, config))
     sizes = tokenizer.config
     cache.check(
-        sizes.codebook_size, sizes.num_tokens, fingerprint(tokenizer.state_dict()), sizes.encoder_heads
+        sizes.codebook_size, sizes.num_tokens, fingerprint(opened.state), sizes.encoder_heads
     )  # fmt: skip
     cache.check_labels()
     count = min(count, cache.images)
     codes = torch.from_numpy(np.stack([cache.codes(image, 0) for image in range(count)]))
     device = find_device()
-    images = ImageDecoder(tokenizer.to(device).eval(), torch.float32)(codes.to(device))
+    images = ImageDecoder(tokenizer.to(device), torch.float32)(codes.to(device))
     pictures = [
         captioned(image, cache.classes[label], path)
         for image, label, path in zip(

@@ -219,7 +219,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("action", choices=["info", "verify", "show", "export"])
     parser.add_argument("folder", type=path)
-    parser.add_argument("--tokenizer", type=path, help="show: weights file that wrote the cache")
+    parser.add_argument(
+        "--tokenizer", type=path, help="show: weights or run of the tokenizer that wrote the cache"
+    )
     parser.add_argument(
         "--config", type=path, help="show: YAML whose model.vq_model describes another tokenizer"
     )
@@ -233,7 +235,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=as_path, help="export: folder to write")
     args = parser.parse_args(argv)
     if (args.tokenizer is not None) != (args.action == "show"):
-        raise InputError("--tokenizer FILE goes with show, and show needs it to decode the codes")
+        raise InputError("--tokenizer PATH goes with show, and show needs it to decode the codes")
     if (args.output is not None) != (args.action == "export"):
         raise InputError("--output DIR goes with export, and export needs it")
     cache = open_tokens(args.folder)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights.tensors import load_for_use
+from modeling.weights.opened import Opened, load_tokenizer
 from runtime.processes import matmul_precision
 
 # Bytes of the widest activation of the images that a CPU encodes at once. glibc gives blocks over 32 MiB
@@ -13,16 +13,9 @@ from runtime.processes import matmul_precision
 CPU_ACTIVATION = 24 * 2**20
 
 
-def load_encoder(
-    config: TokenizerConfig, state: dict[str, Tensor], path: str, device: torch.device
-) -> Tokenizer:
-    """The part of a tokenizer that makes codes, in eval mode. `path` names the weights in errors."""
-    with torch.device("meta"):
-        tokenizer = Tokenizer(config, with_decoder=False)
-    tokenizer.to_empty(device=device)
-    # Either stage's file will do: its decoder, and stage 1's clustering buffer, stay on disk.
-    load_for_use(tokenizer, state, path, ignore=("decoder.",))
-    return tokenizer.eval()
+def load_encoder(opened: Opened, config: TokenizerConfig, device: torch.device) -> Tokenizer:
+    """The part of a tokenizer that makes codes, in eval mode; the decoder stays on disk."""
+    return load_tokenizer(opened, config, with_decoder=False).to(device)
 
 
 @torch.inference_mode()

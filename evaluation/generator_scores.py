@@ -8,58 +8,43 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from configs.load import codes_per_image
-from data.classes import trained_classes
 from data.imagenet import misnumbered
 from data.tokens import TokenCache, open_tokens
 from evaluation.likelihood import COMPILED_VIEWS, Likelihood, measure_likelihood
 from evaluation.report import table_of
 from modeling.compiling import compile_blocks
 from modeling.devices import default_dtype
-from modeling.generator import Generator, build_generator
-from modeling.pipeline import generator_config
-from modeling.weights.metadata import About, about_file
-from modeling.weights.tensors import load_tensors, read_state_dict
+from modeling.generator import Generator, GeneratorConfig, build_generator
+from modeling.weights.metadata import GENERATOR
+from modeling.weights.opened import NAMES, open_file
+from modeling.weights.runs import all_checkpoints, find_weights, is_checkpoint, step_of
+from modeling.weights.tensors import load_tensors
 from runtime.errors import InputError
 from runtime.files import file_sha256, writing
-from runtime.processes import compiles, device_name, matmul_precision
-from training import checkpoint
+from runtime.processes import compiles, device_name, matmul_precision, on_main
 
 PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 on CUDA, fp32 on a CPU, as in training
-WEIGHTS = ("generator",)  # of a checkpoint: the average, if the run keeps one
 
 
 @dataclass
 class Source:
-    """A generator's weights file and what its run says about it, if it is a run's."""
+    """A generator's weights, as they were named, and the step of the checkpoint that they lie in."""
 
     name: str
     file: Path
-    step: int | None = None
-    run: dict[str, Any] | None = None  # the run's options and the fingerprint of its tokenizer
+
+    @property
+    def step(self) -> int | None:
+        folder = self.file.parent
+        return step_of(folder) if is_checkpoint(folder) else None
 
 
 def find_source(given: str, step: int | None = None) -> Source:
     """The weights behind a file, a checkpoint or a run folder (its newest checkpoint, or that of `step`)."""
     path = Path(given)
     if step is not None and path.is_dir():
-        path = {checkpoint.step_of(p): p for p in checkpoint.all_checkpoints(path)}[step]
-    path = checkpoint.weights_file(path, *WEIGHTS)
-    if not checkpoint.NAME.fullmatch(path.parent.name):
-        return Source(given, path)
-    return Source(given, path, checkpoint.step_of(path.parent), settings_of(path.parent))
-
-
-def settings_of(folder: Path) -> dict[str, Any]:
-    """The settings in a checkpoint's state, without reading its gigabytes of moments."""
-    file = folder / "state.pt"
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["values"]["run"]
-    except Exception as e:  # a forged pickle raises almost anything
-        raise InputError(
-            f"{file} is missing or damaged: give another checkpoint, or one of its .safetensors "
-            f"files copied out of its folder"
-        ) from e
+        path = {step_of(p): p for p in all_checkpoints(path)}[step]
+    return Source(given, on_main(lambda: find_weights(path, *NAMES[GENERATOR])))
 
 
 def find_sources(given: str, others: list[str]) -> list[Source]:
@@ -71,8 +56,8 @@ def find_sources(given: str, others: list[str]) -> list[Source]:
         return [find_source(given)]
     steps = {}
     for run in [given, *others]:
-        found = checkpoint.all_checkpoints(Path(run))
-        steps[run] = {checkpoint.step_of(path) for path in found}
+        found = all_checkpoints(Path(run))
+        steps[run] = {step_of(path) for path in found}
         if run == given and not Path(given).is_dir():
             steps[run] = {find_source(given).step} - {None}
         if not steps[run]:
@@ -95,36 +80,20 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
     The cache's labels become those that the generator was trained with, by the names of the classes, where these are
     known. Raises InputError for a cache of another tokenizer's codes, of more or other classes, or of damaged labels.
     """
-    state = read_state_dict(source.file)
-    config = generator_config(state, store.tokens, source.name)
-    run, about = source.run or {}, about_file(source.file)
-    tokens, _ = codes_per_image(str(source.file))
-    tokens = tokens or run.get("model.generator.image_seq_len") or store.tokens
-    tokenizer = (about and about.tokenizer) or run.get("tokenizer")
-    store.check(config.codebook_size, tokens, tokenizer)
+    opened = open_file(source.file, GENERATOR)
+    config = opened.config(GeneratorConfig(image_seq_len=store.tokens))
+    store.check(config.codebook_size, config.image_seq_len, opened.about.tokenizer)
     if len(store.classes) > config.condition_num_classes:
         raise InputError(
             f"{store.folder} has {len(store.classes)} classes, more than the "
             f"{config.condition_num_classes} of {source.name}: give the cache of its own data"
         )
     store.check_labels()
-    names = class_names(source.file, about)
-    if names:
-        store.use_classes(names)
+    if opened.about.classes is not None:
+        store.use_classes(list(opened.about.classes))
     generator = build_generator(config)
-    load_tensors(generator, state, source.name)
+    load_tensors(generator, opened.state, source.name)
     return generator.eval()
-
-
-def class_names(weights: Path, about: About | None) -> list[str]:
-    """The classes of a generator's training set, by label; empty where neither its file nor its run states them.
-
-    A run's list leaves out classes without images: their place is an empty name, which no folder has.
-    """
-    if about is not None and about.classes:
-        return list(about.classes)
-    trained = trained_classes(weights)
-    return [trained.get(label, "") for label in range(max(trained, default=-1) + 1)]
 
 
 def score_generator(

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs.sizes import tokenizer_sizes
 from data.classes import printable
 from data.images import photo_crop, to_float
 from data.pictures import (
@@ -38,9 +39,11 @@ from data.pictures import (
 )
 from data.tree import describe_left_out, read_tree
 from evaluation.reconstruction import psnr, ssim
-from evaluation.tokenizer_score import MAGNIFICATION, check_window, load_tokenizer
+from evaluation.tokenizer_score import MAGNIFICATION, check_window
 from modeling.devices import find_device
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
+from modeling.weights.metadata import TOKENIZER
+from modeling.weights.opened import load_tokenizer, open_weights
 from runtime.arguments import Parser, path
 from runtime.errors import InputError
 from runtime.processes import matmul_precision
@@ -208,7 +211,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     photos = list_photos(args.images, Path(args.output))
-    tokenizer = load_tokenizer(args.tokenizer, args.config).to(find_device(args.device))
+    opened = open_weights(args.tokenizer, TOKENIZER)
+    sizes = tokenizer_sizes(opened, args.config)
+    tokenizer = load_tokenizer(opened, sizes).to(find_device(args.device))
     config = tokenizer.config
     check_window(config.image_size)
     # All of them first, so that a photo that cannot be used stops before any picture is written.

@@ -27,14 +27,14 @@ from evaluation.report import table_of
 from evaluation.sources import open_images
 from generation.folder import SampleFolder
 from generation.job import SamplingJob, sampling_job
-from generation.models import check_files, class_names, generator_checkpoint, load_models
+from generation.models import load_models, open_models
+from modeling.weights.class_names import class_names
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
 from runtime.files import write_whole
 from runtime.parts import check_settings
 from runtime.processes import on_main, start_processes
 from runtime.program import run
-from training.checkpoint import read_weights, weights_file
 
 CELL, MARGIN = (120, 60), 70  # pixels of the heat map
 BEST, WORST = (38, 130, 142), (253, 231, 200)
@@ -98,19 +98,15 @@ def main(argv: list[str]) -> None:
                 f"experiment.{name}={getattr(experiment, name)}: the sweep samples new codes; leave "
                 f"it out"
             )
-    generator_file = weights_file(generator_checkpoint(experiment), "generator")
-    tokenizer_file = weights_file(experiment.tokenizer_checkpoint, "tokenizer")
-    generator_state, tokenizer_state = read_weights(generator_file), read_weights(tokenizer_file)
-    about = check_files(options.model, tokenizer_file, tokenizer_state, generator_file)
-    classes = options.model.generator.condition_num_classes
-    names = class_names(about, str(generator_file), classes)
-
     processes, output = start_processes(), Path(args.output)
     device = processes.device
     assert device is not None  # accelerate's type hint allows it
+    options, tokenizer, generator = open_models(options)
+    assert generator is not None  # without experiment.codes
+    names = class_names(generator.about)
     job = replace(sampling_job(options, device, names), count=args.num_samples)
     jobs = {(s, p): guided(job, s, p) for s in args.scales for p in args.powers}
-    models = load_models(options.model, experiment, tokenizer_state, generator_state, device)
+    models = load_models(options.model, tokenizer, generator, device)
     side = options.model.vq_model.image_size
     evaluator = Evaluator.open(args.reference, processes, Path("weights"), size=(side, side))
     folders = {

@@ -6,7 +6,6 @@ from typing import Any, Optional
 import torch
 from accelerate import PartialState
 
-from configs.load import UNSEEN_SIZES, config_beside, sizes_for
 from data.classes import printable
 from data.images import scan_images
 from data.pictures import picture_grid, to_pixels, write_png
@@ -23,11 +22,10 @@ from evaluation.reconstruction import (
 )
 from evaluation.statistics import Collector, SetStatistics
 from modeling.tokenizer import Tokenizer
-from modeling.weights.metadata import about_file
-from modeling.weights.tensors import load_for_use, tensors_hash
+from modeling.weights.metadata import UNSEEN
+from modeling.weights.tensors import tensors_hash
 from runtime.errors import InputError
 from runtime.processes import matmul_precision
-from training.checkpoint import read_weights
 
 PREVIEW_IMAGES = 8
 MAGNIFICATION = 4  # of the differences in the picture
@@ -38,25 +36,6 @@ METRICS = {
 }  # fmt: skip
 
 
-def load_tokenizer(source: str, config: Optional[str] = None) -> Tokenizer:
-    """A tokenizer of either stage, in eval mode, from a weights file or a run's folder.
-
-    Its sizes are those of `model.vq_model` in the config: by default those that the file states, else
-    the run's own config, else the published sizes with the decoder of the stage whose weights these
-    are.
-    """
-    state = read_weights(source, "tokenizer")
-    decoder: dict[str, Any] = {}
-    described = config or config_beside(source) or about_file(source)
-    if described is None and "decoder.ffn_aux.0.weight" in state:
-        decoder = {"causal": True, "prefix_head": True, "num_buffer_tokens": 1}
-    with torch.device("meta"):  # random initial weights would cost seconds
-        tokenizer = Tokenizer(sizes_for(source, config, UNSEEN_SIZES, **decoder))
-    tokenizer.to_empty(device="cpu")
-    load_for_use(tokenizer, state, source)
-    return tokenizer.eval()
-
-
 def weights_hash(tokenizer: Tokenizer) -> str:
     """Hash of all weights that images depend on."""
     state, spare = tokenizer.state_dict(), tokenizer.training_only
@@ -65,7 +44,7 @@ def weights_hash(tokenizer: Tokenizer) -> str:
 
 def identity_of(tokenizer: Tokenizer) -> dict[str, Any]:
     """The hash of a tokenizer's weights, and the sizes that no tensor's shape shows."""
-    sizes = {name: getattr(tokenizer.config, name) for name in UNSEEN_SIZES}
+    sizes = {name: getattr(tokenizer.config, name) for name in UNSEEN}
     return {"tokenizer": weights_hash(tokenizer), **sizes}
 
 

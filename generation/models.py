@@ -1,15 +1,13 @@
 """The models of a sampling job with their weights, on the device, and how many images fit there."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Optional
 
 import psutil
 import torch
-from torch import Tensor
 
-from configs.schema import GeneratorExperiment, GeneratorModels
-from data.classes import trained_classes
+from configs.schema import GeneratorModels, GeneratorRun
+from configs.sizes import with_weights
 from generation.job import SamplingJob
 from modeling.devices import free_memory
 from modeling.engine import PREFILLED_AT_ONCE, Engine, cache_bytes
@@ -17,10 +15,11 @@ from modeling.generator import Generator, build_generator
 from modeling.image_decoder import DECODED_AT_ONCE
 from modeling.sampling import ReferenceEngine
 from modeling.tokenizer import Tokenizer
-from modeling.weights.class_names import ClassNames
-from modeling.weights.metadata import GENERATOR, TOKENIZER, About, about_file, about_model
-from modeling.weights.tensors import check_same_codes, load_for_use, load_tensors, tensors_hash
+from modeling.weights.metadata import GENERATOR, TOKENIZER
+from modeling.weights.opened import Opened, check_same_codes, load_tokenizer
+from modeling.weights.tensors import load_tensors, tensors_hash
 from runtime.errors import InputError
+from runtime.weights import open_on_all
 
 
 @dataclass
@@ -38,72 +37,35 @@ class Models:
         return job.sampler(self.generator, batch)
 
 
-def generator_checkpoint(experiment: GeneratorExperiment) -> str:
-    """The path of the generator's weights. Raises InputError where the option is missing."""
-    if experiment.generator_checkpoint is None:
-        raise InputError(
-            "set experiment.generator_checkpoint=FILE, for example weights/alitok_b.bin"
-        )
-    return experiment.generator_checkpoint
+def open_models(options: GeneratorRun) -> tuple[GeneratorRun, Opened, Optional[Opened]]:
+    """The options with the sizes of the weights, and the weights of the tokenizer and, unless stored codes
+    are decoded, of the generator; all processes call this together.
 
-
-def check_files(
-    sizes: GeneratorModels,
-    tokenizer: Path,
-    tokenizer_state: dict[str, Tensor],
-    generator: Optional[Path] = None,
-) -> Optional[About]:
-    """What the generator's file says of itself, as far as it says anything.
-
-    Raises InputError for a file of another kind of model, for sizes that contradict the config's, and
-    for a generator of other codes than the tokenizer's.
+    Raises InputError where a file or an option is missing or does not fit.
     """
-    files = {"vq_model": (TOKENIZER, tokenizer), "generator": (GENERATOR, generator)}
-    for section, (kind, file) in files.items():
-        about = None if file is None else about_file(file)
-        if about is None:
-            continue
-        about.expect(kind, file)
-        used = about_model(kind, getattr(sizes, section)).config
-        for name, value in about.config.items():
-            if used[name] != value:
-                raise InputError(
-                    f"model.{section}.{name}={used[name]} contradicts {file}, which states {value}: "
-                    f"set model.{section}.{name}={value}"
-                )
-    stated = None if generator is None else about_file(generator)
-    check_same_codes(stated, generator, tokenizer_state, tokenizer)
-    return stated
-
-
-def class_names(about: Optional[About], weights: str, classes: int) -> ClassNames:
-    """The names of a generator's classes: by its file, else by the run that its weights lie in."""
-    if about is not None and about.classes is not None:
-        return ClassNames(classes, dict(enumerate(about.classes)))
-    return ClassNames(classes, trained_classes(weights))
+    experiment, generator = options.experiment, None
+    tokenizer = open_on_all(experiment.tokenizer_checkpoint, TOKENIZER)
+    if experiment.codes is None:
+        if experiment.generator_checkpoint is None:
+            raise InputError(
+                "set experiment.generator_checkpoint=FILE, for example weights/alitok_b.bin"
+            )
+        generator = open_on_all(experiment.generator_checkpoint, GENERATOR)
+        check_same_codes(generator, tokenizer)
+    return with_weights(options, tokenizer, generator), tokenizer, generator
 
 
 def load_models(
-    sizes: GeneratorModels,
-    experiment: GeneratorExperiment,
-    tokenizer_state: dict[str, Tensor],
-    generator_state: Optional[dict[str, Tensor]],
-    device: torch.device,
+    sizes: GeneratorModels, tokenizer: Opened, generator: Optional[Opened], device: torch.device
 ) -> Models:
-    """Models of these sizes with these weights; `experiment` names the files in messages.
-
-    Raises InputError where weights do not fit the sizes.
-    """
-    tokenizer, generator = Tokenizer(sizes.vq_model), None
-    load_for_use(tokenizer, tokenizer_state, experiment.tokenizer_checkpoint)
-    tokenizer.to(device).eval()
-    hashes = {"tokenizer": tensors_hash(tokenizer_state)}
-    if generator_state is not None:
-        generator = build_generator(sizes.generator)
-        load_tensors(generator, generator_state, generator_checkpoint(experiment))
-        generator.to(device).eval()
-        hashes["generator"] = tensors_hash(generator_state)
-    return Models(tokenizer, generator, hashes, device)
+    """Models of these sizes with these weights. Raises InputError where the two do not fit."""
+    hashes, made = {"tokenizer": tensors_hash(tokenizer.state)}, None
+    if generator is not None:
+        made = build_generator(sizes.generator)
+        load_tensors(made, generator.state, str(generator.file))
+        made.to(device).eval()
+        hashes["generator"] = tensors_hash(generator.state)
+    return Models(load_tokenizer(tokenizer, sizes.vq_model).to(device), made, hashes, device)
 
 
 def largest_batch(models: Models, job: SamplingJob) -> int:

@@ -19,47 +19,24 @@ from .image_decoder import ImageDecoder
 from .pixels import to_pil
 from .randomness import image_uniforms
 from .sampling import NO_CLASS, Sampling
-from .tokenizer import Tokenizer, TokenizerConfig
+from .tokenizer import TokenizerConfig
 from .weights import hub
-from .weights.class_names import ClassNames, sorted_as_text
-from .weights.metadata import (
-    GENERATOR,
-    TOKENIZER,
-    About,
-    about_file,
-    about_model,
-    generator_sizes,
-)
-from .weights.runs import weights_in
-from .weights.tensors import (
-    check_same_codes,
-    describe,
-    fingerprint,
-    load_for_use,
-    load_tensors,
-    read_state_dict,
-    write_state_dict,
-)
+from .weights.class_names import ClassNames, class_names, sorted_as_text
+from .weights.metadata import GENERATOR, TOKENIZER, about_model
+from .weights.opened import check_same_codes, config_of, load_tokenizer, open_weights
+from .weights.tensors import fingerprint, load_tensors, write_state_dict
 
 # Of a folder on the hub, or one that `save_pretrained` writes.
 FILES = ("generator.safetensors", "tokenizer.safetensors")
-
-
-def generator_config(state: dict[str, Tensor], seq_len: int, source: str) -> GeneratorConfig:
-    """The sizes of a generator, read off its tensors; an image has `seq_len` codes."""
-    try:
-        return GeneratorConfig(**generator_sizes(state), image_seq_len=seq_len)
-    except (KeyError, ValueError) as e:
-        raise InputError(f"{source} is not a generator but {describe(state)}") from e
 
 
 class Pipeline:
     """A generator and a tokenizer with their weights, ready to make images.
 
     `generator` and `tokenizer` are weights files or run folders, of which the newest checkpoint
-    counts (of the generator its average, if it has one). A .safetensors file that this project wrote
-    states its sizes. For another tokenizer file they are those of `tokenizer_config`, by default the
-    published ones; a generator's are read off its tensors.
+    counts (of the generator its average, if it has one). Files that this project wrote state their
+    sizes; of others the tensors show them. What no tensor shows of a tokenizer, its heads and whether
+    its decoder is causal, is that of `tokenizer_config`, by default as published.
 
     `device` is CUDA where there is one. `dtype` is that of the generator's matrices: by default
     bfloat16 on CUDA, from Ampere on, and float32 elsewhere. `compiled` takes a minute first; it pays for
@@ -77,13 +54,14 @@ class Pipeline:
     ):
         found = find_device(device)  # before any file is read
         self.asked_dtype, self.compiled = dtype, compiled
-        self.about: dict[str, Optional[About]] = {}  # what the files say of themselves
-        tokenizer_file = weights_in(tokenizer, "tokenizer")
-        generator_file = weights_in(generator, "generator")
-        state = self._open_tokenizer(tokenizer_file, tokenizer_config)
-        self._open_generator(generator_file)
-        check_same_codes(self.about[GENERATOR], generator_file, state, tokenizer_file)
-        self.names = class_names(self.about[GENERATOR], self.generator.config)
+        opened = open_weights(generator, GENERATOR), open_weights(tokenizer, TOKENIZER)
+        self.about = {weights.about.kind: weights.about for weights in opened}
+        self.tokenizer = load_tokenizer(opened[1], config_of(opened[1], tokenizer_config))
+        check_same_codes(*opened)
+        tokens = self.tokenizer.config.num_tokens
+        self.generator = build_generator(opened[0].config(GeneratorConfig(image_seq_len=tokens)))
+        load_tensors(self.generator.eval(), opened[0].state, str(opened[0].file))
+        self.names = class_names(self.about[GENERATOR])
         self.revision: Optional[str] = None  # the commit, of a pipeline from the hub
         self.to(str(found))
 
@@ -96,34 +74,6 @@ class Pipeline:
         self.decoder = ImageDecoder(self.tokenizer, self.dtype)
         self.engine: Optional[Engine] = None
         return self
-
-    def _open_tokenizer(self, file: Path, config: Optional[TokenizerConfig]) -> dict[str, Tensor]:
-        about = self.about[TOKENIZER] = about_file(file)
-        if about is not None:
-            stated = about.build(TokenizerConfig, TOKENIZER, file)
-            check_config(config, about, file)
-            config = config or stated
-        self.tokenizer = Tokenizer(config or TokenizerConfig()).eval()
-        state = read_state_dict(file)
-        load_for_use(self.tokenizer, state, str(file))
-        return state
-
-    def _open_generator(self, file: Path) -> None:
-        about = self.about[GENERATOR] = about_file(file)
-        state, tokens = read_state_dict(file), self.tokenizer.config.num_tokens
-        if about is None:
-            config = generator_config(state, tokens, str(file))
-        else:
-            config = about.build(GeneratorConfig, GENERATOR, file)
-            codes = self.tokenizer.config.codebook_size
-            if (config.image_seq_len, config.codebook_size) != (tokens, codes):
-                raise InputError(
-                    f"{file} makes {config.image_seq_len} codes of {config.codebook_size} per image, "
-                    f"but the tokenizer {tokens} of {codes}: pass the tokenizer that it was trained "
-                    f"with"
-                )
-        self.generator = build_generator(config).eval()
-        load_tensors(self.generator, state, str(file))
 
     # ------------------------------------------------------------------ folders and the hub
     @classmethod
@@ -150,14 +100,13 @@ class Pipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write generator.safetensors and tokenizer.safetensors, which say all that is needed."""
-        tokenizer = self.tokenizer.state_dict()
-        earlier = self.about[TOKENIZER]
-        about = about_model(TOKENIZER, self.tokenizer.config, stage=earlier and earlier.stage)
-        write_state_dict(tokenizer, Path(folder) / FILES[1], about)
-        earlier = self.about[GENERATOR]
+        tokenizer, (generator_file, tokenizer_file) = self.tokenizer.state_dict(), FILES
+        about = about_model(TOKENIZER, self.tokenizer.config, stage=self.about[TOKENIZER].stage)
+        write_state_dict(tokenizer, Path(folder) / tokenizer_file, about)
         about = about_model(GENERATOR, self.generator.config, fingerprint(tokenizer))
-        about = replace(about, classes=earlier and earlier.classes)
-        write_state_dict(self.generator.state_dict(), Path(folder) / FILES[0], about)
+        classes, untrained = self.about[GENERATOR].classes, self.about[GENERATOR].untrained
+        about = replace(about, classes=classes, untrained=untrained)
+        write_state_dict(self.generator.state_dict(), Path(folder) / generator_file, about)
 
     def push_to_hub(
         self,
@@ -241,23 +190,6 @@ class Pipeline:
                 f"{len(seeds)} seeds for {images} images: pass one for all, or one each"
             )
         return torch.cat([image_uniforms(each, [0], steps) for each in seeds])
-
-
-def check_config(config: Optional[TokenizerConfig], about: About, source: object) -> None:
-    """Refuse a tokenizer's config that contradicts what the weights file states."""
-    here = about.config if config is None else about_model(TOKENIZER, config).config
-    for name, stated in about.config.items():
-        if here[name] != stated:
-            raise InputError(
-                f"tokenizer_config has {name}={here[name]}, but {source} states {stated}: leave it "
-                f"out, or pass other weights"
-            )
-
-
-def class_names(about: Optional[About], config: GeneratorConfig) -> ClassNames:
-    """The names of a generator's classes, as far as its file states them."""
-    folders = about.classes if about is not None and about.classes is not None else ()
-    return ClassNames(config.condition_num_classes, dict(enumerate(folders)))
 
 
 def class_labels(classes: Sequence[int | str | None], names: ClassNames) -> Tensor:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from modeling.weights.files import file_sha256, sync_file, whole_file, writing
+from modeling.weights.files import file_sha256, sync_file, whole_file, write_torch, writing
 from runtime.errors import InputError
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "sync_file",
     "sync_folder",
     "whole_file",
+    "write_torch",
     "write_whole",
     "writing",
 ]

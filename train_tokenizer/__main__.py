@@ -25,7 +25,6 @@ from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 
 import configs.load
-from configs.load import UNSEEN_SIZES
 from configs.schema import ImageDataParams, Phase, TokenizerRun
 from data.classes import printable
 from data.identity import identity_of_images
@@ -53,21 +52,27 @@ from evaluation.reconstruction import (
 )
 from modeling.compiling import compile_blocks, inductor_or_eager
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
-from modeling.weights.metadata import DISCRIMINATOR, TOKENIZER, about_file, about_model
+from modeling.weights.metadata import (
+    DECODER,
+    DISCRIMINATOR,
+    ENCODER,
+    SIZES,
+    TOKENIZER,
+    about_model,
+)
+from modeling.weights.opened import Opened
 from modeling.weights.tensors import (
     describe,
     fingerprint,
     load_tensors,
-    read_part,
-    read_state_dict,
 )
 from runtime.errors import InputError
 from runtime.processes import compiles, on_main
 from runtime.program import run as run_program
 from runtime.randomness import seed_step
+from runtime.weights import open_on_all
 from train_tokenizer.discriminator import Discriminator, hinge_loss, weights_frozen
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
-from training import checkpoint
 from training.accelerator import describe_precision, numerics_of, start_training, tune_convolutions
 from training.dry_run import split_dry_run
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
@@ -167,103 +172,71 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
             "experiment.stage1_checkpoint=RUN_DIR or a weights file, or experiment.init_weights to "
             "continue from a tokenizer of stage 2"
         )
-    file = on_main(lambda: checkpoint.weights_file(source, "tokenizer"))
-    state = read_state_dict(file)
-    check_encoder(file, options.model.vq_model)
+    weights = open_on_all(source, TOKENIZER)
     from_stage1 = options.model.decoder_init == "stage1"
+    check_sizes(weights, options.model.vq_model, (*ENCODER, *(DECODER if from_stage1 else ())))
     if from_stage1:
         ignore, keep = STAGE1_ONLY + BUFFERS_AND_POSITIONS, BUFFERS_AND_POSITIONS
     else:
         ignore, keep = (*STAGE1_ONLY, "decoder."), ("decoder.",)
-    load_tensors(tokenizer, state, source, ignore, keep)
-    if from_stage1 and not is_of_stage1(source, state):
+    load_tensors(tokenizer, weights.state, str(weights.file), ignore, keep)
+    if from_stage1 and weights.about.stage != 1:
         raise InputError(
-            f"{source} is not a checkpoint of stage 1 but {describe(state)}: pass stage 1's run, or "
-            f"set model.decoder_init=scratch to take only encoder and codebook from it"
+            f"{weights.file} is not a checkpoint of stage 1 but {describe(weights.state)}: pass stage "
+            f"1's run, or set model.decoder_init=scratch to take only encoder and codebook from it"
         )
     tokenizer.freeze_encoder()
     return tokenizer
 
 
-def check_encoder(file: Path, config: TokenizerConfig) -> None:
-    """Refuse stage 1's weights where they say that another encoder than the configured one made them."""
-    about = about_file(file)
-    if about is None:
-        return
-    about.expect(TOKENIZER, file)
+def check_sizes(weights: Opened, config: TokenizerConfig, names: tuple[str, ...]) -> None:
+    """Refuse weights that differ from the config in one of these sizes."""
     here = about_model(TOKENIZER, config).config
-    for name in configs.load.SIZES_OF_ENCODER:
-        if here[name] != about.config[name]:
-            raise InputError(
-                f"model.vq_model.{name}={here[name]} contradicts {file}, whose encoder stage 2 keeps: "
-                f"set {about.config[name]}"
-            )
-
-
-def is_of_stage1(source: str, state: dict[str, Tensor]) -> bool:
-    """Whether weights come from stage 1, by their own names, their metadata or their run's config."""
-    if any(name.startswith(STAGE1_ONLY) for name in state):
-        return True
-    # Without prefix head and clustering, no name shows it.
-    about = about_file(source)
-    if about is not None:
-        return about.stage == 1
-    run = configs.load.run_beside(TokenizerRun, source)
-    return run is not None and run[1].model.stage == 1
+    chosen = {name: here[name] for name in names}
+    weights.about.sizes(chosen, weights.file, "model.vq_model.{}={}".format)
 
 
 def load_initial(run: Run, tokenizer: Tokenizer) -> str:
     """Load `experiment.init_weights`, if this is a new run with it; returns in words what was taken.
 
-    Raises InputError if the weights do not fit in name, shape or a size that no shape shows, or if
-    they disagree with the encoder or codebook of `experiment.stage1_checkpoint`.
+    Raises InputError where the weights do not fit, and where they disagree with the encoder or codebook
+    of `experiment.stage1_checkpoint`.
     """
-    found = run.initial_weights()
-    if found is None:
+    weights, options = run.initial_weights(TOKENIZER), run.options
+    if weights is None:
         return ""
-    (state, source), options = found, run.options
-    if options.model.stage == 2 and is_of_stage1(source, state):
+    source, stage1 = weights.file, options.experiment.stage1_checkpoint
+    if options.model.stage == 2 and weights.about.stage == 1:
         raise InputError(
-            f"{source} is {describe(state)}: for stage 2, set experiment.stage1_checkpoint to it "
+            f"{source} is {describe(weights.state)}: for stage 2, set experiment.stage1_checkpoint to it "
             f"instead of experiment.init_weights"
         )
-    load_tensors(tokenizer, state, source)
-    file = configs.load.config_beside(source)
-    trained = tokenizer.config if file is None else configs.load.tokenizer_config(file)
-    for name in UNSEEN_SIZES:
-        here, there = getattr(tokenizer.config, name), getattr(trained, name)
-        if here != there:
-            raise InputError(
-                f"model.vq_model.{name}={here} contradicts {file}, by which {source} was trained: "
-                f"set {there}"
-            )
-    stage1 = options.experiment.stage1_checkpoint
+    check_sizes(weights, tokenizer.config, SIZES[TOKENIZER])
+    load_tensors(tokenizer, weights.state, str(source))
     if stage1 is not None:
-        check_same_encoder(state, source, stage1)
-    return f"starts from {source}: {describe(state)}"
+        first = open_on_all(stage1, TOKENIZER)
+        if fingerprint(weights.state) != fingerprint(first.state):
+            raise InputError(
+                f"experiment.init_weights ({source}) and experiment.stage1_checkpoint={stage1} differ "
+                f"in encoder or codebook: leave stage1_checkpoint out; both come with init_weights"
+            )
+    return f"starts from {source}: {describe(weights.state)}"
 
 
-def check_same_encoder(state: dict[str, Tensor], source: str, stage1: str) -> None:
-    """Raise InputError if a tokenizer's encoder or codebook differs from the stage-1 checkpoint's."""
-    first = read_state_dict(on_main(lambda: checkpoint.weights_file(stage1, "tokenizer")))
-    if fingerprint(state) != fingerprint(first):
-        raise InputError(
-            f"experiment.init_weights ({source}) and experiment.stage1_checkpoint={stage1} differ in "
-            f"encoder or codebook: leave stage1_checkpoint out; both come with init_weights"
-        )
-
-
-def build_discriminator(options: TokenizerRun) -> Discriminator:
-    """From scratch or, in stage 2, from stage 1's checkpoint."""
+def build_discriminator(run: Run) -> Discriminator:
+    """From scratch or, with `model.critic_init=stage1`, from stage 1's checkpoint or the run's initial
+    weights. The published trainer's last.pth holds it too."""
+    options = run.options
     discriminator = Discriminator(exact=numerics_of(options.training).exact_critic)
-    source = options.experiment.stage1_checkpoint
-    if options.model.critic_init == "stage1" and source is not None:
-        file = on_main(lambda: checkpoint.weights_file(source, "discriminator"))
+    experiment = options.experiment
+    source = experiment.stage1_checkpoint or experiment.init_weights
+    resumed = run.checkpoint.holds("discriminator")  # the source may be gone by now
+    if options.model.critic_init == "stage1" and source is not None and not resumed:
         try:
-            state = read_part(file, "block_in.0.weight")
-        except InputError as e:  # stage 1 may have had no adversarial phase
+            weights = open_on_all(source, DISCRIMINATOR)
+        except InputError as e:  # there may have been no adversarial phase
             raise InputError(f"{e}; or set model.critic_init=scratch") from e
-        load_tensors(discriminator, state, str(file))
+        load_tensors(discriminator, weights.state, str(weights.file))
     return discriminator
 
 
@@ -356,7 +329,7 @@ class TrainState:
         self.tokenizer = build_tokenizer(options)
         self.start = load_initial(run, self.tokenizer)
         adversarial = any(phase.gan_weight for phase in options.phases)
-        self.discriminator = build_discriminator(options) if adversarial else None
+        self.discriminator = build_discriminator(run) if adversarial else None
         # One rank reads the disk, the others its cache.
         with accelerator.local_main_process_first():
             self.networks = FrozenNetworks(options.phases, WEIGHTS, accelerator.device)

@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 import configs.load
 from configs.schema import Experiment
 from modeling.weights.metadata import About
-from modeling.weights.runs import MANIFEST, NAME, all_checkpoints, step_of
+from modeling.weights.runs import MANIFEST, all_checkpoints, step_of
 from modeling.weights.tensors import load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
-from runtime.files import file_sha256, lock_folder, sync_folder, whole_file, write_whole, writing
+from runtime.files import file_sha256, lock_folder, sync_folder, write_torch, write_whole, writing
 from runtime.processes import on_main
 from training.optim import EMA
 
@@ -121,6 +121,10 @@ class Checkpoint:
                     load_tensors(average.model, read_state_dict(files[1]), str(self.source))
         if average is not None:
             self.register(f"{name}_average", average, optional=True)
+
+    def holds(self, name: str) -> bool:
+        """Whether the run resumes from a checkpoint with weights of this name."""
+        return self.source is not None and (self.source / f"{name}.safetensors").is_file()
 
     def open(self, options: Any) -> None:
         """Keep other runs out until this process ends, and write the options down."""
@@ -231,8 +235,7 @@ def write_files(
     """The files of a checkpoint, then their manifest."""
     for name, tensors in weights.items():
         write_state_dict(tensors, folder / f"{name}.safetensors", about.get(name))
-    with whole_file(folder / "state.pt") as partial:
-        torch.save(state, partial)
+    write_torch(state, folder / "state.pt")
     entries = [
         {"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(folder.iterdir())
@@ -346,37 +349,3 @@ def load_state(path: Path) -> dict[str, Any]:
             f"{file} is not a file of tensors and plain values: remove {path}, or set another "
             f"experiment.resume"
         ) from e
-
-
-def first_weights(path: Path, *names: str) -> Path:
-    """The weights file of the first of `names` that a checkpoint holds; the last one's if none."""
-    files = [path / f"{name}.safetensors" for name in names]
-    return next((file for file in files if file.is_file()), files[-1])
-
-
-def weights_file(path: str | Path, *names: str) -> Path:
-    """The weights file that a path stands for.
-
-    A file is itself; for a run's folder it is `first_weights` of the newest valid checkpoint, for a
-    checkpoint's folder (`step-…`) of that checkpoint. Raises InputError for any other folder and for
-    a damaged checkpoint.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return path  # whoever reads it says what is wrong with it
-    if NAME.fullmatch(path.resolve().name):
-        reason = problem(path)
-        if reason is not None:
-            raise InputError(f"checkpoint {path} is damaged: {reason}; pass another one")
-        return first_weights(path, *names)
-    newest, _ = choose(path, True)
-    if newest is None:
-        raise InputError(
-            f"{path} holds no checkpoints: pass a weights file, a run folder or a checkpoint of it"
-        )
-    return first_weights(newest, *names)
-
-
-def read_weights(path: str | Path, *names: str) -> dict[str, Tensor]:
-    """The tensors of `weights_file(path, *names)`."""
-    return read_state_dict(weights_file(path, *names))

@@ -4,18 +4,23 @@ Only weights are taken: the run has step 1, a new optimizer and an average that 
 checkpoints record what it started from, so that it is not resumed as a run that started elsewhere.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional, TypedDict
 
 import torch
 from torch import Tensor
 
+from data.classes import first_names
 from modeling.generator import GeneratorConfig
-from modeling.weights.tensors import tensors_hash
+from modeling.weights import opened
+from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
+from modeling.weights.opened import Opened
+from modeling.weights.runs import find_weights
+from modeling.weights.tensors import read_state_dict, tensors_hash
 from runtime.errors import InputError
-from training.checkpoint import read_weights, weights_file
 
-NAMES = ("generator", "tokenizer")  # what checkpoints call the weights to use
+NAMES = (*opened.NAMES[GENERATOR], *opened.NAMES[TOKENIZER])  # in checkpoints
 
 
 class Record(TypedDict):
@@ -23,11 +28,6 @@ class Record(TypedDict):
 
     path: str
     hash: str
-
-
-def initial_file(path: str) -> Path:
-    """The weights file that `experiment.init_weights` stands for (`checkpoint.weights_file`)."""
-    return weights_file(path, *NAMES)
 
 
 def check_same_start(recorded: Optional[Record], path: Optional[str], source: Path) -> None:
@@ -38,7 +38,7 @@ def check_same_start(recorded: Optional[Record], path: Optional[str], source: Pa
     """
     if path is None or (recorded is not None and recorded["path"] == path):
         return
-    if recorded is not None and tensors_hash(read_weights(path, *NAMES)) == recorded["hash"]:
+    if recorded is not None and weights_hash(path) == recorded["hash"]:
         return
     start = "random weights" if recorded is None else recorded["path"]
     raise InputError(
@@ -48,30 +48,39 @@ def check_same_start(recorded: Optional[Record], path: Optional[str], source: Pa
     )
 
 
+def weights_hash(path: str) -> str:
+    return tensors_hash(read_state_dict(find_weights(path, *NAMES)))
+
+
 def fit_classes(
-    state: dict[str, Tensor], config: GeneratorConfig, source: str
+    weights: Opened, config: GeneratorConfig, classes: Sequence[str]
 ) -> tuple[dict[str, Tensor], str]:
-    """A generator's tensors for `config.condition_num_classes`, and in words what was done.
+    """A generator's tensors for the classes of a training set, and in words what was done.
 
     The rows of the codes and of "no class" are copied. With another number of classes their meaning
-    has changed: every class then starts at the mean of the old rows. Raises InputError where
-    the codes are others. A state dict of another model is returned unchanged.
+    has changed: every class then starts at the mean of the old rows. With the same number the rows are
+    copied by label; classes that are called otherwise are named. Raises InputError where
+    another size is not that of `config`.
     """
-    name = "embeddings.weight"
-    if name not in state or "output.weight" not in state:
-        return state, ""
-    codes, rows = len(state["output.weight"]), state[name]
-    if codes != config.codebook_size:
-        raise InputError(
-            f"{source} is a generator of {codes} codes, but model.generator.codebook_size="
-            f"{config.codebook_size}: codes of another tokenizer mean something else; pass a "
-            f"generator of this tokenizer's codes"
-        )
-    first = codes + 1  # the row of class 0; the last row is "no class"
-    before, after = len(rows) - first - 1, config.condition_num_classes
-    if before < 1 or before == after:
-        return state, ""
+    here = about_model(GENERATOR, config).config
+    before, after = weights.about.config["condition_num_classes"], here.pop("condition_num_classes")
+    weights.about.sizes(here, weights.file, "model.generator.{}={}".format)
+    if before == after:
+        return weights.state, renamed_rows(weights.about.classes or (), classes)
+    state, name = weights.state, "embeddings.weight"
+    first = config.codebook_size + 1  # the row of class 0; the last row is "no class"
+    rows = state[name]
     mean = rows[first:-1].float().mean(0, keepdim=True).expand(after, -1)
     fitted = torch.cat([rows[:first], mean.to(rows.dtype), rows[-1:]])
     words = f"; {after} classes instead of {before}: every class starts at the mean of the old ones"
     return {**state, name: fitted}, words
+
+
+def renamed_rows(before: Sequence[str], after: Sequence[str]) -> str:
+    """In words, the classes whose rows belonged to classes of other names; empty without any."""
+    other = [f"{new} at {old}" for old, new in zip(before, after) if old != new]
+    if not other:
+        return ""
+    return (
+        f"; warning: {len(other)} classes start at the rows of other classes: {first_names(other)}"
+    )

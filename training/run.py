@@ -20,16 +20,18 @@ from configs.schema import Experiment, Phase, Training
 from data.loader import training_loader
 from data.unreadable import SkipUnreadable, lines_of
 from modeling.weights.metadata import About
-from modeling.weights.tensors import read_state_dict, tensors_hash, write_state_dict
+from modeling.weights.opened import Opened
+from modeling.weights.tensors import tensors_hash, write_state_dict
 from runtime.errors import InputError
 from runtime.files import write_whole
 from runtime.parts import differing
 from runtime.processes import on_main
 from runtime.signals import SAVED_AND_STOPPED, StopSignal
+from runtime.weights import open_on_all
 from training.accelerator import precision
 from training.checkpoint import Checkpoint, whole_tensors
 from training.dry_run import DryRun
-from training.initial import check_same_start, initial_file
+from training.initial import check_same_start
 from training.log import RunLog, Window, due
 from training.optim import FiniteGuard
 from training.utilisation import peak_flops
@@ -160,20 +162,19 @@ class Run:
             self.experiment = replace(self.experiment, init_weights=initial["path"])
             self.options = replace(self.options, experiment=self.experiment)  # for config.yaml
 
-    def initial_weights(self) -> Optional[tuple[dict[str, Tensor], str]]:
-        """The tensors of `experiment.init_weights` and the path of their file; all ranks call this.
+    def initial_weights(self, kind: str) -> Optional[Opened]:
+        """`experiment.init_weights`, the weights of a model of this kind; all ranks call this.
 
         None without the option, and if the run resumes: its checkpoint has the weights.
         """
         named = self.experiment.init_weights
         if named is None or self.resumed:
             return None
-        file = on_main(lambda: initial_file(named))
-        state = read_state_dict(file)
+        weights = open_on_all(named, kind)
         self.checkpoint.values["initial"] = {
-            "path": named, "hash": on_main(lambda: tensors_hash(state))
+            "path": named, "hash": on_main(lambda: tensors_hash(weights.state))
         }  # fmt: skip
-        return state, str(file)
+        return weights
 
     @property
     def resumed(self) -> bool:

@@ -26,12 +26,12 @@ from typing import Any
 
 from torch import Tensor
 
+from configs.sizes import tokenizer_sizes
 from data.cache import fingerprint
 from data.images import ImagePath, scan_images
 from data.tokens import open_tokens
 from evaluation.generator_scores import find_source, open_generator, plot_positions
 from evaluation.likelihood import Likelihood, measure_likelihood
-from evaluation.tokenizer_score import load_tokenizer
 from experiments.alignment import figures
 from experiments.alignment.dependence import (
     BATCH,
@@ -50,6 +50,8 @@ from experiments.alignment.dependence import (
 from experiments.alignment.neighbours import NEIGHBOURS, code_dependence
 from modeling.devices import find_device
 from modeling.tokenizer import Tokenizer
+from modeling.weights.metadata import TOKENIZER
+from modeling.weights.opened import load_tokenizer, open_weights
 from runtime.arguments import Parser, as_path
 from runtime.errors import InputError
 from runtime.files import write_whole, writing
@@ -187,7 +189,8 @@ def image_paths(folder: Path, at_least: int) -> list[ImagePath]:
 
 def open_tokenizer(path: str) -> Tokenizer:
     """A tokenizer in eval mode. Raises InputError where the grid has one row only."""
-    tokenizer = load_tokenizer(path)
+    opened = open_weights(path, TOKENIZER)
+    tokenizer = load_tokenizer(opened, tokenizer_sizes(opened, None))
     if tokenizer.config.grid < 2:
         raise InputError(
             f"{path} has one row of patches, and so no rows that could depend on others"

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from configs.sizes import tokenizer_sizes
 from data.images import CenterImages, scan_images
 from data.pictures import to_pixels
 from data.tokens import TokenStore
 from evaluation.metrics import frechet_distance
-from evaluation.tokenizer_score import load_tokenizer
 from experiments.alignment.rows import GUIDANCE
+from modeling.weights.metadata import TOKENIZER
+from modeling.weights.opened import load_tokenizer, open_weights
 from modeling.weights.tensors import read_state_dict
 from runtime.arguments import Parser, as_path
 from runtime.errors import InputError
@@ -66,7 +68,8 @@ def crops(folder: Path, size: int, limit: int | None = None) -> np.ndarray:
 
 
 def reconstructions(run: Path, codes: np.ndarray) -> np.ndarray:
-    tokenizer = load_tokenizer(str(run / "stage1"))
+    opened = open_weights(run / "stage1", TOKENIZER)
+    tokenizer = load_tokenizer(opened, tokenizer_sizes(opened, None))
     with torch.inference_mode():
         parts = [tokenizer.decode(part) for part in torch.from_numpy(codes).split(BATCH)]
     return to_pixels(torch.cat(parts))

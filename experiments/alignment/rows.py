@@ -202,8 +202,8 @@ def recipe(row: Row, overrides: Overrides, classes: int) -> Recipe:
     """A row under a variation, on data of this many classes. Raises InputError for sizes that do not fit."""
     sizes = dict(overrides.sizes)
     if not row.prefix:
-        sizes["num_latent_tokens"] = tokenizer_config(STAGE1, **sizes).grid ** 2
-    tokens = tokenizer_config(STAGE1, **sizes, prefix_head=False).num_tokens
+        sizes["num_latent_tokens"] = tokenizer_config(STAGE1, **sizes)[0].grid ** 2
+    tokens = tokenizer_config(STAGE1, **sizes, prefix_head=False)[0].num_tokens
     tokenizer = [f"model.vq_model.{name}={value}" for name, value in sizes.items()]
     known = OmegaConf.load(GENERATOR).model.generator
     generator = list(tokenizer)

@@ -11,6 +11,7 @@ from typing import Optional
 from ..errors import InputError
 from ..fields import short
 from ..sampling import NO_CLASS, check_classes
+from .metadata import About
 
 NONE = "none"  # what images without a class are asked for by
 IMAGENET_CLASSES = 1000
@@ -111,6 +112,11 @@ class ClassNames:
             return self.shown.get(label, str(label))
         except InputError:  # a picture is worth more than its caption
             return str(label)
+
+
+def class_names(about: About) -> ClassNames:
+    """The names of the classes of a generator whose file says this."""
+    return ClassNames(about.config["condition_num_classes"], dict(enumerate(about.classes or ())))
 
 
 def same(name: str, other: str) -> bool:

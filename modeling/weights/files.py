@@ -6,21 +6,25 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ..errors import InputError
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into InputError, which names the place."""
+def writing(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turn a full disk or a missing permission into InputError, which names the place.
+
+    `errors` are exceptions besides OSError by which the writer in the body reports such a failure.
+    """
     try:
         yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # RuntimeErrors, but of the device
-    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own
+    except (OSError, *errors) as e:
         lines = str(getattr(e, "strerror", None) or e).strip().splitlines() or [type(e).__name__]
         remedy = "free some space or make the folder writable"
         if isinstance(e, (FileExistsError, NotADirectoryError)):
@@ -56,6 +60,18 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def write_torch(content: Any, path: Path) -> None:
+    """Tensors and plain values on the CPU in PyTorch's format, whole or not at all."""
+    with whole_file(path) as partial, writing(path, RuntimeError):  # so torch reports a full disk
+        torch.save(content, partial)
+
+
+def write_safetensors(state: dict[str, Tensor], path: Path, entries: dict[str, str]) -> None:
+    """Tensors on the CPU as safetensors with these entries of `__metadata__`, whole or not at all."""
+    with whole_file(path) as partial, writing(path, SafetensorError):
+        save_file(state, partial, entries or None)
 
 
 def sync_file(path: Path) -> None:

@@ -1,7 +1,8 @@
 """What a weights file says of itself: the model, its sizes, the tokenizer of its codes, class names.
 
-A .safetensors file that this project writes holds one entry in its `__metadata__`, under the key
-`alitok`: a JSON object of
+Every weights file that this project writes has an entry `alitok`: a JSON text in the `__metadata__` of
+.safetensors, a dict in the `_metadata` of a state dict in PyTorch's format, where modules keep their
+versions and `load_state_dict` asks for no such name. Its content:
 
     version     1
     kind        generator, tokenizer or discriminator
@@ -11,22 +12,21 @@ A .safetensors file that this project writes holds one entry in its `__metadata_
                 or of the tokenizer itself; null where it is unknown
     classes     of a generator: the names of its training set's classes, a label being an index into
                 them; null where they are unknown
+    untrained   of a generator: the labels among them that had no image in training
 
-One entry, because the order of several is not the same at every writing.
+The sizes of other files are those that the shapes of their tensors show, and published head sizes.
 """
 
 import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Optional, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError
 
-T = TypeVar("T")
 KEY, VERSION = "alitok", 1
 GENERATOR, TOKENIZER, DISCRIMINATOR = "generator", "tokenizer", "discriminator"
 # All that decides what a model computes, and the shapes of its tensors.
@@ -42,21 +42,36 @@ SIZES = {
     ),
     DISCRIMINATOR: (),
 }  # fmt: skip
+Named = Callable[[str, Any], str]
+HEAD_SIZE = 64  # of the published tokenizers
+UNSEEN = ("encoder_heads", "decoder_heads", "causal")  # shown by no tensor of a tokenizer
+# Of a tokenizer: those that decide its codes, and those of the decoder that both stages share.
+ENCODER = tuple(
+    name
+    for name in SIZES[TOKENIZER]
+    if not name.startswith(("decoder_", "num_buffer", "causal", "prefix_head"))
+)
+DECODER = ("decoder_width", "decoder_layers", "decoder_heads")
 FLAGS = ("causal", "prefix_head")  # the sizes that are true or false
 
 
 @dataclass(frozen=True)
 class About:
-    """The entry `alitok`, as the module's docstring describes it."""
+    """What a file says of itself (see the module's docstring), or what its tensors show.
+
+    `assumed` are published values of sizes that no tensor shows, of a file that does not state them.
+    """
 
     kind: str
     config: dict[str, Any]
     tokenizer: Optional[str] = None
     stage: Optional[int] = None
     classes: Optional[tuple[str, ...]] = None
+    untrained: tuple[int, ...] = ()
+    assumed: dict[str, Any] = field(default_factory=dict)
 
-    def entries(self) -> dict[str, str]:
-        """The `__metadata__` of a file."""
+    def entry(self) -> dict[str, Any]:
+        """The entry `alitok` of a file."""
         content: dict[str, Any] = {"version": VERSION, "kind": self.kind, "config": self.config}
         if self.kind == TOKENIZER:
             content["stage"] = self.stage
@@ -64,22 +79,34 @@ class About:
             content["tokenizer"] = self.tokenizer
         if self.kind == GENERATOR:
             content["classes"] = None if self.classes is None else list(self.classes)
-        return {KEY: json.dumps(content)}
+            content["untrained"] = list(self.untrained)
+        return content
 
-    def expect(self, kind: str, source: object) -> None:
-        """Raise InputError for a file of another kind of model."""
-        if self.kind != kind:
-            raise InputError(
-                f"{source} holds a {self.kind}, not a {kind}: pass the path of a {kind}'s weights"
-            )
+    def without_images(self, labels: Iterable[int]) -> list[int]:
+        """Those of the labels that the generator was not trained on; none where that is unknown."""
+        if self.classes is None:
+            return []
+        known = len(self.classes)
+        return sorted(label for label in set(labels) if label >= known or label in self.untrained)
 
-    def build(self, config: type[T], kind: str, source: object) -> T:
-        """The config of this kind of model. Raises InputError for another kind or sizes that cannot be."""
-        self.expect(kind, source)
-        try:
-            return config(**self.config)
-        except InputError as e:
-            raise damaged(source, str(e)) from e
+    def sizes(
+        self, chosen: Mapping[str, Any], source: object, named: Named = "{}={}".format
+    ) -> dict[str, Any]:
+        """The sizes of this model. `chosen` are those that somebody has set; they hold where the file
+        states nothing and no tensor shows it.
+
+        Raises InputError where one of them contradicts the file (`source`); `named(name, value)` is
+        what the user has set, in words.
+        """
+        for name, size in self.config.items():
+            set_to = chosen.get(name)
+            if set_to not in (None, size):
+                raise InputError(
+                    f"{named(name, set_to)} contradicts {source}, whose weights have "
+                    f"{name}={size}: leave it out, or pass other weights"
+                )
+        assumed = {name: chosen.get(name, size) for name, size in self.assumed.items()}
+        return {**assumed, **self.config}
 
     def check_tensors(self, state: dict[str, Tensor], source: object) -> None:
         """Raise InputError where a size contradicts the shapes of the file's tensors."""
@@ -102,37 +129,22 @@ def about_model(
     config: Any = None,
     tokenizer: Optional[str] = None,
     stage: Optional[int] = None,
-    classes: Optional[list[str]] = None,
+    classes: Optional[Sequence[str]] = None,
+    untrained: Iterable[int] = (),
 ) -> About:
     """What a file with the weights of a model of this config says; see `About`."""
     sizes = {name: getattr(config, name) for name in SIZES[kind]}
     if kind == TOKENIZER:
         sizes["num_latent_tokens"] = config.num_tokens  # null stands for it in a config
-    return About(kind, sizes, tokenizer, stage, None if classes is None else tuple(classes))
+    names = None if classes is None else tuple(classes)
+    return About(kind, sizes, tokenizer, stage, names, tuple(untrained))
 
 
-def about_file(path: str | Path) -> Optional[About]:
-    """What a file says of itself; only its header is read.
-
-    None for a file of another format or that somebody else has written, and where no file can be
-    read: whoever loads its tensors says what is wrong then. Raises InputError for a version or an
-    entry that this code does not know.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
+def parse(entry: Any, source: object) -> About:
+    """What an entry `alitok`, a dict or its JSON text, says; InputError names `source`."""
     try:
-        with safe_open(path, "pt") as file:
-            entries = file.metadata() or {}
-    except (SafetensorError, OSError):
-        return None
-    return None if KEY not in entries else parse(entries[KEY], path)
-
-
-def parse(text: str, source: object) -> About:
-    """The entry of a file's metadata; InputError names `source`."""
-    try:
-        content = json.loads(text)
+        # A dict goes through JSON too: then both formats hold the same types.
+        content = json.loads(entry if isinstance(entry, str) else json.dumps(entry))
         version = content["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise damaged(source, "it is not an object with a version") from e
@@ -158,7 +170,10 @@ def parse(text: str, source: object) -> About:
         if len(classes) > config.get("condition_num_classes", 0):
             raise damaged(source, f"it names {len(classes)} classes, more than the model has")
         classes = tuple(classes)
-    return About(kind, config, tokenizer, stage, classes)
+    untrained = content.get("untrained", [])
+    if not isinstance(untrained, list) or not all(type(label) is int for label in untrained):
+        raise damaged(source, "its untrained classes are not a list of labels")
+    return About(kind, config, tokenizer, stage, classes, tuple(untrained))
 
 
 def damaged(source: object, reason: str) -> InputError:
@@ -166,6 +181,27 @@ def damaged(source: object, reason: str) -> InputError:
 
 
 # ---------------------------------------------------------------------- what shapes show
+def about_shapes(kind: str, state: dict[str, Tensor]) -> Optional[About]:
+    """What the shapes of a model's tensors show, with published values for what none of them shows.
+
+    None where the tensors are not those of such a model.
+    """
+    shown = shown_sizes(kind, state)
+    if shown is None:
+        return None
+    if kind != TOKENIZER:
+        return About(kind, shown)
+    widths = {part: shown[f"{part}_width"] for part in ("encoder", "decoder")}
+    heads = {
+        f"{part}_heads": width // HEAD_SIZE
+        for part, width in widths.items()
+        if width % HEAD_SIZE == 0
+    }
+    stage1 = shown["prefix_head"] or "quantize.embed_prob" in state
+    assumed = {"causal": shown["prefix_head"], **heads}
+    return About(kind, shown, stage=1 if stage1 else None, assumed=assumed)
+
+
 def shown_sizes(kind: str, state: dict[str, Tensor]) -> Optional[dict[str, Any]]:
     """The sizes that the shapes of a model's tensors show; None where they are of no such model.
 

@@ -6,9 +6,8 @@ from typing import Optional
 from ..errors import InputError
 from ..tokenizer import Tokenizer, TokenizerConfig
 from . import hub
-from .metadata import TOKENIZER, about_file, about_model
-from .runs import weights_in
-from .tensors import load_for_use, read_state_dict
+from .metadata import TOKENIZER
+from .opened import config_of, load_tokenizer, open_weights
 
 FILE = "tokenizer.safetensors"  # of a folder that `Pipeline.save_pretrained` writes
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -25,13 +24,5 @@ def open_tokenizer(
         raise InputError(f"revision={revision} is for the hub, but {name} is a local path")
     if (path / FILE).is_file():
         path = path / FILE
-    file = weights_in(path, TOKENIZER)
-    about = about_file(file)
-    if about is not None:
-        stated = about.build(TokenizerConfig, TOKENIZER, file)
-        if config is not None and about_model(TOKENIZER, config).config != about.config:
-            raise InputError(f"config contradicts {file}, which states its sizes: leave it out")
-        config = stated
-    tokenizer = Tokenizer(config or TokenizerConfig()).eval()
-    load_for_use(tokenizer, read_state_dict(file), str(file))
-    return tokenizer
+    opened = open_weights(path, TOKENIZER)
+    return load_tokenizer(opened, config_of(opened, config))

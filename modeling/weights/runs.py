@@ -1,43 +1,80 @@
-"""The weights in the folder of a training run, for reading; `training/checkpoint.py` writes them.
+"""The weights that a path stands for: a file, or what the folder of a training run holds.
 
-RUN_DIR/checkpoints/step-00001000/ holds NAME.safetensors and, written last, manifest.json with the
-sha256 of every file.
+Ours: RUN_DIR/checkpoints/step-00001000/ holds NAME.safetensors and, written last, manifest.json with
+the sha256 of every file (`training/checkpoint.py` writes them). The published generator trainer's:
+RUN_DIR/checkpoint-1000/ holds `PUBLISHED`, and RUN_DIR the final pytorch_model.bin.
 """
 
 import json
+import logging
 import re
 from pathlib import Path
 
 from ..errors import InputError
 from .files import file_sha256
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
+# In the published trainer's folders, the average first. The last but one is what accelerate saves.
+PUBLISHED = (
+    "ema_model/pytorch_model.bin", "unwrapped_model/pytorch_model.bin", "model.safetensors",
+    "pytorch_model.bin",
+)  # fmt: skip
 
 
-def weights_in(path: str | Path, *names: str) -> Path:
-    """The weights file that a path stands for: itself, or, in the newest checkpoint of a run's folder
-    (or in the checkpoint that is passed), that of the first of `names` that is there.
+def find_weights(path: str | Path, *names: str) -> Path:
+    """The weights file that a path stands for: itself; of a checkpoint that of the first of `names`
+    that is there; of a run's folder that of its newest checkpoint.
 
-    A checkpoint whose save was cut short does not count. Raises InputError where there is none, and
-    where the file is not the one that was saved.
+    The file must be the one that the checkpoint's manifest states. Where the newest checkpoint's is
+    damaged, that of the one before is taken and a line in the log says so; one that was named on
+    purpose is refused. Only the file that is used is read. Raises InputError where there is none.
     """
     path = Path(path)
     if not path.is_dir():
+        in_checkpoint = is_checkpoint(path.parent) and (path.parent / MANIFEST).is_file()
+        if in_checkpoint and path.is_file() and not is_whole(path):
+            raise damaged(path)
         return path  # whoever reads it says what is wrong with it
-    found = [path] if NAME.fullmatch(path.resolve().name) else all_checkpoints(path)
-    found = [folder for folder in found if (folder / MANIFEST).is_file()]
-    if not found:
+    named = is_checkpoint(path)
+    checkpoints = [path] if named else all_checkpoints(path)
+    if not checkpoints:
+        return find_published(path)
+    for folder in reversed(checkpoints):
+        files = [folder / f"{name}.safetensors" for name in names]
+        file = next((file for file in files if file.is_file()), None)
+        if file is not None and is_whole(file):
+            return file
+        if file is None and (folder / MANIFEST).is_file():
+            raise InputError(
+                f"{path} has no weights of a {names[-1]}: pass a run of the right kind"
+            )
+        if not named:
+            log.warning("%s was altered or cut short: trying the checkpoint before", file or folder)
+    raise damaged(path)
+
+
+def find_published(path: Path) -> Path:
+    """The newest weights in a folder of the published generator trainer."""
+    found = [p for p in path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    found.sort(key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)
+    files = [folder / name for folder in (path, *found) for name in PUBLISHED]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         raise InputError(
             f"{path} holds no checkpoints: pass a weights file, a run folder or a checkpoint of it"
         )
-    files = [found[-1] / f"{name}.safetensors" for name in names]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise InputError(f"{path} has no weights of a {names[-1]}: pass a run of the right kind")
-    if not is_whole(file):
-        raise InputError(f"{file} was altered or cut short: pass an earlier checkpoint of the run")
     return file
+
+
+def damaged(path: Path) -> InputError:
+    return InputError(f"{path} was altered or cut short: pass an earlier checkpoint of the run")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return NAME.fullmatch(folder.resolve().name) is not None
 
 
 def step_of(path: Path) -> int:
@@ -52,10 +89,17 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a file has the hash that its checkpoint's manifest states."""
+    """Whether a file has the hash that its checkpoint's manifest states.
+
+    Raises InputError where it may not be read: that is not damage.
+    """
     try:
         entries = json.loads((file.parent / MANIFEST).read_text())["files"]
         stated = {entry["name"]: entry["sha256"] for entry in entries}
         return file_sha256(file) == stated[file.name]
+    except PermissionError as e:
+        raise InputError(
+            f"no permission to read {e.filename}: make it readable (chmod), or run as its owner"
+        ) from e
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -3,22 +3,23 @@
 import ctypes
 import dataclasses
 import hashlib
+import json
 import logging
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..tokenizer import Tokenizer
-from .files import whole_file
+from .files import write_safetensors, write_torch
 from .formats import PYTORCH, SAFETENSORS, kind_by_content, unwrap
-from .metadata import TOKENIZER, About, about_file, layers
+from .metadata import KEY, TOKENIZER, About, layers, parse
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +32,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     (`weights_only`). Raises InputError for a file that is missing, unreadable or damaged, that is of
     another kind, that holds no tensors or two candidates, or whose metadata contradicts its tensors.
     """
-    content = read_file(Path(path))
+    return read_weights(path)[0]
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], Optional[About]]:
+    """`read_state_dict`, and what the file says of itself; None where somebody else wrote it."""
+    content, entries = read_file(Path(path))
     state, removed = unwrap(content, str(path))
     say_unwrapped(path, removed)
-    about = about_file(path)
-    if about is not None:
-        about.check_tensors(state, path)
-    return state
+    if KEY not in entries:
+        return state, None
+    about = parse(entries[KEY], path)
+    about.check_tensors(state, path)
+    return state, about
 
 
 def read_part(path: str | Path, name: str) -> dict[str, Tensor]:
@@ -47,7 +54,7 @@ def read_part(path: str | Path, name: str) -> dict[str, Tensor]:
     or from a file of its own. Raises InputError as `read_state_dict` does, and where no tensor, or
     more than one, has this name.
     """
-    content = read_file(Path(path))
+    content, _ = read_file(Path(path))
     entries = {"": content}
     if isinstance(content, dict):
         entries |= {key: value for key, value in content.items() if isinstance(value, dict)}
@@ -79,8 +86,9 @@ def say_unwrapped(path: str | Path, removed: list[str]) -> None:
         log.warning("%s: took the weights from %s", path, " -> ".join(removed))
 
 
-def read_file(path: Path) -> Any:
-    """Whatever tensors and plain values a weights file holds, as they are nested there."""
+def read_file(path: Path) -> tuple[Any, dict]:
+    """Whatever tensors and plain values a weights file holds, as they are nested there, and its
+    metadata: `__metadata__` of safetensors, `_metadata` of a state dict."""
     try:
         kind = kind_by_content(path)
     except PermissionError as e:
@@ -99,10 +107,14 @@ def read_file(path: Path) -> Any:
         raise InputError(f"{path} is {kind}")
     try:
         if named == SAFETENSORS:
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
         # Older files (VGG's, LPIPS's) are not zip archives and cannot be mapped.
         mmap = kind == PYTORCH
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        entries = getattr(content, "_metadata", None)
+        return content, entries if isinstance(entries, dict) else {}
     except Exception as e:  # a damaged pickle raises almost anything
         raise not_tensors(path, e) from e
 
@@ -144,26 +156,20 @@ def write_state_dict(
 ) -> None:
     """Write tensors as safetensors or, for any other suffix, in PyTorch's format; never in part.
 
-    `about` goes into the metadata of safetensors; the fingerprint of a tokenizer is computed here.
-    PyTorch's format, the published one, has no place for it.
+    `about` goes into the file's metadata; the fingerprint of a tokenizer is computed here.
     """
     path = Path(path)
     # A tensor that shares memory would be saved whole; clones keep the file to what is named.
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-    with whole_file(path) as partial:
-        if path.suffix == ".safetensors":
-            save_file(state, partial, *metadata_of(state, about))
-        else:
-            torch.save(state, partial)
-
-
-def metadata_of(state: dict[str, Tensor], about: Optional[About]) -> list[dict[str, str]]:
-    """The `__metadata__` of a file with these tensors, if there is any."""
-    if about is None:
-        return []
-    if about.kind == TOKENIZER:
+    state = OrderedDict((k, v.detach().cpu().contiguous().clone()) for k, v in state.items())
+    if about is not None and about.kind == TOKENIZER:
         about = dataclasses.replace(about, tokenizer=fingerprint(state))
-    return [about.entries()]
+    entry = None if about is None else about.entry()
+    if path.suffix == ".safetensors":
+        write_safetensors(state, path, {} if entry is None else {KEY: json.dumps(entry)})
+        return
+    if entry is not None:
+        state._metadata = {KEY: entry}  # type: ignore[attr-defined]  # as torch's own state dicts have
+    write_torch(state, path)
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
@@ -174,23 +180,6 @@ def fingerprint(state: dict[str, Tensor]) -> str:
     metadata of weights hold it.
     """
     return tensors_hash(state, ("encoder.", "latent_tokens", "quantize.embedding."), torch.float32)
-
-
-def check_same_codes(
-    generator: Optional[About],
-    source: object,
-    tokenizer: dict[str, Tensor],
-    tokenizer_source: object,
-) -> None:
-    """Refuse a generator with the tokenizer of other codes, as far as its file says which it is for."""
-    if generator is None or generator.tokenizer is None:
-        return
-    here = fingerprint(tokenizer)
-    if generator.tokenizer != here:
-        raise InputError(
-            f"{source} models the codes of another tokenizer (fingerprint {generator.tokenizer:.40}) "
-            f"than {tokenizer_source} ({here}): pass the tokenizer that it was trained with"
-        )
 
 
 def tensors_hash(
@@ -285,14 +274,6 @@ def load_tensors(
         )
     check_finite(found, source)
     model.load_state_dict(found, strict=False)  # strictness was checked above, with reasons
-
-
-def load_for_use(
-    tokenizer: Tokenizer, state: dict[str, Tensor], source: str, ignore: tuple[str, ...] = ()
-) -> None:
-    """`load_tensors` of a tokenizer that is used, not trained."""
-    spare = tokenizer.training_only
-    load_tensors(tokenizer, state, source, (*ignore, *spare), spare)
 
 
 def check_finite(state: dict[str, Tensor], source: str) -> None:

@@ -97,15 +97,15 @@ def test_sweep_samples_each_cell_as_the_sampler_does_and_loads_weights_once(
     from evaluation import sweep
 
     loads = []
-    read = sweep.read_weights
-    monkeypatch.setattr(sweep, "read_weights", lambda *names: loads.append(names) or read(*names))
+    load = sweep.load_models
+    monkeypatch.setattr(sweep, "load_models", lambda *given: loads.append(given) or load(*given))
     sweep.main([
         f"--reference={tiny}", "--scales=1,3", "--powers=0.5", "--num_samples=14",
         f"--output={tmp_path}/sweep", f"config={workspace.root}/generator.yaml",
         f"experiment.generator_checkpoint={workspace.generator}",
         f"experiment.tokenizer_checkpoint={workspace.tokenizer}",
     ])  # fmt: skip
-    assert len(loads) == 2  # generator and tokenizer, whatever the number of cells
+    assert len(loads) == 1  # whatever the number of cells
     workspace.sample(
         tmp_path / "samples", "experiment.num_fid_samples=14", "model.generator.guidance_scale=3",
         "model.generator.guidance_scale_pow=0.5",

@@ -15,6 +15,8 @@ from data.images import center_crop, load_image, to_float, to_uint8
 from data.tokens import NpzStore, TokenStore
 from encoding.encoder import encode, load_encoder
 from modeling.tokenizer import Tokenizer
+from modeling.weights.metadata import TOKENIZER
+from modeling.weights.opened import open_weights
 from modeling.weights.tensors import read_state_dict, write_state_dict
 
 
@@ -31,7 +33,7 @@ def image_dependent_tokenizer(workspace, path):
 
 
 def config_of(workspace):
-    return tokenizer_config(workspace.root / "generator.yaml")
+    return tokenizer_config(workspace.root / "generator.yaml")[0]
 
 
 class Runs:
@@ -82,10 +84,8 @@ def copies(folder, images):
 # ---------------------------------------------------------------------- views
 def encoded(runs, views):
     """Codes of PIL images, by the encoder alone."""
-    state = read_state_dict(runs.tokenizer)
-    encoder = load_encoder(
-        config_of(runs.workspace), state, str(runs.tokenizer), torch.device("cpu")
-    )
+    opened = open_weights(runs.tokenizer, TOKENIZER)
+    encoder = load_encoder(opened, config_of(runs.workspace), torch.device("cpu"))
     pixels = to_float(torch.stack([to_uint8(view) for view in views]))
     return encode(encoder, pixels, "fp32").numpy()
 
@@ -176,7 +176,12 @@ def test_manifest_records_the_heads_and_other_heads_are_refused(workspace, runs,
     other.write_text(text.replace("encoder_heads: 2", "encoder_heads: 4"))
     runs.ok(tmp_path / "cache")
     assert manifest(tmp_path / "cache")["encoder_heads"] == 2
-    line = runs.refused(tmp_path / "cache", "--config", other)
+    line = runs.refused(tmp_path / "other", "--config", other)
+    assert f"encoder_heads=4 ({other}, line" in line and "weights have encoder_heads=2" in line
+    state = read_state_dict(runs.tokenizer)
+    write_state_dict(state, tmp_path / "bare.pth")  # does not say so
+    given = ["--config", other, "--tokenizer_checkpoint", tmp_path / "bare.pth"]
+    line = runs.refused(tmp_path / "cache", *given)
     assert "encoder_heads (2 there, 4 now)" in line
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from modeling.pipeline import Pipeline
-from modeling.weights.metadata import TOKENIZER, about_file
+from modeling.weights.metadata import TOKENIZER
+from modeling.weights.tensors import read_weights
 from tests.integration.conftest import execute
 from tests.integration.test_bad_input import refused
 
@@ -59,7 +60,6 @@ def test_the_tokenizer_of_other_codes_and_a_name_of_no_class_are_refused(
     refused(
         sample("a", *files, check=False), "models the codes of another tokenizer", "step-00000003"
     )
-    # A .bin states nothing, but its run's folder knows its classes.
     done = workspace.sample(tmp_path / "a", "experiment.classes=[klass1]", check=False)
     refused(done, "no class is called klass1: the nearest name is class1 (class 1)")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.yaml"]
@@ -78,14 +78,14 @@ def test_pretokenization_and_stage_2_read_what_the_file_states(workspace, tmp_pa
     options = ["model.vq_model.encoder_heads=4"]
     done = workspace.stage2(tmp_path / "run", workspace.stage1_run, *options, check=False)
     refused(
-        done, "model.vq_model.encoder_heads=4 contradicts", "whose encoder stage 2 keeps: set 2"
+        done, "model.vq_model.encoder_heads=4 contradicts", "whose weights have encoder_heads=2"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
 
 
 def test_tokenizers_of_both_stages_state_the_same_codes(workspace):
     first, second = (
-        about_file(run / "tokenizer.safetensors")
+        read_weights(run / "tokenizer.pth")[1]
         for run in (workspace.stage1_run, workspace.tokenizer.parent)
     )
     assert (first.kind, first.stage, second.stage) == (TOKENIZER, 1, 2)

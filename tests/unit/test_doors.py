@@ -13,7 +13,6 @@ import evaluation.evaluator
 import evaluation.generator_scores
 import evaluation.statistics
 import modeling.generator
-import modeling.pipeline
 import modeling.tokenizer
 import modeling.weights.metadata
 import sample_imagenet
@@ -26,7 +25,8 @@ from modeling.generator import next_code_loss
 from modeling.image_decoder import ImageDecoder
 from modeling.sampling import Sampling, sample_codes
 from modeling.tokenizer import Tokenizer
-from modeling.weights.tensors import fingerprint, load_for_use, read_state_dict, write_state_dict
+from modeling.weights.metadata import TOKENIZER, about_model
+from modeling.weights.tensors import fingerprint, load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
 from tests.tiny import tiny_generator, tiny_tokenizer
@@ -87,8 +87,7 @@ def sizes_of_recurrent(state):
 
 def test_a_backbone_is_trained_sampled_and_scored(tmp_path, monkeypatch, fill):
     monkeypatch.setattr(modeling.generator, "Generator", Recurrent)
-    for module in (modeling.weights.metadata, modeling.pipeline):  # one function, under two names
-        monkeypatch.setattr(module, "generator_sizes", sizes_of_recurrent)
+    monkeypatch.setattr(modeling.weights.metadata, "generator_sizes", sizes_of_recurrent)
     (tmp_path / "toy.yaml").write_text(SIZES)
     tokenizer = fill(
         Tokenizer(
@@ -97,7 +96,8 @@ def test_a_backbone_is_trained_sampled_and_scored(tmp_path, monkeypatch, fill):
             )
         )
     )
-    write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth")
+    about = about_model(TOKENIZER, tokenizer.config)
+    write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth", about)
     (tmp_path / "cache").mkdir()
     writer = TokenWriter(tmp_path / "cache", 1, 21, 16)
     writer.append((np.arange(24)[:, None, None] % 3 + np.arange(21)) % 16)
@@ -185,7 +185,7 @@ def test_a_quantizer_trains_encodes_decodes_and_is_saved(monkeypatch, tmp_path):
 
     write_state_dict(tokenizer.state_dict(), tmp_path / "t.safetensors")
     again = Tokenizer(config)
-    load_for_use(again, read_state_dict(tmp_path / "t.safetensors"), "t")
+    load_tensors(again, read_state_dict(tmp_path / "t.safetensors"), "t")
     pixels = ImageDecoder(again.eval(), torch.float32)(codes)
     assert torch.equal(pixels, ImageDecoder(tokenizer, torch.float32)(codes))
 

@@ -1,8 +1,13 @@
-import json
+import dataclasses
 
 import pytest
 
 import sample_imagenet
+from modeling.generator import Generator
+from modeling.tokenizer import Tokenizer
+from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
+from modeling.weights.tensors import write_state_dict
+from tests.unit.modeling.test_pipeline import SMALL, TINY
 
 
 class Reached(Exception):
@@ -16,15 +21,21 @@ def said(tmp_path, monkeypatch, capsys):
     def load_models(*args):
         raise Reached
 
-    monkeypatch.setattr(sample_imagenet, "read_weights", lambda *args: {})
     monkeypatch.setattr(sample_imagenet, "load_models", load_models)
 
-    def start(trained, classes):
-        (tmp_path / "classes.json").write_text(json.dumps(trained))
+    about = about_model(TOKENIZER, SMALL)
+    write_state_dict(Tokenizer(SMALL).state_dict(), tmp_path / "t.pth", about)
+    (tmp_path / "bare.yaml").write_text("model: {generator: {guidance_scale: 2.0}}")
+
+    def start(names, untrained, classes):
+        config = dataclasses.replace(TINY, condition_num_classes=4)
+        about = about_model(GENERATOR, config, classes=names, untrained=untrained)
+        write_state_dict(Generator(config).state_dict(), tmp_path / "g.bin", about)
         with pytest.raises(Reached):
             sample_imagenet.main([
-                "config=configs/alitok_b.yaml", f"experiment.output_dir={tmp_path}/samples",
-                f"experiment.generator_checkpoint={tmp_path}/generator.bin",
+                f"config={tmp_path}/bare.yaml", f"experiment.output_dir={tmp_path}/samples",
+                f"experiment.generator_checkpoint={tmp_path}/g.bin",
+                f"experiment.tokenizer_checkpoint={tmp_path}/t.pth",
                 f"experiment.classes={classes}",
             ])  # fmt: skip
         return capsys.readouterr().out
@@ -34,11 +45,11 @@ def said(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("classes, warned", [("[0,1,2]", True), ("[1]", False)])
 def test_classes_never_trained_are_warned_of(said, classes, warned):
-    text = said({1: "b"}, classes)
+    text = said(["a", "b"], [0], classes)
     assert ("warning: 2 of 3 classes (0, 2) were never trained in" in text) is warned
 
 
 @pytest.mark.parametrize("classes, warned", [("[2]", True), ("['10']", False), ("null", False)])
 def test_a_number_of_a_class_that_is_called_by_another_is_warned_of(said, classes, warned):
-    text = said({0: "0", 1: "1", 2: "10", 3: "2"}, classes)
+    text = said(["0", "1", "10", "2"], [], classes)
     assert ("warning: the classes' names are numbers" in text) is warned

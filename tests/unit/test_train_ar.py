@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import train_ar
 from configs.schema import OptimizerParams
 from data.writer import TokenWriter
 from modeling.generator import Generator, GeneratorConfig
-from modeling.weights.metadata import GENERATOR, about_file, about_model
+from modeling.weights.metadata import GENERATOR, about_model
+from modeling.weights.tensors import read_weights
 from runtime.errors import InputError
 from tests.compilations import count_by_step
 from tests.host_syncs import count_in
@@ -140,7 +142,7 @@ def test_validation_class_that_the_training_set_lacks_is_refused(train, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_every_safetensors_of_a_run_says_what_it_is(train, tmp_path):
+def test_every_weights_file_of_a_run_says_what_it_is(train, tmp_path):
     train("training.max_train_steps=10", "training.use_ema=True")
     run = tmp_path / "run"
     sizes = GeneratorConfig(32, 2, 2, codebook_size=32, image_seq_len=21, condition_num_classes=3)
@@ -148,7 +150,8 @@ def test_every_safetensors_of_a_run_says_what_it_is(train, tmp_path):
     found = sorted(run.rglob("*.safetensors"))
     names = {path.name.removesuffix(".safetensors") for path in found}
     assert names == {"generator", "generator_raw", "generator_best"} and len(found) == 4
-    assert all(about_file(path) == expected for path in found)
+    found += run.glob("*.bin")
+    assert len(found) == 6 and all(read_weights(path)[1] == expected for path in found)
 
 
 def test_classes_of_samples_go_by_the_names_of_the_training_set(train, tmp_path, tokenizer):
@@ -169,6 +172,8 @@ class StandIn:
     def to(self, device):
         return self
 
+    requires_grad_ = to
+
     seen = None  # the type that it computed in
 
     def encode(self, images):
@@ -181,7 +186,12 @@ class StandIn:
 
 @pytest.fixture
 def tokenizer(monkeypatch):
-    monkeypatch.setattr(train_ar, "load_tokenizer", lambda options: (StandIn(), "none"))
+    opened = SimpleNamespace(state={})
+    needed = train_ar.needs_tokenizer
+    monkeypatch.setattr(train_ar, "open_tokenizer", lambda o: opened if needed(o) else None)
+    monkeypatch.setattr(train_ar, "with_weights", lambda options, weights: options)
+    monkeypatch.setattr(train_ar, "load_tokenizer", lambda *_: StandIn())
+    monkeypatch.setattr(train_ar, "fingerprint", lambda _: "none")
     monkeypatch.setattr(train_ar, "sample_grid", lambda *args: torch.zeros(40, 3, 16, 16))
 
 
@@ -204,8 +214,8 @@ def test_header_names_the_classes_and_warns_of_missing_ones(train, cache, tmp_pa
     train("training.max_train_steps=1", "model.generator.condition_num_classes=10", run="ten")
     said = capsys.readouterr().out
     assert "3 classes of 10 configured" in said
-    trained = json.loads((tmp_path / "ten/classes.json").read_text())
-    assert trained == {"0": "a", "1": "b", "2": "c"}
+    about = read_weights(tmp_path / "ten/generator.bin")[1]
+    assert about.without_images(range(10)) == list(range(3, 10))
     assert "warning: 7 of model.generator.condition_num_classes=10 classes have no image" in said
 
 
@@ -737,6 +747,6 @@ def test_initial_weights_that_are_not_there_or_no_generators_are_refused(train, 
     with pytest.raises(InputError, match="holds no checkpoints: pass a weights file"):
         train(f"experiment.init_weights={tmp_path}")
     write_state_dict({"w": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="seems to be something else"):
+    with pytest.raises(InputError, match="is not a generator but something else"):
         train(f"experiment.init_weights={tmp_path}/other.pth")
     assert not (tmp_path / "run").exists()

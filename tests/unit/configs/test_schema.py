@@ -326,10 +326,10 @@ def test_stage_2_with_a_part_of_stage_1_is_refused(head):
 
 def test_initial_weights_leave_nothing_for_stage_1_to_bring():
     config = f"config={CONFIGS}/finetune_decoder.yaml"
-    for name, value in (("model.decoder_init", "scratch"), ("model.critic_init", "stage1")):
-        assert refused(TokenizerRun, config, f"{name}={value}").option == name
-    both = ["model.critic_init=stage1", "experiment.stage1_checkpoint=run"]
-    assert load(TokenizerRun, [config, *both]).experiment.init_weights == "weights/AliTok.pth"
+    assert (
+        refused(TokenizerRun, config, "model.decoder_init=scratch").option == "model.decoder_init"
+    )
+    assert load(TokenizerRun, [config, "model.critic_init=stage1"])  # a discriminator may lie there
 
 
 @pytest.mark.parametrize(

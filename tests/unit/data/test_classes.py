@@ -4,9 +4,6 @@ import pytest
 from data.classes import (
     describe_classes,
     map_labels,
-    trained_classes,
-    untrained_labels,
-    write_trained,
 )
 from runtime.errors import InputError
 
@@ -46,23 +43,3 @@ def test_class_without_images_may_be_unknown():
 def test_unknown_class_with_images_is_named():
     with pytest.raises(InputError, match="VAL has classes that the training set lacks: bee;"):
         map_labels(np.array([0, 1]), ["ant", "bee"], ["ant", "cat"], "VAL")
-
-
-def test_labels_never_trained_are_known_from_anywhere_in_the_run(tmp_path):
-    step = tmp_path / "run/checkpoints/step-00000010"
-    step.mkdir(parents=True)
-    write_trained(tmp_path / "run", ["a", "b", "c"], [0, 2])
-    for weights in ("run", "run/generator.bin", step, step / "generator.safetensors"):
-        assert untrained_labels(tmp_path / weights, (0, 1, 2, 7)) == [1, 7]
-        assert untrained_labels(tmp_path / weights, (2, 0)) == []
-    assert untrained_labels(tmp_path / "published.bin", range(1000)) == []
-    (tmp_path / "run/classes.json").write_text("[")
-    assert untrained_labels(tmp_path / "run", (1,)) == []
-
-
-def test_names_of_trained_classes_are_known_from_anywhere_in_the_run(tmp_path):
-    write_trained(tmp_path, ["ant", "bee", "cat"], [0, 2])
-    for path in (tmp_path, tmp_path / "g.bin", tmp_path / "checkpoints/step-00000001/g.bin"):
-        assert trained_classes(path) == {0: "ant", 2: "cat"}
-    (tmp_path / "classes.json").write_text("[1]")
-    assert trained_classes(tmp_path) == {} and untrained_labels(tmp_path, [1]) == []

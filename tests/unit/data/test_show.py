@@ -16,9 +16,11 @@ from data.tokens import main, open_tokens
 from data.writer import TokenWriter
 from modeling.image_decoder import decode_images
 from modeling.tokenizer import Tokenizer
+from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 from tests.tiny import tiny_tokenizer
+from training import checkpoint
 
 SIZES = tiny_tokenizer(encoder_width=8, encoder_heads=1, decoder_width=8, decoder_heads=1)
 T, VIEWS = 7, 2
@@ -49,9 +51,8 @@ def published(folder, tokenizer):
 @pytest.fixture
 def tokenizer(fill, tmp_path):
     tokenizer = fill(Tokenizer(SIZES))
-    write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth")
-    lines = [f"    {k}: {'null' if v is None else v}" for k, v in asdict(SIZES).items()]
-    (tmp_path / "tokenizer.yaml").write_text("\n".join(["model:", "  vq_model:", *lines]))
+    about = about_model(TOKENIZER, SIZES)
+    write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth", about)
     return tokenizer
 
 
@@ -70,7 +71,6 @@ def shown(tokenizer, tmp_path, monkeypatch):
     def start(*arguments, write=packed):
         if not (tmp_path / "cache").exists():
             write(tmp_path / "cache", tokenizer)
-        # The sizes lie beside the weights, in tokenizer.yaml.
         main([
             "show", f"{tmp_path}/cache", f"--tokenizer={tmp_path}/tokenizer.pth",
             f"--picture={tmp_path}/out/cache.png", *arguments,
@@ -105,8 +105,8 @@ def test_a_cache_names_the_first_of_its_images(tokenizer, tmp_path, write):
 def test_the_cache_of_another_tokenizer_is_refused(shown, tokenizer, tmp_path):
     with torch.no_grad():
         tokenizer.latent_tokens[0, 0] += 1
-    write_state_dict(tokenizer.state_dict(), tmp_path / "other.pth")
-    (tmp_path / "other.yaml").write_text((tmp_path / "tokenizer.yaml").read_text())
+    about = about_model(TOKENIZER, SIZES)
+    write_state_dict(tokenizer.state_dict(), tmp_path / "other.pth", about)
     with torch.no_grad():
         tokenizer.latent_tokens[0, 0] -= 1
     with pytest.raises(InputError, match="is the cache of another tokenizer: tokenizer"):
@@ -114,9 +114,19 @@ def test_the_cache_of_another_tokenizer_is_refused(shown, tokenizer, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_config_is_used_where_none_lies_beside_the_weights(shown, tmp_path):
-    (tmp_path / "tokenizer.yaml").rename(tmp_path / "sizes.yaml")
-    with pytest.raises(InputError, match="does not fit the configured tokenizer"):
-        shown()
-    picture, _ = shown(f"--config={tmp_path}/sizes.yaml")
+def test_a_run_is_a_tokenizer_as_for_all_other_programs(shown, tokenizer, tmp_path):
+    weights, about = {"tokenizer": tokenizer.state_dict()}, about_model(TOKENIZER, SIZES)
+    checkpoint.save(tmp_path / "run", 1, weights, {}, keep=2, about={"tokenizer": about})
+    expected, _ = shown()
+    picture, _ = shown(f"--tokenizer={tmp_path}/run")
+    assert (picture == expected).all()
+
+
+def test_a_config_says_what_the_weights_do_not(shown, tokenizer, tmp_path):
+    write_state_dict(tokenizer.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(InputError, match="encoder_heads=12"):
+        shown(f"--tokenizer={tmp_path}/bare.pth")
+    lines = [f"    {k}: {'null' if v is None else v}" for k, v in asdict(SIZES).items()]
+    (tmp_path / "sizes.yaml").write_text("\n".join(["model:", "  vq_model:", *lines]))
+    picture, _ = shown(f"--tokenizer={tmp_path}/bare.pth", f"--config={tmp_path}/sizes.yaml")
     assert picture.ndim == 3

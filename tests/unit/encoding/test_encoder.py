@@ -1,5 +1,7 @@
 """The encoder as pretokenization runs it, in each of its precisions."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch.nn.functional as F
 from encoding import encoder
 from encoding.encoder import encode, load_encoder
 from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights.metadata import TOKENIZER, about_model
+from modeling.weights.opened import Opened
 from tests.golden.fill import images
 
 
@@ -19,6 +23,11 @@ def tokenizer(fill):
 def small():
     sizes = dict(image_size=16, encoder_width=16, encoder_layers=2, encoder_heads=2)
     return Tokenizer(TokenizerConfig(**sizes), with_decoder=False).eval()
+
+
+def opened(tokenizer):
+    about = about_model(TOKENIZER, tokenizer.config)
+    return Opened(Path("x"), tokenizer.state_dict(), about)
 
 
 @pytest.fixture
@@ -103,7 +112,7 @@ def test_attention_follows_the_precision_and_the_encoder_stays_as_it_is(
     dtype, inside, monkeypatch, tmp_path
 ):
     model = small()
-    tokenizer = load_encoder(model.config, model.state_dict(), "x", torch.device("cpu"))
+    tokenizer = load_encoder(opened(model), model.config, torch.device("cpu"))
     attention, seen = F.scaled_dot_product_attention, []
 
     def noting(q, k, v, **options):
@@ -119,7 +128,7 @@ def test_attention_follows_the_precision_and_the_encoder_stays_as_it_is(
 
 def test_loaded_encoder_gives_the_codes_of_the_tokenizer_in_fp32(fill, pixels):
     whole = fill(Tokenizer(TokenizerConfig(encoder_layers=2, decoder_layers=1)))
-    encoder = load_encoder(whole.config, whole.state_dict(), "x", torch.device("cpu"))
+    encoder = load_encoder(opened(whole), whole.config, torch.device("cpu"))
     assert torch.equal(encode(encoder, pixels, "fp32"), whole.encode(pixels))
 
 

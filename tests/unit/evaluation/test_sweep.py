@@ -8,6 +8,7 @@ import evaluation.evaluator
 from evaluation import sweep
 from modeling.generator import GeneratorConfig
 from modeling.tokenizer import TokenizerConfig
+from modeling.weights.metadata import GENERATOR, about_model
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
 
@@ -47,7 +48,9 @@ def jobs(tmp_path, monkeypatch):
         generator=SimpleNamespace(config=GeneratorConfig()),
     )
     monkeypatch.setattr(sweep, "load_models", lambda *_: models)
-    monkeypatch.setattr(sweep, "read_weights", lambda *_: {})
+    about = about_model(GENERATOR, GeneratorConfig())
+    opened = SimpleNamespace(about=about)
+    monkeypatch.setattr(sweep, "open_models", lambda options: (options, opened, opened))
     return SimpleNamespace(sampled=sampled, models=models)
 
 

@@ -10,15 +10,13 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 import evaluate
-import evaluation.tokenizer_score
 from data.images import center_crop, load_image
 from evaluation.features import Inception
 from evaluation.lpips import LPIPS
 from evaluation.metrics import frechet_distance
 from evaluation.reconstruction import ssim
-from evaluation.tokenizer_score import MAGNIFICATION, load_tokenizer, weights_hash
+from evaluation.tokenizer_score import MAGNIFICATION, weights_hash
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
@@ -248,60 +246,16 @@ def test_folder_that_is_not_there_is_named(score):
 
 
 # ---------------------------------------------------------------------- loading
-def test_a_runs_folder_brings_its_config(run_folder, monkeypatch):
-    folder, tokenizer = run_folder
-    monkeypatch.setattr(
-        evaluation.tokenizer_score, "read_weights", lambda *_: tokenizer.state_dict()
-    )
-    loaded = load_tokenizer(str(folder))
-    assert loaded.config.causal is tokenizer.config.causal and not loaded.training
-    codes = torch.randint(16, (2, tokenizer.config.num_tokens))
-    torch.testing.assert_close(loaded.decode(codes), tokenizer.decode(codes))
-
-
-def test_stage_of_published_sizes_is_read_from_the_weights(run_folder, monkeypatch):
-    folder, tokenizer = run_folder
-    seen = []
-
-    class Seen(Exception):
-        pass
-
-    def build(config):
-        seen.append(config)
-        raise Seen
-
-    monkeypatch.setattr(evaluation.tokenizer_score, "Tokenizer", build)
-    with pytest.raises(Seen):
-        load_tokenizer(str(folder / "tokenizer.pth"))
-    stage1 = tokenizer.config.prefix_head
-    published = TokenizerConfig()
-    wanted = (True, True, 1) if stage1 else (False, False, published.num_buffer_tokens)
-    assert (seen[0].causal, seen[0].prefix_head, seen[0].num_buffer_tokens) == wanted
-    assert seen[0].encoder_width == published.encoder_width
-
-
-def test_a_file_that_states_its_sizes_needs_no_config(run_folder, tmp_path):
-    _, tokenizer = run_folder
-    file = tmp_path / "alone" / "t.safetensors"
-    write_state_dict(tokenizer.state_dict(), file, about_model(TOKENIZER, tokenizer.config))
-    loaded = load_tokenizer(str(file))
-    codes = torch.randint(16, (2, tokenizer.config.num_tokens))
-    torch.testing.assert_close(loaded.decode(codes), tokenizer.decode(codes))
-    (tmp_path / "other.yaml").write_text("model: {vq_model: {image_size: 32, patch_size: 8}}")
-    with pytest.raises(InputError, match=r"codebook_size=4096 .*contradicts .*t\.safetensors"):
-        load_tokenizer(str(file), str(tmp_path / "other.yaml"))
-
-
-def test_misspelt_config_and_misfitting_weights_are_refused(run_folder):
-    folder, _ = run_folder
-    (folder / "bad.yaml").write_text("model: {vq_model: {encoder_widht: 8}}")
-    with pytest.raises(InputError, match=r"did you mean model.vq_model.encoder_width"):
-        load_tokenizer(str(folder / "tokenizer.pth"), str(folder / "bad.yaml"))
+def test_misspelt_config_and_misfitting_weights_are_refused(score):
+    for text, words in (
+        ("encoder_widht: 8", r"did you mean model.vq_model.encoder_width"),
+        ("image_size: 32", r"image_size=32 \(.*other\.yaml, line 1\) contradicts .*tokenizer\.pth"),
+    ):
+        (score.folder / "other.yaml").write_text(f"model: {{vq_model: {{{text}}}}}")
+        with pytest.raises(InputError, match=words):
+            score(f"--config={score.folder}/other.yaml")
     with pytest.raises(InputError, match="no config file"):
-        load_tokenizer(str(folder / "tokenizer.pth"), str(folder / "none.yaml"))
-    (folder / "other.yaml").write_text("model: {vq_model: {image_size: 32, patch_size: 16}}")
-    with pytest.raises(InputError, match="does not fit the configured tokenizer"):
-        load_tokenizer(str(folder / "tokenizer.pth"), str(folder / "other.yaml"))
+        score(f"--config={score.folder}/none.yaml")
 
 
 def test_images_smaller_than_the_window_of_ssim_are_refused(score):

@@ -26,6 +26,7 @@ from experiments.alignment.dependence import (
 )
 from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 
@@ -213,11 +214,8 @@ def study(tmp_path, monkeypatch):
     for name, sizes in stages.items():
         tokenizer = random_tokenizer(**sizes)
         (tmp_path / name).mkdir()
-        write_state_dict(tokenizer.state_dict(), tmp_path / name / "tokenizer.pth")
-        lines = [f"    {k}: {json.dumps(v)}" for k, v in {**SIZES, **sizes}.items()]
-        (tmp_path / name / "tokenizer.yaml").write_text(
-            "\n".join(["model:", "  vq_model:", *lines])
-        )
+        about = about_model(TOKENIZER, tokenizer.config)
+        write_state_dict(tokenizer.state_dict(), tmp_path / name / "tokenizer.pth", about)
         if name == "causal":
             print_cache(tokenizer, tmp_path / "cache")
     sizes = GeneratorConfig(

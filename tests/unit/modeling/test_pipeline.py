@@ -59,16 +59,18 @@ def test_pipeline_samples_codes_without_prefix_tokens(fill, tmp_path):
     codes = sample_codes(generator, torch.tensor([2, 0]), uniforms, Sampling(4.0, 1.5))
     assert codes.shape == (2, 4)
     assert torch.equal(images, decode_images(tokenizer, codes, torch.float32))
-    with pytest.raises(InputError, match="4 tokens without prefix"):
+    with pytest.raises(
+        InputError, match=r"num_latent_tokens=7 contradicts .*have num_latent_tokens=4"
+    ):
         Pipeline(*files, tokenizer_config=SMALL)
 
 
 def test_pipeline_refuses_files_in_the_wrong_order_and_unknown_classes(made):
     *_, generator, tokenizer = made
-    with pytest.raises(InputError, match="does not fit the configured tokenizer"):
-        Pipeline(tokenizer, generator, tokenizer_config=SMALL)
     with pytest.raises(InputError, match="is not a generator but a stage-2 tokenizer"):
-        Pipeline(tokenizer, tokenizer, tokenizer_config=SMALL)
+        Pipeline(tokenizer, generator, tokenizer_config=SMALL)
+    with pytest.raises(InputError, match="is not a tokenizer but a generator"):
+        Pipeline(generator, generator, tokenizer_config=SMALL)
     with pytest.raises(InputError, match="class 9 asked for"):
         Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cpu")([9])
 
@@ -155,7 +157,9 @@ def test_a_stage_1_tokenizer_that_says_so_needs_no_config(made, stated, fill, tm
 
 def test_a_config_that_contradicts_the_file_is_refused_by_name(stated):
     other = replace(SMALL, encoder_heads=4)
-    with pytest.raises(InputError, match=r"encoder_heads=4, but .*t\.safetensors states 2"):
+    with pytest.raises(
+        InputError, match=r"tokenizer config: encoder_heads=4 contradicts .*t\.safetensors"
+    ):
         Pipeline(*stated, tokenizer_config=other, device="cpu")
 
 
@@ -169,11 +173,9 @@ def test_files_that_do_not_belong_together_are_refused(made, stated, fill, tmp_p
     Pipeline(made[2], str(tmp_path / "other.pth"), SMALL, device="cpu")  # a .bin says nothing
     fewer = replace(SMALL, num_latent_tokens=6)
     write_state_dict(fill(Tokenizer(fewer)).state_dict(), tmp_path / "fewer.pth")
-    with pytest.raises(
-        InputError, match="makes 7 codes of 16 per image, but the tokenizer 6 of 16"
-    ):
+    with pytest.raises(InputError, match=r"makes 7 codes of 16 per image, but .*fewer.* 6 of 16"):
         Pipeline(stated[0], str(tmp_path / "fewer.pth"), fewer, device="cpu")
-    with pytest.raises(InputError, match="holds a generator, not a tokenizer"):
+    with pytest.raises(InputError, match="is not a generator but a stage-2 tokenizer"):
         Pipeline(stated[1], stated[0], device="cpu")
 
 

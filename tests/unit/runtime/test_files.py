@@ -4,7 +4,7 @@ import pytest
 
 from runtime import files
 from runtime.errors import InputError
-from runtime.files import lock_folder, whole_file, write_whole, writing
+from runtime.files import lock_folder, whole_file, write_torch, write_whole, writing
 
 
 def fail(*_, **__):
@@ -57,7 +57,19 @@ def test_a_file_in_the_place_of_a_folder_is_not_called_a_lack_of_space(tmp_path,
         lock_folder(tmp_path / output)
 
 
-def test_what_torch_says_of_a_full_disk_is_one_line():
-    with pytest.raises(InputError) as error, writing("x.pth"):
+def test_what_torch_says_of_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def fail(*_):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nC++")
+
+    monkeypatch.setattr("torch.save", fail)
+    with pytest.raises(InputError) as error:
+        write_torch({}, tmp_path / "x.pth")
     assert "\n" not in str(error.value) and "x.pth" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_that_is_not_the_disks_keeps_its_name(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"), writing(tmp_path):
+        raise RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"), whole_file(tmp_path / "file"):
+        raise RuntimeError("a bug")

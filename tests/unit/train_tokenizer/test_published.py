@@ -1,5 +1,7 @@
 """The presets that say as published take the published value of every option of the recipe."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -64,4 +66,6 @@ def test_stage2_without_a_discriminator_of_stage1_says_what_to_set(tmp_path):
     torch.save({"latent_tokens": torch.ones(1)}, tmp_path / "w.pth")
     run = tokenizer_preset("tokenizer_stage2", f"experiment.stage1_checkpoint={tmp_path}/w.pth")
     with pytest.raises(InputError, match=r"no block_in.0.weight.*set model.critic_init=scratch"):
-        build_discriminator(run)
+        build_discriminator(
+            SimpleNamespace(options=run, checkpoint=SimpleNamespace(holds=lambda _: False))
+        )

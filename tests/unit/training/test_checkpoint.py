@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling.weights.metadata import DISCRIMINATOR, about_file, about_model
-from modeling.weights.tensors import read_state_dict
+from modeling.weights.metadata import DISCRIMINATOR, about_model
+from modeling.weights.tensors import read_state_dict, read_weights
 from runtime.errors import InputError
 from tests.payload import Payload, forge
 from training import checkpoint
@@ -260,58 +260,9 @@ def test_weights_say_what_they_are(tmp_path):
     about = about_model(DISCRIMINATOR)
     weights = {"discriminator": {"w": torch.ones(2)}, "other": {"w": torch.ones(2)}}
     path = checkpoint.save(tmp_path, 1, weights, {}, 2, about={"discriminator": about})
-    assert about_file(path / "discriminator.safetensors") == about
-    assert about_file(path / "other.safetensors") is None
+    assert read_weights(path / "discriminator.safetensors")[1] == about
+    assert read_weights(path / "other.safetensors")[1] is None
     assert checkpoint.problem(path) is None
-
-
-# ---------------------------------------------------------------------- weights of a run
-def test_weights_of_a_run_are_those_of_its_newest_whole_checkpoint(run_dir):
-    altered(folder(run_dir, 3) / "generator.safetensors")
-    assert (
-        checkpoint.weights_file(run_dir, "generator_raw")
-        == folder(run_dir, 2) / "generator_raw.safetensors"
-    )
-    assert torch.equal(
-        checkpoint.read_weights(run_dir, "generator_raw")["w"], torch.full((2, 3), 2.0)
-    )
-
-
-def test_of_several_names_the_first_that_a_run_holds_is_taken(run_dir):
-    assert (
-        checkpoint.weights_file(run_dir, "generator_raw", "generator").name
-        == "generator_raw.safetensors"
-    )
-    assert checkpoint.weights_file(run_dir, "none", "generator").name == "generator.safetensors"
-    assert checkpoint.weights_file(run_dir, "none").name == "none.safetensors"
-
-
-def test_a_weights_file_stands_for_itself(run_dir):
-    file = folder(run_dir, 1) / "generator.safetensors"
-    assert checkpoint.weights_file(str(file), "generator_raw") == file
-
-
-def test_a_checkpoint_of_a_run_stands_for_its_weights(run_dir):
-    path = folder(run_dir, 2)
-    assert (
-        checkpoint.weights_file(path, "generator_raw", "generator")
-        == path / "generator_raw.safetensors"
-    )
-    altered(path / "generator.safetensors")
-    with pytest.raises(InputError, match=r"step-00000002 is damaged: generator\.safetensors"):
-        checkpoint.weights_file(path, "generator_raw")
-
-
-def test_a_folder_without_checkpoints_has_no_weights(tmp_path):
-    with pytest.raises(InputError) as error:
-        checkpoint.weights_file(tmp_path, "generator")
-    assert str(tmp_path) in str(error.value)
-
-
-def test_missing_weights_are_named(tmp_path):
-    with pytest.raises(InputError) as error:
-        checkpoint.read_weights(tmp_path / "none.bin", "generator")
-    assert str(tmp_path / "none.bin") in str(error.value)
 
 
 # ---------------------------------------------------------------------- disks

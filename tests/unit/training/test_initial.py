@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from modeling.generator import Generator, GeneratorConfig
+from modeling.weights.metadata import GENERATOR, about_model, about_shapes
+from modeling.weights.opened import Opened
 from modeling.weights.tensors import tensors_hash, write_state_dict
 from runtime.errors import InputError
 from training.initial import check_same_start, fit_classes
@@ -15,12 +19,21 @@ def generator(classes):
     return Generator(GeneratorConfig(**SIZES, condition_num_classes=classes))
 
 
+def opened(state, names=None):
+    """The weights `state` as of a file; with `names` one that states its sizes and classes."""
+    about = about_shapes(GENERATOR, state)
+    if names is not None:
+        config = GeneratorConfig(**SIZES, condition_num_classes=len(names))
+        about = about_model(GENERATOR, config, classes=names)
+    return Opened(Path("x.bin"), state, about)
+
+
 @pytest.mark.parametrize("classes", [2, 7])
 def test_another_number_of_classes_keeps_codes_and_no_class_and_starts_classes_at_their_mean(
     classes,
 ):
     old = generator(4).state_dict()
-    state, words = fit_classes(old, generator(classes).config, "x.bin")
+    state, words = fit_classes(opened(old), generator(classes).config, [])
     before, after = old["embeddings.weight"], state["embeddings.weight"]
     assert torch.equal(after[:17], before[:17])  # the codes, and the row that nothing uses
     assert torch.equal(after[-1], before[-1])
@@ -32,27 +45,35 @@ def test_another_number_of_classes_keeps_codes_and_no_class_and_starts_classes_a
     assert old["embeddings.weight"] is before and len(before) == 22  # the file's are as they were
 
 
-def test_the_same_number_of_classes_changes_nothing():
+def test_the_same_classes_change_nothing():
     old = generator(4).state_dict()
-    state, words = fit_classes(old, generator(4).config, "x.bin")
-    assert state is old and words == ""
+    for names in (None, ["a", "b", "c", "d"]):
+        state, words = fit_classes(opened(old, names), generator(4).config, ["a", "b", "c", "d"])
+        assert state is old and words == ""
+
+
+def test_rows_of_classes_with_other_names_are_named():
+    old = generator(4).state_dict()
+    given = opened(old, ["a", "b", "c", "d"]), generator(4).config, ["a", "x", "c", "y"]
+    state, words = fit_classes(*given)
+    assert state is old
+    assert "warning: 2 classes start at the rows of other classes: x at b, y at d" in words
 
 
 def test_type_of_the_weights_stays():
     old = {name: tensor.bfloat16() for name, tensor in generator(4).state_dict().items()}
-    state, _ = fit_classes(old, generator(3).config, "x.bin")
+    state, _ = fit_classes(opened(old), generator(3).config, [])
     assert state["embeddings.weight"].dtype == torch.bfloat16
 
 
-def test_codes_of_another_codebook_are_refused():
-    config = GeneratorConfig(**{**SIZES, "codebook_size": 32}, condition_num_classes=3)
-    with pytest.raises(InputError, match=r"x.bin is a generator of 16 codes, .*codebook_size=32"):
-        fit_classes(generator(4).state_dict(), config, "x.bin")
-
-
-def test_what_is_not_a_generator_is_left_to_the_loading():
-    state = {"latent_tokens": torch.zeros(3)}
-    assert fit_classes(state, generator(4).config, "x.bin") == (state, "")
+@pytest.mark.parametrize(
+    "name, value, names", [("codebook_size", 32, None), ("image_seq_len", 16, "abc")]
+)
+def test_other_sizes_than_those_of_the_classes_are_refused(name, value, names):
+    config = GeneratorConfig(**{**SIZES, name: value}, condition_num_classes=3)
+    old = generator(3).state_dict()
+    with pytest.raises(InputError, match=rf"model\.generator\.{name}={value} contradicts x\.bin"):
+        fit_classes(opened(old, names), config, [])
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from configs.schema import GeneratorRun, Phase, TokenizerRun
+from modeling.weights.runs import find_weights
+from modeling.weights.tensors import read_state_dict
 from runtime.errors import InputError
 from training import checkpoint
 from training.checkpoint import Checkpoint
@@ -75,7 +77,7 @@ def test_the_file_to_use_is_the_average_and_training_continues_from_the_raw_weig
     again = State(accelerator, tmp_path / "new", average=True)
     assert again.weight() == 30.0 and again.average.model.weight.mean().item() == 25.0
     assert again.average.updates == 1
-    used = checkpoint.read_weights(tmp_path / "new", "generator")["weight"]
+    used = read_state_dict(find_weights(tmp_path / "new", "generator"))["weight"]
     assert torch.equal(used, again.average.model.weight)
     fork = State(accelerator, tmp_path / "fork", str(tmp_path / "new"))  # keeps no average
     assert fork.weight() == 30.0

@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from modeling.weights.runs import weights_in
+from modeling.weights import runs
+from modeling.weights.runs import find_weights
 from runtime.errors import InputError
 from training import checkpoint
 
@@ -20,29 +21,63 @@ def run(tmp_path):
 
 def test_a_file_is_itself_and_a_run_is_its_newest_checkpoint(run):
     step6 = run / "checkpoints/step-00000006"
-    assert weights_in(run, "ema", "generator") == step6 / "ema.safetensors"
-    assert weights_in(str(run), "generator") == step6 / "generator.safetensors"
+    assert find_weights(run, "ema", "generator") == step6 / "ema.safetensors"
+    assert find_weights(str(run), "generator") == step6 / "generator.safetensors"
     step3 = run / "checkpoints/step-00000003"
-    assert weights_in(step3, "none", "generator") == step3 / "generator.safetensors"
-    assert weights_in(run / "g.bin", "generator") == run / "g.bin"
-    assert weights_in(run, "ema", "generator") == checkpoint.weights_file(run, "ema", "generator")
+    assert find_weights(step3, "none", "generator") == step3 / "generator.safetensors"
+    assert find_weights(run / "g.bin", "generator") == run / "g.bin"
 
 
-def test_a_checkpoint_whose_save_was_cut_short_does_not_count(run):
-    (run / "checkpoints/step-00000006/manifest.json").unlink()
-    shutil.copytree(run / "checkpoints/step-00000003", run / "checkpoints/step-00000009.partial")
-    file = weights_in(run, "generator")
-    assert file.parent.name == "step-00000003"
+def test_only_the_file_that_is_used_is_read(run, monkeypatch):
+    read = []
+    monkeypatch.setattr(runs, "is_whole", lambda file: read.append(file.name) or True)
+    find_weights(run, "ema", "generator")
+    assert read == ["ema.safetensors"]
 
 
-def test_what_cannot_be_used_is_refused(run, tmp_path):
+def flip(file):
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+
+
+@pytest.mark.parametrize("damage", ["flip", "manifest", "gone"])
+def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(run, caplog, damage):
+    step6 = run / "checkpoints/step-00000006"
+    if damage == "flip":
+        flip(step6 / "ema.safetensors")
+    elif damage == "manifest":
+        (step6 / "manifest.json").unlink()
+    else:
+        shutil.rmtree(step6)
+        shutil.copytree(
+            run / "checkpoints/step-00000003", run / "checkpoints/step-00000009.partial"
+        )
+    assert find_weights(run, "ema") == run / "checkpoints/step-00000003/ema.safetensors"
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (damage != "gone") and all("altered or cut short" in line for line in said)
+
+
+def test_damage_is_refused_where_no_other_is_meant_or_there(run):
+    step3, step6 = (run / f"checkpoints/step-0000000{step}" for step in (3, 6))
+    flip(step6 / "ema.safetensors")
+    for named in (step6, step6 / "ema.safetensors"):
+        with pytest.raises(InputError, match=r"step-00000006.* was altered or cut short"):
+            find_weights(named, "ema")
+    flip(step3 / "ema.safetensors")
+    with pytest.raises(InputError, match="run was altered or cut short"):
+        find_weights(run, "ema")
+    assert find_weights(run, "generator").parent == step6
+
+
+def test_what_cannot_be_used_is_refused(run, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty holds no checkpoints"):
-        weights_in(tmp_path / "empty", "generator")
+        find_weights(tmp_path / "empty", "generator")
     with pytest.raises(InputError, match="has no weights of a tokenizer"):
-        weights_in(run, "tokenizer")
-    file = run / "checkpoints/step-00000006/ema.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(InputError, match=r"ema\.safetensors was altered or cut short"):
-        weights_in(run, "ema")
-    assert weights_in(run, "generator").is_file()
+        find_weights(run, "tokenizer")
+
+    def forbid(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(runs, "file_sha256", forbid)  # root, who runs tests, may read anything
+    with pytest.raises(InputError, match=r"no permission to read .*ema"):
+        find_weights(run, "ema")

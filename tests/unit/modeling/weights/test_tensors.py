@@ -65,13 +65,13 @@ def test_writing_leaves_the_file_alone_and_whole(tmp_path, name):
 
 @pytest.mark.parametrize("name, writer", [("w.pth", "torch.save"), ("w.safetensors", "save_file")])
 def test_failed_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch, name, writer):
-    def run_out_of_disk(state, path):
+    def run_out_of_disk(state, path, *_):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
     write_state_dict(tensors(), tmp_path / name)
     before = (tmp_path / name).read_bytes()
-    monkeypatch.setattr(f"modeling.weights.tensors.{writer}", run_out_of_disk)
+    monkeypatch.setattr(f"modeling.weights.files.{writer}", run_out_of_disk)
     with pytest.raises(InputError, match=r"cannot write .* \(no space left on device\)"):
         write_state_dict(tensors(), tmp_path / name)
     assert (tmp_path / name).read_bytes() == before

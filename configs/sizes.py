@@ -1,0 +1,57 @@
+"""The sizes of the models that a program uses: what their weights are, and the options for the rest.
+
+A size that was set, on the command line or in a file, must agree with the weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, Optional, TypeVar
+
+from configs.load import tokenizer_config
+from configs.schema import GeneratorRun
+from modeling.tokenizer import TokenizerConfig
+from modeling.weights.opened import Opened
+
+T = TypeVar("T", bound=Any)  # a config
+
+
+def tokenizer_sizes(tokenizer: Opened, config: Optional[str], **flags: Any) -> TokenizerConfig:
+    """The tokenizer of a program with flags; `config` is the YAML of its --config.
+
+    Raises InputError where either contradicts the weights.
+    """
+    return agreed(tokenizer, *tokenizer_config(config, **flags), "")
+
+
+def with_weights(
+    options: GeneratorRun, tokenizer: Optional[Opened], generator: Optional[Opened] = None
+) -> GeneratorRun:
+    """These options with the sizes of the weights. A generator that is still to be trained makes the
+    codes of the tokenizer.
+
+    Raises InputError where an option contradicts the weights.
+    """
+    model, places = options.model, options.places
+    vq_model, made = model.vq_model, model.generator
+    if tokenizer is not None:
+        vq_model = agreed(tokenizer, vq_model, places, "model.vq_model.")
+        codes = {"image_seq_len": vq_model.num_tokens, "codebook_size": vq_model.codebook_size}
+        unset = {n: size for n, size in codes.items() if f"model.generator.{n}" not in places}
+        made = replace(made, **unset)
+    if generator is not None:
+        made = agreed(generator, made, places, "model.generator.")
+    return replace(options, model=replace(model, vq_model=vq_model, generator=made))
+
+
+def agreed(weights: Opened, used: T, places: Mapping[str, Any], prefix: str) -> T:
+    """A model's config with the sizes of its weights; those in `places` were set."""
+    chosen = {
+        field.name: getattr(used, field.name)
+        for field in fields(used)
+        if prefix + field.name in places
+    }
+
+    def named(name: str, value: Any) -> str:
+        return f"{prefix}{name}={value} ({places[prefix + name]})"
+
+    return weights.config(used, chosen, named)

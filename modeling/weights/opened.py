@@ -1,0 +1,104 @@
+"""`open_weights`: the one answer to "which weights are these, and of what sizes?"."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Optional, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..tokenizer import Tokenizer, TokenizerConfig
+from .metadata import DISCRIMINATOR, GENERATOR, TOKENIZER, About, Named, about_model, about_shapes
+from .runs import find_weights
+from .tensors import describe, fingerprint, load_tensors, read_part, read_weights
+
+T = TypeVar("T", bound=Any)  # a config
+
+# What checkpoints of a run call the weights of a model to use: where it keeps an average, the average.
+NAMES = {GENERATOR: ("generator",), TOKENIZER: ("tokenizer",), DISCRIMINATOR: ("discriminator",)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Weights that were opened: their file, its tensors (on the CPU, mapped), and what they are."""
+
+    file: Path
+    state: dict[str, Tensor]
+    about: About
+
+    def config(
+        self, base: T, chosen: Optional[Mapping[str, Any]] = None, named: Named = "{}={}".format
+    ) -> T:
+        """The config of the model: `base`, a dataclass, with the sizes of these weights.
+
+        `chosen` are the sizes that somebody has set (`About.sizes`). Raises InputError where one of them
+        contradicts the weights, and where no model has such sizes.
+        """
+        sizes = self.about.sizes(chosen or {}, self.file, named)
+        try:
+            return replace(base, **sizes)
+        except InputError as e:
+            raise InputError(f"{self.file}: {e}") from e
+
+
+def open_weights(path: str | Path, kind: str) -> Opened:
+    """The weights of a model of this kind: metadata first, else what the shapes of its tensors show.
+
+    `path` is a file, a run's folder or a checkpoint (`runs.find_weights`). Raises InputError where there are
+    no such weights, and where they are not whole.
+    """
+    return open_file(find_weights(path, *NAMES[kind]), kind)
+
+
+def open_file(file: Path, kind: str) -> Opened:
+    """`open_weights` of a file that has been found and checked."""
+    if kind == DISCRIMINATOR:  # also one beside a tokenizer, as in the published last.pth
+        return Opened(file, read_part(file, "block_in.0.weight"), About(kind, {}))
+    state, about = read_weights(file)
+    about = about or about_shapes(kind, state)
+    if about is None or about.kind != kind:
+        raise InputError(
+            f"{file} is not a {kind} but {describe(state)}: pass the path of a {kind}'s weights"
+        )
+    return Opened(file, state, about)
+
+
+def config_of(opened: Opened, config: Optional[TokenizerConfig]) -> TokenizerConfig:
+    """A tokenizer's sizes; `config` of the caller says what the weights do not, by default as published."""
+    chosen = {} if config is None else about_model(TOKENIZER, config).config
+    return opened.config(config or TokenizerConfig(), chosen, "tokenizer config: {}={}".format)
+
+
+def load_tokenizer(opened: Opened, config: TokenizerConfig, with_decoder: bool = True) -> Tokenizer:
+    """A tokenizer of either stage, in eval mode, on the CPU; the weights decide only what is computed.
+
+    Raises InputError where they do not fit the config.
+    """
+    with torch.device("meta"):  # random initial weights would cost seconds
+        tokenizer = Tokenizer(config, with_decoder=with_decoder)
+    tokenizer.to_empty(device="cpu")
+    spare = tokenizer.training_only
+    ignore = spare if with_decoder else ("decoder.", *spare)
+    load_tensors(tokenizer, opened.state, str(opened.file), ignore, keep=spare)
+    return tokenizer.eval()
+
+
+def check_same_codes(generator: Opened, tokenizer: Opened) -> None:
+    """Refuse a generator with a tokenizer of other codes; what its file does not state is skipped."""
+    stated, tokens = generator.about, tokenizer.about.config["num_latent_tokens"]
+    sizes = stated.config.get("image_seq_len", tokens), stated.config["codebook_size"]
+    made = tokens, tokenizer.about.config["codebook_size"]
+    if sizes != made:
+        raise InputError(
+            f"{generator.file} makes {sizes[0]} codes of {sizes[1]} per image, but {tokenizer.file} "
+            f"{made[0]} of {made[1]}: pass the tokenizer that it was trained with"
+        )
+    here = fingerprint(tokenizer.state)
+    if stated.tokenizer not in (None, here):
+        raise InputError(
+            f"{generator.file} models the codes of another tokenizer (fingerprint "
+            f"{stated.tokenizer:.40}) than {tokenizer.file} ({here}): pass the tokenizer that it was "
+            f"trained with"
+        )

@@ -23,7 +23,7 @@ CURVES = (  # part of a run, quantity, title
 def need_matplotlib() -> None:
     """Raise InputError where nothing could be drawn."""
     if find_spec("matplotlib") is None:
-        raise InputError("the figures need matplotlib: pip install -r requirements-dev.txt")
+        raise InputError("the figures need matplotlib: pip install matplotlib")
 
 
 def draw(path: Path, make: Callable[["Figure"], None], size: tuple[float, float]) -> None:

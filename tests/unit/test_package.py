@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import modeling
+from tests.tiny import tiny_tokenizer
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -26,6 +29,15 @@ def installed(tmp_path_factory):
 def test_the_package_holds_the_models_and_nothing_else(installed):
     modules = {path.relative_to(ROOT / "modeling") for path in (ROOT / "modeling").rglob("*.py")}
     assert {path.relative_to(installed / "alitok") for path in installed.rglob("*.py")} == modules
+    assert (installed / "alitok/py.typed").is_file()  # type checkers read the annotations
+
+
+def test_the_package_states_one_version(installed):
+    build = [sys.executable, "-c", "import setuptools; setuptools.setup()", "--version"]
+    done = subprocess.run(build, cwd=ROOT, check=True, capture_output=True, text=True)
+    version = done.stdout.split()[-1]
+    assert version == modeling.__version__
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_every_module_imports_without_the_checkout(installed, tmp_path):
@@ -42,11 +54,16 @@ rooms = {{"modeling", "runtime", "configs", "data", "accelerate", "omegaconf"}}
 print(sorted(rooms & set(sys.modules)))
 from alitok.generator import Generator, GeneratorConfig
 print(sum(p.numel() for p in Generator(GeneratorConfig(32, 1, 2)).parameters()) > 0)
+from PIL import Image
+from alitok import Pipeline, Tokenizer
+from alitok.tokenizer import TokenizerConfig
+tokenizer = Tokenizer(TokenizerConfig(**{vars(tiny_tokenizer())!r}))
+print(tokenizer.decode_photos(tokenizer.encode_photos(Image.new("RGB", (20, 20))))[0].size)
 """
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.stdout.splitlines() == ["[]", "True"], done.stderr
+    assert done.stdout.splitlines() == ["[]", "True", "(16, 16)"], done.stderr
 
 
 def test_the_requirements_agree_with_the_packages():

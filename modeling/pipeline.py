@@ -21,7 +21,9 @@ from .randomness import image_uniforms
 from .sampling import NO_CLASS, Sampling
 from .tokenizer import TokenizerConfig
 from .weights import hub
+from .weights.card import config_json, model_card
 from .weights.class_names import ClassNames, class_names, sorted_as_text
+from .weights.files import whole_file
 from .weights.metadata import GENERATOR, TOKENIZER, about_model
 from .weights.opened import check_same_codes, config_of, load_tokenizer, open_weights
 from .weights.tensors import fingerprint, load_tensors, write_state_dict
@@ -98,15 +100,27 @@ class Pipeline:
         pipeline.revision = found
         return pipeline
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write generator.safetensors and tokenizer.safetensors, which say all that is needed."""
-        tokenizer, (generator_file, tokenizer_file) = self.tokenizer.state_dict(), FILES
-        about = about_model(TOKENIZER, self.tokenizer.config, stage=self.about[TOKENIZER].stage)
-        write_state_dict(tokenizer, Path(folder) / tokenizer_file, about)
-        about = about_model(GENERATOR, self.generator.config, fingerprint(tokenizer))
+    def save_pretrained(self, folder: str | Path, name: Optional[str] = None) -> None:
+        """Write generator.safetensors and tokenizer.safetensors, which say all that is needed, with
+        config.json and README.md, a model card.
+
+        The card calls the models `name`, by default the folder. A README.md that is there is kept.
+        """
+        folder = Path(folder)
+        state, (generator_file, tokenizer_file) = self.tokenizer.state_dict(), FILES
+        known, stage = fingerprint(state), self.about[TOKENIZER].stage
+        tokenizer = about_model(TOKENIZER, self.tokenizer.config, known, stage)
+        write_state_dict(state, folder / tokenizer_file, tokenizer)
+        generator = about_model(GENERATOR, self.generator.config, known)
         classes, untrained = self.about[GENERATOR].classes, self.about[GENERATOR].untrained
-        about = replace(about, classes=classes, untrained=untrained)
-        write_state_dict(self.generator.state_dict(), Path(folder) / generator_file, about)
+        generator = replace(generator, classes=classes, untrained=untrained)
+        write_state_dict(self.generator.state_dict(), folder / generator_file, generator)
+        texts = {hub.CONFIG: config_json(generator, tokenizer)}
+        if not (folder / hub.CARD).exists():
+            texts[hub.CARD] = model_card(name or str(folder), generator, tokenizer)
+        for file, text in texts.items():
+            with whole_file(folder / file) as partial:
+                partial.write_text(text, "utf-8")
 
     def push_to_hub(
         self,
@@ -115,13 +129,14 @@ class Pipeline:
         private: Optional[bool] = None,
         message: str = "Upload weights",
     ) -> str:
-        """Upload both models to a repository on the hub (org/name), which is made if need be.
+        """Upload both models to a repository on the hub (org/name), which is made if need be. A model card
+        that is there is kept.
 
         Returns the commit, for `from_pretrained(name, revision=…)`. `branch` is made if need be; None:
         main. Raises InputError where the hub does not answer or refuses.
         """
         with tempfile.TemporaryDirectory(prefix="alitok-") as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, name)
             return hub.upload(Path(folder), name, branch, private, message)
 
     # ------------------------------------------------------------------ images

@@ -6,6 +6,8 @@ from typing import Optional
 
 from ..errors import InputError
 
+CARD, CONFIG = "README.md", "config.json"  # of every repository
+
 
 def client() -> ModuleType:
     try:
@@ -27,7 +29,9 @@ def download(name: str, revision: Optional[str], files: tuple[str, ...]) -> Path
     """
     hub = client()
     try:
-        folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(files)))
+        folder = Path(
+            hub.snapshot_download(name, revision=revision, allow_patterns=[*files, CONFIG])
+        )
     except Exception as e:  # of the network's library, too
         at = "" if revision is None else f" at revision {revision}"
         raise InputError(
@@ -45,6 +49,8 @@ def upload(
 ) -> str:
     """Add the files of a folder to a repository, made if need be, as one commit; returns its hash.
 
+    A README.md that the repository has already stays as it is.
+
     Raises InputError where the hub does not answer or refuses.
     """
     hub = client()
@@ -52,8 +58,13 @@ def upload(
         hub.create_repo(name, private=private, exist_ok=True)
         if branch is not None:
             hub.create_branch(name, branch=branch, exist_ok=True)
+        kept = [CARD] if hub.file_exists(name, CARD, revision=branch) else None
         commit = hub.upload_folder(
-            repo_id=name, folder_path=folder, revision=branch, commit_message=message
+            repo_id=name,
+            folder_path=folder,
+            revision=branch,
+            commit_message=message,
+            ignore_patterns=kept,
         )
     except Exception as e:  # of the network's library, too
         raise InputError(

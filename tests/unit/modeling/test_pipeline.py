@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import modeling
 from modeling.generator import Generator
 from modeling.image_decoder import decode_images
 from modeling.pipeline import Pipeline, class_labels
@@ -232,9 +234,13 @@ class Hub:
     def create_branch(self, name, branch, exist_ok=False):
         self.made.append((name, branch))
 
-    def upload_folder(self, repo_id, folder_path, revision, commit_message):
+    def file_exists(self, name, file, revision=None):
+        return any((commit / file).exists() for commit in self.root.iterdir())
+
+    def upload_folder(self, repo_id, folder_path, revision, commit_message, ignore_patterns):
         commit = f"{len(list(self.root.iterdir())):040x}"
-        shutil.copytree(folder_path, self.root / commit)
+        ignore = shutil.ignore_patterns(*ignore_patterns or ())
+        shutil.copytree(folder_path, self.root / commit, ignore=ignore)
         return SimpleNamespace(oid=commit)
 
     def snapshot_download(self, name, revision=None, allow_patterns=None):
@@ -257,13 +263,34 @@ def test_a_saved_folder_makes_the_same_pipeline(stated, tmp_path):
     pipeline = Pipeline(*stated, device="cpu")
     pipeline.save_pretrained(tmp_path / "saved")
     names = sorted(path.name for path in (tmp_path / "saved").iterdir())
-    assert names == ["generator.safetensors", "tokenizer.safetensors"]
+    weights = ["generator.safetensors", "tokenizer.safetensors"]
+    assert names == ["README.md", "config.json", *weights]
     again = Pipeline.from_pretrained(tmp_path / "saved", device="cpu")
     assert torch.equal(again(["bee"]), pipeline(["bee"])) and again.revision is None
-    for file, mine in zip(stated, names):
+    for file, mine in zip(stated, weights):
         assert (tmp_path / "saved" / mine).read_bytes() == Path(file).read_bytes()
     with pytest.raises(InputError, match="revision=v1 is for the hub"):
         Pipeline.from_pretrained(tmp_path / "saved", revision="v1")
+
+
+def test_a_saved_folder_has_a_model_card_and_a_config(stated, tmp_path, monkeypatch):
+    pipeline = Pipeline(*stated, device="cpu")
+    pipeline.save_pretrained(tmp_path / "saved", "me/ants")
+    card = (tmp_path / "saved/README.md").read_text()
+    known = pipeline.about[TOKENIZER].tokenizer
+    for words in ("license: unknown", "# me/ants", 'from_pretrained("me/ants")', "16×16 pixels",
+                  "7 of 16", '3: "ant", "bee", "cat"', f"`{known}`", "stage 2"):  # fmt: skip
+        assert words in card, words
+    code = card.split("```")[1].removeprefix("python\n").replace("me/ants", f"{tmp_path}/saved")
+    monkeypatch.setitem(sys.modules, "alitok", modeling)  # as installed
+    exec(code.replace("image.png", f"{tmp_path}/image.png"))
+    assert (tmp_path / "image.png").is_file()
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    assert config["tokenizer"] == pipeline.about[TOKENIZER].entry()
+    assert config["generator"] == pipeline.about[GENERATOR].entry()
+    (tmp_path / "saved/README.md").write_text("mine")
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/README.md").read_text() == "mine"
 
 
 def test_weights_that_say_nothing_are_saved_as_the_pair_that_they_are(made, tmp_path):
@@ -286,7 +313,9 @@ def test_the_hub_keeps_each_commit_and_a_pinned_one_stays(stated, stub):
     newest = Pipeline.from_pretrained("me/digits", device="cpu")
     assert newest.revision == second
     assert not torch.equal(newest([0, 1]), pinned([0, 1]))
-    files = ["generator.safetensors", "tokenizer.safetensors"]
+    cards = [(stub.root / commit / "README.md").exists() for commit in (first, second)]
+    assert cards == [True, False]  # one that is there is not replaced
+    files = ["generator.safetensors", "tokenizer.safetensors", "config.json"]  # the last is counted
     assert stub.asked == [("me/digits", first, files), ("me/digits", None, files)]
 
 
@@ -324,7 +353,14 @@ def test_the_hubs_own_client_takes_what_it_is_called_with():
         (hub.snapshot_download, dict(revision="r", allow_patterns=["a"])),
         (hub.create_repo, dict(private=True, exist_ok=True)),
         (hub.create_branch, dict(branch="b", exist_ok=True)),
+        (hub.file_exists, dict(filename="f", revision="b")),
     ):
         inspect.signature(function).bind("me/digits", **arguments)
-    upload = dict(repo_id="me/digits", folder_path="f", revision="b", commit_message="m")
+    upload = dict(
+        repo_id="me/digits",
+        folder_path="f",
+        revision="b",
+        commit_message="m",
+        ignore_patterns=["f"],
+    )
     inspect.signature(hub.upload_folder).bind(**upload)

@@ -1,0 +1,69 @@
+"""What a folder of weights says to people and to the hub: README.md, its model card, and config.json."""
+
+import json
+
+from .metadata import About
+
+SHOWN = 10  # names of classes
+CARD = """---
+library_name: alitok
+pipeline_tag: unconditional-image-generation
+license: unknown
+tags:
+- image-generation
+- image-tokenizer
+- autoregressive
+---
+
+# {name}
+
+An AliTok image tokenizer ([arXiv 2506.05289](https://arxiv.org/abs/2506.05289)) and a generator of its codes.
+
+```python
+from alitok import Pipeline
+
+pipeline = Pipeline.from_pretrained("{name}")
+pipeline([0], seed=0, output="pil")[0].save("image.png")
+```
+
+| | |
+| --- | --- |
+| images | {size}×{size} pixels |
+| codes of an image | {tokens} of {codebook} |
+| tokenizer | {stage}{encoder} encoder and {decoder} decoder layers |
+| generator | {layers} layers of width {width} |
+| classes | {classes} |
+| fingerprint of the tokenizer's codes | `{fingerprint}` |
+
+Licence: none is stated yet. Name it here, and at `license` above.
+"""
+
+
+def model_card(name: str, generator: About, tokenizer: About) -> str:
+    """The README.md of both models, as `name`; the generator's file states its tokenizer's fingerprint."""
+    codes, sizes = tokenizer.config, generator.config
+    classes = str(sizes["condition_num_classes"])
+    if generator.classes is not None:
+        known = [json.dumps(each, ensure_ascii=False) for each in generator.classes[:SHOWN]]
+        more = ["…"] if len(generator.classes) > SHOWN else []
+        classes += f": {', '.join(known + more)}".replace("|", "\\|")
+    return CARD.format(
+        name=name,
+        size=codes["image_size"],
+        tokens=codes["num_latent_tokens"],
+        codebook=codes["codebook_size"],
+        stage="" if tokenizer.stage is None else f"stage {tokenizer.stage}, ",
+        encoder=codes["encoder_layers"],
+        decoder=codes["decoder_layers"],
+        layers=sizes["num_hidden_layers"],
+        width=sizes["hidden_size"],
+        classes=classes,
+        fingerprint=generator.tokenizer,
+    )
+
+
+def config_json(generator: About, tokenizer: About) -> str:
+    """config.json: what both files state. The hub counts downloads by requests for this file."""
+    content = {"model_type": "alitok"}
+    content |= {about.kind: about.entry() for about in (generator, tokenizer)}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

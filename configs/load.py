@@ -30,6 +30,8 @@ from runtime.files import write_whole
 
 T = TypeVar("T")
 
+# What the published trainer adds to the config that it leaves in its run folder.
+PUBLISHED_KEYS = ("config", "experiment.logging_dir")
 FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -207,6 +209,8 @@ def read_file(schema: type, path: str | Path) -> tuple[Path, dict[str, Written]]
         written = dict(read_yaml(text, schema, file=file))
     except (YAMLError, ValueError, RecursionError, OSError) as e:
         raise InputError(f"config {file}: {two_lines(e)}") from e
+    for name in PUBLISHED_KEYS:
+        written.pop(name, None)
     if not written or "" in written:
         raise InputError(f"config {file} sets no options")
     return file, written

@@ -325,6 +325,11 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
         candidates = [path for path in candidates if path.is_dir()] + own
         if not candidates:
             raise InputError(f"experiment.resume={resume}: no checkpoint there")
+        if named.name.startswith("checkpoint-") or list(named.glob("checkpoint-*")):
+            raise InputError(
+                f"experiment.resume={resume} is of the published trainer, whose optimizer is not read: "
+                f"set experiment.init_weights={resume} to start a run from its weights"
+            )
     warnings, reason = [], None
     for path in reversed(candidates):
         reason = problem(path)

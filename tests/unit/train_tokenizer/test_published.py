@@ -9,6 +9,7 @@ import configs.load
 from configs.schema import GeneratorRun, TokenizerRun
 from runtime.errors import InputError
 from train_tokenizer.__main__ import build_discriminator, learning_rate
+from train_tokenizer.discriminator import Discriminator
 
 
 def tokenizer_preset(name, *options):
@@ -69,3 +70,17 @@ def test_stage2_without_a_discriminator_of_stage1_says_what_to_set(tmp_path):
         build_discriminator(
             SimpleNamespace(options=run, checkpoint=SimpleNamespace(holds=lambda _: False))
         )
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_discriminator_beside_initial_weights_is_kept(tmp_path, stage):
+    """As the published trainer's last.pth holds it; a checkpoint that has one wins."""
+    state = Discriminator().state_dict()
+    theirs = {f"discriminator.{name}": torch.full_like(t, 2) for name, t in state.items()}
+    torch.save({"model_state": {}, "criterion_state": theirs}, tmp_path / "last.pth")
+    init = [f"experiment.init_weights={tmp_path}/last.pth", "model.critic_init=stage1"]
+    options = tokenizer_preset(f"tokenizer_stage{stage}", *init)
+    for saved in (False, True):
+        checkpoint = SimpleNamespace(holds=lambda _, saved=saved: saved)
+        built = build_discriminator(SimpleNamespace(options=options, checkpoint=checkpoint))
+        assert (built.block_in[0].weight == 2).all().item() is not saved

@@ -193,7 +193,7 @@ class Pipeline:
     def uniforms(self, seed: int | Sequence[int], images: int) -> Tensor:
         """The random numbers (images, T) of one seed, or of one per image."""
         alone = not isinstance(seed, Sequence) or isinstance(seed, str)
-        seeds = [seed] if alone else list(seed)
+        seeds: list[Any] = [seed] if alone else list(seed)  # pyright: ignore[reportArgumentType]
         for each in seeds:
             if not isinstance(each, Integral) or each < 0:
                 raise InputError(f"seed {each}: pass a whole number, 0 or more")

@@ -335,7 +335,8 @@ class Tokenizer(nn.Module):
         if not photos:
             raise InputError("no photos: pass at least one path or PIL image")
         images = torch.stack([photo_crop(photo, self.config.image_size) for photo in photos])
-        latents = self.exact_latents(to_float(images.to(self.latent_tokens.device)))
+        images = to_float(images.to(self.latent_tokens.device))
+        latents: Any = self.exact_latents(images)  # pyright: ignore - as in `latents`
         return self.quantize.encode(latents)
 
     def decode_photos(self, codes: Tensor) -> list[Any]:

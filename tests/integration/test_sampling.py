@@ -65,6 +65,12 @@ def test_images_are_completed_from_a_photo_and_from_codes(workspace, tmp_path):
     workspace.sample(tmp_path / "b", *options, f"experiment.prefix={tmp_path}/codes.npy", rows)
     assert (tmp_path / "b.npz").read_bytes() == (tmp_path / "a.npz").read_bytes()
 
+    edit = photo.replace("prefix", "edit")
+    workspace.sample(tmp_path / "e", *options, edit, "experiment.mask=0,16,4,20")
+    edited = array(tmp_path / "e_codes.npz")
+    kept = (edited == edited[0]).all(0)
+    assert kept[:9].all() and not kept.all()  # all but the patch, which is drawn for each image
+
     more = ["experiment.prefix_rows=2", "experiment.prefix_mask=True"]
     done = workspace.sample(tmp_path / "a", *options, photo, *more, check=False)
     refused(done, "holds work of other settings: prefix (")

@@ -26,9 +26,8 @@ from evaluation.evaluator import Evaluator
 from evaluation.report import table_of
 from evaluation.sources import open_images
 from generation.folder import SampleFolder
-from generation.job import SamplingJob, sampling_job
-from generation.models import load_models, open_models
-from modeling.weights.class_names import class_names
+from generation.job import SamplingJob
+from generation.models import open_job
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
 from runtime.files import write_whole
@@ -92,22 +91,17 @@ def main(argv: list[str]) -> None:
     args, arguments = parse(argv)
     options = configs.load.load(GeneratorRun, arguments, "sample_imagenet")
     experiment = options.experiment
-    for name in ("codes", "prefix"):
+    for name in ("codes", "prefix", "edit"):
         if getattr(experiment, name) is not None:
             raise InputError(
                 f"experiment.{name}={getattr(experiment, name)}: the sweep samples new codes; leave "
                 f"it out"
             )
     processes, output = start_processes(), Path(args.output)
-    device = processes.device
-    assert device is not None  # accelerate's type hint allows it
-    options, tokenizer, generator = open_models(options)
-    assert generator is not None  # without experiment.codes
-    names = class_names(generator.about)
-    job = replace(sampling_job(options, device, names), count=args.num_samples)
+    job, models, _, names = open_job(options, processes)
+    job = replace(job, count=args.num_samples)
     jobs = {(s, p): guided(job, s, p) for s in args.scales for p in args.powers}
-    models = load_models(options.model, tokenizer, generator, device)
-    side = options.model.vq_model.image_size
+    side = models.tokenizer.config.image_size
     evaluator = Evaluator.open(args.reference, processes, Path("weights"), size=(side, side))
     folders = {
         cell: SampleFolder(

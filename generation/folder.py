@@ -25,11 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.pictures import picture_grid, with_captions, write_png
-from generation.images import ImageBatch, check_codebook, decode_stored, sample_images
+from generation.images import ImageBatch, decode_stored, sample_images
 from generation.job import SamplingJob
 from generation.models import Models, largest_batch
 from modeling.sampling import NO_CLASS
-from modeling.tokenizer import TokenizerConfig
 from modeling.weights.class_names import NONE, ClassNames
 from runtime.errors import InputError
 from runtime.files import lock_folder, whole_file, writing
@@ -267,24 +266,3 @@ def even_chunk(count: int, most: int, processes: int) -> int:
     """Size of chunks of at most `most` images that gives every process about as many of them."""
     rounds = -(-count // (most * processes))
     return -(-count // (rounds * processes))
-
-
-def read_codes(path: str, config: TokenizerConfig) -> np.ndarray:
-    """Codes (N, T), uint16, of an .npz as `OUTPUT_codes.npz`."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            codes = file["arr_0"]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
-        raise InputError(
-            f"experiment.codes={path} is not an .npz of codes ({type(e).__name__}): use an "
-            f"OUTPUT_DIR_codes.npz"
-        ) from e
-    fits = codes.ndim == 2 and codes.shape[1] == config.num_tokens and len(codes)
-    if not fits or codes.dtype.kind not in "iu":
-        raise InputError(
-            f"experiment.codes={path} holds {codes.dtype} {codes.shape} instead of integers "
-            f"(images, {config.num_tokens}): use the config of the run that made it"
-        )
-    remedy = "use the config of the run that made it"
-    check_codebook(codes, config, f"experiment.codes={path}", remedy)
-    return codes.astype(np.uint16)

@@ -1,24 +1,30 @@
 """The models of a sampling job with their weights, on the device, and how many images fit there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
+import numpy as np
 import psutil
 import torch
+from accelerate import PartialState
 
 from configs.schema import GeneratorModels, GeneratorRun
 from configs.sizes import with_weights
-from generation.job import SamplingJob
+from data.classes import first_names, printable
+from generation.job import SamplingJob, sampling_job
+from generation.prefix import prefix_codes, read_codes
 from modeling.devices import free_memory
 from modeling.engine import PREFILLED_AT_ONCE, Engine, cache_bytes
 from modeling.generator import Generator, build_generator
 from modeling.image_decoder import DECODED_AT_ONCE
-from modeling.sampling import ReferenceEngine
+from modeling.sampling import NO_CLASS, ReferenceEngine
 from modeling.tokenizer import Tokenizer
+from modeling.weights.class_names import ClassNames, class_names, sorted_as_text
 from modeling.weights.metadata import GENERATOR, TOKENIZER
 from modeling.weights.opened import Opened, check_same_codes, load_tokenizer
 from modeling.weights.tensors import load_tensors, tensors_hash
 from runtime.errors import InputError
+from runtime.processes import on_main
 from runtime.weights import open_on_all
 
 
@@ -35,6 +41,44 @@ class Models:
         """The job's engine for batches of up to `batch` images."""
         assert self.generator is not None
         return job.sampler(self.generator, batch)
+
+
+def open_job(
+    options: GeneratorRun, processes: PartialState
+) -> tuple[SamplingJob, Models, Optional[np.ndarray], Optional[ClassNames]]:
+    """The job of these options, its models, the stored codes to decode and, without these, the names
+    of the classes; all processes call this together.
+
+    Raises InputError where a file or an option is missing or does not fit.
+    """
+    assert processes.device is not None  # accelerate's type hint allows it
+    options, tokenizer, generator = open_models(options)
+    experiment, codes, names = options.experiment, None, None
+    if generator is None:
+        codes = read_codes(str(experiment.codes), options.model.vq_model)
+    else:
+        names = class_names(generator.about)
+    job = sampling_job(options, processes.device, names)
+    if generator is not None and names is not None:
+        warn_of_untrained(generator, job, processes)
+        doubt = sorted_as_text(names.folders)
+        if doubt and any(isinstance(item, int) for item in experiment.classes or ()):
+            processes.print(f"warning: {doubt}")
+    models = load_models(options.model, tokenizer, generator, processes.device)
+    prefix = on_main(lambda: prefix_codes(experiment, models.tokenizer))
+    return replace(job, prefix=prefix), models, codes, names
+
+
+def warn_of_untrained(generator: Opened, job: SamplingJob, processes: PartialState) -> None:
+    """Name the classes of the job that the generator was never trained on, if they are known."""
+    classes = set(job.classes) - {NO_CLASS}
+    missing = generator.about.without_images(classes)
+    if missing:
+        names = first_names([str(label) for label in missing])
+        processes.print(
+            f"warning: {len(missing)} of {len(classes)} classes ({names}) were never trained "
+            f"in {printable(generator.file)}: set experiment.classes to those that were"
+        )
 
 
 def open_models(options: GeneratorRun) -> tuple[GeneratorRun, Opened, Optional[Opened]]:

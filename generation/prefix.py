@@ -1,4 +1,5 @@
-"""Codes that sampling is given: the beginning of images that it completes, the rest of one that it edits.
+"""Codes that sampling is given: those that it only decodes, the beginning of images that it completes,
+the rest of one that it edits.
 
 The encoder is bidirectional: every code of a whole image may depend on all of its pixels, so that the
 given codes also tell something about the rest. `experiment.prefix_mask` replaces it before encoding.
@@ -80,6 +81,27 @@ def read_prefix(path: str, config: TokenizerConfig) -> Tensor:
         )
     check_codebook(codes, config, f"experiment.prefix={path}", "use codes of this tokenizer")
     return torch.from_numpy(codes.astype(np.int64))
+
+
+def read_codes(path: str, config: TokenizerConfig) -> np.ndarray:
+    """Codes (N, T), uint16, of an .npz as `OUTPUT_codes.npz`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            codes = file["arr_0"]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+        raise InputError(
+            f"experiment.codes={path} is not an .npz of codes ({type(e).__name__}): use an "
+            f"OUTPUT_DIR_codes.npz"
+        ) from e
+    remedy = "use the config of the run that made it"
+    fits = codes.ndim == 2 and codes.shape[1] == config.num_tokens and len(codes)
+    if not fits or codes.dtype.kind not in "iu":
+        raise InputError(
+            f"experiment.codes={path} holds {codes.dtype} {codes.shape} instead of integers "
+            f"(images, {config.num_tokens}): {remedy}"
+        )
+    check_codebook(codes, config, f"experiment.codes={path}", remedy)
+    return codes.astype(np.uint16)
 
 
 def cut_codes(codes: Tensor, path: str, rows: Optional[int], config: TokenizerConfig) -> Tensor:

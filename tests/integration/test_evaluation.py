@@ -94,11 +94,14 @@ def test_sampler_scores_its_samples(workspace, tmp_path, tiny, capsys):
 def test_sweep_samples_each_cell_as_the_sampler_does_and_loads_weights_once(
     workspace, tmp_path, tiny, monkeypatch
 ):
+    import generation.models
     from evaluation import sweep
 
     loads = []
-    load = sweep.load_models
-    monkeypatch.setattr(sweep, "load_models", lambda *given: loads.append(given) or load(*given))
+    load = generation.models.load_models
+    monkeypatch.setattr(
+        generation.models, "load_models", lambda *given: loads.append(given) or load(*given)
+    )
     sweep.main([
         f"--reference={tiny}", "--scales=1,3", "--powers=0.5", "--num_samples=14",
         f"--output={tmp_path}/sweep", f"config={workspace.root}/generator.yaml",

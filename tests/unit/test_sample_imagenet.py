@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+import generation.models
 import sample_imagenet
 from modeling.generator import Generator
 from modeling.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ def said(tmp_path, monkeypatch, capsys):
     def load_models(*args):
         raise Reached
 
-    monkeypatch.setattr(sample_imagenet, "load_models", load_models)
+    monkeypatch.setattr(generation.models, "load_models", load_models)
 
     about = about_model(TOKENIZER, SMALL)
     write_state_dict(Tokenizer(SMALL).state_dict(), tmp_path / "t.pth", about)

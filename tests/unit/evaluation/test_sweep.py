@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import evaluation.evaluator
+import generation.models
 from evaluation import sweep
 from modeling.generator import GeneratorConfig
 from modeling.tokenizer import TokenizerConfig
@@ -44,13 +45,13 @@ def jobs(tmp_path, monkeypatch):
     sampled_from = {"tokenizer": "t", "generator": "g"}
     models = SimpleNamespace(
         hashes=sampled_from,
-        tokenizer=SimpleNamespace(config=TokenizerConfig()),
+        tokenizer=SimpleNamespace(config=TokenizerConfig(image_size=8, patch_size=4)),
         generator=SimpleNamespace(config=GeneratorConfig()),
     )
-    monkeypatch.setattr(sweep, "load_models", lambda *_: models)
+    monkeypatch.setattr(generation.models, "load_models", lambda *_: models)
     about = about_model(GENERATOR, GeneratorConfig())
     opened = SimpleNamespace(about=about)
-    monkeypatch.setattr(sweep, "open_models", lambda options: (options, opened, opened))
+    monkeypatch.setattr(generation.models, "open_models", lambda options: (options, opened, opened))
     return SimpleNamespace(sampled=sampled, models=models)
 
 
@@ -132,12 +133,13 @@ def test_results_of_other_weights_behind_the_same_path_are_not_mixed_in(jobs, pa
         ("model.generator.guidance_scale_pow=3", "the sweep sets this itself"),
         ("experiment.output_dir=x", "the sweep sets this itself"),
         ("experiment.codes=x.npz", "the sweep samples new codes"),
+        (["experiment.edit=x.png", "experiment.mask=0,0,4,4"], "the sweep samples new codes"),
         ("model.generator.guidance_schedule=steep", "guidance_schedule=steep: choose"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(jobs, argument, words):
     with pytest.raises(InputError, match=words):
-        sweep.main([*ARGUMENTS, *GRID, argument])
+        sweep.main([*ARGUMENTS, *GRID, *([argument] if isinstance(argument, str) else argument)])
     assert not jobs.sampled
 
 

@@ -230,7 +230,7 @@ class GeneratorExperiment(Experiment):
     num_fid_samples: int = option(50_000, "Images to sample.", at_least=1)
     per_proc_batch_size: Optional[int] = option(
         None,
-        "Images sampled together; null: as many as memory allows, at most 512.",
+        "Images sampled together; null: as many as memory allows, at most 1024.",
         at_least=1,
         at_most=2**31 - 1,
     )
@@ -242,7 +242,7 @@ class GeneratorExperiment(Experiment):
     )
     precision: str = option(
         "auto",
-        "Precision of sampling; auto: bf16 on CUDA, fp32 on a CPU.",
+        "Precision of sampling; auto: bf16 on CUDA from Ampere on, fp32 elsewhere.",
         choices=("auto", "fp32", "tf32", "bf16"),
     )
     compile: bool | str = option(

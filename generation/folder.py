@@ -30,14 +30,13 @@ from generation.job import SamplingJob
 from generation.models import Models, largest_batch
 from modeling.sampling import NO_CLASS
 from modeling.weights.class_names import NONE, ClassNames
+from modeling.weights.metadata import UNSEEN
 from runtime.errors import InputError
 from runtime.files import lock_folder, whole_file, writing
 from runtime.parts import Parts, check_settings
 from runtime.processes import on_main, set_matmul_precision
 
 LARGEST_CHUNK = 1024  # images; every step reads the weights and starts its kernels once per chunk
-# Sizes of the tokenizer that no tensor's shape shows.
-UNSEEN_SIZES = ("encoder_heads", "decoder_heads", "causal")
 # Not "remove the folder": the generator's training run may be in it.
 REMEDY = "use another experiment.output_dir, or remove what sampling left there"
 
@@ -71,7 +70,7 @@ class SampleFolder:
     def settings(self) -> dict[str, Any]:
         """Everything that decides the files, except the size of the chunks."""
         job, models = self.job, self.models
-        unseen = {name: getattr(models.tokenizer.config, name) for name in UNSEEN_SIZES}
+        unseen = {name: getattr(models.tokenizer.config, name) for name in UNSEEN}
         settings = {
             "images": self.count, "png": self.png, "grid": self.grid, "precision": job.precision,
             **models.hashes, **unseen,

@@ -552,7 +552,7 @@ def main(argv: list[str]) -> None:
     kept = None if dry_run else Path(options.experiment.output_dir)
     data = open_data(options, index_folder=kept)
     run = Run(accelerator, options, phases, data.identity(), dry_run)
-    state = TrainState(run, options, evaluates=bool(data.validation))
+    state = TrainState(run, run.options, evaluates=bool(data.validation))
     params = options.dataset.params
     run.start(data.dataset, len(data.paths), params.num_workers_per_gpu, params.skip_unreadable)
     describe_run(run, state, data)

@@ -17,7 +17,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("file", type=new_file(*FORMATS), help="what to write: .pth or .safetensors")
     args = parser.parse_args(argv)
     weights = open_weights(args.run_dir, TOKENIZER)
-    write_state_dict(weights.state, args.file, weights.about)
+    # A file whose heads are only assumed states nothing, rather than a guess.
+    about = None if weights.about.assumed else weights.about
+    write_state_dict(weights.state, args.file, about)
     print(f"wrote {args.file}: {describe(weights.state)}, from {weights.file}")
 
 

@@ -143,8 +143,9 @@ def test_arguments_that_do_not_fit_are_refused(jobs, argument, words):
     assert not jobs.sampled
 
 
-def test_codes_in_the_config_are_refused_too(jobs, tmp_path):
-    text = (tmp_path / "c.yaml").read_text().replace("{name", "{codes: x.npz, name")
+@pytest.mark.parametrize("given", ["codes: x.npz", "edit: x.png, mask: '0,0,4,4'"])
+def test_codes_in_the_config_are_refused_too(jobs, tmp_path, given):
+    text = (tmp_path / "c.yaml").read_text().replace("{name", f"{{{given}, name")
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(InputError, match="the sweep samples new codes"):
         sweep.main([*ARGUMENTS, *GRID])

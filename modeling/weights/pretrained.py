@@ -8,6 +8,7 @@ from ..tokenizer import Tokenizer, TokenizerConfig
 from . import hub
 from .metadata import TOKENIZER
 from .opened import config_of, load_tokenizer, open_weights
+from .runs import all_checkpoints
 
 FILE = "tokenizer.safetensors"  # of a folder that `Pipeline.save_pretrained` writes
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -22,7 +23,7 @@ def open_tokenizer(
         path = hub.download(str(name), revision, (FILE,))
     elif revision is not None:
         raise InputError(f"revision={revision} is for the hub, but {name} is a local path")
-    if (path / FILE).is_file():
+    if (path / FILE).is_file() and not all_checkpoints(path):  # an export may be older than they
         path = path / FILE
     opened = open_weights(path, TOKENIZER)
     return load_tokenizer(opened, config_of(opened, config))

@@ -16,6 +16,7 @@ from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 from tests.tiny import tiny_generator, tiny_tokenizer
+from training import checkpoint
 
 SMALL = tiny_tokenizer(num_latent_tokens=7)
 
@@ -79,6 +80,15 @@ def test_a_tokenizer_comes_from_a_file_a_folder_and_the_hub(tokenizer, file, tmp
         Tokenizer.from_pretrained("weights/none.pth")
     with pytest.raises(InputError, match="revision=v1 is for the hub"):
         Tokenizer.from_pretrained(file, revision="v1")
+
+
+def test_of_a_run_the_newest_checkpoint_counts_whatever_was_exported_before(tokenizer, file):
+    newer = {**tokenizer.state_dict(), "latent_tokens": tokenizer.latent_tokens + 1}
+    about = {"tokenizer": about_model(TOKENIZER, SMALL, stage=2)}
+    checkpoint.save(file.parent, 4, {"tokenizer": newer}, {}, keep=2, about=about)
+    for run in (file.parent, file.parent / "checkpoints/step-00000004"):
+        ours = Tokenizer.from_pretrained(run, device="cpu")
+        assert torch.equal(ours.latent_tokens, newer["latent_tokens"])
 
 
 def test_what_is_no_photo_and_no_codes_is_refused(tokenizer, photo, tmp_path):

@@ -38,7 +38,7 @@ def read_labels(file: str | Path, names: Sequence[str], source: object) -> dict[
     known = {os.path.splitext(name)[0]: name for name in names} | {name: name for name in names}
     known = {unicodedata.normalize("NFC", shown): name for shown, name in known.items()}
     separator = next((s for s in ",;\t" if s in lines[0]), None)
-    *first, _ = lines[0].split()
+    first = lines[0].split()[:-1]
     in_pairs = first and (first[0] in known or first[0].lower() in HEADERS)
     if separator is None and not (in_pairs or any(map(is_image, first))):
         return labels_in_order(file, lines, names, source)

@@ -97,6 +97,7 @@ LINES = FILES["csv"].splitlines(keepends=True)
         ("n01\n" * 6 + "490\n", ["line 7: 490 is a number", "list their synsets"]),
         ("", ["is empty"]),
         ("\n \n", ["is empty"]),
+        ("\n" + "n01\n" * 6, ["line 1: there is no name of a class"]),
         ("".join(LINES[1:]), ["has no line for 1 of the 7 images", name_of(7)]),
         ("".join(LINES) + "other.JPEG,n01\n", ["line 8: there is no image other.JPEG", name_of(1)]),
         ("".join(LINES) + f"{name_of(7)},n02\n", [f"line 8: {name_of(7)} has a second class"]),

@@ -37,6 +37,7 @@ from runtime.parts import Parts, check_settings
 from runtime.processes import on_main, set_matmul_precision
 
 LARGEST_CHUNK = 1024  # images; every step reads the weights and starts its kernels once per chunk
+SHARES = 8  # processes that have about as many chunks each, as have 1, 2 and 4
 # Not "remove the folder": the generator's training run may be in it.
 REMEDY = "use another experiment.output_dir, or remove what sampling left there"
 
@@ -136,7 +137,7 @@ class SampleFolder:
         chunk = chunk or self._earlier_chunk()
         if chunk is None:
             most = max(min(largest_batch(self.models, self.job), LARGEST_CHUNK), 1)
-            chunk = even_chunk(self.count, most, self.processes.num_processes)
+            chunk = even_chunk(self.count, most)
         check_settings(self.settings_file, {**self.settings(), "chunk": chunk}, REMEDY)
         return chunk
 
@@ -261,7 +262,12 @@ def concatenate_parts(
                 file.write(np.ascontiguousarray(parts.read(number, name)).data)
 
 
-def even_chunk(count: int, most: int, processes: int) -> int:
-    """Size of chunks of at most `most` images that gives every process about as many of them."""
-    rounds = -(-count // (most * processes))
-    return -(-count // (rounds * processes))
+def even_chunk(count: int, most: int) -> int:
+    """Size of chunks of at most `most` images: one chunk or, of more, a multiple of `SHARES`.
+
+    It does not follow from the number of processes, because another chunk rounds differently.
+    """
+    chunks = -(-count // most)
+    if chunks > 1:
+        chunks = -(-chunks // SHARES) * SHARES
+    return -(-count // chunks)

@@ -139,11 +139,11 @@ def test_nothing_is_written_where_memory_is_too_low(fill_folder, monkeypatch, tm
 
 
 @pytest.mark.parametrize(
-    "count, most, processes, chunk, chunks",
-    [(50_000, 1024, 8, 893, 56), (50_000, 512, 8, 481, 104), (7, 1024, 8, 1, 7), (7, 3, 1, 3, 3)],
+    "count, most, chunk, chunks",
+    [(50_000, 1024, 893, 56), (50_000, 512, 481, 104), (1024, 1024, 1024, 1), (1025, 1024, 129, 8)],
 )
-def test_every_process_has_about_as_many_chunks(count, most, processes, chunk, chunks):
-    found = module.even_chunk(count, most, processes)
+def test_eight_processes_have_about_as_many_chunks_each(count, most, chunk, chunks):
+    found = module.even_chunk(count, most)
     assert (found, -(-count // found)) == (chunk, chunks) and found <= most
 
 

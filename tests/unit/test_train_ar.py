@@ -555,13 +555,13 @@ def test_resume_on_other_data_of_the_same_size_is_refused_and_a_fork_is_warned(
         ("classes", write_cache(tmp_path / "classes", ["a", "b", "d"])),
     ]
     train("training.max_train_steps=2")
-    before = (tmp_path / "run/classes.json").read_bytes()
+    before = (tmp_path / "run/generator.bin").read_bytes()
     for name, cache in caches:
         other = f"dataset.params.pretokenization={cache}"
         other = [other, "dataset.params.val_pretokenization=null", "training.max_train_steps=2"]
         with pytest.raises(InputError, match=rf"other options or data: .*{name} \("):
             train(*other)
-        assert (tmp_path / "run/classes.json").read_bytes() == before
+        assert (tmp_path / "run/generator.bin").read_bytes() == before
         capsys.readouterr()
         train(*other, f"experiment.resume={tmp_path}/run", run=f"fork_{name}")
         said = capsys.readouterr().out
@@ -704,38 +704,19 @@ def test_an_initialised_run_resumes_with_the_same_weights_or_none_and_with_no_ot
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["model.generator.num_hidden_layers=3"], "a/generator.bin does not fit the configured"),
-        (
-            ["model.generator.hidden_size=64"],
-            "seems to be a generator .hidden size 32, 2 layers, 32",
-        ),
-        (["model.vq_model.codebook_size=64"], "is a generator of 32 codes, but .*codebook_size=64"),
-        (
-            ["model.generator.image_seq_len=73", "model.vq_model.image_size=32"],
-            r"is a generator of 21 codes per image .*image_seq_len=73",
-        ),
+        (["model.generator.num_hidden_layers=3"], "num_hidden_layers=3"),
+        (["model.generator.hidden_size=64"], "hidden_size=64"),
+        (["model.vq_model.codebook_size=64"], "codebook_size=64"),
+        (["model.generator.image_seq_len=73", "model.vq_model.image_size=32"], "image_seq_len=73"),
     ],
 )
 def test_initial_weights_of_another_architecture_are_refused(
     train, cache, tmp_path, first, monkeypatch, options, words
 ):
     monkeypatch.setattr(train_ar.TokenCache, "check", lambda *args: None)  # it fits the weights
+    words = rf"model\.generator\.{words} contradicts .*a/generator\.bin"
     with pytest.raises(InputError, match=words):
         train(f"experiment.init_weights={first}/generator.bin", *options, run="b")
-    assert not (tmp_path / "b").exists()
-
-
-def test_a_file_that_states_another_number_of_codes_is_refused_wherever_it_lies(
-    train, cache, tmp_path, first, monkeypatch
-):
-    monkeypatch.setattr(train_ar.TokenCache, "check", lambda *args: None)  # it fits the weights
-    loose = tmp_path / "loose.safetensors"
-    shutil.copy(first / "generator.safetensors", loose)
-    sizes = ["model.generator.image_seq_len=73", "model.vq_model.image_size=32"]
-    with pytest.raises(
-        InputError, match=r"loose\.safetensors is a generator of 21 codes per image"
-    ):
-        train(f"experiment.init_weights={loose}", *sizes, run="b")
     assert not (tmp_path / "b").exists()
 
 

@@ -204,7 +204,7 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
         last = engine, decoder, ours, codes
         graph = engine.graph
         if args.profile and cuda and graph is not None:
-            profile(lambda: [graph.replay() for _ in range(5)])  # noqa: B023
+            profile(lambda graph=graph: [graph.replay() for _ in range(5)])
     if args.plain_batch:
         against_plain(config, sampling, model, tokenizer, precision, args, last, inputs)
 

@@ -318,7 +318,9 @@ def test_int8_cache_keeps_the_logits_near_float32(fill):
         functions, steps = engine.functions, []
         # The codes of every step are the first one's, so that both see the same sequence.
         engine.functions = functions._replace(
-            choose=lambda x, uniform, *rest, s=steps: s.append(x.clone()) or (uniform * 16).long()
+            choose=lambda x, given, uniform, *rest, s=steps: (
+                s.append(x.clone()) or (uniform * 16).long()
+            )
         )
         engine.sample(labels, uniforms)
         logits[cache] = torch.stack(steps)

@@ -177,7 +177,7 @@ def test_the_fused_engine_behind_a_prefix_is_where_its_steps_lead(fill, cache, a
     # The code of every step is given by its number, so that all ways see the same sequence.
     codes = (uniforms * 64).long()
     engine.functions = engine.functions._replace(
-        choose=lambda x, uniform, *rest: logits.append(x.clone()) or (uniform * 64).long()
+        choose=lambda x, given, uniform, *rest: logits.append(x.clone()) or (uniform * 64).long()
     )
     assert torch.equal(engine.sample(labels, uniforms), codes)
     stepped = torch.stack(logits)  # (2 streams · 7 steps, rows, V)

@@ -72,7 +72,8 @@ def choice(
     def arguments() -> tuple:
         real = torch.float32
         logits = fake(rows, config.codebook_size, dtype=real)
-        return logits, fake(rows // 2, dtype=real), fake(1, dtype=real), True, 1.0, top_k, top_p
+        given, uniform = fake(rows // 2, dtype=torch.int64), fake(rows // 2, dtype=real)
+        return logits, given, uniform, fake(1, dtype=real), True, 1.0, top_k, top_p
 
     # Folding constants would compute them on the device.
     options = {"deterministic": deterministic, "joint_graph_constant_folding": False}

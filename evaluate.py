@@ -126,12 +126,8 @@ def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="CUDA where there is one")
     args = parser.parse_args(argv)
-    return choose_task(args, given_flags(parser, args)), args
-
-
-def given_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> set[str]:
-    """The flags whose value is not the default."""
-    return {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    return choose_task(args, given), args
 
 
 def choose_task(args: argparse.Namespace, given: set[str]) -> "Task":

@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 
 from configs.sizes import tokenizer_sizes
-from data.cache import fingerprint
 from data.classes import printable
 from data.imagenet import misnumbered
 from data.images import scan_images
@@ -24,6 +23,7 @@ from data.walk import is_hidden
 from encoding.encoder import load_encoder
 from encoding.job import EncodingPlan, encode_folder
 from modeling.weights.metadata import TOKENIZER
+from modeling.weights.tensors import fingerprint
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
 from runtime.processes import start_processes

@@ -26,12 +26,11 @@ from data.identity import hash_of_texts, identity_of_images
 from data.imagenet import misnumbered
 from data.images import VIEWS, TrainViews, scan_images, to_float
 from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
-from data.tokens import TokenCache, TrainTokens, fingerprint, open_tokens
+from data.tokens import TokenCache, TrainTokens, open_tokens
 from data.tree import refuse_inside
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
-from evaluation.likelihood import Likelihood, share_of_sums
-from evaluation.metrics import summed
+from evaluation.likelihood import Likelihood, measure_likelihood
 from modeling.compiling import compile_training
 from modeling.generator import Generator, build_generator
 from modeling.sampling import NO_CLASS
@@ -39,7 +38,7 @@ from modeling.tokenizer import Tokenizer
 from modeling.weights.class_names import NONE, ClassNames
 from modeling.weights.metadata import GENERATOR, TOKENIZER, About, about_model
 from modeling.weights.opened import Opened, load_tokenizer
-from modeling.weights.tensors import describe, load_tensors
+from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
 from runtime.processes import compiles, device_name, on_main
 from runtime.program import run as run_program
@@ -218,14 +217,9 @@ def sampled(train: TrainingSet, options: GeneratorRun) -> TrainingSet:
     )
 
 
-def needs_tokenizer(options: GeneratorRun) -> bool:
-    """Whether a run encodes images or decodes samples."""
-    return bool(options.experiment.generate_every or options.dataset.params.train_dir)
-
-
 def open_tokenizer(options: GeneratorRun) -> Optional[Opened]:
-    """`experiment.tokenizer_checkpoint`, where the run needs it."""
-    if not needs_tokenizer(options):
+    """`experiment.tokenizer_checkpoint`, where the run decodes samples or encodes images."""
+    if not (options.experiment.generate_every or options.dataset.params.train_dir):
         return None
     return open_on_all(options.experiment.tokenizer_checkpoint, TOKENIZER)
 
@@ -394,10 +388,9 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData
             if evaluates:
                 store = data.validation
                 assert store is not None, "evaluates says so"
-                sums = run.attempt("validation", lambda: validation_sums(run, generator, store))
-                if sums is not None:
-                    sums = summed(sums).cpu()
-                    figures = Likelihood(sums, store.images * store.views).figures()
+                share = run.attempt("validation", lambda: validate(run, generator, store))
+                if share is not None:
+                    figures = share.reduced().figures()
                     values = run.checkpoint.values
                     logged = on_main(lambda: run.log.lowest("val/loss"))
                     best = min(values.get("best", float("inf")), logged)
@@ -426,11 +419,11 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData
                         log.metrics(step, values)
 
 
-def validation_sums(run: Run, model: nn.Module, store: TokenCache) -> Tensor:
-    """`Likelihood.sums` of this rank's share of the held-out views, in the precision of training."""
+def validate(run: Run, model: nn.Module, store: TokenCache) -> Likelihood:
+    """This rank's share of the likelihood of the held-out views, in the precision of training."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     with run.accelerator.autocast():
-        return share_of_sums(model, store, run.training.per_gpu_batch_size, rank, world)
+        return measure_likelihood(model, store, run.training.per_gpu_batch_size, rank, world)
 
 
 @torch.no_grad()

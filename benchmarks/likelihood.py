@@ -71,7 +71,7 @@ def main() -> None:
         def score() -> None:
             measure_likelihood(
                 model, store, args.batch_size, workers=args.num_workers, compiled=cuda
-            )
+            ).reduced()
 
         def bare() -> None:
             forward(model, codes, labels, args.batches)

@@ -120,9 +120,6 @@ def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-as_dict = asdict
-
-
 def lasting(options: Any) -> dict[str, Any]:
     """The options that must be the same when a run resumes, by their names."""
     kept = {n for n, option in declared(type(options)).items() if not option.notes.get("resumes")}

@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.classes import map_labels
-from modeling.weights.tensors import fingerprint
 from runtime.errors import InputError
-
-__all__ = ["MANIFEST", "TokenCache", "fingerprint", "read_manifest", "write_manifest"]
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "alitok-tokens", 1

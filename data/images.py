@@ -23,13 +23,8 @@ from data.labels import read_labels
 from data.order import EpochDraws
 from data.tars import is_tar
 from data.tree import FileTree, ImagePath, describe_left_out, is_image, read_tree
-from modeling.photos import center_crop as center_crop
-from modeling.photos import load_image as load_image
-from modeling.photos import load_photo as load_photo
-from modeling.photos import load_upright as load_upright
-from modeling.photos import photo_crop as photo_crop
-from modeling.photos import to_uint8 as to_uint8
-from modeling.pixels import to_float as to_float
+from modeling.photos import center_crop, load_image, load_photo, load_upright, photo_crop, to_uint8  # noqa: F401
+from modeling.pixels import to_float  # noqa: F401 - for this module's callers, as are some of the above
 from runtime.errors import InputError
 from runtime.randomness import Stream, generator_for
 

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from configs.sizes import tokenizer_sizes
-from data.cache import TokenCache, fingerprint
+from data.cache import TokenCache
 from data.pictures import captioned, enlarged, picture_grid, write_png
 from modeling.devices import find_device
 from modeling.image_decoder import ImageDecoder
 from modeling.weights.metadata import TOKENIZER
 from modeling.weights.opened import load_tokenizer, open_weights
+from modeling.weights.tensors import fingerprint
 
 COLUMNS, MARGIN = 8, 6  # images side by side at most, and pixels between them
 

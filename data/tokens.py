@@ -25,7 +25,7 @@ Shards hold `images_per_shard` images each, the last one the rest, so view v of 
     images_per_shard    see above
     classes             names, sorted; a label is an index into them
     files               name, bytes and sha256 of every other file, the shards in order first
-    tokenizer           fingerprint of encoder and codebook (`fingerprint`)
+    tokenizer           fingerprint of encoder and codebook (`modeling.weights.tensors.fingerprint`)
     encoder_heads       attention heads of the encoder, which no tensor's shape shows
     image_size, crops, preprocessing    pixels; the kind of views, in the order of
                         `data.images.view_boxes`; what is done to an image, in words
@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.cache import MANIFEST, TokenCache, fingerprint, read_manifest
+from data.cache import MANIFEST, TokenCache, read_manifest
 from data.classes import describe_classes
 from data.identity import hash_of_texts
 from data.imagenet import misnumbered
@@ -60,17 +60,6 @@ from runtime.arguments import Parser, as_path, new_file, number, path
 from runtime.errors import InputError
 from runtime.files import file_sha256
 from runtime.program import run
-
-__all__ = [
-    "AllTokens",
-    "NpzStore",
-    "TokenCache",
-    "TokenStore",
-    "TrainTokens",
-    "fingerprint",
-    "open_tokens",
-]
-
 
 BLOCK = 4096  # images that are exported at a time
 

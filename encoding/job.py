@@ -48,7 +48,7 @@ from runtime.processes import on_main
 
 BATCHES_PER_PART = 16  # what a killed run loses at most, per process
 COMPARED_BATCHES = 2  # encoded in float32 too, where another type is chosen
-FACTS = ("readable", "rotated by its EXIF", "bytes", "seconds of its last change")  # of an image
+# Facts of an image are four int64: readable, rotated by its EXIF, bytes, seconds of its last change.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ class WorkFolder:
             self.parts.write(part.number, codes=codes, facts=part.facts)
 
     def finished(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the images in the finished parts: sorted indices (n,), and `FACTS` (n, 4)."""
+        """Of the images in the finished parts: sorted indices (n,), and facts (n, 4)."""
         numbers = [n for n in range(self.parts.count) if self.parts.path(n).exists()]
         indices = [i for n in numbers for batch in self.batches[n] for i in batch]
         facts = [self.parts.read(n, "facts") for n in numbers]
@@ -182,7 +182,7 @@ def encode_folder(
 ) -> None:
     """Encode the images of a folder or tar into the token cache `cache`, together with the other processes.
 
-    `encoder` comes from `encoding.encoder.load_encoder` and `tokenizer_hash` from `data.cache.fingerprint`. What an
+    `encoder` comes from `encoding.encoder.load_encoder` and `tokenizer_hash` from `modeling.weights.tensors.fingerprint`. What an
     interrupted call finished, in CACHE.partial, is not encoded again. Raises InputError for a cache
     of other settings and for more unreadable images than `plan.skip_unreadable`.
     """
@@ -283,7 +283,7 @@ def preprocessing(kind: str, size: int) -> str:
 
 # ---------------------------------------------------------------------- encoding
 class ReadableCrops(Dataset):
-    """(source crop (3, L, L), `FACTS` (4,), int64) of image i.
+    """(source crop (3, L, L), facts (4,), int64) of image i.
 
     With `skip_unreadable`, an unreadable one is black. It keeps its place in its batch, so that what is
     encoded together does not depend on it.
@@ -315,7 +315,7 @@ class EncodedPart(NamedTuple):
     number: int
     indices: np.ndarray  # (n,), of the images
     codes: np.ndarray  # (n, V, T) uint16
-    facts: np.ndarray  # (n, 4) int64: FACTS
+    facts: np.ndarray  # (n, 4) int64
 
     @property
     def readable(self) -> np.ndarray:

@@ -124,7 +124,8 @@ def score_generator(
             compile_blocks(generator.blocks)
         context = torch.autocast(device.type, torch.bfloat16) if bf16 else matmul_precision("fp32")
         with context:
-            likelihood = measure_likelihood(generator, store, batch, rank, world, workers, compiled)
+            share = measure_likelihood(generator, store, batch, rank, world, workers, compiled)
+        likelihood = share.reduced()
         if not likelihood.sums.isfinite().all():
             raise InputError(
                 f"the loss of {source.name} on {cache} is NaN or infinite: its weights are damaged"

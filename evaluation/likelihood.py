@@ -27,13 +27,17 @@ COMPILED_VIEWS = 50_000  # fewer are scored sooner than their programs are compi
 
 @dataclass
 class Likelihood:
-    """Sums over all views of a cache, by position of the code.
+    """Sums over the views of a cache, or over one process's share of them, by position of the code.
 
-    `sums` is (3, T), float64, on the CPU: nats, hits of the top-1 and of the top-5 prediction.
+    `sums` is (3, T), float64: nats, hits of the top-1 and of the top-5 prediction.
     """
 
     sums: Tensor
-    views: int
+    views: int  # of the cache
+
+    def reduced(self) -> "Likelihood":
+        """That of all processes, on the CPU; they call this together."""
+        return Likelihood(summed(self.sums).cpu(), self.views)
 
     @property
     def positions(self) -> Tensor:
@@ -73,6 +77,7 @@ class Likelihood:
         }
 
 
+@torch.no_grad()
 def measure_likelihood(
     model: nn.Module,
     store: TokenCache,
@@ -82,25 +87,8 @@ def measure_likelihood(
     workers: int = 0,
     compiled: bool = False,
 ) -> Likelihood:
-    """The likelihood of every view of a cache under a generator, the same on every process.
-
-    The arguments are those of `share_of_sums`; all `world` processes must call this.
-    """
-    sums = share_of_sums(model, store, batch, rank, world, workers, compiled)
-    return Likelihood(summed(sums).cpu(), store.images * store.views)
-
-
-@torch.no_grad()
-def share_of_sums(
-    model: nn.Module,
-    store: TokenCache,
-    batch: int,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    compiled: bool = False,
-) -> Tensor:
-    """`Likelihood.sums` of one process's share of the views, on the model's device; talks to no other.
+    """The likelihood of a cache's views under a generator: this process's share of the sums, on the
+    model's device (`Likelihood.reduced`). Talks to no other process.
 
     `model` maps codes (B, T - 1) and labels (B,) to logits (B, T, V), and is in eval mode meanwhile. The
     processes share batches of consecutive views, so their number changes the order of float64 sums only. Call it within autocast for the precision of a training run's own validation. `compiled`
@@ -124,7 +112,7 @@ def share_of_sums(
         with eager(compiled and len(codes) < batch):
             sums += sums_of(model(codes[:, :-1], labels), codes)
     model.train(was_training)
-    return sums
+    return Likelihood(sums, store.images * store.views)
 
 
 def eager(wanted: bool) -> contextlib.AbstractContextManager:

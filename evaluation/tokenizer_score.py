@@ -42,12 +42,6 @@ def weights_hash(tokenizer: Tokenizer) -> str:
     return tensors_hash({name: state[name] for name in state if name not in spare})
 
 
-def identity_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The hash of a tokenizer's weights, and the sizes that no tensor's shape shows."""
-    sizes = {name: getattr(tokenizer.config, name) for name in UNSEEN}
-    return {"tokenizer": weights_hash(tokenizer), **sizes}
-
-
 def score_tokenizer(
     tokenizer: Tokenizer,
     folder: Path,
@@ -86,6 +80,7 @@ def score_tokenizer(
         return {}, originals, preview
     if network is not None:
         figures["rfid"] = compare(reconstructions, originals, device)["FID"]
+    unseen = {name: getattr(tokenizer.config, name) for name in UNSEEN}  # by any tensor's shape
     result = {
         "metrics": {name: figures[key] for name, key in METRICS.items() if key in figures},
         "protocol": protocol(network, reconstructions, originals),
@@ -93,7 +88,7 @@ def score_tokenizer(
         "partial": False,
         "samples": reconstructions.summary(),
         "reference": originals.summary(),
-        "weights": identity_of(tokenizer),
+        "weights": {"tokenizer": weights_hash(tokenizer), **unseen},
         **conditions(network, batch, device),
         "warnings": warnings_of(network, originals, reconstructions),
     }

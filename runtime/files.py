@@ -6,19 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from modeling.weights.files import file_sha256, sync_file, whole_file, write_torch, writing
+# Some of them for this module's callers only.
+from modeling.weights.files import file_sha256, sync_file, whole_file, write_torch, writing  # noqa: F401
 from runtime.errors import InputError
-
-__all__ = [
-    "file_sha256",
-    "lock_folder",
-    "sync_file",
-    "sync_folder",
-    "whole_file",
-    "write_torch",
-    "write_whole",
-    "writing",
-]
 
 
 def write_whole(path: str | Path, data: bytes) -> None:

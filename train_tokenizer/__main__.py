@@ -384,18 +384,8 @@ class TrainState:
 
     def models(self) -> dict[str, nn.Module]:
         """What is trained, by name."""
-        models: dict[str, nn.Module] = {"tokenizer": self.tokenizer}
-        return (
-            models
-            if self.discriminator is None
-            else {**models, "discriminator": self.discriminator}
-        )
-
-    def tokenizer_turn(self) -> tuple[nn.Module, Any]:
-        return self.model, self.optimizer
-
-    def critic_turn(self) -> tuple[nn.Module, Any]:
-        return self.critic, self.critic_optimizer
+        models = {"tokenizer": self.tokenizer, "discriminator": self.discriminator}
+        return {name: model for name, model in models.items() if model is not None}
 
     def judge(self, images: Tensor) -> Tensor:
         """The discriminator's logits in the tokenizer's loss, float32, computed as in its own steps.
@@ -563,7 +553,9 @@ def main(argv: list[str]) -> None:
         train_critic = is_critic_step(phase, step_in_phase)  # the tokenizer begins
         lr = learning_rate(options, step, train_critic)
         seed_step(training.seed, accelerator.process_index, step)
-        model, optimizer = state.critic_turn() if train_critic else state.tokenizer_turn()
+        model, optimizer = state.model, state.optimizer
+        if train_critic:
+            model, optimizer = state.critic, state.critic_optimizer
 
         # Gradients of the global batch, one micro-batch after another
         for _ in range(training.gradient_accumulation_steps):

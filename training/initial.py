@@ -6,7 +6,7 @@ checkpoints record what it started from, so that it is not resumed as a run that
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, TypedDict
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -23,33 +23,26 @@ from runtime.errors import InputError
 NAMES = (*opened.NAMES[GENERATOR], *opened.NAMES[TOKENIZER])  # in checkpoints
 
 
-class Record(TypedDict):
-    """What a run started from: `experiment.init_weights` as it was named, and `tensors_hash`."""
-
-    path: str
-    hash: str
-
-
-def check_same_start(recorded: Optional[Record], path: Optional[str], source: Path) -> None:
+def check_same_start(recorded: Optional[dict[str, str]], path: Optional[str], source: Path) -> None:
     """Raise InputError if the run of checkpoint `source` did not start from the weights at `path`.
+
+    `recorded` is what it started from: `path`, `experiment.init_weights` as it was named, and `hash`.
 
     The same path is taken for the same weights: a run folder may have newer ones by now, and a file
     may be gone. Another path is read and compared by its tensors. None stands for what is recorded.
     """
     if path is None or (recorded is not None and recorded["path"] == path):
         return
-    if recorded is not None and weights_hash(path) == recorded["hash"]:
-        return
+    if recorded is not None:
+        there = tensors_hash(read_state_dict(find_weights(path, *NAMES)))
+        if there == recorded["hash"]:
+            return
     start = "random weights" if recorded is None else recorded["path"]
     raise InputError(
         f"{source} belongs to a run that started from {start}, not from experiment.init_weights={path}: "
         f"leave init_weights out (null) to resume it, or set another experiment.output_dir to start "
         f"a run from these weights"
     )
-
-
-def weights_hash(path: str) -> str:
-    return tensors_hash(read_state_dict(find_weights(path, *NAMES)))
 
 
 def fit_classes(

@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, Optional, TypeVar
@@ -198,7 +198,7 @@ class Run:
             self.checkpoint.open(self.options)
         self.loader_iterator = iter(loader)  # its workers read, and list what they cannot read
         self.log = RunLog(
-            accelerator, self.experiment, configs.load.as_dict(self.options), self.first_step,
+            accelerator, self.experiment, asdict(self.options), self.first_step,
             self.total_steps, write=self.dry_run is None,
         )  # fmt: skip
         for warning in self.checkpoint.warnings:

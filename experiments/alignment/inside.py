@@ -27,7 +27,6 @@ from typing import Any
 from torch import Tensor
 
 from configs.sizes import tokenizer_sizes
-from data.cache import fingerprint
 from data.images import ImagePath, scan_images
 from data.tokens import open_tokens
 from evaluation.generator_scores import find_source, open_generator, plot_positions
@@ -52,6 +51,7 @@ from modeling.devices import find_device
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import TOKENIZER
 from modeling.weights.opened import load_tokenizer, open_weights
+from modeling.weights.tensors import fingerprint
 from runtime.arguments import Parser, as_path
 from runtime.errors import InputError
 from runtime.files import write_whole, writing
@@ -232,7 +232,8 @@ def generator_loss(row: Row, tokenizer: Tokenizer) -> Likelihood | None:
         config.encoder_heads,
     )  # fmt: skip
     generator = open_generator(find_source(row.generator), store)
-    return measure_likelihood(generator.to(tokenizer.latent_tokens.device), store, BATCH)
+    device = tokenizer.latent_tokens.device
+    return measure_likelihood(generator.to(device), store, BATCH).reduced()
 
 
 def table(results: list[dict[str, Any]]) -> str:

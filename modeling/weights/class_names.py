@@ -69,10 +69,6 @@ class ClassNames:
             number = operator.index(item)
         except TypeError as e:
             raise InputError(f"class {short(item)} is neither a number nor a name") from e
-        if number < 0:  # NO_CLASS is not for users
-            raise InputError(
-                f"class {number} asked for: this model knows classes 0…{self.count - 1}"
-            )
         check_classes(number, number, self.count)
         return number
 

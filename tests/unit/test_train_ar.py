@@ -187,8 +187,7 @@ class StandIn:
 @pytest.fixture
 def tokenizer(monkeypatch):
     opened = SimpleNamespace(state={})
-    needed = train_ar.needs_tokenizer
-    monkeypatch.setattr(train_ar, "open_tokenizer", lambda o: opened if needed(o) else None)
+    monkeypatch.setattr(train_ar, "open_on_all", lambda *_: opened)
     monkeypatch.setattr(train_ar, "with_weights", lambda options, weights: options)
     monkeypatch.setattr(train_ar, "load_tokenizer", lambda *_: StandIn())
     monkeypatch.setattr(train_ar, "fingerprint", lambda _: "none")
@@ -476,7 +475,7 @@ def test_validation_that_fails_is_said_and_training_continues(train, tmp_path, m
     def fail(*args):
         raise InputError("code 99 out of range in cache")
 
-    monkeypatch.setattr(train_ar, "validation_sums", fail)
+    monkeypatch.setattr(train_ar, "validate", fail)
     records = train("experiment.save_every=10")
     assert [r["step"] for r in records] == list(range(1, 21))
     said = capsys.readouterr().out

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.help import PROGRAMS, options_of
-from configs.load import as_dict, load, save
+from configs.load import load, save
 from modeling.fields import declared
 from modeling.generator import GeneratorConfig
 from modeling.sampling import Sampling
@@ -84,7 +84,7 @@ def test_odd_values_of_the_command_line(program, name):
         options = accepted(
             PROGRAMS[program][0], [CONFIG_OF[program], argument(name, text)], program
         )
-        assert options is None or finite(as_dict(options)), text
+        assert options is None or finite(dataclasses.asdict(options)), text
 
 
 @QUIET
@@ -95,7 +95,9 @@ def test_any_text_of_the_command_line(tmp_path_factory, where, text):
     if options is not None:  # what is accepted can be written down and read again
         file = tmp_path_factory.getbasetemp() / "config.yaml"
         save(options, file)
-        assert as_dict(load(PROGRAMS[program][0], [f"config={file}"])) == as_dict(options)
+        assert dataclasses.asdict(
+            load(PROGRAMS[program][0], [f"config={file}"])
+        ) == dataclasses.asdict(options)
 
 
 @QUIET

@@ -1,8 +1,9 @@
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from configs.load import as_dict, load, save
+from configs.load import load, save
 from configs.schema import GeneratorRun, TokenizerRun
 from runtime.errors import InputError
 
@@ -474,6 +475,6 @@ def test_saved_options_load_again_as_they_were(tmp_path, preset):
 
 
 def test_options_as_dict_are_plain_and_resolved():
-    plain = as_dict(load(GeneratorRun, [B]))
+    plain = asdict(load(GeneratorRun, [B]))
     assert type(plain["lr_scheduler"]["params"]) is dict
     assert plain["lr_scheduler"]["params"]["learning_rate"] == 4e-4

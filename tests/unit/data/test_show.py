@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from data import show
-from data.cache import fingerprint
 from data.npz import write_npz_files, write_npz_manifest
 from data.pictures import LINE, READABLE
 from data.tokens import main, open_tokens
@@ -17,7 +16,7 @@ from data.writer import TokenWriter
 from modeling.image_decoder import decode_images
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import TOKENIZER, about_model
-from modeling.weights.tensors import write_state_dict
+from modeling.weights.tensors import fingerprint, write_state_dict
 from runtime.errors import InputError
 from tests.tiny import tiny_tokenizer
 from training import checkpoint

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from data import writer
-from data.cache import fingerprint, write_manifest
+from data.cache import write_manifest
 from data.npz import NpzStore, export_npz
 from data.tokens import AllTokens, TokenStore, TrainTokens, main, open_tokens
 from data.writer import TokenWriter
+from modeling.weights.tensors import fingerprint
 from runtime.errors import InputError
 
 IMAGES, VIEWS, TOKENS, CODEBOOK = 10, 3, 5, 4096

@@ -9,7 +9,6 @@ from einops import reduce, repeat
 from PIL import Image
 from torch import nn
 
-from data.cache import fingerprint
 from data.writer import TokenWriter
 from experiments.alignment import inside
 from experiments.alignment.dependence import (
@@ -27,7 +26,7 @@ from experiments.alignment.dependence import (
 from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.metadata import TOKENIZER, about_model
-from modeling.weights.tensors import write_state_dict
+from modeling.weights.tensors import fingerprint, write_state_dict
 from runtime.errors import InputError
 
 SIZES = dict(codebook_size=32, token_size=4, image_size=16, patch_size=4)

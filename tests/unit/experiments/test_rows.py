@@ -1,5 +1,7 @@
 """Rows and variations set what they name over the quickstart's configs, and nothing else."""
 
+import dataclasses
+
 import pytest
 
 import configs.load
@@ -33,7 +35,7 @@ EXAMPLES = [f"{name}={value}" for name, v in VARIATIONS.items() for value in v.e
 
 def options(schema, config, arguments, program=""):
     loaded = configs.load.load(schema, [f"config={config}", *arguments], program)
-    return flatten(configs.load.as_dict(loaded))
+    return flatten(dataclasses.asdict(loaded))
 
 
 def changes(schema, config, arguments, program=""):

@@ -19,13 +19,7 @@ from accelerate import PartialState
 
 from configs.sizes import tokenizer_sizes
 from data.loader import worker_count
-from evaluation.evaluator import (
-    FEATURES,
-    STANDARD_COUNT,
-    Evaluator,
-    check_count,
-    open_network,
-)
+from evaluation.evaluator import FEATURES, STANDARD_COUNT, Evaluator, check_count, open_network
 from evaluation.features import FeatureNetwork, Inception
 from evaluation.generator_scores import PRECISIONS, score_generator, show_generator
 from evaluation.lpips import LPIPS

@@ -53,8 +53,8 @@ def main(argv: list[str]) -> None:
     cache = Path(args.cached_path)
     images = scan_images(folder, args.labels, index_folder=cache.parent)  # of a tar, minutes
     processes.print(printable(f"{choice}{folder}: {images.describe()}"))
-    if processes.is_main_process:
-        warn_of_classes(images.classes)
+    if processes.is_main_process and (doubt := misnumbered(images.classes)):
+        print(f"warning: {doubt}")
     ignored = [flag for flag in WITHOUT_EFFECT if hasattr(args, flag[2:])]
     if ignored:
         processes.print(f"without effect here: {', '.join(ignored)}")
@@ -63,12 +63,6 @@ def main(argv: list[str]) -> None:
         args.skip_unreadable, args.num_workers,
     )  # fmt: skip
     encode_folder(images, encoder, fingerprint(opened.state), plan, cache, processes)
-
-
-def warn_of_classes(classes: list[str]) -> None:
-    doubt = misnumbered(classes)
-    if doubt is not None:
-        print(f"warning: {doubt}")
 
 
 def cache_path(text: str) -> str:

@@ -33,6 +33,7 @@ from evaluation.evaluator import Evaluator
 from evaluation.likelihood import Likelihood, measure_likelihood
 from modeling.compiling import compile_training
 from modeling.generator import Generator, build_generator
+from modeling.randomness import image_uniforms
 from modeling.sampling import NO_CLASS
 from modeling.tokenizer import Tokenizer
 from modeling.weights.class_names import NONE, ClassNames
@@ -42,7 +43,7 @@ from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
 from runtime.processes import compiles, device_name, on_main
 from runtime.program import run as run_program
-from runtime.randomness import image_uniforms, seed_step
+from runtime.randomness import seed_step
 from runtime.weights import open_on_all
 from training.accelerator import describe_precision, start_training
 from training.checkpoint import WHOLE, WholeOptimizer

@@ -98,9 +98,8 @@ def values_of(option: Declared) -> str:
 def describe(schema: type, program: str = "") -> str:
     """The text of `--help`."""
     _, title, examples = PROGRAMS.get(program, (schema, "", ()))
-    lines = [title, "", "usage: config=FILE option=value …", ""] if title else []
-    lines = lines or ["usage: config=FILE option=value …", ""]
-    lines += [f"  {example}" for example in examples]
+    lines = [title, ""] if title else []
+    lines += ["usage: config=FILE option=value …", "", *(f"  {example}" for example in examples)]
     reading = f"{READING} {DRY_RUN}" if program.startswith("train") else READING
     lines += ["", fill(reading, 96), "", "options with their defaults:"]
     for option in options_of(schema, program):

@@ -19,10 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MappingNode, Node, SequenceNode, YAMLError
 
 from configs.help import describe, used_by
-from configs.schema import (
-    COMMAND_LINE,
-    GeneratorRun,
-)
+from configs.schema import COMMAND_LINE, GeneratorRun
 from modeling.fields import TYPED, Declared, declared, expectation, section_of, short, types_of
 from modeling.tokenizer import TokenizerConfig
 from runtime.errors import InputError

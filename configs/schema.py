@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Optional
 
-from modeling.fields import Options, option, short
+from modeling.fields import Options, again, option, short
 from modeling.generator import GeneratorConfig
 from modeling.sampling import CACHES, ENGINES, Sampling
 from modeling.tokenizer import TokenizerConfig
@@ -352,22 +352,9 @@ class GeneratorOptions(GeneratorConfig, Sampling):
     """The generator's architecture, then how to sample from it."""
 
     num_hidden_layers: int = option(24, "Blocks.", at_least=1, at_most=1024)
-    codebook_size: int = option(
-        "${model.vq_model.codebook_size}",
-        "Codes of the tokenizer's codebook.",
-        at_least=1,
-        at_most=65536,
-    )
-    guidance_scale: float = option(
-        16.0,
-        "Scale of classifier-free guidance; 0 or 1: none.",
-        at_least=0,
-        at_most=10_000,
-        resumes=True,
-    )
-    guidance_scale_pow: float = option(
-        1.8, "Power of the power-cosine schedule.", at_least=0, at_most=1000, resumes=True
-    )
+    codebook_size: int = again(GeneratorConfig, "codebook_size", "${model.vq_model.codebook_size}")
+    guidance_scale: float = again(Sampling, "guidance_scale", 16.0)
+    guidance_scale_pow: float = again(Sampling, "guidance_scale_pow", 1.8)
     seed: int = option(42, "Seed of sampling; null: 42.", at_least=0, null=42, resumes=True)
 
     @property
@@ -516,9 +503,7 @@ class TokenizerModels(Options):
     cluster_in_critic_steps: bool = option(
         False, "Also cluster the codebook in the discriminator's steps, as published."
     )
-    use_checkpoint: bool = option(
-        False, "Recompute activations in the backward pass: less memory, more time.", resumes=True
-    )
+    use_checkpoint: bool = again(GeneratorConfig, "use_checkpoint", False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -577,12 +562,8 @@ class ImageDataParams(Options):
         at_most=65536,
     )
     random_flip: bool = option(True, "Mirror each training image with probability 1/2.")
-    num_workers_per_gpu: Optional[int] = option(
-        None,
-        "Reading processes per GPU; 0: the main process reads; null: 8, at most one per core.",
-        at_least=0,
-        at_most=1024,
-        resumes=True,
+    num_workers_per_gpu: Optional[int] = again(
+        TokenDataParams, "num_workers_per_gpu", None, resumes=True
     )
 
 
@@ -669,9 +650,7 @@ class TokenizerOptimizer(Options):
 
 @dataclass
 class TokenizerTraining(Training):
-    per_gpu_batch_size: int = option(
-        48, "Images per process and batch.", at_least=1, at_most=2**20, resumes=True
-    )
+    per_gpu_batch_size: int = again(Training, "per_gpu_batch_size", 48)
     max_train_steps: Optional[int] = option(  # type: ignore[assignment]  # the phases rule
         None,
         "Must equal the sum of the phases' steps; null: not compared.",

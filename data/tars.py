@@ -72,9 +72,7 @@ class Tar:
     def __init__(self, path: Path, members: "Members", stamp: tuple[int, int]):
         self.path, self.names, self.stamp = path, members.names, stamp
         self.offsets, self.sizes = members.offsets, members.sizes
-        self._opened: tuple[int, IO[bytes]] | None = (
-            None  # the process that has opened it; the file
-        )
+        self._opened: tuple[int, IO[bytes]] | None = None  # the process that opened it; the file
 
     def paths(self) -> dict[str, TarPath]:
         """By name, of the members that are files; of two with one name the later, as unpacking does."""

@@ -69,11 +69,7 @@ class WorkFolder:
     """CACHE.partial: the settings, finished parts and, in the end, the store of one cache."""
 
     def __init__(
-        self,
-        images: ImageListing,
-        plan: EncodingPlan,
-        settings: dict[str, Any],
-        cache: Path,
+        self, images: ImageListing, plan: EncodingPlan, settings: dict[str, Any], cache: Path
     ):
         self.images, self.plan, self.settings, self.cache = images, plan, settings, cache
         self.paths = images.names

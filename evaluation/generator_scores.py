@@ -161,14 +161,13 @@ def warnings_of(store: TokenCache, generator: Generator) -> list[str]:
     """Reasons to doubt the figures."""
     known = generator.config.condition_num_classes
     unlike = misnumbered(store.classes)
-    others = [] if unlike is None else [f"{store.folder}: {unlike}"]
-    if len(store.classes) == known:
-        return others
-    return [
-        *others,
-        f"{store.folder} has {len(store.classes)} of the generator's {known} classes; a label is its folder's "
-        f"place in the sorted names, so folders that are left out shift the labels after them",
-    ]
+    warnings = [] if unlike is None else [f"{store.folder}: {unlike}"]
+    if len(store.classes) != known:
+        warnings.append(
+            f"{store.folder} has {len(store.classes)} of the generator's {known} classes; a label is its folder's "
+            f"place in the sorted names, so folders that are left out shift the labels after them"
+        )
+    return warnings
 
 
 # ---------------------------------------------------------------------- what a person reads

@@ -28,15 +28,7 @@ from torch import Tensor
 from configs.sizes import tokenizer_sizes
 from data.classes import printable
 from data.images import photo_crop, to_float
-from data.pictures import (
-    WHITE,
-    captioned,
-    enlarged,
-    picture_grid,
-    stacked,
-    to_pixels,
-    write_png,
-)
+from data.pictures import WHITE, captioned, enlarged, picture_grid, stacked, to_pixels, write_png
 from data.tree import describe_left_out, read_tree
 from evaluation.reconstruction import psnr, ssim
 from evaluation.tokenizer_score import MAGNIFICATION, check_window

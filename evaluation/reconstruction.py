@@ -69,12 +69,7 @@ def reconstruct(
 
 
 def image_batches(
-    paths: Sequence[ImagePath],
-    size: int,
-    batch: int,
-    workers: int,
-    rank: int = 0,
-    world: int = 1,
+    paths: Sequence[ImagePath], size: int, batch: int, workers: int, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[int, Tensor]]:
     """This rank's share of fixed batches of ADM's centre crops, for `reconstruct`."""
     starts = share_of(range(0, len(paths), batch), rank, world)

@@ -118,6 +118,13 @@ def option(
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
+def again(schema: type, name: str, default: Any, **notes: Any) -> Any:
+    """An option that another class declares, with this default and with more notes."""
+    rule = next(f.metadata["rule"] for f in dataclasses.fields(schema) if f.name == name)
+    rule = dataclasses.replace(rule, notes=rule.notes | notes)
+    return dataclasses.field(default=default, metadata={"rule": rule})
+
+
 # ---------------------------------------------------------------------- what a class declares
 @dataclass(frozen=True)
 class Declared:

@@ -38,16 +38,10 @@ class Sampling(Options):
         1.0, "Power of the power-cosine schedule.", at_least=0, at_most=1000, resumes=True
     )
     guidance_schedule: str = option(
-        "power-cosine",
-        "How the scale grows from token to token.",
-        choices=SCHEDULES,
-        resumes=True,
+        "power-cosine", "How the scale grows from token to token.", choices=SCHEDULES, resumes=True
     )
     randomize_temperature: float = option(
-        1.0,
-        "Softmax temperature; 1e-5 takes the most likely code.",
-        at_least=1e-6,
-        resumes=True,
+        1.0, "Softmax temperature; 1e-5 takes the most likely code.", at_least=1e-6, resumes=True
     )
     top_k: int = option(
         0, "Draw among this many most likely codes; 0: all.", at_least=0, resumes=True

@@ -5,10 +5,6 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from modeling.randomness import image_uniforms
-
-__all__ = ["Stream", "generator_for", "image_uniforms", "seed_step"]
-
 
 class Stream(IntEnum):
     """What a stream of training is for; the first number of its key, so that no two streams meet.

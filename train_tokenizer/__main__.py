@@ -52,20 +52,9 @@ from evaluation.reconstruction import (
 )
 from modeling.compiling import compile_blocks, inductor_or_eager
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
-from modeling.weights.metadata import (
-    DECODER,
-    DISCRIMINATOR,
-    ENCODER,
-    SIZES,
-    TOKENIZER,
-    about_model,
-)
+from modeling.weights.metadata import DECODER, DISCRIMINATOR, ENCODER, SIZES, TOKENIZER, about_model
 from modeling.weights.opened import Opened
-from modeling.weights.tensors import (
-    describe,
-    fingerprint,
-    load_tensors,
-)
+from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
 from runtime.processes import compiles, on_main
 from runtime.program import run as run_program
@@ -460,8 +449,7 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData
                 run.log.metrics(step, values)
         if due.generate:
             pictures = run.attempt(
-                "preview",
-                lambda: preview(tokenizer, data.validation or data.paths),
+                "preview", lambda: preview(tokenizer, data.validation or data.paths)
             )
             if pictures is not None:
                 run.log.images(step, "reconstruction", pictures, PER_ROW)

@@ -61,9 +61,7 @@ class Discriminator(nn.Module):
         )
         self.pool = nn.AdaptiveMaxPool2d(16)
         self.to_logits = nn.Sequential(
-            same_conv(widths[-1], widths[-1], 1),
-            nn.LeakyReLU(0.1),
-            same_conv(widths[-1], 1, 5),
+            same_conv(widths[-1], widths[-1], 1), nn.LeakyReLU(0.1), same_conv(widths[-1], 1, 5)
         )
 
     def forward(self, images: Tensor) -> Tensor:

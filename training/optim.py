@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,18 +12,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from configs.schema import OptimizerParams, TokenizerOptimizerParams
 from runtime.errors import InputError
 
 
-class AdamWParams(Protocol):
-    """`optimizer.params` of either trainer."""
-
-    beta1: float
-    beta2: float
-    weight_decay: float
-
-
-def adamw(parameters: Iterable[Any], params: AdamWParams) -> torch.optim.AdamW:
+def adamw(
+    parameters: Iterable[Any], params: OptimizerParams | TokenizerOptimizerParams
+) -> torch.optim.AdamW:
     """Fused AdamW over parameters or groups of them; a group's own weight decay takes precedence.
 
     The learning rate is 0 until `set_learning_rate`, which every step calls.
@@ -135,15 +130,12 @@ class EMA:
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.updates = state_dict["updates"]
 
-    def next_decay(self) -> float:
-        """The decay of the next update."""
-        if not self.warmup:
-            return self.decay
-        return min(self.decay, (1 + self.updates) / (10 + self.updates))
-
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        mix = get_ema_multi_avg_fn(self.next_decay())
+        n = self.updates
+        mix = get_ema_multi_avg_fn(
+            min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        )
         mix(list(self.model.parameters()), list(model.parameters()), None)  # type: ignore[arg-type]
         self.updates += 1
         for average, buffer in zip(self.model.buffers(), model.buffers()):

@@ -43,11 +43,7 @@ REPORTED = ".reported"  # in a run's folder: the last checkpointed step whose re
 
 # ---------------------------------------------------------------------- the same run?
 def check_same_run(
-    earlier: dict[str, Any],
-    now: dict[str, Any],
-    source: str,
-    fork: bool,
-    ranks: int = 1,
+    earlier: dict[str, Any], now: dict[str, Any], source: str, fork: bool, ranks: int = 1
 ) -> list[str]:
     """Compare settings with those of the checkpoint `source`; returns warnings for the user.
 
@@ -362,12 +358,8 @@ class Run:
         def complete() -> bool:
             return path.is_file() and path.read_text().strip() == str(step)
 
-        if (
-            not self.resumed
-            or self.checkpoint.forks
-            or self.dry_run is not None
-            or on_main(complete)
-        ):
+        begins = not self.resumed or self.checkpoint.forks or self.dry_run is not None
+        if begins or on_main(complete):
             return Due()
         found = self.scheduled(step)
         return Due(evaluate=found.evaluate, generate=found.generate)

@@ -6,8 +6,8 @@ import torch
 
 from generation.images import decode_stored, sample_images
 from modeling.image_decoder import decode_images
+from modeling.randomness import image_uniforms
 from modeling.sampling import Sampling, sample_codes
-from runtime.randomness import image_uniforms
 
 
 def joined(batches):

@@ -16,10 +16,10 @@ from generation.images import sample_images
 from generation.models import largest_batch
 from generation.prefix import masked_below, prefix_codes
 from modeling.image_decoder import decode_images
+from modeling.randomness import image_uniforms
 from modeling.sampling import DRAWN, Sampling, sample_codes
 from modeling.tokenizer import Tokenizer
 from runtime.errors import InputError
-from runtime.randomness import image_uniforms
 from tests.tiny import tiny_tokenizer
 
 # 4x4 codes of 16 after 5 prefix tokens: T = 21.

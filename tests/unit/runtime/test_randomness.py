@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.randomness import Stream, generator_for, image_uniforms, seed_step
+from modeling.randomness import image_uniforms
+from runtime.randomness import Stream, generator_for, seed_step
 
 
 def test_uniforms_of_an_image_do_not_depend_on_what_is_drawn_with_it():

@@ -88,13 +88,14 @@ def open_models(options: GeneratorRun) -> tuple[GeneratorRun, Opened, Optional[O
     Raises InputError where a file or an option is missing or does not fit.
     """
     experiment, generator = options.experiment, None
-    tokenizer = open_on_all(experiment.tokenizer_checkpoint, TOKENIZER)
     if experiment.codes is None:
         if experiment.generator_checkpoint is None:
             raise InputError(
                 "set experiment.generator_checkpoint=FILE, for example weights/alitok_b.bin"
             )
         generator = open_on_all(experiment.generator_checkpoint, GENERATOR)
+    tokenizer = open_on_all(experiment.tokenizer_checkpoint, TOKENIZER)
+    if generator is not None:
         check_same_codes(generator, tokenizer)
     return with_weights(options, tokenizer, generator), tokenizer, generator
 

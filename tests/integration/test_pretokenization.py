@@ -15,7 +15,7 @@ from data.images import center_crop, load_image, to_float, to_uint8
 from data.tokens import NpzStore, TokenStore
 from encoding.encoder import encode, load_encoder
 from modeling.tokenizer import Tokenizer
-from modeling.weights.metadata import TOKENIZER
+from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.opened import open_weights
 from modeling.weights.tensors import read_state_dict, write_state_dict
 
@@ -176,13 +176,12 @@ def test_manifest_records_the_heads_and_other_heads_are_refused(workspace, runs,
     other.write_text(text.replace("encoder_heads: 2", "encoder_heads: 4"))
     runs.ok(tmp_path / "cache")
     assert manifest(tmp_path / "cache")["encoder_heads"] == 2
-    line = runs.refused(tmp_path / "other", "--config", other)
-    assert f"encoder_heads=4 ({other}, line" in line and "weights have encoder_heads=2" in line
-    state = read_state_dict(runs.tokenizer)
-    write_state_dict(state, tmp_path / "bare.pth")  # does not say so
-    given = ["--config", other, "--tokenizer_checkpoint", tmp_path / "bare.pth"]
-    line = runs.refused(tmp_path / "cache", *given)
+    line = runs.refused(tmp_path / "cache", "--config", other)  # the weights do not say so
     assert "encoder_heads (2 there, 4 now)" in line
+    stating, about = tmp_path / "stating.pth", about_model(TOKENIZER, config_of(workspace))
+    write_state_dict(read_state_dict(runs.tokenizer), stating, about)
+    line = runs.refused(tmp_path / "other", "--config", other, "--tokenizer_checkpoint", stating)
+    assert f"encoder_heads=4 ({other}, line" in line and "weights have encoder_heads=2" in line
 
 
 # ---------------------------------------------------------------------- precision
@@ -328,7 +327,7 @@ def test_full_disk_is_one_line_and_what_is_finished_stays(runs, tmp_path):
     parts = tmp_path / "cache.partial/parts"
     # A part of 16 images holds 1,344 bytes of codes, the one shard 3,024.
     line = runs.refused(tmp_path / "cache", data=data, largest_file=2500)
-    assert "cannot write" in line and "what is finished stays" in line
+    assert "cannot write" in line and "finished work is kept" in line
     assert len(list(parts.iterdir())) == 3 and not (tmp_path / "cache").exists()
     written = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
     line = runs.refused(tmp_path / "cache", data=data, largest_file=2500)

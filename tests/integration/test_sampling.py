@@ -131,7 +131,7 @@ def test_folder_in_use_is_refused_and_that_of_a_dead_run_is_not(workspace, tmp_p
     chunks.mkdir()
     (chunks / "000001.npz.partial").symlink_to("/dev/full")
     done = workspace.sample(tmp_path / "a", *options, check=False)
-    refused(done, f"{chunks}/000001.npz (No space left on device)", "what is finished stays")
+    refused(done, f"{chunks}/000001.npz (No space left on device)", "finished work is kept")
     assert (chunks / "000000.npz").exists() and not (tmp_path / "a.npz").exists()
     before = (chunks / "000000.npz").stat().st_mtime_ns
     done = workspace.sample(tmp_path / "a", *options, "experiment.num_fid_samples=5", check=False)

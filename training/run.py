@@ -26,6 +26,7 @@ from runtime.errors import InputError
 from runtime.files import write_whole
 from runtime.parts import differing
 from runtime.processes import on_main
+from runtime.program import leave
 from runtime.signals import SAVED_AND_STOPPED, StopSignal
 from runtime.weights import open_on_all
 from training.accelerator import precision
@@ -367,12 +368,20 @@ class Run:
     def exit_stopped(self, step: int) -> NoReturn:
         """End the process after a signal, once `step` is saved."""
         self.log.say(f"asked to stop: saved step {step}; run the same command again to resume")
-        self.log.close()
+        self._end(SAVED_AND_STOPPED)
         raise SystemExit(SAVED_AND_STOPPED)
 
     def finish(self, message: str) -> None:
+        """End the run; with several ranks this ends the process."""
         self.log.say(f"done; {message}")
+        self._end(0)
+
+    def _end(self, status: int) -> None:
+        """Close the log. A rank of several leaves at once: freeing DDP's objects may wait forever for
+        gloo's thread, which waits for the interpreter to free a tensor (seen with torch 2.9.1)."""
         self.log.close()
+        if self.accelerator.num_processes > 1:
+            leave(status)
 
     def report_dry_run(self, models: dict[str, nn.Module]) -> None:
         """Print what a dry run found; raises InputError if a step was not finite."""

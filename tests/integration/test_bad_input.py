@@ -106,7 +106,7 @@ def test_stage2_without_a_stage1_checkpoint_stops(workspace, tmp_path):
 
 def test_stage2_refuses_a_generator_as_its_stage1(workspace, tmp_path):
     done = workspace.stage2(tmp_path / "run", workspace.generator, check=False)
-    refused(done, "does not fit the configured tokenizer", "a generator (hidden size 32, 2 layers")
+    refused(done, "is not a tokenizer but a generator (hidden size 32, 2 layers")
     assert not (tmp_path / "run").exists()
 
 

@@ -140,7 +140,7 @@ def test_image_size_that_the_patch_does_not_divide(workspace, tmp_path):
 
 def test_image_size_of_other_weights(workspace, tmp_path):
     done = workspace.pretokenize(tmp_path / "cache", "--img_size", "32", check=False)
-    refused(done, "encoder.positional_embedding (16, 16) instead of (64, 16)")
+    refused(done, "image_size=32 (the command line) contradicts", "weights have image_size=16")
 
 
 def test_cache_of_another_tokenizer_is_refused_before_training(workspace, tmp_path):

@@ -600,6 +600,9 @@ class Phase(Options):
         "phase; then they alternate.",
         at_least=1,
     )
+    reset_optimizer: bool = option(
+        False, "Start the phase with empty moments of Adam, as a published restart does."
+    )
 
 
 @dataclass

@@ -371,6 +371,12 @@ class TrainState:
         part: Any = self.tokenizer if self.ema is None else self.ema.model
         return part
 
+    def reset_optimizers(self) -> None:
+        """Empty Adam's moments and counts of steps, as the published programs start every phase."""
+        for optimizer in (self.optimizer, self.critic_optimizer):
+            if optimizer is not None:
+                optimizer.optimizer.state.clear()
+
     def models(self) -> dict[str, nn.Module]:
         """What is trained, by name."""
         models = {"tokenizer": self.tokenizer, "discriminator": self.discriminator}
@@ -538,6 +544,8 @@ def main(argv: list[str]) -> None:
 
     for step in run.steps():
         phase, number, step_in_phase = enter_phase(run, phases, step)
+        if phase.reset_optimizer and step_in_phase == 1:
+            state.reset_optimizers()
         train_critic = is_critic_step(phase, step_in_phase)  # the tokenizer begins
         lr = learning_rate(options, step, train_critic)
         seed_step(training.seed, accelerator.process_index, step)

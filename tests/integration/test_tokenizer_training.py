@@ -350,6 +350,15 @@ def test_phase_that_has_begun_stays_as_it_was(workspace, train, tmp_path):
     assert "phases[0].learning_rate (0.001 there, 0.002 now)" in message
 
 
+@pytest.mark.parametrize("reset, steps", [("true", 2), ("false", 5)])
+def test_a_phase_may_start_with_empty_moments_of_adam(train, tmp_path, reset, steps):
+    phases = f"{{steps: 3}}, {{steps: 2, reset_optimizer: {reset}}}"
+    train(1, tmp_path, f"phases=[{phases}]")
+    file = tmp_path / "checkpoints/step-00000005/state.pt"
+    state = torch.load(file, weights_only=True)["optimizer"]["state"]
+    assert {moments["step"].item() for moments in state.values()} == {steps}
+
+
 def test_start_says_phases_steps_and_time(train, tmp_path):
     phases = "phases=[{name: one, steps: 2}, {name: two, steps: 3, learning_rate: 1e-5}]"
     said = train(1, tmp_path, phases)

@@ -93,7 +93,9 @@ def test_any_text_of_the_command_line(tmp_path_factory, where, text):
     program, name = where
     options = accepted(PROGRAMS[program][0], [CONFIG_OF[program], argument(name, text)], program)
     if options is not None:  # what is accepted can be written down and read again
-        file = tmp_path_factory.getbasetemp() / "config.yaml"
+        # Not beside pytest's .lock: a folder with one is a run, which takes its own place.
+        file = tmp_path_factory.getbasetemp() / "config/config.yaml"
+        file.parent.mkdir(exist_ok=True)
         save(options, file)
         assert dataclasses.asdict(
             load(PROGRAMS[program][0], [f"config={file}"])

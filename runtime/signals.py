@@ -9,9 +9,14 @@ from types import FrameType
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from runtime.errors import InputError
+
 SAVED_AND_STOPPED = 75  # exit status: the same command resumes (sysexits' EX_TEMPFAIL)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 PATIENCE = 3.0  # seconds
+# Seconds after a signal within which all ranks must answer. Launchers kill after 30: a rank that waited
+# longer for one that is dead would only delay the job's end.
+ANSWER_WITHIN = 20.0
 
 
 class StopRequest:
@@ -58,9 +63,9 @@ class StopSignal:
     def __init__(self, timeout: timedelta) -> None:
         self.request = StopRequest()
         self.store: distributed_c10d.Store | None = None
+        self.timeout = timeout.total_seconds()
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.store = distributed_c10d.PrefixStore("stop", distributed_c10d._get_default_store())
-            self.store.set_timeout(timeout)
         self.rounds = 0
         listen(self.request)
 
@@ -76,7 +81,25 @@ class StopSignal:
         if self.store.add("calls", 1) == self.rounds * dist.get_world_size():
             self.store.delete_key(f"answer {self.rounds - 1}")  # read by all, who are here
             self.store.set(answer, str(self.store.check(["asked"])))
+        self._wait_for(self.store, answer)
         return self.store.get(answer) == b"True"
+
+    def _wait_for(self, store: distributed_c10d.Store, answer: str) -> None:
+        """Return once all ranks have called; a second at a time, so that signals are handled meanwhile.
+
+        Raises InputError if a rank does not answer in time.
+        """
+        started = time.monotonic()
+        while True:
+            try:
+                return store.wait([answer], timedelta(seconds=1))
+            except dist.DistStoreError as e:
+                now, asked = time.monotonic(), self.request.at
+                if now - started > self.timeout or (asked and now - asked > ANSWER_WITHIN):
+                    raise InputError(
+                        "another rank did not answer, or has died: see its own messages, then run "
+                        "the same command again to resume"
+                    ) from e
 
 
 def outlive_first_signal(worker: int) -> None:

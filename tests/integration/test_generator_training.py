@@ -97,7 +97,7 @@ def test_images_without_a_cache_train_as_their_ten_crop_cache(workspace, tmp_pat
     cached = workspace.generator.parent
     workspace.train_ar(
         tmp_path / "run", f"dataset.params.train_dir={workspace.root}/train",
-        "dataset.params.pretokenization=none", "experiment.generate_every=0",
+        "dataset.params.pretokenization=null", "experiment.generate_every=0",
         "dataset.params.num_workers_per_gpu=1",
     )  # fmt: skip
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(cached), rtol=1e-5)

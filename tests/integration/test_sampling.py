@@ -109,7 +109,7 @@ def test_chunk_is_chosen_from_memory_once_and_kept(workspace, tmp_path):
         ("experiment.prefix=none.png", ["unreadable image none.png"]),
         ("experiment.mask=1,1,2,2", ["mask=1,1,2,2 needs experiment.edit"]),
         ("model.generator.top_p=0", ["top_p"]),
-        ("model.generator.hidden_size=64", ["does not fit the configured generator"]),
+        ("model.generator.hidden_size=64", ["hidden_size=64", "weights have hidden_size=32"]),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(workspace, tmp_path, option, words):

@@ -16,7 +16,7 @@ from modeling.compiling import compile_blocks
 from modeling.devices import default_dtype
 from modeling.generator import Generator, GeneratorConfig, build_generator
 from modeling.weights.metadata import GENERATOR
-from modeling.weights.opened import NAMES, open_file
+from modeling.weights.opened import open_file
 from modeling.weights.runs import all_checkpoints, find_weights, is_checkpoint, step_of
 from modeling.weights.tensors import load_tensors
 from runtime.errors import InputError
@@ -44,7 +44,7 @@ def find_source(given: str, step: int | None = None) -> Source:
     path = Path(given)
     if step is not None and path.is_dir():
         path = {step_of(p): p for p in all_checkpoints(path)}[step]
-    return Source(given, on_main(lambda: find_weights(path, *NAMES[GENERATOR])))
+    return Source(given, on_main(lambda: find_weights(path, GENERATOR)))
 
 
 def find_sources(given: str, others: list[str]) -> list[Source]:

@@ -1,6 +1,6 @@
 """Weights of a job of several processes."""
 
-from modeling.weights.opened import NAMES, Opened, open_file
+from modeling.weights.opened import Opened, open_file
 from modeling.weights.runs import find_weights
 from runtime.processes import on_main
 
@@ -10,4 +10,4 @@ def open_on_all(path: str, kind: str) -> Opened:
 
     The main process finds the file and checks that it is whole; the others follow its path.
     """
-    return open_file(on_main(lambda: find_weights(path, *NAMES[kind])), kind)
+    return open_file(on_main(lambda: find_weights(path, kind)), kind)

@@ -13,14 +13,11 @@ from torch import Tensor
 
 from data.classes import first_names
 from modeling.generator import GeneratorConfig
-from modeling.weights import opened
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.opened import Opened
 from modeling.weights.runs import find_weights
 from modeling.weights.tensors import read_state_dict, tensors_hash
 from runtime.errors import InputError
-
-NAMES = (*opened.NAMES[GENERATOR], *opened.NAMES[TOKENIZER])  # in checkpoints
 
 
 def check_same_start(recorded: Optional[dict[str, str]], path: Optional[str], source: Path) -> None:
@@ -34,7 +31,7 @@ def check_same_start(recorded: Optional[dict[str, str]], path: Optional[str], so
     if path is None or (recorded is not None and recorded["path"] == path):
         return
     if recorded is not None:
-        there = tensors_hash(read_state_dict(find_weights(path, *NAMES)))
+        there = tensors_hash(read_state_dict(find_weights(path, GENERATOR, TOKENIZER)))
         if there == recorded["hash"]:
             return
     start = "random weights" if recorded is None else recorded["path"]

@@ -10,14 +10,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..tokenizer import Tokenizer, TokenizerConfig
-from .metadata import DISCRIMINATOR, GENERATOR, TOKENIZER, About, Named, about_model, about_shapes
+from .metadata import DISCRIMINATOR, TOKENIZER, About, Named, about_model, about_shapes
 from .runs import find_weights
 from .tensors import describe, fingerprint, load_tensors, read_part, read_weights
 
 T = TypeVar("T", bound=Any)  # a config
-
-# What checkpoints of a run call the weights of a model to use: where it keeps an average, the average.
-NAMES = {GENERATOR: ("generator",), TOKENIZER: ("tokenizer",), DISCRIMINATOR: ("discriminator",)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def open_weights(path: str | Path, kind: str) -> Opened:
     `path` is a file, a run's folder or a checkpoint (`runs.find_weights`). Raises InputError where there are
     no such weights, and where they are not whole.
     """
-    return open_file(find_weights(path, *NAMES[kind]), kind)
+    return open_file(find_weights(path, kind), kind)
 
 
 def open_file(file: Path, kind: str) -> Opened:

@@ -26,7 +26,7 @@ PUBLISHED = (
 
 def find_weights(path: str | Path, *names: str) -> Path:
     """The weights file that a path stands for: itself; of a checkpoint that of the first of `names`
-    that is there; of a run's folder that of its newest checkpoint.
+    (a kind of model is the name of its weights to use) that is there; of a run's folder that of its newest checkpoint.
 
     The file must be the one that the checkpoint's manifest states. Where the newest checkpoint's is
     damaged, that of the one before is taken and a line in the log says so; one that was named on

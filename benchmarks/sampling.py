@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,8 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
     config, sampling = SIZES[size]
     tokenizer_config = TokenizerConfig()
     if args.layers:
-        config.num_hidden_layers = tokenizer_config.decoder_layers = args.layers
+        config = replace(config, num_hidden_layers=args.layers)
+        tokenizer_config = TokenizerConfig(decoder_layers=args.layers)
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     torch.manual_seed(0)
@@ -254,7 +256,7 @@ def changes(args: argparse.Namespace) -> None:
     """
     torch.set_num_threads(1)
     config, sampling = SIZES["b"]
-    config.num_hidden_layers = args.layers or config.num_hidden_layers
+    config = replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
     torch.manual_seed(0)
     model = Generator(config).eval()
     torch.nn.init.normal_(model.output.weight, std=0.02)

@@ -139,8 +139,7 @@ def plain_codes(tokenizer: Tokenizer, images: Tensor) -> Tensor:
 
 def beside_plain(options: argparse.Namespace, device: torch.device) -> None:
     """Encoding as pretokenization does it in float32, and the published forward pass, in turn."""
-    config = TokenizerConfig()
-    config.encoder_layers = options.layers or config.encoder_layers
+    config = TokenizerConfig(encoder_layers=options.layers or TokenizerConfig.encoder_layers)
     tokenizer = Tokenizer(config, with_decoder=False).to(device).eval()
     images = torch.rand(options.plain, 3, 256, 256, device=device)
     ways = [

@@ -229,7 +229,13 @@ def expectation(kind: Any, rule: Rule) -> str:
 
 
 class Options:
-    """Base of the config dataclasses."""
+    """Base of the config dataclasses. Their fields cannot be set again (`dataclasses.replace` makes
+    other options); `frozen=True` would say the same, but OmegaConf then refuses to merge into them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self):
+            raise dataclasses.FrozenInstanceError(f"{type(self).__name__}.{name} is set once")
+        super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
         check_options(self)

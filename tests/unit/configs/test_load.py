@@ -1,5 +1,6 @@
 """How what is written becomes a value, and what a refusal says about it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -306,7 +307,7 @@ def test_a_run_folder_brings_its_own_config(tmp_path):
 )
 def test_odd_texts_survive_being_saved(tmp_path, name):
     options = load(GeneratorRun, [B])
-    options.experiment.project = name
+    options = replace(options, experiment=replace(options.experiment, project=name))
     save(options, tmp_path / "config.yaml")
     if "${" in name:  # a reference, which nothing resolves
         assert "config.yaml" in refusal(GeneratorRun, f"config={tmp_path}/config.yaml")

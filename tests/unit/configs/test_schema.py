@@ -1,5 +1,7 @@
-from dataclasses import asdict
+from dataclasses import FrozenInstanceError, asdict, replace
+from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -153,8 +155,7 @@ def test_digits_presets_are_of_one_tokenizer():
         for name in ("digits_stage1.yaml", "digits_stage2.yaml", "digits_generator.yaml")
     )
     # The number of buffer tokens is the weights': the study samples with the decoder of stage 1 too.
-    generator.num_buffer_tokens = stage2.num_buffer_tokens
-    assert stage2 == generator
+    assert stage2 == replace(generator, num_buffer_tokens=stage2.num_buffer_tokens)
     for name in ("codebook_size", "token_size", "image_size", "patch_size", "encoder_width"):
         assert getattr(stage1, name) == getattr(stage2, name)
 
@@ -480,3 +481,14 @@ def test_options_as_dict_are_plain_and_resolved():
     plain = asdict(load(GeneratorRun, [B]))
     assert type(plain["lr_scheduler"]["params"]) is dict
     assert plain["lr_scheduler"]["params"]["learning_rate"] == 4e-4
+
+
+# ---------------------------------------------------------------------- after loading
+@pytest.mark.parametrize("name", ["experiment", "training.seed", "model.generator.seed"])
+def test_options_do_not_change_after_loading(name):
+    options = load(GeneratorRun, [B])
+    section, _, field = f"options.{name}".rpartition(".")
+    section = attrgetter(section)(SimpleNamespace(options=options))
+    with pytest.raises(FrozenInstanceError, match=rf"{field} is set once"):
+        setattr(section, field, getattr(section, field))
+    assert replace(options, training=replace(options.training, seed=5)).training.seed == 5

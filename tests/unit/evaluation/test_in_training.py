@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,10 @@ def options():
     return GeneratorRun(experiment=experiment, model=GeneratorModels(SIZES, GENERATOR))
 
 
+def changed(options, **experiment):
+    return replace(options, experiment=replace(options.experiment, **experiment))
+
+
 @pytest.fixture
 def evaluator(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
@@ -78,7 +83,7 @@ def test_generated_images_are_those_of_the_options(evaluator, models, options, m
     generator, tokenizer = models
     scored = {}
     for classes in (None, [2, 0]):
-        options.experiment.classes = classes
+        options = changed(options, classes=classes)
         digests, metrics = scored_images(evaluator, models, options, monkeypatch)
         job = job_in_training(options, CPU)
         assert job.classes == tuple(classes or range(3))
@@ -104,8 +109,7 @@ def test_precision_is_that_of_the_options_and_leaves_that_of_training(
     monkeypatch.setattr(job, "Engine", Engine)
     with matmul_precision("tf32"):  # that of the training
         for precision in ("bf16", "fp32"):
-            options.experiment.precision = precision
-            GeneratedScores(evaluator, *models, options).measure()
+            GeneratedScores(evaluator, *models, changed(options, precision=precision)).measure()
             assert torch.backends.cuda.matmul.allow_tf32
     assert dtypes == [torch.bfloat16, torch.float32] and precisions == [True, False]
 
@@ -125,14 +129,12 @@ def test_measuring_generated_images_waits_for_no_other_rank(
 
 
 @pytest.mark.parametrize(
-    "changed, words",
+    "values, words",
     [(dict(precision="tf32"), "works only on CUDA"), (dict(classes=[3]), "class 3")],
 )
-def test_what_cannot_be_sampled_is_refused_before_training(options, changed, words):
-    for name, value in changed.items():
-        setattr(options.experiment, name, value)
+def test_what_cannot_be_sampled_is_refused_before_training(options, values, words):
     with pytest.raises(InputError, match=words):
-        job_in_training(options, CPU)
+        job_in_training(changed(options, **values), CPU)
 
 
 # ---------------------------------------------------------------------- reconstructions

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from configs.schema import GeneratorRun
+from configs.schema import GeneratorExperiment, GeneratorModels, GeneratorOptions, GeneratorRun
 from generation import job as module
 from generation.job import sampling_job, sampling_precision
 from modeling.sampling import NO_CLASS
@@ -38,40 +40,36 @@ def test_tf32_on_a_cpu_is_refused():
         sampling_precision("tf32", CPU)
 
 
+def options_of(**experiment):
+    return GeneratorRun(experiment=GeneratorExperiment(**experiment))
+
+
 def test_job_takes_the_options(monkeypatch):
     monkeypatch.setattr(module, "compiles", lambda value, _: value is True)
-    options = GeneratorRun()
-    options.experiment.classes = [207, 3]
-    options.experiment.num_fid_samples = 9
-    options.experiment.precision = "bf16"
-    options.experiment.per_proc_batch_size = 4
-    options.model.generator.guidance_scale = 3.5
-    options.model.generator.seed = 7
+    options = options_of(
+        classes=[207, 3], num_fid_samples=9, precision="bf16", per_proc_batch_size=4
+    )
+    generator = GeneratorOptions(guidance_scale=3.5, seed=7)
+    options = replace(options, model=GeneratorModels(generator=generator))
     job = sampling_job(options, CPU)
     assert (job.classes, job.count, job.chunk, job.seed) == ((207, 3), 9, 4, 7)
     assert job.sampling.guidance_scale == 3.5 and job.dtype == torch.bfloat16
-    options.experiment.classes = None
-    assert sampling_job(options, CPU).classes == tuple(range(1000))
-    options.experiment.classes = [1000]
+    assert sampling_job(GeneratorRun(), CPU).classes == tuple(range(1000))
     with pytest.raises(InputError, match="class 1000"):
-        sampling_job(options, CPU)
+        sampling_job(options_of(classes=[1000]), CPU)
 
 
 def test_classes_go_by_name_and_none_is_an_image_without_a_class():
-    options = GeneratorRun()
-    options.experiment.classes = ["otter", 3, "none"]
+    options = options_of(classes=["otter", 3, "none"])
     job = sampling_job(options, CPU)
     assert job.classes == (360, 3, NO_CLASS) and job.sampling.guided
     names = ClassNames(1000, {0: "ant", 1: "otter"})  # of a run
     assert sampling_job(options, CPU, names).classes == (1, 3, NO_CLASS)
-    options.experiment.classes = ["oter"]
     with pytest.raises(InputError, match="nearest name is otter"):
-        sampling_job(options, CPU)
+        sampling_job(options_of(classes=["oter"]), CPU)
 
 
 def test_images_without_a_class_alone_are_sampled_without_guidance():
-    options = GeneratorRun()
-    options.experiment.classes = ["none"]
-    job = sampling_job(options, CPU)
+    job = sampling_job(options_of(classes=["none"]), CPU)
     assert job.classes == (NO_CLASS,) and not job.sampling.guided
     assert job.labels(range(3)).tolist() == [NO_CLASS] * 3

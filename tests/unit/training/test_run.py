@@ -5,7 +5,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from configs.schema import GeneratorRun, Phase, TokenizerRun
+from configs.schema import (
+    GeneratorExperiment,
+    GeneratorRun,
+    Phase,
+    TokenizerExperiment,
+    TokenizerRun,
+    TokenizerTraining,
+)
 from modeling.weights.runs import find_weights
 from modeling.weights.tensors import read_state_dict
 from runtime.errors import InputError
@@ -20,10 +27,9 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-def options_of(path, resume=True, options=None):
-    options = options or GeneratorRun()
-    options.experiment.output_dir, options.experiment.resume = str(path), resume
-    return options
+def options_of(path, resume=True):
+    experiment = GeneratorExperiment(output_dir=str(path), resume=resume)
+    return GeneratorRun(experiment=experiment)
 
 
 class State(Checkpoint):
@@ -156,9 +162,12 @@ def test_a_checkpoint_by_name_of_a_run_without_loss_scaling_starts_it_anew(accel
 
 
 # ---------------------------------------------------------------------- the same run
-def run_of(accelerator, path, resume=True, phases=(), data=None, seed=0):
-    options = options_of(path, resume, TokenizerRun(phases=PHASES))
-    options.phases, options.training.seed = list(phases), seed
+def run_of(accelerator, path, resume=True, *, phases, data=None, seed=0):
+    options = TokenizerRun(
+        experiment=TokenizerExperiment(output_dir=str(path), resume=resume),
+        phases=list(phases),
+        training=TokenizerTraining(seed=seed),
+    )
     return Run(accelerator, options, options.phases, data or {"images": 5}, False)
 
 

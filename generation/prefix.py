@@ -6,6 +6,7 @@ given codes also tell something about the rest. `experiment.prefix_mask` replace
 """
 
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Optional
 
@@ -15,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from configs.schema import GeneratorExperiment
-from data.images import center_crop, load_upright, photo_crop, to_float
+from data.images import load_upright, photo_crop, to_float
 from encoding.encoder import encode
 from generation.images import check_codebook
+from modeling.photos import crop_geometry
 from modeling.sampling import DRAWN
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
@@ -184,11 +186,24 @@ def masked_patches(path: str, mask: str, config: TokenizerConfig) -> Tensor:
                 f"with 0 <= x0 < x1 <= {size[0]} and 0 <= y0 < y1 <= {size[1]}"
             )
         shown.paste(255, (x0, y0, x1, y1))
-    crop = torch.from_numpy(np.array(center_crop(shown, config.image_size))) >= 128
-    drawn = crop.unflatten(1, (config.grid, -1)).unflatten(0, (config.grid, -1)).any(3).any(1)
+    # In the photo's own pixels: a mark of a few of them would vanish in a crop of the mask.
+    marked = torch.from_numpy(np.array(shown)) >= 128  # (H, W)
+    resized, begin = crop_geometry(*size, config.image_size)
+    columns, rows = (pixels_of_patches(config, *along) for along in zip(begin, resized, size))
+    bands = torch.stack([marked[row].any(0) for row in rows])  # (g, W)
+    drawn = torch.stack([bands[:, column].any(1) for column in columns], 1)
     if shown.getbbox() is not None and not drawn.any():
         raise InputError(
             f"experiment.mask={mask} touches nothing of the centre crop of experiment.edit={path}: "
             f"choose another part, or crop the image first"
         )
     return drawn
+
+
+def pixels_of_patches(config: TokenizerConfig, begin: int, resized: int, side: int) -> list[slice]:
+    """Along one side of a photo, the pixels that each patch of its crop shows a part of.
+
+    The crop begins at pixel `begin` of the photo resized from `side` to `resized` pixels.
+    """
+    edges = [(begin + i * config.patch_size) * side for i in range(config.grid + 1)]
+    return [slice(a // resized, -(-b // resized)) for a, b in pairwise(edges)]

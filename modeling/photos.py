@@ -115,14 +115,21 @@ def to_uint8(image: Image.Image) -> Tensor:
 
 
 # ---------------------------------------------------------------------- the crop
+def crop_geometry(width: int, height: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of `center_crop`: the size that an image is resized to, and where the crop begins in it (left, top)."""
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    return (width, height), ((width - size) // 2, (height - size) // 2)
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop to size x size pixels: halve with BOX while twice as large, then BICUBIC."""
+    resized, (left, top) = crop_geometry(*image.size, size)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    resized = (round(image.width * scale), round(image.height * scale))
     image = image.resize(resized, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 

@@ -14,7 +14,7 @@ from data.images import center_crop
 from generation.folder import SampleFolder
 from generation.images import sample_images
 from generation.models import largest_batch
-from generation.prefix import masked_below, prefix_codes
+from generation.prefix import masked_below, masked_patches, prefix_codes
 from modeling.image_decoder import decode_images
 from modeling.randomness import image_uniforms
 from modeling.sampling import DRAWN, Sampling, sample_codes
@@ -192,6 +192,37 @@ def test_codes_are_kept_but_for_the_patches_that_the_mask_touches(
     # The prefix tokens describe the first row of patches.
     drawn = torch.cat([torch.full((5,), patches[0][0] == 0), drawn.flatten()])
     assert torch.equal(codes, tokenizer.encode(crop(photo)[None]).where(~drawn, DRAWN))
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize(
+    "x, y, patches",
+    [
+        (700, 300, [(1, 2)]),
+        (600, 300, [(1, 2)]),  # the first pixel of patch 2, whose columns are 600 … 799
+        (599, 300, [(1, 1)]),
+        (999, 799, [(3, 3)]),
+        (600, 200, [(1, 2)]),
+    ],
+)
+def test_a_mark_of_one_pixel_of_a_large_photo_counts(tokenizer, tmp_path, as_file, x, y, patches):
+    # Of 1200x800 pixels the middle 800x800 are seen: 4x4 patches of 200 pixels.
+    Image.effect_noise((1200, 800), 90).save(tmp_path / "large.png")
+    mask = f"{x},{y},{x + 1},{y + 1}"
+    if as_file:
+        mask = str(tmp_path / "mask.png")
+        image = Image.new("L", (1200, 800))
+        image.putpixel((x, y), 255)
+        image.save(mask)
+    drawn = masked_patches(f"{tmp_path}/large.png", mask, SIZES)
+    assert drawn.nonzero().tolist() == [list(place) for place in patches]
+
+
+def test_a_pixel_that_two_patches_share_marks_both(tmp_path):
+    # Of 50x50 pixels a patch shows 12.5: pixel 12 is half of patch 0 and half of patch 1.
+    Image.new("RGB", (50, 50)).save(tmp_path / "a.png")
+    drawn = masked_patches(f"{tmp_path}/a.png", "12,12,13,13", SIZES)
+    assert drawn.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
 
 
 def test_a_photo_is_edited_as_it_is_seen(tokenizer, photo, tmp_path):

@@ -107,3 +107,10 @@ def test_a_reader_loads_no_trainer(module, unloaded):
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not unloaded & set(done.stdout.split())
+
+
+def test_programs_start_without_what_only_plots_the_quickstart_and_studies_need():
+    programs = [name.removesuffix(".py") for name in PROGRAMS]
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['scipy', 'sklearn', 'matplotlib']))"
+    script = f"{blocked}; import {', '.join(programs)}, train_tokenizer.__main__"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

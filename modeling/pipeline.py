@@ -26,6 +26,7 @@ from .weights.class_names import ClassNames, class_names, sorted_as_text
 from .weights.files import whole_file
 from .weights.metadata import GENERATOR, TOKENIZER, about_model
 from .weights.opened import check_same_codes, config_of, load_tokenizer, open_weights
+from .weights.runs import expanded
 from .weights.tensors import fingerprint, load_tensors, write_state_dict
 
 # Of a folder on the hub, or one that `save_pretrained` writes.
@@ -89,7 +90,7 @@ class Pipeline:
         `pipeline.revision`. `options` are those of the class. Raises InputError where the hub does not
         answer, and as the class does.
         """
-        folder, found = Path(name), None
+        folder, found = expanded(name), None
         if not folder.is_dir():
             folder = hub.download(str(name), revision, FILES)
             found = folder.name
@@ -106,7 +107,7 @@ class Pipeline:
 
         The card calls the models `name`, by default the folder. A README.md that is there is kept.
         """
-        folder = Path(folder)
+        folder = expanded(folder)
         state, (generator_file, tokenizer_file) = self.tokenizer.state_dict(), FILES
         known, stage = fingerprint(state), self.about[TOKENIZER].stage
         tokenizer = about_model(TOKENIZER, self.tokenizer.config, known, stage)

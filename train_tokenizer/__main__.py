@@ -142,28 +142,32 @@ def list_training(
 
 # ---------------------------------------------------------------------- what is trained
 def build_tokenizer(options: TokenizerRun) -> Tokenizer:
-    """Stage 1: from scratch. Stage 2: encoder, codebook and, by default, decoder of stage 1.
-
-    With `experiment.init_weights`, nothing of stage 1: `load_initial` loads all of a new run's weights.
-    """
+    """A tokenizer with random weights; in stage 2 its encoder and codebook are frozen."""
     tokenizer = Tokenizer(options.model.vq_model)
     assert tokenizer.encoder is not None and tokenizer.decoder is not None
     tokenizer.encoder.recompute = tokenizer.decoder.recompute = options.model.use_checkpoint
-    if options.model.stage == 1:
-        return tokenizer
-    if options.experiment.init_weights is not None:
+    if options.model.stage == 2:
         tokenizer.freeze_encoder()
-        return tokenizer
-    source = options.experiment.stage1_checkpoint
-    if source is None:
+    return tokenizer
+
+
+def load_stage1(run: Run, tokenizer: Tokenizer) -> None:
+    """Load encoder, codebook and, by default, decoder of stage 1, where a new run of stage 2 starts there.
+
+    Raises InputError where they are missing or do not fit. A resumed run has them in its checkpoint.
+    """
+    experiment, model = run.options.experiment, run.options.model
+    if model.stage == 1 or run.resumed or experiment.init_weights is not None:
+        return
+    if experiment.stage1_checkpoint is None:
         raise InputError(
             "stage 2 needs the tokenizer that stage 1 trained: set "
             "experiment.stage1_checkpoint=RUN_DIR or a weights file, or experiment.init_weights to "
             "continue from a tokenizer of stage 2"
         )
-    weights = open_on_all(source, TOKENIZER)
-    from_stage1 = options.model.decoder_init == "stage1"
-    check_sizes(weights, options.model.vq_model, (*ENCODER, *(DECODER if from_stage1 else ())))
+    weights = open_on_all(experiment.stage1_checkpoint, TOKENIZER)
+    from_stage1 = model.decoder_init == "stage1"
+    check_sizes(weights, model.vq_model, (*ENCODER, *(DECODER if from_stage1 else ())))
     if from_stage1:
         ignore, keep = STAGE1_ONLY + BUFFERS_AND_POSITIONS, BUFFERS_AND_POSITIONS
     else:
@@ -174,8 +178,6 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
             f"{weights.file} is not a checkpoint of stage 1 but {describe(weights.state)}: pass stage "
             f"1's run, or set model.decoder_init=scratch to take only encoder and codebook from it"
         )
-    tokenizer.freeze_encoder()
-    return tokenizer
 
 
 def check_sizes(weights: Opened, config: TokenizerConfig, names: tuple[str, ...]) -> None:
@@ -316,6 +318,7 @@ class TrainState:
         self.about = about_model(TOKENIZER, self.config, stage=options.model.stage)
         set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
         self.tokenizer = build_tokenizer(options)
+        load_stage1(run, self.tokenizer)
         self.start = load_initial(run, self.tokenizer)
         adversarial = any(phase.gan_weight for phase in options.phases)
         self.discriminator = build_discriminator(run) if adversarial else None

@@ -8,7 +8,7 @@ from ..tokenizer import Tokenizer, TokenizerConfig
 from . import hub
 from .metadata import TOKENIZER
 from .opened import config_of, load_tokenizer, open_weights
-from .runs import all_checkpoints
+from .runs import all_checkpoints, expanded
 
 FILE = "tokenizer.safetensors"  # of a folder that `Pipeline.save_pretrained` writes
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -18,7 +18,7 @@ def open_tokenizer(
     name: str | Path, config: Optional[TokenizerConfig] = None, revision: Optional[str] = None
 ) -> Tokenizer:
     """A tokenizer in eval mode, on the CPU (`Tokenizer.from_pretrained`)."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.exists() and path.suffix not in SUFFIXES and str(name).count("/") == 1:
         path = hub.download(str(name), revision, (FILE,))
     elif revision is not None:

@@ -7,6 +7,7 @@ RUN_DIR/checkpoint-1000/ holds `PUBLISHED`, and RUN_DIR the final pytorch_model.
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -24,6 +25,11 @@ PUBLISHED = (
 )  # fmt: skip
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with `~` as the home folder; the home of an unknown user stays as it is written."""
+    return Path(os.path.expanduser(path))
+
+
 def find_weights(path: str | Path, *names: str) -> Path:
     """The weights file that a path stands for: itself; of a checkpoint that of the first of `names`
     (a kind of model is the name of its weights to use) that is there; of a run's folder that of its newest checkpoint.
@@ -32,7 +38,7 @@ def find_weights(path: str | Path, *names: str) -> Path:
     damaged, that of the one before is taken and a line in the log says so; one that was named on
     purpose is refused. Only the file that is used is read. Raises InputError where there is none.
     """
-    path = Path(path)
+    path = expanded(path)
     if not path.is_dir():
         in_checkpoint = is_checkpoint(path.parent) and (path.parent / MANIFEST).is_file()
         if in_checkpoint and path.is_file() and not is_whole(path):

@@ -455,6 +455,29 @@ def test_stage2_tokenizer_as_stage1_is_refused_but_for_its_encoder(workspace, tr
     train(2, tmp_path / "run", given, "model.decoder_init=scratch")
 
 
+def test_a_resumed_stage2_needs_no_stage1(workspace, train, tmp_path):
+    shutil.copytree(workspace.stage1_run, tmp_path / "stage1")
+    given = f"experiment.stage1_checkpoint={tmp_path}/stage1"
+    train(2, tmp_path / "run", given)
+    whole = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "stage1")
+    for again in ([given], []):
+        shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
+        train(2, tmp_path / "run", *again)
+        assert losses(tmp_path / "run") == whole
+    assert "no weights at" in refusal(train, 2, tmp_path / "new", given)
+    assert "stage 2 needs the tokenizer" in refusal(train, 2, tmp_path / "new")
+
+
+def test_stage1_without_a_prefix_head_is_known_by_its_clustering(workspace, train, tmp_path):
+    """Of a file that states nothing, as a published last.pth."""
+    headless = ["model.vq_model.prefix_head=False", "losses.aux_weight=0", "phases=[{steps: 1}]"]
+    train(1, tmp_path / "a", *headless)
+    write_state_dict(tensors(tmp_path / "a", step=1), tmp_path / "bare.pth")
+    train(2, tmp_path / "b", f"experiment.stage1_checkpoint={tmp_path}/bare.pth", STILL)
+    assert (tmp_path / "b/tokenizer.pth").exists()
+
+
 def test_discriminator_as_stage1_is_refused(train, tmp_path):
     write_state_dict(Discriminator(32).state_dict(), tmp_path / "d.pth")
     message = refusal(train, 2, tmp_path / "run", f"experiment.stage1_checkpoint={tmp_path}/d.pth")

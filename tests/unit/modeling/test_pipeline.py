@@ -300,6 +300,20 @@ def test_weights_that_say_nothing_are_saved_as_the_pair_that_they_are(made, tmp_
     assert again.about[GENERATOR].classes is None and again.about[TOKENIZER].stage is None
 
 
+def test_a_path_starts_at_home(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pipeline = Pipeline("~/g.bin", "~/t.pth", tokenizer_config=SMALL, device="cpu")
+    pipeline.save_pretrained("~/saved")
+    assert (tmp_path / "saved/generator.safetensors").is_file()
+    again = Pipeline.from_pretrained("~/saved", device="cpu")
+    assert torch.equal(again([0]), pipeline([0]))
+    for name in ("~/t.pth", "~/saved"):
+        tokenizer = Tokenizer.from_pretrained(name, device="cpu", config=SMALL)
+        assert torch.equal(tokenizer.latent_tokens, made[1].latent_tokens)
+    with pytest.raises(InputError, match=r"no weights at ~nobody-here/t\.pth"):
+        Tokenizer.from_pretrained("~nobody-here/t.pth")
+
+
 def test_the_hub_keeps_each_commit_and_a_pinned_one_stays(stated, stub):
     pipeline = Pipeline(*stated, device="cpu")
     first = pipeline.push_to_hub("me/digits", private=True)

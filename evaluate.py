@@ -35,12 +35,10 @@ from runtime.errors import InputError
 from runtime.files import try_to_write
 from runtime.processes import on_main, start_processes
 from runtime.program import run
-from runtime.published import MissingFile
+from runtime.published import WEIGHTS, MissingFile
 from runtime.weights import open_on_all
 
 T = TypeVar("T")
-
-WEIGHTS = Path("weights")  # the published files
 
 
 def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:

@@ -18,6 +18,7 @@ from generation.folder import SampleFolder
 from generation.models import open_job
 from runtime.processes import start_processes
 from runtime.program import run
+from runtime.published import WEIGHTS
 
 
 def main(argv: list[str]) -> None:
@@ -32,9 +33,8 @@ def main(argv: list[str]) -> None:
     if experiment.fid_reference:
         # A mistake in the reference shows now, not after hours of sampling.
         side = models.tokenizer.config.image_size
-        evaluator = Evaluator.open(
-            experiment.fid_reference, processes, Path("weights"), size=(side, side)
-        )
+        reference = experiment.fid_reference
+        evaluator = Evaluator.open(reference, processes, WEIGHTS, size=(side, side))
     images = folder.fill()
     if evaluator is not None:
         print_result(evaluator.evaluate(open_images(images), folder.count))

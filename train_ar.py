@@ -43,6 +43,7 @@ from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
 from runtime.processes import compiles, device_name, on_main
 from runtime.program import run as run_program
+from runtime.published import WEIGHTS
 from runtime.randomness import seed_step
 from runtime.weights import open_on_all
 from training.accelerator import describe_precision, start_training
@@ -54,8 +55,6 @@ from training.run import Due, Run
 from training.schedule import generator_lr
 from training.utilisation import training_flops
 
-WEIGHTS = Path("weights")  # the published files that metrics need
-SAME_DATA = "the validation data equals the training data, so it shows no overfitting"
 GRID_CLASSES, GRID_PER_CLASS = 10, 4  # of a sample grid
 PROBED = 16  # images of a cache whose codes are read before the first step
 
@@ -265,7 +264,7 @@ def load_initial(run: Run, generator: Generator, classes: list[str]) -> str:
 
     Raises InputError where the weights do not fit, but for the classes (`fit_classes`).
     """
-    weights = run.initial_weights(GENERATOR)
+    weights = run.initial_weights()
     if weights is None:
         return ""
     state, words = fit_classes(weights, generator.config, classes)
@@ -337,10 +336,8 @@ def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
     samples = run.total_steps * run.global_batch
     epochs = samples / data.train.images
     describe_data(run, state, data.train)
-    if data.validation is not None and on_main(data.validation.identity) == data.train.identity:
-        run.log.say(
-            f"warning: {printable(run.options.dataset.params.val_pretokenization)}: {SAME_DATA}"
-        )
+    if data.validation is not None:
+        run.warn_of_same_data(data.validation.folder, data.validation.identity)
     if state.start:
         run.log.say(state.start)
     run.log.say(
@@ -460,7 +457,7 @@ def main(argv: list[str]) -> None:
     data = open_data(options, accelerator, weights, index_folder=kept)
     phases = [Phase("training", total_steps)]
     options = classes_by_number(options, data.names)
-    run = Run(accelerator, options, phases, data.identity(), dry_run)
+    run = Run(accelerator, options, phases, data.identity(), GENERATOR, dry_run)
     state = TrainState(run, options, data)
     workers = options.dataset.params.num_workers_per_gpu
     run.start(data.train.dataset, data.train.images, workers, data.train.skip_unreadable)

@@ -33,7 +33,7 @@ from benchmarks.common import copy_rate, machine, product_rate, profile
 from data.pictures import write_png
 from modeling.engine import Engine, cache_bytes
 from modeling.generator import Generator, GeneratorConfig, KVCache
-from modeling.image_decoder import ImageDecoder, decode_images
+from modeling.image_decoder import ImageDecoder
 from modeling.sampling import (
     CACHES,
     ENGINES,
@@ -227,7 +227,7 @@ def against_plain(
         times["images"].append(seconds(decoder, codes))
         set_matmul_precision("tf32" if device.type == "cuda" else "fp32")
         times["plain"].append(seconds(plain_codes, model, sampling, *plain))
-        times["plain images"].append(seconds(decode_images, tokenizer, plain_ids, torch.float32))
+        times["plain images"].append(seconds(ImageDecoder(tokenizer, torch.float32), plain_ids))
     ratios = [
         (p + q) / plain_batch / ((c + i) / batch)
         for c, i, p, q in zip(

@@ -11,7 +11,7 @@ from configs.schema import GeneratorRun
 from data.images import ImagePath
 from evaluation.evaluator import Evaluator
 from evaluation.lpips import LPIPS
-from evaluation.reconstruction import ReconstructionFeatures, Scores
+from evaluation.reconstruction import Features, Scores
 from evaluation.statistics import Collector
 from generation.images import sample_images
 from generation.job import SamplingJob, sampling_job
@@ -125,7 +125,7 @@ class ReconstructionScores(Scores):
         if evaluator is not None:
             size = (tokenizer.config.image_size, tokenizer.config.image_size)
             self.collector = Collector("reconstructions", len(paths), size, evaluator.network)
-            consumers.append(ReconstructionFeatures(self.collector))
+            consumers.append(Features(self.collector))
         super().__init__(tokenizer, paths, processes, lpips, *consumers)
 
     def reduced(self) -> dict[str, float]:

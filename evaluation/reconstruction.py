@@ -251,24 +251,16 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------- features and pictures
-class ReconstructionFeatures(Consumer):
-    """Collects the statistics of the reconstructions, truncated to uint8 as published samples are."""
+class Features(Consumer):
+    """Collects the statistics of the reconstructions, truncated to uint8 as published samples are, or
+    of the original images."""
 
-    def __init__(self, collector: Collector):
-        self.collector = collector
-
-    def add(self, batch: Batch) -> None:
-        self.collector.add(batch.first, to_uint8(batch.reconstructions))
-
-
-class OriginalFeatures(Consumer):
-    """Collects the statistics of the images themselves."""
-
-    def __init__(self, collector: Collector):
-        self.collector = collector
+    def __init__(self, collector: Collector, originals: bool = False):
+        self.collector, self.originals = collector, originals
 
     def add(self, batch: Batch) -> None:
-        self.collector.add(batch.first, batch.pixels)
+        pixels = batch.pixels if self.originals else to_uint8(batch.reconstructions)
+        self.collector.add(batch.first, pixels)
 
 
 class Preview(Consumer):

@@ -34,6 +34,7 @@ from runtime.files import write_whole
 from runtime.parts import check_settings
 from runtime.processes import on_main, start_processes
 from runtime.program import run
+from runtime.published import WEIGHTS
 
 CELL, MARGIN = (120, 60), 70  # pixels of the heat map
 BEST, WORST = (38, 130, 142), (253, 231, 200)
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> None:
     job = replace(job, count=args.num_samples)
     jobs = {(s, p): guided(job, s, p) for s in args.scales for p in args.powers}
     side = models.tokenizer.config.image_size
-    evaluator = Evaluator.open(args.reference, processes, Path("weights"), size=(side, side))
+    evaluator = Evaluator.open(args.reference, processes, WEIGHTS, size=(side, side))
     folders = {
         cell: SampleFolder(
             cell_file(output, *cell).with_suffix(""), cell_job, models, processes,

@@ -14,9 +14,8 @@ from evaluation.features import FeatureNetwork
 from evaluation.lpips import LPIPS
 from evaluation.reconstruction import (
     SSIM_WINDOW,
-    OriginalFeatures,
+    Features,
     Preview,
-    ReconstructionFeatures,
     Scores,
     StructuralSimilarity,
 )
@@ -70,7 +69,7 @@ def score_tokenizer(
     preview = Preview(PREVIEW_IMAGES)
     scores = Scores(
         tokenizer, listing.paths, processes, lpips, StructuralSimilarity(device),
-        OriginalFeatures(before), ReconstructionFeatures(after), preview,
+        Features(before, originals=True), Features(after), preview,
     )  # fmt: skip
     with matmul_precision("fp32"):
         scores.measure(batch, workers, bar=True)

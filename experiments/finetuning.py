@@ -21,6 +21,7 @@ from torch import Tensor
 import pretokenization
 import train_ar
 from experiments.alignment.charts import need_matplotlib
+from modeling.generator import GeneratorConfig
 from modeling.weights.tensors import read_state_dict, write_state_dict
 from quickstart.digits import write_digits
 from runtime.arguments import Parser, as_path, new_file, number
@@ -158,7 +159,8 @@ def with_normal_rows(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     rows = state["embeddings.weight"]
     noise = torch.Generator().manual_seed(seed)
     new = 0.02 * torch.randn(CLASSES, rows.shape[1], generator=noise)
-    return {**state, "embeddings.weight": torch.cat([rows[: CODES + 1], new, rows[-1:]])}
+    first = int(GeneratorConfig(codebook_size=CODES).condition_rows(torch.tensor(0)))
+    return {**state, "embeddings.weight": torch.cat([rows[:first], new, rows[-1:]])}
 
 
 # ---------------------------------------------------------------------- what they show

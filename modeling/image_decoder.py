@@ -76,8 +76,3 @@ def shallow_copy(module: Decoder) -> Decoder:
     """Copies of all modules that share their parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)
-
-
-def decode_images(tokenizer: Tokenizer, codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """`ImageDecoder` for one batch: codes (B, T) -> images (B, S, S, 3), uint8."""
-    return ImageDecoder(tokenizer, dtype)(codes)

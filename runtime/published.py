@@ -6,6 +6,8 @@ import torch
 
 from runtime.errors import InputError
 
+WEIGHTS = Path("weights")  # the folder of the published files
+
 
 class MissingFile(InputError):
     """A published file that is not there, for callers who can do without."""

@@ -58,6 +58,7 @@ from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
 from runtime.processes import compiles, on_main
 from runtime.program import run as run_program
+from runtime.published import WEIGHTS
 from runtime.randomness import seed_step
 from runtime.weights import open_on_all
 from train_tokenizer.discriminator import Discriminator, hinge_loss, weights_frozen
@@ -68,7 +69,6 @@ from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run
 from training.schedule import is_critic_step, phase_at, phase_lr, tokenizer_lr
 
-WEIGHTS = Path("weights")  # the published files that the losses and metrics need
 PREVIEWS, PER_ROW = 16, 8  # images in a preview, and pictures (before | after) in its row
 STAGE1_ONLY = ("decoder.ffn_aux", "decoder.conv_out_aux", "quantize.embed_prob")
 BUFFERS_AND_POSITIONS = ("decoder.class_embedding", "decoder.latent_token_positional_embedding")
@@ -193,7 +193,7 @@ def load_initial(run: Run, tokenizer: Tokenizer) -> str:
     Raises InputError where the weights do not fit, and where they disagree with the encoder or codebook
     of `experiment.stage1_checkpoint`.
     """
-    weights, options = run.initial_weights(TOKENIZER), run.options
+    weights, options = run.initial_weights(), run.options
     if weights is None:
         return ""
     source, stage1 = weights.file, options.experiment.stage1_checkpoint
@@ -419,19 +419,15 @@ def refuse_fsdp(accelerator: Accelerator) -> Accelerator:
 def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
     """The header of a run: what trains, on what, for how long; and what is missing or unusual."""
     options, log = state.options, run.log
+    params = options.dataset.params
     if data.validation and state.lpips is None:
         log.say("no val/lpips: it needs VGG16 and its heads (weights/README.md)")
     sample = "" if data.whole else f"{len(data.paths)} images, spread over all of "
-    log.say(f"{printable(options.dataset.params.train_dir)}: {sample}{data.source}")
+    log.say(f"{printable(params.train_dir)}: {sample}{data.source}")
     if sample:
         log.say(f"warning: experiment.max_train_examples={len(data.paths)} leaves images out")
-    if data.validation and on_main(
-        lambda: identity_of_images(data.validation) == data.identity_of_all
-    ):
-        log.say(
-            f"warning: {printable(str(options.dataset.params.val_dir))}: the validation data equals the "
-            f"training data, so it shows no overfitting"
-        )
+    if data.validation:
+        run.warn_of_same_data(params.val_dir, lambda: identity_of_images(data.validation))
     if state.start:
         log.say(state.start)
     trained = sum(p.numel() for p in state.tokenizer.parameters() if p.requires_grad)
@@ -538,7 +534,7 @@ def main(argv: list[str]) -> None:
     tune_convolutions(accelerator.device)
     kept = None if dry_run else Path(options.experiment.output_dir)
     data = open_data(options, index_folder=kept)
-    run = Run(accelerator, options, phases, data.identity(), dry_run)
+    run = Run(accelerator, options, phases, data.identity(), TOKENIZER, dry_run)
     state = TrainState(run, run.options, evaluates=bool(data.validation))
     params = options.dataset.params
     run.start(data.dataset, len(data.paths), params.num_workers_per_gpu, params.skip_unreadable)

@@ -13,27 +13,30 @@ from torch import Tensor
 
 from data.classes import first_names
 from modeling.generator import GeneratorConfig
-from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
-from modeling.weights.opened import Opened
-from modeling.weights.runs import find_weights
-from modeling.weights.tensors import read_state_dict, tensors_hash
+from modeling.weights.metadata import GENERATOR, about_model
+from modeling.weights.opened import Opened, open_weights
+from modeling.weights.tensors import tensors_hash
 from runtime.errors import InputError
 
 
-def check_same_start(recorded: Optional[dict[str, str]], path: Optional[str], source: Path) -> None:
+def record_of(path: str, weights: Opened) -> dict[str, str]:
+    """What a run's checkpoints record of its initial weights; `path` is `experiment.init_weights`."""
+    return {"path": path, "hash": tensors_hash(weights.state)}
+
+
+def check_same_start(
+    recorded: Optional[dict[str, str]], path: Optional[str], kind: str, source: Path
+) -> None:
     """Raise InputError if the run of checkpoint `source` did not start from the weights at `path`.
 
-    `recorded` is what it started from: `path`, `experiment.init_weights` as it was named, and `hash`.
-
-    The same path is taken for the same weights: a run folder may have newer ones by now, and a file
-    may be gone. Another path is read and compared by its tensors. None stands for what is recorded.
+    `recorded` is the `record_of` its start; None: it started from random weights. An equal path counts
+    as the same weights: a run folder may hold newer ones by now, and a file may be gone. The weights at
+    another path, of a model of this kind, are read and compared. A `path` of None fits any start.
     """
     if path is None or (recorded is not None and recorded["path"] == path):
         return
-    if recorded is not None:
-        there = tensors_hash(read_state_dict(find_weights(path, GENERATOR, TOKENIZER)))
-        if there == recorded["hash"]:
-            return
+    if recorded and recorded["hash"] == record_of(path, open_weights(path, kind))["hash"]:
+        return
     start = "random weights" if recorded is None else recorded["path"]
     raise InputError(
         f"{source} belongs to a run that started from {start}, not from experiment.init_weights={path}: "
@@ -58,7 +61,7 @@ def fit_classes(
     if before == after:
         return weights.state, renamed_rows(weights.about.classes or (), classes)
     state, name = weights.state, "embeddings.weight"
-    first = config.codebook_size + 1  # the row of class 0; the last row is "no class"
+    first = int(config.condition_rows(torch.tensor(0)))  # the last row is "no class"
     rows = state[name]
     mean = rows[first:-1].float().mean(0, keepdim=True).expand(after, -1)
     fitted = torch.cat([rows[:first], mean.to(rows.dtype), rows[-1:]])

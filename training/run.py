@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 import configs.load
 from configs.schema import Experiment, Phase, Training
+from data.classes import printable
 from data.loader import training_loader
 from data.unreadable import SkipUnreadable, lines_of
 from modeling.weights.metadata import About
 from modeling.weights.opened import Opened
-from modeling.weights.tensors import tensors_hash, write_state_dict
+from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 from runtime.files import write_whole
 from runtime.parts import differing
@@ -32,7 +33,7 @@ from runtime.weights import open_on_all
 from training.accelerator import precision
 from training.checkpoint import Checkpoint, whole_tensors
 from training.dry_run import DryRun
-from training.initial import check_same_start
+from training.initial import check_same_start, record_of
 from training.log import RunLog, Window, due
 from training.optim import FiniteGuard
 from training.utilisation import peak_flops
@@ -112,12 +113,17 @@ class Run:
         options: Any,
         phases: Sequence[Phase],
         data: dict[str, Any],
+        kind: str,
         dry_run: bool,
     ):
-        """`data` identifies the training data: it must match when the run resumes, as must the options
-        but for those that `resumes=True` declares. Raises InputError otherwise, and if the run of the
-        checkpoint did not start from the weights of `experiment.init_weights`."""
+        """`data` identifies the training data, `kind` the model. If the run resumes, the data must
+        match, and so must all options but those declared with `resumes=True`.
+
+        Raises InputError otherwise, and if the run of the checkpoint did not start from the weights of
+        `experiment.init_weights`.
+        """
         self.accelerator, self.options, self.phases, self.data = accelerator, options, phases, data
+        self.kind = kind
         self.experiment: Experiment = options.experiment
         self.training: Training = options.training
         self.total_steps = sum(phase.steps for phase in phases)
@@ -154,23 +160,21 @@ class Run:
             state.forks, self.accelerator.num_processes,
         )  # fmt: skip
         initial = state.values.get("initial")
-        on_main(lambda: check_same_start(initial, named, source))
+        on_main(lambda: check_same_start(initial, named, self.kind, source))
         if initial is not None and named is None:
             self.experiment = replace(self.experiment, init_weights=initial["path"])
             self.options = replace(self.options, experiment=self.experiment)  # for config.yaml
 
-    def initial_weights(self, kind: str) -> Optional[Opened]:
-        """`experiment.init_weights`, the weights of a model of this kind; all ranks call this.
+    def initial_weights(self) -> Optional[Opened]:
+        """The weights of `experiment.init_weights`; all ranks call this.
 
         None without the option, and if the run resumes: its checkpoint has the weights.
         """
         named = self.experiment.init_weights
         if named is None or self.resumed:
             return None
-        weights = open_on_all(named, kind)
-        self.checkpoint.values["initial"] = {
-            "path": named, "hash": on_main(lambda: tensors_hash(weights.state))
-        }  # fmt: skip
+        weights = open_on_all(named, self.kind)
+        self.checkpoint.values["initial"] = on_main(lambda: record_of(named, weights))
         return weights
 
     @property
@@ -203,6 +207,14 @@ class Run:
         self.window.reset()
         self.checkpoint.register("window", self.window)
         self._report_unreadable()
+
+    def warn_of_same_data(self, path: object, identity: Callable[[], dict[str, str]]) -> None:
+        """Warn if the validation data at `path` has the identity of the training data."""
+        if on_main(lambda: identity().items() <= self.data.items()):
+            self.log.say(
+                f"warning: {printable(path)}: the validation data equals the training data, so it "
+                f"shows no overfitting"
+            )
 
     def _unreadable_list(self) -> Path:
         """The file that lists unreadable images; of a dry run, one that goes with it."""

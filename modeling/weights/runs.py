@@ -30,13 +30,13 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def find_weights(path: str | Path, *names: str) -> Path:
-    """The weights file that a path stands for: itself; of a checkpoint that of the first of `names`
-    (a kind of model is the name of its weights to use) that is there; of a run's folder that of its newest checkpoint.
+def find_weights(path: str | Path, kind: str) -> Path:
+    """The weights file that a path stands for: a file itself, KIND.safetensors of a checkpoint or, for
+    a run's folder, of its newest checkpoint.
 
-    The file must be the one that the checkpoint's manifest states. Where the newest checkpoint's is
-    damaged, that of the one before is taken and a line in the log says so; one that was named on
-    purpose is refused. Only the file that is used is read. Raises InputError where there is none.
+    Only the file to use is read, and compared with the hash in the checkpoint's manifest. If it is
+    damaged in a run's newest checkpoint, a line in the log says so and the checkpoint before is used; a
+    damaged file of a checkpoint named by `path` is refused. Raises InputError if no file is left.
     """
     path = expanded(path)
     if not path.is_dir():
@@ -49,16 +49,13 @@ def find_weights(path: str | Path, *names: str) -> Path:
     if not checkpoints:
         return find_published(path)
     for folder in reversed(checkpoints):
-        files = [folder / f"{name}.safetensors" for name in names]
-        file = next((file for file in files if file.is_file()), None)
-        if file is not None and is_whole(file):
+        file = folder / f"{kind}.safetensors"
+        if file.is_file() and is_whole(file):
             return file
-        if file is None and (folder / MANIFEST).is_file():
-            raise InputError(
-                f"{path} has no weights of a {names[-1]}: pass a run of the right kind"
-            )
+        if not file.is_file() and (folder / MANIFEST).is_file():
+            raise InputError(f"{path} has no weights of a {kind}: pass a run of the right kind")
         if not named:
-            log.warning("%s was altered or cut short: trying the checkpoint before", file or folder)
+            log.warning("%s was altered or cut short: trying the checkpoint before", file)
     raise damaged(path)
 
 

@@ -13,7 +13,7 @@ from data.npz import write_npz_files, write_npz_manifest
 from data.pictures import LINE, READABLE
 from data.tokens import main, open_tokens
 from data.writer import TokenWriter
-from modeling.image_decoder import decode_images
+from modeling.image_decoder import ImageDecoder
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.tensors import fingerprint, write_state_dict
@@ -85,7 +85,7 @@ def test_first_views_are_decoded_with_class_and_path(shown, tokenizer, write, as
     picture, captions = shown(f"--images={asked}", write=write)
     assert captions == [(CLASSES[label], path) for label, path in zip(LABELS[:count], PATHS)]
     assert f"the first views of {count} of 5 images" in capsys.readouterr().out
-    images = decode_images(tokenizer, torch.from_numpy(CODES[:count, 0]), torch.float32).numpy()
+    images = ImageDecoder(tokenizer, torch.float32)(torch.from_numpy(CODES[:count, 0])).numpy()
     columns, margin = math.ceil(math.sqrt(count)), show.MARGIN
     height, width = READABLE + 2 * LINE + margin, READABLE + margin
     for i, image in enumerate(images):

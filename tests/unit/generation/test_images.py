@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from generation.images import decode_stored, sample_images
-from modeling.image_decoder import decode_images
+from modeling.image_decoder import ImageDecoder
 from modeling.randomness import image_uniforms
 from modeling.sampling import Sampling, sample_codes
 
@@ -30,7 +30,7 @@ def test_images_are_those_of_class_seed_and_index_whatever_the_batch(models, job
     uniforms = image_uniforms(5, range(8), 7)
     expected = sample_codes(models.generator, labels, uniforms, Sampling(2.0))
     assert (torch.from_numpy(codes) == expected).all()
-    pixels = decode_images(models.tokenizer, expected, torch.float32)
+    pixels = ImageDecoder(models.tokenizer, torch.float32)(expected)
     np.testing.assert_array_equal(images, pixels.numpy())
 
 

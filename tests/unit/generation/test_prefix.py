@@ -15,7 +15,7 @@ from generation.folder import SampleFolder
 from generation.images import sample_images
 from generation.models import largest_batch
 from generation.prefix import masked_below, masked_patches, prefix_codes
-from modeling.image_decoder import decode_images
+from modeling.image_decoder import ImageDecoder
 from modeling.randomness import image_uniforms
 from modeling.sampling import DRAWN, Sampling, sample_codes
 from modeling.tokenizer import Tokenizer
@@ -246,7 +246,7 @@ def test_an_empty_mask_keeps_the_image_as_it_is_reconstructed(models, job, tmp_p
     photo = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1) / 255
     codes = models.tokenizer.encode(photo[None])
     assert batch.codes.tolist() == codes.repeat(2, 1).tolist()
-    assert np.array_equal(batch.images[0], decode_images(models.tokenizer, codes, torch.float32)[0])
+    assert np.array_equal(batch.images[0], ImageDecoder(models.tokenizer, torch.float32)(codes)[0])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 import modeling
 from modeling.generator import Generator
-from modeling.image_decoder import decode_images
+from modeling.image_decoder import ImageDecoder
 from modeling.pipeline import Pipeline, class_labels
 from modeling.randomness import image_uniforms
 from modeling.sampling import Sampling, draw_codes, sample_codes
@@ -43,7 +43,7 @@ def test_pipeline_reads_the_sizes_and_makes_the_images_of_its_parts(made):
     images = pipeline([2, 0], seed=5, guidance_scale=4.0, guidance_scale_pow=1.5)
     uniforms = image_uniforms(5, range(2), 7)
     codes = sample_codes(generator, torch.tensor([2, 0]), uniforms, Sampling(4.0, 1.5))
-    assert torch.equal(images, decode_images(tokenizer, codes, torch.float32))
+    assert torch.equal(images, ImageDecoder(tokenizer, torch.float32)(codes))
     assert images.shape == (2, 16, 16, 3)
     assert not torch.equal(pipeline([2, 0], seed=6, guidance_scale=4.0), images)
 
@@ -60,7 +60,7 @@ def test_pipeline_samples_codes_without_prefix_tokens(fill, tmp_path):
     uniforms = image_uniforms(5, range(2), 4)
     codes = sample_codes(generator, torch.tensor([2, 0]), uniforms, Sampling(4.0, 1.5))
     assert codes.shape == (2, 4)
-    assert torch.equal(images, decode_images(tokenizer, codes, torch.float32))
+    assert torch.equal(images, ImageDecoder(tokenizer, torch.float32)(codes))
     with pytest.raises(
         InputError, match=r"num_latent_tokens=7 contradicts .*have num_latent_tokens=4"
     ):
@@ -150,7 +150,7 @@ def test_a_stage_1_tokenizer_that_says_so_needs_no_config(made, stated, fill, tm
     write_state_dict(tokenizer.state_dict(), tmp_path / "t1.safetensors", about)
     pipeline = Pipeline(made[2], tmp_path / "t1.safetensors", device="cpu")
     codes = sample_codes(made[0], torch.tensor([1]), image_uniforms(0, range(1), 7), Sampling(1.0))
-    assert torch.equal(pipeline([1]), decode_images(tokenizer, codes, torch.float32))
+    assert torch.equal(pipeline([1]), ImageDecoder(tokenizer, torch.float32)(codes))
     # Both stages make the same codes.
     assert torch.equal(
         Pipeline(stated[0], tmp_path / "t1.safetensors", device="cpu")([1]), pipeline([1])
@@ -204,7 +204,7 @@ def test_images_without_a_class_come_from_the_row_that_no_class_has(made):
     assert pipeline.engine.rows == 2  # no second branch
     labels = torch.full((2,), TINY.no_class)
     codes = codes_of_row(generator, labels, image_uniforms(3, range(2), 7))
-    assert torch.equal(images, decode_images(tokenizer, codes, torch.float32))
+    assert torch.equal(images, ImageDecoder(tokenizer, torch.float32)(codes))
     mixed = pipeline([None, 1], seed=3, guidance_scale=9.0)
     assert torch.equal(mixed[0], images[0])
     assert torch.equal(mixed[1], pipeline([1, 1], seed=3, guidance_scale=9.0)[1])

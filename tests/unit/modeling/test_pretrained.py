@@ -8,7 +8,7 @@ from PIL import ExifTags, Image
 from data.images import center_crop
 from modeling import Pipeline, Tokenizer
 from modeling.generator import Generator
-from modeling.image_decoder import decode_images
+from modeling.image_decoder import ImageDecoder
 from modeling.photos import photo_crop
 from modeling.sampling import DRAWN
 from modeling.weights import hub
@@ -48,7 +48,7 @@ def test_a_photo_becomes_codes_and_an_image_of_pil(tokenizer, file, photo):
         assert torch.equal(codes, tokenizer.encode(pixels[None]).repeat(2, 1))
     images = ours.decode_photos(codes)
     assert [image.size for image in images] == [(16, 16)] * 2
-    expected = decode_images(tokenizer, codes, torch.float32)
+    expected = ImageDecoder(tokenizer, torch.float32)(codes)
     assert np.array_equal(np.stack(images), expected)
     assert not ours.training
 

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 
 from modeling.engine import Engine
 from modeling.generator import Generator
-from modeling.image_decoder import decode_images
+from modeling.image_decoder import ImageDecoder
 from modeling.sampling import NO_CLASS, Sampling, draw_codes, guidance_schedule, sample_codes
 from runtime.errors import InputError
 from tests.tiny import tiny_generator
@@ -324,6 +324,6 @@ def test_pixels_are_truncated_not_rounded_and_channels_come_last():
         decoder=Pixels(),
         latent_tokens=torch.empty(5, 4),
     )
-    images = decode_images(tokenizer, torch.zeros(70, 5, dtype=torch.int64), torch.float32)
+    images = ImageDecoder(tokenizer, torch.float32)(torch.zeros(70, 5, dtype=torch.int64))
     assert images.shape == (70, 2, 2, 3) and images.dtype == torch.uint8
     assert images[69, 0, 0].tolist() == [0, 127, 255]

@@ -80,23 +80,27 @@ def test_other_sizes_than_those_of_the_classes_are_refused(name, value, names):
 def files(tmp_path):
     """Two files of the same tensors, and one of others."""
     for name, value in (("a", 1.0), ("copy", 1.0), ("b", 2.0)):
-        write_state_dict({"w": torch.full((2,), value)}, tmp_path / f"{name}.pth")
+        write_state_dict(filled(value), tmp_path / f"{name}.pth")
     return tmp_path
 
 
+def filled(value):
+    return {k: torch.full_like(v, value) for k, v in generator(3).state_dict().items()}
+
+
 def test_a_run_is_resumed_with_the_weights_that_it_started_from_or_none(files):
-    record = {"path": str(files / "a.pth"), "hash": tensors_hash({"w": torch.full((2,), 1.0)})}
-    check_same_start(record, None, "run/step-3")
-    check_same_start(record, str(files / "copy.pth"), "run/step-3")  # moved
+    record = {"path": str(files / "a.pth"), "hash": tensors_hash(filled(1.0))}
+    check_same_start(record, None, GENERATOR, "run/step-3")
+    check_same_start(record, str(files / "copy.pth"), GENERATOR, "run/step-3")  # moved
     with pytest.raises(
         InputError, match=r"run/step-3 .*started from .*a\.pth, not .*b\.pth: leave"
     ):
-        check_same_start(record, str(files / "b.pth"), "run/step-3")
+        check_same_start(record, str(files / "b.pth"), GENERATOR, "run/step-3")
     (files / "a.pth").unlink()  # not needed any more
-    check_same_start(record, str(files / "a.pth"), "run/step-3")
+    check_same_start(record, str(files / "a.pth"), GENERATOR, "run/step-3")
 
 
 def test_a_run_that_started_from_random_weights_is_not_resumed_with_others(files):
-    check_same_start(None, None, "run/step-3")
+    check_same_start(None, None, GENERATOR, "run/step-3")
     with pytest.raises(InputError, match="started from random weights, not from"):
-        check_same_start(None, str(files / "a.pth"), "run/step-3")
+        check_same_start(None, str(files / "a.pth"), GENERATOR, "run/step-3")

@@ -21,17 +21,17 @@ def run(tmp_path):
 
 def test_a_file_is_itself_and_a_run_is_its_newest_checkpoint(run):
     step6 = run / "checkpoints/step-00000006"
-    assert find_weights(run, "ema", "generator") == step6 / "ema.safetensors"
+    assert find_weights(run, "ema") == step6 / "ema.safetensors"
     assert find_weights(str(run), "generator") == step6 / "generator.safetensors"
     step3 = run / "checkpoints/step-00000003"
-    assert find_weights(step3, "none", "generator") == step3 / "generator.safetensors"
+    assert find_weights(step3, "generator") == step3 / "generator.safetensors"
     assert find_weights(run / "g.bin", "generator") == run / "g.bin"
 
 
 def test_only_the_file_that_is_used_is_read(run, monkeypatch):
     read = []
     monkeypatch.setattr(runs, "is_whole", lambda file: read.append(file.name) or True)
-    find_weights(run, "ema", "generator")
+    find_weights(run, "ema")
     assert read == ["ema.safetensors"]
 
 

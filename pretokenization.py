@@ -84,8 +84,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--data_path", type=path, required=True, metavar="DIR",
-        help="image folder: one folder per class, or the folder that holds train/; or a tar of one "
-             "folder or tar per class")
+        help="image folder: one folder per class or, for one class, none; or the folder that holds "
+             "train/; or a tar of one folder or tar per class")
     add("--labels", type=path, metavar="FILE",
         help="classes of images that lie in no class folders: one class per line, in the order of "
              "the images' names, or a CSV of file,class")

@@ -29,6 +29,7 @@ from runtime.errors import InputError
 from runtime.randomness import Stream, generator_for
 
 VIEWS = {"center_flip": 2, "five_crop": 5, "ten_crop": 10}  # views per image, by kind
+ONE_CLASS = "images"  # the name of the class of images that lie in no folders
 
 
 # ---------------------------------------------------------------------- listing
@@ -39,8 +40,9 @@ class ImageListing:
     root: Path
     samples: list[tuple[ImagePath, int]]  # (path, label), by class, then by path
     names: list[str]  # CLASS/FILE of every sample, which is what a cache calls it
-    classes: list[str]  # sorted; a label is an index into them. Empty: the images have no classes
+    classes: list[str]  # sorted; a label is an index into them
     left_out: dict[str, int]  # other files, by suffix, and hidden ones: how many
+    flat: bool = False  # whether the images lie in no folders, which makes them one class
 
     @property
     def paths(self) -> list[ImagePath]:
@@ -48,7 +50,8 @@ class ImageListing:
 
     def describe(self, configured: int | None = None) -> str:
         """A program's header: numbers of images and classes, first names, and what is left out."""
-        classes = describe_classes(self.classes, configured) if self.classes else "without classes"
+        classes = describe_classes(self.classes, configured)
+        classes = f"no class folders: one class ({ONE_CLASS})" if self.flat else classes
         return f"{len(self.samples)} images, {classes}{self.describe_left_out()}"
 
     def describe_left_out(self) -> str:
@@ -56,29 +59,28 @@ class ImageListing:
 
 
 def scan_images(
-    root: str | Path,
-    labels: str | Path | None = None,
-    index_folder: Path | None = None,
-    classless: bool = False,
+    root: str | Path, labels: str | Path | None = None, index_folder: Path | None = None
 ) -> ImageListing:
     """List the images under root/CLASS/, in any depth, and what is left out.
 
     `root` is a folder or a tar (`data.tars`), whose index is kept in `index_folder`. Classes and paths
-    are in the order of torchvision's ImageFolder. `labels` is a file with the class of every image
-    (`data.labels`): the images are listed as if they lay in folders of these classes. `classless` also
-    accepts images that lie at the top of `root`, for those who need no classes.
+    are in the order of torchvision's ImageFolder. Images that all lie at the top of `root` are one class,
+    `ONE_CLASS`. `labels` is a file with the class of every image (`data.labels`): the images are listed
+    as if they lay in folders of these classes.
 
-    Raises InputError for a root without classes, a class without images, and a "class" that holds
+    Raises InputError for a root without images, a class without images, and a "class" that holds
     folders of images instead of images: then `root` is a folder above the one that was meant. All
     processes of a job list a tar together.
     """
     tree = read_tree(root, index_folder)
     if labels is not None:
         return list_labelled(tree, labels)
-    images = tree.images() if classless else []
+    images = tree.images()
     if images and not any(os.path.dirname(image) for image in images):
         samples = [(tree.path_of(image), 0) for image in images]
-        return ImageListing(tree.root, samples, images, [], dict(tree.count_others()))
+        names = [os.path.join(ONE_CLASS, image) for image in images]
+        others = dict(tree.count_others())
+        return ImageListing(tree.root, samples, names, [ONE_CLASS], others, flat=True)
     return list_classes(tree)
 
 
@@ -91,9 +93,8 @@ def list_classes(tree: FileTree) -> ImageListing:
     classes = sorted(by_class)
     if not classes:
         raise InputError(
-            f"{root} is not {name_of_root}: it holds no folders; put the images into one folder "
-            f"per class, or list their classes (pretokenization.py --labels FILE); images without "
-            f"classes go into one folder for all, with model.generator.condition_num_classes=1"
+            f"{root} is not {name_of_root}: it holds no images; put them there, in one folder per "
+            f"class or, without classes, in none ({', '.join(IMG_EXTENSIONS)})"
         )
     names, labels = [], []
     empty, nested = [], {}  # names of classes; the latter with a folder of images below
@@ -151,7 +152,7 @@ def is_path_list(source: str | Path) -> bool:
 def list_paths(
     source: str | Path, root: str | Path | None = None, index_folder: Path | None = None
 ) -> list[ImagePath]:
-    """Paths of a folder's or tar's images (`scan_images`, classless), or those in a text file.
+    """Paths of a folder's or tar's images (`scan_images`), or those in a text file.
 
     Such a file holds one path per line: absolute, relative to the file's folder or, where it is not
     there, relative to `root`. Empty lines do not count. Raises InputError that names the first line
@@ -159,7 +160,7 @@ def list_paths(
     """
     source = Path(source)
     if not is_path_list(source):
-        return scan_images(source, index_folder=index_folder, classless=True).paths
+        return scan_images(source, index_folder=index_folder).paths
     try:
         lines = source.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as e:

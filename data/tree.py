@@ -62,7 +62,9 @@ def read_tree(root: str | Path, index_folder: Path | None = None) -> FileTree:
     if is_tar(root):
         return read_tar(root, index_folder)
     if not root.is_dir():
-        raise InputError(f"no image folder {root}: pass a folder that holds one folder per class")
+        raise InputError(
+            f"no image folder {root}: pass a folder of images, or of one folder per class"
+        )
     if index_folder is not None:
         refuse_inside(index_folder, root)
     try:

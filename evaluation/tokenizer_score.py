@@ -59,7 +59,7 @@ def score_tokenizer(
     """
     size, device = tokenizer.config.image_size, tokenizer.latent_tokens.device
     check_window(size)
-    listing = scan_images(folder, index_folder=index_folder, classless=True)
+    listing = scan_images(folder, index_folder=index_folder)
     processes.print(f"{printable(folder)}: {listing.describe()}")
     count = len(listing.paths)
     before, after = (

@@ -135,7 +135,7 @@ def list_training(
     if is_path_list(params.train_dir):
         paths = list_paths(params.train_dir, params.train_root)
         return paths, np.zeros(len(paths), np.int64), f"a list of {len(paths)} images"
-    listing = scan_images(params.train_dir, index_folder=index_folder, classless=True)
+    listing = scan_images(params.train_dir, index_folder=index_folder)
     labels = np.array([label for _, label in listing.samples])
     return listing.paths, labels, listing.describe()
 

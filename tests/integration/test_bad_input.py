@@ -167,11 +167,11 @@ def test_more_images_in_a_batch_than_there_are(workspace, tmp_path):
     refused(done, "14 images are fewer than one global batch of 15")
 
 
-def test_class_less_folder(workspace, tmp_path):
+def test_folder_without_images(workspace, tmp_path):
     (tmp_path / "flat").mkdir()
-    shutil.copy(workspace.root / "train/class0/00.png", tmp_path / "flat/00.png")
+    shutil.copy(workspace.root / "stage1.yaml", tmp_path / "flat/00.yaml")
     done = workspace.pretokenize(tmp_path / "cache", "--data_path", tmp_path / "flat", check=False)
-    refused(done, f"{tmp_path}/flat is not an image folder", "one folder per class")
+    refused(done, f"{tmp_path}/flat is not an image folder: it holds no images", ".jpg")
     assert [path.name for path in tmp_path.iterdir()] == ["flat"]
 
 

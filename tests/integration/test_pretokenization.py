@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from configs.load import tokenizer_config
 from data.images import center_crop, load_image, to_float, to_uint8
-from data.tokens import NpzStore, TokenStore
+from data.tokens import NpzStore, TokenStore, open_tokens
 from encoding.encoder import encode, load_encoder
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import TOKENIZER, about_model
@@ -132,6 +132,20 @@ def test_root_without_a_split_means_its_train_folder_and_the_first_line_says_so(
     assert f"{said}{workspace.root}/train: {classes}" == output[0]
     runs.ok(tmp_path / "direct", data=workspace.root / "train")
     assert files(tmp_path / "root") == files(tmp_path / "direct")
+
+
+@pytest.mark.parametrize("layout", ["packed", "npz"])
+def test_images_in_no_folders_make_the_cache_of_one_folder(runs, tmp_path, layout):
+    copies(tmp_path / "two", 5)
+    for target in ("flat", "one/images"):
+        (tmp_path / target).mkdir(parents=True)
+        for image in (tmp_path / "two").rglob("*.png"):
+            shutil.copy2(image, tmp_path / target)
+    for name in ("flat", "one"):
+        said = runs.ok(tmp_path / f"{name}_c", "--format", layout, data=tmp_path / name)
+        assert ("5 images, no class folders: one class (images)" in said) == (name == "flat")
+    assert files(tmp_path / "flat_c") == files(tmp_path / "one_c")
+    assert open_tokens(tmp_path / "flat_c").classes == ["images"]
 
 
 def test_root_without_a_train_folder_is_no_folder_of_classes(workspace, runs, tmp_path):

@@ -164,7 +164,10 @@ def test_tokenizer_trains_on_flat_images_and_a_dry_run_writes_nothing(
     flat = tmp_path / "train.tar"
     flat.write_bytes(packed(tmp_path / "train"))
     said = tokenizer_run(tmp_path / "dry", flat, tmp_path / "train", "--dry-run")
-    assert f"{flat}: 14 images, without classes" in said and not (tmp_path / "dry").exists()
+    assert (
+        f"{flat}: 14 images, no class folders: one class" in said
+        and not (tmp_path / "dry").exists()
+    )
     expected = tokenizer_run(tmp_path / "a", flat, flat)
     assert tokenizer_run(tmp_path / "b", tmp_path / "train", tmp_path / "train") == expected
 

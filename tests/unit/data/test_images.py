@@ -203,11 +203,6 @@ def empty_folder(root):
     root.mkdir()
 
 
-def images_without_class_folders(root):
-    root.mkdir()
-    noise(4, 4).save(root / "a.png")
-
-
 def class_folder_without_images(root):
     (root / "full").mkdir(parents=True)
     noise(4, 4).save(root / "full" / "a.png")
@@ -219,26 +214,13 @@ def a_file(root):
     root.write_text("no folder")
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        no_folder,
-        empty_folder,
-        images_without_class_folders,
-        class_folder_without_images,
-        a_file,
-    ],
-)
+@pytest.mark.parametrize("make", [no_folder, empty_folder, class_folder_without_images, a_file])
 def test_unusable_folder_is_named(tmp_path, make):
     root = tmp_path / "photos"
     make(root)
     with pytest.raises(InputError) as error:
         scan_images(root)
     assert str(root) in str(error.value) and "\n" not in str(error.value)
-    if make is images_without_class_folders:
-        assert "one folder for all, with model.generator.condition_num_classes=1" in str(
-            error.value
-        )
 
 
 def test_class_folder_without_images_is_named(tmp_path):
@@ -300,6 +282,18 @@ def test_header_says_how_many_classes_their_first_names_and_what_is_left_out(tmp
         "left out: 2 .gif, 1 hidden or system entries, 1 outside the class folders, 1 without"
         in listing.describe()
     )
+
+
+def test_images_in_no_folders_are_one_class(tmp_path):
+    tree(tmp_path / "flat", "b.png", "a.JPEG", "notes", ".hidden/c.png")
+    tree(tmp_path / "folder", "images/b.png", "images/a.JPEG")
+    flat, inside = scan_images(tmp_path / "flat"), scan_images(tmp_path / "folder")
+    assert flat.flat and not inside.flat
+    assert (flat.names, flat.classes) == (inside.names, inside.classes)
+    assert flat.samples == [(str(tmp_path / "flat" / name), 0) for name in ("a.JPEG", "b.png")]
+    assert flat.describe().startswith("2 images, no class folders: one class (images); left out: ")
+    tree(tmp_path / "flat", "cat/d.png")  # then those at the top are stray
+    assert scan_images(tmp_path / "flat").classes == ["cat"]
 
 
 def test_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):

@@ -121,7 +121,5 @@ def test_labels_that_are_not_there_or_of_nothing_are_refused(flat, labels, tmp_p
         scan_images(tmp_path / "hollow", labels("n01\n"))
 
 
-def test_flat_folder_without_labels_is_only_taken_where_no_classes_are_needed(flat):
-    with pytest.raises(InputError, match="is not an image folder: it holds no folders"):
-        scan_images(flat)
-    assert len(scan_images(flat, classless=True).paths) == 7
+def test_flat_folder_without_labels_is_one_class(flat):
+    assert scan_images(flat).classes == ["images"] and len(scan_images(flat).paths) == 7

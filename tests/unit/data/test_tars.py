@@ -319,14 +319,14 @@ def test_what_is_no_tar_is_refused(tmp_path):
     refused(tmp_path / "none.tar", "no image folder")
 
 
-def test_images_without_classes_are_refused_where_classes_are_needed(root, tmp_path):
+def test_images_in_no_folders_of_a_tar_are_one_class(root, tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(packed(root / "n01"))
-    refused(path, "is not a tar of images: it holds no folders", "--labels FILE")
-    found = scan_images(path, classless=True)
-    assert found.classes == [] and found.names == sorted(["z.png", LONG])
-    assert found.describe() == "2 images, without classes; left out: 1 .txt"
-    assert [str(p) for p in list_paths(path)] == [f"{path}/{name}" for name in found.names]
+    found = scan_images(path)
+    files = sorted(["z.png", LONG])
+    assert found.classes == ["images"] and found.names == [f"images/{name}" for name in files]
+    assert found.describe() == "2 images, no class folders: one class (images); left out: 1 .txt"
+    assert [str(p) for p in list_paths(path)] == [f"{path}/{name}" for name in files]
 
 
 def test_folder_above_the_classes_is_refused(root, tmp_path):

@@ -27,7 +27,7 @@ from data.imagenet import misnumbered
 from data.images import VIEWS, TrainViews, scan_images, to_float
 from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
 from data.tokens import TokenCache, TrainTokens, open_tokens
-from data.tree import refuse_inside
+from data.tree import describe_left_out, refuse_inside
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from evaluation.likelihood import Likelihood, measure_likelihood
@@ -194,7 +194,7 @@ def train_on_images(
         TrainingSet(
             folder, dataset, len(labels), len(labels), VIEWS["ten_crop"], labels, listing.classes,
             options.dataset.params.skip_unreadable,
-            on_main(lambda: identity_of_images(listing.paths)), listing.describe_left_out(),
+            on_main(lambda: identity_of_images(listing.paths)), describe_left_out(listing.left_out),
         ),
         options,
     )  # fmt: skip

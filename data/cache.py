@@ -1,4 +1,4 @@
-"""What both layouts of a token cache share: the manifest, and the interface for reading.
+"""What both layouts of a token cache share: the manifest and the reading interface.
 
 `data/tokens.py` documents the entries of the manifest.
 """
@@ -23,7 +23,7 @@ def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises InputError for a damaged manifest and for one of another format."""
+    """Raises InputError if the manifest is damaged or has another format."""
     try:
         manifest = json.loads(path.read_text())
         name, version = manifest["format"], manifest["version"]
@@ -31,8 +31,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged ({e!r}); make the cache again") from e
     if name == FORMAT and version != VERSION:
         raise InputError(
-            f"{path} has version {version} of the format, and this program reads {VERSION}: read it "
-            f"with the program that wrote it"
+            f"{path} has format version {version}, not {VERSION}: read it with the program that wrote it"
         )
     if name != FORMAT:
         raise InputError(f"{path} has another format; make the cache again")
@@ -42,8 +41,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 class TokenCache(ABC):
     """A token cache opened for reading.
 
-    The published layout states neither codebook size nor tokenizer: without a manifest, its entries
-    `codebook_size` and `tokenizer` are None.
+    `manifest["codebook_size"]` and `manifest["tokenizer"]` are None for a published cache without manifest.
     """
 
     folder: Path
@@ -69,7 +67,7 @@ class TokenCache(ABC):
 
     @abstractmethod
     def verify(self) -> None:
-        """Read everything and raise InputError for what is damaged or out of range."""
+        """Read everything. Raises InputError if a file is damaged or a value is out of range."""
 
     def check(
         self,
@@ -80,12 +78,12 @@ class TokenCache(ABC):
     ) -> None:
         """Refuse another tokenizer's cache; fields unknown on either side are skipped.
 
-        From here on, codes beyond `codebook_size` are refused even where the cache states none.
+        Afterwards codes beyond `codebook_size` are refused even if the manifest does not state it.
         """
         if self.views == 1 and self.tokens == 2 * tokens and self.manifest["tokenizer"] is None:
             raise InputError(
-                f"{self.folder} holds (1, {self.tokens}) codes per image: the published program joins "
-                f"the two views of its centre crop by a defect; make the cache with pretokenization.py"
+                f"{self.folder} holds (1, {self.tokens}) codes per image: a defect of the published "
+                f"program joins its two views; make the cache with pretokenization.py"
             )
         for name, there, here in (
             ("codebook size", self.manifest["codebook_size"], codebook_size),
@@ -95,15 +93,15 @@ class TokenCache(ABC):
         ):
             if None not in (there, here) and there != here:
                 raise InputError(
-                    f"{self.folder} is the cache of another tokenizer: {name} {there} there, "
-                    f"{here} here; pretokenize with this tokenizer or use its cache"
+                    f"{self.folder} is another tokenizer's cache: {name} {there} there, {here} here; "
+                    f"pretokenize with this tokenizer or use its cache"
                 )
         self.codebook_size = codebook_size
 
     def use_classes(self, classes: list[str]) -> None:
-        """Number the labels by another set's classes, by name.
+        """Replace labels by indices of the same names in `classes`.
 
-        Raises InputError where an image's class is not among them.
+        Raises InputError if `classes` lacks the class of an image.
         """
         if classes != self.classes:
             self.check_labels()

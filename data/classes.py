@@ -1,4 +1,4 @@
-"""Class names. Two sets of images or codes are compared by the names of their classes, not by labels."""
+"""Class names. Sets of images or codes are compared by class names, because labels may differ."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ def printable(name: object) -> str:
 
 
 def first_names(names: Sequence[str]) -> str:
-    """The first names, separated by commas, and an ellipsis where there are more."""
+    """The first names, separated by commas, with an ellipsis if there are more."""
     return ", ".join([*map(printable, names[:NAMES_SHOWN]), *["…"] * (len(names) > NAMES_SHOWN)])
 
 
 def describe_classes(classes: Sequence[str], configured: int | None = None) -> str:
-    """A program's header in words: `10 classes of 1000 configured (n01440764, n01443537, …)`."""
+    """For a program's header: `10 classes of 1000 configured (n01440764, n01443537, …)`."""
     count = f"{len(classes)} class{'es' * (len(classes) != 1)}"
     of = "" if configured is None else f" of {configured} configured"
     return f"{count}{of} ({first_names(classes)})"
@@ -33,8 +33,8 @@ def map_labels(
 ) -> np.ndarray:
     """Labels (N,), indices into `classes`, as int32 indices of the same names in `wanted`.
 
-    Raises InputError, which names `source`, where `wanted` lacks the class of a label. A class
-    without a label may be absent.
+    Raises InputError, naming `source`, if `wanted` lacks the class of a label. Classes without images
+    may be absent.
     """
     # Some systems compose accents in names, others do not.
     places = {unicodedata.normalize("NFC", name): place for place, name in enumerate(wanted)}

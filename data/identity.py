@@ -1,4 +1,4 @@
-"""What a run works on, in short hashes: a resumed run compares them, and training with validation data."""
+"""Short hashes that identify a data set, to compare it with that of a resumed run or of validation."""
 
 import hashlib
 import os
@@ -26,9 +26,9 @@ def hash_of_texts(texts: Iterable[str]) -> str:
 
 
 def identity_of_images(paths: Sequence["ImagePath"]) -> dict[str, str]:
-    """Hashes of the names of images, without what all have in common, and of their sizes in bytes.
+    """Hashes of image names, without their common prefix, and of file sizes.
 
-    Moved together, images keep their identity.
+    They stay the same if all images are moved together.
     """
     names = list(map(str, paths))
     start = len(os.path.commonprefix([min(names), max(names)]))  # noqa: RUF071 - of all
@@ -52,11 +52,11 @@ def sizes_and_times(paths: Sequence["ImagePath"]) -> tuple[np.ndarray, np.ndarra
 
 
 def size_and_time(path: "ImagePath") -> tuple[int, int]:
-    """Bytes of an image and seconds of its last change; -1 for missing files."""
+    """Size in bytes and modification time in seconds of an image; -1 for a missing file."""
     if not isinstance(path, (str, Path)):  # in a tar
         return int(path.tar.sizes[path.number]), path.tar.stamp[1] // 10**9
     try:
         status = os.stat(path)
-    except OSError:  # a link to nothing: its reader says so
+    except OSError:  # a broken link, which its reader reports
         return -1, -1
     return status.st_size, int(status.st_mtime)  # not all file systems keep fractions

@@ -1,4 +1,4 @@
-"""ImageNet's classes, and sets whose classes are not numbered as their names suggest."""
+"""ImageNet's classes, and warnings of labels that differ from the numbers that class names suggest."""
 
 import re
 from collections.abc import Sequence
@@ -9,30 +9,30 @@ SYNSET = re.compile(r"n\d{8}")
 
 
 def imagenet_synsets() -> list[str]:
-    """The 1,000 synsets of ILSVRC 2012, sorted, which is the order of the classes."""
+    """The 1,000 synsets of ILSVRC 2012 in the order of its classes, which is sorted."""
     from timm.data.imagenet_info import ImageNetInfo  # loads all of timm, so only when needed
 
     return ImageNetInfo().label_names()  # type: ignore[return-value] - a list, declared wider
 
 
 def misnumbered(classes: Sequence[str]) -> str | None:
-    """What is wrong, if labels differ from the numbers that the names suggest; None if nothing is."""
+    """A warning if labels differ from the numbers that class names suggest; None if they agree."""
     from modeling.weights.class_names import sorted_as_text  # loads models: only when needed
 
     return sorted_as_text(dict(enumerate(classes))) or unlike_imagenet(classes)
 
 
 def unlike_imagenet(classes: Sequence[str]) -> str | None:
-    """What is wrong, if most classes are synsets, but not ImageNet's 1,000 in their order.
+    """A warning if most classes are synsets, but not ImageNet's 1,000 in order; None otherwise.
 
-    Then the labels are not those of published weights, and nothing else would say so.
+    Published weights then expect other labels, which nothing else would detect.
     """
     synsets = sum(SYNSET.fullmatch(name) is not None for name in classes)
     if 2 * synsets <= len(classes):
         return None
     try:
         expected = imagenet_synsets()
-    except ImportError:  # it serves a warning only
+    except ImportError:  # needed only for a warning
         return None
     if list(classes) == expected:
         return None

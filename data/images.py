@@ -1,7 +1,7 @@
 """Images in folders and tars: listing, loading, the crops of pretokenization, training's augmentation.
 
-Images stay uint8 until they are on the device. Shape suffixes: B images, V views of each, S the side of
-a view, L that of the source crop that views are cut from (pixels).
+Images stay uint8 until they are on the device. Shape suffixes: B images, V views per image, S side of a
+view, L side of the source crop that views are cut from (pixels).
 """
 
 import os
@@ -24,7 +24,7 @@ from data.order import EpochDraws
 from data.tars import is_tar
 from data.tree import FileTree, ImagePath, describe_left_out, is_image, read_tree
 from modeling.photos import center_crop, load_image, load_photo, load_upright, photo_crop, to_uint8  # noqa: F401
-from modeling.pixels import to_float  # noqa: F401 - for this module's callers, as are some of the above
+from modeling.pixels import to_float  # noqa: F401 - for callers of this module, like some of the above
 from runtime.errors import InputError
 from runtime.randomness import Stream, generator_for
 
@@ -35,13 +35,13 @@ ONE_CLASS = "images"  # the name of the class of images that lie in no folders
 # ---------------------------------------------------------------------- listing
 @dataclass(frozen=True)
 class ImageListing:
-    """The images of a folder or of a tar; `scan_images` makes it."""
+    """The images of a folder or tar, from `scan_images`."""
 
     root: Path
     samples: list[tuple[ImagePath, int]]  # (path, label), by class, then by path
-    names: list[str]  # CLASS/FILE of every sample, which is what a cache calls it
+    names: list[str]  # CLASS/FILE of every sample, its name in a cache
     classes: list[str]  # sorted; a label is an index into them
-    left_out: dict[str, int]  # other files, by suffix, and hidden ones: how many
+    left_out: dict[str, int]  # numbers of other files, by suffix, and of hidden ones
     flat: bool = False  # whether the images lie in no folders, which makes them one class
 
     @property
@@ -49,28 +49,24 @@ class ImageListing:
         return [path for path, _ in self.samples]
 
     def describe(self, configured: int | None = None) -> str:
-        """A program's header: numbers of images and classes, first names, and what is left out."""
+        """For a program's header: numbers of images and classes, first names, files left out."""
         classes = describe_classes(self.classes, configured)
         classes = f"no class folders: one class ({ONE_CLASS})" if self.flat else classes
-        return f"{len(self.samples)} images, {classes}{self.describe_left_out()}"
-
-    def describe_left_out(self) -> str:
-        return describe_left_out(self.left_out)
+        return f"{len(self.samples)} images, {classes}{describe_left_out(self.left_out)}"
 
 
 def scan_images(
     root: str | Path, labels: str | Path | None = None, index_folder: Path | None = None
 ) -> ImageListing:
-    """List the images under root/CLASS/, in any depth, and what is left out.
+    """List the images under root/CLASS/, at any depth, and count the files left out.
 
     `root` is a folder or a tar (`data.tars`), whose index is kept in `index_folder`. Classes and paths
     are in the order of torchvision's ImageFolder. Images that all lie at the top of `root` are one class,
-    `ONE_CLASS`. `labels` is a file with the class of every image (`data.labels`): the images are listed
-    as if they lay in folders of these classes.
+    `ONE_CLASS`. `labels` is a file with the class of every image (`data.labels`), which replaces the
+    class folders.
 
-    Raises InputError for a root without images, a class without images, and a "class" that holds
-    folders of images instead of images: then `root` is a folder above the one that was meant. All
-    processes of a job list a tar together.
+    Raises InputError if there are no images, if a class has no images, or if it holds folders of images
+    instead, which suggests a folder below `root`. All processes of a job list a tar together.
     """
     tree = read_tree(root, index_folder)
     if labels is not None:
@@ -97,7 +93,7 @@ def list_classes(tree: FileTree) -> ImageListing:
             f"class or, without classes, in none ({', '.join(IMG_EXTENSIONS)})"
         )
     names, labels = [], []
-    empty, nested = [], {}  # names of classes; the latter with a folder of images below
+    empty, nested = [], {}  # names of classes; of the nested, a folder of images below
     for label, name in enumerate(classes):
         with_images = []
         for folder in by_class[name]:
@@ -131,7 +127,7 @@ def list_classes(tree: FileTree) -> ImageListing:
 
 
 def list_labelled(tree: FileTree, labels: str | Path) -> ImageListing:
-    """The images with the classes that a file says, in the order that they had in class folders."""
+    """The images with classes from a file, in the order that class folders would give them."""
     images = tree.images()
     if not images:
         raise InputError(f"{tree.root} holds no images ({', '.join(IMG_EXTENSIONS)})")
@@ -145,18 +141,18 @@ def list_labelled(tree: FileTree, labels: str | Path) -> ImageListing:
 
 
 def is_path_list(source: str | Path) -> bool:
-    """Whether `list_paths` reads this as a text file of paths."""
+    """Whether `list_paths` reads `source` as a text file of paths."""
     return Path(source).is_file() and not is_tar(source)
 
 
 def list_paths(
     source: str | Path, root: str | Path | None = None, index_folder: Path | None = None
 ) -> list[ImagePath]:
-    """Paths of a folder's or tar's images (`scan_images`), or those in a text file.
+    """Paths of the images in a folder or tar (`scan_images`), or listed in a text file.
 
-    Such a file holds one path per line: absolute, relative to the file's folder or, where it is not
-    there, relative to `root`. Empty lines do not count. Raises InputError that names the first line
-    without a file.
+    A text file holds one path per line: absolute, relative to the text file's folder or, if there is no
+    such image, relative to `root`. Empty lines are skipped. Raises InputError, naming the line, if
+    an image does not exist.
     """
     source = Path(source)
     if not is_path_list(source):
@@ -165,7 +161,7 @@ def list_paths(
         lines = source.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
         raise InputError(
-            f"{source} is neither an image folder nor a text file of paths, and not a tar either"
+            f"{source} is neither an image folder, a tar nor a text file of paths"
         ) from e
     folders = [source.parent, *([] if root is None else [Path(root)])]
     paths: list[ImagePath] = []
@@ -184,17 +180,17 @@ def list_paths(
 
 # ---------------------------------------------------------------------- crops
 def source_size(size: int, kind: str) -> int:
-    """L, the side of the centre crop that the views of a kind are cut from (281 for 256)."""
+    """L, the side of the centre crop that contains all views of a kind (281 for 256)."""
     return size if kind == "center_flip" else int(size * 1.1)
 
 
 def source_crop(path: ImagePath, size: int, kind: str) -> Tensor:
-    """The one crop of an image that holds all its views: (3, L, L), uint8."""
+    """The centre crop of an image that contains all its views: (3, L, L), uint8."""
     return to_uint8(center_crop(load_image(path), source_size(size, kind)))
 
 
 class ViewBox(NamedTuple):
-    """A view: size x size pixels at (left, top) of the source crop, mirrored first if `mirrored`."""
+    """A view at (left, top) of the source crop, which is mirrored first if `mirrored`."""
 
     left: int
     top: int
@@ -204,9 +200,8 @@ class ViewBox(NamedTuple):
 def view_boxes(size: int, kind: str) -> list[ViewBox]:
     """The views of pretokenization, in the order of a token cache.
 
-    center_flip: the centre crop and its mirror image. five_crop: the four corners and the centre of
-    a centre crop to ⌊1.1·size⌋. ten_crop: these, then the same boxes of the mirrored crop, in
-    torchvision's order.
+    center_flip: the centre crop and its mirror image. five_crop: four corners and centre of a centre
+    crop to ⌊1.1·size⌋. ten_crop: these, then the same of the mirrored crop, in torchvision's order.
     """
     far = source_size(size, kind) - size
     middle = round(far / 2)  # halves to even, as torchvision rounds
@@ -219,21 +214,21 @@ def view_boxes(size: int, kind: str) -> list[ViewBox]:
 
 
 def cut_view(source: Tensor, size: int, box: ViewBox) -> Tensor:
-    """One view (…, size, size) of source crops (…, L, L), on any device."""
+    """One view (…, S, S) of source crops (…, L, L)."""
     left = source.shape[-1] - size - box.left if box.mirrored else box.left
     view = source[..., box.top : box.top + size, left : left + size]
     return view.flip(-1) if box.mirrored else view
 
 
 def cut_views(source: Tensor, size: int, kind: str) -> Tensor:
-    """All views (B, V, 3, S, S) of source crops (B, 3, L, L), on any device."""
+    """All views (B, V, 3, S, S) of source crops (B, 3, L, L)."""
     return torch.stack([cut_view(source, size, box) for box in view_boxes(size, kind)], 1)
 
 
 def random_crop(
     image: Image.Image, size: int, resize: int, flip: bool, rng: np.random.Generator
 ) -> Image.Image:
-    """Training's augmentation: shorter side to `resize` (bilinear), random crop, random mirror."""
+    """Augmentation: resize the shorter side to `resize` (bilinear), crop and mirror at random."""
     shorter = min(image.size)
     if shorter != resize:
         resized = [int(resize * side / shorter) for side in image.size]  # rounded as torchvision's
@@ -248,7 +243,7 @@ def random_crop(
 
 # ---------------------------------------------------------------------- datasets
 class TrainImages(Dataset):
-    """Augmented images by (epoch, index): (3, size, size), uint8, a pure function of the key."""
+    """Augmented images (3, S, S), uint8, a pure function of the key (epoch, index)."""
 
     def __init__(self, paths: Sequence[ImagePath], size: int, resize: int, flip: bool, seed: int):
         self.paths, self.size, self.resize, self.flip, self.seed = paths, size, resize, flip, seed
@@ -264,10 +259,10 @@ class TrainImages(Dataset):
 
 
 class TrainViews(Dataset):
-    """(one of the ten crops (3, size, size), uint8, label) by (epoch, index), without a cache.
+    """(one of the ten crops (3, S, S), uint8, label) by (epoch, index), without a cache.
 
-    View and dropped label are drawn as `data.tokens.TrainTokens` draws them, so that training on
-    images is the same as training on their ten-crop cache. Only the drawn view is cut.
+    View and dropped label are those of `data.tokens.TrainTokens`, so training on images equals training
+    on their ten-crop cache.
     """
 
     def __init__(
@@ -297,22 +292,8 @@ class TrainViews(Dataset):
         return image, self.no_class if dropped else label
 
 
-class CroppedImages(Dataset):
-    """The views of image i: (V, 3, size, size), uint8."""
-
-    def __init__(self, paths: Sequence[ImagePath], size: int, kind: str):
-        self.paths, self.size, self.kind = paths, size, kind
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        source = source_crop(self.paths[index], self.size, self.kind)
-        return cut_views(source[None], self.size, self.kind)[0]
-
-
 class CenterImages(Dataset):
-    """The centre crop of image i, for evaluation: (3, size, size), uint8."""
+    """The centre crop (3, S, S), uint8, of image i, for evaluation."""
 
     def __init__(self, paths: Sequence[ImagePath], size: int):
         self.paths, self.size = paths, size

@@ -1,9 +1,8 @@
 """Files that name the class of each image in a flat folder or tar.
 
-Either one class per line, in the order of the images' names, as ILSVRC's list of the synsets of its
-validation images; or lines of file and class, with or without the suffixes of the files and with or without
-a header. Commas, semicolons, tabs or spaces separate the two, as in caffe's val.txt. Kaggle's
-LOC_val_solution.csv is such a file: its second column is a synset, then boxes.
+Either one class per line, in the order of the image names, like ILSVRC's list of validation synsets; or a
+file and its class per line, with or without suffix and header, separated by commas, semicolons, tabs or
+spaces, like caffe's val.txt. Kaggle's LOC_val_solution.csv, with boxes after each synset, works too.
 """
 
 import csv
@@ -21,10 +20,10 @@ KAGGLE = ["ImageId", "PredictionString"]
 
 
 def read_labels(file: str | Path, names: Sequence[str], source: object) -> dict[str, str]:
-    """The class of every image. `names` are the images of `source`, sorted.
+    """The class of every image. `names` are the sorted images of `source`.
 
-    Raises InputError, which names the line, for an image without a label, a label without an image,
-    and a class that cannot be the name of a folder.
+    Raises InputError, naming the line, for an image without a label, a label without an image, or a
+    class that cannot be a folder name.
     """
     file = Path(file)
     try:
@@ -51,14 +50,13 @@ def labels_in_order(
     if len(lines) != len(names):
         raise InputError(
             f"{file} has {len(lines)} lines, {source} holds {len(names)} images: write one class per "
-            f"image, in the order of the images' names, or a CSV of file,class"
+            f"image, in the order of their names, or a CSV of file,class"
         )
     for number, line in enumerate(lines, 1):
         if line.strip().isdecimal():
             raise InputError(
-                f"{file}, line {number}: {line.strip()} is a number, not the name of a class, and "
-                f"ILSVRC numbers its classes in another order than their names: list their synsets, "
-                f"or write a CSV of file,class"
+                f"{file}, line {number}: {line.strip()} is a number, not a class name, and ILSVRC's "
+                f"numbers are not in the order of names: list synsets, or write a CSV of file,class"
             )
     return {
         name: checked(line.strip(), file, number)
@@ -69,9 +67,9 @@ def labels_in_order(
 def labels_by_name(
     file: Path, lines: list[str], separator: str | None, known: dict[str, str], source: object
 ) -> dict[str, str]:
-    """`known`: names of the images by what the file may call them.
+    """`known` maps the names that the file may use to those of the images.
 
-    `separator` None: spaces; then a file's name may hold some, and its class none.
+    A `separator` of None stands for spaces, which a file name may then contain, but not its class.
     """
     names = list(dict.fromkeys(known.values()))
     labels: dict[str, str] = {}
@@ -87,7 +85,7 @@ def labels_by_name(
             continue
         if len(row) != 2:
             raise InputError(
-                f"{file}, line {number}: {len(row)} columns, two are expected: file,class"
+                f"{file}, line {number}: {len(row)} columns instead of two: file,class"
             )
         given, label = row[0].strip(), row[1].strip()
         name = known.get(unicodedata.normalize("NFC", given))
@@ -109,8 +107,7 @@ def labels_by_name(
 
 
 def checked(label: str, file: Path, number: int) -> str:
-    """A class whose name can be that of a folder: a cache of the published layout makes one of it."""
+    """The label. Raises InputError if it cannot name a folder, as the published cache layout needs."""
     if label in ("", ".", "..") or "/" in label or "\0" in label:
-        what = f"{printable(label)!r} is no name" if label else "there is no name"
-        raise InputError(f"{file}, line {number}: {what} of a class")
+        raise InputError(f"{file}, line {number}: {printable(label)!r} cannot be a class name")
     return label

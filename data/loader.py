@@ -1,4 +1,4 @@
-"""Batches from data workers: the endless loader of both trainers, and copies ahead to a device."""
+"""Batches from data workers: the endless loader of both trainers, and prefetching to a device."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from runtime.signals import outlive_first_signal
 
 
 def worker_count(asked: int | None = None) -> int:
-    """Data workers of this process; None: 8, or its share of the machine's cores if these are fewer."""
+    """Data workers of this process; by default 8, but at most its share of the machine's cores."""
     if asked is not None:
         return asked
     cores = (
@@ -33,9 +33,8 @@ def training_loader(
 ) -> DataLoader:
     """Endless micro-batches of this rank from step `first_step` on.
 
-    `training.gradient_accumulation_steps` of them make one step. The dataset is indexed by
-    (epoch, index) with index < `items`. Raises InputError where a global batch has more samples than
-    `items`.
+    A step takes `training.gradient_accumulation_steps` of them. The dataset is indexed by
+    (epoch, index) with index < `items`. Raises InputError if a global batch exceeds `items`.
     """
     order = SampleOrder(
         items,
@@ -57,10 +56,9 @@ def training_loader(
 def on_device(
     batches: Iterable[tuple[Tensor, ...]], device: torch.device
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Batches on the device, copied there while earlier ones are computed.
+    """Batches on the device, copied from pinned memory on a stream of their own.
 
-    The copies run on a stream of their own, from pinned memory. The host runs ahead of the device
-    as long as the caller reads nothing back from it.
+    Copies overlap with computation as long as the caller reads nothing back from the device.
     """
     if device.type != "cuda":
         yield from batches

@@ -1,7 +1,7 @@
 """The published layout of a token cache: one .npz file per image.
 
-CLASS/FILE.JPEG.npz holds the key `codes`, int64, (V, T). The published code writes nothing else, and a
-class's label is the rank of its folder name. Written here, a manifest.json lies beside the folders.
+CLASS/FILE.JPEG.npz holds the key `codes`, int64, (V, T); a label is the rank of its folder's name. The
+published code writes nothing else; this one adds a manifest.json beside the folders.
 """
 
 import os
@@ -27,11 +27,8 @@ PACKED_ONLY = (
 
 
 class NpzStore(TokenCache):
-    """The published layout, opened for reading.
-
-    Opening lists the folder, so its cost grows with the number of images. Reading a view opens a
-    file and reads all views of the image.
-    """
+    """The published layout, opened for reading. Opening lists all files; reading a view reads all views
+    of its image."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -58,11 +55,11 @@ class NpzStore(TokenCache):
             raise InputError(
                 f"{self.folder} holds {self.images} .npz files, {expected} expected; make it again"
             )
-        self.views, self.tokens = 0, 0  # any shape …
-        self.views, self.tokens = self._read(0).shape  # … but that of the first from here on
+        self.views, self.tokens = 0, 0  # the first file may have any shape, the others must match
+        self.views, self.tokens = self._read(0).shape
 
     def _class_names(self, folders: Iterable[str]) -> list[str]:
-        """The manifest's classes, so that a stray folder shifts no labels; otherwise the folders."""
+        """The manifest's classes, so that a stray folder shifts no labels; without one, the folders."""
         names = self.manifest.get("classes")
         if names is None:
             return sorted({folder.split(os.sep)[0] for folder in folders} - {""})
@@ -72,8 +69,8 @@ class NpzStore(TokenCache):
         )
         if not plain:
             raise InputError(
-                f"{self.folder / MANIFEST} is damaged: its classes are not names of folders; make "
-                f"the cache again"
+                f"{self.folder / MANIFEST} is damaged: its classes are not folder names; make the cache "
+                f"again"
             )
         return names
 
@@ -91,8 +88,8 @@ class NpzStore(TokenCache):
         fits = codes.ndim == 2 and codes.size and np.issubdtype(codes.dtype, np.integer)
         if not fits or (self.views and codes.shape != (self.views, self.tokens)):
             raise InputError(
-                f"{file} holds codes of shape {codes.shape}, {codes.dtype}: integers (views, codes) "
-                f"expected, as in the other files; make it again"
+                f"{file} holds {codes.dtype} codes of shape {codes.shape} instead of integers (views, "
+                f"codes) as in the other files; make it again"
             )
         self.check_codes(codes, f"image {image}, {file},")
         return codes
@@ -111,7 +108,7 @@ class NpzStore(TokenCache):
 
 
 def write_npz_files(store: Path, paths: list[str], codes: np.ndarray) -> None:
-    """Write codes (n, V, T) as one file per image; they are durable when this returns."""
+    """Write codes (n, V, T) as one file per image, durably."""
     for path, image in zip(paths, codes):
         file = store / f"{path}.npz"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -122,8 +119,8 @@ def write_npz_files(store: Path, paths: list[str], codes: np.ndarray) -> None:
 def export_npz(store: TokenCache, blocks: Iterable[np.ndarray], folder: Path) -> None:
     """Write a packed store as pretokenization's `--format npz` would have written it.
 
-    `blocks` are its codes (n, V, T) in order. The folder is whole or absent. Raises InputError where
-    it exists, and for paths that do not lie in the folders of their classes.
+    `blocks` are its codes (n, V, T) in order. The folder is whole or absent. Raises InputError if
+    it exists, or if an image does not lie in the folder of its class.
     """
     partial = folder.with_name(folder.name + ".partial")
     if folder.exists():
@@ -132,7 +129,7 @@ def export_npz(store: TokenCache, blocks: Iterable[np.ndarray], folder: Path) ->
     for path, label in zip(paths, store.labels.tolist()):
         if path.split("/")[0] != store.classes[label] or ".." in path.split("/"):
             raise InputError(
-                f"{store.folder} names {path}, which is not in the folder of its class"
+                f"{store.folder} lists {path}, which is not in the folder of its class"
             )
     with writing(partial):
         shutil.rmtree(partial, ignore_errors=True)  # of a killed call

@@ -1,4 +1,4 @@
-"""The order of training samples: endless, reshuffled every epoch, resumable. And their random draws."""
+"""The endless, resumable order of training samples, reshuffled every epoch, and their random draws."""
 
 from collections.abc import Iterator
 
@@ -12,9 +12,9 @@ from runtime.randomness import Stream, generator_for
 class SampleOrder(Sampler):
     """Endless batches of (epoch, index) for one rank, from batch `start` on.
 
-    All ranks share one endless sequence of samples, in which epoch e is a permutation drawn from
-    (seed, e). Global batch m is the next world·batch samples of that sequence, and each rank takes
-    its contiguous share. So the samples of a step depend on the global batch size alone.
+    All ranks share one endless sequence of samples; its epoch e is a permutation drawn from (seed, e).
+    Global batch m is the m-th run of world·batch samples, of which each rank takes a contiguous share.
+    So the samples of a step depend only on the global batch size.
     """
 
     def __init__(
@@ -50,10 +50,9 @@ class SampleOrder(Sampler):
 class EpochDraws:
     """Which view an image shows in an epoch, and whether its class is dropped.
 
-    Both are pure functions of (seed, epoch, index), whatever the number of workers or ranks. Each
-    epoch has one stream, which begins with uniforms u (items, 2): item i shows view
-    ⌊views·u[i, 0]⌋ and drops its class where u[i, 1] < class_dropout. An epoch is drawn at once,
-    because one stream per item would take several times as long as reading the item's codes.
+    Both are pure functions of (seed, epoch, index). The stream of an epoch begins with uniforms
+    u (items, 2): item i shows view ⌊views·u[i, 0]⌋ and drops its class if u[i, 1] < class_dropout. One
+    stream per item would take several times as long as reading the item's codes.
     """
 
     def __init__(self, items: int, views: int, seed: int, class_dropout: float):

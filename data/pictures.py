@@ -14,8 +14,8 @@ from runtime.files import writing
 
 WHITE = 255
 TEXT, LINE = 13, 17  # pixels: size of captions, distance of their lines
-READABLE = 128  # pixels that an image is wide at least where it has a caption
-CAPTION_WIDTH = 32  # pixels that an image on a grid must have for a caption
+READABLE = 128  # least width in pixels of an image with a caption
+CAPTION_WIDTH = 32  # least width in pixels of an image on a grid with a caption
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -51,7 +51,7 @@ def enlarged(images: np.ndarray, width: int = READABLE) -> np.ndarray:
 def captioned(image: np.ndarray, *lines: str) -> np.ndarray:
     """An image (H, W, 3), uint8, with lines of text below it: (H + 17 per line, W, 3).
 
-    A long line is cut in its middle; unprintable characters are escaped.
+    Long lines are shortened in the middle; unprintable characters are escaped.
     """
     band = Image.new("RGB", (image.shape[1], LINE * len(lines)), "white")
     draw, font = ImageDraw.Draw(band), ImageFont.load_default(TEXT)
@@ -63,7 +63,7 @@ def captioned(image: np.ndarray, *lines: str) -> np.ndarray:
 def with_captions(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
     """Images (N, H, W, 3), uint8, each with a line of text below it, for `picture_grid`.
 
-    Images narrower than `CAPTION_WIDTH` stay as they are: nothing can be read there.
+    Images narrower than `CAPTION_WIDTH` are returned unchanged.
     """
     if images.shape[2] < CAPTION_WIDTH:
         return images
@@ -71,7 +71,7 @@ def with_captions(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
 
 
 def fitted(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """A line, cut in its middle to at most `width` pixels."""
+    """A line, shortened in the middle to at most `width` pixels."""
     # Pillow's font has the letters of Western Europe.
     line = printable(line).encode("latin-1", "backslashreplace").decode("latin-1")
     for kept in range(min(len(line), width), 0, -1):  # no letter is narrower than a pixel
@@ -82,7 +82,7 @@ def fitted(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Image
 
 
 def stacked(pictures: Sequence[np.ndarray], margin: int = 0) -> np.ndarray:
-    """Pictures (H, W, 3) of any widths, one below the other, on white."""
+    """Pictures (H, W, 3) of any width, below each other on white."""
     width = max(picture.shape[1] for picture in pictures)
     rows = [
         np.pad(p, ((0, margin), (0, width - p.shape[1]), (0, 0)), constant_values=WHITE)
@@ -92,9 +92,9 @@ def stacked(pictures: Sequence[np.ndarray], margin: int = 0) -> np.ndarray:
 
 
 def write_png(image: np.ndarray, path: Path) -> None:
-    """Write an image (H, W, 3), uint8, whole or not at all; missing folders are made.
+    """Write an image (H, W, 3), uint8, whole or not at all, and create missing folders.
 
-    Raises InputError where it cannot be written. It is not synced: a power cut may lose it.
+    Raises InputError if it cannot be written. A power cut may lose it, because it is not synced.
     """
     partial = path.with_suffix(".partial")
     with writing(path):

@@ -1,4 +1,4 @@
-"""A picture of a token cache: its first images, decoded. `python -m data.tokens show` makes it."""
+"""A picture of a token cache's first images, decoded, for `python -m data.tokens show`."""
 
 import math
 from pathlib import Path
@@ -22,10 +22,10 @@ COLUMNS, MARGIN = 8, 6  # images side by side at most, and pixels between them
 def show_cache(
     cache: TokenCache, weights: str, config: Optional[str], count: int, picture: Path
 ) -> int:
-    """Write the first views of the first `count` images, or of all; returns how many these are.
+    """Draw the first views of at most `count` images; returns their number.
 
-    `weights` is a file or a run of the tokenizer that wrote the cache, `config` a YAML of the sizes that
-    these do not show. Raises InputError for another tokenizer.
+    `weights` is a file or run of the tokenizer that wrote the cache, `config` a YAML file with sizes that
+    the weights do not show. Raises InputError for another tokenizer.
     """
     opened = open_weights(weights, TOKENIZER)
     tokenizer = load_tokenizer(opened, tokenizer_sizes(opened, config))

@@ -9,16 +9,15 @@ from data.images import ImagePath
 
 
 def evenly_spaced(items: int, count: int) -> np.ndarray:
-    """`count` different indices below `items`, in order: the middles of equal stretches."""
+    """`count` different indices below `items`, in order: the middles of equal ranges."""
     return (2 * np.arange(count) + 1) * items // (2 * count)
 
 
 def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
-    """Indices (count,), in order, of a sample of images with these labels (N,); all where N <= count.
+    """Sorted indices (count,) of a sample of images with labels (N,); all if N <= count.
 
     Each class contributes equally, or all it has, evenly spaced within the class. With fewer images
-    than classes, evenly spaced classes contribute one each. Nothing is random, so every rank and every
-    start of a run finds the same images.
+    than classes, evenly spaced classes contribute one each. The choice is deterministic.
     """
     if count >= len(labels):
         return np.arange(len(labels))
@@ -33,7 +32,7 @@ def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def equal_shares(sizes: np.ndarray, count: int) -> np.ndarray:
-    """Numbers of images per class that add up to `count`, none above `sizes` (C,)."""
+    """Numbers of images per class (C,) with sum `count`, at most `sizes` (C,) each."""
     shares = np.zeros_like(sizes)
     while count:
         growing = np.flatnonzero(shares < sizes)
@@ -47,7 +46,7 @@ def equal_shares(sizes: np.ndarray, count: int) -> np.ndarray:
 
 
 class KeyedSubset(Dataset):
-    """`dataset` by (epoch, i): its own item (epoch, `indices[i]`), drawn as in the whole dataset."""
+    """Item (epoch, i) is item (epoch, `indices[i]`) of `dataset`, with the same random draws."""
 
     def __init__(self, dataset: Any, indices: np.ndarray):
         self.dataset, self.indices = dataset, indices

@@ -1,16 +1,14 @@
 """Images read directly from a tar; nothing is unpacked.
 
-A tar inside the tar stands for a folder of its name, so ImageNet's training set as it is downloaded, a tar
-of one tar per class, lists as one folder per class does. Listing reads the header of every member, of
-which ImageNet has 1.28 million. TAR.index.npz keeps what was found, in a folder of the caller's, because
-the tar's own may be read-only:
+A tar inside the tar counts as a folder, so ImageNet's training set as downloaded, a tar with one tar per
+class, lists like one folder per class. Listing reads the header of every member (ImageNet: 1.28 million)
+and saves the result as TAR.index.npz in a folder of the caller, because the tar's own may be read-only:
 
     names           the members' paths in UTF-8, separated by NUL; a folder's ends with "/"
     offsets, sizes  int64, in bytes, of their content in the tar; 0 for folders
-    about           version of this format; size in bytes and time of change (ns) of the tar
+    about           version of this format; size in bytes and modification time (ns) of the tar
 
-An index of another version or of another state of the tar is made anew. The checksums of the zip format
-guard the rest of it.
+An index with another version, or of a tar that has changed since, is made anew.
 """
 
 import os
@@ -32,7 +30,7 @@ from runtime.files import whole_file, writing
 from runtime.processes import on_main
 
 VERSION = 1
-SCANNERS = 8  # inner tars that are listed at once: a network's file system answers late
+SCANNERS = 8  # inner tars listed at once, because network file systems respond slowly
 END = bytes(tarfile.BLOCKSIZE)  # the block after the last member
 COMPRESSED = {
     "gzip": rb"\x1f\x8b", "bzip2": rb"BZh[1-9]1AY&SY", "xz": rb"\xfd7zXZ\0", "zstd": rb"\x28\xb5\x2f\xfd"
@@ -48,7 +46,7 @@ class Member(NamedTuple):
 
 
 class TarPath(NamedTuple):
-    """An image in a tar, in the place of a path; `str` of it is TAR/NAME."""
+    """An image in a tar, used like a path; `str` gives TAR/NAME."""
 
     tar: "Tar"
     number: int  # of the member
@@ -58,16 +56,16 @@ class TarPath(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As of a `Path`: without the folders."""
+        """The last part of the path, like `Path.name`."""
         return os.path.basename(self.tar.names[self.number])
 
     def read(self) -> bytes:
-        """Raises InputError where the tar has changed or ends too early."""
+        """Raises InputError if the tar has changed or was cut short."""
         return self.tar.read(self.number)
 
 
 class Tar:
-    """A tar whose members are known. Each process opens the file for itself, when it first reads."""
+    """A tar whose members are known. Each process opens the file at its first read."""
 
     def __init__(self, path: Path, members: "Members", stamp: tuple[int, int]):
         self.path, self.names, self.stamp = path, members.names, stamp
@@ -75,7 +73,7 @@ class Tar:
         self._opened: tuple[int, IO[bytes]] | None = None  # the process that opened it; the file
 
     def paths(self) -> dict[str, TarPath]:
-        """By name, of the members that are files; of two with one name the later, as unpacking does."""
+        """The members that are files, by name; the last of equal names, as unpacking would leave it."""
         return {name: TarPath(self, i) for i, name in enumerate(self.names) if name[-1] != "/"}
 
     def read(self, number: int) -> bytes:
@@ -100,7 +98,7 @@ class Tar:
         return opened[1]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_opened": None}  # another process opens it for itself
+        return {**self.__dict__, "_opened": None}  # another process opens the file itself
 
 
 def is_tar(path: str | Path) -> bool:
@@ -128,17 +126,16 @@ def head_of(path: Path) -> bytes:
 
 
 def open_tar(path: str | Path, index_folder: Path | None) -> Tar:
-    """A tar of images; its index is kept in `index_folder`, or with None nowhere.
+    """A tar of images; `index_folder`, unless None, keeps its index.
 
-    All processes of a job call this together, because the main process alone writes the index. Raises
-    InputError for a tar that is compressed, empty, cut short or not one.
+    All processes of a job call this together; the main process writes the index. Raises InputError if the
+    file is compressed, empty, cut short or not a tar.
     """
     path = Path(path)
     kind = compression(path)
     if kind is not None:
         raise InputError(
-            f"{path} is compressed ({kind}), so its images cannot be read in place: decompress it to a "
-            f"plain .tar, or unpack it"
+            f"{path} is compressed ({kind}), so images cannot be read in place: decompress or unpack it"
         )
     stamp = stamp_of(path)
     if index_folder is None:
@@ -150,12 +147,12 @@ def open_tar(path: str | Path, index_folder: Path | None) -> Tar:
             write_index(index, list_members(path), stamp)
 
     on_main(update)
-    # A process on a machine that does not see the main one's folder lists the tar itself.
+    # A machine without access to the main process's folder lists the tar itself.
     return Tar(path, read_index(index, stamp) or list_members(path), stamp)
 
 
 def stamp_of(file: Path | int) -> tuple[int, int]:
-    """Size in bytes and time of change (ns), which identify the state of a file."""
+    """Size in bytes and modification time (ns), which identify a file's state."""
     status = os.stat(file)
     return status.st_size, status.st_mtime_ns
 
@@ -168,7 +165,7 @@ class Members(NamedTuple):
 
 
 def list_members(path: Path) -> Members:
-    """All members; inner tars are replaced by their members. Raises InputError."""
+    """All members; inner tars are replaced by theirs. Raises InputError, as `walk` does."""
     found, inner = [], []
     for member in walk(path, 0, path.stat().st_size, str(path)):
         (inner if member.name.lower().endswith(".tar") else found).append(member)
@@ -199,7 +196,7 @@ def list_members(path: Path) -> Members:
 
 
 def walk(path: Path, start: int, end: int, where: str) -> Iterator[Member]:
-    """The members of the tar in bytes `start` … `end` - 1 of a file; `where` names it in errors."""
+    """The members of the tar in bytes `start` … `end` - 1 of a file, which errors call `where`."""
     if start == end:
         raise InputError(f"{where} is empty: it holds no bytes; download or pack it again")
     try:
@@ -207,14 +204,14 @@ def walk(path: Path, start: int, end: int, where: str) -> Iterator[Member]:
             file.seek(start)
             tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
             while (info := tar.next()) is not None:
-                # Of a million members they fill a gigabyte.
+                # A million of them would fill a gigabyte.
                 tar.members.clear()  # type: ignore[attr-defined] (it is there, but not declared)
                 if info.size < 0 or info.offset_data + info.size > end:
                     raise cut_short(where)
                 member = member_of(info, where)
                 if member.name != "/":  # the root itself, as `tar -C DIR .` stores it
                     yield member
-            file.seek(tar.offset)  # where the library found no further member
+            file.seek(tar.offset)  # after the last member that the library found
             if tar.offset + len(END) > end or file.read(len(END)) != END:
                 raise cut_short(where)
     except (tarfile.TarError, OSError, ValueError) as e:
@@ -225,18 +222,16 @@ def walk(path: Path, start: int, end: int, where: str) -> Iterator[Member]:
 
 
 def member_of(info: tarfile.TarInfo, where: str) -> Member:
-    """Raises InputError for a member without content of its own, and for one outside the tar."""
+    """Raises InputError for a member without its own content, or with a name outside the tar."""
     parts = [part for part in info.name.split("/") if part not in ("", ".")]
     if ".." in parts or "\0" in info.name or not (parts or info.isdir()):
-        raise InputError(
-            f"{where} holds {info.name!r}, which names no file inside it: pack it again"
-        )
+        raise InputError(f"{where} holds {info.name!r}, a name outside the tar: pack it again")
     name = "/".join(parts)
     if info.isdir():
         return Member(f"{name}/")
     if not info.isreg() or info.issparse():
         raise InputError(
-            f"{where} holds {name}, a link or a special file: pack the files that are meant (tar "
+            f"{where} holds {name}, a link or special file: pack the files themselves (tar "
             f"--dereference --hard-dereference)"
         )
     return Member(name, info.offset_data, info.size)

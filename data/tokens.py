@@ -65,7 +65,7 @@ BLOCK = 4096  # images that are exported at a time
 
 
 class TokenStore(TokenCache):
-    """A packed store, opened for reading. The time to open it does not depend on its size."""
+    """A packed store, opened for reading in a time that does not depend on its size."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -79,7 +79,7 @@ class TokenStore(TokenCache):
             raise InputError(f"{path} is damaged ({e!r}); make the cache again") from e
         if sum(map(len, self._shards)) != self.images or len(self.labels) != self.images:
             raise InputError(
-                f"{path} does not add up to {self.images} images; make the cache again"
+                f"the files of {path} do not add up to {self.images} images; make the cache again"
             )
 
     def _open(self, manifest: dict[str, Any]) -> None:
@@ -98,8 +98,7 @@ class TokenStore(TokenCache):
             if name.startswith("codes-")
         ]
 
-    def __reduce__(self):
-        # A worker process maps the files itself.
+    def __reduce__(self):  # a worker process maps the files itself
         return reopened, (self.folder, self.classes if self._relabelled else None)
 
     def use_classes(self, classes: list[str]) -> None:
@@ -121,7 +120,7 @@ class TokenStore(TokenCache):
             )
 
     def codes(self, image: int, view: int) -> np.ndarray:
-        """Codes (T,), int64, of one view; nothing else of the shard is read."""
+        """Codes (T,), int64, of one view; reads only them."""
         shard, row = divmod(image, self.per_shard)
         codes = self._shards[shard][row, view]
         self.check_codes(codes, f"image {image}")
@@ -131,7 +130,7 @@ class TokenStore(TokenCache):
         return {"codes": hash_of_texts(file["sha256"] for file in self.manifest["files"])}
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """All codes in order, (n, V, T), uint16, some thousand images at a time."""
+        """All codes in order, (n, V, T), uint16, of some thousand images at a time."""
         for shard in self._shards:
             for first in range(0, len(shard), BLOCK):
                 yield shard[first : first + BLOCK]
@@ -143,7 +142,7 @@ class TokenStore(TokenCache):
             return [line.rstrip("\n") for line in islice(lines, count)]
 
     def verify(self) -> None:
-        """Read everything: checksums, codes and labels in range. Raises InputError."""
+        """Check checksums and the ranges of codes and labels. Raises InputError."""
         for entry in self.manifest["files"]:
             if file_sha256(self.folder / entry["name"]) != entry["sha256"]:
                 raise InputError(f"{self.folder / entry['name']} was altered; make the cache again")
@@ -153,7 +152,7 @@ class TokenStore(TokenCache):
 
 
 def reopened(folder: Path, classes: list[str] | None) -> TokenStore:
-    """A `TokenStore` in another process, with the classes that its labels are numbered by."""
+    """A `TokenStore` opened in another process; `classes` are those of `use_classes`."""
     store = TokenStore(folder)
     if classes is not None:
         store.use_classes(classes)
@@ -161,7 +160,7 @@ def reopened(folder: Path, classes: list[str] | None) -> TokenStore:
 
 
 def open_tokens(folder: str | Path) -> TokenCache:
-    """Open a token cache of either layout. Raises InputError where it is missing or damaged."""
+    """Open a token cache of either layout. Raises InputError if it is missing or damaged."""
     path = Path(folder) / MANIFEST
     if path.is_file():
         packed = read_manifest(path).get("layout") != "npz"
@@ -173,8 +172,7 @@ def open_tokens(folder: str | Path) -> TokenCache:
 class TrainTokens(Dataset):
     """(codes (T,), label) by (epoch, index): one view is drawn per image and epoch.
 
-    With probability `class_dropout` the label is `no_class`. `data.order.EpochDraws` makes both
-    draws.
+    With probability `class_dropout` the label is `no_class`. Both are drawn by `data.order.EpochDraws`.
     """
 
     def __init__(self, store: TokenCache, seed: int, class_dropout: float, no_class: int):
@@ -203,30 +201,22 @@ class AllTokens(Dataset):
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="python -m data.tokens", description="Describe, verify, show or export a token cache."
-    )
-    parser.add_argument("action", choices=["info", "verify", "show", "export"])
-    parser.add_argument("folder", type=path)
-    parser.add_argument(
-        "--tokenizer", type=path, help="show: weights or run of the tokenizer that wrote the cache"
-    )
-    parser.add_argument(
-        "--config", type=path, help="show: YAML whose model.vq_model describes another tokenizer"
-    )
-    parser.add_argument(
-        "--images", type=number(1, 10_000), default=16, help="show: how many images (16)"
-    )
-    parser.add_argument(
-        "--picture", type=new_file(".png"), default="output/cache.png",
-        help="show: PNG to draw (output/cache.png)",
-    )  # fmt: skip
-    parser.add_argument("--output", type=as_path, help="export: folder to write")
+    description = "Describe, verify, show or export a token cache."
+    parser = Parser(prog="python -m data.tokens", description=description)
+    add = parser.add_argument
+    add("action", choices=["info", "verify", "show", "export"])
+    add("folder", type=path)
+    add("--tokenizer", type=path, help="show: weights or run of the cache's tokenizer")
+    add("--config", type=path, help="show: YAML whose model.vq_model describes another tokenizer")
+    add("--images", type=number(1, 10_000), default=16, help="show: how many images (16)")
+    picture = "output/cache.png"
+    add("--picture", type=new_file(".png"), default=picture, help=f"show: PNG to draw ({picture})")
+    add("--output", type=as_path, help="export: folder to write")
     args = parser.parse_args(argv)
     if (args.tokenizer is not None) != (args.action == "show"):
-        raise InputError("--tokenizer PATH goes with show, and show needs it to decode the codes")
+        raise InputError("show needs --tokenizer PATH to decode codes; no other action takes it")
     if (args.output is not None) != (args.action == "export"):
-        raise InputError("--output DIR goes with export, and export needs it")
+        raise InputError("export needs --output DIR; no other action takes it")
     cache = open_tokens(args.folder)
     if args.action == "export":
         if not isinstance(cache, TokenStore):
@@ -236,8 +226,7 @@ def main(argv: list[str]) -> None:
         print(f"wrote {args.output}: {cache.images} images x {cache.views} views")
         return
     if args.action == "show":
-        # Loaded here: readers need no models.
-        from data.show import show_cache
+        from data.show import show_cache  # readers need no models
 
         count = show_cache(cache, args.tokenizer, args.config, args.images, Path(args.picture))
         print(f"wrote {args.picture}: the first views of {count} of {cache.images} images")

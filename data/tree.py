@@ -1,4 +1,4 @@
-"""The files of a folder or a tar: the one walk of every program that lists images."""
+"""The files of a folder or tar, as all programs list them."""
 
 import os
 from collections import Counter
@@ -13,7 +13,7 @@ from data.tars import TarPath, is_tar, open_tar
 from data.walk import HIDDEN, is_hidden, walk
 from runtime.errors import InputError
 
-ImagePath = str | Path | TarPath  # where one image is: a file, or in a tar
+ImagePath = str | Path | TarPath  # of an image file, or of an image in a tar
 
 
 def is_image(name: str) -> bool:
@@ -21,11 +21,11 @@ def is_image(name: str) -> bool:
 
 
 class FileTree(NamedTuple):
-    """The files of a folder or of a tar, whether they are images or not; hidden ones are left out."""
+    """The files of a folder or tar, images and others, without hidden ones."""
 
     root: Path
     is_tar: bool
-    folders: dict[str, list[str]]  # names of files by the path of their folder, "" for the root
+    folders: dict[str, list[str]]  # file names by the path of their folder, "" for the root
     path_of: Callable[[str], ImagePath]  # of a file, by its path from the root
     left_out: Counter[str]  # entries that were not entered, by kind
 
@@ -37,26 +37,23 @@ class FileTree(NamedTuple):
         )
 
     def count_others(self) -> Counter[str]:
-        """Numbers of what is not listed: files that are not images, by suffix, and `left_out`."""
-        names = [name for names in self.folders.values() for name in names]
-        return self.left_out + Counter(kind_of_file(name) for name in names if not is_image(name))
+        """Numbers of unlisted files: those that are not images, by suffix, and `left_out`."""
+        names = [name for names in self.folders.values() for name in names if not is_image(name)]
+        kinds = (os.path.splitext(name)[1].lower() or "without a suffix" for name in names)
+        return self.left_out + Counter(kinds)
 
 
 def describe_left_out(left_out: Mapping[str, int]) -> str:
-    """`; left out: 2 .gif, …`; empty where nothing is."""
+    """`; left out: 2 .gif, …`; empty if nothing is left out."""
     kinds = [f"{count} {printable(kind)}" for kind, count in sorted(left_out.items())]
     return f"; left out: {', '.join(kinds)}" * bool(kinds)
-
-
-def kind_of_file(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or "without a suffix"
 
 
 def read_tree(root: str | Path, index_folder: Path | None = None) -> FileTree:
     """The files below `root`, a folder or a tar, whose index is kept in `index_folder`.
 
-    `index_folder` is where the program writes. Raises InputError where that lies in `root`, and for
-    what is neither folder nor tar, or cannot be read. All processes of a job read a tar together.
+    Raises InputError if `index_folder`, where the program writes, lies in `root`, or if `root` is neither
+    folder nor tar or cannot be read. All processes of a job read a tar together.
     """
     root = Path(root)
     if is_tar(root):
@@ -75,11 +72,11 @@ def read_tree(root: str | Path, index_folder: Path | None = None) -> FileTree:
 
 
 def refuse_inside(output: Path, folder: str | Path) -> None:
-    """Raise InputError for an output in a folder that is read: the next start would read it too."""
+    """Raise InputError if the output lies in an input folder, where the next start would read it."""
     if output.resolve().is_relative_to(Path(folder).resolve()):
         raise InputError(
             f"the output would lie in {folder} ({output.resolve()}), which is read: choose a place "
-            f"outside of it"
+            f"outside it"
         )
 
 

@@ -1,4 +1,4 @@
-"""Training on a folder with a few unreadable images: they are replaced, listed and counted."""
+"""Training despite a few unreadable images, which are replaced, listed and counted."""
 
 import contextlib
 import fcntl
@@ -17,7 +17,7 @@ OPTION = "dataset.params.skip_unreadable"
 
 
 class KeyedImages(Protocol):
-    """A dataset by (epoch, index) whose item is made from `paths[index]` (TrainImages, TrainViews)."""
+    """A dataset by (epoch, index) that reads `paths[index]`: TrainImages, TrainViews."""
 
     @property
     def paths(self) -> Sequence[ImagePath]: ...
@@ -26,15 +26,13 @@ class KeyedImages(Protocol):
 
 
 class SkipUnreadable(Dataset):
-    """`images` by (epoch, index), index < `items`; readable images replace unreadable ones.
+    """`images` by (epoch, index), index < `items`, in which readable images replace unreadable ones.
 
-    The next readable image of the listing, which wraps around at `items`, replaces an unreadable one,
-    with its own label and its own draws of that epoch. So an item depends only on its key and on the
-    files, never on the rank, the worker or the step of resuming.
+    The next readable image, wrapping around at `items`, takes the place of an unreadable one, with its
+    own label and draws. So an item depends only on its key and the files, never on rank, worker or resume.
 
-    At most `limit` different images may be unreadable. All ranks and workers write their paths into
-    the file `report`, one per line, which is the list for the user and the common count; a resumed
-    run continues it. Raises InputError, which names the option, for one more than `limit`.
+    All ranks and workers list unreadable images in the file `report`, one path per line, which also counts
+    them; a resumed run continues it. Raises InputError, naming the option, for more than `limit`.
     """
 
     def __init__(self, images: KeyedImages, items: int, limit: int, report: Path):
@@ -56,7 +54,7 @@ class SkipUnreadable(Dataset):
         raise InputError(f"none of the {self.items} images is readable")
 
     def _note(self, index: int, error: InputError) -> None:
-        """Report an unreadable image; raise InputError where that is one too many."""
+        """Report an unreadable image. Raises InputError beyond the limit."""
         if self.limit == 0:
             raise InputError(f"{error}, or set {OPTION}=N to replace at most N images") from error
         try:
@@ -70,7 +68,7 @@ class SkipUnreadable(Dataset):
 
 
 class TooMany(Exception):
-    """The list is as long as it may be, and another image is not on it."""
+    """The list is full, and another image is not on it."""
 
     def __init__(self, listed: list[str]):
         self.listed = listed
@@ -79,7 +77,7 @@ class TooMany(Exception):
 def report_once(report: Path, path: str, limit: int) -> None:
     """Add a path to the list unless it is there; one process at a time.
 
-    Raises TooMany instead of making the list longer than `limit`.
+    Raises TooMany if the list would exceed `limit`.
     """
     line = path.replace("\n", " ")
     with writing(report):
@@ -87,7 +85,7 @@ def report_once(report: Path, path: str, limit: int) -> None:
         with open(report, "a+", encoding="utf-8", errors="surrogateescape") as file:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.lockf(file, fcntl.LOCK_EX)  # until the file is closed
-            file.seek(0)  # this file alone: closing another one would end the lock
+            file.seek(0)  # not opened again: closing another descriptor would end the lock
             listed = file.read().split("\n")[:-1]
             if line not in listed:
                 if len(listed) >= limit:
@@ -96,7 +94,7 @@ def report_once(report: Path, path: str, limit: int) -> None:
 
 
 def lines_of(report: Path) -> list[str]:
-    """The paths that a run has replaced so far; none where there is no such file."""
+    """The paths listed in a report; none if it does not exist."""
     if not report.exists():
         return []
     return report.read_text("utf-8", "surrogateescape").split("\n")[:-1]

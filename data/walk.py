@@ -1,9 +1,9 @@
-"""The one walk through folders of images and of codes."""
+"""Walks through folders of images and of codes."""
 
 import os
 from collections import Counter, deque
 
-# What systems put beside a user's files, in lower case; names that start with a dot come on top.
+# Names, in lower case, that operating systems add beside a user's files; dot files are hidden too.
 SYSTEM = {
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found",
     "thumbs.db", "desktop.ini",
@@ -16,11 +16,11 @@ def is_hidden(name: str) -> bool:
 
 
 def walk(root: str) -> tuple[dict[str, list[str]], Counter[str]]:
-    """Names of files by the path of their folder, "" for the root, and counts of what is left out.
+    """File names by the path of their folder, "" for the root, and numbers of entries left out.
 
-    Links are followed, and every real folder is entered once: under its own name, if it lies below
-    the root without a link, otherwise under that of the first link to it. A link to a folder that it
-    lies in is not followed, because everything beside it would be listed again under its name.
+    Every real folder is entered once: under its own name if it lies below the root, otherwise under that
+    of the first link to it. A link to a folder that contains it is not followed, because everything
+    beside it would be listed again.
     """
     folders: dict[str, list[str]] = {}
     left_out: Counter[str] = Counter()

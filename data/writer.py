@@ -1,4 +1,4 @@
-"""Writing the packed token store; `data/tokens.py` documents its bytes."""
+"""Writes the packed token store, which `data/tokens.py` documents."""
 
 import hashlib
 import shutil
@@ -17,7 +17,7 @@ IMAGES_PER_SHARD = 65_536
 
 
 class TokenWriter:
-    """Writes a store into an empty folder, codes in the order of the images."""
+    """Writes a store into an empty folder; codes come in the order of images."""
 
     def __init__(self, folder: Path, views: int, tokens: int, codebook_size: int):
         if codebook_size > 65_536:
@@ -30,7 +30,7 @@ class TokenWriter:
         self._digest = hashlib.sha256()  # of the open shard
 
     def append(self, codes: np.ndarray) -> None:
-        """Add codes (n, views, tokens), below `codebook_size`, of the next n images."""
+        """Add the codes (n, views, tokens), below `codebook_size`, of the next n images."""
         highest = codes.max(initial=0)
         if codes.shape[1:] != (self.views, self.tokens) or highest >= self.codebook_size:
             raise ValueError(f"codes of shape {codes.shape}, up to {highest}, do not fit the store")
@@ -52,7 +52,7 @@ class TokenWriter:
     def finish(
         self, labels: list[int], paths: list[str], classes: list[str], about: dict[str, Any]
     ) -> None:
-        """Write labels and paths, then the manifest with `about` and all checksums."""
+        """Write labels and paths, then the manifest with `about` and checksums."""
         self._close()
         if not self.images == len(labels) == len(paths):
             raise ValueError(
@@ -101,9 +101,9 @@ def write_packed_store(
     classes: list[str],
     about: dict[str, Any],
 ) -> None:
-    """Write the codes of all parts, in order, as a durable store in the folder `store`, emptied first.
+    """Empty the folder `store` and write the codes of all parts into it, in order and durably.
 
-    `writer_sizes` are those of `TokenWriter`: views, tokens, codebook_size.
+    `writer_sizes` are views, tokens and codebook_size.
     """
     shutil.rmtree(store, ignore_errors=True)
     store.mkdir()

@@ -1,4 +1,4 @@
-"""The encoder as pretokenization runs it: loaded without a decoder, in the chosen precision."""
+"""The encoder of pretokenization: without a decoder, in a chosen precision."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,13 @@ from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.opened import Opened, load_tokenizer
 from runtime.processes import matmul_precision
 
-# Bytes of the widest activation of the images that a CPU encodes at once. glibc gives blocks over 32 MiB
-# back after each use, and the system clears every page of the next one; less is as fast. Another value
-# rounds differently.
+# Largest activation in bytes when a CPU encodes images: glibc returns blocks over 32 MiB to the system,
+# which clears each page at the next use. Another value rounds differently.
 CPU_ACTIVATION = 24 * 2**20
 
 
 def load_encoder(opened: Opened, config: TokenizerConfig, device: torch.device) -> Tokenizer:
-    """The part of a tokenizer that makes codes, in eval mode; the decoder stays on disk."""
+    """A tokenizer without its decoder, in eval mode on `device`."""
     return load_tokenizer(opened, config, with_decoder=False).to(device)
 
 
@@ -22,8 +21,8 @@ def load_encoder(opened: Opened, config: TokenizerConfig, device: torch.device) 
 def encode(tokenizer: Tokenizer, images: Tensor, dtype: str) -> Tensor:
     """Images (B, 3, S, S), float32 in [0, 1] -> codes (B, T), int64.
 
-    `dtype` is that of the encoder: fp32 (exact), tf32 (matrix products and convolutions on CUDA) or
-    bf16 (autocast). The nearest code is always chosen in full float32.
+    `dtype` is the precision of the encoder: fp32, tf32 (matrix products and convolutions on CUDA) or
+    bf16 (autocast). The nearest code is always found in full float32.
     """
     bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16")
     codes = []
@@ -36,7 +35,7 @@ def encode(tokenizer: Tokenizer, images: Tensor, dtype: str) -> Tensor:
 
 
 def encoded_at_once(tokenizer: Tokenizer, images: Tensor) -> int:
-    """How many of these images are encoded together: all of them; on a CPU, only a few."""
+    """How many of the images are encoded together: all on a GPU, a few on a CPU."""
     if images.device.type != "cpu":
         return len(images)
     config = tokenizer.config

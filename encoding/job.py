@@ -1,7 +1,7 @@
 """Images to codes: the job of pretokenization, resumable and on any number of processes.
 
-Images are encoded in fixed batches of consecutive indices, whoever encodes them, so the bytes of a
-cache do not depend on the number of processes or on interruptions.
+Batches are fixed ranges of consecutive indices, so the bytes of a cache depend neither on the number of
+processes nor on interruptions.
 """
 
 import dataclasses
@@ -9,14 +9,13 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from accelerate import PartialState
-from PIL import __version__ as pillow_version
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -46,14 +45,14 @@ from runtime.files import lock_folder, sync_folder, writing
 from runtime.parts import Parts, check_settings, differing
 from runtime.processes import on_main
 
-BATCHES_PER_PART = 16  # what a killed run loses at most, per process
-COMPARED_BATCHES = 2  # encoded in float32 too, where another type is chosen
-# Facts of an image are four int64: readable, rotated by its EXIF, bytes, seconds of its last change.
+BATCHES_PER_PART = 16  # a killed run loses at most so many per process
+COMPARED_BATCHES = 2  # also encoded in float32, to report how often another precision agrees
+# Facts of an image are four int64: readable, rotated by EXIF, size in bytes, modification time in seconds.
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodingPlan:
-    """How images become a cache. Everything but the last two fields decides its bytes."""
+    """How images become a cache. All but the last two fields determine its bytes."""
 
     image_size: int  # pixels per side of a view
     crops: str  # a key of `data.images.VIEWS`
@@ -66,7 +65,7 @@ class EncodingPlan:
 
 # ---------------------------------------------------------------------- the job
 class WorkFolder:
-    """CACHE.partial: the settings, finished parts and, in the end, the store of one cache."""
+    """CACHE.partial: settings, finished parts and finally the store of one cache."""
 
     def __init__(
         self, images: ImageListing, plan: EncodingPlan, settings: dict[str, Any], cache: Path
@@ -80,13 +79,13 @@ class WorkFolder:
         self._lock: IO[str] | None = None
 
     def is_complete(self) -> bool:
-        """Whether the cache is there with these settings. Raises InputError for another in its place."""
+        """Whether the cache exists with these settings. Raises InputError if it has others."""
         cache = self.cache
         if not cache.exists():
             return False
         if not (cache / MANIFEST).is_file():
             raise InputError(
-                f"{cache} exists and is not a token cache: choose another --cached_path"
+                f"{cache} exists, but is not a token cache: choose another --cached_path"
             )
         manifest = open_tokens(cache).manifest
         changed = differing({key: manifest.get(key) for key in self.settings}, self.settings)
@@ -98,7 +97,7 @@ class WorkFolder:
         stats = np.stack(sizes_and_times(self.images.paths), 1)
         if short_hash(stats[:, 0].tobytes()) != manifest.get("image_sizes"):
             raise InputError(
-                f"{cache} was made when the images had other sizes: remove it or choose another "
+                f"{cache} was made from files of other sizes: remove it or choose another "
                 f"--cached_path"
             )
         newer = np.flatnonzero(stats[:, 1] > (cache / MANIFEST).stat().st_mtime)
@@ -111,7 +110,7 @@ class WorkFolder:
         return True
 
     def claim(self) -> None:
-        """Lock the folder for this process until `release`, and check that its work is ours."""
+        """Lock the folder until `release`, and check that its settings are the same."""
         self._lock = lock_folder(self.folder)
         with writing(self.folder):
             remedy = "remove it, or choose another --cached_path"
@@ -137,14 +136,14 @@ class WorkFolder:
             self.parts.write(part.number, codes=codes, facts=part.facts)
 
     def finished(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the images in the finished parts: sorted indices (n,), and facts (n, 4)."""
+        """Sorted indices (n,) and facts (n, 4) of the images in finished parts."""
         numbers = [n for n in range(self.parts.count) if self.parts.path(n).exists()]
         indices = [i for n in numbers for batch in self.batches[n] for i in batch]
         facts = [self.parts.read(n, "facts") for n in numbers]
         return np.array(indices, np.int64), np.concatenate([np.empty((0, 4), np.int64), *facts])
 
     def refuse_edited(self) -> None:
-        """Raise InputError for images that were changed after they were encoded."""
+        """Raise InputError if images changed after they were encoded."""
         indices, facts = self.finished()
         now = np.stack(sizes_and_times([self.images.paths[i] for i in indices]), 1)
         edited = indices[(facts[:, 2:] != now).any(1)]
@@ -176,11 +175,11 @@ def encode_folder(
     cache: Path,
     processes: PartialState,
 ) -> None:
-    """Encode the images of a folder or tar into the token cache `cache`, together with the other processes.
+    """Encode the images of a folder or tar into the token cache `cache`; all processes call this.
 
-    `encoder` comes from `encoding.encoder.load_encoder` and `tokenizer_hash` from `modeling.weights.tensors.fingerprint`. What an
-    interrupted call finished, in CACHE.partial, is not encoded again. Raises InputError for a cache
-    of other settings and for more unreadable images than `plan.skip_unreadable`.
+    `encoder` comes from `encoding.encoder.load_encoder`, `tokenizer_hash` from
+    `modeling.weights.tensors.fingerprint`. Parts that an interrupted call finished are reused. Raises
+    InputError for a cache with other settings, or more than `plan.skip_unreadable` unreadable images.
     """
     paths = images.names
     settings = {
@@ -204,7 +203,7 @@ def encode_folder(
     missing = work.parts.missing(processes.process_index, processes.num_processes)
     indices, facts = work.finished()
     skipped = indices[facts[:, 0] == 0].tolist()
-    processes.wait_for_everyone()  # before any rank adds a part that another still counts
+    processes.wait_for_everyone()  # before a rank adds a part that another would count
     work.refuse_too_many(skipped)
     source = ReadableCrops(images.paths, plan)
     if plan.dtype != "fp32" and processes.is_main_process:
@@ -224,7 +223,7 @@ def encode_folder(
 
 
 def publish(work: WorkFolder, config: TokenizerConfig) -> None:
-    """Make the cache from the finished parts, put it into its place and remove the work folder."""
+    """Make the cache from the finished parts, move it into place and remove the work folder."""
     plan, images, paths = work.plan, work.images, work.paths
     indices, facts = work.finished()
     skipped = indices[facts[:, 0] == 0].tolist()
@@ -239,12 +238,7 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
         "skipped": [paths[i] for i in skipped],
         "rotated": rotated,
         "image_sizes": short_hash(facts[:, 2].tobytes()),
-        "software": {
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "pillow": pillow_version,
-            "numpy": np.__version__,
-        },
+        "software": {name: version(name) for name in ("torch", "torchvision", "pillow", "numpy")},
     }
     with writing(work.folder):
         if plan.layout == "npz":
@@ -263,8 +257,8 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
         print(f"skipped {work.describe_skipped(skipped)}; the manifest lists them")
     if rotated:
         print(
-            f"warning: {rotated} images say that they are rotated (EXIF), which a cache ignores as the "
-            f"published one does: turn the files if they lie on their side"
+            f"warning: {rotated} images are rotated by EXIF, which a cache ignores like the published "
+            f"one: rotate the files themselves if they lie on their side"
         )
     print(f"wrote {work.cache}: {len(kept)} images x {views} views, {plan.crops}, {plan.dtype}")
 
@@ -281,8 +275,7 @@ def preprocessing(kind: str, size: int) -> str:
 class ReadableCrops(Dataset):
     """(source crop (3, L, L), facts (4,), int64) of image i.
 
-    With `skip_unreadable`, an unreadable one is black. It keeps its place in its batch, so that what is
-    encoded together does not depend on it.
+    With `skip_unreadable`, an unreadable image is black, so that batches stay the same.
     """
 
     def __init__(self, paths: Sequence[ImagePath], plan: EncodingPlan):
@@ -306,7 +299,7 @@ class ReadableCrops(Dataset):
 
 
 class EncodedPart(NamedTuple):
-    """The codes of the n images of one part; those of unreadable ones mean nothing."""
+    """The codes of the n images of one part; those of unreadable images are meaningless."""
 
     number: int
     indices: np.ndarray  # (n,), of the images
@@ -324,10 +317,7 @@ class EncodedPart(NamedTuple):
 
 
 def part_batches(images: int, batch_size: int) -> list[list[range]]:
-    """The indices of every batch of every part.
-
-    A batch never crosses a part, so the index of an image fixes what it is encoded with.
-    """
+    """The indices of every batch of every part; no batch spans two parts."""
     batches = [range(i, min(i + batch_size, images)) for i in range(0, images, batch_size)]
     return [batches[i : i + BATCHES_PER_PART] for i in range(0, len(batches), BATCHES_PER_PART)]
 
@@ -339,10 +329,7 @@ def encode_parts(
     numbers: list[int],
     processes: PartialState,
 ) -> Iterator[EncodedPart]:
-    """The parts `numbers`, one after the other.
-
-    The workers send one crop per image; views are cut and mirrored on the device.
-    """
+    """The parts `numbers`, one after the other; views are cut on the device."""
     device = encoder.latent_tokens.device
     batches = part_batches(len(source), plan.batch_size)
     loader = DataLoader(
@@ -354,7 +341,7 @@ def encode_parts(
     arriving = on_device(loader, device)
     total = sum(len(batch) for n in numbers for batch in batches[n])
     share = f" (1 of {processes.num_processes})" if processes.num_processes > 1 else ""
-    hidden = None if processes.is_main_process else True  # None: where there is no terminal
+    hidden = None if processes.is_main_process else True  # None: without a terminal
     with tqdm(total=total, unit="img", desc=f"encode{share}", disable=hidden) as bar:
         for number in numbers:
             codes, facts = [], []
@@ -377,7 +364,7 @@ def encode_views(encoder: Tokenizer, crops: Tensor, plan: EncodingPlan, dtype: s
 
 
 def print_agreement(encoder: Tokenizer, source: ReadableCrops, plan: EncodingPlan) -> None:
-    """Print the share of the first batches' codes that equal those of exact float32."""
+    """Print how many codes of the first batches equal those of float32."""
     equal = []
     for part in part_batches(len(source), plan.batch_size)[:1]:
         for batch in part[:COMPARED_BATCHES]:

@@ -24,7 +24,7 @@ from modeling.engine import Engine
 from modeling.generator import Generator
 from modeling.randomness import image_uniforms
 from modeling.tokenizer import Tokenizer
-from modeling.weights.tensors import load_weights
+from modeling.weights.tensors import load_tensors, read_state_dict
 from runtime.program import run
 
 COMPLETIONS, SEED = 5, 0
@@ -34,10 +34,12 @@ ENLARGED, MARGIN = 2, 2
 def load_models(folder: Path) -> tuple[Tokenizer, Generator, GeneratorRun]:
     """The quickstart's tokenizer of stage 2 and its generator, with the options of the latter's run."""
     options = configs.load.load(GeneratorRun, [f"config={folder / 'generator/config.yaml'}"])
-    tokenizer = Tokenizer(options.model.vq_model)
-    load_weights(tokenizer, folder / "stage2/tokenizer.pth")
-    generator = Generator(options.model.generator)
-    load_weights(generator, folder / "generator/generator_best.bin")
+    tokenizer, generator = Tokenizer(options.model.vq_model), Generator(options.model.generator)
+    for model, name in (
+        (tokenizer, "stage2/tokenizer.pth"),
+        (generator, "generator/generator_best.bin"),
+    ):
+        load_tensors(model, read_state_dict(folder / name), str(folder / name))
     return tokenizer.eval(), generator.eval(), options
 
 

@@ -11,13 +11,13 @@ from sklearn.svm import SVC
 
 import configs.load
 from configs.schema import TokenizerRun
-from data.images import CenterImages, CroppedImages, scan_images
+from data.images import CenterImages, cut_views, scan_images, source_crop
 from data.pictures import picture_grid, to_pixels, write_png
 from data.tokens import TokenStore
 from evaluation.metrics import frechet_distance
 from evaluation.reconstruction import Preview, ReconstructionSums, image_batches, reconstruct
 from modeling.tokenizer import Tokenizer
-from modeling.weights.tensors import load_weights
+from modeling.weights.tensors import load_tensors, read_state_dict
 from runtime.program import run
 
 CPU = torch.device("cpu")
@@ -30,7 +30,8 @@ def validation_metrics(folder: Path, stage: int) -> tuple[dict[str, float], np.n
     """Metrics on all validation images, and pixels before | after of the first ones."""
     options = configs.load.load(TokenizerRun, [f"config={folder / f'stage{stage}/config.yaml'}"])
     tokenizer = Tokenizer(options.model.vq_model)
-    load_weights(tokenizer, folder / f"stage{stage}/tokenizer.pth")
+    file = folder / f"stage{stage}/tokenizer.pth"
+    load_tensors(tokenizer, read_state_dict(file), str(file))
     # Every tenth image first, so that all ten classes come into the picture.
     paths = scan_images(folder / "data/val").paths
     paths = [p for start in range(10) for p in paths[start::10]]
@@ -59,8 +60,8 @@ def real_images(folder: Path, size: int, kind: str | None) -> tuple[np.ndarray, 
     if kind is None:
         views = torch.stack([CenterImages(paths, size)[i] for i in range(len(paths))])
         return views.permute(0, 2, 3, 1).numpy(), labels
-    crops = CroppedImages(paths, size, kind)
-    views = torch.stack([crops[i] for i in range(len(paths))])  # (N, V, 3, S, S)
+    crops = torch.stack([source_crop(path, size, kind) for path in paths])
+    views = cut_views(crops, size, kind)  # (N, V, 3, S, S)
     pixels = views.flatten(0, 1).permute(0, 2, 3, 1).numpy()
     return pixels, np.repeat(labels, views.shape[1])
 

@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(lowest: int, highest: int) -> Callable[[str], int]:
-    """The type of a whole number within bounds."""
+    """An argparse type: an integer from `lowest` to `highest`."""
 
     def integer(text: str) -> int:
         value = int(text)
@@ -44,7 +44,7 @@ def as_path(text: str) -> Path:
 
 
 def new_file(*suffixes: str) -> Callable[[str], str]:
-    """The type of the path of a file to write, whose suffix chooses its format."""
+    """An argparse type: the path of a file to write, whose suffix selects its format."""
 
     def file(text: str) -> str:
         if os.path.splitext(path(text))[1].lower() not in suffixes:

@@ -1,7 +1,4 @@
-"""The exception for users' mistakes, for all rooms but `modeling`, which defines it.
-
-(`modeling` imports nothing from the other rooms.)
-"""
+"""The exception for users' mistakes. `modeling`, which imports no other package, defines it."""
 
 from modeling.errors import InputError
 

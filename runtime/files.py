@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-# Some of them for this module's callers only.
+# Some are imported for callers of this module.
 from modeling.weights.files import file_sha256, sync_file, whole_file, write_torch, writing  # noqa: F401
 from runtime.errors import InputError
 
@@ -17,7 +17,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
 
 
 def try_to_write(path: str | Path) -> None:
-    """Raise InputError where a file cannot be written there, before the work whose result it takes."""
+    """Raise InputError if `path` cannot be written, before the work whose result it will hold."""
     folder = Path(path).parent
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,11 +35,10 @@ def sync_folder(path: Path) -> None:
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Lock a folder, made if need be, for this process; keep the returned file open.
+    """Create a folder if needed and lock it until the returned file is closed.
 
-    Raises InputError while another process holds it, or where nothing can be written. A dead
-    process holds nothing, whatever it left behind: neither a file nor data workers, which would
-    inherit the lock of `flock` and live some seconds longer.
+    Raises InputError if another process holds the lock or the folder is not writable. The POSIX lock
+    ends with its process; a lock of `flock` would live on in the process's data workers.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +48,7 @@ def lock_folder(folder: Path) -> IO[str]:
     except (BlockingIOError, PermissionError) as e:  # POSIX leaves the choice
         file.close()
         raise InputError(
-            f"{folder} is in use by another run: wait for it, or give another folder"
+            f"{folder} is in use by another run: wait for it, or use another folder"
         ) from e
     except OSError:
         pass  # a file system without locks

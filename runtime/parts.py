@@ -25,7 +25,7 @@ def differing(
 ) -> str:
     """The entries in which two settings differ, with both values; empty if they agree.
 
-    `places` name the two.
+    `places` says where each value is from.
     """
     return ", ".join(
         f"{key} ({earlier.get(key)} {places[0]}, {settings.get(key)} {places[1]})"
@@ -37,8 +37,8 @@ def differing(
 def check_settings(path: Path, settings: dict[str, Any], remedy: str) -> None:
     """Write `settings` as JSON, or compare them with what an earlier run wrote there.
 
-    Raises InputError that names the differing entries and the remedy. One process checks, and the
-    others follow (`runtime.processes.on_main`).
+    Raises InputError, naming the differing entries and the remedy. Only one process calls this
+    (`runtime.processes.on_main`).
     """
     if not path.exists():
         write_whole(path, json.dumps(settings, indent=1).encode())
@@ -49,7 +49,7 @@ def check_settings(path: Path, settings: dict[str, Any], remedy: str) -> None:
         raise InputError(f"{path} is damaged; {remedy}") from e
     changed = differing(earlier, settings)
     if changed:
-        raise InputError(f"{path.parent} holds work of other settings: {changed}; {remedy}")
+        raise InputError(f"{path.parent} holds work with other settings: {changed}; {remedy}")
 
 
 class Parts:

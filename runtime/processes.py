@@ -24,9 +24,7 @@ TIMEOUT = timedelta(minutes=30)
 
 
 def start_processes(device: str | None = None) -> PartialState:
-    """Join the job's processes (plain, torchrun or accelerate), on CUDA with NCCL or CPU, gloo."""
-    if device not in (None, "cpu", "cuda"):
-        raise InputError(f"device {device}: choose cpu or cuda")
+    """Join the processes of a job, by NCCL on CUDA and by gloo on CPUs; one process without a launcher."""
     refuse_leftovers()
     # Told to use the CPU, accelerate joins several processes with gloo; left alone it does not.
     return PartialState(cpu=find_device(device).type == "cpu", timeout=TIMEOUT)
@@ -64,8 +62,8 @@ def device_name(device: torch.device) -> str:
 def compiles(setting: bool | str, option: str) -> bool:
     """Whether to use torch.compile; "auto" means on CUDA.
 
-    Where it lacks a compiler or Python's headers, "auto" warns and is False, and True raises
-    InputError; `option` names the setting in the message.
+    If a C compiler or Python's headers are missing, "auto" warns and returns False, and True raises
+    InputError. Messages call the setting `option`.
     """
     if not (uses_cuda() if setting == "auto" else setting):
         return False
@@ -78,7 +76,7 @@ def compiles(setting: bool | str, option: str) -> bool:
 
 
 def missing_to_compile() -> str:
-    """What torch.compile needs and does not find, with Debian's package for it; empty: nothing.
+    """What torch.compile needs but cannot find, with its Debian package; empty if nothing is missing.
 
     Triton builds a C module for CUDA, Inductor C++ modules for a CPU; both include Python.h.
     """
@@ -105,7 +103,7 @@ def set_tf32(products: bool, convolutions: bool) -> None:
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """`set_matmul_precision` for the length of a block; then what was set before holds again."""
+    """`set_matmul_precision` within a block; the earlier setting is restored after it."""
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     before = [backend.allow_tf32 for backend in backends]
     set_matmul_precision(precision)

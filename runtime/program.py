@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from runtime.errors import InputError
 
-SPACE, RIGHTS = "make room", "change its permissions or choose another place"
+SPACE, RIGHTS = "free some space", "change its permissions or choose another place"
 REMEDIES = {
     errno.ENOSPC: SPACE, errno.EDQUOT: SPACE, errno.EFBIG: SPACE,
     errno.ENAMETOOLONG: "choose a shorter name", errno.ENOTDIR: "choose another place",
@@ -27,8 +27,7 @@ READER_GONE = 128 + signal.SIGPIPE  # as the shell reports other programs
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run a program's `main(arguments)`; a user's mistake ends it with one line and status 2.
 
-    So does a full disk or a closed folder, wherever the program meets it. A reader that closes the
-    pipe (`| head`) ends it quietly.
+    A full disk or a missing permission does the same. A closed pipe (`| head`) ends it silently.
     """
     open_streams()
     try:
@@ -46,8 +45,8 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
             message = str(e).rsplit("InputError: ")[-1].strip()
         elif out_of_shared_memory(e):
             message = (
-                "/dev/shm is full, through which data workers pass their batches: give it more space "
-                "(docker run --shm-size=1g) or start fewer of them (--num_workers, "
+                "/dev/shm is full; data workers pass batches through it: enlarge it (docker run "
+                "--shm-size=1g) or use fewer workers (--num_workers, "
                 "dataset.params.num_workers_per_gpu; 0: none)"
             )
         elif isinstance(e, OSError) and e.errno in REMEDIES:
@@ -56,10 +55,10 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
         else:
             traceback.print_exc()
             leave(1)
-        # Every rank meets the same mistake. Rank 0 reports it first, and the launcher ends the
-        # others while they wait; a mistake that only another rank met is reported all the same.
+        # Most mistakes occur on every rank. Rank 0 reports first, and the launcher ends the waiting
+        # others; a rank with a mistake of its own reports it after the wait.
         if os.environ.get("RANK", "0") != "0":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer only notes the launcher's
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer would only record it
             time.sleep(3)
         report(f"error: {one_line(message)}")
         leave(2)
@@ -69,7 +68,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
 
 
 def open_streams() -> None:
-    """Output that anybody may print to: nowhere where it is closed, and any letter in any encoding."""
+    """Make printing safe: a closed stream discards its text, and any encoding takes any letter."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -79,7 +78,7 @@ def open_streams() -> None:
 
 
 def stdout_fails(error: OSError) -> bool:
-    """Whether standard output fails with this error, which an empty line shows."""
+    """Whether writing an empty line to standard output fails with this error."""
     try:
         os.write(sys.stdout.fileno(), b"\n")
     except OSError as e:  # also of a stream that is no file
@@ -88,7 +87,7 @@ def stdout_fails(error: OSError) -> bool:
 
 
 def out_of_shared_memory(error: Exception) -> bool:
-    """Whether data workers failed for want of /dev/shm, of which containers have 64 MB."""
+    """Whether data workers failed because /dev/shm is full (containers have 64 MB by default)."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
         try:
             return os.statvfs("/dev/shm").f_bavail < 16  # pages
@@ -99,7 +98,7 @@ def out_of_shared_memory(error: Exception) -> bool:
 
 
 def one_line(message: str) -> str:
-    """A message in one readable line, whatever values of the user's it quotes."""
+    """A message in one printable line, whatever user input it quotes."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
     return re.sub(r"\S{300,}", lambda match: f"{match[0][:250]}…", line)
 
@@ -110,7 +109,7 @@ def report(line: str) -> None:
 
 
 def reader_is_gone() -> bool:
-    """Whether stdout or stderr is a pipe that nobody reads any more."""
+    """Whether stdout or stderr is a pipe whose reader has closed it."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -128,8 +127,8 @@ def reader_is_gone() -> bool:
 def leave(status: int) -> NoReturn:
     """Exit at once, without waiting for a collective or for data workers.
 
-    Other ranks may still wait in the collective. Data workers outlive the one signal that the
-    interpreter sends them at its exit (`runtime.signals`), and it would wait for them forever.
+    A normal exit would wait forever for data workers, which ignore the one signal that the interpreter
+    sends them (`runtime.signals`).
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The published weight files of other projects: where a program finds them."""
+"""Finds the published weight files of other projects."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ WEIGHTS = Path("weights")  # the folder of the published files
 
 
 class MissingFile(InputError):
-    """A published file that is not there, for callers who can do without."""
+    """A published file is missing; callers may continue without it."""
 
 
 def find_published(name: str, folder: Path, otherwise: str = "") -> Path:
     """FOLDER/NAME, or the copy in torch's download cache.
 
-    Raises MissingFile, which says where to put the file and, with `otherwise`, what else helps.
+    Raises MissingFile, which says where to put the file; `otherwise` adds another remedy.
     """
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     for path in (folder / name, cache / name):

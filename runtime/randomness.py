@@ -7,10 +7,10 @@ import torch
 
 
 class Stream(IntEnum):
-    """What a stream of training is for; the first number of its key, so that no two streams meet.
+    """The purpose of a random stream in training, the first number of its key, so streams never overlap.
 
-    Sampling's streams have the image's index alone as their key (`image_uniforms`): published
-    samples depend on it. Every key here is longer.
+    Sampling's streams use the image's index alone as key (`image_uniforms`), because published samples
+    depend on it. Every key here is longer.
     """
 
     ORDER = 1  # (epoch): the order of an epoch's images
@@ -20,7 +20,7 @@ class Stream(IntEnum):
 
 
 def generator_for(seed: int, stream: Stream, *key: int) -> np.random.Generator:
-    """A stream of training: a pure function of the seed, the purpose and, for example, the epoch."""
+    """The random stream of a seed, a purpose and the rest of its key (see `Stream`)."""
     sequence = np.random.SeedSequence(seed, spawn_key=(stream, *key))
     return np.random.Generator(np.random.Philox(sequence))
 

@@ -14,8 +14,8 @@ from runtime.errors import InputError
 SAVED_AND_STOPPED = 75  # exit status: the same command resumes (sysexits' EX_TEMPFAIL)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 PATIENCE = 3.0  # seconds
-# Seconds after a signal within which all ranks must answer. Launchers kill after 30: a rank that waited
-# longer for one that is dead would only delay the job's end.
+# Seconds after a signal within which all ranks must answer: launchers kill after 30, so waiting longer
+# for a dead rank is useless.
 ANSWER_WITHIN = 20.0
 
 
@@ -37,13 +37,13 @@ class StopRequest:
 
 
 def patience(number: int) -> float:
-    """Seconds within which a further signal is the first one again, passed on by a launcher."""
+    """Seconds within which another signal counts as the same one, forwarded by a launcher."""
     alone = "TORCHELASTIC_RUN_ID" not in os.environ
     return 0.0 if alone and number == signal.SIGINT else PATIENCE
 
 
 def listen(request: StopRequest) -> None:
-    """Let every stop signal make the request, but for those that are ignored (nohup)."""
+    """Install `request` as the handler of every stop signal that is not ignored (nohup)."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, request)
@@ -53,11 +53,10 @@ class StopSignal:
     """SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP to any rank asks all of them to stop; a second signal
     exits at once.
 
-    One request may arrive twice: from the scheduler or terminal that signals all processes, and from
-    torchrun, which passes it on. So a signal counts as a second one only `PATIENCE` seconds after the
-    first; a second Ctrl-C without torchrun counts at once.
-    `agreed` goes through the store at which the ranks met: it waits for no device, needs no second
-    network beside NCCL's, and waits for a rank that does not answer no longer than `timeout`.
+    A scheduler or terminal may signal all processes while torchrun forwards the same signal, so a signal
+    counts as the second only `PATIENCE` seconds after the first; a second Ctrl-C without torchrun counts
+    at once. `agreed` uses the store of the process group: it needs no device and no network besides
+    NCCL's, and waits at most `timeout` for a rank.
     """
 
     def __init__(self, timeout: timedelta) -> None:
@@ -77,15 +76,15 @@ class StopSignal:
         answer = f"answer {self.rounds}"
         if self.request.made:
             self.store.set("asked", "")
-        # No rank is a round ahead of another, so the last one of a round makes a multiple of them.
+        # No rank is a round ahead, so the last call of a round completes a multiple of the world size.
         if self.store.add("calls", 1) == self.rounds * dist.get_world_size():
-            self.store.delete_key(f"answer {self.rounds - 1}")  # read by all, who are here
+            self.store.delete_key(f"answer {self.rounds - 1}")  # all have read it by now
             self.store.set(answer, str(self.store.check(["asked"])))
         self._wait_for(self.store, answer)
         return self.store.get(answer) == b"True"
 
     def _wait_for(self, store: distributed_c10d.Store, answer: str) -> None:
-        """Return once all ranks have called; a second at a time, so that signals are handled meanwhile.
+        """Wait for all ranks, a second at a time, so that signals are handled in between.
 
         Raises InputError if a rank does not answer in time.
         """
@@ -97,15 +96,14 @@ class StopSignal:
                 now, asked = time.monotonic(), self.request.at
                 if now - started > self.timeout or (asked and now - asked > ANSWER_WITHIN):
                     raise InputError(
-                        "another rank did not answer, or has died: see its own messages, then run "
-                        "the same command again to resume"
+                        "another rank died or does not answer: see its messages, then run the same "
+                        "command again to resume"
                     ) from e
 
 
 def outlive_first_signal(worker: int) -> None:
-    """A DataLoader's `worker_init_fn`: the step that must be finished needs its data workers.
+    """A DataLoader's `worker_init_fn`: keeps workers alive for the step that a signal lets finish.
 
-    torchrun signals a whole process group, workers included, and by default they would die of it.
-    With this they end when their rank tells them to, or has ended itself.
+    torchrun signals whole process groups, workers included. They end when their rank ends or stops them.
     """
     listen(StopRequest())

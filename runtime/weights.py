@@ -1,4 +1,4 @@
-"""Weights of a job of several processes."""
+"""Opens weights in a job of several processes."""
 
 from modeling.weights.opened import Opened, open_file
 from modeling.weights.runs import find_weights
@@ -8,6 +8,6 @@ from runtime.processes import on_main
 def open_on_all(path: str, kind: str) -> Opened:
     """`modeling.weights.opened.open_weights` on all processes, which call this together.
 
-    The main process finds the file and checks that it is whole; the others follow its path.
+    Only the main process searches for the file and verifies its hash.
     """
     return open_file(on_main(lambda: find_weights(path, kind)), kind)

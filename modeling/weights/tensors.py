@@ -8,7 +8,6 @@ import logging
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -229,13 +228,6 @@ def describe(state: dict[str, Tensor]) -> str:
     if "to_logits.0.weight" in state and "block_in.0.weight" in state:
         return "a discriminator"
     return f"something else ({len(state)} tensors, the first is {next(iter(state), 'none')})"
-
-
-def load_weights(
-    model: nn.Module, path: str | Path, ignore: Iterable[str] = (), keep: Iterable[str] = ()
-) -> None:
-    """Load a file into a model, strictly (`load_tensors`)."""
-    load_tensors(model, read_state_dict(path), str(path), tuple(ignore), tuple(keep))
 
 
 def load_tensors(

@@ -73,7 +73,7 @@ def test_images_are_completed_from_a_photo_and_from_codes(workspace, tmp_path):
 
     more = ["experiment.prefix_rows=2", "experiment.prefix_mask=True"]
     done = workspace.sample(tmp_path / "a", *options, photo, *more, check=False)
-    refused(done, "holds work of other settings: prefix (")
+    refused(done, "holds work with other settings: prefix (")
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_folder_in_use_is_refused_and_that_of_a_dead_run_is_not(workspace, tmp_p
     with open(tmp_path / "a/.lock", "w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         done = workspace.sample(tmp_path / "a", *options, check=False)
-        refused(done, f"{tmp_path}/a is in use by another run", "give another folder")
+        refused(done, f"{tmp_path}/a is in use by another run", "use another folder")
         assert [p.name for p in (tmp_path / "a").iterdir()] == [".lock"]
     # Nobody holds the file any more. Now the disk is full when the second chunk is written.
     chunks = tmp_path / "a/chunks"

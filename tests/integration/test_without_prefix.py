@@ -81,7 +81,7 @@ def test_generators_and_caches_with_and_without_prefix_do_not_mix(
     done = workspace.train_ar(
         tmp_path / "run", f"dataset.params.pretokenization={alone.cache}", check=False
     )
-    refused(done, f"{alone.cache} is the cache of another tokenizer", "16 there, 21 here")
+    refused(done, f"{alone.cache} is another tokenizer's cache", "16 there, 21 here")
     done = execute(
         "evaluate.py", "--generator", workspace.generator, "--cache", alone.cache, check=False
     )

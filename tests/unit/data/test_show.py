@@ -108,7 +108,7 @@ def test_the_cache_of_another_tokenizer_is_refused(shown, tokenizer, tmp_path):
     write_state_dict(tokenizer.state_dict(), tmp_path / "other.pth", about)
     with torch.no_grad():
         tokenizer.latent_tokens[0, 0] -= 1
-    with pytest.raises(InputError, match="is the cache of another tokenizer: tokenizer"):
+    with pytest.raises(InputError, match="is another tokenizer's cache: tokenizer"):
         shown(f"--tokenizer={tmp_path}/other.pth")
     assert not (tmp_path / "out").exists()
 

@@ -228,7 +228,7 @@ def test_manifest_cannot_name_a_file_outside_its_folder(cache, name):
 
 @pytest.mark.parametrize(
     "changes, words",
-    [({"version": 2}, "has version 2 of the format"), ({"format": "other"}, "another format")],
+    [({"version": 2}, "has format version 2, not 1"), ({"format": "other"}, "another format")],
 )
 def test_other_format_is_named_as_such(cache, changes, words):
     edit_manifest(cache, **changes)
@@ -463,7 +463,7 @@ def test_manifest_cannot_name_classes_outside_its_folder(published, classes):
 
 def test_the_published_programs_centre_crops_are_refused_with_their_defect(tmp_path):
     store = NpzStore(write_npz(tmp_path / "published", random_codes()[:, :1]))
-    with pytest.raises(InputError, match=r"\(1, 5\) codes .* joins the two views"):
+    with pytest.raises(InputError, match=r"\(1, 5\) codes .* joins its two views"):
         store.check(CODEBOOK, TOKENS / 2)
     store.check(CODEBOOK, TOKENS)
 

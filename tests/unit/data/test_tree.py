@@ -113,7 +113,7 @@ def test_an_output_in_the_folder_that_is_read_is_refused(photos, inside):
     os.symlink(photos / "cat", photos.parent / "link")
     output = photos / inside if inside != "link" else photos.parent / "link"
     for program in (scan_images, list_paths):
-        with pytest.raises(InputError, match=r"the output would lie in .*photos .*outside of it"):
+        with pytest.raises(InputError, match=r"the output would lie in .*photos .*outside it"):
             program(photos, index_folder=output)
     with pytest.raises(InputError, match="the output would lie in"):
         list_photos([str(photos)], output)

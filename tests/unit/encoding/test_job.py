@@ -69,7 +69,7 @@ def test_images_that_say_they_are_rotated_are_counted(encode, tmp_path, capsys):
     exif[274] = 6
     save(tmp_path / "photos/cat/b.jpg", exif=exif)
     assert encode()["rotated"] == 1
-    assert "warning: 1 images say that they are rotated (EXIF)" in capsys.readouterr().out
+    assert "warning: 1 images are rotated by EXIF" in capsys.readouterr().out
 
 
 def test_a_complete_cache_of_edited_images_is_warned_of_or_refused(encode, tmp_path, capsys):
@@ -81,7 +81,7 @@ def test_a_complete_cache_of_edited_images_is_warned_of_or_refused(encode, tmp_p
     assert "warning: 1 images were changed after" in (said := capsys.readouterr().out)
     assert "(cat/b.jpg): remove it to encode them again" in said
     save(tmp_path / "photos/cat/b.jpg", comment=b"longer")
-    with pytest.raises(InputError, match="was made when the images had other sizes"):
+    with pytest.raises(InputError, match="was made from files of other sizes"):
         encode()
 
 

@@ -231,7 +231,7 @@ def test_a_cache_that_is_one_view_short_is_refused(score, runs, tmp_path):
         (tmp_path / "files/class0").mkdir(parents=True, exist_ok=True)
         codes = np.zeros((views, 21), np.int64)
         np.savez(tmp_path / f"files/class0/{image}.JPEG.npz", codes=codes)
-    refuse(score, r"1.JPEG.npz holds codes of shape \(1, 21\)",
+    refuse(score, r"1.JPEG.npz holds int64 codes of shape \(1, 21\)",
            "--generator", runs / "a", "--cache", tmp_path / "files")  # fmt: skip
 
 

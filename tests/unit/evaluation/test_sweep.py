@@ -79,7 +79,9 @@ def test_a_config_that_was_edited_is_another_sweep(jobs, tmp_path):
     sweep.main([*ARGUMENTS, *GRID])
     config = tmp_path / "c.yaml"
     config.write_text(config.read_text().replace("image_seq_len: 7", "image_seq_len: 7, top_k: 3"))
-    with pytest.raises(InputError, match=r"holds work of other settings: top_k \(0 there, 3 now\)"):
+    with pytest.raises(
+        InputError, match=r"holds work with other settings: top_k \(0 there, 3 now\)"
+    ):
         sweep.main([*ARGUMENTS, *GRID])
 
 

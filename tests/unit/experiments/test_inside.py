@@ -283,7 +283,7 @@ def test_one_tokenizer_needs_no_name(study):
         (["--tokenizer", "=b"], "NAME=PATH"),
         (
             ["--tokenizer", "both/tokenizer.pth", "--generator=generator.bin", "--cache=cache"],
-            "cache of another tokenizer",
+            "another tokenizer's cache",
         ),
     ],
 )

@@ -48,7 +48,7 @@ def test_a_closed_output_ends_nothing(program, tmp_path, closed):
 
 def test_a_full_output_is_called_by_its_name(program):
     status, _, error = program("print('x')", "> /dev/full")
-    full = "No space left on device; make room, then try again\n"
+    full = "No space left on device; free some space, then try again\n"
     assert (status, error) == (2, f"error: standard output: {full}")
     assert program("print('x', file=sys.stderr, flush=True)", "2> /dev/full")[0] == 2
 

@@ -16,7 +16,6 @@ from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.tensors import (
     describe,
     load_tensors,
-    load_weights,
     read_part,
     read_state_dict,
     tensors_hash,
@@ -456,7 +455,10 @@ def test_misfit_of_a_file_names_the_file(tmp_path):
     b = shapes_of(on_meta(lambda: Generator(GeneratorConfig())))
     torch.save(b, tmp_path / "AliTok.pth")
     with pytest.raises(InputError) as caught:
-        load_weights(on_meta(lambda: Tokenizer(TokenizerConfig())), tmp_path / "AliTok.pth")
+        path = tmp_path / "AliTok.pth"
+        load_tensors(
+            on_meta(lambda: Tokenizer(TokenizerConfig())), read_state_dict(path), str(path)
+        )
     assert str(tmp_path / "AliTok.pth") in str(caught.value)
     assert "AliTok-B" in str(caught.value)
 
@@ -490,7 +492,7 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path, value, kind):
     state["bias"][1] = value
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(InputError) as caught:
-        load_weights(model, tmp_path / "w.pth")
+        load_tensors(model, read_state_dict(tmp_path / "w.pth"), str(tmp_path / "w.pth"))
     message = str(caught.value)
     assert f"{tmp_path / 'w.pth'} holds 1 NaN or infinite values in bias" in message
     assert "\n" not in message

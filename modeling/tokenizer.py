@@ -120,6 +120,13 @@ class TokenizerOutput(NamedTuple):
     quantizer_loss: Tensor  # scalar
 
 
+class Features(NamedTuple):
+    """What the encoder makes of B images; D is its width (768 as published)."""
+
+    tokens: Tensor  # (B, T, D) float32, of one block: one token for each code
+    latents: Tensor  # (B, T, token_size) float32, what the quantizer sees
+
+
 def run_blocks(blocks: nn.ModuleList, x: Tensor, recompute: bool, first: int = 0) -> Tensor:
     """Apply the blocks in turn; `recompute` keeps only their inputs for the backward pass.
 
@@ -345,6 +352,28 @@ class Tokenizer(nn.Module):
         with torch.no_grad():
             pixels = self.decode(codes.to(self.latent_tokens.device))
         return to_pil(to_uint8(pixels).permute(0, 2, 3, 1))
+
+    def features(self, images: Tensor, layer: int) -> Features:
+        """Images (B, 3, S, S), float in [0, 1] -> the encoder's tokens after block `layer`, and the latents.
+
+        Blocks count from 1 to `encoder_layers` (12 as published). It runs in full float32 without
+        gradients. Raises InputError for another layer, and for images of another shape or of integers.
+        """
+        blocks, side = self.encoder.transformer, self.config.image_size
+        if layer not in range(1, len(blocks) + 1):
+            raise InputError(f"layer={layer}: the blocks of this encoder are 1…{len(blocks)}")
+        if images.shape[1:] != (3, side, side) or not images.is_floating_point():
+            raise InputError(
+                f"images {tuple(images.shape)} of {images.dtype}: this tokenizer reads floats in [0, 1] "
+                f"of shape (B, 3, {side}, {side})"
+            )
+        kept = []
+        hook = blocks[layer - 1].register_forward_hook(lambda *call: kept.append(call[-1]))
+        try:
+            latents: Any = self.exact_latents(images)  # pyright: ignore - as in `latents`
+        finally:
+            hook.remove()
+        return Features(kept[0][:, -self.config.num_tokens :], latents)
 
     def check_codes(self, codes: Tensor) -> None:
         """Refuse what is not codes (B, T) of this tokenizer."""

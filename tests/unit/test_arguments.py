@@ -38,6 +38,7 @@ NEEDED = {
     "evaluation.sweep": ["--reference", "no", "--scales", "1", "--powers", "1"],
     "evaluation.report": ["no.json"],
     "evaluation.look": ["no.png"],
+    "evaluation.probe": ["--data_path", "no"],
     "train_tokenizer.export": ["no", "no.pth"],
 }
 
@@ -116,6 +117,8 @@ def test_odd_values(program, flag, tmp_path, monkeypatch):
         ("data.tokens", ["info", "no", "--tokenizer", "x.pth"], "--tokenizer"),
         ("data.tokens", ["show", "no", "--tokenizer", "x.pth", "--images", "0"], "--images"),
         ("evaluation.look", [], "images"),
+        ("evaluation.probe", ["--tokenizer", "x.pth"], "--data_path"),
+        ("evaluation.probe", ["--data_path", "no", "--layer", "0"], "--layer"),
         ("training.plot", ["--output", "c.xyz", "no"], "--output"),
         ("training.plot", ["--output", ".", "no"], "--output"),
         ("train_tokenizer.export", ["no", "weights.txt"], "weights.txt"),

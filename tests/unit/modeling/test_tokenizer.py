@@ -351,6 +351,38 @@ def test_without_decoder_the_codes_are_the_same(fill):
     assert model.encode(images).unique().numel() > 1
 
 
+@pytest.mark.parametrize("layer", [1, 2])
+def test_features_are_what_a_block_makes_of_the_latent_tokens(layer, fill):
+    tokenizer, images = fill(Tokenizer(config())), torch.rand(2, 3, 32, 32)
+    tokens, latents = tokenizer.features(images, layer)
+    assert tokens.shape == (2, TOKENS, TINY.encoder_width) and not tokens.requires_grad
+    assert torch.equal(latents, tokenizer.latents(images)) and not latents.requires_grad
+    # The encoder with the later blocks left out computes the rest from these very tokens.
+    encoder = tokenizer.encoder
+    encoder.transformer = encoder.transformer[:layer]
+    encoder.ln_post, encoder.conv_out = torch.nn.Identity(), torch.nn.Identity()
+    torch.testing.assert_close(tokens, tokenizer.latents(images))
+
+
+def test_features_are_those_of_float32_under_autocast_and_leave_no_hook(fill):
+    tokenizer, images = fill(Tokenizer(config())), torch.rand(2, 3, 32, 32)
+    exact = tokenizer.features(images, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tokenizer.features(images, 1)
+    assert all(torch.equal(a, b) for a, b in zip(found, exact))
+    assert not any(block._forward_hooks for block in tokenizer.encoder.transformer)
+
+
+def test_features_of_another_layer_or_other_images_are_refused(fill):
+    tokenizer = fill(Tokenizer(config()))
+    for layer in (0, -1, 3):
+        with pytest.raises(InputError, match=rf"layer={layer}: the blocks .* are 1…2"):
+            tokenizer.features(torch.rand(1, 3, 32, 32), layer)
+    for images in (torch.rand(1, 3, 16, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)):
+        with pytest.raises(InputError, match=r"floats in \[0, 1\] of shape \(B, 3, 32, 32\)"):
+            tokenizer.features(images, 1)
+
+
 def test_attention_runs_in_the_autocast_type(monkeypatch):
     seen = []
     attention = F.scaled_dot_product_attention

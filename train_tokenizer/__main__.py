@@ -6,7 +6,7 @@ same command resumes an interrupted run. `--dry-run` runs a few steps of every p
 whole run needs, and writes nothing.
 """
 
-if not __package__:  # started as a file: the other packages are out of reach
+if not __package__:  # started as a file: other packages cannot be imported
     import sys
 
     print("error: run `python -m train_tokenizer` in the folder above this one", file=sys.stderr)
@@ -72,34 +72,36 @@ from training.schedule import is_critic_step, phase_at, phase_lr, tokenizer_lr
 PREVIEWS, PER_ROW = 16, 8  # images in a preview, and pictures (before | after) in its row
 STAGE1_ONLY = ("decoder.ffn_aux", "decoder.conv_out_aux", "quantize.embed_prob")
 BUFFERS_AND_POSITIONS = ("decoder.class_embedding", "decoder.latent_token_positional_embedding")
-MIN_CODEBOOK_USE = 0.1  # a smaller share of the codebook in use is worth a warning …
-MIN_TOKENS_PER_CODE = 10  # … once a window has enough tokens that chance does not explain it
-# Two images with the same code at a larger share of positions are worth a warning, too, once a
-# window has enough images.
+# A collapse: fewer codes in use, in a window with so many tokens per code that chance does not explain it.
+MIN_CODEBOOK_USE, MIN_TOKENS_PER_CODE = 0.1, 10
+# Codes that hardly depend on the image: a larger agreement of two images, in a window with enough images.
 MAX_AGREEMENT, MIN_IMAGES = 0.9, 8
 
 
 # ---------------------------------------------------------------------- data
 @dataclass
 class TokenizerData:
-    """What a run learns from, and the held-out images and networks that it is evaluated with."""
+    """Training images, held-out images and the evaluator of a run."""
 
     paths: list[ImagePath]
     source: str  # where they come from, in words
-    whole: bool  # whether that is all of them
-    identity_of_all: dict[str, str]  # of all that is there
+    whole: bool  # whether none of the listed images is left out
+    identity_of_all: dict[str, str]  # of all listed images
     dataset: TrainImages
     validation: list[ImagePath]  # paths of held-out images; may be empty
     evaluator: Optional[Evaluator]  # for rFID
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same when the run resumes."""
+        """Must be the same when the run resumes."""
         return {"images": len(self.paths), **self.identity_of_all}
 
 
 def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> TokenizerData:
-    """List the images of a run. Raises InputError if there are none, if they would be too small,
-    or if a list or a held-out image cannot be read. Indexes of tars are kept in `index_folder`."""
+    """List the images of a run; `index_folder` keeps indexes of tars.
+
+    Raises InputError if there are none, if `resize` is too small, or if a list or the first held-out
+    image cannot be read.
+    """
     params, size = options.dataset.params, options.model.vq_model.image_size
     resize = params.resize or size
     if resize < size:
@@ -130,8 +132,7 @@ def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> Tok
 def list_training(
     params: ImageDataParams, index_folder: Optional[Path]
 ) -> tuple[list[ImagePath], np.ndarray, str]:
-    """All training images: paths, labels and, in words, where they are. Those of a list, and of a
-    folder or tar without class folders, have one label."""
+    """Paths, labels and a description of all training images; images without classes have label 0."""
     if is_path_list(params.train_dir):
         paths = list_paths(params.train_dir, params.train_root)
         return paths, np.zeros(len(paths), np.int64), f"a list of {len(paths)} images"
@@ -152,18 +153,15 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
 
 
 def load_stage1(run: Run, tokenizer: Tokenizer) -> None:
-    """Load encoder, codebook and, by default, decoder of stage 1, where a new run of stage 2 starts there.
-
-    Raises InputError where they are missing or do not fit. A resumed run has them in its checkpoint.
-    """
+    """For a new run of stage 2 without initial weights: load encoder, codebook and, by default, decoder
+    of stage 1. Raises InputError if they are missing or do not fit."""
     experiment, model = run.options.experiment, run.options.model
     if model.stage == 1 or run.resumed or experiment.init_weights is not None:
         return
     if experiment.stage1_checkpoint is None:
         raise InputError(
-            "stage 2 needs the tokenizer that stage 1 trained: set "
-            "experiment.stage1_checkpoint=RUN_DIR or a weights file, or experiment.init_weights to "
-            "continue from a tokenizer of stage 2"
+            "stage 2 needs the tokenizer of stage 1: set experiment.stage1_checkpoint=RUN_DIR or a "
+            "weights file, or experiment.init_weights to continue from a tokenizer of stage 2"
         )
     weights = open_on_all(experiment.stage1_checkpoint, TOKENIZER)
     from_stage1 = model.decoder_init == "stage1"
@@ -181,17 +179,17 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> None:
 
 
 def check_sizes(weights: Opened, config: TokenizerConfig, names: tuple[str, ...]) -> None:
-    """Refuse weights that differ from the config in one of these sizes."""
+    """Refuse weights that differ from the config in one of the sizes `names`."""
     here = about_model(TOKENIZER, config).config
     chosen = {name: here[name] for name in names}
     weights.about.sizes(chosen, weights.file, "model.vq_model.{}={}".format)
 
 
 def load_initial(run: Run, tokenizer: Tokenizer) -> str:
-    """Load `experiment.init_weights`, if this is a new run with it; returns in words what was taken.
+    """Load `experiment.init_weights` into the tokenizer of a new run; returns a line for the log.
 
-    Raises InputError where the weights do not fit, and where they disagree with the encoder or codebook
-    of `experiment.stage1_checkpoint`.
+    Raises InputError if the weights do not fit, or differ in encoder or codebook from
+    `experiment.stage1_checkpoint`.
     """
     weights, options = run.initial_weights(), run.options
     if weights is None:
@@ -215,8 +213,8 @@ def load_initial(run: Run, tokenizer: Tokenizer) -> str:
 
 
 def build_discriminator(run: Run) -> Discriminator:
-    """From scratch or, with `model.critic_init=stage1`, from stage 1's checkpoint or the run's initial
-    weights. The published trainer's last.pth holds it too."""
+    """A new discriminator or, with `model.critic_init=stage1`, that of stage 1's checkpoint or of the
+    initial weights; the published trainer's last.pth has one too."""
     options = run.options
     discriminator = Discriminator(exact=numerics_of(options.training).exact_critic)
     experiment = options.experiment
@@ -232,42 +230,38 @@ def build_discriminator(run: Run) -> Discriminator:
 
 
 class CodebookUse:
-    """How often each code was chosen since the last report, on the device; warns of a collapse."""
+    """Counts of codes since the last report, on the device, and warnings of a collapse."""
 
     def __init__(self, config: TokenizerConfig, accelerator: Accelerator):
-        self.accelerator, device = accelerator, accelerator.device
-        self.counts = torch.zeros(config.codebook_size, device=device)  # of this rank
-        self.positions = PositionCounts(config.num_tokens, config.codebook_size, device)
+        self.accelerator = accelerator
+        self.counts = PositionCounts(config.num_tokens, config.codebook_size, accelerator.device)
         self.clustering, self.latents = config.clustering, []
         self.warned = self.warned_of_agreement = False
 
     def add(self, out: TokenizerOutput) -> None:
-        """Codes (B, T) and latents (B, T, d) of a micro-batch; the latents are kept for clustering."""
-        codes = out.codes.flatten()
+        """Count the codes of a micro-batch, and keep its latents for clustering."""
         if self.clustering:
             self.latents.append(out.latents.detach().flatten(0, 1))
-        self.counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=self.counts.dtype))
-        self.positions.add(out.codes)
+        self.counts.add(out.codes)
 
     def take_latents(self) -> Tensor:
-        """The latents (N, d) of this rank's micro-batches since the last call."""
+        """The latents (N, d) of this rank since the last call."""
         latents, self.latents = torch.cat(self.latents), []
         return latents
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Counts of codes (codebook_size,) and by position (T, codebook_size), of all ranks."""
-        counts = {"codes": self.counts, "positions": self.positions.counts}
-        return {name: self.accelerator.reduce(part, "sum").cpu() for name, part in counts.items()}  # type: ignore[union-attr]
+        """Counts (T, codebook_size) of all ranks."""
+        return {"positions": self.accelerator.reduce(self.counts.counts, "sum").cpu()}  # type: ignore[union-attr]
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         if self.accelerator.is_main_process:
-            self.counts += state_dict["codes"].to(self.counts.device)
-            self.positions.counts += state_dict["positions"].to(self.counts.device)
+            self.counts.counts += state_dict["positions"].to(self.accelerator.device)
 
     def report(self, run: Run) -> dict[str, float]:
-        """Share of codes used and perplexity, none if no code was counted; counts start anew."""
-        counts, at_positions = self.state_dict().values()
-        self.counts.zero_(), self.positions.counts.zero_()
+        """Share of codes used, perplexity and agreement, as far as there are counts, which start anew."""
+        at_positions = self.state_dict()["positions"]
+        counts = at_positions.sum(0)
+        self.counts.counts.zero_()
         if not counts.any():  # all steps were the discriminator's
             return {}
         use, perplexity = codebook_use(counts)
@@ -292,12 +286,12 @@ class CodebookUse:
 
 
 def images_look_alike(counts: Tensor) -> bool:
-    """Whether counts (T, codebook_size) cover enough images, nearly all with the same codes."""
+    """Whether counts (T, codebook_size) of enough images show nearly the same codes for all."""
     return counts[0].sum().item() >= MIN_IMAGES and code_agreement(counts) > MAX_AGREEMENT
 
 
 def has_collapsed(counts: Tensor) -> bool:
-    """Whether counts (codebook_size,) use too few codes for chance to explain it."""
+    """Whether counts (codebook_size,) show too few codes in use to be chance."""
     use, _ = codebook_use(counts)
     return use < MIN_CODEBOOK_USE and counts.sum().item() >= MIN_TOKENS_PER_CODE * len(counts)
 
@@ -305,10 +299,9 @@ def has_collapsed(counts: Tensor) -> bool:
 class TrainState:
     """Tokenizer, discriminator, their optimizers, the average and the frozen networks of the losses.
 
-    Their state is that of the checkpoint that `run` resumes from, if any. `start` says in words where
-    initial weights came from, if from a file; `about` is the metadata of the tokenizer's
-    files. `critic` is the discriminator as the accelerator wraps it; without an adversarial
-    phase there is none.
+    Their state comes from the checkpoint that `run` resumes, if any. `start` describes initial weights
+    from a file; `about` is the metadata of the tokenizer's files. `critic` is the discriminator as
+    wrapped by the accelerator, None without an adversarial phase.
     """
 
     def __init__(self, run: Run, options: TokenizerRun, evaluates: bool):
@@ -357,8 +350,8 @@ class TrainState:
         self.model.train()
 
     def _compile(self) -> None:
-        """Compile what trains. A frozen encoder stays eager: it computes in full float32
-        (`Tokenizer.exact_latents`), and a program keeps the precision that it was compiled under."""
+        """Compile what trains. A frozen encoder stays eager, because it computes in full float32
+        (`Tokenizer.exact_latents`) and compiled code keeps the precision of its compilation."""
         tokenizer: Any = self.tokenizer
         stacks = [tokenizer.decoder.transformer]
         if not tokenizer.encoder_frozen:
@@ -370,25 +363,25 @@ class TrainState:
 
     @property
     def averaged(self) -> Tokenizer:
-        """The tokenizer that is evaluated, previewed and exported: the average, if there is one."""
+        """The tokenizer to evaluate, preview and export: the average, if there is one."""
         part: Any = self.tokenizer if self.ema is None else self.ema.model
         return part
 
     def reset_optimizers(self) -> None:
-        """Empty Adam's moments and counts of steps, as the published programs start every phase."""
+        """Reset Adam, as the published programs do at every phase."""
         for optimizer in (self.optimizer, self.critic_optimizer):
             if optimizer is not None:
                 optimizer.optimizer.state.clear()
 
     def models(self) -> dict[str, nn.Module]:
-        """What is trained, by name."""
+        """The trained models, by name."""
         models = {"tokenizer": self.tokenizer, "discriminator": self.discriminator}
         return {name: model for name, model in models.items() if model is not None}
 
     def judge(self, images: Tensor) -> Tensor:
-        """The discriminator's logits in the tokenizer's loss, float32, computed as in its own steps.
+        """The discriminator's logits for the tokenizer's loss, float32.
 
-        Its weights take no gradients here. Not by the wrapped module: DDP would wait for them.
+        Its weights get no gradients. DDP would wait for them, so this calls the unwrapped module.
         """
         assert self.discriminator is not None
         with weights_frozen(self.discriminator), self.accelerator.autocast():
@@ -397,7 +390,7 @@ class TrainState:
 
 # ---------------------------------------------------------------------- reports
 def enter_phase(run: Run, phases: list[Phase], step: int) -> tuple[Phase, int, int]:
-    """The phase of a step, its number and the step's number in it, both from 1; announces a phase."""
+    """The phase of a step, its number and the step's number in it, both from 1; logs a new phase."""
     phase, step_in_phase = phase_at(phases, step)
     number = 1 + [id(p) for p in phases].index(id(phase))  # two phases may be equal
     if step_in_phase == 1 or step == run.first_step:
@@ -406,18 +399,17 @@ def enter_phase(run: Run, phases: list[Phase], step: int) -> tuple[Phase, int, i
 
 
 def refuse_fsdp(accelerator: Accelerator) -> Accelerator:
-    """Raise InputError under FSDP: it would shard the codebook that clustering rewrites in place."""
+    """Raise InputError under FSDP, which would shard the codebook that clustering rewrites in place."""
     if accelerator.distributed_type == DistributedType.FSDP:
         raise InputError(
-            "the tokenizer does not train under FSDP, which shards the codebook that clustering "
-            "moves: launch with torchrun, or accelerate without --use_fsdp (its models fit on one "
-            "GPU)"
+            "the tokenizer does not train under FSDP, which shards the codebook that clustering moves: "
+            "launch with torchrun, or accelerate without --use_fsdp (its models fit on one GPU)"
         )
     return accelerator
 
 
 def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
-    """The header of a run: what trains, on what, for how long; and what is missing or unusual."""
+    """Log the header of a run: models, data, length, and what is missing or unusual."""
     options, log = state.options, run.log
     params = options.dataset.params
     if data.validation and state.lpips is None:
@@ -444,7 +436,7 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
 
 
 def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData) -> None:
-    """Validation metrics, rFID and previews of one step, as far as they are due and configured."""
+    """The validation metrics, rFID and previews that are due after a step."""
     tokenizer = state.averaged
     # Eager: odd batch sizes are not worth compiling for.
     with run.reporting(step, due), torch.compiler.set_stance("force_eager"):
@@ -461,10 +453,8 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData
 
 
 def evaluate(run: Run, state: TrainState, data: TokenizerData) -> Optional[dict[str, float]]:
-    """Metrics of the held-out reconstructions, and rFID with a reference, from one pass over them.
-
-    None, after a warning, if an image cannot be read or a figure cannot be computed.
-    """
+    """Metrics of the held-out reconstructions, and rFID with a reference; None, after a warning, if an
+    image cannot be read or a figure cannot be computed."""
     scores = in_training.ReconstructionScores(
         state.averaged, data.validation, PartialState(), state.lpips, data.evaluator
     )
@@ -475,8 +465,7 @@ def evaluate(run: Run, state: TrainState, data: TokenizerData) -> Optional[dict[
 
 
 def preview(tokenizer: Tokenizer, paths: list[ImagePath]) -> Tensor:
-    """Images from all over the list, each before and after: (2N, 3, S, S) in [0, 1] on the main
-    process, empty on the others."""
+    """Evenly spaced images before and after: (2N, 3, S, S) in [0, 1]; empty but on the main process."""
     processes, pictures = PartialState(), Preview(PREVIEWS)
     if processes.is_main_process:
         chosen = torch.linspace(0, len(paths) - 1, min(PREVIEWS, len(paths))).long().tolist()
@@ -488,9 +477,9 @@ def preview(tokenizer: Tokenizer, paths: list[ImagePath]) -> Tensor:
 
 # ---------------------------------------------------------------------- the program
 def critic_loss(state: TrainState, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The discriminator's weighted hinge loss on images and reconstructions, and what to log."""
-    # A compiled block has one program with gradients and another one without. That with gradients is
-    # there already, and what it adds is little: it writes the same activations and keeps them.
+    """The discriminator's weighted hinge loss on images and reconstructions, and values to log."""
+    # A compiled block needs another program without gradients. The one with gradients exists already and
+    # costs little more: it keeps the activations.
     with torch.set_grad_enabled(state.compiled), state.accelerator.autocast():
         out = state.tokenizer(images)
     if state.options.model.cluster_in_critic_steps:
@@ -504,7 +493,7 @@ def critic_loss(state: TrainState, images: Tensor) -> tuple[Tensor, dict[str, Te
 def tokenizer_loss(
     state: TrainState, images: Tensor, phase: Phase
 ) -> tuple[Tensor, dict[str, Tensor], TokenizerOutput]:
-    """The weighted sum of the phase's terms, what to log, and the tokenizer's output."""
+    """The weighted sum of the phase's terms, values to log, and the tokenizer's output."""
     out = state.model(images)
     options = state.options
     terms = tokenizer_terms(
@@ -516,7 +505,7 @@ def tokenizer_loss(
 
 
 def learning_rate(options: TokenizerRun, step: int, train_critic: bool) -> float:
-    """The rate of a step; the discriminator's is the phase's unless it has one of its own."""
+    """The rate of a step; the discriminator's is that of the phase unless an option sets it."""
     params = options.optimizer.params
     if not train_critic:
         return tokenizer_lr(options.phases, step, params)
@@ -564,7 +553,7 @@ def main(argv: list[str]) -> None:
                 accelerator.backward(loss)
             run.add(**values)
 
-        # The update of the weights; clustering comes before it, as published: it moves moved codes
+        # The update of the weights, after clustering, as published
         if state.codes.latents:
             state.tokenizer.quantize.before_update(state.codes.take_latents())
         norm = clip_gradients(accelerator, model, training.max_grad_norm)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 def same_conv(before: int, after: int, kernel: int) -> nn.Conv2d:
-    """A convolution of stride 1 and an odd kernel that keeps the image size."""
+    """A convolution with stride 1 and an odd kernel that keeps the image size."""
     return nn.Conv2d(before, after, kernel, padding=kernel // 2)
 
 
 class BlurDownsample(nn.Module):
     """Halve the image through the binomial kernel (1, 3, 3, 1): sizes ⌈H / 2⌉, ⌈W / 2⌉.
 
-    Padded as TensorFlow's "same" does: one pixel on each side, and of an odd size two at its end.
+    Padded like TensorFlow's "same": one pixel on each side, and two at the end of an odd size.
     """
 
     kernel: Tensor
@@ -41,8 +41,7 @@ class BlurDownsample(nn.Module):
 class Discriminator(nn.Module):
     """Images (B, 3, H, W) in [0, 1] -> logits (B, 1, 16, 16), high for real.
 
-    `exact` computes in float32 whatever the autocast type, as published; otherwise convolutions
-    run in that type.
+    `exact` computes in float32 under autocast too, as published.
     """
 
     def __init__(self, channels: int = 128, exact: bool = True):
@@ -65,15 +64,14 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        # accelerate puts autocast into the forward of the module that it prepares, so the loss of
-        # the tokenizer and that of the discriminator both meet it, and only the module can leave it.
+        # accelerate wraps `forward` in autocast, so only the module itself can leave it.
         if self.exact and torch.is_autocast_enabled(images.device.type):
             with torch.autocast(images.device.type, enabled=False):
                 return self.logits(images.float())
         return self.logits(images)
 
     def logits(self, images: Tensor) -> Tensor:
-        # The layout of tensor cores. Eager group norms leave it; compiled, everything keeps it.
+        # The layout of tensor cores. Eager group norms lose it, compiled ones keep it.
         x = self.block_in(images.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             x = block(x)
@@ -82,10 +80,8 @@ class Discriminator(nn.Module):
 
 @contextmanager
 def weights_frozen(module: nn.Module) -> Iterator[None]:
-    """Around a forward pass whose gradient reaches the input, but no parameter of `module`.
-
-    The backward pass may come later: which gradients it computes is decided by the forward pass.
-    """
+    """Around a forward pass whose gradient reaches its input, but no parameter of `module`; the backward
+    pass may come later."""
     trained = [p for p in module.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

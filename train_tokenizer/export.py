@@ -17,8 +17,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("file", type=new_file(*FORMATS), help="what to write: .pth or .safetensors")
     args = parser.parse_args(argv)
     weights = open_weights(args.run_dir, TOKENIZER)
-    # A file whose heads are only assumed states nothing, rather than a guess.
-    about = None if weights.about.assumed else weights.about
+    about = None if weights.about.assumed else weights.about  # state no guessed sizes
     write_state_dict(weights.state, args.file, about)
     print(f"wrote {args.file}: {describe(weights.state)}, from {weights.file}")
 

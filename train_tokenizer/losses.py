@@ -1,4 +1,4 @@
-"""The tokenizer's loss: named terms, each computed only when its weight is not 0."""
+"""The tokenizer's loss: named terms, each computed only if its weight is not 0."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +14,7 @@ from modeling.tokenizer import TokenizerConfig, TokenizerOutput, prefix_target
 from train_tokenizer.discriminator import adversarial_loss
 from train_tokenizer.perceptual import ConvNeXtLogits
 
-# The published adversarial term is -mean(D(fake)) × 0.1 × 0.05; a phase's gan_weight is the product.
-
-
+# The published adversarial term is -mean(D(fake)) × 0.1 × 0.05; gan_weight is the product of both weights.
 N = TypeVar("N", bound=nn.Module)
 
 
@@ -27,9 +25,9 @@ def channels_last(network: N, device: torch.device) -> N:
 
 
 class FrozenNetworks:
-    """The perceptual networks that at least one phase needs, on the training device.
+    """The perceptual networks that the phases need, on `device`, in channels_last, the layout of tensor
+    cores and of ConvNeXt's norms.
 
-    Their convolutions run in channels_last, the layout of tensor cores and of ConvNeXt's norms.
     `weights` is the folder of their published files; None leaves them random, for tests.
     """
 
@@ -52,14 +50,14 @@ def tokenizer_terms(
     networks: FrozenNetworks,
     discriminator: Optional[Callable[[Tensor], Tensor]],
 ) -> dict[str, tuple[float, Tensor]]:
-    """(weight, value) of every term of one step, on images (B, 3, S, S) in [0, 1], in float32.
+    """(weight, value), in float32, of every term of one step on images (B, 3, S, S) in [0, 1].
 
-    The terms and their weights are those of the paper's section on two-stage training; `networks`
-    and `discriminator` are only used, and only needed, where the phase's weights are not 0.
+    The terms are those of the paper's section on two-stage training. `networks` and `discriminator` are
+    needed only for terms whose weight in this phase is not 0.
     """
     terms = {"mse": (1.0, F.mse_loss(out.images, images))}
     if out.strip is not None and losses.aux == "strip":
-        # The strip's mean counts in proportion to its K patches, next to the image's g².
+        # The strip's mean counts in proportion to its K patches, the image's to its g².
         weight = losses.aux_weight * config.num_prefix_tokens / config.grid**2
         terms["aux"] = (weight, F.mse_loss(out.strip, prefix_target(images, config)))
     elif out.strip is not None:
@@ -86,10 +84,8 @@ def tokenizer_terms(
 
 
 def stitch(out: TokenizerOutput) -> Tensor:
-    """The strip (K = g) above the other rows of patches of the reconstruction: (B, 3, S, S).
-
-    The reconstruction is detached: the loss of the stitched image trains the strip alone.
-    """
+    """The strip (K = g) above the other rows of the reconstruction, which are detached, so that the loss
+    of the stitched image trains the strip alone: (B, 3, S, S)."""
     assert out.strip is not None
     below = out.images[:, :, out.strip.shape[2] :].detach()
     return torch.cat([out.strip, below], 2)

@@ -18,8 +18,8 @@ CONVNEXT_FILE = "convnext_small-0c510722.pth"  # torchvision's name, ImageNet we
 class ConvNeXtLogits(nn.Module):
     """ConvNeXt-S logits (B, 1000) of images (B, 3, H, W) in [0, 1], resized to 224 px.
 
-    `weights` is the folder of the published file, which torch's download cache may hold too; None
-    leaves the network random, for tests. Raises InputError where the file is missing or damaged.
+    `weights` is the folder of the published file (`find_published`); None leaves the network random, for
+    tests. Raises InputError if the file is missing or damaged.
     """
 
     mean: Tensor
@@ -40,7 +40,7 @@ class ConvNeXtLogits(nn.Module):
         return self.network((images - self.mean) / self.std)
 
     def distance(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared difference of the logits, a scalar; float32 under autocast too."""
+        """Mean squared difference of the logits, a float32 scalar."""
         with torch.no_grad():
             target_logits = self(targets).float()
         return F.mse_loss(self(images).float(), target_logits)

@@ -28,14 +28,14 @@ def precision(training: Training) -> str:
 
 
 def describe_precision(training: Training) -> str:
-    """The autocast type for a run's header, with the reason where the GPU decided it."""
+    """The autocast type for a run's header, with the reason if the GPU decided it."""
     found = precision(training)
     by_gpu = found == "fp16" and training.numerics == training.mixed_precision == "auto"
     return f"{found} (this GPU does not compute in bf16)" if by_gpu else found
 
 
 def numerics_of(training: Training) -> Numerics:
-    """What a run's options mean on this machine (`configs.numerics.resolve`)."""
+    """The numerics of a run on this machine (`configs.numerics.resolve`)."""
     cuda = uses_cuda()
     bf16 = not cuda or has_bfloat16(torch.device("cuda"))
     return resolve(training, cuda, bf16)
@@ -44,7 +44,7 @@ def numerics_of(training: Training) -> Numerics:
 def start_training(training: Training) -> Accelerator:
     """The accelerator of a training program, with the run's numerics.
 
-    Raises InputError where the environment contradicts the options.
+    Raises InputError if the environment contradicts the options.
     """
     numerics = numerics_of(training)
     check_environment(training, numerics.autocast)
@@ -74,12 +74,11 @@ def tune_convolutions(device: torch.device) -> None:
 
 
 def start_fsdp(accelerator: Accelerator) -> None:
-    """Let the FSDP that accelerate's config asks for run on CPUs too, and compute as DDP does."""
+    """Make accelerate's FSDP run on CPUs too, with the numerics of DDP."""
     state = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:  # accelerate: FSDP on GPUs only
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin()  # reads the launcher's environment
-    # Autocast alone decides the types. FSDP's own policy would also round what enters each block:
-    # the rotary table and the residual stream.
-    assert state.fsdp_plugin is not None, "accelerate sets it where FSDP is asked for"
+    # FSDP's own policy would round the inputs of each block, the rotary table and the residual stream.
+    assert state.fsdp_plugin is not None, "accelerate sets it for FSDP"
     state.fsdp_plugin.mixed_precision_policy = None

@@ -1,10 +1,10 @@
-"""What a run saves and resumes from. A checkpoint on disk is whole or absent: written aside, synced, renamed.
+"""Checkpoints of a run. On disk each is whole or absent: written aside, synced, renamed.
 
-A checkpoint is a folder `checkpoints/step-00001000` of files and a manifest with their sizes and
-sha256. It is valid only while its files match the manifest, so a killed save or a damaged disk costs
-at most one checkpoint. It holds tensors and plain values only; nothing in it is ever executed.
+A checkpoint is a folder `checkpoints/step-00001000` with a manifest of the sizes and sha256 of its files.
+It is valid only while they match, so a killed save or a damaged disk costs at most one checkpoint. It
+holds tensors and plain values; nothing in it is executed.
 
-NAME.safetensors holds the weights to use: the average, if the run keeps one. NAME_raw.safetensors then
+NAME.safetensors holds the weights to use: the average, if the run keeps one. Then NAME_raw.safetensors
 holds the weights that training continues from.
 """
 
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.utils._pytree import tree_leaves
 
 import configs.load
 from configs.schema import Experiment
@@ -36,23 +37,22 @@ from runtime.files import file_sha256, lock_folder, sync_folder, write_torch, wr
 from runtime.processes import on_main
 from training.optim import EMA
 
-FORMAT = 1  # of a checkpoint; another one is refused
-# Whole tensors under the model's own names, however DDP, FSDP or torch.compile wrap it; so a run
-# resumes under another launcher and on another number of processes.
+FORMAT = 1  # of a checkpoint; others are refused
+# Whole tensors by the model's own names, however DDP, FSDP or torch.compile wrap it, so that a run can
+# resume with another launcher and number of processes.
 WHOLE = StateDictOptions(full_state_dict=True)
 WHOLE_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)  # {} on other ranks
 
 
 class Checkpoint:
-    """All the state of a run. What has a state registers here where it is built.
+    """All state of a run. Every object with state registers here when it is built.
 
-    If the run resumes, `register` and `register_model` restore it at once; `save` saves all of it.
-    `values` are plain values, kept by the same name. `source` is the checkpoint that the run resumes
-    from (None: it starts from the beginning), `first_step` the step after it, and `warnings` are for
-    the user.
+    `register` and `register_model` restore the state if the run resumes; `save` saves all of it,
+    including the plain values in `values`. `source` is the checkpoint that the run resumes from, None
+    for a new run; `first_step` is the step after it; `warnings` are for the user.
 
-    All ranks call every method. The main process searches the folder and writes; what it cannot do
-    is an InputError on all ranks. Each rank reads the source by itself.
+    All ranks call every method. The main process searches and writes; its errors are raised on all
+    ranks. Each rank reads the source itself.
     """
 
     def __init__(self, accelerator: Accelerator, experiment: Experiment):
@@ -71,8 +71,8 @@ class Checkpoint:
         self.source, earlier, self.warnings, self._found = on_main(find)
         self.first_step = 1 if self.source is None else step_of(self.source) + 1
         named = None if isinstance(resume, bool) else str(Path(resume).resolve())
-        # Whether this start branches off from a checkpoint that was named, rather than resumes what
-        # an earlier start from that checkpoint has saved since.
+        # Whether this start branches off from a named checkpoint, rather than resumes what an earlier
+        # start from it has saved since.
         self.forks = named is not None and named != earlier
         self._origin = named if self.forks else earlier
         self._saved = {} if self.source is None else load_state(self.source)
@@ -82,19 +82,18 @@ class Checkpoint:
 
     # -------------------------------------------------- what is saved
     def register(self, name: str, stateful: Stateful, optional: bool = False) -> None:
-        """Save the state of an object from now on, and restore it from `source`, if there is one.
+        """Save the state of an object from now on, and restore it from `source`, if any.
 
-        Raises InputError if the source lacks it, unless it is `optional`, or if it does not fit.
+        Raises InputError if the source's state is missing, unless `optional`, or does not fit.
         """
         self._objects[name] = stateful
         if self.source is None or (optional and name not in self._saved):
             return
         try:
             stateful.load_state_dict(self._saved.pop(name))
-        except (KeyError, ValueError) as e:  # possible for a checkpoint that was named
+        except (KeyError, ValueError) as e:  # possible if the user named the checkpoint
             raise InputError(
-                f"{self.source} is from a run that trained something else: its {name} does not fit "
-                f"({e})"
+                f"{self.source} is from a run that trained something else: its {name} does not fit ({e})"
             ) from e
 
     def register_model(
@@ -107,8 +106,7 @@ class Checkpoint:
     ) -> None:
         """`register` the weights of a model, before the accelerator wraps it, and their average.
 
-        `about` is the metadata of their files. The average of a run that kept none starts at
-        its weights.
+        `about` is the metadata of their files. If `source` has no average, it starts at the weights.
         """
         parts = {name: model} if average is None else {name: average.model, f"{name}_raw": model}
         self._weights |= {name: (part, about) for name, part in parts.items()}
@@ -127,21 +125,21 @@ class Checkpoint:
         return self.source is not None and (self.source / f"{name}.safetensors").is_file()
 
     def open(self, options: Any) -> None:
-        """Keep other runs out until this process ends, and write the options down."""
+        """Lock the run's folder until this process ends, and write the options into it."""
 
         def lock() -> None:
             self._lock = lock_folder(self.folder)  # held while this object lives
             if all_checkpoints(self.folder) != self._found:
                 raise InputError(
-                    f"another run has just saved or removed a checkpoint in {self.folder}: run the "
-                    f"same command again"
+                    f"another run has just changed the checkpoints in {self.folder}: run the same "
+                    f"command again"
                 )
             configs.load.save(options, self.folder / "config.yaml")
 
         on_main(lock)
 
     def save(self, step: int) -> None:
-        """Write one checkpoint, whole when this returns."""
+        """Write a checkpoint."""
         weights = {name: whole_tensors(model) for name, (model, _) in self._weights.items()}
         about = {name: about for name, (_, about) in self._weights.items() if about is not None}
         state = {name: stateful.state_dict() for name, stateful in self._objects.items()}
@@ -153,7 +151,7 @@ class Checkpoint:
 
 
 def whole_tensors(model: nn.Module) -> dict[str, Any]:
-    """A model's weights, whole, on the main process's CPU; {} on the others. All ranks call this."""
+    """A model's whole weights on the main process's CPU, {} elsewhere; all ranks call this."""
     return get_model_state_dict(model, options=WHOLE_ON_MAIN)
 
 
@@ -183,32 +181,30 @@ def save(
     origin: str | None = None,
     about: Mapping[str, About] | None = None,
 ) -> Path:
-    """Write one checkpoint; remove those of later steps and all but the newest `keep`.
+    """Write a checkpoint; remove those of later steps and all but the newest `keep`.
 
-    `weights` become NAME.safetensors, usable on their own; `state` (optimizers and plain values)
-    becomes state.pt. Checkpoints whose step is a multiple of `keep_every` are never removed as old.
-    `origin` is the checkpoint that the user named to start the run from, if any; `about` is the metadata of the
-    weights, by the names of `weights`. Raises InputError, and leaves
-    the earlier checkpoints untouched, if the disk is full or not writable.
+    `weights` become NAME.safetensors with the metadata `about[NAME]`, `state` (optimizers and plain
+    values) becomes state.pt. Steps that are multiples of `keep_every` are kept. `origin` is the
+    checkpoint that the user named to start from, if any. Raises InputError, leaving earlier checkpoints
+    untouched, if the disk is full or not writable.
     """
     folder = run_dir / "checkpoints"
     final = folder / f"step-{step:08d}"
     aside = folder / f"{final.name}.partial"
-    for leftover in folder.glob("*.partial"):  # of a run killed while it saved
+    for leftover in folder.glob("*.partial"):  # from a killed save
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with writing(final):
             aside.mkdir(parents=True)
-            needed, free = size_of([weights, state]), shutil.disk_usage(folder).free
+            needed, free = total_bytes([weights, state]), shutil.disk_usage(folder).free
             if needed > free:
                 raise InputError(
                     f"no room for the checkpoint of step {step} in {folder}: {needed / 1e9:.2f} GB "
-                    f"needed, {free / 1e9:.2f} GB free; free some space and run the same command again"
+                    f"needed, {free / 1e9:.2f} GB free; free some space, then run the same command again"
                 )
             write_files(aside, step, weights, state, origin, about or {})
-            # The run was resumed from an earlier checkpoint, so those of later steps, and a damaged
-            # one of this step, are obsolete. They are removed before the rename: if a kill left one
-            # beside the new checkpoint, the next start would resume from it.
+            # After a resume from an earlier checkpoint, later ones and a damaged one of this step are
+            # obsolete. They go before the rename: the next start would resume from one that is left.
             for other in reversed(all_checkpoints(run_dir)):
                 if step_of(other) >= step:
                     shutil.rmtree(other)
@@ -245,21 +241,14 @@ def write_files(
     sync_folder(folder)
 
 
-def size_of(tree: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(tree, Tensor):
-        return tree.numel() * tree.element_size()
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return sum(map(size_of, tree)) if isinstance(tree, (list, tuple)) else 0
+def total_bytes(tree: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None.
-
-    Raises InputError if its files may not be read: that is not damage, and an older checkpoint does
-    not help.
-    """
+    """What is damaged in a checkpoint, or None. Raises InputError if permission to read it is missing,
+    in which case an older checkpoint does not help."""
     try:
         entries = json.loads((path / MANIFEST).read_text())["files"]
         if not entries:
@@ -280,12 +269,12 @@ def problem(path: Path) -> str | None:
 
 
 def check_format(path: Path) -> None:
-    """Raise InputError if a whole checkpoint has another format."""
+    """Raise InputError if a valid checkpoint has another format."""
     found = json.loads((path / MANIFEST).read_text()).get("format")
     if found != FORMAT:
         raise InputError(
-            f"{path} has checkpoint format {found}, and this version reads {FORMAT}: resume it with the "
-            f"version that wrote it, or start a new run"
+            f"{path} has checkpoint format {found}, not {FORMAT}: resume it with the version that wrote "
+            f"it, or start a new run"
         )
 
 
@@ -298,12 +287,14 @@ def origin_of(path: Path) -> str | None:
 
 
 def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
-    """The checkpoint that a run starts from (None: from the beginning) and warnings to print.
+    """The checkpoint that a run starts from (None: a new run), and warnings to print.
 
-    `resume` is `experiment.resume`. True: the run's newest valid checkpoint. False: none; a folder
-    that has checkpoints is refused. A path to a checkpoint, or to a run (its newest one): that
-    checkpoint, or the newest that this run has saved since it started from it, so that the same
-    command resumes. A folder that holds checkpoints of another origin is refused then.
+    `resume` is `experiment.resume`. True: the run's newest valid checkpoint. False: none. A path to a
+    checkpoint, or to a run for its newest one: that checkpoint or, so that the same command resumes, the
+    newest one that this run has saved since it started from there.
+
+    Raises InputError if a folder with checkpoints is not to be resumed, or holds some of another
+    origin, and if there is no checkpoint at the path or none is valid.
     """
     candidates = all_checkpoints(run_dir)
     if resume is False:
@@ -318,8 +309,8 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
         own = [path for path in candidates if origin_of(path) == str(named)]
         if len(own) < len(candidates) and not named.is_relative_to(run_dir.resolve()):
             raise InputError(
-                f"{run_dir} holds checkpoints that did not come from experiment.resume={resume}: "
-                f"set another experiment.output_dir"
+                f"{run_dir} holds checkpoints that did not start from experiment.resume={resume}: set "
+                f"another experiment.output_dir"
             )
         candidates = all_checkpoints(named) if (named / "checkpoints").is_dir() else [named]
         candidates = [path for path in candidates if path.is_dir()] + own
@@ -327,8 +318,8 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
             raise InputError(f"experiment.resume={resume}: no checkpoint there")
         if named.name.startswith("checkpoint-") or list(named.glob("checkpoint-*")):
             raise InputError(
-                f"experiment.resume={resume} is of the published trainer, whose optimizer is not read: "
-                f"set experiment.init_weights={resume} to start a run from its weights"
+                f"experiment.resume={resume} is from the published trainer, whose optimizer state cannot "
+                f"be resumed: set experiment.init_weights={resume} to start from its weights"
             )
     warnings, reason = [], None
     for path in reversed(candidates):
@@ -339,7 +330,7 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
         warnings.append(f"checkpoint {path} is damaged: {reason}; trying the one before")
     if candidates:
         raise InputError(
-            f"no checkpoint of {run_dir if resume is True else resume} is whole: {reason}"
+            f"every checkpoint of {run_dir if resume is True else resume} is damaged: {reason}"
         )
     return None, []
 

@@ -1,4 +1,4 @@
-"""`--dry-run`: a few real steps of every phase, and what the whole run would need."""
+"""`--dry-run`: a few real steps of every phase, and the memory and time of the whole run."""
 
 import resource
 import time
@@ -20,7 +20,7 @@ def split_dry_run(argv: list[str]) -> tuple[bool, list[str]]:
 
 
 class DryRun:
-    """Runs and times the first steps of each phase that is left; nothing is written."""
+    """Runs and times the first steps of each remaining phase; writes nothing."""
 
     def __init__(self, phases: Sequence[Phase], first_step: int, device: torch.device):
         self.left: list[tuple[str, range]] = []  # names and steps of the phases
@@ -34,7 +34,7 @@ class DryRun:
         self.seconds: list[float] = []  # per step, of each phase
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps to run; the time between them is measured."""
+        """The steps to run, which are timed."""
         for _, steps in self.left:
             chosen = steps[: 1 + TIMED_STEPS]
             start = time.perf_counter()
@@ -47,7 +47,7 @@ class DryRun:
             self.seconds.append((time.perf_counter() - start) / max(len(chosen) - 1, 1))
 
     def report(self, models: dict[str, nn.Module], global_batch: int) -> list[str]:
-        """Lines to print: parameters and memory of this process, images/s, expected hours."""
+        """Lines to print: parameters, memory of this process, images/s, expected hours."""
         lines = []
         for name, model in models.items():
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -67,7 +67,7 @@ class DryRun:
 
 
 def memory(device: torch.device) -> str:
-    """The largest amount that this process has used so far, in GiB."""
+    """Peak memory of this process, in GiB."""
     if device.type == "cuda":
         used = torch.cuda.max_memory_allocated(device)
         total = torch.cuda.get_device_properties(device).total_memory

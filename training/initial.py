@@ -1,7 +1,7 @@
-"""The weights that a new run starts from, `experiment.init_weights`, and the record of them.
+"""The weights that a new run starts from, `experiment.init_weights`, and their record in its checkpoints.
 
-Only weights are taken: the run has step 1, a new optimizer and an average that starts as a copy. Its
-checkpoints record what it started from, so that it is not resumed as a run that started elsewhere.
+The run starts at step 1 with a new optimizer and average. The record prevents that it is resumed as a
+run that started elsewhere.
 """
 
 from collections.abc import Sequence
@@ -48,12 +48,11 @@ def check_same_start(
 def fit_classes(
     weights: Opened, config: GeneratorConfig, classes: Sequence[str]
 ) -> tuple[dict[str, Tensor], str]:
-    """A generator's tensors for the classes of a training set, and in words what was done.
+    """A generator's tensors for the classes of a training set, and a description for the log.
 
-    The rows of the codes and of "no class" are copied. With another number of classes their meaning
-    has changed: every class then starts at the mean of the old rows. With the same number the rows are
-    copied by label; classes that are called otherwise are named. Raises InputError where
-    another size is not that of `config`.
+    With the same number of classes their rows are copied by label, with a warning that lists renamed
+    classes. With another number, each class starts at the mean of the old rows. All other rows are
+    copied. Raises InputError if another size differs from `config`.
     """
     here = about_model(GENERATOR, config).config
     before, after = weights.about.config["condition_num_classes"], here.pop("condition_num_classes")
@@ -70,7 +69,7 @@ def fit_classes(
 
 
 def renamed_rows(before: Sequence[str], after: Sequence[str]) -> str:
-    """In words, the classes whose rows belonged to classes of other names; empty without any."""
+    """A warning that lists classes whose rows belonged to classes of other names; empty if none."""
     other = [f"{new} at {old}" for old, new in zip(before, after) if old != new]
     if not other:
         return ""

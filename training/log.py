@@ -1,4 +1,4 @@
-"""What a person watches: a progress bar, a line per window, metrics.jsonl, PNGs and wandb."""
+"""Reports of a run: a progress bar, a line per window, metrics.jsonl, PNGs and wandb."""
 
 import json
 import math
@@ -22,12 +22,12 @@ from runtime.files import write_whole, writing
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every `every` steps (0: never) happens at this one."""
+    """Whether something that happens every `every` steps (0: never) happens at this step."""
     return every > 0 and step % every == 0
 
 
 def step_of(record: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a line that a kill cut short."""
+    """The step of a line of metrics.jsonl; infinite for a truncated line."""
     try:
         return float(json.loads(record)["step"])
     except (ValueError, KeyError, TypeError):
@@ -35,10 +35,7 @@ def step_of(record: str) -> float:
 
 
 def wandb_id(folder: Path) -> str:
-    """The id of the run's page at wandb: chosen once and kept in the run's folder.
-
-    So all restarts of a run, after a crash or a scheduler's requeue, continue one page.
-    """
+    """The run's id at wandb, kept in its folder, so that restarts continue the same page."""
     path = folder / "wandb_id"
     if not path.is_file():
         write_whole(path, secrets.token_hex(4).encode())
@@ -46,9 +43,9 @@ def wandb_id(folder: Path) -> str:
 
 
 class RunLog:
-    """Reports of one run, from the main process only; on the others every call does nothing.
+    """Reports of one run by the main process; calls on other processes do nothing.
 
-    With `write=False` nothing goes to files or to wandb; lines are still printed.
+    With `write=False` lines are printed, but nothing goes to files or wandb.
     """
 
     def __init__(
@@ -94,7 +91,7 @@ class RunLog:
             ) from e
 
     def _cut(self, first_step: int) -> None:
-        """Drop records of steps that a resumed run will repeat; note those of the step before."""
+        """Drop records of steps that a resumed run will repeat; remember those of the step before."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             lines = path.read_text().splitlines()
@@ -111,9 +108,9 @@ class RunLog:
             tqdm.write(f"{time.strftime('%H:%M:%S')} {text}")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One record: a line on screen, a line in metrics.jsonl, and wandb.
+        """Print a record and add it to metrics.jsonl and wandb.
 
-        A record that an earlier start of the run has written (same step and names) is not repeated.
+        A record that an earlier start of the run has written (same step and names) is skipped.
         """
         if not self.main or (step, frozenset(values)) in self._earlier:
             return
@@ -126,7 +123,7 @@ class RunLog:
             self.accelerator.log(values, step=step)
 
     def lowest(self, name: str) -> float:
-        """The lowest value of `name` in the records so far; infinite if there is none."""
+        """The lowest value of `name` so far; infinite if there is none."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if self.write else []
         return min((json.loads(line).get(name, math.inf) for line in lines), default=math.inf)
@@ -155,7 +152,7 @@ class RunLog:
 
 
 class Window:
-    """Means since the last report, kept on the device: no transfer in a step that does not log."""
+    """Means since the last report, kept on the device, so that only logging steps transfer data."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -176,20 +173,20 @@ class Window:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for data."""
+        """Counts the time within as waiting for data."""
         began = time.perf_counter()
         yield
         self.waited += time.perf_counter() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around evaluation, previews and saving: their time does not count as training time."""
+        """Excludes the time within, for evaluation, previews and saving, from training time."""
         began = time.perf_counter()
         yield
         self.started += time.perf_counter() - began
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of a window under way: sums (ranks, names), counts."""
+        """An unfinished window: names, sums (ranks, names), counts."""
         names = sorted(self.sums)
         if not names:
             return {}
@@ -198,7 +195,7 @@ class Window:
         return {"names": names, "sums": sums.cpu(), "counts": dict(self.counts)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume a window; on another number of ranks, each gets the mean."""
+        """Resume a window; on another number of ranks each gets the mean of the sums."""
         if not state_dict:
             return
         sums, accelerator = state_dict["sums"], self.accelerator
@@ -209,10 +206,8 @@ class Window:
         self.sums, self.counts = dict(zip(state_dict["names"], sums)), dict(state_dict["counts"])
 
     def close(self) -> dict[str, float]:
-        """Means over the window and all ranks, images/s of all ranks, share of time spent on data.
-
-        The window starts anew.
-        """
+        """Means over the window and all ranks, total images/s and the share of time spent waiting for
+        data; then the window starts anew."""
         names = sorted(self.sums)
         own: Any = torch.stack([self.sums[n] / self.counts[n] for n in names])
         means: Any = self.accelerator.reduce(own, "mean")

@@ -1,4 +1,4 @@
-"""What a step does with its gradients: clipping, the guard, AdamW, the average of the weights."""
+"""Clipping, the guard against non-finite steps, AdamW and the average of the weights."""
 
 import copy
 from collections.abc import Iterable
@@ -19,9 +19,9 @@ from runtime.errors import InputError
 def adamw(
     parameters: Iterable[Any], params: OptimizerParams | TokenizerOptimizerParams
 ) -> torch.optim.AdamW:
-    """Fused AdamW over parameters or groups of them; a group's own weight decay takes precedence.
+    """Fused AdamW over parameters or groups, whose own weight decay takes precedence.
 
-    The learning rate is 0 until `set_learning_rate`, which every step calls.
+    The learning rate is 0 until `set_learning_rate`.
     """
     return torch.optim.AdamW(
         parameters,
@@ -52,26 +52,25 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float |
 
 
 class FiniteGuard:
-    """Stops a run at its first non-finite step, before any weight is changed, without host syncs.
+    """Stops a run at its first non-finite step, before any weight changes, without host syncs.
 
-    The guard latches the first step whose gradient norm is not finite. The norm is that of
-    gradients reduced over the ranks, so all ranks latch the same step. Until `raise_if_bad` reads
-    the latch, once per log window, the fused optimizers skip every step through the flag that loss
-    scaling uses (`found_inf`): the weights stay those of the last good step.
+    The guard latches the first step with a non-finite gradient norm, which is the same on all ranks.
+    Until `raise_if_bad` reads the latch, once per log window, fused optimizers skip every step through
+    loss scaling's flag `found_inf`, so the weights stay those of the last good step.
 
-    With fp16, loss scaling meets infinite gradients by design. There the sum of the step's terms
-    over all ranks is judged instead of the norm; the scaler skips the step itself, but no later
-    step of the log window: the run stops at its end, and nothing of it is saved.
+    With fp16, loss scaling produces infinite gradients by design, so the guard judges the sum of the
+    step's terms over all ranks. The scaler skips that step, but not the following ones of the window;
+    nothing of them is saved.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.bad_step = torch.zeros((), dtype=torch.int64, device=accelerator.device)  # 0: none
-        self.bad_terms: dict[str, Tensor] = {}  # whether each term was not finite at that step
-        self.terms: dict[str, Tensor] = {}  # of the step under way, summed over its micro-batches
+        self.bad_terms: dict[str, Tensor] = {}  # whether each term was non-finite at that step
+        self.terms: dict[str, Tensor] = {}  # of the current step, summed over micro-batches
 
     def add(self, **terms: Tensor) -> None:
-        """Add the terms of one micro-batch; a sum with a non-finite term is not finite."""
+        """Add the terms of one micro-batch."""
         for name, value in terms.items():
             self.terms[name] = self.terms.get(name, 0) + value.detach().float()
 
@@ -89,7 +88,7 @@ class FiniteGuard:
         optimizer.found_inf = (self.bad_step > 0).float()  # type: ignore[attr-defined] - read by step()
 
     def raise_if_bad(self) -> None:
-        """Raise InputError on every rank if a step was not finite; one host sync."""
+        """Raise InputError on every rank if a step was non-finite; one host sync."""
         if not int(self.bad_step):
             return
         names = sorted(self.bad_terms)
@@ -97,18 +96,16 @@ class FiniteGuard:
         flags = self.accelerator.reduce(flags, "sum").tolist()  # type: ignore[union-attr]
         culprits = [name for name, flag in zip(names, flags) if flag] or ["the gradient alone"]
         raise InputError(
-            f"not finite at step {int(self.bad_step)}: {', '.join(culprits)}; no weight was "
-            f"changed by it. Resume from the last checkpoint with a lower learning rate"
+            f"not finite at step {int(self.bad_step)}: {', '.join(culprits)}; it changed no weight. "
+            f"Resume from the last checkpoint with a lower learning rate"
         )
 
 
 class EMA:
     """Exponential moving average of a model's weights: avg ← decay · avg + (1 − decay) · weights.
 
-    The average starts as a copy of the weights that the model has when the average is built: the
-    initial weights of a new run, or the loaded ones if a run without an average is resumed. The
-    first update already mixes. With `warmup` the decay after n updates is (1 + n) / (10 + n), at most
-    `decay`, so that the average soon forgets its start. Buffers are copied, not averaged.
+    The average starts as a copy of the model. With `warmup` the decay after n updates is
+    (1 + n) / (10 + n), at most `decay`, so that the average soon forgets its start. Buffers are copied.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
@@ -117,7 +114,7 @@ class EMA:
         self.updates = 0
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Move the average to the device; shard it where FSDP shards the model."""
+        """Move the average to the device; under FSDP, shard it like the model."""
         if accelerator.is_fsdp2:
             self.model = fsdp2_prepare_model(accelerator, self.model)
         else:

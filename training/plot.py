@@ -19,12 +19,12 @@ Records = list[dict[str, float]]
 
 
 def read_records(path: Path) -> Records:
-    """The records of a metrics.jsonl or a reference; a line that a kill cut short is left out."""
+    """The records of a metrics.jsonl or a reference, without truncated lines."""
     return [json.loads(line) for line in path.read_text().splitlines() if step_of(line) < 1e18]
 
 
 def run_records(folder: Path) -> Records:
-    """The records of a run. Raises InputError for a folder without any file of them."""
+    """The records of a run. Raises InputError if its folder has none."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"no metrics.jsonl in {folder}: pass the output_dir of a training run")
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 
 
 def plot_curves(runs: dict[str, Records], reference: Records | None = None) -> "Figure":
-    """One panel per quantity; validation is drawn into the panel of its training counterpart."""
+    """One panel per quantity, with training and validation curves."""
     from matplotlib.figure import Figure  # draws without a display
 
     names = {name for records in runs.values() for record in records for name in record}
@@ -101,7 +101,7 @@ def plot_curves(runs: dict[str, Records], reference: Records | None = None) -> "
 
 
 def draw_reference(axis: Any, reference: Records, name: str, style: str) -> None:
-    """The reference's curve of one quantity and, where it is known, the range of its seeds."""
+    """The reference's curve of one quantity and, if known, the range of its seeds."""
     points = curve(reference, name)
     axis.plot(list(points), list(points.values()), style, color="black", alpha=0.4, markersize=3)
     low, high = curve(reference, f"low/{name}"), curve(reference, f"high/{name}")

@@ -39,8 +39,8 @@ from training.optim import FiniteGuard
 from training.utilisation import peak_flops
 
 T = TypeVar("T")
-UNREADABLE = "unreadable.txt"  # in a run's folder: images that others replace, one path per line
-REPORTED = ".reported"  # in a run's folder: the last checkpointed step whose reports are complete
+UNREADABLE = "unreadable.txt"  # in a run's folder: paths of replaced images, one per line
+REPORTED = ".reported"  # in a run's folder: the last checkpointed step with complete reports
 
 
 # ---------------------------------------------------------------------- the same run?
@@ -49,9 +49,8 @@ def check_same_run(
 ) -> list[str]:
     """Compare settings with those of the checkpoint `source`; returns warnings for the user.
 
-    Raises InputError that lists all differences, unless `fork` says that the checkpoint was named on
-    purpose. If the global batch differs, the message names the batch per GPU that restores it on
-    `ranks` GPUs.
+    Raises InputError, listing all differences, unless the user named the checkpoint (`fork`). If the
+    global batch differs, the message gives the batch per GPU that restores it on `ranks` GPUs.
     """
     changed = differing(earlier, now)
     if changed and not fork:
@@ -82,7 +81,7 @@ def batch_remedy(earlier: dict[str, Any], now: dict[str, Any], ranks: int) -> st
 # ---------------------------------------------------------------------- the run
 @dataclass(frozen=True)
 class Due:
-    """What follows a step. `stop`: a signal asked for it; the checkpoint is `save`'s."""
+    """What follows a step; `stop` after a signal."""
 
     log: bool = False
     save: bool = False
@@ -95,13 +94,12 @@ class Due:
 
 
 class Run:
-    """Everything around a training step that does not depend on what is trained.
+    """Everything around a training step that does not depend on the model.
 
     `Run(…)` finds the checkpoint to resume from and compares its settings. The program then builds its
-    models, with `initial_weights` if there are any, and registers them with `checkpoint`, which
-    restores them. `start` builds the loader, locks the folder and opens the log, so that a refused
-    command writes nothing. Then, within `for step in run.steps()`: `next_batch`, `add`, `watch`,
-    `due`, and whatever is due. Last, `finish`.
+    models, with `initial_weights` if any, and registers them with `checkpoint`, which restores them.
+    `start` builds the loader, locks the folder and opens the log; a command refused earlier writes
+    nothing. `for step in run.steps()` calls `next_batch`, `add`, `watch` and `due`; `finish` ends the run.
     """
 
     loader_iterator: Iterator[Any]
@@ -145,7 +143,7 @@ class Run:
 
     # -------------------------------------------------- set-up
     def settings(self, step: int) -> dict[str, Any]:
-        """Settings that must match when the run resumes after `step`: of the phases, those that have begun."""
+        """Settings that must match when the run resumes after `step`; later phases may change."""
         starts = itertools.accumulate((phase.steps for phase in self.phases), initial=0)
         coming = tuple(f"phases[{i}]." for i, start in enumerate(starts) if start >= step)
         options = configs.load.lasting(self.options).items()
@@ -186,8 +184,7 @@ class Run:
     ) -> None:
         """Build the loader over (epoch, index < `images`), lock the folder, open the log.
 
-        Of a dataset of images, `skip_unreadable` is the number of unreadable ones that others may
-        replace (`SkipUnreadable`); None for a dataset of codes.
+        `skip_unreadable` is the number of images that `SkipUnreadable` may replace; None for codes.
         """
         accelerator = self.accelerator
         if skip_unreadable is not None:
@@ -197,7 +194,7 @@ class Run:
         )
         if self.dry_run is None:
             self.checkpoint.open(self.options)
-        self.loader_iterator = iter(loader)  # its workers read, and list what they cannot read
+        self.loader_iterator = iter(loader)  # its workers start to read and list unreadable images
         self.log = RunLog(
             accelerator, self.experiment, asdict(self.options), self.first_step,
             self.total_steps, write=self.dry_run is None,
@@ -217,14 +214,14 @@ class Run:
             )
 
     def _unreadable_list(self) -> Path:
-        """The file that lists unreadable images; of a dry run, one that goes with it."""
+        """The file that lists unreadable images; a temporary one for a dry run."""
         if self.dry_run is None:
             return self.folder / UNREADABLE
         self._scratch = tempfile.TemporaryDirectory(prefix="alitok-")
         return Path(self._scratch.name) / UNREADABLE
 
     def _report_unreadable(self) -> None:
-        """Say how many images are replaced, whenever that number has changed."""
+        """Warn if more images were replaced since the last call."""
         if not self.accelerator.is_main_process or self.dry_run is not None:
             return
         count = len(lines_of(self.folder / UNREADABLE))
@@ -237,13 +234,13 @@ class Run:
 
     # -------------------------------------------------- around a step
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps to make; of a dry run, a few per phase."""
+        """The steps to make; in a dry run, a few per phase."""
         if self.dry_run is not None:
             yield from self.dry_run.steps()
             return
         for step in range(self.first_step, self.total_steps + 1):
             yield step
-            if step == self.first_step:  # compiling and choosing kernels end with the first step
+            if step == self.first_step:  # the first step compiles and selects kernels
                 self._timed_from = time.perf_counter()
 
     def next_batch(self) -> Any:
@@ -261,7 +258,7 @@ class Run:
         self.guard.add(**values)
 
     def watch(self, step: int, norm: Tensor, optimizer: Any) -> None:
-        """Keep a non-finite step from the weights; `optimizer` is the prepared one."""
+        """Guard the weights against a non-finite step; `optimizer` is the prepared one."""
         if due(step, self.experiment.log_grad_norm_every):
             self.window.add(grad_norm=norm)
         self.guard.watch(step, norm, optimizer.optimizer)
@@ -269,8 +266,8 @@ class Run:
     def due(self, step: int) -> Due:
         """What is due after this step, the same on every rank.
 
-        Raises InputError if a step since the last report was not finite, before any of it is logged or
-        saved. This is the first host sync of a step; if nothing is due, there is none.
+        Raises InputError if a step since the last report was non-finite, before anything is logged or
+        saved. Syncs with the host only if something is due.
         """
         if self.dry_run is not None:
             return Due()
@@ -281,7 +278,7 @@ class Run:
         return found
 
     def scheduled(self, step: int, stop: bool = False) -> Due:
-        """What the periods ask for at this step; when a run stops, its reports wait for the resume."""
+        """What is due at this step by the periods; the reports of a stopping run wait for its resume."""
         last, experiment = step == self.total_steps, self.experiment
         reports = last or not stop
         return Due(
@@ -294,7 +291,7 @@ class Run:
 
     # -------------------------------------------------- after a step
     def log_window(self, step: int, values: dict[str, float]) -> None:
-        """Log `values` and the window's means, rates and hours left; the window starts anew."""
+        """Log `values` and the window's means, rates and hours left, and start a new window."""
         window, world = self.window.close(), self.accelerator.num_processes
         rate = window["images/s"]
         values = {**values, **window, "images/s per device": rate / world}
@@ -315,24 +312,22 @@ class Run:
 
     @contextmanager
     def reporting(self, step: int, due: Due) -> Iterator[None]:
-        """Around the reports of a step, whose time does not count as training time.
-
-        Notes that the reports of a checkpointed step are complete (`missing_reports`).
-        """
+        """Around the reports of a step: excludes their time from training time, and records that those of
+        a checkpointed step are complete (`missing_reports`)."""
         with self.window.paused():
             yield
         if due.save or (due and step < self.first_step):
             on_main(lambda: write_whole(self.folder / REPORTED, str(step).encode()))
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of everything that is registered."""
+        """Write a checkpoint."""
         with self.window.paused():
             self.checkpoint.values["run"] = self.settings(step)
             self.checkpoint.save(step)
 
     def export(self, model: nn.Module, name: str, suffix: str, about: About) -> None:
-        """Write a model's weights as NAME.suffix, the published format, and as NAME.safetensors into
-        the run's folder. All ranks call this."""
+        """Write a model's weights into the run's folder as NAME + `suffix`, the published format, and as
+        NAME.safetensors. All ranks call this."""
         weights = whole_tensors(model)
 
         def write() -> None:
@@ -342,16 +337,15 @@ class Run:
         on_main(write)
 
     def attempt(self, name: str, work: Callable[[], T]) -> Optional[T]:
-        """`work()`; if it failed on any rank, None on every rank, and a warning.
+        """`work()`; if it fails on any rank, a warning and None on every rank, so that training goes on.
 
-        A report that fails must not end a training. `work` should not talk to other ranks before
-        everything in it that can fail has succeeded.
+        `work` must not talk to other ranks before everything in it that can fail has succeeded.
         """
         result, problem = None, None
         try:
             result = work()
         except torch.AcceleratorError:
-            raise  # the device is unusable from here on
+            raise  # the device is unusable now
         except Exception as e:
             text = str(e).rsplit("InputError: ")[-1].strip().splitlines() or [type(e).__name__]
             problem = text[0] if isinstance(e, InputError) else f"{type(e).__name__}: {text[0]}"
@@ -362,41 +356,39 @@ class Run:
         return result
 
     def missing_reports(self) -> Due:
-        """What was due at the checkpoint that the run resumes from, if a kill prevented it.
-
-        Checkpoints are written before the reports of their step.
-        """
+        """The reports that were due at the checkpoint that the run resumes from, if a kill prevented
+        them: checkpoints are written first."""
         step, path = self.first_step - 1, self.folder / REPORTED
 
         def complete() -> bool:
             return path.is_file() and path.read_text().strip() == str(step)
 
-        begins = not self.resumed or self.checkpoint.forks or self.dry_run is not None
-        if begins or on_main(complete):
+        starts = not self.resumed or self.checkpoint.forks or self.dry_run is not None
+        if starts or on_main(complete):
             return Due()
         found = self.scheduled(step)
         return Due(evaluate=found.evaluate, generate=found.generate)
 
     def exit_stopped(self, step: int) -> NoReturn:
-        """End the process after a signal, once `step` is saved."""
+        """End the process after a signal; `step` is saved."""
         self.log.say(f"asked to stop: saved step {step}; run the same command again to resume")
         self._end(SAVED_AND_STOPPED)
         raise SystemExit(SAVED_AND_STOPPED)
 
     def finish(self, message: str) -> None:
-        """End the run; with several ranks this ends the process."""
+        """End the run, and with several ranks the process."""
         self.log.say(f"done; {message}")
         self._end(0)
 
     def _end(self, status: int) -> None:
-        """Close the log. A rank of several leaves at once: freeing DDP's objects may wait forever for
-        gloo's thread, which waits for the interpreter to free a tensor (seen with torch 2.9.1)."""
+        """Close the log. With several ranks, exit at once: freeing DDP's objects may deadlock with gloo's
+        thread, which needs the interpreter to free a tensor (seen with torch 2.9.1)."""
         self.log.close()
         if self.accelerator.num_processes > 1:
             leave(status)
 
     def report_dry_run(self, models: dict[str, nn.Module]) -> None:
-        """Print what a dry run found; raises InputError if a step was not finite."""
+        """Print the result of a dry run. Raises InputError if a step was non-finite."""
         assert self.dry_run is not None
         self.guard.raise_if_bad()
         for line in self.dry_run.report(models, self.global_batch):

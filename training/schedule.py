@@ -14,7 +14,7 @@ def half_cosine(start: float, end: float, progress: float) -> float:
 def generator_lr(step: int, total: int, options: Scheduler) -> float:
     """Learning rate of step 1…total: a linear warm-up from 0, then a half cosine to `end_lr`.
 
-    The schedule counts its steps from `count_from`: with 0, as published, step 1 has rate 0.
+    The schedule counts steps from `count_from`: with 0, as published, step 1 has rate 0.
     """
     peak, warmup = options.params.learning_rate, options.params.warmup_steps
     step = step - 1 + options.params.count_from
@@ -27,7 +27,7 @@ def generator_lr(step: int, total: int, options: Scheduler) -> float:
 
 
 def phase_at(phases: list[Phase], step: int) -> tuple[Phase, int]:
-    """The phase of step 1…total and the step's number within it, from 1."""
+    """The phase of step 1…total and the number of the step within it, from 1."""
     within = step
     for phase in phases:
         if within <= phase.steps:
@@ -37,13 +37,13 @@ def phase_at(phases: list[Phase], step: int) -> tuple[Phase, int]:
 
 
 def is_critic_step(phase: Phase, within: int) -> bool:
-    """Whether step `within` (from 1) of a phase is the discriminator's; the tokenizer begins."""
+    """Whether step `within` (from 1) of a phase trains the discriminator."""
     after = within - phase.critic_after
     return bool(phase.gan_weight) and after > 0 and after % 2 == 1
 
 
 def tokenizer_steps(phases: list[Phase], step: int) -> int:
-    """How many of the steps 1…step are the tokenizer's own."""
+    """How many of the steps 1…step train the tokenizer."""
     count = 0
     for phase in phases:
         made = min(step, phase.steps)
@@ -61,9 +61,9 @@ def phase_lr(phases: list[Phase], step: int) -> float:
 
 
 def tokenizer_lr(phases: list[Phase], step: int, params: TokenizerOptimizerParams) -> float:
-    """Learning rate of step 1…total: that of the phase, scaled by one warm-up at the start.
+    """Learning rate of step 1…total: that of the phase, scaled by one warm-up at the start of the run.
 
-    The warm-up counts the tokenizer's own steps from `count_from`: with 0, as published, the first
+    The warm-up counts steps that train the tokenizer, from `count_from`: with 0, as published, the first
     has rate 0.
     """
     lr = phase_lr(phases, step)

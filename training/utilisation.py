@@ -1,4 +1,4 @@
-"""How well the hardware is used: the model's FLOPs and the devices' peak FLOP/s."""
+"""Utilisation of the hardware: the model's FLOPs and the devices' peak FLOP/s."""
 
 import torch
 from torch import nn
@@ -6,8 +6,7 @@ from torch import nn
 from modeling.generator import Generator, GeneratorConfig
 from runtime.processes import device_name
 
-# Dense bf16 peaks in TFLOP/s by a part of the device's name, from the vendors' data sheets. The
-# first match counts, so a longer name stands before a shorter one.
+# Dense bf16 peaks in TFLOP/s by a part of the device's name, from data sheets; the first match counts.
 PEAKS = {
     "B200": 2250,
     "H100 PCIe": 756,
@@ -25,7 +24,7 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of a device in 16-bit matrix products; None where it is not known."""
+    """Peak FLOP/s of a device in 16-bit matrix products; None if unknown."""
     if device.type != "cuda" or precision == "no":
         return None
     name = device_name(device)

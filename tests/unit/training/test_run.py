@@ -122,7 +122,7 @@ def test_the_command_that_named_a_checkpoint_resumes_what_came_of_it(
 
 def test_a_folder_of_another_run_is_no_place_to_start_into(accelerator, run_dir, tmp_path):
     State(accelerator, tmp_path / "other").train_and_save(30)
-    with pytest.raises(InputError, match=r"did not come from experiment\.resume"):
+    with pytest.raises(InputError, match=r"did not start from experiment\.resume"):
         State(accelerator, tmp_path / "other", str(run_dir))
     assert len(checkpoint.all_checkpoints(tmp_path / "other")) == 1
 
@@ -130,7 +130,7 @@ def test_a_folder_of_another_run_is_no_place_to_start_into(accelerator, run_dir,
 def test_a_checkpoint_saved_by_another_run_since_is_not_passed_over(accelerator, run_dir):
     state = State(accelerator, run_dir)
     State(accelerator, run_dir).train_and_save(30)
-    with pytest.raises(InputError, match="another run has just saved"):
+    with pytest.raises(InputError, match="another run has just changed"):
         state.open(options_of(run_dir))
 
 

@@ -34,9 +34,9 @@ from data.images import (
 )
 from data.walk import HIDDEN
 from modeling.photos import TURNS
-from runtime.errors import InputError
 from runtime.randomness import generator_for
 from tests.golden.fill import photo
+from tests.refusals import refusal
 
 SIZES = [(500, 375), (375, 500)]
 
@@ -187,40 +187,6 @@ def test_classes_and_paths_are_sorted(tmp_path):
     assert found == [("C/4.png", 0), ("a/3.png", 1), ("b/1.png", 2), ("b/2.png", 2)]
 
 
-def no_folder(root):
-    pass
-
-
-def empty_folder(root):
-    root.mkdir()
-
-
-def class_folder_without_images(root):
-    (root / "full").mkdir(parents=True)
-    noise(4, 4).save(root / "full" / "a.png")
-    (root / "hollow").mkdir()
-    (root / "hollow" / "notes.txt").write_text("no image")
-
-
-def a_file(root):
-    root.write_text("no folder")
-
-
-@pytest.mark.parametrize("make", [no_folder, empty_folder, class_folder_without_images, a_file])
-def test_unusable_folder_is_named(tmp_path, make):
-    root = tmp_path / "photos"
-    make(root)
-    with pytest.raises(InputError) as error:
-        scan_images(root)
-    assert str(root) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_class_folder_without_images_is_named(tmp_path):
-    class_folder_without_images(tmp_path / "photos")
-    with pytest.raises(InputError, match="hollow"):
-        scan_images(tmp_path / "photos")
-
-
 def tree(root, *names):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -238,21 +204,33 @@ def test_listing_is_that_of_torchvisions_image_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names, nested, remedy",
+    "names, word",
     [
-        (["train/cat/a.png", "train/dog/b.png"], "train holds", "train"),
-        (["a/cat/a.png", "b/cat/b.png", "devkit/readme"], "a, b hold", "a"),
-        (["cat/a.png", "val/cat/b.png"], "val holds", "val"),
+        ([], "no image folder"),
+        (["notes.txt"], "no images"),
+        (["full/a.png", "hollow/notes.txt"], "hollow"),
     ],
 )
-def test_folder_above_the_classes_is_refused_by_name(tmp_path, names, nested, remedy):
+def test_a_folder_without_classes_of_images_is_refused(tmp_path, names, word):
+    tree(tmp_path / "root", *names)
+    refusal(lambda: scan_images(tmp_path / "root"), tmp_path / "root", word)
+    (tmp_path / "file").touch()
+    refusal(lambda: scan_images(tmp_path / "file"), tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "names, nested, remedy",
+    [
+        (["train/cat/a.png", "train/dog/b.png"], "train", "train"),
+        (["a/cat/a.png", "b/cat/b.png", "devkit/readme"], "a, b", "a"),
+        (["cat/a.png", "val/cat/b.png"], "val", "val"),
+    ],
+)
+def test_a_folder_above_the_classes_is_refused(tmp_path, names, nested, remedy):
     root = tmp_path / "root"
     tree(root, *names)
     for listed in (scan_images, list_paths):
-        with pytest.raises(InputError) as error:
-            listed(root)
-        assert f"{root} is not a folder of classes: {nested} folders of images" in str(error.value)
-        assert str(error.value).endswith(f"such as {root / remedy}")
+        refusal(lambda listed=listed: listed(root), root / remedy, root, nested)
 
 
 def test_class_with_images_and_folders_of_images_is_a_class(tmp_path):
@@ -298,8 +276,7 @@ def test_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", closed)
-    with pytest.raises(InputError, match=r"cannot read .*cat/closed: Permission denied"):
-        scan_images(tmp_path)
+    refusal(lambda: scan_images(tmp_path), tmp_path / "cat/closed", "Permission denied")
 
 
 # ---------------------------------------------------------------------- loading
@@ -338,21 +315,26 @@ def test_any_image_becomes_rgb_as_torchvision_converts_it(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "content",
+    "content, word",
     [
-        b"",
-        b"no image at all",
-        bytes_of(noise(64, 64), "JPEG")[:900],
-        bytes_of(noise(64, 64), "PNG")[:900],
+        (b"", "unreadable"),
+        (b"no image at all", "unreadable"),
+        (bytes_of(noise(64, 64), "JPEG")[:900], "unreadable"),
+        (bytes_of(noise(64, 64), "PNG")[:900], "unreadable"),
+        (bytes_of(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floats"),
+        (bytes_of(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF"), "32-bit integers"),
+        (bytes_of(Image.new("RGB", (1, 40_000)), "PNG"), 40000),
+        (bytes_of(Image.new("RGB", (40_000, 1)), "PNG"), 40000),
     ],
-    ids=["zero bytes", "garbage", "truncated jpeg", "truncated png"],
 )
-def test_unreadable_image_is_named(tmp_path, content):
-    path = tmp_path / "broken.JPEG"
-    path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        load_image(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+def test_unreadable_image_is_refused(tmp_path, content, word):
+    (tmp_path / "broken.JPEG").write_bytes(content)
+    refusal(lambda: load_image(tmp_path / "broken.JPEG"), tmp_path / "broken.JPEG", word)
+
+
+def test_a_long_image_is_read(tmp_path):
+    Image.new("RGB", (2, 1000)).save(tmp_path / "b.png")
+    assert load_image(tmp_path / "b.png").size == (2, 1000)
 
 
 def loaded(path, content):
@@ -377,14 +359,6 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path, content):
     assert expected.max() == 255 and expected[0, 3] == 128
     pixels = loaded(tmp_path / "image", content)
     assert pixels.shape == (2, 4, 3) and (pixels == expected[..., None]).all()
-
-
-@pytest.mark.parametrize("dtype, kind", [(np.float32, "floats"), (np.int32, "32-bit integers")])
-def test_pixels_of_unknown_range_are_refused_by_name(tmp_path, dtype, kind):
-    path = tmp_path / "image.tif"
-    Image.fromarray(np.ones((4, 4), dtype)).save(path)
-    with pytest.raises(InputError, match=rf"image\.tif: its pixels are {kind}.*convert it"):
-        load_image(path)
 
 
 def see_through(mode):
@@ -513,12 +487,10 @@ def test_list_file_names_images_relative_to_a_root_where_they_are_not_beside_it(
     listed.write_text("both.png\ncat/a.png\n")
     expected = [str(tmp_path / "lists/both.png"), str(tmp_path / "root/cat/a.png")]
     assert list_paths(listed, tmp_path / "root") == expected
-    with pytest.raises(InputError, match=r"line 2: there is no file .*lists/cat/a\.png$"):
-        list_paths(listed)
+    refusal(lambda: list_paths(listed), "line 2", tmp_path / "lists/cat/a.png")
     (tmp_path / "root/cat/a.png").unlink()
-    words = r"line 2: there is no file .*lists/cat/a\.png or .*root/cat/a\.png"
-    with pytest.raises(InputError, match=words):
-        list_paths(listed, tmp_path / "root")
+    named = "line 2", tmp_path / "lists/cat/a.png", tmp_path / "root/cat/a.png"
+    refusal(lambda: list_paths(listed, tmp_path / "root"), *named)
 
 
 def test_folder_lists_its_images_without_classes(tmp_path):
@@ -529,20 +501,17 @@ def test_folder_lists_its_images_without_classes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, words",
+    "content, word",
     [
-        (b"a.png\nb.png\n", ["line 2", "there is no file", "b.png"]),
-        (b"\n", ["lists no images", "one path per line"]),
-        (b"\x89PNG\xff", ["neither an image folder, a tar nor a text file"]),
+        (b"a.png\nb.png\n", "line 2"),
+        (b"\n", "no images"),
+        (b"\x89PNG\xff", "text file"),
     ],
 )
-def test_bad_list_file_is_refused_by_name(tmp_path, content, words):
+def test_bad_list_file_is_refused(tmp_path, content, word):
     (tmp_path / "a.png").touch()
     (tmp_path / "list").write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        list_paths(tmp_path / "list")
-    for word in [str(tmp_path / "list"), *words]:
-        assert word in str(caught.value)
+    refusal(lambda: list_paths(tmp_path / "list"), tmp_path / "list", word)
 
 
 # ---------------------------------------------------------------------- views drawn without a cache
@@ -590,12 +559,3 @@ def test_a_photo_to_look_at_stands_upright_and_a_cache_ignores_its_rotation(tmp_
 def test_damaged_exif_makes_no_image_unreadable(tmp_path):
     noise(40, 30).save(tmp_path / "a.png", exif=b"Exif\0\0not a TIFF")
     assert load_photo(tmp_path / "a.png")[1] is None
-
-
-@pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1)])
-def test_an_image_that_is_all_edge_is_unreadable(tmp_path, size):
-    Image.new("RGB", size).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"unreadable image .*a\.png: .*40000.* over 500 times"):
-        load_image(tmp_path / "a.png")
-    Image.new("RGB", (2, 1000)).save(tmp_path / "b.png")
-    assert load_image(tmp_path / "b.png").size == (2, 1000)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from data.images import scan_images
-from runtime.errors import InputError
+from tests.refusals import refusal
 from tests.tars import flattened, packed, plain_tar
 
 CLASSES = {1: "n03", 2: "n01", 3: "n03", 4: "n02", 5: "n01", 6: "n02", 7: "n01"}
@@ -75,12 +75,7 @@ def test_flat_images_list_as_their_class_folders(root, flat, labels, tmp_path, t
 
 
 def refused(flat, labels, *words):
-    with pytest.raises(InputError) as caught:
-        scan_images(flat, labels)
-    message = str(caught.value)
-    assert "\n" not in message and str(labels) in message
-    for word in words:
-        assert str(word) in message, message
+    refusal(lambda: scan_images(flat, labels), labels, *words)
 
 
 LINES = FILES["csv"].splitlines(keepends=True)
@@ -89,24 +84,24 @@ LINES = FILES["csv"].splitlines(keepends=True)
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("n01\n" * 6, ["has 6 lines", "holds 7 images"]),
-        ("n01\n" * 8, ["has 8 lines", "holds 7 images"]),
-        ("n01\n" * 3 + "\n" + "n01\n" * 3, ["line 4: '' cannot be a class name"]),
-        ("n01\n" * 6 + "../n02\n", ["line 7: '../n02' cannot be a class name"]),
+        ("n01\n" * 6, ["6 lines", "7 images"]),
+        ("n01\n" * 8, ["8 lines", "7 images"]),
+        ("n01\n" * 3 + "\n" + "n01\n" * 3, ["line 4"]),
+        ("n01\n" * 6 + "../n02\n", ["line 7", "../n02"]),
         ("n01\n" * 6 + "..\n", ["line 7"]),
-        ("n01\n" * 6 + "490\n", ["line 7: 490 is a number", "list synsets"]),
+        ("n01\n" * 6 + "490\n", ["line 7", "490", "synsets"]),
         ("", ["is empty"]),
         ("\n \n", ["is empty"]),
-        ("\n" + "n01\n" * 6, ["line 1: '' cannot be a class name"]),
-        ("".join(LINES[1:]), ["has no line for 1 of the 7 images", name_of(7)]),
-        ("".join(LINES) + "other.JPEG,n01\n", ["line 8: there is no image other.JPEG", name_of(1)]),
-        ("".join(LINES) + f"{name_of(7)},n02\n", [f"line 8: {name_of(7)} has a second class"]),
-        ("other.JPEG n01\n" * 7, ["line 1: there is no image other.JPEG"]),
-        (f"{name_of(1)} n01\n{name_of(2)}\n", ["line 2: 1 columns"]),
-        ("".join(LINES[:-1]) + f"{name_of(5)},\n", ["line 7: '' cannot be a class name"]),
-        ("".join(LINES[:-1]) + f"{name_of(5)},a/b\n", ["line 7: 'a/b' cannot be a class name"]),
-        ("".join(LINES[:-1]) + f"{name_of(5)},a,b\n", ["line 7: 3 columns"]),
-        ("".join(LINES[:-1]) + f"{name_of(5)}\n", ["line 7: 1 columns"]),
+        ("\n" + "n01\n" * 6, ["line 1"]),
+        ("".join(LINES[1:]), ["1 of the 7", name_of(7)]),
+        ("".join(LINES) + "other.JPEG,n01\n", ["line 8", "other.JPEG", name_of(1)]),
+        ("".join(LINES) + f"{name_of(7)},n02\n", ["line 8", name_of(7), "second"]),
+        ("other.JPEG n01\n" * 7, ["line 1", "other.JPEG"]),
+        (f"{name_of(1)} n01\n{name_of(2)}\n", ["line 2", "1 columns"]),
+        ("".join(LINES[:-1]) + f"{name_of(5)},\n", ["line 7"]),
+        ("".join(LINES[:-1]) + f"{name_of(5)},a/b\n", ["line 7", "a/b"]),
+        ("".join(LINES[:-1]) + f"{name_of(5)},a,b\n", ["line 7", "3 columns"]),
+        ("".join(LINES[:-1]) + f"{name_of(5)}\n", ["line 7", "1 columns"]),
     ],
 )
 def test_bad_labels_are_refused_with_the_line(flat, labels, text, words):
@@ -114,11 +109,10 @@ def test_bad_labels_are_refused_with_the_line(flat, labels, text, words):
 
 
 def test_labels_that_are_not_there_or_of_nothing_are_refused(flat, labels, tmp_path):
-    refused(flat, tmp_path / "none.txt", "cannot read the labels", "No such file")
-    refused(flat, tmp_path, "cannot read the labels")
+    refused(flat, tmp_path / "none.txt", "No such file")
+    refused(flat, tmp_path)
     (tmp_path / "hollow").mkdir()
-    with pytest.raises(InputError, match="hollow holds no images"):
-        scan_images(tmp_path / "hollow", labels("n01\n"))
+    refusal(lambda: scan_images(tmp_path / "hollow", labels("n01\n")), "hollow", "no images")
 
 
 def test_flat_folder_without_labels_is_one_class(flat):

@@ -3,7 +3,7 @@ from itertools import islice
 import pytest
 
 from data.order import SampleOrder
-from runtime.errors import InputError
+from tests.refusals import refusal
 
 
 def take(order, batches):
@@ -64,5 +64,4 @@ def test_all_images_may_be_one_global_batch():
 
 
 def test_global_batch_larger_than_the_data_is_refused():
-    with pytest.raises(InputError, match=r"5 images .* 6.*per_gpu_batch_size"):
-        SampleOrder(5, 3, 1, 0, 2)
+    refusal(lambda: SampleOrder(5, 3, 1, 0, 2), "5 images", 6, "per_gpu_batch_size")

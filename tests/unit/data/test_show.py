@@ -17,7 +17,7 @@ from modeling.image_decoder import ImageDecoder
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.tensors import fingerprint, write_state_dict
-from runtime.errors import InputError
+from tests.refusals import refusal
 from tests.tiny import tiny_tokenizer
 from training import checkpoint
 
@@ -108,8 +108,7 @@ def test_the_cache_of_another_tokenizer_is_refused(shown, tokenizer, tmp_path):
     write_state_dict(tokenizer.state_dict(), tmp_path / "other.pth", about)
     with torch.no_grad():
         tokenizer.latent_tokens[0, 0] -= 1
-    with pytest.raises(InputError, match="is another tokenizer's cache: tokenizer"):
-        shown(f"--tokenizer={tmp_path}/other.pth")
+    refusal(lambda: shown(f"--tokenizer={tmp_path}/other.pth"), tmp_path / "cache", "tokenizer")
     assert not (tmp_path / "out").exists()
 
 
@@ -123,8 +122,7 @@ def test_a_run_is_a_tokenizer_as_for_all_other_programs(shown, tokenizer, tmp_pa
 
 def test_a_config_says_what_the_weights_do_not(shown, tokenizer, tmp_path):
     write_state_dict(tokenizer.state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(InputError, match="encoder_heads=12"):
-        shown(f"--tokenizer={tmp_path}/bare.pth")
+    refusal(lambda: shown(f"--tokenizer={tmp_path}/bare.pth"), "encoder_heads=12")
     lines = [f"    {k}: {'null' if v is None else v}" for k, v in asdict(SIZES).items()]
     (tmp_path / "sizes.yaml").write_text("\n".join(["model:", "  vq_model:", *lines]))
     picture, _ = shown(f"--tokenizer={tmp_path}/bare.pth", f"--config={tmp_path}/sizes.yaml")

@@ -23,6 +23,7 @@ from data.images import CenterImages, list_paths, load_image, scan_images
 from data.tars import is_tar, open_tar
 from runtime.errors import InputError
 from tests.payload import Payload
+from tests.refusals import refusal
 from tests.tars import add, packed, plain_tar, tar_of_tars
 
 LONG = "x" * 120 + ".png"  # longer than the header's field
@@ -198,15 +199,13 @@ def test_code_in_an_index_does_not_run(archive, tmp_path):
 
 def test_index_that_cannot_be_written_is_one_line(archive, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
-        scan_images(archive, index_folder=tmp_path / "file")
+    refusal(lambda: scan_images(archive, index_folder=tmp_path / "file"), tmp_path / "file")
 
 
 def test_tar_that_changes_after_it_was_listed_is_refused(archive):
     path = scan_images(archive).paths[0]
     archive.write_bytes(archive.read_bytes()[:-512])
-    with pytest.raises(InputError, match=r"train\.tar has changed since it was listed"):
-        path.read()
+    refusal(path.read, archive, "changed")
 
 
 def test_tar_that_is_cut_short_while_it_is_read_is_refused(archive):
@@ -215,18 +214,12 @@ def test_tar_that_is_cut_short_while_it_is_read_is_refused(archive):
     last.read()
     path = last.tar.paths()[last.tar.names[first.number]]
     os.truncate(archive, int(first.tar.offsets[first.number]) + 3)
-    with pytest.raises(InputError, match=r"train\.tar was cut short or is damaged"):
-        path.read()
+    refusal(path.read, archive, "cut short")
 
 
 # ---------------------------------------------------------------------- damage
 def refused(path, *words):
-    with pytest.raises(InputError) as caught:
-        scan_images(path)
-    message = str(caught.value)
-    assert "\n" not in message and str(path) in message
-    for word in words:
-        assert word in message, message
+    refusal(lambda: scan_images(path), path, *words)
 
 
 def test_cut_tar_is_refused_or_has_lost_nothing(root, archive, tmp_path):
@@ -289,7 +282,7 @@ def test_member_of_negative_size_is_refused(tmp_path):
 def test_compressed_tar_is_refused(archive, tmp_path, name, kind, compress):
     path = tmp_path / name
     path.write_bytes(compress(archive.read_bytes()))
-    refused(path, f"is compressed ({kind})", "decompress or unpack it")
+    refused(path, kind)
 
 
 def test_empty_tars_are_refused(root, tmp_path):
@@ -298,7 +291,7 @@ def test_empty_tars_are_refused(root, tmp_path):
     refused(path, "is empty")
     with tarfile.open(path, "w"):
         pass
-    refused(path, "is empty: it holds no files")
+    refused(path, "is empty")
     with tarfile.open(path, "w") as tar:
         add(tar, "n01.tar", packed(root / "n01"))
         add(tar, "n02.tar", bytes(10240))
@@ -308,8 +301,8 @@ def test_empty_tars_are_refused(root, tmp_path):
 def test_class_without_images_is_named(root, tmp_path):
     for file in (root / "n01").iterdir():
         file.rename(file.with_suffix(".txt"))
-    refused(tar_of_tars(root, tmp_path / "x.tar"), "is not a tar of images: no images in n01")
-    refused(plain_tar(root, tmp_path / "y.tar"), "is not a tar of images: no images in n01")
+    refused(tar_of_tars(root, tmp_path / "x.tar"), "n01")
+    refused(plain_tar(root, tmp_path / "y.tar"), "n01")
 
 
 def test_what_is_no_tar_is_refused(tmp_path):
@@ -331,7 +324,7 @@ def test_images_in_no_folders_of_a_tar_are_one_class(root, tmp_path):
 
 def test_folder_above_the_classes_is_refused(root, tmp_path):
     path = plain_tar(root.parent, tmp_path.parent / f"{tmp_path.name}.tar")
-    refused(path, "is not a tar of classes: root holds folders of images (such as root/n01)")
+    refused(path, "root/n01")
 
 
 @pytest.mark.parametrize("name", ["../a.png", "cat/../../a.png"])
@@ -339,7 +332,7 @@ def test_name_outside_the_tar_is_refused(tmp_path, name):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         add(tar, "cat/b.png", b"x")
         add(tar, name, b"x")
-    refused(tmp_path / "x.tar", name, "a name outside the tar")
+    refused(tmp_path / "x.tar", name)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
@@ -349,16 +342,13 @@ def test_links_are_refused(tmp_path, kind):
         info = tarfile.TarInfo("cat/b.png")
         info.type, info.linkname = kind, "cat/a.png"
         tar.addfile(info)
-    refused(tmp_path / "x.tar", "cat/b.png, a link or special file", "--dereference")
+    refused(tmp_path / "x.tar", "cat/b.png", "--dereference")
 
 
 def test_member_that_is_no_image_is_named_when_it_is_read(root, tmp_path):
     (root / "n01/z.png").write_bytes(b"no image")
     path = scan_images(tar_of_tars(root, tmp_path / "x.tar")).paths[1]
-    with pytest.raises(InputError) as caught:
-        load_image(path)
-    assert str(caught.value).startswith(f"unreadable image {tmp_path}/x.tar/n01/z.png: of no known")
-    assert " at 0x" not in str(caught.value)
+    assert " at 0x" not in refusal(lambda: load_image(path), f"{tmp_path}/x.tar/n01/z.png")
 
 
 def test_open_tar_says_what_cannot_be_read(archive, monkeypatch):
@@ -366,5 +356,4 @@ def test_open_tar_says_what_cannot_be_read(archive, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("builtins.open", closed)
-    with pytest.raises(InputError, match=r"cannot read .*train\.tar: Permission denied"):
-        open_tar(archive, None)
+    refusal(lambda: open_tar(archive, None), archive, "Permission denied")

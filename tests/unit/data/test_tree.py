@@ -13,7 +13,7 @@ from data.tree import read_tree
 from data.walk import HIDDEN, LINKED
 from evaluation.look import list_photos
 from evaluation.sources import open_images
-from runtime.errors import InputError
+from tests.refusals import refusal
 
 STRAY = [
     ".ipynb_checkpoints/a.png", ".Trash-1000/files/b.png", "__MACOSX/cat/._a.png", "@eaDir/c.png",
@@ -113,8 +113,6 @@ def test_an_output_in_the_folder_that_is_read_is_refused(photos, inside):
     os.symlink(photos / "cat", photos.parent / "link")
     output = photos / inside if inside != "link" else photos.parent / "link"
     for program in (scan_images, list_paths):
-        with pytest.raises(InputError, match=r"the output would lie in .*photos .*outside it"):
-            program(photos, index_folder=output)
-    with pytest.raises(InputError, match="the output would lie in"):
-        list_photos([str(photos)], output)
+        refusal(lambda listed=program: listed(photos, index_folder=output), photos)
+    refusal(lambda: list_photos([str(photos)], output), photos)
     assert scan_images(photos, index_folder=photos.parent / "photos-out")

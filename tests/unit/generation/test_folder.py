@@ -13,7 +13,7 @@ from generation import folder as module
 from generation.folder import SampleFolder
 from modeling.sampling import NO_CLASS
 from modeling.weights.class_names import ClassNames
-from runtime.errors import InputError
+from tests.refusals import refusal
 
 
 @pytest.fixture
@@ -78,8 +78,7 @@ def test_sizes_that_no_shape_shows_belong_to_the_job(fill_folder, models, name, 
     made = fill_folder(chunk=3)
     made.images_file.unlink()
     models.tokenizer.config = replace(models.tokenizer.config, **{name: other})
-    with pytest.raises(InputError, match=f"{name} .* there, {other} now"):
-        fill_folder(chunk=3)
+    refusal(lambda: fill_folder(chunk=3), name, f"{other} now")
 
 
 def test_only_missing_chunks_are_made(fill_folder, monkeypatch, tmp_path):
@@ -105,14 +104,12 @@ def test_only_missing_chunks_are_made(fill_folder, monkeypatch, tmp_path):
 
 def test_other_settings_are_refused(fill_folder):
     fill_folder(chunk=3)
-    with pytest.raises(InputError, match=r"seed \(5 there, 6 now\)"):
-        fill_folder(chunk=3, seed=6)
+    refusal(lambda: fill_folder(chunk=3, seed=6), "seed (5 there, 6 now)")
 
 
 def test_a_file_of_another_origin_is_not_overwritten(fill_folder, tmp_path):
     (tmp_path / "a.npz").write_bytes(b"mine")
-    with pytest.raises(InputError, match=r"a\.npz exists, but sampling did not write it"):
-        fill_folder()
+    refusal(fill_folder, tmp_path / "a.npz")
     assert (tmp_path / "a.npz").read_bytes() == b"mine"
 
 
@@ -129,13 +126,11 @@ def test_a_finished_run_needs_no_memory(fill_folder, monkeypatch, capsys):
 
 def test_nothing_is_written_where_memory_is_too_low(fill_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "largest_batch", lambda *_: 2)
-    with pytest.raises(InputError, match=r"2 fit; set experiment\.per_proc_batch_size=2$"):
-        fill_folder(chunk=3)
+    refusal(lambda: fill_folder(chunk=3), "experiment.per_proc_batch_size=2")
     assert not list(tmp_path.iterdir())
     fill_folder(chunk=2)
     monkeypatch.setattr(module, "largest_batch", lambda *_: 0)
-    with pytest.raises(InputError, match=r"free some memory$"):
-        fill_folder("b")
+    refusal(lambda: fill_folder("b"), "memory")
 
 
 @pytest.mark.parametrize(
@@ -152,13 +147,9 @@ def test_advice_for_a_folder_with_larger_chunks_can_be_followed(fill_folder, mon
     made.images_file.unlink()  # as if killed at the end
     monkeypatch.setattr(module, "largest_batch", lambda *_: 2)
     for chunk in (None, 3):
-        with pytest.raises(InputError) as caught:
-            fill_folder(chunk=chunk)
-        advice = str(caught.value).split("; ")[1]
-        assert "free some memory" in advice and "another experiment.output_dir" in advice
+        advice = refusal(lambda chunk=chunk: fill_folder(chunk=chunk), "experiment.output_dir")
         size = int(re.search(r"per_proc_batch_size=(\d+)", advice)[1])
-    with pytest.raises(InputError, match="chunk"):
-        fill_folder(chunk=size)  # in the same folder it would be refused
+    refusal(lambda: fill_folder(chunk=size), "chunk")  # in the same folder it would be refused
     assert fill_folder("another", chunk=size).images_file.exists()
     monkeypatch.undo()
     fill_folder()  # with memory again

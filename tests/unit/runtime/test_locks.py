@@ -2,10 +2,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from runtime.errors import InputError
 from runtime.files import lock_folder
+from tests.refusals import refusal
 
 ROOT = Path(__file__).parents[3]
 HOLD = (
@@ -20,8 +18,7 @@ def test_a_folder_is_locked_by_the_living_and_free_after_the_dead(tmp_path):
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(InputError, match="in use by another run"):
-        lock_folder(tmp_path / "run")
+    refusal(lambda: lock_folder(tmp_path / "run"), tmp_path / "run", "in use")
     holder.kill()
     holder.communicate()
     lock_folder(tmp_path / "run").close()

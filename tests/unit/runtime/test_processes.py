@@ -8,8 +8,8 @@ import torch
 
 from configs.schema import Training
 from runtime import processes
-from runtime.errors import InputError
 from runtime.processes import start_processes
+from tests.refusals import refusal
 from training import accelerator
 from training.accelerator import precision
 
@@ -161,15 +161,14 @@ def test_compiling_is_automatic_on_cuda_only(machine, asked, cuda, expected):
 @pytest.mark.parametrize(
     "cuda, compilers, header, lacks",
     [
-        (True, ["g++"], True, "a C compiler: install build-essential"),
-        (False, ["gcc"], True, r"a C\+\+ compiler: install build-essential"),
-        (True, ["gcc"], False, "Python.h: install python3-dev"),
+        (True, ["g++"], True, "a C compiler"),
+        (False, ["gcc"], True, "a C++ compiler"),
+        (True, ["gcc"], False, "python3-dev"),
     ],
 )
 def test_compiling_needs_a_compiler_and_headers(machine, cuda, compilers, header, lacks):
     machine(cuda, compilers, header)
-    with pytest.raises(InputError, match=rf"training\.compile=True needs .*{lacks}"):
-        processes.compiles(True, "training.compile")
+    refusal(lambda: processes.compiles(True, "training.compile"), "training.compile=True", lacks)
     if cuda:
         with pytest.warns(UserWarning, match=rf"training\.compile: not compiled, .*{lacks}"):
             assert processes.compiles("auto", "training.compile") is False
@@ -177,8 +176,7 @@ def test_compiling_needs_a_compiler_and_headers(machine, cuda, compilers, header
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="CUDA"):
-        start_processes("cuda")
+    refusal(lambda: start_processes("cuda"), "CUDA")
 
 
 @pytest.mark.parametrize(

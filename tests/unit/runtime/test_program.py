@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import InputError
 from runtime.processes import refuse_leftovers
+from tests.refusals import refusal
 
 ROOT = Path(__file__).parents[3]
 
@@ -80,5 +80,4 @@ def test_a_launchers_variables_without_a_launcher_are_refused(monkeypatch, left)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     refuse_leftovers()
     monkeypatch.delenv("MASTER_ADDR")
-    with pytest.raises(InputError, match=f"the environment has {', '.join(left)}, .*: unset"):
-        refuse_leftovers()
+    refusal(refuse_leftovers, ", ".join(left), "unset")

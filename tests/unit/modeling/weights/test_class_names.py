@@ -4,17 +4,14 @@ import pytest
 
 from modeling.sampling import NO_CLASS
 from modeling.weights.class_names import ClassNames
-from runtime.errors import InputError
+from tests.refusals import refusal
 
 IMAGENET = ClassNames(1000)
 DIGITS = ClassNames(5, {i: str(5 + i) for i in range(5)})
 
 
-def refusal(names, item):
-    with pytest.raises(InputError) as caught:
-        names.labels([item])
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def refused(names, item, *named):
+    refusal(lambda: names.labels([item]), *named)
 
 
 def test_imagenet_classes_go_by_number_or_name():
@@ -31,48 +28,45 @@ def test_none_is_an_image_without_a_class(item):
 
 @pytest.mark.parametrize("name, labels", [("crane", (134, 517)), ("maillot", (638, 639))])
 def test_a_name_of_two_classes_asks_for_the_number(name, labels):
-    message = refusal(IMAGENET, name)
-    assert "ambiguous: pass the number" in message
-    assert all(f"{label} (" in message for label in labels)
+    refused(IMAGENET, name, name, *labels)
 
 
 def test_names_that_differ_in_case_alone_are_told_apart():
     assert IMAGENET.labels(["Cardigan", "cardigan"]) == [264, 474]
-    assert "264 (Cardigan) or 474 (cardigan)" in refusal(IMAGENET, "CARDIGAN")
+    refused(IMAGENET, "CARDIGAN", "264 (Cardigan)", "474 (cardigan)")
 
 
 @pytest.mark.parametrize(
-    "name, near",
-    [("golden retreiver", "golden retriever (class 207)"), ("oter", "otter (class 360)")],
+    "names, item, named",
+    [
+        (IMAGENET, "golden retreiver", ("golden retreiver", "golden retriever (class 207)")),
+        (IMAGENET, "oter", ("oter", "otter (class 360)")),
+        (IMAGENET, 1000, ("class 1000",)),
+        (IMAGENET, -1, ("class -1",)),
+        (IMAGENET, 0.5, (0.5,)),
+        (DIGITS, 5, ("class 5", "0…4")),
+        (DIGITS, "55", ("55", "5 (class 0)")),
+        (ClassNames(3), "otter", ("otter", "0…2")),
+        (ClassNames(1, {0: "cafe\u0301"}), "caf\u00e9s", ("cafe",)),
+    ],
 )
-def test_an_unknown_name_gets_the_nearest(name, near):
-    assert f"no class is called {name}: the nearest name is {near}" in refusal(IMAGENET, name)
-
-
-@pytest.mark.parametrize(
-    "item, words", [(1000, "class 1000 asked for"), (-1, "class -1"), (0.5, "neither")]
-)
-def test_a_number_out_of_range_is_refused(item, words):
-    assert words in refusal(IMAGENET, item)
+def test_what_is_no_class_is_refused_with_what_is(names, item, named):
+    refused(names, item, *named)
 
 
 def test_accents_may_be_composed_or_not():
     names = ClassNames(1, {0: "cafe\u0301"})
     assert names.labels(["caf\u00e9", "CAFE\u0301"]) == [0, 0]
-    assert "the nearest name is cafe" in refusal(names, "caf\u00e9s")
 
 
 def test_a_runs_folders_are_its_names_and_a_number_is_a_label():
     assert DIGITS.labels(["5", 4, "9"]) == [0, 4, 4]
     assert DIGITS.caption(1) == "6"
-    assert "class 5 asked for: this model knows classes 0…4" in refusal(DIGITS, 5)
-    assert "nearest name is 5 (class 0)" in refusal(DIGITS, "55")
 
 
 def test_classes_that_nothing_names_go_by_number():
     names = ClassNames(3)
     assert names.labels([2]) == [2] and names.caption(2) == "2"
-    assert "pass numbers, 0…2" in refusal(names, "otter")
 
 
 def test_wordnet_ids_of_all_of_imagenet_have_imagenets_names():
@@ -82,7 +76,7 @@ def test_wordnet_ids_of_all_of_imagenet_have_imagenets_names():
     assert names.caption(207) == "golden retriever"
     fewer = ClassNames(1000, dict(list(folders.items())[:999]))
     assert fewer.caption(207) == "n00000207"
-    assert "no class is called otter" in refusal(fewer, "otter")
+    refused(fewer, "otter", "otter")
 
 
 def test_without_torchvision_numbers_still_work(monkeypatch):
@@ -96,4 +90,4 @@ def test_without_torchvision_numbers_still_work(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     names = ClassNames(1000)
     assert names.labels([207]) == [207] and names.caption(207) == "207"
-    assert "pip install torchvision" in refusal(names, "otter")
+    refused(names, "otter", "pip install torchvision")

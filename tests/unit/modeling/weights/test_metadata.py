@@ -25,7 +25,7 @@ from modeling.weights.tensors import (
     read_weights,
     write_state_dict,
 )
-from runtime.errors import InputError
+from tests.refusals import refusal
 from tests.unit.modeling.test_pipeline import SMALL, TINY
 
 STAGE1 = dataclasses.replace(
@@ -54,11 +54,8 @@ def edited(path, **changes):
     return path
 
 
-def refusal(path):
-    with pytest.raises(InputError) as caught:
-        read_state_dict(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    return str(caught.value)
+def refused(path, *named):
+    refusal(lambda: read_state_dict(path), path, *named)
 
 
 # ---------------------------------------------------------------------- written and read
@@ -109,8 +106,7 @@ def test_other_peoples_files_say_nothing(tmp_path):
     ],
 )  # fmt: skip
 def test_a_size_that_the_tensors_contradict_is_named(generator, name, value, shown):
-    message = refusal(edited(generator, config={name: value}))
-    assert f"states {name}={value}, but its tensors have {shown}" in message
+    refused(edited(generator, config={name: value}), f"{name}={value}", shown)
 
 
 @pytest.mark.parametrize(
@@ -124,57 +120,50 @@ def test_every_size_of_a_tokenizer_that_shows_is_compared(tmp_path, config, name
     value = about.config[name]
     about.config[name] = not value if isinstance(value, bool) else value + 1
     write_state_dict(state, path, about)
-    assert f"states {name}={about.config[name]}, but its tensors have {value}" in refusal(path)
+    refused(path, f"{name}={about.config[name]}", value)
 
 
 def test_another_kind_than_the_tensors_is_refused(tmp_path, generator):
     state = read_state_dict(generator)
     write_state_dict({"a": torch.ones(())}, generator, about_file(generator))
-    assert "says that it holds a generator, which its tensors are not" in refusal(generator)
+    refused(generator, "a generator")
     about = about_model(TOKENIZER, SMALL)
     write_state_dict(state, tmp_path / "t.safetensors", about)
-    assert "says that it holds a tokenizer" in refusal(tmp_path / "t.safetensors")
-
-
-@pytest.mark.parametrize("version", [2, 0, "1", None])
-def test_an_unknown_version_is_refused(generator, version):
-    assert f"format version {version!r}, but this code reads version 1" in refusal(
-        edited(generator, version=version)
-    )
+    refused(tmp_path / "t.safetensors", "a tokenizer")
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    "changes, word",
     [
-        (dict(kind="vae"), "no known kind"), (dict(kind=[]), "no known kind"),
-        (dict(config={"hidden_size": "32"}), "hidden_size='32' is of the wrong type"),
-        (dict(config={"hidden_size": True}), "wrong type"),
-        (dict(config={"experts": 4}), "'experts' is unknown"),
-        (dict(tokenizer=5), "tokenizer or stage"), (dict(classes="ab"), "not a list of names"),
-        (dict(classes=[1]), "not a list of names"), (dict(classes=list("abcd")), "names 4 classes"),
+        *((dict(version=version), f"version {version!r}") for version in (2, 0, "1", None)),
+        (dict(kind="vae"), "kind"), (dict(kind=[]), "kind"),
+        (dict(config={"hidden_size": "32"}), "hidden_size='32'"),
+        (dict(config={"hidden_size": True}), "hidden_size=True"),
+        (dict(config={"experts": 4}), "experts"), (dict(tokenizer=5), "tokenizer"),
+        (dict(classes="ab"), "names"), (dict(classes=[1]), "names"),
+        (dict(classes=list("abcd")), "4 classes"),
     ],
 )  # fmt: skip
-def test_damage_is_one_line(generator, changes, words):
-    assert words in refusal(edited(generator, **changes))
+def test_damage_is_refused(generator, changes, word):
+    refused(edited(generator, **changes), word)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "7", "null", "{}", "[" * 100_000, "\x00"])
 def test_an_entry_that_is_no_object_is_one_line(generator, text):
     save_file(load_file(generator), generator, {KEY: text})
-    assert "is damaged" in refusal(generator)
+    refused(generator, "damaged")
 
 
 def test_a_missing_size_is_named(generator):
     entry = about_file(generator).entry()
     del entry["config"]["image_seq_len"]
     save_file(load_file(generator), generator, {KEY: json.dumps(entry)})
-    assert "'image_seq_len' is missing" in refusal(generator)
+    refused(generator, "image_seq_len")
 
 
 def test_sizes_that_no_model_has_are_refused_by_name(generator):
     edited(generator, config={"image_seq_len": 10})
-    with pytest.raises(InputError, match=r"g\.safetensors: image_seq_len=10 is neither"):
-        open_weights(generator, GENERATOR).config(TINY)
+    refusal(lambda: open_weights(generator, GENERATOR).config(TINY), generator, "image_seq_len=10")
 
 
 @pytest.mark.parametrize("entry", [7, [], {1: 2}, {"version": torch.ones(2)}, "{", None])
@@ -182,7 +171,7 @@ def test_damage_in_pytorchs_format_is_one_line(tmp_path, entry):
     state = OrderedDict(Generator(TINY).state_dict())
     state._metadata = {KEY: entry}
     torch.save(state, tmp_path / "g.bin")
-    assert "is damaged" in refusal(tmp_path / "g.bin")
+    refused(tmp_path / "g.bin", "damaged")
     state._metadata = [entry]  # of somebody else
     torch.save(state, tmp_path / "g.bin")
     assert about_file(tmp_path / "g.bin") is None

@@ -7,7 +7,7 @@ import torch
 
 from modeling.weights import runs
 from modeling.weights.runs import find_weights
-from runtime.errors import InputError
+from tests.refusals import refusal
 from training import checkpoint
 
 
@@ -60,24 +60,19 @@ def test_damage_is_refused_where_no_other_is_meant_or_there(run):
     step3, step6 = (run / f"checkpoints/step-0000000{step}" for step in (3, 6))
     flip(step6 / "ema.safetensors")
     for named in (step6, step6 / "ema.safetensors"):
-        with pytest.raises(InputError, match=r"step-00000006.* was altered or cut short"):
-            find_weights(named, "ema")
+        refusal(lambda named=named: find_weights(named, "ema"), step6, "altered")
     flip(step3 / "ema.safetensors")
-    with pytest.raises(InputError, match="run was altered or cut short"):
-        find_weights(run, "ema")
+    refusal(lambda: find_weights(run, "ema"), run, "altered")
     assert find_weights(run, "generator").parent == step6
 
 
 def test_what_cannot_be_used_is_refused(run, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty holds no checkpoints"):
-        find_weights(tmp_path / "empty", "generator")
-    with pytest.raises(InputError, match="has no weights of a tokenizer"):
-        find_weights(run, "tokenizer")
+    refusal(lambda: find_weights(tmp_path / "empty", "generator"), tmp_path / "empty")
+    refusal(lambda: find_weights(run, "tokenizer"), run, "tokenizer")
 
     def forbid(file):
         raise PermissionError(13, "Permission denied", str(file))
 
     monkeypatch.setattr(runs, "file_sha256", forbid)  # root, who runs tests, may read anything
-    with pytest.raises(InputError, match=r"no permission to read .*ema"):
-        find_weights(run, "ema")
+    refusal(lambda: find_weights(run, "ema"), "permission", "ema")

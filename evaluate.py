@@ -154,7 +154,7 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
         size = images.shape[1:3]
     networks, missing = open_networks(args.features, processes)
     evaluators = [  # of all spaces first: a reference that does not serve one is refused at once
-        Evaluator.open(
+        Evaluator(
             args.reference, processes, WEIGHTS, args.batch_size, args.num_workers, size, args.crop,
             args.half_manifold, network,
         )

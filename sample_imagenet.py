@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         # A mistake in the reference shows now, not after hours of sampling.
         side = models.tokenizer.config.image_size
         reference = experiment.fid_reference
-        evaluator = Evaluator.open(reference, processes, WEIGHTS, size=(side, side))
+        evaluator = Evaluator(reference, processes, WEIGHTS, size=(side, side))
     images = folder.fill()
     if evaluator is not None:
         print_result(evaluator.evaluate(open_images(images), folder.count))

@@ -1,1 +1,1 @@
-"""How good it is: metrics of reconstructions and of generated images."""
+"""Metrics of reconstructions and of generated images."""

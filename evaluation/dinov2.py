@@ -30,15 +30,15 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class DINOv2:
     """uint8 images -> normalised class tokens, float32; neither spatial features nor logits.
 
-    `weights` is the folder of the authors' file, which torch's download cache may hold too. Raises
-    InputError where the file or timm is missing, or where the file holds another network.
+    `weights` is the folder of the authors' file (`find_published`). Raises InputError if it or timm is
+    missing, or if it holds another network.
     """
 
     name, file, package = "dinov2", DINOV2_FILE, "timm"
     resize = "bicubic to 224x224 in float32, antialiased, not rounded"
     features: tuple[str, str, str] = ("normalised class token", "", "")
     widths: tuple[int, int, int] = (WIDTH, 0, 0)
-    published: Optional[bool] = None  # the authors name no checksum
+    published: Optional[bool] = None  # unknown: the authors publish no checksum
 
     def __init__(self, device: torch.device | str, weights: Path):
         path = find_published(DINOV2_FILE, weights)
@@ -65,8 +65,8 @@ def colours(device: torch.device | str) -> Tensor:
 def prepare(images: Tensor, colours: Tensor) -> Tensor:
     """Images (B, 3, H, W), uint8, and `colours` -> the network's input (B, 3, 224, 224), float32.
 
-    The resize is bicubic with antialiasing, in float32 and without rounding, whatever the sides' ratio: EDM2's
-    default, which differs slightly from a resize of uint8 pixels by Pillow.
+    The resize is EDM2's: bicubic with antialiasing, in float32 without rounding, so slightly unlike
+    Pillow's resize of uint8 pixels. It ignores the aspect ratio.
     """
     resized = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", antialias=True)
     mean, std = colours
@@ -76,9 +76,9 @@ def prepare(images: Tensor, colours: Tensor) -> Tensor:
 def resample_positions(positions: Tensor, grid: int) -> Tensor:
     """Position embeddings (1, 1 + n², D) of an n x n grid of patches -> (1, 1 + grid², D).
 
-    As DINOv2's code does for inputs that are not of the pretraining size: bicubic without antialiasing, by the
-    scale (grid + 0.1) / n instead of grid / n. timm's own resampling differs from it by more than a quarter of
-    the embedding's norm. The class token's entry is kept.
+    As DINOv2's code does for inputs of another size than in pretraining: bicubic without antialiasing, by
+    the scale (grid + 0.1) / n instead of grid / n. timm's resampling differs by more than a quarter of the
+    embedding's norm. The class token keeps its entry.
     """
     side = math.isqrt(positions.shape[1] - 1)
     if side == grid:
@@ -90,7 +90,7 @@ def resample_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 def build(state: dict[str, Tensor], path: Path) -> nn.Module:
-    """The network with the file's weights, for inputs of 224 pixels, in eval mode on the CPU."""
+    """The network with the weights `state`, for 224 pixels, in eval mode on the CPU."""
     try:
         import timm
     except ImportError as e:
@@ -105,12 +105,11 @@ def build(state: dict[str, Tensor], path: Path) -> nn.Module:
 
 
 def check_kind(state: dict[str, Tensor], path: Path) -> None:
-    """Refuse weights of another network, and say which it seems to be."""
+    """Refuse weights of another network, naming it if known."""
     known = {"cls_token", "pos_embed", "blocks.0.ls1.gamma"} <= state.keys()
     if not known or state["cls_token"].ndim != 3 or state["pos_embed"].ndim != 3:
         raise InputError(
-            f"{path} is not DINOv2's ViT-L/14 but {describe(state)}; weights/README.md says where to "
-            f"get it"
+            f"{path} is not DINOv2's ViT-L/14 but {describe(state)}; see weights/README.md"
         )
     width, places = state["cls_token"].shape[-1], state["pos_embed"].shape[1]
     layers = len({name.split(".")[1] for name in state if name.startswith("blocks.")})

@@ -1,6 +1,5 @@
-"""One set of images compared with another: the metrics, and all that their values depend on."""
+"""Compares two sets of images: the metrics, and everything that their values depend on."""
 
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Optional
@@ -26,23 +25,11 @@ def open_network(name: str, device: torch.device, weights: Path) -> FeatureNetwo
     return DINOv2(device, weights) if name == "dinov2" else Inception(device, weights)
 
 
-@dataclass
 class Evaluator:
-    """A reference, its network and its processes, to compare any number of sample sets with.
+    """Compares any number of sample sets with one reference."""
 
-    `half_manifold` computes precision and recall in float16, as ADM's own script does.
-    """
-
-    network: FeatureNetwork
-    processes: PartialState
-    reference: SetStatistics
-    batch: int
-    workers: int
-    half_manifold: bool = False
-
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         reference: str | Path,
         processes: PartialState,
         weights: Path,
@@ -52,24 +39,25 @@ class Evaluator:
         crop: Optional[int] = None,
         half_manifold: bool = False,
         network: Optional[FeatureNetwork] = None,
-    ) -> "Evaluator":
-        """Read or measure the reference; `weights` is the folder of Inception's file.
+    ):
+        """Read or measure the reference.
 
-        Without a `network` the features are Inception's.
-
-        `size` is the samples' (height, width), if already known; `crop` is the side of the centre crops
-        of the reference's images (`references.open_reference`).
+        `weights` is the folder of Inception's file, which is used without a `network`. `size` is the
+        (height, width) of the samples, if known; `crop` the side of the centre crops of the reference's
+        images (`references.open_reference`). `half_manifold` computes precision and recall in float16,
+        like ADM's script.
         """
         if network is None:
             assert processes.device is not None  # accelerate's type hint allows it
             network = Inception(processes.device, weights)
-        side = open_reference(reference, network, processes, batch, workers, size, crop)
-        return cls(network, processes, side, batch, workers, half_manifold)
+        self.network, self.processes, self.half_manifold = network, processes, half_manifold
+        self.batch, self.workers = batch, workers
+        self.reference = open_reference(reference, network, processes, batch, workers, size, crop)
 
     def evaluate(
         self, images: Images, expected: int, allow_partial: bool = False
     ) -> dict[str, Any]:
-        """The result of a set of samples that should be `expected` many; empty but on rank 0."""
+        """The result for a set of `expected` samples; empty but on rank 0."""
         check_count(images.shape[0], expected, images.name, allow_partial)
         if self.reference.size is not None:
             check_sizes(self.reference.name, self.reference.size, images.shape[1:3])
@@ -77,23 +65,20 @@ class Evaluator:
         return self.result(samples, expected)
 
     def result(self, samples: SetStatistics, expected: int) -> dict[str, Any]:
-        """Metrics, and all that defines them, on the main process; empty elsewhere."""
+        """Metrics, and everything that defines them, on the main process; empty elsewhere."""
         if not self.processes.is_main_process:
             return {}
-        metrics = compare(samples, self.reference, self.network.device, self.half_manifold)
-        return {
-            "metrics": {named(name, self.network.name): x for name, x in metrics.items()},
-            "protocol": protocol(self.network, samples, self.reference, self.half_manifold),
-            "images_asked": expected,
-            "partial": samples.images is not None and samples.images < expected,
-            "samples": samples.summary(),
-            "reference": self.reference.summary(),
-            **conditions(self.network, self.batch, self.network.device),
-            "warnings": [
-                *warnings_of(self.network, self.reference, samples),
-                *same_set(samples, self.reference),
-            ],
-        }
+        network, reference, half = self.network, self.reference, self.half_manifold
+        figures = compare(samples, reference, network.device, half)
+        metrics = {named(name, network.name): x for name, x in figures.items()}
+        result = describe_result(
+            metrics, network, samples, reference, expected, self.batch, network.device, half
+        )
+        if samples.hash is not None and samples.hash == reference.hash:
+            result["warnings"].append(
+                f"{samples.name} and {reference.name} are the same images: is this the reference itself?"
+            )
+        return result
 
 
 def check_count(count: int, expected: int, name: str, allow_partial: bool) -> None:
@@ -112,9 +97,9 @@ def check_count(count: int, expected: int, name: str, allow_partial: bool) -> No
 def compare(
     samples: SetStatistics, reference: SetStatistics, device: torch.device, half: bool = False
 ) -> dict[str, Optional[float]]:
-    """The figures of all metrics (`METRICS`) that the samples' network has the features for.
+    """The figures of all metrics (`METRICS`) whose features the samples have.
 
-    None where the reference does not hold enough. `half`: distances of manifolds in float16.
+    None if the reference lacks what a metric needs. `half`: distances of manifolds in float16.
     """
     figures: dict[str, Optional[float]] = {}
     for metric in METRICS:
@@ -128,39 +113,43 @@ def compare(
     return figures
 
 
-def protocol(
+def describe_result(
+    metrics: dict[str, Optional[float]],
     network: Optional[FeatureNetwork],
     samples: SetStatistics,
     reference: SetStatistics,
+    expected: int,
+    batch: int,
+    device: torch.device,
     half_manifold: bool = False,
 ) -> dict[str, Any]:
-    """The terms that two comparable results share."""
-    return {
-        "network": None if network is None else network.identity,
-        "resize": None if network is None else network.resize,
-        "images": samples.images,
-        "image_size": None if samples.size is None else list(samples.size),
-        "reference": reference.hash,
-        "distances": "float16" if half_manifold else "float64",  # of precision and recall
-    }
-
-
-def conditions(
-    network: Optional[FeatureNetwork], batch: int, device: torch.device
-) -> dict[str, Any]:
-    """Everything else that a result depends on."""
+    """Metrics with everything that they depend on; results of one "protocol" are comparable."""
     packages = [] if network is None else [network.package]
     return {
+        "metrics": metrics,
+        "protocol": {
+            "network": None if network is None else network.identity,
+            "resize": None if network is None else network.resize,
+            "images": samples.images,
+            "image_size": None if samples.size is None else list(samples.size),
+            "reference": reference.hash,
+            "distances": "float16" if half_manifold else "float64",  # of precision and recall
+        },
+        "images_asked": expected,
+        "partial": samples.images is not None and samples.images < expected,
+        "samples": samples.summary(),
+        "reference": reference.summary(),
         "features": None if network is None else features_of(network),
         "precision": {"network": "float32 without TF32", "statistics": "float64"},
         "batch_size": batch,
         "device": device_name(device),
         "versions": {name: version(name) for name in ("torch", *packages, "numpy", "pillow")},
+        "warnings": warnings_of(network, reference, samples),
     }
 
 
 def features_of(network: FeatureNetwork) -> dict[str, Any]:
-    """The network's weights, and which of its features each metric uses."""
+    """The network's weights and, by metric, its features."""
     features = {
         metric.names[0]: (
             f"{network.features[metric.feature]} ({network.widths[metric.feature]}){metric.terms}"
@@ -169,15 +158,6 @@ def features_of(network: FeatureNetwork) -> dict[str, Any]:
         if network.widths[metric.feature]
     }
     return {"network": network.identity, "weights_published": network.published, **features}
-
-
-def same_set(samples: SetStatistics, reference: SetStatistics) -> list[str]:
-    """A warning where both sets are the same images in the same order."""
-    if samples.hash is None or samples.hash != reference.hash:
-        return []
-    return [
-        f"{samples.name} and {reference.name} are the same images: is this the reference itself?"
-    ]
 
 
 def warnings_of(network: Optional[FeatureNetwork], *sides: SetStatistics) -> list[str]:

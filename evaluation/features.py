@@ -24,11 +24,11 @@ class FeatureNetwork(Protocol):
     file: str  # of the weights
     package: str  # that holds the network
     resize: str  # how the images are resized, in words
-    # Pooled features, spatial features and logits, in words, and their widths; 0: has none.
+    # Pooled features, spatial features and logits: names, and widths (0: none).
     features: tuple[str, str, str]
     widths: tuple[int, int, int]
-    identity: str  # tells features of one weight file from those of another
-    published: Optional[bool]  # whether the weights are the published ones; None: not known
+    identity: str  # of network and weights
+    published: Optional[bool]  # whether the weights are the published ones; None: unknown
     device: torch.device
 
     def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -37,8 +37,8 @@ class FeatureNetwork(Protocol):
 class Inception:
     """uint8 images -> pool_3, spatial features and logits without bias, all float32.
 
-    `weights` is the folder of the published file, which torch's download cache may hold too. Raises
-    InputError where the file is missing or is not this network.
+    `weights` is the folder of the published file (`find_published`). Raises InputError if it is missing
+    or holds another network.
     """
 
     name, file, package = "inception", INCEPTION_FILE, "torch-fidelity"
@@ -52,12 +52,12 @@ class Inception:
 
     def __init__(self, device: torch.device | str, weights: Path):
         path = find_published(INCEPTION_FILE, weights)
-        # Read here first, tensors only: the package itself would load any pickle.
+        # Checked here first, because the package itself would load any pickle.
         state = read_state_dict(path)
         if state.get("fc.weight", torch.empty(0)).shape != (1008, 2048):
             raise InputError(
-                f"{path} is not the TF-2015 Inception of torch-fidelity but {describe(state)}; "
-                f"weights/README.md says where to get it"
+                f"{path} is not the TF-2015 Inception of torch-fidelity but {describe(state)}; see "
+                f"weights/README.md"
             )
         digest = file_sha256(path)
         self.identity = f"inception-v3-compat {digest[:16]}"
@@ -85,7 +85,7 @@ class Inception:
 
         The resize to 299x299 is TensorFlow's, without antialiasing, and part of the network.
         """
-        # With TF32 features would be good to three digits only.
+        # With TF32, features would have only three correct digits.
         with matmul_precision("fp32"), torch.autocast(self.device.type, enabled=False):
             pool, logits = self.network(images.to(self.device, non_blocking=True))
         return pool, self.spatial.permute(0, 2, 3, 1).flatten(1), logits

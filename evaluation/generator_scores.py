@@ -28,19 +28,20 @@ PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 on CUDA, fp32 on a CPU, as i
 
 @dataclass
 class Source:
-    """A generator's weights, as they were named, and the step of the checkpoint that they lie in."""
+    """A generator's weights: what the user named, and the file."""
 
     name: str
     file: Path
 
     @property
     def step(self) -> int | None:
+        """The step of its checkpoint, if it lies in one."""
         folder = self.file.parent
         return step_of(folder) if is_checkpoint(folder) else None
 
 
 def find_source(given: str, step: int | None = None) -> Source:
-    """The weights behind a file, a checkpoint or a run folder (its newest checkpoint, or that of `step`)."""
+    """The weights of a file, a checkpoint or a run (its newest checkpoint, or that of `step`)."""
     path = Path(given)
     if step is not None and path.is_dir():
         path = {step_of(p): p for p in all_checkpoints(path)}[step]
@@ -48,10 +49,8 @@ def find_source(given: str, step: int | None = None) -> Source:
 
 
 def find_sources(given: str, others: list[str]) -> list[Source]:
-    """The generator's source and those of the runs to compare it with, all at the same step.
-
-    A run folder as the generator is taken at the newest step that all of the runs still hold.
-    """
+    """The sources of the generator and of the runs to compare it with, all at the same step: if the
+    generator is a run too, the newest step of which all hold a checkpoint."""
     if not others:
         return [find_source(given)]
     steps = {}
@@ -61,24 +60,21 @@ def find_sources(given: str, others: list[str]) -> list[Source]:
         if run == given and not Path(given).is_dir():
             steps[run] = {find_source(given).step} - {None}
         if not steps[run]:
-            raise InputError(
-                f"{run} is not a run folder with checkpoints: --compare needs the step of every run"
-            )
+            raise InputError(f"{run} is not a run folder with checkpoints, which --compare needs")
     common = set.intersection(*steps.values())
     if not common:
         held = "; ".join(f"{run}: {', '.join(map(str, sorted(s)))}" for run, s in steps.items())
         raise InputError(
-            f"no step of which all runs hold a checkpoint ({held}); experiment.keep_every keeps "
-            f"more of them"
+            f"the runs have no checkpoint of a common step ({held}); experiment.keep_every keeps more"
         )
     return [find_source(run, max(common)) for run in [given, *others]]
 
 
 def open_generator(source: Source, store: TokenCache) -> Generator:
-    """A generator in eval mode on the CPU; its sizes are read from its tensors.
+    """A generator in eval mode on the CPU. If its file names classes, the cache's labels are matched to
+    them by name.
 
-    The cache's labels become those that the generator was trained with, by the names of the classes, where these are
-    known. Raises InputError for a cache of another tokenizer's codes, of more or other classes, or of damaged labels.
+    Raises InputError if the cache is another tokenizer's, is damaged, or has more or other classes.
     """
     opened = open_file(source.file, GENERATOR)
     config = opened.config(GeneratorConfig(image_seq_len=store.tokens))
@@ -86,7 +82,7 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
     if len(store.classes) > config.condition_num_classes:
         raise InputError(
             f"{store.folder} has {len(store.classes)} classes, more than the "
-            f"{config.condition_num_classes} of {source.name}: give the cache of its own data"
+            f"{config.condition_num_classes} of {source.name}: use a cache of the generator's data"
         )
     store.check_labels()
     if opened.about.classes is not None:
@@ -108,7 +104,7 @@ def score_generator(
 ) -> dict[str, Any]:
     """The result of a generator on every view of a cache; empty but on the main process.
 
-    `others` are run folders, scored at the same step. Draws all of them by position into `picture`.
+    `others` are run folders, scored at the same step. `picture` shows all of them by position.
     """
     store, sources = open_tokens(cache), find_sources(given, others)
     rank, world = processes.process_index, processes.num_processes
@@ -164,15 +160,15 @@ def warnings_of(store: TokenCache, generator: Generator) -> list[str]:
     warnings = [] if unlike is None else [f"{store.folder}: {unlike}"]
     if len(store.classes) != known:
         warnings.append(
-            f"{store.folder} has {len(store.classes)} of the generator's {known} classes; a label is its folder's "
-            f"place in the sorted names, so folders that are left out shift the labels after them"
+            f"{store.folder} has {len(store.classes)} of the generator's {known} classes; a label is the "
+            f"rank of a folder's name, so missing folders shift the labels after them"
         )
     return warnings
 
 
-# ---------------------------------------------------------------------- what a person reads
+# ---------------------------------------------------------------------- output
 def show_generator(result: dict[str, Any]) -> None:
-    """Warnings, a table per generator and, as the last line, JSON; silent for an empty result."""
+    """Print warnings, a table per generator and, as the last line, JSON; nothing for an empty result."""
     if not result:
         return
     for warning in result["warnings"]:
@@ -183,7 +179,7 @@ def show_generator(result: dict[str, Any]) -> None:
 
 
 def table(scored: dict[str, Any]) -> str:
-    """A line per group of positions, the whole and the bits per image."""
+    """A line per group of positions, one for all and the bits per image."""
     generator, metrics = scored["generator"], scored["metrics"]
     step = "" if generator["step"] is None else f", step {generator['step']}"
     whole = {

@@ -1,4 +1,4 @@
-"""Scores while training: the trainers' models on held-out images and against a reference."""
+"""Scores during training: reconstructions of held-out images, and images against a reference."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,42 +21,36 @@ from runtime.errors import InputError
 from runtime.parts import share_of
 from runtime.processes import matmul_precision
 
-CHUNK = 64  # images sampled together where the config sets no number
+CHUNK = 64  # images sampled together by default
 
 
 def open_evaluator(
     reference: Optional[str], images: int, needed: str, weights: Path, image_size: int
 ) -> Optional[Evaluator]:
-    """The reference to score against, if there is one.
+    """The evaluator of `experiment.fid_reference`, if that is set.
 
-    `images` is the number of images to score, 0 where the options `needed`, which a score cannot do
-    without, are not set; `weights` is the folder of Inception's file. Raises InputError, also for a
-    reference of another size than image_size x image_size pixels.
+    `images` is the number of images to score, 0 if the option `needed` is missing; `weights` is the
+    folder of Inception's file. Raises InputError for fewer than two images, and for a reference that
+    cannot be read or is not of image_size x image_size pixels.
     """
     if reference is None:
         return None
     if images < 2:
         more = "" if images == 0 else ", of 2 images or more"
         raise InputError(f"experiment.fid_reference={reference} needs {needed}{more}")
-    return Evaluator.open(reference, PartialState(), weights, size=(image_size, image_size))
+    return Evaluator(reference, PartialState(), weights, size=(image_size, image_size))
 
 
 def job_in_training(options: GeneratorRun, device: torch.device) -> SamplingJob:
-    """The job that sample_imagenet.py would sample, in chunks that leave room for the training.
-
-    Nothing is compiled, which takes too long here; on CUDA a step is captured. Raises InputError for what cannot be sampled on
-    this device, so that a trainer can call it before its first step.
-    """
+    """The job of sample_imagenet.py with these options, in chunks that leave memory for training, and not
+    compiled, which would take too long. Raises InputError for options that the device does not support."""
     options = replace(options, experiment=replace(options.experiment, compile=False))
     job = sampling_job(options, device)
     return replace(job, chunk=job.chunk or CHUNK)
 
 
 def metrics_of(evaluator: Evaluator, collector: Collector, name: str) -> dict[str, float]:
-    """The known metrics for the log, the Fréchet distance as `name`; empty except on rank 0.
-
-    All processes must call this.
-    """
+    """The known metrics for the log, gFID called `name`; empty but on rank 0. All processes call this."""
     samples = collector.finish()
     metrics = evaluator.result(samples, collector.images).get("metrics", {})
     return {
@@ -69,8 +63,8 @@ def metrics_of(evaluator: Evaluator, collector: Collector, name: str) -> dict[st
 class GeneratedScores:
     """val/gFID and the other metrics of the images that sample_imagenet.py would make.
 
-    Two calls, so that an error on one rank leaves no other rank waiting: `measure` samples this
-    rank's share of the images, `reduced` adds up over all ranks.
+    `measure` samples this rank's share without talking to others, so that no rank waits for one that
+    fails; `reduced` adds up over all ranks.
     """
 
     def __init__(
@@ -86,7 +80,7 @@ class GeneratedScores:
 
     @torch.no_grad()
     def measure(self) -> "GeneratedScores":
-        """Sample this rank's share; talks to no other rank."""
+        """Sample this rank's share."""
         processes, size = self.evaluator.processes, self.options.model.vq_model.image_size
         job = job_in_training(self.options, self.tokenizer.latent_tokens.device)
         chunk, rank, world = job.chunk or CHUNK, processes.process_index, processes.num_processes
@@ -104,14 +98,14 @@ class GeneratedScores:
         return self
 
     def reduced(self) -> dict[str, float]:
-        """The metrics on rank 0, nothing elsewhere; all ranks call this together."""
+        """The metrics on rank 0, {} elsewhere; all ranks call this together."""
         assert self.collector is not None, "measure comes first"
         return metrics_of(self.evaluator, self.collector, "gFID")
 
 
 class ReconstructionScores(Scores):
-    """`Scores` for the log: val/psnr, …; with an evaluator, on rank 0, also val/rFID and its other
-    metrics: a true rFID where the reference holds these very images."""
+    """`Scores` for the log: val/psnr, …; with an evaluator also val/rFID and its other metrics, on rank 0.
+    That is a true rFID if the reference holds the same images."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """How well a generator predicts the codes of a cache: nats per code and accuracy, by position.
 
-The teacher-forced loss needs no sampling, no decoder and no features. A wrong crop, tokenizer, token layout or
-weight file therefore shows in it within minutes.
+The teacher-forced loss needs no sampling, decoder or features, so it reveals a wrong crop, tokenizer, token
+layout or weight file within minutes.
 """
 
 import contextlib
@@ -22,21 +22,18 @@ from runtime.parts import share_of
 from runtime.signals import outlive_first_signal
 
 TOP = 5  # of top-5 accuracy
-COMPILED_VIEWS = 50_000  # fewer are scored sooner than their programs are compiled
+COMPILED_VIEWS = 50_000  # for fewer, compiling takes longer than it saves
 
 
 @dataclass
 class Likelihood:
-    """Sums over the views of a cache, or over one process's share of them, by position of the code.
-
-    `sums` is (3, T), float64: nats, hits of the top-1 and of the top-5 prediction.
-    """
+    """Sums (3, T), float64, over the views of a cache or one process's share: nats, top-1 and top-5 hits."""
 
     sums: Tensor
     views: int  # of the cache
 
     def reduced(self) -> "Likelihood":
-        """That of all processes, on the CPU; they call this together."""
+        """The sum over all processes, which call this together, on the CPU."""
         return Likelihood(summed(self.sums).cpu(), self.views)
 
     @property
@@ -87,12 +84,11 @@ def measure_likelihood(
     workers: int = 0,
     compiled: bool = False,
 ) -> Likelihood:
-    """The likelihood of a cache's views under a generator: this process's share of the sums, on the
-    model's device (`Likelihood.reduced`). Talks to no other process.
+    """The likelihood of a cache's views under a generator: this process's share, on the model's device.
 
-    `model` maps codes (B, T - 1) and labels (B,) to logits (B, T, V), and is in eval mode meanwhile. The
-    processes share batches of consecutive views, so their number changes the order of float64 sums only. Call it within autocast for the precision of a training run's own validation. `compiled`
-    compiles what follows the model too; a last batch that is smaller runs eagerly.
+    `model` maps codes (B, T - 1) and labels (B,) to logits (B, T, V). Batches are consecutive views, so
+    the number of processes changes only the order of float64 sums. Within autocast it computes like the
+    validation of a training run. `compiled` also compiles the sums; a smaller last batch runs eagerly.
     """
     dataset, device = AllTokens(store), next(model.parameters()).device
     starts = share_of(range(0, len(dataset), batch), rank, world)
@@ -116,7 +112,7 @@ def measure_likelihood(
 
 
 def eager(wanted: bool) -> contextlib.AbstractContextManager:
-    """Around calls of compiled functions that are to run without their programs, if `wanted`."""
+    """A context in which compiled functions run eagerly, if `wanted`."""
     if wanted:
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
@@ -125,7 +121,7 @@ def eager(wanted: bool) -> contextlib.AbstractContextManager:
 def position_sums(logits: Tensor, codes: Tensor) -> Tensor:
     """Logits (B, T, V), codes (B, T) -> sums over B of nats, top-1 and top-5 hits: (3, T), float64.
 
-    Of equal logits the first ranks highest, as for argmax, so that ties do not count as hits.
+    The first of equal logits ranks highest, as in argmax, so that ties do not count as hits.
     """
     target = codes.unsqueeze(2)  # (B, T, 1)
     nats = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")

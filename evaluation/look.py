@@ -8,10 +8,9 @@ OUTPUT/NAME.png shows, from top to bottom,
     of a stage-1 tokenizer: the strip that the prefix tokens decode to, below its target
     what the first n codes alone decode to, n = K, K + g, …, T (K prefix tokens, g codes per row)
 
-For the last part the decoder gets the first n codes and nothing in place of the others. A causal
-decoder makes of them the very rows that it makes of all codes. A bidirectional decoder attends to the
-codes that are there; it was not trained with fewer than all, so its rows show how far it needs the
-others.
+For the last part the decoder gets only the first n codes. A causal decoder makes the same rows from them
+as from all codes. A bidirectional decoder was not trained with fewer codes, so its rows show how much it
+needs the others.
 """
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
@@ -49,7 +48,7 @@ EMPTY = 224  # grey value of rows that are not decoded
 
 # ---------------------------------------------------------------------- photos
 def list_photos(sources: list[str], output: Optional[Path] = None) -> dict[str, str]:
-    """Paths of files, and of all images below folders, by the names of their pictures."""
+    """Paths of files, and of all images below folders, by picture name."""
     photos: dict[str, str] = {}
     for source in sources:
         if os.path.isdir(source):
@@ -62,11 +61,11 @@ def list_photos(sources: list[str], output: Optional[Path] = None) -> dict[str, 
         elif os.path.exists(source):
             found = {os.path.basename(source): source}
         else:
-            raise InputError(f"no photo or folder {source}: pass one that is there")
+            raise InputError(f"no photo or folder {source}")
         for name in found.keys() & photos.keys():
             raise InputError(
-                f"{photos[name]} and {found[name]} would both become {name}.png: pass one at a time, "
-                f"with an --output of its own"
+                f"{photos[name]} and {found[name]} would both become {name}.png: pass one at a time, with "
+                f"another --output"
             )
         photos |= found
     return photos
@@ -87,7 +86,7 @@ class Look(NamedTuple):
 
 @torch.no_grad()
 def look_at(tokenizer: Tokenizer, pixels: Tensor) -> Look:
-    """Encode an image (3, S, S), uint8, in float32, and decode its first codes, then more and more."""
+    """Encode an image (3, S, S), uint8, in float32, and decode growing numbers of its codes."""
     config, decoder = tokenizer.config, tokenizer.decoder
     assert decoder is not None, "a tokenizer without decoder only encodes"
     image = to_float(pixels.to(tokenizer.latent_tokens.device))
@@ -102,7 +101,7 @@ def look_at(tokenizer: Tokenizer, pixels: Tensor) -> Look:
 
 # ---------------------------------------------------------------------- the picture
 def picture_of(look: Look, config: TokenizerConfig, name: str) -> np.ndarray:
-    """The picture that the module describes: (height, width, 3), uint8."""
+    """The picture described in the module's docstring: (height, width, 3), uint8."""
     difference = (look.image - look.reconstruction).abs() * MAGNIFICATION
     panels = [
         captioned(shown(panel), title)
@@ -157,12 +156,12 @@ def strip_picture(look: Look, strip: Tensor, config: TokenizerConfig) -> np.ndar
 
 
 def codes_shown(look: Look, config: TokenizerConfig) -> list[int]:
-    """The numbers of codes to show; the prefix tokens alone are pixels where a strip is."""
+    """The numbers of codes to show, starting with the prefix tokens if they decode to a strip."""
     return [*[config.num_prefix_tokens] * (look.strip is not None), *look.rows]
 
 
 def first_codes(look: Look, n: int, config: TokenizerConfig) -> np.ndarray:
-    """The picture of the first n codes, above rows that are not decoded, with its PSNR."""
+    """The picture of the first n codes with its PSNR; rows that are not decoded are grey."""
     if n in look.rows:
         rows = look.rows[n]
     else:  # the prefix tokens: of their strip, the first row of patches
@@ -186,17 +185,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m evaluation.look",
         description="Draw what a tokenizer makes of photos, one picture per photo.",
     )
-    parser.add_argument("images", nargs="+", type=path, help="photos, or folders of them")
-    parser.add_argument(
-        "--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder"
-    )
-    parser.add_argument(
-        "--config", type=path, help="YAML whose model.vq_model describes another tokenizer"
-    )
-    parser.add_argument(
-        "--output", type=path, default="output/look", help="folder of the pictures (output/look)"
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="CUDA where there is one")
+    add, output = parser.add_argument, "output/look"
+    add("images", nargs="+", type=path, help="photos, or folders of them")
+    add("--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder")
+    add("--config", type=path, help="YAML whose model.vq_model describes another tokenizer")
+    add("--output", type=path, default=output, help=f"folder of the pictures ({output})")
+    add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
     return parser.parse_args(argv)
 
 
@@ -208,7 +202,7 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(opened, sizes).to(find_device(args.device))
     config = tokenizer.config
     check_window(config.image_size)
-    # All of them first, so that a photo that cannot be used stops before any picture is written.
+    # All of them first, so that an unusable photo is refused before any picture is written.
     crops = {name: photo_crop(file, config.image_size) for name, file in photos.items()}
     for name, pixels in crops.items():
         look = look_at(tokenizer, pixels)

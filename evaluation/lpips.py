@@ -38,8 +38,8 @@ class Head(nn.Module):
 class LPIPS(nn.Module):
     """Learned perceptual distance on VGG16 (Zhang et al. 2018, version 0.1), mean over the batch.
 
-    `weights` is the folder of both published files, which torch's download cache may hold too; None
-    leaves the network random, for tests. Raises InputError where a file is missing or damaged.
+    `weights` is the folder of both published files (`find_published`); None leaves the network random,
+    for tests. Raises InputError if a file is missing or damaged.
     """
 
     # Indices in torchvision's VGG16 after which relu1_2 … relu5_3 are read, with their channels.
@@ -67,8 +67,8 @@ class LPIPS(nn.Module):
         else:
             for head in heads:  # distances are non-negative
                 nn.init.uniform_(head.get_parameter("model.1.weight"), 0, 1)
-        # VGG's normalisation, for images in [-1, 1]. Buffers: a constant made in the step would be a
-        # copy to the device that the host waits for. No file holds them.
+        # VGG's normalisation, for images in [-1, 1]. Buffers, because a constant made in the step would be
+        # a blocking copy to the device; not persistent, because no file holds them.
         for name, values in (("shift", SHIFT), ("scale", SCALE)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
@@ -78,7 +78,7 @@ class LPIPS(nn.Module):
         taps = []
         for stage in self.stages:
             x = stage(x)
-            tap = x.float()  # under autocast the convolutions alone are in a smaller type
+            tap = x.float()  # under autocast only the convolutions are in a smaller type
             taps.append(tap / (tap.square().sum(1, keepdim=True).sqrt() + 1e-10))
         return taps
 

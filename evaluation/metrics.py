@@ -1,7 +1,7 @@
 """The metrics' arithmetic, on features, in float64: Fréchet distance, Inception Score, manifolds.
 
-Sums are streamed, so memory does not grow with the number of images, and add up over the job's
-processes (`reduced`, which all of them call).
+Sums are streamed, so memory does not grow with the number of images. `reduced`, which all processes call,
+adds them up.
 """
 
 from typing import Optional
@@ -15,12 +15,12 @@ from runtime.errors import InputError
 
 IS_SPLIT = 5000  # images per split of the Inception Score
 NEIGHBOURS = 3  # k of precision and recall
-MANIFOLD_IMAGES = 50_000  # more images than this are thinned evenly for precision and recall
+MANIFOLD_IMAGES = 50_000  # of more, precision and recall use an even sample of this size
 BLOCK = 4096  # rows and columns of a block of distances: 134 MB
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over all processes; all of them must call this."""
+    """The sum over all processes, which call this together."""
     total = reduce(values, "sum")
     assert isinstance(total, Tensor)  # accelerate also reduces nested tensors
     return total
@@ -41,8 +41,8 @@ def in_order(parts: list[Tensor], indices: list[Tensor], device: torch.device) -
 class Moments:
     """Mean and covariance of features that come in batches.
 
-    Every batch is centred on its own mean before it is summed and the sums are merged as Chan et
-    al. (1979) do, so that nothing cancels when the mean is large.
+    Each batch is centred on its own mean, and sums are merged as in Chan et al. (1979), so that a large
+    mean cancels no digits.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
@@ -75,18 +75,18 @@ def frechet_distance_of_moments(
 ) -> float:
     """Squared Fréchet distance of two Gaussians, |μa - μb|² + tr(Σa + Σb - 2(Σa Σb)^½), in float64.
 
-    With Σ = F Fᵀ from the eigenvalues of each covariance, the trace of the root is the sum of the
-    singular values of Faᵀ Fb: unlike a matrix root it stays exact for singular covariances.
+    With Σ = F Fᵀ from the eigenvalues of each covariance, the trace of the root is the sum of the singular
+    values of Faᵀ Fb, which, unlike a matrix root, is exact for singular covariances.
     """
     root_a, root_b = factor(covariance_a), factor(covariance_b)
     overlap = torch.linalg.svdvals(root_a.T @ root_b).sum()
     difference = (mean_a.double() - mean_b.double()).square().sum()
     distance = difference + root_a.square().sum() + root_b.square().sum() - 2 * overlap
-    return max(distance.item(), 0.0)  # rounding alone puts it below zero
+    return max(distance.item(), 0.0)  # rounding can make it negative
 
 
 def factor(covariance: Tensor) -> Tensor:
-    """F (D, rank) with F Fᵀ = the covariance (D, D), without what rounding left of its null space."""
+    """F (D, rank) with F Fᵀ = covariance (D, D), without the null space up to rounding."""
     covariance = covariance.double()
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1].abs()
@@ -131,7 +131,7 @@ class InceptionScore:
 
 # ---------------------------------------------------------------------- precision and recall
 class FeatureSample:
-    """The features of at most `MANIFOLD_IMAGES` images, spread evenly over the set, in its order."""
+    """The features of at most `MANIFOLD_IMAGES` images, spread evenly over the set, in order."""
 
     def __init__(self, width: int, images: int, device: torch.device | str = "cpu"):
         self.images, self.device = images, torch.device(device)
@@ -161,14 +161,14 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019) of features (N, D) and (M, D), k = 3.
 
-    Precision: the share of samples within the radius of at least one reference feature, which is
-    the distance to its third neighbour in its own set. Recall: the other way round. Distances are
-    computed in blocks on `device`, in float64; with `half` in float16, as ADM's script computes them.
+    Precision: the share of samples within the radius of at least one reference feature, its distance to
+    its third neighbour in the reference. Recall: the same with the sets exchanged. Distances are
+    computed in blocks on `device`, in float64 or, with `half`, in float16 like ADM's script.
     """
     if min(len(reference), len(samples)) <= NEIGHBOURS:
         raise InputError(
-            f"precision and recall need more than {NEIGHBOURS} images on either side: there are "
-            f"{len(samples)} samples and {len(reference)} reference images"
+            f"precision and recall need more than {NEIGHBOURS} images per set: there are {len(samples)} "
+            f"samples and {len(reference)} reference images"
         )
     limits = [radii(features, device, block, half) for features in (reference, samples)]
     precision = covered(samples, reference, limits[0], device, block, half)
@@ -179,8 +179,7 @@ def precision_recall(
 def squared_distances(rows: Tensor, columns: Tensor, half: bool = False) -> Tensor:
     """(R, D) and (C, D) -> (R, C), in float64: rounding in float32 exceeds small distances.
 
-    With `half` norms, products and sums are float16, and float32 for a block in which float16
-    overflows, as in ADM's script.
+    With `half`, everything is float16, or float32 for a block that overflows, as in ADM's script.
     """
     if not half:
         rows, columns = rows.double(), columns.double()
@@ -196,7 +195,7 @@ def squared_distances(rows: Tensor, columns: Tensor, half: bool = False) -> Tens
 
 
 def radii(features: Tensor, device: torch.device | str, block: int, half: bool = False) -> Tensor:
-    """Squared distance (N,) of every feature to its third neighbour, itself not counted."""
+    """Squared distance (N,) of each feature to its third neighbour besides itself."""
     result = []
     for rows in features.split(block):
         rows = rows.to(device)

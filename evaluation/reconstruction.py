@@ -1,7 +1,7 @@
 """Images through a tokenizer and back: one loop, and the figures computed from its batches.
 
-`reconstruct` encodes and decodes every batch once and hands it to each of its consumers: sums of
-PSNR and code use, LPIPS, SSIM, features for rFID, pictures. A consumer takes `add(batch)`.
+`reconstruct` encodes and decodes every batch once and passes it to all consumers: sums of PSNR and code
+use, LPIPS, SSIM, features for rFID, pictures.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,7 +42,7 @@ class Consumer(Protocol):
     def add(self, batch: Batch) -> None: ...
 
     def metrics(self) -> dict[str, float]:
-        """Figures by name, over all processes, which all call this; often there are none."""
+        """Figures by name, if any, over all processes, which call this together."""
         return {}
 
 
@@ -53,9 +53,9 @@ def reconstruct(
     device: torch.device,
     consumers: Sequence[Consumer],
 ) -> None:
-    """Encode and decode all batches in eval mode; the tokenizer is left in the mode it was in.
+    """Encode and decode all batches in eval mode; the tokenizer's mode is restored.
 
-    `batches` are (index of the first image, uint8 images (B, 3, S, S)), as of `image_batches`.
+    `batches` are (index of the first image, uint8 images (B, 3, S, S)), from `image_batches`.
     """
     was_training = tokenizer.training
     tokenizer.eval()
@@ -84,9 +84,8 @@ def image_batches(
 class Scores:
     """Figures of the reconstructions of the images at `paths` (ADM's centre crop), from one pass.
 
-    Two calls, so that an image that one rank cannot read leaves no other rank waiting: `measure` reads
-    this rank's share of the images, `reduced` adds up over all ranks. Call both outside autocast: they
-    reconstruct in float32. `consumers` see every batch too.
+    `measure` reads this rank's share without talking to others, so that no rank waits for one that fails;
+    `reduced` adds up over all ranks. Call both outside autocast, in float32. `consumers` see every batch.
     """
 
     def __init__(
@@ -117,9 +116,7 @@ class Scores:
         return self
 
     def reduced(self) -> dict[str, float]:
-        """The figures of all ranks' shares: `psnr`, `codebook_use`, `perplexity`, of two images or more
-        `code_agreement`, with LPIPS `lpips`, and those of the consumers. All ranks call this together.
-        """
+        """The figures of all consumers over all ranks, which call this together."""
         return {k: v for consumer in self.consumers for k, v in consumer.metrics().items()}
 
 
@@ -153,9 +150,8 @@ class PositionCounts:
 def code_agreement(counts: Tensor) -> float:
     """The share of pairs of images with the same code at a position, averaged over positions.
 
-    `counts` (T, codebook_size) are those of `PositionCounts`, of all ranks. 1: every image has the
-    same codes, however many of the codebook they are; with independent codes it is the sum of their
-    squared shares. There must be two images or more.
+    `counts` (T, codebook_size) are `PositionCounts` of all ranks, of two images or more. 1: all images
+    have the same codes; with independent codes it is the sum of their squared shares.
     """
     images = counts[0].sum()
     same = (counts * (counts - 1)).sum(1) / (images * (images - 1))
@@ -175,8 +171,8 @@ class ReconstructionSums(Consumer):
         self.codes.add(batch.codes)
 
     def metrics(self) -> dict[str, float]:
-        """Over all processes, which must all call this: `psnr`, the mean over images of
-        10·log10(1 / MSE), in dB; `codebook_use`; `perplexity`; of two images or more, `code_agreement`."""
+        """`psnr` (mean over images, dB), `codebook_use`, `perplexity` and, for two images or more,
+        `code_agreement`."""
         values, counts = summed(self.values), summed(self.codes.counts)
         use, perplexity = codebook_use(counts.sum(0))
         metrics = {
@@ -232,7 +228,7 @@ class StructuralSimilarity(ImageMean):
 def ssim(images: Tensor, others: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of images (B, 3, H, W) in [0, 1]: (B,), float64.
 
-    Gaussian window of 11 pixels and σ 1.5, per colour channel, at all places where it fits.
+    Gaussian window of 11 pixels and σ = 1.5, per channel, at all positions where it fits.
     """
     window = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=images.device).sub(5).div(1.5)
     window = window.square().mul(-0.5).softmax(0)  # exp(-d²/2σ²), normalised

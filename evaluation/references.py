@@ -1,4 +1,4 @@
-"""Reference statistics: from images, from other projects' files, or from a file written here."""
+"""Reference statistics: from images, from other projects' files, or from our own."""
 
 import hashlib
 from pathlib import Path
@@ -10,13 +10,13 @@ from accelerate import PartialState
 
 from data.tars import is_tar
 from evaluation.features import FeatureNetwork
-from evaluation.sources import Images, npz_images, npz_keys, npz_values, open_images
+from evaluation.sources import npz_images, npz_keys, npz_values, open_images
 from evaluation.statistics import SetStatistics, measure
 from runtime.errors import InputError
 from runtime.files import whole_file
 
-MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names; others' files hold the first two
-# The names of the parts of `SetStatistics` in files.
+MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names; other projects have the first two
+# The parts of `SetStatistics` by their names in files.
 STORED = {"pool": MOMENTS[:2], "spatial": MOMENTS[2:], "manifold": ("pool_3",)}
 
 
@@ -31,17 +31,17 @@ def open_reference(
 ) -> SetStatistics:
     """Statistics of images, of another project's .npz, or of a file of `save_statistics`.
 
-    Moments that a file holds take precedence: those of ADM's files describe a larger set than the
-    images beside them. `size` (height, width) is that of the samples; a reference of another size
-    is refused before the network reads any image. `crop`: see `sources.open_images`.
+    Stored moments take precedence: in ADM's files they describe a larger set than the images beside
+    them. Raises InputError if the reference is not of `size` (height, width), the samples' size. `crop`:
+    see `sources.open_images`.
     """
     path = Path(path)
     keys = [] if path.is_dir() or is_tar(path) else npz_keys(path)
-    # Files that do not say hold Inception's moments; another network can use their images only.
+    # Without a name the moments are Inception's; another network can use only the images.
     unnamed = "features" not in keys and network.name != "inception"
     if "mu" not in keys or ("arr_0" in keys and unnamed):
         images = open_images(path, crop)
-        check_size(images, size)
+        check_sizes(images.name, images.shape[1:3], size)
         return measure(images, network, processes, batch, workers)
     if crop is not None:
         raise InputError(f"{path} holds statistics: --crop takes the images of a folder or tar")
@@ -50,19 +50,15 @@ def open_reference(
         check_sizes(stored.name, stored.size, size)
     if "arr_0" in keys:
         images = npz_images(path)
-        check_size(images, size)
+        check_sizes(images.name, images.shape[1:3], size)
         side = measure(images, network, processes, batch, workers)
         stored.parts["manifold"], stored.size = side.parts["manifold"], side.size
         stored.hash, stored.duplicates = f"{stored.hash} + {side.hash}", side.duplicates
     return stored
 
 
-def check_size(images: Images, size: Optional[tuple[int, int]]) -> None:
-    check_sizes(images.name, images.shape[1:3], size)
-
-
 def check_sizes(name: str, size: tuple[int, int], samples: Optional[tuple[int, int]]) -> None:
-    """Refuse a reference of another size (height, width) than the samples, where both are known."""
+    """Refuse a reference whose size (height, width) differs from that of the samples, if known."""
     if samples is not None and size != samples:
         raise InputError(
             f"the samples have {samples[1]}x{samples[0]} pixels, {name} has {size[1]}x{size[0]}: "
@@ -71,16 +67,13 @@ def check_sizes(name: str, size: tuple[int, int], samples: Optional[tuple[int, i
 
 
 def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
-    """Moments of an .npz, and everything else that `save_statistics` wrote.
-
-    A file of mu and sigma alone, as pytorch-fid writes it, leaves the spatial moments out.
-    """
+    """The statistics in an .npz of `save_statistics`, ADM or pytorch-fid (mu and sigma alone)."""
     values = npz_values(path, [*MOMENTS, "features", "images", "size", "hash", "pool_3"])
     keys = MOMENTS if {"mu_s", "sigma_s"} & values.keys() else MOMENTS[:2]
     missing = [key for key in keys if key not in values]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}: use a file with {', '.join(keys)}")
-    # Other projects' files do not say; by convention they come from the published weights.
+    # Other projects' files do not name features; by convention they are Inception's.
     convention = network.identity if network.name == "inception" else "inception"
     features = str(values.get("features", convention))
     if features != network.identity:
@@ -113,7 +106,7 @@ def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
 
 
 def check_moment(path: Path, key: str, values: np.ndarray, width: int) -> None:
-    """Refuse a mean or covariance of other features, or one that is not finite."""
+    """Refuse a mean or covariance of another width, or with non-finite values."""
     expected = (width, width) if "sigma" in key else (width,)
     if values.shape != expected:
         raise InputError(
@@ -125,7 +118,7 @@ def check_moment(path: Path, key: str, values: np.ndarray, width: int) -> None:
 
 
 def save_statistics(side: SetStatistics, path: str | Path, identity: str) -> None:
-    """Write statistics as a reference for later, whole or not at all; `identity` of the features."""
+    """Write statistics of the features `identity` as a later reference, whole or not at all."""
     arrays: dict[str, Any] = {
         key: value.cpu().numpy()
         for part, names in STORED.items()

@@ -1,9 +1,9 @@
-"""Results for readers: a set's figures on screen, and several results in one table.
+"""Prints results: the figures of one set, or several results in one table.
 
     python -m evaluation.report A.json B.json …
 
-A file holds one result of `evaluate.py` or of the sweep: the JSON alone, or all that the program
-printed. Results of different protocols are not put into one table.
+A file holds one result of `evaluate.py` or of the sweep: the JSON alone, or the program's whole output.
+Results of different protocols are refused.
 """
 
 import json
@@ -22,9 +22,9 @@ from runtime.program import run
 
 
 def print_result(result: dict[str, Any], *others: dict[str, Any]) -> None:
-    """Warnings, a table and, as the last line, JSON; nothing for the empty result of other ranks.
+    """Print warnings, a table and, as the last line, JSON; nothing for an empty result.
 
-    `others` are the results of the same images in other feature spaces.
+    `others` are results of the same images in other feature spaces.
     """
     if not result:
         return
@@ -62,12 +62,12 @@ def describe_set(summary: dict[str, Any]) -> str:
 
 
 def format_metric(value: Optional[float]) -> str:
-    return "not known: the reference lacks what it needs" if value is None else f"{value:.4f}"
+    return "unknown: the reference lacks its statistics" if value is None else f"{value:.4f}"
 
 
 # ---------------------------------------------------------------------- several results
 def read_result(path: Path) -> dict[str, Any]:
-    """The result in a file: its whole content, or its last line."""
+    """The result in a file's whole content or last line."""
     try:
         text = path.read_text().strip()
         try:
@@ -104,7 +104,7 @@ Columns = dict[str, dict[Path, tuple[Any, dict[str, Any]]]]
 
 
 def columns_of(results: dict[Path, dict[str, Any]]) -> Columns:
-    """Per metric and file, its value and the protocol of its feature space."""
+    """By metric and file, its value and its protocol."""
     columns: Columns = {}
     for path, result in results.items():
         for one in (result, *result.get("other_features", [])):
@@ -114,20 +114,20 @@ def columns_of(results: dict[Path, dict[str, Any]]) -> Columns:
 
 
 def check_protocols(columns: Columns) -> None:
-    """Refuse a column of figures that were not measured the same way, naming what differs."""
+    """Refuse a column of figures with different protocols, naming the differences."""
     for cells in columns.values():
         (first, (_, ours)), *others = cells.items()
         for path, (_, theirs) in others:
             differences = differing(ours, theirs, places=(f"in {first}", f"in {path}"))
             if differences:
                 raise InputError(
-                    f"the results are not comparable, their protocols differ: {differences}; "
-                    f"evaluate them the same way, or report them apart"
+                    f"the results are not comparable, their protocols differ: {differences}; evaluate "
+                    f"them the same way, or report them separately"
                 )
 
 
 def results_table(files: list[Path], columns: Columns) -> str:
-    """The protocols, then a row per file and a column per metric; a dash is a metric it lacks."""
+    """The protocols, then a row per file and a column per metric; a dash for a missing metric."""
     rows = []
     for path in files:
         values = (cells.get(path, (None,))[0] for cells in columns.values())

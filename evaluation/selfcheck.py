@@ -1,8 +1,7 @@
-"""`evaluate.py --selfcheck`: the evaluator's figures where the right ones are known.
+"""`evaluate.py --selfcheck`: the evaluator's figures in cases with known results.
 
-Moments summed up on this machine's devices and processes, and the resize before Inception on a fixed
-picture, need no files. With ADM's reference and a sample batch in place, the figures are compared with
-those that the authors published for it. The unit tests check the metrics' arithmetic.
+Moments summed up on this machine's devices and processes, and Inception's resize of a fixed picture, need no
+files. With ADM's reference and a sample batch, figures are compared with those that the authors published.
 """
 
 import json
@@ -28,7 +27,7 @@ INCEPTION_SIZE = 299  # pixels
 
 @dataclass
 class Check:
-    """One figure, what it must be, and by how much it may differ."""
+    """A figure, its expected value and tolerance."""
 
     name: str
     found: float
@@ -41,7 +40,7 @@ class Check:
 
 
 def moment_check(processes: PartialState) -> Check:
-    """Streamed moments on this device, over all processes, which must all call this."""
+    """Streamed moments on this device over all processes, which call this together."""
     # Points at ±√(D - ½) along each of D axes, far from the origin: the covariance is 1.
     width = 8
     points = torch.eye(width).double() * math.sqrt(width - 0.5)
@@ -57,8 +56,8 @@ def moment_check(processes: PartialState) -> Check:
 
 
 def resize_checks() -> Iterator[Check]:
-    """Inception's resize against its definition in TensorFlow 1: bilinear, without antialiasing, the
-    pixel (0, 0) at the place of the pixel (0, 0)."""
+    """Inception's resize against its definition in TensorFlow 1: bilinear, without antialiasing, with
+    pixels (0, 0) aligned."""
     for size in (64, 256, 512):
         rows, columns = np.indices((size, size))
         picture = (rows * rows + 3 * columns + 41 * rows * columns) % 256
@@ -93,23 +92,22 @@ ADM_BATCHES = {
         "gFID": 3.94, "sFID": 6.14, "IS": 215.84, "precision": 0.83, "recall": 0.53,
     },
 }  # fmt: skip
-# Half of the last printed digit, and room for another port of the network and other arithmetic.
+# Half of the last printed digit, plus differences of the network's port and of arithmetic.
 ADM_TOLERANCES = {"gFID": 0.03, "sFID": 0.05, "IS": 0.5, "precision": 0.01, "recall": 0.01}
 
 
 def published_checks(
     folder: Path, processes: PartialState, batch: int, workers: int
 ) -> Iterator[Check]:
-    """The figures of those of ADM's sample batches that are in `folder` with their reference.
+    """The figures of ADM's sample batches in `folder`, if their reference is there too.
 
-    All processes must call this; the checks come from the main process only.
+    All processes call this; only the main process yields checks.
     """
     batches = [name for name in ADM_BATCHES if (folder / name).is_file()]
     if not batches or not (folder / ADM_REFERENCE).is_file():
         return
-    # In float16, precision and recall are what ADM's script computes.
     reference = folder / ADM_REFERENCE
-    evaluator = Evaluator.open(reference, processes, folder, batch, workers, half_manifold=True)
+    evaluator = Evaluator(reference, processes, folder, batch, workers, half_manifold=True)
     for name in batches:
         images = open_images(folder / name)
         metrics = evaluator.evaluate(images, images.shape[0]).get("metrics", {})
@@ -120,10 +118,9 @@ def published_checks(
 
 
 def selfcheck(folder: Path, processes: PartialState, batch: int, workers: int) -> bool:
-    """Print all checks and, as the last line, JSON; whether all of them passed.
+    """Print all checks and, as the last line, JSON; returns whether all passed, on the main process.
 
-    `folder` is where ADM's batches and Inception's weights may be. All processes must call this; only the main one
-    knows the checks of ADM's batches.
+    `folder` may hold ADM's batches and Inception's weights. All processes call this.
     """
     checks = [moment_check(processes), *resize_checks()]
     missing = f"{folder} needs {ADM_REFERENCE} and {' or '.join(ADM_BATCHES)}"

@@ -1,7 +1,7 @@
-"""The metrics of a set of images as objects: what each sums up of a set, and its figures of two sets.
+"""Metrics of sets of images as objects, each with its sums over one set and its figures of two.
 
-A new metric is a class here and an entry of `METRICS`: its figures then stand in the table, in the JSON
-and in the log of training.
+A new metric is a class here and an entry of `METRICS`; its figures then appear in the table, the JSON and the
+log of training.
 """
 
 from typing import Any, Protocol
@@ -24,23 +24,23 @@ Part = tuple[Any, ...]
 
 
 class Sums(Protocol):
-    """A metric's sums over one set; memory must not grow with the number of images."""
+    """A metric's sums over one set; their size must not grow with the number of images."""
 
     def add(self, features: Tensor, indices: Tensor, /) -> None:
-        """Features (B, width) of the images at `indices` (B,), on the CPU, of the set."""
+        """Add features (B, width) of the images at `indices` (B,), on the CPU."""
         ...
 
     def reduced(self) -> Part:
-        """The sums of all processes, which call this together."""
+        """The sums over all processes, which call this together."""
         ...
 
 
 class SetMetric(Protocol):
     names: tuple[str, ...]  # of its figures
-    part: str  # names its sums, which metrics can share
-    feature: int  # POOL, SPATIAL or LOGITS: what it sums up
-    terms: str  # that its figures depend on, besides the feature
-    compares: bool  # with a reference, which may lack the part: the figures are then None
+    part: str  # the name of its sums; metrics with the same name share them
+    feature: int  # POOL, SPATIAL or LOGITS
+    terms: str  # what else its figures depend on
+    compares: bool  # with a reference; if that lacks the part, the figures are None
 
     def sums(self, width: int, images: int, device: torch.device) -> Sums: ...
 
@@ -97,7 +97,7 @@ LABELS = {"dinov2": "DINOv2"}  # of feature spaces, in the names of their figure
 
 
 def named(name: str, space: str) -> str:
-    """A figure as results name it: gFID of Inception's space, FD_DINOv2 of DINOv2's."""
+    """The name of a figure in results: gFID in Inception's space, FD_DINOv2 in DINOv2's."""
     if space == "inception":
         return {"FID": "gFID"}.get(name, name)
     return f"{'FD' if name == 'FID' else name}_{LABELS[space]}"

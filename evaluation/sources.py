@@ -1,4 +1,4 @@
-"""Where images to evaluate come from: an .npz, a folder, a tar, or memory; always uint8 (N, H, W, 3)."""
+"""Images to evaluate, uint8 (N, H, W, 3), from an .npz, a folder, a tar or memory."""
 
 import shutil
 import struct
@@ -16,7 +16,7 @@ from data.tars import is_tar
 from data.tree import describe_left_out, read_tree
 from runtime.errors import InputError
 
-INDEX_FOLDER = Path("output")  # keeps the indexes of tars, as it keeps the pictures of results
+INDEX_FOLDER = Path("output")  # of the indexes of tars
 
 
 class Images(Protocol):
@@ -26,12 +26,12 @@ class Images(Protocol):
     shape: tuple[int, int, int, int]  # N, H, W, 3
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Images start … stop - 1: (n, H, W, 3), uint8. Called from several threads."""
+        """Images start … stop - 1: (n, H, W, 3), uint8. Thread-safe."""
         ...
 
 
 class ArrayImages:
-    """Images in memory, or mapped into it."""
+    """Images in memory or mapped into it."""
 
     def __init__(self, name: str, array: np.ndarray):
         if array.ndim != 4 or array.shape[3] != 3 or not len(array):
@@ -48,10 +48,8 @@ class ArrayImages:
 
 
 class FolderImages:
-    """All images below a folder or in a tar, sorted by path.
-
-    They must be of one size, or become so by ADM's centre crop to `crop` x `crop` pixels.
-    """
+    """All images below a folder or in a tar, sorted by path, of one size or with ADM's centre crop to
+    `crop` x `crop` pixels."""
 
     def __init__(self, folder: Path, crop: Optional[int] = None):
         self.name, self.crop = str(folder), crop
@@ -73,15 +71,15 @@ class FolderImages:
             (height, width, _), (_, first_height, first_width, _) = loaded.shape, self.shape
             if (height, width) != (first_height, first_width):
                 raise InputError(
-                    f"{path} is {width}x{height} pixels, not {first_width}x{first_height} like {Path(str(self.paths[0])).name}: crop all images "
-                    f"of {self.name} to one size, or pass --crop SIZE"
+                    f"{path} is {width}x{height} pixels, not {first_width}x{first_height} like "
+                    f"{Path(str(self.paths[0])).name}: crop all images to one size, or pass --crop SIZE"
                 )
             images[i] = loaded
         return images
 
 
 def sorted_paths(source: Path) -> list[ImagePath]:
-    """All images in a folder or tar, at any depth; folder by folder, as paths compare."""
+    """All images in a folder or tar, at any depth, sorted folder by folder."""
     tree = read_tree(source, INDEX_FOLDER if is_tar(source) else None)
     if tree.left_out:
         PartialState().print(f"{source}: images{describe_left_out(tree.left_out)}")
@@ -89,10 +87,7 @@ def sorted_paths(source: Path) -> list[ImagePath]:
 
 
 def map_npz(path: Path, key: str) -> np.ndarray:
-    """An array of an .npz, mapped from the file instead of loaded.
-
-    A compressed array is unpacked into a temporary file first (TMPDIR says where).
-    """
+    """An array of an .npz, memory-mapped; a compressed one from a temporary file (in TMPDIR)."""
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{key}.npy")
         with archive.open(entry) as file:
@@ -121,7 +116,7 @@ def map_npz(path: Path, key: str) -> np.ndarray:
 
 
 def npz_keys(path: Path) -> list[str]:
-    """Names of the arrays of an .npz; a missing or damaged file is refused."""
+    """The names of the arrays of an .npz. Raises InputError if it is missing or damaged."""
     if not path.is_file():
         raise InputError(f"no {path}: pass an .npz, or a folder or tar of images")
     try:
@@ -152,7 +147,7 @@ def npz_images(path: Path) -> ArrayImages:
 
 
 def npz_values(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
-    """Those of the named arrays that an .npz holds; never a pickle."""
+    """The named arrays that an .npz holds, without pickles."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in keys if key in arrays}
@@ -161,7 +156,7 @@ def npz_values(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
 
 
 def open_images(path: str | Path, crop: Optional[int] = None) -> Images:
-    """Images of an .npz, or of a folder or tar; these by ADM's centre crop, with `crop` pixels.
+    """Images of an .npz, or of a folder or tar, for which `crop` is ADM's centre crop in pixels.
 
     All processes call this together.
     """

@@ -1,7 +1,7 @@
-"""Statistics of one set of images, summed up in any order by all processes of a job.
+"""Statistics of one set of images, summed up by all processes of a job.
 
-Images are read in fixed batches of consecutive indices that the processes share, so that the
-features, and the figures up to the order of float64 sums, are the same on any number of them.
+The processes share fixed batches of consecutive images, so their number changes only the order of float64
+sums.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ from runtime.parts import share_of
 
 @dataclass
 class SetStatistics:
-    """All that a comparison needs of one set of images; None: unknown."""
+    """What a comparison needs of one set of images; None: unknown."""
 
     name: str
     images: Optional[int] = None
     size: Optional[tuple[int, int]] = None  # height, width
     hash: Optional[str] = None  # of the pixels in order, or of the moments
     duplicates: Optional[int] = None  # images that are a copy of an earlier one
-    # By `SetMetric.part`, what the metrics summed up; a file or a network may lack some.
+    # The metrics' sums by `SetMetric.part`; a file or network may lack some.
     parts: dict[str, Part] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
@@ -49,11 +49,8 @@ class SetStatistics:
 
 
 class Collector:
-    """Sums up one set of `images` images, on this process.
-
-    Their pixels identify the set; of the features of `network`, if there is one, it sums up what the
-    metrics need. `device` is the network's by default.
-    """
+    """Collects a set of `images` images on this process: hashes of their pixels and, with a `network`, the
+    metrics' sums over its features. `device` is the network's by default."""
 
     def __init__(
         self,
@@ -65,7 +62,7 @@ class Collector:
     ):
         self.name, self.images, self.size, self.network = name, images, size, network
         self.device = torch.device(device if network is None else network.device)
-        # The lists start with an empty entry, so that a process without images can gather too.
+        # An empty first entry lets a process without images gather too.
         self.digests = [torch.empty(0, 16, dtype=torch.uint8)]
         self.places = [torch.empty(0).long()]
         self.non_finite = torch.zeros(1, dtype=torch.int64, device=self.device)  # images
@@ -77,7 +74,7 @@ class Collector:
                 self.sums[metric.part] = metric.feature, sums
 
     def add(self, first: int, images: Tensor, digests: Optional[np.ndarray] = None) -> None:
-        """Images `first`, `first` + 1, … of the set: (B, 3, H, W), uint8; `digests` if known."""
+        """Add images `first`, `first` + 1, …: (B, 3, H, W), uint8; `digests` if known."""
         if digests is None:
             digests = digests_of(images.permute(0, 2, 3, 1).cpu().numpy())
         indices = torch.arange(first, first + len(images))
@@ -91,7 +88,7 @@ class Collector:
             sums.add(features[feature], indices)
 
     def finish(self) -> SetStatistics:
-        """The statistics of the whole set, the same on every process; all of them must call this."""
+        """The statistics of the whole set, on all processes, which call this together."""
         if self.network is not None and self.images < 2:
             raise InputError(f"{self.name} holds one image: a covariance needs 2 or more")
         non_finite = int(summed(self.non_finite).item())
@@ -112,7 +109,7 @@ class Collector:
 
 
 def digests_of(images: np.ndarray) -> np.ndarray:
-    """(n, H, W, 3), uint8 -> a 16-byte digest of every image's pixels: (n, 16), uint8."""
+    """(n, H, W, 3), uint8 -> digests of the images' pixels: (n, 16), uint8."""
     digests = [
         hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=16).digest() for x in images
     ]
@@ -122,7 +119,7 @@ def digests_of(images: np.ndarray) -> np.ndarray:
 def measure(
     images: Images, network: FeatureNetwork, processes: PartialState, batch: int, workers: int
 ) -> SetStatistics:
-    """Statistics of a whole set, which `workers` threads per process read ahead."""
+    """Statistics of a whole set; `workers` threads per process read ahead."""
     count, height, width, _ = images.shape
     collector = Collector(images.name, count, (height, width), network)
     starts = share_of(range(0, count, batch), processes.process_index, processes.num_processes)
@@ -143,7 +140,7 @@ def measure(
 def read_ahead(
     images: Images, starts: range, batch: int, workers: int, device: torch.device
 ) -> Iterator[tuple[int, Tensor, np.ndarray]]:
-    """(start, (B, 3, H, W) uint8, digests) per batch, in order, while the next ones are read."""
+    """(start, (B, 3, H, W) uint8, digests) of each batch, in order, read ahead."""
 
     def load(start: int) -> tuple[int, Tensor, np.ndarray]:
         array = images.read(start, min(start + batch, images.shape[0]))

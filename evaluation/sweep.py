@@ -1,11 +1,11 @@
-"""Guidance scale and power on a grid, each cell sampled and scored: `python -m evaluation.sweep`.
+"""Samples and scores a grid of guidance scales and powers: `python -m evaluation.sweep`.
 
     python -m evaluation.sweep --reference VIRTUAL_imagenet256_labeled.npz --scales 8,12,16 \\
         --powers 1.0,1.4,1.8 --num_samples 10000 --output output/sweep \\
         config=configs/alitok_b.yaml experiment.generator_checkpoint=weights/alitok_b.bin
 
-Options with `=` are those of sample_imagenet.py. The same command resumes a stopped sweep. A cell's
-images are removed when its result is written; its codes stay.
+Options with `=` are those of sample_imagenet.py. The same command resumes a stopped sweep. A cell's result
+replaces its images; its codes stay.
 """
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
@@ -47,7 +47,7 @@ PER_CELL = (
 
 
 def numbers(highest: float) -> Callable[[str], list[float]]:
-    """The type of a list of different numbers from 0 to `highest`."""
+    """An argparse type: a list of numbers from 0 to `highest`, without repetitions."""
 
     def read(text: str) -> list[float]:
         try:
@@ -56,8 +56,7 @@ def numbers(highest: float) -> Callable[[str], list[float]]:
             values = []
         if not values or not all(0 <= x <= highest for x in values):
             raise argparse.ArgumentTypeError(
-                f"{text}: write numbers from 0 to {highest:g} with commas between, for example "
-                f"1,1.5,2"
+                f"{text}: write numbers from 0 to {highest:g} with commas, for example 1,1.5,2"
             )
         return list(dict.fromkeys(values))
 
@@ -67,20 +66,12 @@ def numbers(highest: float) -> Callable[[str], list[float]]:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The sweep's own arguments, and the options of the sampling."""
     parser = Parser(prog="python -m evaluation.sweep", description=__doc__)
-    parser.add_argument("--reference", type=path, required=True, help="as for evaluate.py")
-    parser.add_argument(
-        "--scales", type=numbers(10_000), required=True, help="guidance scales, for example 8,12,16"
-    )
-    parser.add_argument(
-        "--powers",
-        type=numbers(1000),
-        required=True,
-        help="guidance powers, for example 1.0,1.4,1.8",
-    )
-    parser.add_argument(
-        "--num_samples", type=number(2, 10**9), default=10_000, help="images per cell (10000)"
-    )
-    parser.add_argument("--output", type=path, default="output/sweep", help="folder of the results")
+    add = parser.add_argument
+    add("--reference", type=path, required=True, help="as for evaluate.py")
+    add("--scales", type=numbers(10_000), required=True, help="guidance scales, such as 8,12,16")
+    add("--powers", type=numbers(1000), required=True, help="guidance powers, such as 1.0,1.4,1.8")
+    add("--num_samples", type=number(2, 10**9), default=10_000, help="images per cell (10000)")
+    add("--output", type=path, default="output/sweep", help="folder of the results")
     args, options = parser.parse_known_args(argv)
     for option in options:
         if option.lstrip("-").split("=")[0] in PER_CELL:
@@ -103,7 +94,7 @@ def main(argv: list[str]) -> None:
     job = replace(job, count=args.num_samples)
     jobs = {(s, p): guided(job, s, p) for s in args.scales for p in args.powers}
     side = models.tokenizer.config.image_size
-    evaluator = Evaluator.open(args.reference, processes, WEIGHTS, size=(side, side))
+    evaluator = Evaluator(args.reference, processes, WEIGHTS, size=(side, side))
     folders = {
         cell: SampleFolder(
             cell_file(output, *cell).with_suffix(""), cell_job, models, processes,
@@ -125,7 +116,7 @@ def main(argv: list[str]) -> None:
             processes.print(f"guidance scale {scale:g}, power {power:g}")
             score_cell(folder, evaluator, result)
         elif processes.is_main_process:
-            remove_images(folder)  # left by a run killed before it did
+            remove_images(folder)  # of a killed run
     if processes.is_main_process:
         report(output, args.scales, args.powers)
 
@@ -142,14 +133,14 @@ def cell_file(output: Path, scale: float, power: float) -> Path:
 
 
 def score_cell(folder: SampleFolder, evaluator: Evaluator, path: Path) -> None:
-    """Sample one cell's images, write its result, remove the images; on all processes together."""
+    """Sample a cell, write its result and remove its images; all processes call this together."""
     images = folder.fill()
     result = evaluator.evaluate(open_images(images), folder.count)
     if evaluator.processes.is_main_process:
         result["weights"] = folder.models.hashes
         write_whole(path, json.dumps(result, indent=1, ensure_ascii=False).encode())
         remove_images(folder)
-    evaluator.processes.wait_for_everyone()  # a result that exists is whole for all
+    evaluator.processes.wait_for_everyone()  # for the result
 
 
 def remove_images(folder: SampleFolder) -> None:
@@ -188,7 +179,7 @@ def table(grid: list[list[dict[str, Any]]], scales: list[float], powers: list[fl
 def heat_map(
     grid: list[list[dict[str, Any]]], scales: list[float], powers: list[float]
 ) -> Image.Image:
-    """gFID by colour, the lowest darkest, with gFID above IS in every cell."""
+    """A cell's colour shows its gFID, the darkest being the lowest; its text, gFID and IS."""
     low = min(cell["gFID"] for row in grid for cell in row)
     span = max(cell["gFID"] for row in grid for cell in row) - low or 1.0
     (width, height), font = CELL, ImageFont.load_default(15)

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from data.classes import printable
 from data.images import scan_images
 from data.pictures import picture_grid, to_pixels, write_png
-from evaluation.evaluator import compare, conditions, protocol, warnings_of
+from evaluation.evaluator import compare, describe_result
 from evaluation.features import FeatureNetwork
 from evaluation.lpips import LPIPS
 from evaluation.reconstruction import (
@@ -28,7 +28,7 @@ from runtime.processes import matmul_precision
 
 PREVIEW_IMAGES = 8
 MAGNIFICATION = 4  # of the differences in the picture
-# Figures by their names in a result, in its order.
+# The names of figures in a result, in order.
 METRICS = {
     "rFID": "rfid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips",
     "codebook_use": "codebook_use", "perplexity": "perplexity", "code_agreement": "code_agreement",
@@ -36,7 +36,7 @@ METRICS = {
 
 
 def weights_hash(tokenizer: Tokenizer) -> str:
-    """Hash of all weights that images depend on."""
+    """Hash of the weights that reconstructions depend on."""
     state, spare = tokenizer.state_dict(), tokenizer.training_only
     return tensors_hash({name: state[name] for name in state if name not in spare})
 
@@ -53,9 +53,9 @@ def score_tokenizer(
 ) -> tuple[dict[str, Any], SetStatistics, Preview]:
     """Reconstruct all images of a folder or tar (ADM's centre crop) once, in float32, and measure them.
 
-    Without `network` there is no rFID, without `lpips` no LPIPS. Returns the result, empty except
-    on the main process, the statistics of the originals and the first images, for `draw_preview`. The
-    index of a tar is kept in `index_folder`.
+    `network` is needed for rFID, `lpips` for LPIPS. Returns the result, empty but on the main process,
+    the statistics of the originals and the first images for `draw_preview`. `index_folder` keeps the
+    index of a tar.
     """
     size, device = tokenizer.config.image_size, tokenizer.latent_tokens.device
     check_window(size)
@@ -79,27 +79,19 @@ def score_tokenizer(
         return {}, originals, preview
     if network is not None:
         figures["rfid"] = compare(reconstructions, originals, device)["FID"]
+    metrics = {name: figures[key] for name, key in METRICS.items() if key in figures}
+    result = describe_result(metrics, network, reconstructions, originals, count, batch, device)
     unseen = {name: getattr(tokenizer.config, name) for name in UNSEEN}  # by any tensor's shape
-    result = {
-        "metrics": {name: figures[key] for name, key in METRICS.items() if key in figures},
-        "protocol": protocol(network, reconstructions, originals),
-        "images_asked": count,
-        "partial": False,
-        "samples": reconstructions.summary(),
-        "reference": originals.summary(),
-        "weights": {"tokenizer": weights_hash(tokenizer), **unseen},
-        **conditions(network, batch, device),
-        "warnings": warnings_of(network, originals, reconstructions),
-    }
+    result["weights"] = {"tokenizer": weights_hash(tokenizer), **unseen}
     return result, originals, preview
 
 
 def check_window(size: int) -> None:
-    """Refuse images (size x size pixels) without a place for SSIM's window."""
+    """Refuse images of size x size pixels that are smaller than SSIM's window."""
     if size < SSIM_WINDOW:
         raise InputError(
-            f"images of {size} px are smaller than the window of SSIM, {SSIM_WINDOW} px: use a "
-            f"tokenizer of larger images"
+            f"images of {size} px are smaller than SSIM's window of {SSIM_WINDOW} px: use a tokenizer "
+            f"of larger images"
         )
 
 

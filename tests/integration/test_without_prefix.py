@@ -85,7 +85,7 @@ def test_generators_and_caches_with_and_without_prefix_do_not_mix(
     done = execute(
         "evaluate.py", "--generator", workspace.generator, "--cache", alone.cache, check=False
     )
-    refused(done, "another tokenizer: codes per image 16 there, 21 here")
+    refused(done, "another tokenizer's cache: codes per image 16 there, 21 here")
     done = alone.sample(
         tmp_path / "s", f"experiment.generator_checkpoint={workspace.generator}", check=False
     )

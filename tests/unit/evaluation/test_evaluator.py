@@ -134,7 +134,7 @@ def test_adm_statistics_alone_give_no_precision(score):
     expected = frechet_distance(features_of(SAMPLES)[0], pool)
     assert result["metrics"]["gFID"] == pytest.approx(expected, rel=1e-5)
     assert result["metrics"]["precision"] is None
-    assert "precision  not known: the reference lacks what it needs" in said
+    assert "precision  unknown: the reference lacks its statistics" in said
 
 
 def test_mean_and_covariance_alone_give_fid_and_leave_sfid_out(score):
@@ -145,7 +145,7 @@ def test_mean_and_covariance_alone_give_fid_and_leave_sfid_out(score):
     result, said = score(reference="pytorch_fid.npz")
     assert result["metrics"]["gFID"] == both["metrics"]["gFID"]
     assert result["metrics"]["sFID"] is None
-    assert "sFID       not known: the reference lacks what it needs" in said
+    assert "sFID       unknown: the reference lacks its statistics" in said
 
 
 def test_reference_of_larger_pictures_is_cropped_as_adm_does(score, tmp_path):

@@ -178,25 +178,25 @@ def test_runs_without_a_common_step_are_refused(score, runs, tmp_path):
     shutil.rmtree(tmp_path / "b/checkpoints/step-00000006")
     file = runs / "a/checkpoints/step-00000006/generator.safetensors"
     common = ("--cache", runs / "val", "--compare", tmp_path / "b")
-    refuse(score, "no step of which all runs hold .*: 6; .*b: 3.*keep_every", "--generator", file, *common)  # fmt: skip
+    refuse(score, "no checkpoint of a common step .*: 6; .*b: 3.*keep_every", "--generator", file, *common)  # fmt: skip
     refuse(score, "generator.bin is not a run folder", "--generator", runs / "a/generator.bin", *common)  # fmt: skip
 
 
 def test_a_cache_of_other_codes_is_refused(score, runs, tmp_path):
     larger = write_cache(tmp_path / "larger", codebook=64)
-    refuse(score, "another tokenizer: codebook size 64 there, 32 here",
+    refuse(score, "another tokenizer's cache: codebook size 64 there, 32 here",
            "--generator", runs / "a/generator.bin", "--cache", larger)  # fmt: skip
     other = write_cache(tmp_path / "other", tokenizer="xyz")
-    refuse(score, "another tokenizer: tokenizer xyz there, abc here",
+    refuse(score, "another tokenizer's cache: tokenizer xyz there, abc here",
            "--generator", runs / "a", "--cache", other)  # fmt: skip
     for file in ("generator.safetensors", "checkpoints/step-00000003/generator.safetensors"):
         shutil.copy(runs / "a" / file, tmp_path / "copied.safetensors")  # it says so itself
-        refuse(score, "another tokenizer: tokenizer xyz there, abc here",
+        refuse(score, "another tokenizer's cache: tokenizer xyz there, abc here",
                "--generator", tmp_path / "copied.safetensors", "--cache", other)  # fmt: skip
     alone = write_cache(tmp_path / "alone", tokens=16)  # without prefix tokens
     step = runs / "a/checkpoints/step-00000006"
     for weights in (runs / "a", runs / "a/generator.bin", step / "generator.safetensors"):
-        refuse(score, "another tokenizer: codes per image 16 there, 21 here",
+        refuse(score, "another tokenizer's cache: codes per image 16 there, 21 here",
                "--generator", weights, "--cache", alone)  # fmt: skip
     classes = write_cache(tmp_path / "classes", classes=4)
     refuse(score, "4 classes, more than the 3", "--generator", runs / "a", "--cache", classes)

@@ -55,7 +55,7 @@ def evaluator(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "r.npz", rng.integers(0, 256, (15, 16, 16, 3), dtype=np.uint8))
-    return Evaluator.open(tmp_path / "r.npz", PartialState(cpu=True), WEIGHTS)
+    return Evaluator(tmp_path / "r.npz", PartialState(cpu=True), WEIGHTS)
 
 
 @pytest.fixture

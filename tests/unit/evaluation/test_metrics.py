@@ -219,9 +219,7 @@ def test_distant_sets_cover_nothing():
 
 
 def test_as_many_images_as_neighbours_are_too_few():
-    with pytest.raises(
-        InputError, match="more than 3 images on either side: there are 5 samples and 3"
-    ):
+    with pytest.raises(InputError, match="more than 3 images per set: there are 5 samples and 3"):
         precision_recall(random(3, 2), random(5, 2))
 
 

@@ -265,7 +265,7 @@ def test_images_smaller_than_the_window_of_ssim_are_refused(score):
     small.write_text("\n".join(["model:", "  vq_model:", *lines]))
     tokenizer = Tokenizer(TokenizerConfig(**sizes))
     write_state_dict(tokenizer.state_dict(), score.folder / "small.pth")
-    with pytest.raises(InputError, match="images of 8 px are smaller than the window of SSIM"):
+    with pytest.raises(InputError, match="images of 8 px are smaller than SSIM's window"):
         score(f"--tokenizer={score.folder}/small.pth", f"--config={small}")
 
 

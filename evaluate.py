@@ -4,6 +4,7 @@ python evaluate.py --samples output/alitok_b.npz --reference VIRTUAL_imagenet256
 python evaluate.py --reference DIR --crop 256 --save_stats FILE.npz
 python evaluate.py --reconstruction --tokenizer weights/AliTok.pth --data_path imagenet --split val
 python evaluate.py --generator weights/alitok_b.bin --cache cache_alitok_val
+python evaluate.py --generator weights/alitok_b.bin --cache cache_alitok_val --classify
 python evaluate.py --selfcheck                       is the evaluator itself right?
 torchrun --nproc_per_node=8 evaluate.py …            the same numbers from 8 GPUs
 """
@@ -19,6 +20,7 @@ from accelerate import PartialState
 
 from configs.sizes import tokenizer_sizes
 from data.loader import worker_count
+from evaluation.classify import classify_cache, show_classification
 from evaluation.evaluator import FEATURES, STANDARD_COUNT, Evaluator, check_count, open_network
 from evaluation.features import FeatureNetwork, Inception
 from evaluation.generator_scores import PRECISIONS, score_generator, show_generator
@@ -98,6 +100,16 @@ def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
         help="runs to score at the same step",
     )
     parser.add_argument(
+        "--classify",
+        action="store_true",
+        help="name each image's class, by the likelihood of its codes under --generator",
+    )
+    parser.add_argument(
+        "--answers",
+        type=new_file(".csv"),
+        help="--classify: write the answer for every image to this .csv",
+    )
+    parser.add_argument(
         "--precision", default="auto", choices=PRECISIONS,
         help="of --generator: auto is bf16 on CUDA, fp32 on a CPU, as in training",
     )  # fmt: skip
@@ -125,7 +137,7 @@ def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
 def choose_task(args: argparse.Namespace, given: set[str]) -> "Task":
     """The task that the flags ask for. Raises InputError for flags that make none, or two."""
     task = next((task for task in TASKS if task.name in given), TASKS[-1])
-    takes = {task.name} & {"selfcheck", "generator", "reconstruction"} | task.needs | task.takes
+    takes = {task.name} | task.needs | task.takes
     foreign, missing = given - takes - ALL_TAKE, task.needs - given
     if foreign:
         shown = ", ".join(f"--{name}" for name in sorted(takes))
@@ -240,6 +252,16 @@ def evaluate_generator(args: argparse.Namespace, processes: PartialState) -> Non
     show_generator(result)
 
 
+def classify(args: argparse.Namespace, processes: PartialState) -> None:
+    if args.answers:
+        on_main(lambda: try_to_write(args.answers))
+    result = classify_cache(
+        args.generator, args.cache, args.answers, processes,
+        args.batch_size, args.num_workers, args.precision,
+    )  # fmt: skip
+    show_classification(result)
+
+
 def check_evaluator(args: argparse.Namespace, processes: PartialState) -> None:
     if not selfcheck(WEIGHTS, processes, args.batch_size, args.num_workers):
         raise SystemExit(1)
@@ -261,6 +283,7 @@ class Task(NamedTuple):
 ALL_TAKE = {"batch_size", "num_workers", "device"}
 TASKS = (
     Task("selfcheck", check_evaluator),
+    Task("classify", classify, {"generator", "cache"}, {"answers", "precision"}),
     Task("generator", evaluate_generator, {"cache"}, {"compare", "precision", "picture"}),
     Task(
         "reconstruction", evaluate_tokenizer, {"data_path"},

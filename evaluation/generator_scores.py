@@ -1,6 +1,8 @@
 """`evaluate.py --generator`: the likelihood of a cache's codes under one or several generators."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,18 +110,11 @@ def score_generator(
     """
     store, sources = open_tokens(cache), find_sources(given, others)
     rank, world = processes.process_index, processes.num_processes
-    device = torch.device(processes.device or "cpu")
-    bf16 = precision == "bf16" or (precision == "auto" and default_dtype(device) == torch.bfloat16)
-    views = store.images * store.views
-    many = device.type == "cuda" and views >= COMPILED_VIEWS * world
-    compiled = many and compiles("auto", "--generator")
-    scored, warnings = [], []
+    scored, warnings, conditions = [], [], {}
     for source in sources:
-        generator = open_generator(source, store).to(device)
-        if compiled:
-            compile_blocks(generator.blocks)
-        context = torch.autocast(device.type, torch.bfloat16) if bf16 else matmul_precision("fp32")
-        with context:
+        generator = open_generator(source, store)
+        sequences = store.images * store.views
+        with ready(generator, processes, precision, sequences) as (compiled, numerics):
             share = measure_likelihood(generator, store, batch, rank, world, workers, compiled)
         likelihood = share.reduced()
         if not likelihood.sums.isfinite().all():
@@ -127,7 +122,7 @@ def score_generator(
                 f"the loss of {source.name} on {cache} is NaN or infinite: its weights are damaged"
             )
         scored.append((source, likelihood))
-        warnings = warnings or warnings_of(store, generator)
+        warnings, conditions = warnings or warnings_of(store, generator), numerics
     if not processes.is_main_process:
         return {}
     results = [{"generator": about(source), **likelihood.result()} for source, likelihood in scored]
@@ -137,20 +132,43 @@ def score_generator(
     return {
         **results[0],
         "compared": results[1:],
-        "cache": {
-            "path": cache, "images": store.images, "views": store.views, "codes": store.tokens,
-            "classes": len(store.classes), "tokenizer": store.manifest["tokenizer"],
-        },
+        "cache": about_cache(store),
         "picture": picture,
-        "precision": "bf16" if bf16 else "fp32",
+        **conditions,
         "batch_size": batch,
-        "device": device_name(device),
         "warnings": warnings,
     }  # fmt: skip
 
 
+@contextmanager
+def ready(
+    generator: Generator, processes: PartialState, precision: str, sequences: int
+) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """Moves a generator to its device; within, products have the precision asked for.
+
+    Yields whether its blocks are compiled, as they are on CUDA for many sequences, and what the last digits of
+    figures depend on.
+    """
+    device = torch.device(processes.device or "cpu")
+    generator.to(device)
+    many = device.type == "cuda" and sequences >= COMPILED_VIEWS * processes.num_processes
+    compiled = many and compiles("auto", "--generator")
+    if compiled:
+        compile_blocks(generator.blocks)
+    bf16 = precision == "bf16" or (precision == "auto" and default_dtype(device) == torch.bfloat16)
+    with torch.autocast(device.type, torch.bfloat16) if bf16 else matmul_precision("fp32"):
+        yield compiled, {"precision": "bf16" if bf16 else "fp32", "device": device_name(device)}
+
+
 def about(source: Source) -> dict[str, Any]:
     return {"path": source.name, "step": source.step, "hash": file_sha256(source.file)[:16]}
+
+
+def about_cache(store: TokenCache) -> dict[str, Any]:
+    return {
+        "path": str(store.folder), "images": store.images, "views": store.views, "codes": store.tokens,
+        "classes": len(store.classes), "tokenizer": store.manifest["tokenizer"],
+    }  # fmt: skip
 
 
 def warnings_of(store: TokenCache, generator: Generator) -> list[str]:

@@ -6,6 +6,7 @@ layout or weight file within minutes.
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,24 @@ def measure_likelihood(
     the number of processes changes only the order of float64 sums. Within autocast it computes like the
     validation of a training run. `compiled` also compiles the sums; a smaller last batch runs eagerly.
     """
-    dataset, device = AllTokens(store), next(model.parameters()).device
+    device = next(model.parameters()).device
+    sums_of = torch.compile(position_sums, dynamic=False) if compiled else position_sums
+    sums = torch.zeros(3, store.tokens, dtype=torch.float64, device=device)
+    was_training = model.training
+    model.eval()
+    for _, codes, labels in view_batches(store, batch, rank, world, workers, device):
+        with eager(compiled and len(codes) < batch):
+            sums += sums_of(model(codes[:, :-1], labels), codes)
+    model.train(was_training)
+    return Likelihood(sums, store.images * store.views)
+
+
+def view_batches(
+    store: TokenCache, batch: int, rank: int, world: int, workers: int, device: torch.device
+) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """This process's share of batches of consecutive views: their places among all views of the cache,
+    codes (B, T) and labels (B,) on the device."""
+    dataset = AllTokens(store)
     starts = share_of(range(0, len(dataset), batch), rank, world)
     batches = [range(start, min(start + batch, len(dataset))) for start in starts]
     loader = DataLoader(
@@ -100,15 +118,8 @@ def measure_likelihood(
         pin_memory=device.type == "cuda",
         worker_init_fn=outlive_first_signal,
     )
-    sums_of = torch.compile(position_sums, dynamic=False) if compiled else position_sums
-    sums = torch.zeros(3, store.tokens, dtype=torch.float64, device=device)
-    was_training = model.training
-    model.eval()
-    for codes, labels in on_device(loader, device):
-        with eager(compiled and len(codes) < batch):
-            sums += sums_of(model(codes[:, :-1], labels), codes)
-    model.train(was_training)
-    return Likelihood(sums, store.images * store.views)
+    for places, (codes, labels) in zip(batches, on_device(loader, device)):
+        yield places, codes, labels
 
 
 def eager(wanted: bool) -> contextlib.AbstractContextManager:

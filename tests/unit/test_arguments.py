@@ -119,6 +119,7 @@ def test_odd_values(program, flag, tmp_path, monkeypatch):
         ("evaluation.look", [], "images"),
         ("evaluation.probe", ["--tokenizer", "x.pth"], "--data_path"),
         ("evaluation.probe", ["--data_path", "no", "--layer", "0"], "--layer"),
+        ("evaluate", ["--answers", "x.txt"], "--answers"),
         ("training.plot", ["--output", "c.xyz", "no"], "--output"),
         ("training.plot", ["--output", ".", "no"], "--output"),
         ("train_tokenizer.export", ["no", "weights.txt"], "weights.txt"),

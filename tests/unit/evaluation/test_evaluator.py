@@ -355,6 +355,11 @@ def test_one_image_has_no_covariance(score):
         (["--reference=a.npz", "--save_stats=b"], ["ends in .npz"]),
         (["--reconstruction"], ["--reconstruction needs --data_path"]),
         (["--generator=x.bin"], ["--generator needs --cache"]),
+        (["--classify"], ["--classify needs --cache and --generator"]),
+        (
+            ["--generator=x", "--cache=c", "--answers=a.csv"],
+            ["--answers does not go with --generator"],
+        ),
         (["--cache=c"], ["--cache does not go with scoring samples"]),
         *(
             (
@@ -364,6 +369,10 @@ def test_one_image_has_no_covariance(score):
             for task, flags in (
                 ("--selfcheck", "--reference=r --save_stats=s.npz --features=dinov2 --crop=8"),
                 ("--reconstruction --data_path=d", "--samples=a.npz --reference=r --half_manifold"),
+                (
+                    "--classify --generator=x --cache=c",
+                    "--compare=y --picture=p.png --reconstruction",
+                ),
                 ("--generator=x --cache=c", "--reconstruction --reference=r --features=dinov2"),
             )
             for flag in flags.split()

@@ -20,11 +20,11 @@ from torch.utils.data import Dataset
 
 import configs.load
 from configs.schema import GeneratorRun, Phase
-from configs.sizes import with_weights
+from configs.sizes import with_classes, with_start, with_weights
 from data.classes import describe_classes, printable
 from data.identity import hash_of_texts, identity_of_images
 from data.imagenet import misnumbered
-from data.images import VIEWS, TrainViews, scan_images, to_float
+from data.images import VIEWS, ImageListing, TrainViews, scan_images, to_float
 from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
 from data.tokens import TokenCache, TrainTokens, open_tokens
 from data.tree import describe_left_out, refuse_inside
@@ -49,7 +49,7 @@ from runtime.weights import open_on_all
 from training.accelerator import describe_precision, start_training
 from training.checkpoint import WHOLE, WholeOptimizer
 from training.dry_run import split_dry_run
-from training.initial import fit_classes
+from training.initial import fit_classes, open_initial
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run
 from training.schedule import generator_lr
@@ -85,6 +85,7 @@ class TrainingSet:
 class GeneratorData:
     """What a run learns from and is scored with, and the tokenizer that this may need."""
 
+    options: GeneratorRun  # of the run: its classes are the data's, `experiment.classes` by number
     train: TrainingSet
     names: ClassNames  # of its classes
     tokenizer_hash: str  # of the tokenizer that makes, or made, the codes
@@ -127,11 +128,14 @@ def open_data(
         if index_folder is not None:
             refuse_inside(index_folder, params.pretokenization)
         store = open_cache(params.pretokenization, options, known, heads)
+        options = with_classes(options, params.pretokenization, len(store.classes))
         tokenizer_hash = store.manifest["tokenizer"]
         known, heads = known or tokenizer_hash, heads or store.manifest.get("encoder_heads")
         train = train_on_codes(store, options)
     else:
-        train, encoder = train_on_images(params.train_dir, options, index_folder), tokenizer
+        listing, encoder = scan_images(params.train_dir, index_folder=index_folder), tokenizer
+        options = with_classes(options, params.train_dir, len(listing.classes))
+        train = train_on_images(listing, options)
     validation = None
     if params.val_pretokenization is not None:
         validation = open_cache(params.val_pretokenization, options, known, heads)
@@ -146,11 +150,11 @@ def open_data(
     names = ClassNames(
         options.model.generator.condition_num_classes, dict(enumerate(train.classes))
     )
-    numbered = classes_by_number(options, names)
+    options = classes_by_number(options, names)
     if experiment.generate_every:  # refused now, not at the first samples
-        in_training.job_in_training(numbered, accelerator.device)
+        in_training.job_in_training(options, accelerator.device)
     return GeneratorData(
-        train, names, str(tokenizer_hash), tokenizer, encoder, validation, evaluator
+        options, train, names, str(tokenizer_hash), tokenizer, encoder, validation, evaluator
     )
 
 
@@ -160,7 +164,7 @@ def classes_by_number(options: GeneratorRun, names: ClassNames) -> GeneratorRun:
     if experiment.classes is None:
         return options
     labels = [NONE if label == NO_CLASS else label for label in names.labels(experiment.classes)]
-    return replace(options, experiment=replace(experiment, classes=labels))
+    return options.changed(experiment=replace(experiment, classes=labels))
 
 
 def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
@@ -182,17 +186,13 @@ def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
     )  # fmt: skip
 
 
-def train_on_images(
-    folder: str, options: GeneratorRun, index_folder: Optional[Path] = None
-) -> TrainingSet:
+def train_on_images(listing: ImageListing, options: GeneratorRun) -> TrainingSet:
     """The ten crops of the images of a folder or tar, or of a sample of them."""
-    listing = scan_images(folder, index_folder=index_folder)
-    check_classes(folder, listing.classes, options)
     dataset = TrainViews(listing.samples, options.model.vq_model.image_size, *draws_of(options))
     labels = np.array([label for _, label in listing.samples])
     return sampled(
         TrainingSet(
-            folder, dataset, len(labels), len(labels), VIEWS["ten_crop"], labels, listing.classes,
+            str(listing.root), dataset, len(labels), len(labels), VIEWS["ten_crop"], labels, listing.classes,
             options.dataset.params.skip_unreadable,
             on_main(lambda: identity_of_images(listing.paths)), describe_left_out(listing.left_out),
         ),
@@ -231,20 +231,10 @@ def open_cache(
     the tokenizer and its encoder's heads. Labels and some codes are read: a mistake shows now."""
     store, sizes = open_tokens(path), options.model.vq_model
     store.check(sizes.codebook_size, sizes.num_tokens, tokenizer, encoder_heads)
-    check_classes(path, store.classes, options)
     store.check_labels()
     for image in evenly_spaced(store.images, min(store.images, PROBED)).tolist():
         store.codes(image, 0)
     return store
-
-
-def check_classes(path: str, classes: list[str], options: GeneratorRun) -> None:
-    known = options.model.generator.condition_num_classes
-    if len(classes) > known:
-        raise InputError(
-            f"{path} has {len(classes)} classes, more than "
-            f"model.generator.condition_num_classes={known}"
-        )
 
 
 # ---------------------------------------------------------------------- what is trained
@@ -454,9 +444,12 @@ def main(argv: list[str]) -> None:
     kept = None if dry_run else Path(options.experiment.output_dir)
     weights = open_tokenizer(options)
     options = with_weights(options, weights)
+    initial = open_initial(options.experiment, GENERATOR)
+    if initial is not None:
+        options = with_start(options, initial)
     data = open_data(options, accelerator, weights, index_folder=kept)
     phases = [Phase("training", total_steps)]
-    options = classes_by_number(options, data.names)
+    options = data.options
     run = Run(accelerator, options, phases, data.identity(), GENERATOR, dry_run)
     state = TrainState(run, options, data)
     workers = options.dataset.params.num_workers_per_gpu

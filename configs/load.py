@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, TypeVar, get_args, get_origin
 
@@ -19,14 +20,18 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MappingNode, Node, SequenceNode, YAMLError
 
 from configs.help import describe, used_by
-from configs.schema import COMMAND_LINE, GeneratorRun
+from configs.schema import COMMAND_LINE, Experiment, GeneratorRun
 from modeling.fields import TYPED, Declared, declared, expectation, section_of, short, types_of
 from modeling.tokenizer import TokenizerConfig
+from modeling.weights.metadata import SIZES, TOKENIZER
+from modeling.weights.runs import all_checkpoints
 from runtime.errors import InputError
 from runtime.files import write_whole
 
 T = TypeVar("T")
 
+CLASSES = "condition_num_classes"
+BROUGHT = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # by weights to start from
 # What the published trainer adds to the config that it leaves in its run folder.
 PUBLISHED_KEYS = ("config", "experiment.logging_dir")
 FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -75,7 +80,12 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
                 # A list is set as a whole.
                 written = {n: w for n, w in written.items() if not n.startswith(f"{name}[")}
                 written[name] = value
-    options = build(schema, written)
+    options: Any = build(schema, written)
+    if program.startswith("train"):
+        earlier = sizes_of_resumed(schema, options.experiment)
+        if earlier.keys() - written.keys():
+            written = earlier | written
+            options = build(schema, written)
     object.__setattr__(options, "places", {name: place for name, (_, place) in written.items()})
     warnings = [*warmup_warning(options, program), *without_effect(options, program)]
     if os.environ.get("RANK", "0") == "0":
@@ -87,6 +97,28 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
 def is_run(folder: Path) -> bool:
     """Whether a folder is a training run's: such a folder is locked, or holds checkpoints."""
     return (folder / ".lock").is_file() or (folder / "checkpoints").is_dir()
+
+
+def resumed_run(experiment: Experiment) -> Optional[Path]:
+    """The folder of the run that a start goes on with; None: it begins a new one."""
+    own, named = Path(experiment.output_dir), experiment.resume
+    if all_checkpoints(own):
+        return own
+    if not isinstance(named, str):
+        return None
+    return Path(named) if (Path(named) / "checkpoints").is_dir() else Path(named).parent.parent
+
+
+def sizes_of_resumed(schema: type, experiment: Experiment) -> dict[str, Written]:
+    """The sizes that the run has which is resumed, as its config.yaml says: a command need not repeat
+    what its data or its initial weights brought, which may be gone."""
+    folder = resumed_run(experiment)
+    if folder is None or not (folder / "config.yaml").is_file():
+        return {}
+    names = {f"model.generator.{name}" for name in (*BROUGHT, CLASSES)}
+    if schema is not GeneratorRun:
+        names = {f"model.vq_model.{name}" for name in SIZES[TOKENIZER]}
+    return {name: w for name, w in read_file(schema, folder)[1].items() if name in names}
 
 
 def tokenizer_config(
@@ -125,8 +157,12 @@ def lasting(options: Any) -> dict[str, Any]:
 
 
 def save(options: Any, path: str | Path) -> None:
-    """Write the options of a run as YAML that `load` reads again."""
-    text = yaml.safe_dump(asdict(options), allow_unicode=True, sort_keys=False)
+    """Write the options of a run, but for those that nothing read, as YAML that `load` reads again."""
+    values = asdict(options)
+    for name in options.unread:
+        *sections, last = name.split(".")
+        del reduce(dict.__getitem__, sections, values)[last]
+    text = yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
     write_whole(path, text.encode())
 
 

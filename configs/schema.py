@@ -12,10 +12,10 @@ one sentence, the values that it takes, and notes, which also hold for the optio
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Optional, Self
 
 from modeling.fields import Options, again, option, short
 from modeling.generator import GeneratorConfig
@@ -33,6 +33,15 @@ class Loaded(Options):
 
     # {full name of each option that was set: COMMAND_LINE, or "FILE, line N"}
     places: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    # Full names of options that the program has not read: a run's config.yaml leaves them out.
+    unread: ClassVar[tuple[str, ...]] = ()
+
+    def changed(self, **parts: Any) -> Self:
+        """These options with other sections; what is known of them stays."""
+        other = replace(self, **parts)  # type: ignore[type-var]  # of a dataclass
+        for name in ("places", "unread"):
+            object.__setattr__(other, name, getattr(self, name))
+        return other
 
 
 # ---------------------------------------------------------------------- both trainers
@@ -152,8 +161,8 @@ class Experiment(Options):
     )
     init_weights: Optional[str] = option(
         None,
-        "Start a new run from the weights of a file or a run folder (its average, if it has one): "
-        "step 1, a new optimizer and average; null: from random weights.",
+        "Start a new run from the weights of a file or a run folder (its average, if it has one), which "
+        "bring their sizes: step 1, a new optimizer and average; null: from random weights.",
         path=True,
         only="train",
         instead="experiment.generator_checkpoint",

@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # not needed by anything but plots
     from matplotlib.figure import Figure
 
 SETS = {"old": range(5), "new": range(5, 10)}  # digits
-CODES, CLASSES = 256, 10  # of configs/digits_generator.yaml; the old generator has five classes
+CODES, CLASSES = 256, 5  # of configs/digits_generator.yaml, and of either set
 QUANTITIES = {"tokenizer": "tokenizer, PSNR in dB", "generator": "generator, nats per code"}
 RUNS = {"scratch": "from scratch", "finetuned": "from the weights for 0–4"}
 STARTS = {"mean": "at the mean of the old classes", "normal": "normal, as a new generator"}
@@ -132,8 +132,7 @@ def train_generators(out: Path, steps: int) -> None:
         )  # fmt: skip
 
     val = f"dataset.params.val_pretokenization={out}/cache_val"
-    five = "model.generator.condition_num_classes=5"
-    train("old", "old", LONGER * steps, five, "dataset.params.val_pretokenization=null")
+    train("old", "old", LONGER * steps, "dataset.params.val_pretokenization=null")
     train("scratch", "new", steps, val)
     brief = ["lr_scheduler.params.warmup_steps=20", val]
     old = read_state_dict(out / "generator_old/generator.safetensors")

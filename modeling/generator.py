@@ -33,7 +33,12 @@ class GeneratorConfig(Options):
         4096, "Codes of the tokenizer's codebook.", at_least=1, at_most=65536
     )
     image_seq_len: int = option(273, "Codes per image, T.", at_least=1, at_most=2**20)
-    condition_num_classes: int = option(1000, "Classes.", at_least=1, at_most=2**20)
+    condition_num_classes: int = option(
+        1000,
+        "Classes. Where they are not set, training counts those of its data.",
+        at_least=1,
+        at_most=2**20,
+    )
     dropout: float = option(
         0.1,
         "Dropout after the attention's projection and after the MLP.",

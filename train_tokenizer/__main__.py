@@ -14,7 +14,7 @@ if not __package__:  # started as a file: other packages cannot be imported
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import configs.load
 from configs.schema import ImageDataParams, Phase, TokenizerRun
+from configs.sizes import agreed
 from data.classes import printable
 from data.identity import identity_of_images
 from data.images import (
@@ -52,7 +53,7 @@ from evaluation.reconstruction import (
 )
 from modeling.compiling import compile_blocks, inductor_or_eager
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
-from modeling.weights.metadata import DECODER, DISCRIMINATOR, ENCODER, SIZES, TOKENIZER, about_model
+from modeling.weights.metadata import DECODER, DISCRIMINATOR, ENCODER, TOKENIZER, about_model
 from modeling.weights.opened import Opened
 from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
@@ -65,6 +66,7 @@ from train_tokenizer.discriminator import Discriminator, hinge_loss, weights_fro
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training.accelerator import describe_precision, numerics_of, start_training, tune_convolutions
 from training.dry_run import split_dry_run
+from training.initial import open_initial
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run
 from training.schedule import is_critic_step, phase_at, phase_lr, tokenizer_lr
@@ -185,22 +187,32 @@ def check_sizes(weights: Opened, config: TokenizerConfig, names: tuple[str, ...]
     weights.about.sizes(chosen, weights.file, "model.vq_model.{}={}".format)
 
 
+def with_start(options: TokenizerRun) -> TokenizerRun:
+    """These options with the sizes of the weights that a new run starts from, if there are any.
+
+    Raises InputError where an option contradicts them, and for those of stage 1 in stage 2.
+    """
+    weights = open_initial(options.experiment, TOKENIZER)
+    if weights is None:
+        return options
+    if options.model.stage == 2 and weights.about.stage == 1:
+        raise InputError(
+            f"{weights.file} is {describe(weights.state)}: for stage 2, set "
+            f"experiment.stage1_checkpoint to it instead of experiment.init_weights"
+        )
+    vq_model = agreed(weights, options.model.vq_model, options.places, "model.vq_model.")
+    return options.changed(model=replace(options.model, vq_model=vq_model))
+
+
 def load_initial(run: Run, tokenizer: Tokenizer) -> str:
     """Load `experiment.init_weights` into the tokenizer of a new run; returns a line for the log.
 
-    Raises InputError if the weights do not fit, or differ in encoder or codebook from
-    `experiment.stage1_checkpoint`.
+    Raises InputError if they differ in encoder or codebook from `experiment.stage1_checkpoint`.
     """
     weights, options = run.initial_weights(), run.options
     if weights is None:
         return ""
     source, stage1 = weights.file, options.experiment.stage1_checkpoint
-    if options.model.stage == 2 and weights.about.stage == 1:
-        raise InputError(
-            f"{source} is {describe(weights.state)}: for stage 2, set experiment.stage1_checkpoint to it "
-            f"instead of experiment.init_weights"
-        )
-    check_sizes(weights, tokenizer.config, SIZES[TOKENIZER])
     load_tensors(tokenizer, weights.state, str(source))
     if stage1 is not None:
         first = open_on_all(stage1, TOKENIZER)
@@ -522,6 +534,7 @@ def main(argv: list[str]) -> None:
     accelerator = refuse_fsdp(start_training(training))
     tune_convolutions(accelerator.device)
     kept = None if dry_run else Path(options.experiment.output_dir)
+    options = with_start(options)
     data = open_data(options, index_folder=kept)
     run = Run(accelerator, options, phases, data.identity(), TOKENIZER, dry_run)
     state = TrainState(run, run.options, evaluates=bool(data.validation))

@@ -7,21 +7,33 @@ run that started elsewhere.
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
 
+from configs.load import resumed_run
+from configs.schema import Experiment
 from data.classes import first_names
 from modeling.generator import GeneratorConfig
 from modeling.weights.metadata import GENERATOR, about_model
 from modeling.weights.opened import Opened, open_weights
 from modeling.weights.tensors import tensors_hash
 from runtime.errors import InputError
+from runtime.weights import open_on_all
 
 
 def record_of(path: str, weights: Opened) -> dict[str, str]:
     """What a run's checkpoints record of its initial weights; `path` is `experiment.init_weights`."""
     return {"path": path, "hash": tensors_hash(weights.state)}
+
+
+def open_initial(experiment: Experiment, kind: str) -> Optional[Opened]:
+    """The weights of `experiment.init_weights`, which bring the sizes of a new run's model; all ranks
+    call this. None without the option, and if the run resumes."""
+    if experiment.init_weights is None or resumed_run(experiment) is not None:
+        return None
+    return open_on_all(experiment.init_weights, kind)
 
 
 def check_same_start(
@@ -50,29 +62,29 @@ def fit_classes(
 ) -> tuple[dict[str, Tensor], str]:
     """A generator's tensors for the classes of a training set, and a description for the log.
 
-    With the same number of classes their rows are copied by label, with a warning that lists renamed
-    classes. With another number, each class starts at the mean of the old rows. All other rows are
-    copied. Raises InputError if another size differs from `config`.
+    The rows of the codes and of "no class" are copied, and a class has the row of its name. Where the
+    weights or the data do not name a class, it has the row of its label, if there are as many classes.
+    Any other class starts at the mean of the old rows. Raises InputError if another size differs from
+    `config`.
     """
     here = about_model(GENERATOR, config).config
     before, after = weights.about.config["condition_num_classes"], here.pop("condition_num_classes")
     weights.about.sizes(here, weights.file, "model.generator.{}={}".format)
-    if before == after:
-        return weights.state, renamed_rows(weights.about.classes or (), classes)
+    rows = [row if before == after else None for row in range(after)]  # by label
+    if weights.about.classes is not None:
+        named = {normalize("NFC", name): row for row, name in enumerate(weights.about.classes)}
+        rows[: len(classes)] = [named.get(normalize("NFC", name)) for name in classes]
+    if rows == list(range(before)):
+        return weights.state, ""
     state, name = weights.state, "embeddings.weight"
-    first = int(config.condition_rows(torch.tensor(0)))  # the last row is "no class"
-    rows = state[name]
-    mean = rows[first:-1].float().mean(0, keepdim=True).expand(after, -1)
-    fitted = torch.cat([rows[:first], mean.to(rows.dtype), rows[-1:]])
-    words = f"; {after} classes instead of {before}: every class starts at the mean of the old ones"
+    table, first = state[name], int(config.condition_rows(torch.tensor(0)))
+    old, no_class = table[first:-1], table[-1:]
+    mean = old.float().mean(0).to(table.dtype)
+    made = [mean if row is None else old[row] for row in rows]
+    fitted = torch.cat([table[:first], torch.stack(made), no_class])
+    names = [*classes, *map(str, range(len(classes), after))]
+    new = [name for name, row in zip(names, rows) if row is None]
+    words = f"; {after} classes instead of {before}" * (before != after)
+    if new:
+        words += f"; {len(new)} start at the mean of the old ones: {first_names(new)}"
     return {**state, name: fitted}, words
-
-
-def renamed_rows(before: Sequence[str], after: Sequence[str]) -> str:
-    """A warning that lists classes whose rows belonged to classes of other names; empty if none."""
-    other = [f"{new} at {old}" for old, new in zip(before, after) if old != new]
-    if not other:
-        return ""
-    return (
-        f"; warning: {len(other)} classes start at the rows of other classes: {first_names(other)}"
-    )

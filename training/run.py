@@ -161,7 +161,7 @@ class Run:
         on_main(lambda: check_same_start(initial, named, self.kind, source))
         if initial is not None and named is None:
             self.experiment = replace(self.experiment, init_weights=initial["path"])
-            self.options = replace(self.options, experiment=self.experiment)  # for config.yaml
+            self.options = self.options.changed(experiment=self.experiment)  # for config.yaml
 
     def initial_weights(self) -> Optional[Opened]:
         """The weights of `experiment.init_weights`; all ranks call this.

@@ -30,7 +30,6 @@ from experiments.alignment.rows import (
     Overrides,
     Recipe,
     Row,
-    classes_of,
     recipe,
     varied,
 )
@@ -158,10 +157,10 @@ def chains_of(
     root: Path, data: Path, rows: list[Row], seeds: list[int], overrides: Overrides
 ) -> list[Chain]:
     """One chain per seed and trained row; a row that shares another one's codes is part of its chain."""
-    classes, chains = classes_of(data), []
+    chains = []
     for folder in dict.fromkeys(row.folder for row in rows):
         trained = next(row for row in ROWS if row.name == folder)
-        options = recipe(trained, overrides, classes)
+        options = recipe(trained, overrides)
         second = any(row.folder == folder and row.decoder == "stage2" for row in rows)
         for seed in seeds:
             place = root / f"seed_{seed}" / folder

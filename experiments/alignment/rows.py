@@ -7,7 +7,6 @@ Everything that a row does not set is the quickstart's own: encoder, codebook, s
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -198,8 +197,8 @@ class Recipe:
     sample: list[str]  # sample_imagenet.py
 
 
-def recipe(row: Row, overrides: Overrides, classes: int) -> Recipe:
-    """A row under a variation, on data of this many classes. Raises InputError for sizes that do not fit."""
+def recipe(row: Row, overrides: Overrides) -> Recipe:
+    """A row under a variation. Raises InputError for sizes that do not fit."""
     sizes = dict(overrides.sizes)
     if not row.prefix:
         sizes["num_latent_tokens"] = tokenizer_config(STAGE1, **sizes)[0].grid ** 2
@@ -209,22 +208,9 @@ def recipe(row: Row, overrides: Overrides, classes: int) -> Recipe:
     generator = list(tokenizer)
     if tokens != known.image_seq_len:
         generator.append(f"model.generator.image_seq_len={tokens}")
-    if classes != known.condition_num_classes:
-        generator.append(f"model.generator.condition_num_classes={classes}")
     return Recipe(
         stage1=[*tokenizer, *row.stage1, *overrides.stage1],
         stage2=[*tokenizer, *overrides.stage2],
         train=[*generator, *overrides.generator],
         sample=generator,
     )
-
-
-def classes_of(data: Path) -> int:
-    """The number of class folders of a data set."""
-    folder = data / "train"
-    count = sum(entry.is_dir() for entry in folder.iterdir()) if folder.is_dir() else 0
-    if not count:
-        raise InputError(
-            f"no folder of a class in {folder}: pass a folder that holds train/ and val/"
-        )
-    return count

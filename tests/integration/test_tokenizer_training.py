@@ -21,7 +21,7 @@ from modeling.weights.tensors import read_state_dict, write_state_dict
 from runtime.errors import InputError
 from tests.compilations import count_by_step
 from tests.host_syncs import count_in
-from tests.integration.conftest import ROOT, execute
+from tests.integration.conftest import ROOT, STAGE2, VQ_MODEL, execute
 from train_tokenizer import __main__ as trainer
 from train_tokenizer import export
 from train_tokenizer.discriminator import Discriminator
@@ -37,10 +37,11 @@ def train(workspace, capsys):
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         config = f"config={workspace.root}/stage{stage}.yaml"
+        config = [] if any(o.startswith("config=") for o in options) else [config]
         paths = [
             f"dataset.params.{split}_dir={workspace.root}/{split}" for split in ("train", "val")
         ]
-        trainer.main([config, f"experiment.output_dir={output}", *paths, *options])
+        trainer.main([*config, f"experiment.output_dir={output}", *paths, *options])
         return capsys.readouterr().out
 
     return start
@@ -523,6 +524,25 @@ def test_stage2_starts_from_a_finished_tokenizer_decoder_and_all(workspace, trai
         assert losses(tmp_path / "run") == whole
 
 
+def test_initial_weights_bring_the_sizes_of_the_tokenizer(workspace, train, tmp_path):
+    """They may be gone when the run resumes."""
+    few = tmp_path / "few.yaml"
+    few.write_text(
+        STAGE2.replace(VQ_MODEL, "").replace("vq_model:", "").replace("num_buffer_tokens: 2", "")
+    )
+    shutil.copytree(workspace.tokenizer.parent, tmp_path / "first")
+    given = [f"config={few}", f"experiment.init_weights={tmp_path}/first"]
+    train(2, tmp_path / "run", *given)
+    train(2, tmp_path / "stated", given[1])
+    whole = losses(tmp_path / "run")
+    assert whole == losses(tmp_path / "stated")
+    shutil.rmtree(tmp_path / "first")
+    for again in (given, given[:1]):
+        shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
+        train(2, tmp_path / "run", *again)
+        assert losses(tmp_path / "run") == whole
+
+
 def test_stage1_checkpoint_beside_initial_weights_has_to_agree(workspace, train, tmp_path):
     init = f"experiment.init_weights={workspace.tokenizer}"
     train(2, tmp_path / "run", init, f"experiment.stage1_checkpoint={workspace.stage1_run}", STILL)
@@ -542,7 +562,9 @@ def test_initial_weights_of_another_kind_are_refused(workspace, train, tmp_path)
     run = workspace.tokenizer.parent
     for size in ("encoder_heads", "decoder_heads"):  # no shape shows them
         message = refusal(train, 2, tmp_path / "b", f"{init}={run}", f"model.vq_model.{size}=4")
-        assert f"model.vq_model.{size}=4 contradicts {run}/checkpoints" in message
+        assert (
+            f"model.vq_model.{size}=4 (the command line) contradicts {run}/checkpoints" in message
+        )
     assert not (tmp_path / "b").exists()
 
 

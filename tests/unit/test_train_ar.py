@@ -11,10 +11,14 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import train_ar
-from configs.schema import OptimizerParams
+from configs.load import load
+from configs.schema import GeneratorRun, OptimizerParams
+from configs.sizes import with_weights
 from data.writer import TokenWriter
 from modeling.generator import Generator, GeneratorConfig
-from modeling.weights.metadata import GENERATOR, about_model
+from modeling.tokenizer import TokenizerConfig
+from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
+from modeling.weights.opened import Opened
 from modeling.weights.tensors import read_weights
 from runtime.errors import InputError
 from tests.compilations import count_by_step
@@ -35,6 +39,7 @@ training:
   {per_gpu_batch_size: 4, gradient_accumulation_steps: 2, max_train_steps: 20,
    mixed_precision: 'no'}
 """
+CLASSES = "condition_num_classes: 3,"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,13 @@ def cache(tmp_path_factory):
     about = {"image_size": 16, "crops": "center_flip", "tokenizer": "none"}
     writer.finish(labels, [str(i) for i in range(24)], ["a", "b", "c"], about)
     return folder
+
+
+@pytest.fixture
+def state_classes(monkeypatch):
+    """Has the config say this instead of the number of classes."""
+    config = TINY
+    return lambda text: monkeypatch.setitem(globals(), "TINY", config.replace(CLASSES, text))
 
 
 @pytest.fixture
@@ -205,17 +217,69 @@ def test_caches_of_encoders_with_other_heads_are_refused(train, tmp_path, tokeni
     train(option, f"dataset.params.val_pretokenization={cache}", "training.max_train_steps=1")
 
 
-def test_header_names_the_classes_and_warns_of_missing_ones(train, cache, tmp_path, capsys):
+def test_header_names_the_classes_and_warns_of_missing_ones(
+    train, cache, tmp_path, capsys, state_classes
+):
     train("training.max_train_steps=1")
     said = capsys.readouterr().out
     assert f"{cache}: 24 images, 3 classes of 3 configured (a, b, c)" in said
     assert said.count("warning") == 1 and "validation data equals the training data" in said
-    train("training.max_train_steps=1", "model.generator.condition_num_classes=10", run="ten")
+    state_classes("condition_num_classes: 10,")
+    train("training.max_train_steps=1", run="ten")
     said = capsys.readouterr().out
     assert "3 classes of 10 configured" in said
     about = read_weights(tmp_path / "ten/generator.bin")[1]
     assert about.without_images(range(10)) == list(range(3, 10))
     assert "warning: 7 of model.generator.condition_num_classes=10 classes have no image" in said
+
+
+def test_classes_are_counted_in_the_data(train, tmp_path, state_classes):
+    state_classes("")
+    name, steps = "model.generator.condition_num_classes", "training.max_train_steps=2"
+    five = f"dataset.params.pretokenization={write_cache(tmp_path / 'five', list('abcde'))}"
+    whole = train(five, steps, "experiment.save_every=1")
+    assert read_weights(tmp_path / "run/generator.bin")[1].config["condition_num_classes"] == 5
+    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert saved["model"]["generator"]["condition_num_classes"] == 5
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000002")
+    again = train(five, steps, "experiment.save_every=1", f"{name}=5")
+    assert without_clock(again) == without_clock(whole)
+    for count in (4, 6):
+        words = rf"{name}={count} \(the command line\), but .*five has 5 classes: leave it out"
+        with pytest.raises(InputError, match=words):
+            train(five, f"{name}={count}", run="other")
+    state_classes("condition_num_classes: 4,")
+    with pytest.raises(InputError, match=rf"{name}=4 \(.*tiny\.yaml, line \d\), but .*5 classes"):
+        train(five, run="other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_resumed_run_keeps_its_number_of_classes(train, tmp_path, state_classes):
+    """A preset's may be more than the data has; the command that resumes need not name the preset."""
+    state_classes("condition_num_classes: 10,")
+    whole = train("training.max_train_steps=2", "experiment.save_every=1")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000002")
+    state_classes("")
+    again = train("training.max_train_steps=2", "experiment.save_every=1")
+    assert without_clock(again) == without_clock(whole)
+    assert read_weights(tmp_path / "run/generator.bin")[1].config["condition_num_classes"] == 10
+
+
+def test_a_run_without_a_tokenizer_says_nothing_of_its_sizes(train, tmp_path):
+    """Any decoder of the codes may then sample from the run."""
+    train("training.max_train_steps=1")
+    run = f"config={tmp_path}/run"
+    read = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["vq_model"]
+    assert read == {"codebook_size": 32, "image_size": 16, "patch_size": 4}
+    sizes = TokenizerConfig(
+        32, 4, None, 16, 4, encoder_width=64, encoder_layers=1, encoder_heads=1, decoder_width=64,
+        decoder_layers=1, decoder_heads=1, num_buffer_tokens=3,
+    )  # fmt: skip
+    opened = Opened(tmp_path / "t.pth", {}, about_model(TOKENIZER, sizes))
+    used = with_weights(load(GeneratorRun, [run], "sample_imagenet"), opened)
+    assert used.model.vq_model.num_buffer_tokens == 3
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000001")
+    train_ar.main([run])
 
 
 def test_header_warns_of_synsets_in_another_number_than_imagenets(train, tmp_path, capsys):
@@ -663,17 +727,40 @@ def test_optimizer_and_average_of_an_initialised_run_are_new(train, tmp_path, fi
     assert state["generator_average"] == {"updates": 1}
 
 
-def test_another_number_of_classes_starts_from_the_same_codes(train, tmp_path, first, capsys):
+def test_other_classes_start_from_the_same_codes(train, tmp_path, first, capsys, state_classes):
+    state_classes("")
+    five = write_cache(tmp_path / "five", list("cdabe"))
     rows = exported(first)["embeddings.weight"]
     train(
         f"experiment.init_weights={first}/generator.bin", "optimizer.params.learning_rate=0",
-        "lr_scheduler.params.end_lr=0", "model.generator.condition_num_classes=5",
+        "lr_scheduler.params.end_lr=0", f"dataset.params.pretokenization={five}",
         "training.max_train_steps=1", run="b",
     )  # fmt: skip
     found = exported(tmp_path / "b")["embeddings.weight"]
     assert torch.equal(found[:33], rows[:33]) and torch.equal(found[-1], rows[-1])
-    torch.testing.assert_close(found[33:38], rows[33:36].mean(0).expand(5, -1))
-    assert "5 classes instead of 3: every class starts at the mean" in capsys.readouterr().out
+    assert torch.equal(found[[33, 35, 36]], rows[[35, 33, 34]])  # c, a, b
+    torch.testing.assert_close(found[[34, 37]], rows[33:36].mean(0).expand(2, -1))
+    assert (
+        "5 classes instead of 3; 2 start at the mean of the old ones: d, e"
+        in capsys.readouterr().out
+    )
+
+
+def test_initial_weights_bring_the_sizes_and_may_be_gone_when_the_run_resumes(
+    train, tmp_path, first, monkeypatch
+):
+    sizes = "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, "
+    monkeypatch.setitem(globals(), "TINY", TINY.replace(sizes, "").replace(CLASSES, ""))
+    given = [f"experiment.init_weights={first}", "training.max_train_steps=3"]
+    given += ["experiment.save_every=1"]
+    whole = train(*given, run="b")
+    assert read_weights(tmp_path / "b/generator.bin")[1].config["hidden_size"] == 32
+    shutil.rmtree(first)
+    for again in (given, given[1:]):
+        shutil.rmtree(tmp_path / "b/checkpoints/step-00000003")
+        assert without_clock(train(*again, run="b")) == without_clock(whole)
+    with pytest.raises(InputError, match="no weights at"):
+        train(*given, run="c")
 
 
 def test_an_initialised_run_resumes_with_the_same_weights_or_none_and_with_no_others(
@@ -713,7 +800,7 @@ def test_initial_weights_of_another_architecture_are_refused(
     train, cache, tmp_path, first, monkeypatch, options, words
 ):
     monkeypatch.setattr(train_ar.TokenCache, "check", lambda *args: None)  # it fits the weights
-    words = rf"model\.generator\.{words} contradicts .*a/generator\.bin"
+    words = rf"model\.generator\.{words} .*contradicts .*a/generator\.bin"
     with pytest.raises(InputError, match=words):
         train(f"experiment.init_weights={first}/generator.bin", *options, run="b")
     assert not (tmp_path / "b").exists()

@@ -384,7 +384,7 @@ def test_tokenizer_run_without_phases_is_refused():
 
 def test_finetuning_presets_are_of_the_published_models():
     ours, published = (
-        load(GeneratorRun, [f"config={CONFIGS}/{name}.yaml"]).model
+        load(GeneratorRun, [f"config={CONFIGS}/{name}.yaml"]).model.generator
         for name in ("finetune_generator", "alitok_b")
     )
     assert ours == published

@@ -16,7 +16,6 @@ from experiments.alignment.rows import (
     VARIATIONS,
     Overrides,
     Recipe,
-    classes_of,
     recipe,
     varied,
 )
@@ -46,7 +45,7 @@ def changes(schema, config, arguments, program=""):
 
 @pytest.mark.parametrize("row", TRAINED, ids=lambda row: row.name)
 def test_a_row_changes_nothing_but_what_it_is_about(row):
-    made = recipe(row, Overrides(), 10)
+    made = recipe(row, Overrides())
     tokens = {} if row.prefix else {"model.vq_model.num_latent_tokens": 64}
     assert changes(TokenizerRun, STAGE1, made.stage1) == CHANGED[row.name] | tokens
     codes = {} if row.prefix else {**tokens, "model.generator.image_seq_len": 64}
@@ -55,9 +54,8 @@ def test_a_row_changes_nothing_but_what_it_is_about(row):
 
 
 def test_the_row_of_the_quickstart_sets_nothing_and_shares_the_codes_of_its_stage_1(tmp_path):
-    (tmp_path / "train/0").mkdir(parents=True)
     rows = {row.name: row for row in ROWS}
-    assert recipe(rows["prefix"], Overrides(), 10) == Recipe([], [], [], [])
+    assert recipe(rows["prefix"], Overrides()) == Recipe([], [], [], [])
     for asked in ([rows["quickstart"]], [rows["prefix"], rows["quickstart"]]):
         [chain] = chains_of(tmp_path, tmp_path, asked, [42], Overrides())
         assert chain.folder == tmp_path / "seed_42/prefix"
@@ -75,7 +73,7 @@ def test_the_row_of_the_quickstart_sets_nothing_and_shares_the_codes_of_its_stag
 def test_every_variation_loads_for_its_rows(text):
     overrides, names = varied(text)
     for row in (row for row in ROWS if row.name in names):
-        made = recipe(row, overrides, 10)
+        made = recipe(row, overrides)
         changed = changes(TokenizerRun, STAGE1, made.stage1)
         generator = options(GeneratorRun, GENERATOR, made.train, "train_ar")
         options(GeneratorRun, GENERATOR, made.sample, "sample_imagenet")
@@ -85,12 +83,12 @@ def test_every_variation_loads_for_its_rows(text):
             option = f"model.vq_model.{name}"
             assert tokenizer[option] == generator[option]
         if not text.startswith(("data=", "generator_steps=")):
-            assert changed != changes(TokenizerRun, STAGE1, recipe(row, Overrides(), 10).stage1)
+            assert changed != changes(TokenizerRun, STAGE1, recipe(row, Overrides()).stage1)
 
 
 def test_lengths_are_scaled_and_sizes_follow():
     overrides, _ = varied("steps=0.5,patch_size=8")
-    made = recipe(ROWS[0], overrides, 7)
+    made = recipe(ROWS[0], overrides)
     stage1 = configs.load.load(TokenizerRun, [f"config={STAGE1}", *made.stage1])
     plain = configs.load.load(TokenizerRun, [f"config={STAGE1}"])
     assert [p.steps for p in stage1.phases] == [p.steps / 2 for p in plain.phases]
@@ -98,7 +96,6 @@ def test_lengths_are_scaled_and_sizes_follow():
     assert stage1.model.vq_model.num_tokens == 16
     generator = configs.load.load(GeneratorRun, [f"config={GENERATOR}", *made.train], "train_ar")
     assert generator.model.generator.image_seq_len == 16
-    assert generator.model.generator.condition_num_classes == 7
     halved = configs.load.load(GeneratorRun, [f"config={GENERATOR}"]).training.max_train_steps / 2
     assert generator.training.max_train_steps == halved
 
@@ -109,10 +106,3 @@ def test_lengths_are_scaled_and_sizes_follow():
 def test_a_variation_that_makes_no_sense_is_refused(text):
     with pytest.raises(InputError, match=f"--vary {text}"):
         varied(text)
-
-
-def test_a_folder_without_classes_is_refused(tmp_path):
-    with pytest.raises(InputError, match="train"):
-        classes_of(tmp_path)
-    (tmp_path / "train/0").mkdir(parents=True)
-    assert classes_of(tmp_path) == 1

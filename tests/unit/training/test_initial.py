@@ -40,7 +40,7 @@ def test_another_number_of_classes_keeps_codes_and_no_class_and_starts_classes_a
     assert after.shape == (17 + classes + 1, 32)
     for row in after[17:-1]:
         torch.testing.assert_close(row, before[17:21].mean(0))
-    assert f"{classes} classes instead of 4" in words
+    assert f"; {classes} classes instead of 4; {classes} start at the mean of the old ones" in words
     generator(classes).load_state_dict(state)
     assert old["embeddings.weight"] is before and len(before) == 22  # the file's are as they were
 
@@ -52,12 +52,22 @@ def test_the_same_classes_change_nothing():
         assert state is old and words == ""
 
 
-def test_rows_of_classes_with_other_names_are_named():
+@pytest.mark.parametrize("names", [["x", "c", "e\u0301", "y"], ["c", "x", "\xe9"]])
+def test_classes_have_the_rows_of_their_names_and_new_ones_the_mean(names):
     old = generator(4).state_dict()
-    given = opened(old, ["a", "b", "c", "d"]), generator(4).config, ["a", "x", "c", "y"]
+    given = opened(old, ["a", "b", "c", "\xe9"]), generator(len(names)).config, names
     state, words = fit_classes(*given)
-    assert state is old
-    assert "warning: 2 classes start at the rows of other classes: x at b, y at d" in words
+    before, after = old["embeddings.weight"], state["embeddings.weight"]
+    assert torch.equal(after[:17], before[:17]) and torch.equal(after[-1], before[-1])
+    mean = before[17:21].mean(0)
+    known = {"c": before[19], "\xe9": before[20], "e\u0301": before[20]}
+    for name, row in zip(names, after[17:-1], strict=True):
+        torch.testing.assert_close(row, known.get(name, mean), rtol=0, atol=1e-7)
+    assert words.endswith(
+        "2 start at the mean of the old ones: x, y"
+        if len(names) == 4
+        else "; 3 classes instead of 4; 1 start at the mean of the old ones: x"
+    )
 
 
 def test_type_of_the_weights_stays():

@@ -45,97 +45,43 @@ T = TypeVar("T")
 
 def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--samples", type=path, help="what to score: .npz (arr_0, uint8), or folder or tar of PNGs"
-    )
-    parser.add_argument(
-        "--reference", type=path, help=".npz of images or statistics, or a folder or tar of images"
-    )
-    parser.add_argument(
-        "--crop",
-        type=number(1, 8192),
-        help="ADM centre crop of a reference folder or tar, in pixels",
-    )
-    parser.add_argument(
-        "--save_stats", type=new_file(".npz"), help="write the reference's statistics to this .npz"
-    )
-    parser.add_argument(
-        "--num_samples",
-        type=number(1, 10**9),
-        default=STANDARD_COUNT,
-        help="images expected (50000)",
-    )
-    parser.add_argument("--allow_partial", action="store_true", help="score fewer, and say so")
-    parser.add_argument(
-        "--half_manifold", action="store_true",
-        help="precision and recall in float16, as ADM's script computes them",
-    )  # fmt: skip
-    parser.add_argument(
-        "--features", type=lambda text: text.split(","), default=["inception"],
-        help="feature spaces, for example inception,dinov2 (inception)",
-    )  # fmt: skip
-    parser.add_argument("--reconstruction", action="store_true", help="score a tokenizer")
-    parser.add_argument(
-        "--tokenizer", type=path, help="weights or a run folder (weights/AliTok.pth)"
-    )
-    parser.add_argument(
-        "--config", type=path, help="YAML whose model.vq_model describes another tokenizer"
-    )
-    parser.add_argument(
-        "--data_path", type=path, help="folder or tar of images, of one folder per class or of none"
-    )
-    parser.add_argument("--split", default="", help="folder in data_path, for example val")
-    parser.add_argument(
-        "--generator", type=path, help="score a generator's loss: weights or a run folder"
-    )
-    parser.add_argument(
-        "--cache", type=path, help="token cache on whose every view to score --generator"
-    )
-    parser.add_argument(
-        "--compare",
-        type=path,
-        nargs="+",
-        default=[],
-        metavar="RUN_DIR",
-        help="runs to score at the same step",
-    )
-    parser.add_argument(
-        "--classify",
-        action="store_true",
-        help="name each image's class, by the likelihood of its codes under --generator",
-    )
-    parser.add_argument(
-        "--answers",
-        type=new_file(".csv"),
-        help="--classify: write the answer for every image to this .csv",
-    )
-    parser.add_argument(
-        "--precision", default="auto", choices=PRECISIONS,
-        help="of --generator: auto is bf16 on CUDA, fp32 on a CPU, as in training",
-    )  # fmt: skip
-    parser.add_argument("--selfcheck", action="store_true", help="check the evaluator itself")
-    parser.add_argument(
-        "--picture",
-        type=new_file(".png"),
-        help="PNG to draw (output/reconstruction.png or output/generator.png)",
-    )
-    parser.add_argument(
-        "--batch_size", type=number(1, 65_536), default=64, help="images per batch (64)"
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=number(0, 1024),
-        default=worker_count(),
-        help="reading threads per process (8, at most one per core)",
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="CUDA where there is one")
+    add, picture = parser.add_argument, "output/reconstruction.png or output/generator.png"
+    add("--samples", type=path, help="what to score: .npz (arr_0, uint8), or folder or tar of PNGs")
+    add("--reference", type=path, help=".npz of images or statistics, or folder or tar of images")
+    add("--crop", type=number(1, 8192), help="ADM centre crop of reference images, in pixels")
+    add("--save_stats", type=new_file(".npz"), help="write the reference's statistics to this .npz")
+    add("--num_samples", type=number(1, 10**9), default=STANDARD_COUNT, help="images (50000)")
+    add("--allow_partial", action="store_true", help="score fewer, and say so")
+    add("--half_manifold", action="store_true", help="precision and recall in float16, like ADM")
+    spaces = "feature spaces, for example inception,dinov2 (inception)"
+    add("--features", type=lambda text: text.split(","), default=["inception"], help=spaces)
+    add("--reconstruction", action="store_true", help="score a tokenizer")
+    add("--tokenizer", type=path, help="weights or a run folder (weights/AliTok.pth)")
+    add("--config", type=path, help="YAML whose model.vq_model describes another tokenizer")
+    add("--data_path", type=path, help="folder or tar of images, with or without class folders")
+    add("--split", default="", help="folder in data_path, for example val")
+    add("--generator", type=path, help="score a generator's loss: weights or a run folder")
+    add("--cache", type=path, help="token cache whose views --generator is scored on")
+    runs = "runs to score at the same step"
+    add("--compare", type=path, nargs="+", default=[], metavar="RUN_DIR", help=runs)
+    precision = "of --generator; auto, as in training: bf16 on GPUs from Ampere on, else fp32"
+    classify = "name each image's class, by the likelihood of its codes under --generator"
+    add("--classify", action="store_true", help=classify)
+    add("--answers", type=new_file(".csv"), help="--classify: write all answers to this .csv")
+    add("--precision", default="auto", choices=PRECISIONS, help=precision)
+    add("--selfcheck", action="store_true", help="check the evaluator itself")
+    add("--picture", type=new_file(".png"), help=f"PNG to draw ({picture})")
+    add("--batch_size", type=number(1, 65_536), default=64, help="images per batch (64)")
+    readers = "reading threads per process (8, at most one per core)"
+    add("--num_workers", type=number(0, 1024), default=worker_count(), help=readers)
+    add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
     args = parser.parse_args(argv)
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     return choose_task(args, given), args
 
 
 def choose_task(args: argparse.Namespace, given: set[str]) -> "Task":
-    """The task that the flags ask for. Raises InputError for flags that make none, or two."""
+    """The task of the flags. Raises InputError if they make no task, or two."""
     task = next((task for task in TASKS if task.name in given), TASKS[-1])
     takes = {task.name} | task.needs | task.takes
     foreign, missing = given - takes - ALL_TAKE, task.needs - given
@@ -153,19 +99,20 @@ def choose_task(args: argparse.Namespace, given: set[str]) -> "Task":
     if unknown or len(set(args.features)) < len(args.features):
         raise InputError(f"--features {','.join(args.features)}: choose of {', '.join(FEATURES)}")
     if args.save_stats and len(args.features) > 1:
-        raise InputError("--save_stats writes the statistics of one feature space: pass --features")
+        raise InputError(
+            "--save_stats writes statistics of one feature space: pass one to --features"
+        )
     return task
 
 
 def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
     images = size = None
     if args.samples:
-        # Before minutes go into the reference.
-        images = open_images(args.samples)
+        images = open_images(args.samples)  # checked before the reference takes minutes
         check_count(images.shape[0], args.num_samples, images.name, args.allow_partial)
         size = images.shape[1:3]
     networks, missing = open_networks(args.features, processes)
-    evaluators = [  # of all spaces first: a reference that does not serve one is refused at once
+    evaluators = [  # of all spaces first, so that an unfit reference is refused at once
         Evaluator(
             args.reference, processes, WEIGHTS, args.batch_size, args.num_workers, size, args.crop,
             args.half_manifold, network,
@@ -181,7 +128,7 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
             results.append(evaluator.evaluate(images, args.num_samples, args.allow_partial))
     if images is not None:
         print_result(*results)
-    processes.wait_for_everyone()  # a launcher ends all when one fails, so not before rank 0 is done
+    processes.wait_for_everyone()  # if one fails, a launcher ends all: not before rank 0 is done
     if missing:
         raise InputError("; ".join(missing))
 
@@ -189,10 +136,7 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
 def open_networks(
     features: list[str], processes: PartialState
 ) -> tuple[list[FeatureNetwork], list[str]]:
-    """The networks of these feature spaces, and why others of them are left out.
-
-    Raises InputError where none is there.
-    """
+    """The networks of these feature spaces, and why some are left out. Raises InputError if all are."""
     assert processes.device is not None  # accelerate's type hint allows it
     networks, missing = [], []
     for name in features:
@@ -231,10 +175,8 @@ def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> Non
 
 
 def if_there(figure: str, build: Callable[[], T], missing: list[str]) -> Optional[T]:
-    """The network of a figure; None, and a line in `missing`, if one of its files is missing.
-
-    A wrong file is refused.
-    """
+    """The network of a figure; None, and a line in `missing`, if one of its files is missing. Raises
+    InputError for a wrong file."""
     try:
         return build()
     except MissingFile as e:

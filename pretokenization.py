@@ -30,7 +30,7 @@ from runtime.processes import start_processes
 from runtime.program import run
 from runtime.weights import open_on_all
 
-# Folders that data sets put beside train/, and that are no classes.
+# Folders beside train/ in common data sets that are not classes.
 SPLITS = {"train", "val", "valid", "validation", "test", "devkit", "ILSVRC2012_devkit_t12"}
 # Flags of the published program that have no effect here, with their types; None: a flag alone.
 WITHOUT_EFFECT = {
@@ -125,17 +125,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def kind_of_crops(args: argparse.Namespace) -> str:
-    """By `data.images.VIEWS`. The mirrored five crops are the ten crops."""
+    """A key of `data.images.VIEWS`; five crops with their mirror images are the ten crops."""
     if args.ten_crop or (args.five_crop and args.flip_flag):
         return "ten_crop"
     return "five_crop" if args.five_crop else "center_flip"
 
 
 def image_folder(data_path: str, split: str | None) -> tuple[Path, str]:
-    """The folder of classes or the tar, and words that say so where the program chose it.
+    """The folder of classes or the tar and, if the program chose it, words for the log.
 
-    The published program reads DATA_PATH/train. So does this one where it is there and no split is
-    set, unless `train` is itself a class: it holds images, and other classes are beside it.
+    Like the published program, this one reads DATA_PATH/train if it exists and no split is set, unless
+    `train` is itself a class: it holds images and has other classes beside it.
     """
     root = Path(data_path)
     if split is not None:

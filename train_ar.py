@@ -56,46 +56,46 @@ from training.schedule import generator_lr
 from training.utilisation import training_flops
 
 GRID_CLASSES, GRID_PER_CLASS = 10, 4  # of a sample grid
-PROBED = 16  # images of a cache whose codes are read before the first step
+PROBED = 16  # images whose codes are checked when a cache is opened
 
 
 # ---------------------------------------------------------------------- data
 @dataclass
 class TrainingSet:
-    """What a run learns from: all of a token cache or of an image folder, or a part of it."""
+    """The training data: a token cache or image folder, or a part of it."""
 
     source: str
     dataset: Dataset  # (codes or image, label) by (epoch, index)
     listed: int  # images in the source
-    images: int  # of these, that are trained on
+    images: int  # of these, used for training
     views: int  # per image
     labels: np.ndarray  # (images,)
     classes: list[str]  # names; a label is an index into them
     skip_unreadable: Optional[int]  # None for codes
     identity: dict[str, str]  # of the source's images or codes
-    left_out: str = ""  # what else the source holds, in words
+    left_out: str = ""  # a description of other files in the source
 
     @property
     def shown_classes(self) -> list[str]:
-        """The names of the classes that have an image."""
+        """The names of classes with images."""
         return [self.classes[label] for label in np.unique(self.labels)]
 
 
 @dataclass
 class GeneratorData:
-    """What a run learns from and is scored with, and the tokenizer that this may need."""
+    """The data of training and validation, and what scores need."""
 
     options: GeneratorRun  # of the run: its classes are the data's, `experiment.classes` by number
     train: TrainingSet
     names: ClassNames  # of its classes
-    tokenizer_hash: str  # of the tokenizer that makes, or made, the codes
+    tokenizer_hash: str  # of the codes' tokenizer
     tokenizer: Optional[Tokenizer]  # for samples and to encode images; on the device, frozen
     encoder: Optional[Tokenizer]  # the tokenizer, if the dataset yields images to encode
     validation: Optional[TokenCache]  # its labels are the training set's
     evaluator: Optional[Evaluator]  # for gFID
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same when the run resumes."""
+        """Must be the same when the run resumes."""
         train = self.train
         return {
             "images": train.images, "views": train.views, "tokenizer": self.tokenizer_hash,
@@ -109,12 +109,10 @@ def open_data(
     weights: Optional[Opened] = None,
     index_folder: Optional[Path] = None,
 ) -> GeneratorData:
-    """Open the token cache or the image folder of a run, and what it is evaluated with.
+    """Open the training data of a run, and what it is evaluated with.
 
-    `weights` are the tokenizer's (`open_tokenizer`). The index of images in a tar is kept in
-    `index_folder`.
-
-    Raises InputError if they do not fit the configured models or each other.
+    `weights` are the tokenizer's (`open_tokenizer`); `index_folder` keeps the index of a tar. Raises
+    InputError if data and models do not fit.
     """
     params, experiment = options.dataset.params, options.experiment
     tokenizer = tokenizer_hash = encoder = heads = None
@@ -159,7 +157,7 @@ def open_data(
 
 
 def classes_by_number(options: GeneratorRun, names: ClassNames) -> GeneratorRun:
-    """The options with `experiment.classes` by number: only the training set knows the names."""
+    """The options with `experiment.classes` by number."""
     experiment = options.experiment
     if experiment.classes is None:
         return options
@@ -201,13 +199,13 @@ def train_on_images(listing: ImageListing, options: GeneratorRun) -> TrainingSet
 
 
 def draws_of(options: GeneratorRun) -> tuple[int, float, int]:
-    """Seed, share of dropped labels and the label that stands for them."""
+    """Seed, share of dropped labels and the label that replaces them."""
     config = options.model.generator
     return options.training.seed, config.class_label_dropout, config.no_class
 
 
 def sampled(train: TrainingSet, options: GeneratorRun) -> TrainingSet:
-    """The part that `experiment.max_train_examples` leaves, spread over all classes."""
+    """At most `experiment.max_train_examples` images, spread over all classes."""
     limit = options.experiment.max_train_examples
     if limit is None or limit >= train.images:
         return train
@@ -218,7 +216,7 @@ def sampled(train: TrainingSet, options: GeneratorRun) -> TrainingSet:
 
 
 def open_tokenizer(options: GeneratorRun) -> Optional[Opened]:
-    """`experiment.tokenizer_checkpoint`, where the run decodes samples or encodes images."""
+    """`experiment.tokenizer_checkpoint`, if the run decodes samples or encodes images."""
     if not (options.experiment.generate_every or options.dataset.params.train_dir):
         return None
     return open_on_all(options.experiment.tokenizer_checkpoint, TOKENIZER)
@@ -227,8 +225,8 @@ def open_tokenizer(options: GeneratorRun) -> Optional[Opened]:
 def open_cache(
     path: str, options: GeneratorRun, tokenizer: str | None, encoder_heads: int | None
 ) -> TokenCache:
-    """A token cache that fits the configured models and, where these are known, the fingerprint of
-    the tokenizer and its encoder's heads. Labels and some codes are read: a mistake shows now."""
+    """A token cache; labels and some codes are checked now. Raises InputError if it does not fit the
+    configured models, or the tokenizer's fingerprint and encoder heads, if known."""
     store, sizes = open_tokens(path), options.model.vq_model
     store.check(sizes.codebook_size, sizes.num_tokens, tokenizer, encoder_heads)
     store.check_labels()
@@ -239,7 +237,7 @@ def open_cache(
 
 # ---------------------------------------------------------------------- what is trained
 def parameter_groups(model: Generator, weight_decay: float) -> list[dict]:
-    """Weight decay on the generator's matrices only (`Generator.decayed`)."""
+    """Weight decay only for `Generator.decayed`."""
     decayed = model.decayed()
     chosen = {id(p) for p in decayed}
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -250,9 +248,9 @@ def parameter_groups(model: Generator, weight_decay: float) -> list[dict]:
 
 
 def load_initial(run: Run, generator: Generator, classes: list[str]) -> str:
-    """Load `experiment.init_weights`, if this is a new run with it; returns in words what was taken.
+    """Load `experiment.init_weights` into the generator of a new run; returns a line for the log.
 
-    Raises InputError where the weights do not fit, but for the classes (`fit_classes`).
+    Raises InputError if the weights do not fit; classes may differ (`fit_classes`).
     """
     weights = run.initial_weights()
     if weights is None:
@@ -263,10 +261,9 @@ def load_initial(run: Run, generator: Generator, classes: list[str]) -> str:
 
 
 class TrainState:
-    """The generator, its optimizer and its average, from the checkpoint that `run` resumes from, if any.
+    """The generator, its optimizer and its average, from the checkpoint that `run` resumes, if any.
 
-    `start` says in words where initial weights came from, if from a file; `about` is the metadata of
-    the weights.
+    `start` describes initial weights from a file; `about` is the metadata of the weights.
     """
 
     def __init__(self, run: Run, options: GeneratorRun, data: GeneratorData):
@@ -294,11 +291,11 @@ class TrainState:
 
     @property
     def averaged(self) -> nn.Module:
-        """The generator that is evaluated, sampled and exported: the average, if there is one."""
+        """The generator to evaluate, sample and export: the average, if there is one."""
         return self.generator if self.ema is None else self.ema.model
 
     def to_evaluate(self) -> Generator:
-        """`averaged`, whole: under FSDP, whose shards no rank can run alone, a copy."""
+        """`averaged`; under FSDP a whole copy, because no rank can run its shards alone."""
         part: Any = self.averaged
         if not self.accelerator.is_fsdp2:
             return part
@@ -309,7 +306,7 @@ class TrainState:
 
 # ---------------------------------------------------------------------- reports
 def about_generator(options: GeneratorRun, data: GeneratorData) -> About:
-    """What the run's weights say of themselves."""
+    """The metadata of the run's weights."""
     # The published layout of a cache states no tokenizer.
     tokenizer = None if data.tokenizer_hash == str(None) else data.tokenizer_hash
     classes = data.train.classes
@@ -320,7 +317,7 @@ def about_generator(options: GeneratorRun, data: GeneratorData) -> About:
 
 
 def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
-    """The header of a run: its size, hardware, batch and length."""
+    """Log the header of a run: data, size, hardware, batch and length."""
     training, world = run.training, run.accelerator.num_processes
     parameters = sum(p.numel() for p in state.generator.parameters())
     samples = run.total_steps * run.global_batch
@@ -343,7 +340,7 @@ def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
 
 
 def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
-    """The header's lines on images and classes, with warnings of missing or renumbered classes."""
+    """Log images and classes, with warnings of missing or renumbered classes."""
     configured, shown = state.config.condition_num_classes, train.shown_classes
     sample = "" if train.images == train.listed else f"{train.images}, spread over all classes, of "
     run.log.say(
@@ -363,7 +360,7 @@ def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
 
 
 def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData) -> None:
-    """Validation, samples and gFID of one step, as far as they are due and configured."""
+    """The validation, samples and gFID that are due after a step."""
     options, log = run.options, run.log
     evaluates = due.evaluate and data.validation is not None
     generates = due.generate and bool(run.experiment.generate_every)
@@ -418,7 +415,7 @@ def validate(run: Run, model: nn.Module, store: TokenCache) -> Likelihood:
 def sample_grid(
     accelerator: Accelerator, model: Generator, tokenizer: Tokenizer, options: GeneratorRun
 ) -> Tensor:
-    """Images in [0, 1], a row of different classes after another; only on the main process."""
+    """Images in [0, 1], each row with the same classes; empty but on the main process."""
     if not accelerator.is_main_process:
         return torch.empty(0)
     generator, labels = options.model.generator, grid_labels(options)
@@ -454,7 +451,8 @@ def main(argv: list[str]) -> None:
     state = TrainState(run, options, data)
     workers = options.dataset.params.num_workers_per_gpu
     run.start(data.train.dataset, data.train.images, workers, data.train.skip_unreadable)
-    run.flops_per_image = training_flops(options.model.generator)
+    if isinstance(state.generator, Generator):  # of another backbone, the FLOPs are unknown
+        run.flops_per_image = training_flops(state.config)
     describe_run(run, state, data)
     report(run, run.first_step - 1, run.missing_reports(), state, data)
 

@@ -25,7 +25,7 @@ from runtime.errors import InputError
 from runtime.files import file_sha256, writing
 from runtime.processes import compiles, device_name, matmul_precision, on_main
 
-PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 on CUDA, fp32 on a CPU, as in training
+PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 on GPUs from Ampere on, else fp32
 
 
 @dataclass

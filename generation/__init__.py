@@ -1,1 +1,1 @@
-"""The sampling job: classes or stored codes in, images out, in chunks that a later run resumes."""
+"""The sampling job: classes or stored codes to images, in chunks that a later run resumes."""

@@ -1,9 +1,9 @@
-"""A sampling job as files: chunks that a killed run leaves and the next one resumes, then one .npz.
+"""The files of a sampling job: chunks, which a killed run leaves for the next one, then one .npz.
 
 OUTPUT/sampling.json     the settings; a run with other settings is refused
 OUTPUT/chunks/           chunks of consecutive images and codes, until the end
 OUTPUT/000000.png …      the images, if wanted
-OUTPUT.npz               all images (N, S, S, 3), uint8; its existence means that all is done
+OUTPUT.npz               all images (N, S, S, 3), uint8; written last
 OUTPUT_codes.npz         their codes (N, T), uint16
 OUTPUT_grid.png          the first images as one picture, if wanted
 """
@@ -37,7 +37,7 @@ from runtime.parts import Parts, check_settings
 from runtime.processes import on_main, set_matmul_precision
 
 LARGEST_CHUNK = 1024  # images; every step reads the weights and starts its kernels once per chunk
-SHARES = 8  # processes that have about as many chunks each, as have 1, 2 and 4
+SHARES = 8  # chunks are a multiple of it, so that 1, 2, 4 or 8 processes have equally many
 # Not "remove the folder": the generator's training run may be in it.
 REMEDY = "use another experiment.output_dir, or remove what sampling left there"
 
@@ -45,8 +45,8 @@ REMEDY = "use another experiment.output_dir, or remove what sampling left there"
 class SampleFolder:
     """The output of one sampling job, written by all processes together.
 
-    With `codes` (N, T) they are decoded instead of sampling new ones. `png` writes every image as a
-    file, `grid` the first grid x grid images as one picture, with the names of their classes.
+    Decodes `codes` (N, T) or, without them, samples. `png` also writes every image as a file, `grid` the
+    first grid x grid images as one picture with class names.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class SampleFolder:
         self.settings_file = output / "sampling.json"
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the files, except the size of the chunks."""
+        """Everything that determines the files, except the chunk size."""
         job, models = self.job, self.models
         unseen = {name: getattr(models.tokenizer.config, name) for name in UNSEEN}
         settings = {
@@ -92,10 +92,10 @@ class SampleFolder:
         }
 
     def fill(self) -> Path:
-        """Make all missing images and return the .npz of all; all processes must call this.
+        """Make all missing images and return the path of the .npz; all processes call this.
 
-        Raises InputError for a folder in use or of other settings, and where memory or disk do not
-        suffice; finished chunks stay.
+        Raises InputError if the folder is in use or has other settings, or if memory or disk space is
+        too small; finished chunks stay.
         """
         set_matmul_precision(self.job.precision)
         lock: list[IO[str]] = []  # held until all is written, or this process ends
@@ -108,7 +108,7 @@ class SampleFolder:
         self._check_memory(chunk)
         parts = Parts(self.output / "chunks", -(-self.count // chunk))
         numbers = parts.missing(self.processes.process_index, self.processes.num_processes)
-        self.processes.wait_for_everyone()  # before any rank adds a chunk that another still counts
+        self.processes.wait_for_everyone()  # before a rank adds a chunk that another would count
         if numbers:
             self._write_chunks(parts, chunk, numbers)
         self.processes.wait_for_everyone()
@@ -122,11 +122,8 @@ class SampleFolder:
 
     # ------------------------------------------------------------------ claiming
     def _claim(self, lock: list[IO[str]]) -> int:
-        """Lock the folder, compare its settings with the job's and return the size of the chunks.
-
-        A job that would not fit into memory is refused before anything is written, a finished one
-        never.
-        """
+        """Lock the folder, compare settings and return the chunk size. An unfinished job that does not
+        fit into memory is refused before anything is written."""
         finished = self.images_file.exists()
         if finished and not self.settings_file.exists():
             raise InputError(f"{self.images_file} exists, but sampling did not write it: {REMEDY}")
@@ -142,7 +139,7 @@ class SampleFolder:
         return chunk
 
     def _earlier_chunk(self) -> Optional[int]:
-        """The chunk size that an earlier run wrote down, if there is a readable one."""
+        """The chunk size of an earlier run, if readable."""
         try:
             return int(json.loads(self.settings_file.read_text())["chunk"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -154,8 +151,7 @@ class SampleFolder:
             return
         if not most:
             remedy = "free some memory"
-        elif self._earlier_chunk() is not None:
-            # The chunks that are there can only be continued at their own size.
+        elif self._earlier_chunk() is not None:  # existing chunks fix the size
             remedy = (
                 f"free some memory, or use another experiment.output_dir with "
                 f"experiment.per_proc_batch_size={most}"
@@ -169,7 +165,7 @@ class SampleFolder:
 
     # ------------------------------------------------------------------ writing
     def _write_chunks(self, parts: Parts, chunk: int, numbers: list[int]) -> None:
-        """Make this process's chunks; threads write them while the next ones are made."""
+        """Make this process's chunks; threads write them meanwhile."""
         ranges = [range(n * chunk, min((n + 1) * chunk, self.count)) for n in numbers]
         with (
             tqdm(
@@ -201,7 +197,7 @@ class SampleFolder:
     ) -> None:
         with writing(self.output):
             if self.png:
-                # Before the chunk: a chunk that exists has all its pictures.
+                # Before the chunk, which implies that its pictures exist.
                 names = [self.output / f"{i:06d}.png" for i in batch.indices]
                 list(painters.map(write_png, batch.images, names))
             parts.write(number, images=batch.images, codes=batch.codes.astype(np.uint16))
@@ -225,18 +221,18 @@ class SampleFolder:
 
 
 def prefix_hash(prefix: Tensor) -> str:
-    """16 hex digits of codes (M, n) and of n."""
+    """A hash of codes (M, n) and of n."""
     codes = prefix.numpy().astype("<i8")
     return hashlib.sha256(f"{codes.shape[1]} ".encode() + codes.tobytes()).hexdigest()[:16]
 
 
 def shown_classes(job: SamplingJob) -> list[int | str]:
-    """The classes of a job as a user writes them, by number."""
+    """The classes of a job as in options."""
     return [NONE if label == NO_CLASS else label for label in job.classes]
 
 
 def first_images(parts: Parts, count: int) -> np.ndarray:
-    """At most `count` images from the first parts on: (n, S, S, 3), uint8."""
+    """The first images, at most `count`: (n, S, S, 3), uint8."""
     images: list[np.ndarray] = []
     for number in range(parts.count):
         if len(images) >= count:
@@ -248,7 +244,7 @@ def first_images(parts: Parts, count: int) -> np.ndarray:
 def concatenate_parts(
     parts: Parts, path: Path, name: str, shape: tuple[int, ...], dtype: type
 ) -> None:
-    """Stream one array of all parts into an .npz (key `arr_0`), one part in memory at a time."""
+    """Stream one array of all parts into an .npz (key `arr_0`), part by part."""
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
         "fortran_order": False,
@@ -263,9 +259,9 @@ def concatenate_parts(
 
 
 def even_chunk(count: int, most: int) -> int:
-    """Size of chunks of at most `most` images: one chunk or, of more, a multiple of `SHARES`.
+    """The size of chunks of at most `most` images; several chunks are a multiple of `SHARES`.
 
-    It does not follow from the number of processes, because another chunk rounds differently.
+    It must not depend on the number of processes, because another size rounds differently.
     """
     chunks = -(-count // most)
     if chunks > 1:

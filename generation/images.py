@@ -1,4 +1,4 @@
-"""Codes to images, batch after batch: the loop that every sampler and every score uses."""
+"""Codes to images, batch by batch, for samplers and scores."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Optional
@@ -30,7 +30,7 @@ def sample_images(
     job: SamplingJob,
     batches: Iterable[range],
 ) -> Iterator[ImageBatch]:
-    """The images of a job at the given indices. A batch has at most `engine.batch` of them."""
+    """The images of a job at the given indices; a batch has at most `engine.batch`."""
 
     def sample(indices: range) -> Tensor:
         uniforms = image_uniforms(job.seed, indices, engine.config.image_seq_len)
@@ -59,7 +59,7 @@ def images_of(
 ) -> Iterator[ImageBatch]:
     """Images of the codes (B, T) that `codes_of(indices)` returns on the decoder's device.
 
-    On CUDA a batch is decoded while the next one is sampled, so it comes out one batch later.
+    On CUDA a batch is decoded while the next is sampled, so it is yielded one batch later.
     """
     stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
     previous = None
@@ -79,7 +79,7 @@ Pending = Callable[[], tuple[np.ndarray, np.ndarray]]
 def start_decoding(
     decoder: ImageDecoder, codes: Tensor, stream: Optional[torch.cuda.Stream]
 ) -> Pending:
-    """Decode on a CUDA stream, beside what the current stream does next; without one, now."""
+    """Decode on `stream`, concurrently with the current one; without it, at once."""
     if stream is None:
         images = decoder(codes)
         return lambda: (images.numpy(), codes.numpy())
@@ -102,7 +102,7 @@ def start_decoding(
 
 
 def check_codebook(codes: np.ndarray, config: TokenizerConfig, source: str, remedy: str) -> None:
-    """InputError, with this source and remedy, for codes that the tokenizer's codebook lacks."""
+    """Raise InputError with this source and remedy for codes outside the tokenizer's codebook."""
     if codes.min() < 0 or codes.max() >= config.codebook_size:
         raise InputError(
             f"{source} holds codes {codes.min()}…{codes.max()}, but this tokenizer has "

@@ -1,4 +1,4 @@
-"""A sampling job as settings: everything that its images depend on besides the weights."""
+"""The settings of a sampling job: everything besides weights that its images depend on."""
 
 from dataclasses import dataclass, field, replace
 from typing import Optional
@@ -17,8 +17,8 @@ from runtime.processes import compiles
 
 @dataclass(frozen=True)
 class SamplingJob:
-    """Images 0 … count - 1. Image i has class classes[i mod their number], and (seed, i) alone
-    decides its random numbers, so that any process can make any image."""
+    """Images 0 … count - 1. Image i has class classes[i mod their number] and random numbers of (seed, i),
+    so any process can make any image."""
 
     count: int
     classes: tuple[int, ...]  # labels; NO_CLASS: an image without a class
@@ -40,13 +40,13 @@ class SamplingJob:
     def sampler(self, model: Backbone, batch: int) -> Engine | ReferenceEngine:
         """The sampler of a generator's codes, for batches of up to `batch` images.
 
-        Raises InputError for a backbone that the engine does not know.
+        Raises InputError if the engine does not support the backbone.
         """
         if self.engine == "reference":
             return ReferenceEngine(model, batch, self.sampling, self.dtype)
         if not isinstance(model, Generator):
             raise InputError(
-                f"experiment.engine={self.engine} does not know {type(model).__name__}: set "
+                f"experiment.engine={self.engine} does not support {type(model).__name__}: set "
                 f"experiment.engine=reference"
             )
         return Engine(
@@ -67,10 +67,10 @@ class SamplingJob:
 def sampling_job(
     options: GeneratorRun, device: torch.device, names: Optional[ClassNames] = None
 ) -> SamplingJob:
-    """The job that the options describe on this device, where `auto` is decided.
+    """The job of these options on this device, with `auto` resolved.
 
-    `names` are those of the generator's classes; by default nothing but their number is known. Raises
-    InputError for classes that the generator lacks, and for what the device cannot do.
+    `names` are the generator's class names, if known. Raises InputError for unknown classes and for
+    options that the device does not support.
     """
     experiment, generator = options.experiment, options.model.generator
     known = generator.condition_num_classes
@@ -79,7 +79,7 @@ def sampling_job(
     sampling, reference = generator.sampling, experiment.engine == "reference"
     if reference and experiment.cache != "auto":
         raise InputError(
-            f"experiment.cache={experiment.cache} is not for experiment.engine=reference: leave one out"
+            f"experiment.engine=reference has no experiment.cache={experiment.cache}: leave one out"
         )
     if set(classes) == {NO_CLASS}:  # guidance would double the work and change nothing
         sampling = replace(sampling, guidance_scale=1.0)

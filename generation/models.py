@@ -1,4 +1,4 @@
-"""The models of a sampling job with their weights, on the device, and how many images fit there."""
+"""The models of a sampling job, and how many images fit into memory."""
 
 from dataclasses import dataclass, replace
 from typing import Optional
@@ -46,10 +46,10 @@ class Models:
 def open_job(
     options: GeneratorRun, processes: PartialState
 ) -> tuple[SamplingJob, Models, Optional[np.ndarray], Optional[ClassNames]]:
-    """The job of these options, its models, the stored codes to decode and, without these, the names
-    of the classes; all processes call this together.
+    """The job of these options, its models, and the stored codes to decode or the class names; all
+    processes call this together.
 
-    Raises InputError where a file or an option is missing or does not fit.
+    Raises InputError if a file or option is missing or does not fit.
     """
     assert processes.device is not None  # accelerate's type hint allows it
     options, tokenizer, generator = open_models(options)
@@ -70,14 +70,14 @@ def open_job(
 
 
 def warn_of_untrained(generator: Opened, job: SamplingJob, processes: PartialState) -> None:
-    """Name the classes of the job that the generator was never trained on, if they are known."""
+    """Warn of classes that the generator is known not to have been trained on."""
     classes = set(job.classes) - {NO_CLASS}
     missing = generator.about.without_images(classes)
     if missing:
         names = first_names([str(label) for label in missing])
         processes.print(
-            f"warning: {len(missing)} of {len(classes)} classes ({names}) were never trained "
-            f"in {printable(generator.file)}: set experiment.classes to those that were"
+            f"warning: {printable(generator.file)} was not trained on {len(missing)} of "
+            f"{len(classes)} classes ({names}): set experiment.classes to others"
         )
 
 
@@ -85,7 +85,7 @@ def open_models(options: GeneratorRun) -> tuple[GeneratorRun, Opened, Optional[O
     """The options with the sizes of the weights, and the weights of the tokenizer and, unless stored codes
     are decoded, of the generator; all processes call this together.
 
-    Raises InputError where a file or an option is missing or does not fit.
+    Raises InputError if a file or option is missing or does not fit.
     """
     experiment, generator = options.experiment, None
     if experiment.codes is None:
@@ -103,7 +103,7 @@ def open_models(options: GeneratorRun) -> tuple[GeneratorRun, Opened, Optional[O
 def load_models(
     sizes: GeneratorModels, tokenizer: Opened, generator: Optional[Opened], device: torch.device
 ) -> Models:
-    """Models of these sizes with these weights. Raises InputError where the two do not fit."""
+    """Models of these sizes with these weights. Raises InputError if they do not fit."""
     hashes, made = {"tokenizer": tensors_hash(tokenizer.state)}, None
     if generator is not None:
         made = build_generator(sizes.generator)
@@ -120,16 +120,18 @@ def largest_batch(models: Models, job: SamplingJob) -> int:
         free = free_memory(device)
     else:
         free = psutil.virtual_memory().available
-    # Decoding: a few activations as wide as the MLP, and pixels in float32 and as bytes.
+    # Decoding: some activations of the MLP's width, and pixels in float32 and as bytes.
     tokens = config.num_tokens + config.num_buffer_tokens
     pixels = 3 * config.image_size**2
     shared = DECODED_AT_ONCE * 4 * (4 * 4 * tokens * config.decoder_width + 4 * pixels)
-    image = 8 * pixels  # as bytes: on the device, pinned, and in the two chunks being written
+    image = 8 * pixels  # bytes on the device, pinned, and in the two chunks being written
     if models.generator is not None:
         # The engine's weights, and sorted and summed logits in float64.
         sizes = models.generator.config
         shared += 4 * 12 * sizes.num_hidden_layers * sizes.hidden_size**2
-        image += cache_bytes(sizes, job.sampling, job.dtype, job.cache)
+        # The reference's cache has the type of the weights, float32.
+        dtype = torch.float32 if job.engine == "reference" else job.dtype
+        image += cache_bytes(sizes, job.sampling, dtype, job.cache)
         image += 64 * sizes.codebook_size
         if job.prefix is not None:  # activations of one part: residual, qkv, its float32, the MLP
             shared += PREFILLED_AT_ONCE * 4 * 24 * sizes.hidden_size

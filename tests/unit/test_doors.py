@@ -105,11 +105,13 @@ def test_a_backbone_is_trained_sampled_and_scored(tmp_path, monkeypatch, fill):
     writer.finish([i % 3 for i in range(24)], [str(i) for i in range(24)], ["a", "b", "c"], about)
 
     run, weights = tmp_path / "run", tmp_path / "run/generator.safetensors"
+    monkeypatch.setattr("training.run.peak_flops", lambda *_: 1e12)
     train_ar.main([
         f"config={tmp_path}/toy.yaml", f"experiment.output_dir={run}",
         f"dataset.params.pretokenization={tmp_path}/cache",
         f"dataset.params.val_pretokenization={tmp_path}/cache",
     ])  # fmt: skip
+    assert "mfu" not in (run / "metrics.jsonl").read_text()  # its FLOPs are unknown
 
     def sample(*options):
         sample_imagenet.main([

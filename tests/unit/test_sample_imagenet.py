@@ -47,7 +47,7 @@ def said(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("classes, warned", [("[0,1,2]", True), ("[1]", False)])
 def test_classes_never_trained_are_warned_of(said, classes, warned):
     text = said(["a", "b"], [0], classes)
-    assert ("warning: 2 of 3 classes (0, 2) were never trained in" in text) is warned
+    assert ("was not trained on 2 of 3 classes (0, 2)" in text) is warned
 
 
 @pytest.mark.parametrize("classes, warned", [("[2]", True), ("['10']", False), ("null", False)])

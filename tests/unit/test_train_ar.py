@@ -406,6 +406,11 @@ def test_scores_that_fail_are_said_and_training_continues(
 
 
 # ---------------------------------------------------------------------- what a person watches
+def test_mfu_is_logged_with_a_known_peak(train, monkeypatch):
+    monkeypatch.setattr("training.run.peak_flops", lambda *_: 1e12)
+    assert train("training.max_train_steps=1")[0]["mfu"] > 0
+
+
 def test_records_say_how_fast_and_how_long(train, capsys):
     records = train("training.max_train_steps=3")
     assert {"lr", "images/s", "images/s per device", "data wait", "hours left"} <= records[0].keys()

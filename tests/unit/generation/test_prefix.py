@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -299,10 +300,19 @@ def test_a_folder_without_prefix_is_refused_to_one_with(models, job, tmp_path):
     refusal(folder(tmp_path, replace(job, prefix=PREFIX), models).fill, "prefix (None there")
 
 
-def test_prefilling_counts_as_memory(models, job, monkeypatch):
-    from generation import models as module
+@pytest.fixture
+def little_memory(monkeypatch):
+    memory = SimpleNamespace(available=10**9)
+    monkeypatch.setattr("generation.models.psutil.virtual_memory", lambda: memory)
 
-    monkeypatch.setattr(
-        module.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**9})
-    )
+
+def test_the_reference_engine_caches_in_float32_whatever_the_precision(models, job, little_memory):
+    largest = [
+        largest_batch(models, replace(job, engine="reference", precision=precision))
+        for precision in ("bf16", "fp32")
+    ]
+    assert largest[0] == largest[1] < largest_batch(models, replace(job, precision="bf16"))
+
+
+def test_prefilling_counts_as_memory(models, job, little_memory):
     assert 0 < largest_batch(models, replace(job, prefix=PREFIX)) < largest_batch(models, job)

@@ -9,7 +9,7 @@ import pytest
 
 import runtime.program
 from runtime.arguments import Parser
-from runtime.errors import InputError
+from tests.refusals import refusal
 
 NAN, HUGE = "nan", "1" + "0" * 30
 TEXTS = [
@@ -137,6 +137,4 @@ def test_the_flag_is_named(program, argv, named):
 def test_a_sweep_refuses_guidance_without_sense(flag, text):
     from evaluation.sweep import parse
 
-    argv = NEEDED["evaluation.sweep"]
-    with pytest.raises(InputError, match=flag):
-        parse([*argv, f"{flag}={text}"])
+    refusal(lambda: parse([*NEEDED["evaluation.sweep"], f"{flag}={text}"]), flag)

@@ -13,7 +13,7 @@ from modeling.generator import Generator, GeneratorConfig
 from modeling.sampling import Sampling
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.tensors import write_state_dict
-from runtime.errors import InputError
+from tests.refusals import refusal
 
 SIZES = """
 model:
@@ -92,8 +92,7 @@ def test_number_of_images_does_not_depend_on_the_batch(models, capsys):
 
 
 def test_generator_is_by_default_that_of_the_configs_run(models, nowhere):
-    with pytest.raises(InputError, match="nowhere"):
-        int8.main(["--config", "sizes.yaml", "--images", "2"])
+    refusal(lambda: int8.main(["--config", "sizes.yaml", "--images", "2"]), "nowhere")
 
 
 # ---------------------------------------------------------------------- its parts

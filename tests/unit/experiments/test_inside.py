@@ -27,7 +27,7 @@ from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.tensors import fingerprint, write_state_dict
-from runtime.errors import InputError
+from tests.refusals import refusal
 
 SIZES = dict(codebook_size=32, token_size=4, image_size=16, patch_size=4)
 SIZES |= dict(encoder_width=16, encoder_layers=1, encoder_heads=2)
@@ -288,8 +288,7 @@ def test_one_tokenizer_needs_no_name(study):
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(study, arguments, said):
-    with pytest.raises(InputError, match=said):
-        start(*arguments)
+    refusal(lambda: start(*arguments), said)
     assert not (study / "out").exists()
 
 
@@ -299,12 +298,10 @@ def test_one_image_is_too_few(study):
     for folder in (study / "val").iterdir():
         if not any(folder.iterdir()):
             folder.rmdir()
-    with pytest.raises(InputError, match="too few images"):
-        start("--tokenizer", "both/tokenizer.pth")
+    refusal(lambda: start("--tokenizer", "both/tokenizer.pth"), "too few images")
 
 
 def test_numbers_are_kept_without_matplotlib(study, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=r"need matplotlib.*inside.json is written"):
-        start("--tokenizer", "both/tokenizer.pth")
+    refusal(lambda: start("--tokenizer", "both/tokenizer.pth"), "matplotlib", "inside.json")
     assert (study / "out/inside.json").is_file()

@@ -19,7 +19,7 @@ from experiments.alignment.rows import (
     recipe,
     varied,
 )
-from runtime.errors import InputError
+from tests.refusals import refusal
 
 # What a row changes in stage 1, beside the number of tokens.
 CHANGED = {
@@ -104,5 +104,4 @@ def test_lengths_are_scaled_and_sizes_follow():
     "text", ["colour=red", "position_init", "steps=", "steps=-1", "steps=nan", "codebook_size=many"]
 )
 def test_a_variation_that_makes_no_sense_is_refused(text):
-    with pytest.raises(InputError, match=f"--vary {text}"):
-        varied(text)
+    refusal(lambda: varied(text), f"--vary {text}")

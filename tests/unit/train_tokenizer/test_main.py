@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from runtime.errors import InputError
+from tests.refusals import refusal
 from train_tokenizer.__main__ import (
     MIN_IMAGES,
     has_collapsed,
@@ -41,5 +41,5 @@ def test_identical_codes_for_all_images_are_seen_however_many_they_are(images, d
 
 def test_fsdp_is_refused_in_one_line_with_the_remedy():
     refuse_fsdp(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
-    with pytest.raises(InputError, match=r"does not train under FSDP.*launch with torchrun"):
-        refuse_fsdp(SimpleNamespace(distributed_type=DistributedType.FSDP))
+    fsdp = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    refusal(lambda: refuse_fsdp(fsdp), "FSDP", "torchrun")

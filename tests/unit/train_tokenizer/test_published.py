@@ -7,7 +7,7 @@ import torch
 
 import configs.load
 from configs.schema import GeneratorRun, TokenizerRun
-from runtime.errors import InputError
+from tests.refusals import refusal
 from train_tokenizer.__main__ import build_discriminator, learning_rate
 from train_tokenizer.discriminator import Discriminator
 
@@ -66,10 +66,8 @@ def test_other_presets_start_every_latent_at_its_own_patch(name):
 def test_stage2_without_a_discriminator_of_stage1_says_what_to_set(tmp_path):
     torch.save({"latent_tokens": torch.ones(1)}, tmp_path / "w.pth")
     run = tokenizer_preset("tokenizer_stage2", f"experiment.stage1_checkpoint={tmp_path}/w.pth")
-    with pytest.raises(InputError, match=r"no block_in.0.weight.*set model.critic_init=scratch"):
-        build_discriminator(
-            SimpleNamespace(options=run, checkpoint=SimpleNamespace(holds=lambda _: False))
-        )
+    state = SimpleNamespace(options=run, checkpoint=SimpleNamespace(holds=lambda _: False))
+    refusal(lambda: build_discriminator(state), "block_in.0.weight", "model.critic_init=scratch")
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from modeling.generator import Generator, GeneratorConfig
 from modeling.weights.metadata import GENERATOR, about_model, about_shapes
 from modeling.weights.opened import Opened
 from modeling.weights.tensors import tensors_hash, write_state_dict
-from runtime.errors import InputError
+from tests.refusals import refusal
 from training.initial import check_same_start, fit_classes
 
 SIZES = dict(
@@ -82,8 +83,8 @@ def test_type_of_the_weights_stays():
 def test_other_sizes_than_those_of_the_classes_are_refused(name, value, names):
     config = GeneratorConfig(**{**SIZES, name: value}, condition_num_classes=3)
     old = generator(3).state_dict()
-    with pytest.raises(InputError, match=rf"model\.generator\.{name}={value} contradicts x\.bin"):
-        fit_classes(opened(old, names), config, [])
+    call = partial(fit_classes, opened(old, names), config, [])
+    refusal(call, f"model.generator.{name}={value}", "x.bin")
 
 
 @pytest.fixture
@@ -102,15 +103,13 @@ def test_a_run_is_resumed_with_the_weights_that_it_started_from_or_none(files):
     record = {"path": str(files / "a.pth"), "hash": tensors_hash(filled(1.0))}
     check_same_start(record, None, GENERATOR, "run/step-3")
     check_same_start(record, str(files / "copy.pth"), GENERATOR, "run/step-3")  # moved
-    with pytest.raises(
-        InputError, match=r"run/step-3 .*started from .*a\.pth, not .*b\.pth: leave"
-    ):
-        check_same_start(record, str(files / "b.pth"), GENERATOR, "run/step-3")
+    other = partial(check_same_start, record, str(files / "b.pth"), GENERATOR, "run/step-3")
+    refusal(other, "run/step-3", files / "a.pth", files / "b.pth")
     (files / "a.pth").unlink()  # not needed any more
     check_same_start(record, str(files / "a.pth"), GENERATOR, "run/step-3")
 
 
 def test_a_run_that_started_from_random_weights_is_not_resumed_with_others(files):
     check_same_start(None, None, GENERATOR, "run/step-3")
-    with pytest.raises(InputError, match="started from random weights, not from"):
-        check_same_start(None, str(files / "a.pth"), GENERATOR, "run/step-3")
+    other = partial(check_same_start, None, str(files / "a.pth"), GENERATOR, "run/step-3")
+    refusal(other, "run/step-3", "random weights", files / "a.pth")

@@ -112,9 +112,7 @@ def steps_of(
         command = [*sampling(folder, name, stage1, options), *drawn]
         command.append(f"model.generator.guidance_scale={scale}")
         steps.append(Step(name, command, [folder / f"{name}.npz"]))
-    score = ["-m", "experiments.alignment.photo_score", str(folder), str(data)]
-    steps.append(Step("score", score, [], answer=folder / "scores_stage1.json"))
-    return steps
+    return [*steps, judging(folder, data, "stage1")]
 
 
 def stage2_steps(folder: Path, data: Path, seed: int, options: Recipe) -> list[Step]:
@@ -123,16 +121,18 @@ def stage2_steps(folder: Path, data: Path, seed: int, options: Recipe) -> list[S
     Encoder and codebook are frozen in stage 2, so its codes and their generator are those of stage 1.
     """
     stage2 = folder / "stage2"
+    photographs = data.name == "photographs"
+    samples = [f"_{scale}" for scale in GUIDANCE] if photographs else [""]
     return [
         Step("stage2", [
             "-m", "train_tokenizer", f"config={STAGE2}", f"experiment.output_dir={stage2}",
             f"experiment.stage1_checkpoint={folder / 'stage1'}",
             *images_of(data), f"training.seed={seed}", *options.stage2,
         ], [stage2 / "tokenizer.pth"]),
-        Step("samples_stage2", [
-            *sampling(folder, "samples_stage2", stage2, options),
-            f"experiment.codes={folder / 'samples_codes.npz'}",
-        ], [folder / "samples_stage2.npz"]),
+        *(Step(f"samples_stage2{of}", [
+            *sampling(folder, f"samples_stage2{of}", stage2, options),
+            f"experiment.codes={folder / f'samples{of}_codes.npz'}",
+        ], [folder / f"samples_stage2{of}.npz"]) for of in samples),
         judging(folder, data, "stage2"),
     ]  # fmt: skip
 
@@ -149,7 +149,8 @@ def sampling(folder: Path, name: str, tokenizer: Path, options: Recipe) -> list[
 
 
 def judging(folder: Path, data: Path, decoder: str) -> Step:
-    command = ["-m", "experiments.alignment.judge", str(folder), str(data), decoder]
+    judge = "photo_score" if data.name == "photographs" else "judge"
+    command = ["-m", f"experiments.alignment.{judge}", str(folder), str(data), decoder]
     return Step(f"judge_{decoder}", command, [], answer=folder / f"scores_{decoder}.json")
 
 

@@ -31,6 +31,7 @@ METRICS = (
     Metric("fid", "Fréchet distance", ".2f"),
     Metric("recognised", "read as asked, %", ".1f", 100),
     Metric("codebook_use", "codes in use, %", ".1f", 100),
+    Metric("fid_seen", "Fréchet distance to training crops", ".2f"),
     Metric("rfid", "Fréchet distance of reconstructions", ".2f"),
     Metric("entropy", "entropy of codes, bits", ".2f"),
 )

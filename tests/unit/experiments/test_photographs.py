@@ -76,7 +76,22 @@ def test_photographs_are_sampled_at_every_scale_and_scored(tmp_path):
     chains = chains_of(tmp_path, data, rows, [42], overrides)
     assert [chain.title for chain in chains] == ["seed 42 bidirectional", "seed 42 causal"]
     commands = {step.name: step.command for step in chains[1].steps}
-    assert {"samples_1", "samples_2", "samples_4", "score"} < commands.keys()
+    assert {"samples_1", "samples_2", "samples_4", "judge_stage1"} < commands.keys()
     assert "model.generator.guidance_scale=4" in commands["samples_4"]
     assert "--five_crop" not in commands["cache_train"]
     assert "model.vq_model.patch_size=8" in commands["generator"]
+    assert "experiments.alignment.photo_score" in commands["judge_stage1"]
+
+
+def test_stage_2_shows_the_photographs_codes_of_every_scale(tmp_path):
+    data = tmp_path / "photographs"
+    for kind in ("detail", "part", "view"):
+        (data / "train" / kind).mkdir(parents=True)
+    rows = [row for row in ROWS if row.name == "stage2"]
+    (chain,) = chains_of(tmp_path, data, rows, [42], varied("data=photographs")[0])
+    commands = {step.name: step.command for step in chain.steps}
+    run = tmp_path / "seed_42" / "aux"
+    assert f"experiment.codes={run / 'samples_2_codes.npz'}" in commands["samples_stage2_2"]
+    assert commands["judge_stage2"][1:] == [
+        "experiments.alignment.photo_score", str(run), str(data), "stage2"
+    ]  # fmt: skip

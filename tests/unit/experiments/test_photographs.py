@@ -1,5 +1,6 @@
 """The photographs' crops, the bits that patches need, and the rows on these data."""
 
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ from experiments.alignment import photographs
 from experiments.alignment.ablation import chains_of
 from experiments.alignment.needed_bits import needed_bits, patches
 from experiments.alignment.photo_score import entropy
-from experiments.alignment.rows import ROWS, varied
+from experiments.alignment.rows import ROWS, recipe, varied
 
 
 def test_every_photograph_is_on_one_side_only(tmp_path, monkeypatch):
@@ -65,6 +66,16 @@ def test_patches_are_row_major():
 def test_entropy_counts_frequencies():
     assert entropy(np.array([[0, 1], [2, 3]])) == pytest.approx(2)
     assert entropy(np.zeros((3, 5), dtype=np.int64)) == 0
+
+
+def test_the_photographs_rate_stays_whatever_the_length():
+    row = next(row for row in ROWS if row.name == "causal")
+    for text, steps in (("data=photographs", 1700), ("tokenizer_steps=2,data=photographs", 3400)):
+        made = recipe(row, varied(text)[0])
+        (option,) = [option for option in made.stage1 if option.startswith("phases=")]
+        (phase,) = json.loads(option.removeprefix("phases="))
+        assert (phase["steps"], phase["learning_rate"]) == (steps, 3e-4)
+        assert not any("3e-4" in option or "0.0003" in option for option in made.stage2)
 
 
 def test_photographs_are_sampled_at_every_scale_and_scored(tmp_path):

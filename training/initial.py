@@ -84,7 +84,7 @@ def fit_classes(
     fitted = torch.cat([table[:first], torch.stack(made), no_class])
     names = [*classes, *map(str, range(len(classes), after))]
     new = [name for name, row in zip(names, rows) if row is None]
-    words = f"; {after} classes instead of {before}" * (before != after)
+    words = f"; {after} instead of {before} classes" * (before != after)
     if new:
-        words += f"; {len(new)} start at the mean of the old ones: {first_names(new)}"
+        words += f"; {len(new)} new, at the mean of the old ones: {first_names(new)}"
     return {**state, name: fitted}, words

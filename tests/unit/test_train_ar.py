@@ -750,7 +750,7 @@ def test_other_classes_start_from_the_same_codes(train, tmp_path, first, capsys,
     assert torch.equal(found[[33, 35, 36]], rows[[35, 33, 34]])  # c, a, b
     torch.testing.assert_close(found[[34, 37]], rows[33:36].mean(0).expand(2, -1))
     assert (
-        "5 classes instead of 3; 2 start at the mean of the old ones: d, e"
+        "5 instead of 3 classes; 2 new, at the mean of the old ones: d, e"
         in capsys.readouterr().out
     )
 

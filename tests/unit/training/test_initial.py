@@ -41,7 +41,7 @@ def test_another_number_of_classes_keeps_codes_and_no_class_and_starts_classes_a
     assert after.shape == (17 + classes + 1, 32)
     for row in after[17:-1]:
         torch.testing.assert_close(row, before[17:21].mean(0))
-    assert f"; {classes} classes instead of 4; {classes} start at the mean of the old ones" in words
+    assert f"; {classes} instead of 4 classes; {classes} new, at the mean of the old ones" in words
     generator(classes).load_state_dict(state)
     assert old["embeddings.weight"] is before and len(before) == 22  # the file's are as they were
 
@@ -65,9 +65,9 @@ def test_classes_have_the_rows_of_their_names_and_new_ones_the_mean(names):
     for name, row in zip(names, after[17:-1], strict=True):
         torch.testing.assert_close(row, known.get(name, mean), rtol=0, atol=1e-7)
     assert words.endswith(
-        "2 start at the mean of the old ones: x, y"
+        "; 2 new, at the mean of the old ones: x, y"
         if len(names) == 4
-        else "; 3 classes instead of 4; 1 start at the mean of the old ones: x"
+        else "; 3 instead of 4 classes; 1 new, at the mean of the old ones: x"
     )
 
 

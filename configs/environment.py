@@ -1,8 +1,8 @@
-"""Variables that accelerate and PyTorch read and that would overrule a run's config in silence.
+"""Environment variables of accelerate and PyTorch that would silently override a run's config.
 
-`accelerate launch` and its config file set some of them. The config decides; a variable that says
-otherwise is refused, so that a run is what its `config.yaml` says. Variables that only place
-processes (ranks, ports, devices) or shard them (FSDP) are the launcher's own business.
+`accelerate launch` and its config file set some of them. Variables that contradict the config are refused,
+so that a run does what its `config.yaml` says. Those that place processes (ranks, ports, devices) or shard
+models (FSDP) are allowed.
 """
 
 import os
@@ -13,7 +13,7 @@ from configs.schema import Training
 from runtime.errors import InputError
 
 OFF = ("", "0", "no", "false", "none", "off")
-# {variable: what to do instead}; refused unless it is off.
+# {variable: remedy}; refused unless off.
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "launch without DeepSpeed; configs/accelerate_fsdp.yaml shards models",
     "ACCELERATE_USE_MEGATRON_LM": "launch without Megatron-LM",
@@ -27,10 +27,9 @@ UNSUPPORTED = {
 def check_environment(
     training: Training, precision: str, environment: Mapping[str, str] = os.environ
 ) -> None:
-    """Refuse an environment that contradicts the config, before anything is built.
+    """Raise InputError, naming variable and option, if the environment contradicts the config.
 
-    `precision` is what training.mixed_precision stands for on this machine: no, bf16 or fp16.
-    Raises InputError that names the variable and the option.
+    `precision` is the resolved training.mixed_precision: no, bf16 or fp16.
     """
 
     def value_of(name: str) -> str:
@@ -46,13 +45,13 @@ def check_environment(
     if value_of(name) not in (*OFF, precision):
         said = f"training.mixed_precision={training.mixed_precision}"
         raise contradiction(environment, name, said + f" ({precision})" * (precision not in said))
-    # Both overrule torch's own switches, which the run sets.
+    # Both override torch's switches, which the run sets.
     numerics = resolve(training, cuda=True)
     tf32 = {numerics.tf32_products, numerics.tf32_convolutions}
     for name in ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):
         forces = {"0": False, "1": True}.get(value_of(name))
         if name.startswith("TORCH") and not forces:
-            continue  # 0 is as if it were not set
+            continue  # 0 equals unset
         if forces is not None and {forces} != tf32:
             said = f"training.numerics={training.numerics}"
             if training.enable_tf32 != "auto":

@@ -1,4 +1,4 @@
-"""What the schema says, for readers: `--help` of the programs, and `docs/options.md`.
+"""The schema as text: `--help` of the programs, and `docs/options.md`.
 
 python -m configs.help > docs/options.md
 """
@@ -56,12 +56,12 @@ DRY_RUN = (
 
 
 def used_by(option: Declared, program: str) -> bool:
-    """Whether a program uses an option; one without a name uses all."""
+    """Whether a program uses an option; the empty name stands for any."""
     return not program or program.startswith(option.notes.get("only", ""))
 
 
 def options_of(schema: type, program: str = "") -> list[Declared]:
-    """The options that a program uses, and the sections that hold such."""
+    """The options that a program uses, and their sections."""
     found = list(declared(schema).values())
     used = [o.name for o in found if not o.section and used_by(o, program)]
     return [
@@ -73,7 +73,7 @@ def options_of(schema: type, program: str = "") -> list[Declared]:
 
 
 def default_of(option: Declared) -> str:
-    """A default as a YAML file or a command line would say it."""
+    """A default as written in YAML or on the command line."""
     default = option.default
     if isinstance(default, bool):
         return str(default).lower()
@@ -150,7 +150,7 @@ def section(option: Declared) -> list[str]:
 
 
 def row(option: Declared, programs: tuple[str, ...]) -> str:
-    """A table's row; an option that not all of the programs use says which do."""
+    """A table's row; it names the programs that use the option, if not all do."""
     users = [program for program in programs if used_by(option, program)]
     only = "" if len(users) == len(programs) else f" *Only {', '.join(users)}.*"
     default = default_of(option).replace("|", "\\|")

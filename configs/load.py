@@ -1,7 +1,7 @@
 """Reading `config=FILE option=value …` into the dataclasses of `configs.schema`, and writing them.
 
-A value stays the text that was typed (`2024_06_01`, `run #3`, `no`) until OmegaConf converts it to the
-type of its option. Every refusal names the option in full, and the place that its value came from.
+A value stays the text that was typed (`2024_06_01`, `run #3`, `no`) until OmegaConf converts it to its
+option's type. Every refusal gives the option's full name and the place of its value.
 """
 
 import difflib
@@ -32,13 +32,13 @@ T = TypeVar("T")
 
 CLASSES = "condition_num_classes"
 BROUGHT = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # by weights to start from
-# What the published trainer adds to the config that it leaves in its run folder.
+# Keys that the published trainer adds to the config in its run folder.
 PUBLISHED_KEYS = ("config", "experiment.logging_dir")
 FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class Written(NamedTuple):
-    """The value of an option as it was written, and where: COMMAND_LINE, or "FILE, line N"."""
+    """The value of an option as written, and its place: COMMAND_LINE, or "FILE, line N"."""
 
     value: Any
     place: str
@@ -48,12 +48,10 @@ class Written(NamedTuple):
 def load(schema: type[T], argv: list[str], program: str = "") -> T:
     """Options of one program: schema defaults, then `config=FILE`, then `section.option=value` …
 
-    The config in a run's folder means the run in this folder, wherever it was when it was written.
-
-    `--help` prints them all and ends the program. The `places` of the options say which were set, and
-    where. Raises InputError for a missing file, a misspelt option (with the nearest name), a value of
-    the wrong type or out of its range, an option of another program on the command line, or a
-    combination that does not hold together.
+    A config in a run's folder stands for that run, even if it was moved. `--help` prints all options and
+    ends the program. `places` of the result says which options were set, and where. Raises InputError
+    for a missing file, a misspelt option (with the nearest name), a value of the wrong type or out of
+    range, an option of another program on the command line, or options that contradict each other.
     """
     if {"-h", "--help"} & set(argv):
         print(describe(schema, program))
@@ -95,7 +93,7 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a training run's: such a folder is locked, or holds checkpoints."""
+    """Whether a folder holds a training run: it has a lock file or checkpoints."""
     return (folder / ".lock").is_file() or (folder / "checkpoints").is_dir()
 
 
@@ -124,8 +122,8 @@ def sizes_of_resumed(schema: type, experiment: Experiment) -> dict[str, Written]
 def tokenizer_config(
     path: str | Path | None, **known: Any
 ) -> tuple[TokenizerConfig, dict[str, str]]:
-    """A tokenizer's sizes: what is `known`, then `model.vq_model` of a YAML file, then the defaults;
-    and which were set, and where."""
+    """A tokenizer's sizes, from `known`, then `model.vq_model` of a YAML file, then the defaults; and the
+    places of those that were set."""
     prefix, written = "model.vq_model.", {}
     if path is not None:
         _, found = read_file(GeneratorRun, path)
@@ -168,8 +166,8 @@ def save(options: Any, path: str | Path) -> None:
 
 # ---------------------------------------------------------------------- YAML
 class TextLoader(yaml.SafeLoader):
-    """Scalars stay the text that was typed, but for null, merge keys (`<<`) and integers whose text
-    is the same again (`7`, not `007`), so that 7 and '7' differ where a number or a name is meant."""
+    """Scalars stay text, but for null, merge keys (`<<`) and integers in plain notation (`7`, not `007`),
+    so that 7 and '7' differ for options that take numbers or names."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - as in the parent class
 
@@ -197,9 +195,9 @@ for tag, pattern in (("null", r"~|null|Null|NULL|$"), ("merge", "<<"), ("int", "
 def read_yaml(
     text: str, schema: Any, name: str = "", file: Optional[Path] = None
 ) -> Iterator[tuple[str, Written]]:
-    """(option, value) of a YAML text of `file`, or of the command line.
+    """(option, value) in a YAML text of `file` or, without, of the command line.
 
-    `schema` is the class of the section `name` or, of one option, its type; None if it is unknown.
+    `schema` is the class of the section `name`, or the type of an option; None if unknown.
     """
     loader = TextLoader(text)
 
@@ -228,7 +226,7 @@ def read_yaml(
 
 
 def read_file(schema: type, path: str | Path) -> tuple[Path, dict[str, Written]]:
-    """The path of a config file (of a run folder's config.yaml), and what it sets."""
+    """The path of a config file, or of that in a run's folder, and the options that it sets."""
     file = home(str(path), "config", "")
     if (file / "config.yaml").is_file():
         file = file / "config.yaml"
@@ -247,8 +245,8 @@ def read_file(schema: type, path: str | Path) -> tuple[Path, dict[str, Written]]
 
 
 def read_argument(schema: type, key: str, text: str) -> list[tuple[str, Written]]:
-    """What one `key=text` of the command line sets: text as it was typed where the option takes a
-    text, otherwise YAML."""
+    """The options that `key=text` on the command line sets; text options take it literally, others as
+    YAML."""
     option = option_at(schema, key)
     kind = None if option is None else option.kind
     typed = str in (kind, *get_args(kind)) and get_origin(kind) is not list
@@ -268,7 +266,7 @@ def two_lines(error: Exception) -> str:
 
 # ---------------------------------------------------------------------- values
 def option_at(schema: type, name: str) -> Optional[Declared]:
-    """What is declared of an option or section; of phases and phases[3], the same."""
+    """The declaration of an option or section; phases and phases[3] have the same."""
     known, name = declared(schema), re.sub(r"\[\d+\]", "[i]", name)
     return known.get(name) or known.get(f"{name}[i]")
 
@@ -285,7 +283,7 @@ def refuse_unused(schema: type, name: str, program: str) -> None:
 def build(
     schema: type[T], written: dict[str, Written], prefix: str = "", known: Optional[dict] = None
 ) -> T:
-    """The dataclass of what was written, references (`${…}`) resolved; `prefix` is for messages."""
+    """The dataclass of the written values, with references (`${…}`) resolved; messages use `prefix`."""
     config = OmegaConf.structured(schema)
     places = {prefix + name: place for name, (_, place) in written.items()}
     for name, (value, place) in written.items():
@@ -309,7 +307,7 @@ def build(
 
 
 def meant(schema: type, name: str, value: Any, prefix: str, place: str) -> Any:
-    """A value with its flags, choices, null and home folder as its option means them."""
+    """A value with flags, choices, null and the home folder interpreted for its option."""
     option = option_at(schema, name)
     if option is None or option.section:
         return value
@@ -342,7 +340,7 @@ def home(text: str, name: str, where: str = "") -> Path:
 
 
 def unknown(error: Exception, prefix: str, name: str, place: str) -> InputError:
-    """The refusal of a name that the schema lacks, with the nearest one."""
+    """The refusal of an unknown name, with the nearest known one."""
     owner, hint = getattr(error, "object_type", None), ""
     if isinstance(error, (KeyError, AttributeError)) and is_dataclass(owner):
         name = getattr(error, "full_key", name)
@@ -355,8 +353,7 @@ def unknown(error: Exception, prefix: str, name: str, place: str) -> InputError:
 
 
 def construct(schema: Any, values: dict[str, Any], prefix: str, places: dict[str, str]) -> Any:
-    """Build a section from its values, inner sections first; a refusal gets the option's full name
-    and place."""
+    """Build a section from its values, inner sections first; refusals get the full name and place."""
     arguments = dict(values)
     for name, (kind, _) in types_of(schema).items():
         section, value, path = section_of(kind), values[name], prefix + name
@@ -376,15 +373,15 @@ def construct(schema: Any, values: dict[str, Any], prefix: str, places: dict[str
 
 
 def at(name: str, places: dict[str, str]) -> str:
-    """The place of an option, or of the list or mapping that it is in; empty for a default."""
+    """The place of an option, or of the list or mapping around it; empty for a default."""
     while name and name not in places:
         name = name[: max(name.rfind("."), name.rfind("["), 0)]
     return f" ({places[name]})" if name else ""
 
 
-# ---------------------------------------------------------------------- what deserves a word
+# ---------------------------------------------------------------------- warnings
 def warmup_warning(options: Any, program: str) -> list[str]:
-    """A warm-up longer than the run, as one has that was shortened to try it out."""
+    """Warn of a warm-up longer than the run, as in a shortened trial."""
     if program == "train_ar":
         name, warmup = "lr_scheduler.params.warmup_steps", options.lr_scheduler.params.warmup_steps
         steps = options.training.max_train_steps

@@ -1,4 +1,4 @@
-"""What `training.numerics` stands for: autocast type, TF32, the discriminator's precision."""
+"""The meaning of `training.numerics`: autocast type, TF32, the discriminator's precision."""
 
 from dataclasses import dataclass, replace
 
@@ -10,8 +10,8 @@ from runtime.errors import InputError
 class Numerics:
     """How a training program computes; without autocast everything is float32.
 
-    Whatever stands here, the tokenizer's losses, perceptual networks, quantizer and clustering are
-    float32; products in quantizer, clustering and a frozen encoder use no TF32.
+    The tokenizer's losses, perceptual networks, quantizer and clustering are always float32; quantizer,
+    clustering and a frozen encoder never use TF32.
     """
 
     autocast: str  # accelerate's name: no, bf16 or fp16
@@ -20,7 +20,7 @@ class Numerics:
     exact_critic: bool  # discriminator in float32 whatever the autocast type
 
 
-# On CUDA; without it autocast is off unless training.mixed_precision asks for bf16.
+# On CUDA; elsewhere autocast is off unless training.mixed_precision=bf16.
 TABLE = {
     "published": Numerics("fp16", False, True, exact_critic=True),
     "fast": Numerics("bf16", True, True, exact_critic=False),
@@ -29,9 +29,9 @@ TABLE = {
 
 
 def resolve(training: Training, cuda: bool, bf16: bool = True) -> Numerics:
-    """The numerics of a run; `cuda` is whether it trains on CUDA, `bf16` whether that computes in it.
+    """The numerics of a run; `cuda`: it trains on CUDA, `bf16`: the device computes in bf16.
 
-    `auto` is fast or, without bf16, published. `mixed_precision` and `enable_tf32` overrule the mode.
+    `auto` is fast or, without bf16, published. `mixed_precision` and `enable_tf32` take precedence.
     Raises InputError for fp16 without CUDA.
     """
     mode, autocast, tf32 = training.numerics, training.mixed_precision, training.enable_tf32

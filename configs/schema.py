@@ -4,10 +4,10 @@ Option names are those of the published configs. `configs.load` reads them, `con
 them; plain dataclasses go into the models. `modeling.fields.option` declares each one: its default,
 one sentence, the values that it takes, and notes, which also hold for the options of a section:
 
-    path=True        a text where `~` is the home folder
-    resumes=True     may change when a run resumes: its weights stay the same but for rounding
-    only="train"     used by programs whose names begin so. Others refuse it on the command line; a
-                     YAML file may hold it, because several programs read one preset
+    path=True        a text in which `~` is the home folder
+    resumes=True     may change when a run resumes, because it changes weights by rounding at most
+    only="train"     used by programs with this prefix. Others refuse it on the command line, but not in
+                     YAML files, because several programs read one preset
     instead="…"      what another program offers instead
 """
 
@@ -29,7 +29,7 @@ NUMERICS = ("auto", "published", "fast", "exact")
 
 
 class Loaded(Options):
-    """What `configs.load` knows of a program's options besides their values."""
+    """Options with the places where `configs.load` found them."""
 
     # {full name of each option that was set: COMMAND_LINE, or "FILE, line N"}
     places: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -216,11 +216,7 @@ class Experiment(Options):
     def __post_init__(self):
         super().__post_init__()
         if Path(self.output_dir).name in ("", ".."):
-            raise InputError(
-                f"output_dir={short(self.output_dir)}: set the name of a folder of its own, such as "
-                f"output/alitok",
-                "output_dir",
-            )
+            self.refuse("output_dir", "set the name of a folder of its own, such as output/alitok")
 
 
 # ---------------------------------------------------------------------- generator
@@ -331,29 +327,22 @@ class GeneratorExperiment(Experiment):
     def __post_init__(self):
         super().__post_init__()
         if self.classes is not None and not self.classes:
-            raise InputError("classes=[]: set at least one class, for example [207]", "classes")
+            self.refuse("classes", "set at least one class, for example [207]")
         if self.prefix is None and (self.prefix_rows is not None or self.prefix_mask):
             name = "prefix_mask" if self.prefix_rows is None else "prefix_rows"
-            raise InputError(
-                f"{name}={getattr(self, name)} needs experiment.prefix=FILE, an image or a file of "
-                f"codes",
-                name,
-            )
+            self.refuse(name, "it needs experiment.prefix=FILE, an image or a file of codes")
         if (self.edit is None) != (self.mask is None):
             given, other = ("edit", "mask") if self.mask is None else ("mask", "edit")
-            raise InputError(
-                f"{given}={short(getattr(self, given))} needs experiment.{other}: experiment.edit is "
-                f"an image, and experiment.mask the part of it that is drawn",
+            self.refuse(
                 given,
+                f"it needs experiment.{other}; experiment.mask is the part of the image "
+                f"experiment.edit that is drawn",
             )
         sources = [name for name in ("codes", "prefix", "edit") if getattr(self, name) is not None]
         if len(sources) > 1:
             first, second = sources[:2]
-            raise InputError(
-                f"{first}={short(getattr(self, first))} and experiment.{second}="
-                f"{short(getattr(self, second))} both give codes of the images: leave one out",
-                first,
-            )
+            other = f"experiment.{second}={short(getattr(self, second))}"
+            self.refuse(first, f"{other} also gives codes of the images; leave one out")
 
 
 @dataclass
@@ -380,22 +369,19 @@ class GeneratorModels(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        check_layers(self.vq_model)
+        check_layers(self)
         generator, tokenizer = self.generator, self.vq_model
         if generator.image_seq_len != tokenizer.num_tokens:
-            raise InputError(
-                f"generator.image_seq_len={generator.image_seq_len}, but the tokenizer "
-                f"(model.vq_model) makes {tokenizer.num_tokens} codes per image: set the same number",
+            self.refuse(
                 "generator.image_seq_len",
+                f"the tokenizer (model.vq_model) makes {tokenizer.num_tokens} codes per image; set the "
+                f"same number",
             )
-        if generator.codebook_size not in (
-            tokenizer.codebook_size,
-            "${model.vq_model.codebook_size}",
-        ):
-            raise InputError(
-                f"generator.codebook_size={generator.codebook_size}, but "
-                f"model.vq_model.codebook_size={tokenizer.codebook_size}: leave the former out",
+        unset = type(generator).codebook_size
+        if generator.codebook_size not in (tokenizer.codebook_size, unset):
+            self.refuse(
                 "generator.codebook_size",
+                f"model.vq_model.codebook_size is {tokenizer.codebook_size}; leave the former out",
             )
 
 
@@ -516,25 +502,22 @@ class TokenizerModels(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        check_layers(self.vq_model)
+        check_layers(self)
         if self.stage == 1 and self.decoder_init != "stage1":
-            raise InputError(
-                f"decoder_init={self.decoder_init}: stage 1 always starts from scratch; this is an "
-                f"option of model.stage=2",
-                "decoder_init",
+            self.refuse(
+                "decoder_init", "stage 1 starts from scratch; set it for model.stage=2 only"
             )
         if self.cluster_in_critic_steps and not self.vq_model.clustering:
-            raise InputError(
-                "cluster_in_critic_steps=True needs model.vq_model.clustering=true: set it, or leave "
-                "the former out",
+            self.refuse(
                 "cluster_in_critic_steps",
+                "it needs model.vq_model.clustering=true; set both or none",
             )
         for name in ("prefix_head", "clustering"):
             if self.stage == 2 and getattr(self.vq_model, name):
-                raise InputError(
-                    f"vq_model.{name}=True: stage 2 trains neither a prefix head nor the codebook; "
-                    f"leave model.vq_model.prefix_head and model.vq_model.clustering out",
+                self.refuse(
                     f"vq_model.{name}",
+                    "stage 2 trains neither a prefix head nor the codebook; leave "
+                    "model.vq_model.prefix_head and model.vq_model.clustering out",
                 )
 
 
@@ -695,56 +678,44 @@ class TokenizerRun(Loaded):
         total, expected = sum(p.steps for p in self.phases), self.training.max_train_steps
         if expected not in (None, total):
             steps = " + ".join(str(p.steps) for p in self.phases)
-            raise InputError(
-                f"training.max_train_steps={expected}, but the phases have {steps} = {total} "
-                f"steps: correct one, or leave the former out",
+            self.refuse(
                 "training.max_train_steps",
+                f"the phases have {steps} = {total} steps; correct one, or leave it out",
             )
         model, losses = self.model.vq_model, self.losses
         if model.prefix_head and not losses.aux_weight:
-            raise InputError(
-                "losses.aux_weight=0 leaves the prefix head untrained: set "
-                "model.vq_model.prefix_head=false too",
+            self.refuse(
                 "losses.aux_weight",
+                "the prefix head would stay untrained; set model.vq_model.prefix_head=false too",
             )
         if losses.aux == "stitched" and model.prefix_head and model.num_prefix_tokens != model.grid:
-            raise InputError(
-                f"losses.aux=stitched puts the strip in place of the image's first row, so it has "
-                f"no corner token: set model.vq_model.num_latent_tokens={model.grid**2 + model.grid}",
+            self.refuse(
                 "losses.aux",
+                f"the strip replaces the image's first row, so it has no corner token; set "
+                f"model.vq_model.num_latent_tokens={model.grid**2 + model.grid}",
             )
         if self.model.stage == 1 and self.experiment.stage1_checkpoint is not None:
-            raise InputError(
-                f"experiment.stage1_checkpoint={short(self.experiment.stage1_checkpoint)}: stage 1 "
-                f"does not use it; set model.stage=2 for stage 2, experiment.init_weights=PATH to "
-                f"start stage 1 from weights, or experiment.resume=PATH from a checkpoint",
+            self.refuse(
                 "experiment.stage1_checkpoint",
+                "stage 1 does not use it; set model.stage=2, or start from weights with "
+                "experiment.init_weights=PATH or from a checkpoint with experiment.resume=PATH",
             )
-        self.check_init_weights()
-
-    def check_init_weights(self) -> None:
-        """Refuse options of stage 2 that take from stage 1 what `init_weights` brings or lacks."""
-        experiment, model = self.experiment, self.model
-        if experiment.init_weights is None:
-            if model.stage == 1 and model.critic_init != "scratch":
-                raise InputError(
-                    f"model.critic_init={model.critic_init}: stage 1 starts from scratch, unless "
-                    f"experiment.init_weights brings a discriminator; leave it out",
-                    "model.critic_init",
-                )
-            return
-        if model.decoder_init == "scratch":
-            raise InputError(
-                "model.decoder_init=scratch, but experiment.init_weights brings a decoder: leave one "
-                "of them out",
+        init, model = self.experiment.init_weights, self.model
+        if init is None and model.stage == 1 and model.critic_init != "scratch":
+            self.refuse(
+                "model.critic_init",
+                "stage 1 starts from scratch, unless experiment.init_weights brings a discriminator; "
+                "leave it out",
+            )
+        if init is not None and model.decoder_init == "scratch":
+            self.refuse(
                 "model.decoder_init",
+                "experiment.init_weights brings a decoder; leave one of them out",
             )
 
 
-def check_layers(tokenizer: TokenizerConfig) -> None:
-    """Refuse a tokenizer without blocks, which the model allows and no run means."""
+def check_layers(models: GeneratorModels | TokenizerModels) -> None:
+    """Refuse a tokenizer without blocks, which the model allows, but no run uses."""
     for name in ("encoder_layers", "decoder_layers"):
-        if getattr(tokenizer, name) < 1:
-            raise InputError(
-                f"vq_model.{name}={getattr(tokenizer, name)}: set 1 or more", f"vq_model.{name}"
-            )
+        if getattr(models.vq_model, name) < 1:
+            models.refuse(f"vq_model.{name}", "set 1 or more")

@@ -1,12 +1,11 @@
-"""Options of the config dataclasses: one declaration for each, and one check for all of them.
+"""Options of the config dataclasses: one declaration for each, and one check for all.
 
     @dataclass
     class Optimizer(Options):
         beta1: float = option(0.9, "Decay of the first moment.", at_least=0, below=1)
 
-The declaration is all that there is to say about an option: the check, the reading of configs, the
-command line's help and `docs/options.md` use it. Errors name the class's own field (`beta1=2: …`);
-whoever knows where the object lives in a config adds the path (`InputError.option`).
+The check, the reading of configs, the command line's help and `docs/options.md` all use this declaration.
+Errors name the class's own field (`beta1=2: …`); `configs.load` adds the path (`InputError.option`).
 """
 
 import dataclasses
@@ -15,19 +14,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
+from operator import attrgetter
 from types import UnionType
-from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Optional, Union, get_args, get_origin, get_type_hints
 
 from .errors import InputError
 
-LARGEST = 2**63 - 1  # of every integer option: what a tensor of int64 holds
-LONGEST = 4096  # characters of a text: what a path may have
-TYPED = object()  # as `null`: the type alone decides whether null is allowed
+LARGEST = 2**63 - 1  # of any integer option: the largest int64
+LONGEST = 4096  # characters of any text: the longest path
+TYPED = object()  # as `null`: the type decides whether null is allowed
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The declaration of one option; `notes` belong to other rooms (`configs.schema`)."""
+    """The declaration of one option; `notes` are for other packages (`configs.schema`)."""
 
     sentence: str
     at_least: Optional[float] = None
@@ -35,11 +35,11 @@ class Rule:
     above: Optional[float] = None
     below: Optional[float] = None
     choices: tuple = ()
-    null: Any = TYPED  # what a null stands for in a config
+    null: Any = TYPED  # the meaning of null in a config
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def limits(self) -> str:
-        """The allowed values in words; empty where the type says it all."""
+        """The allowed values in words; empty if every value of the type is allowed."""
         if self.choices:
             return words(self.choices)
         limits = {"at least": self.at_least, "more than": self.above,
@@ -69,7 +69,7 @@ class Rule:
         return f"set {number(most)} or less" if most is not None and value > most else ""
 
     def text_complaint(self, value: str) -> str:
-        """The fault of a text as the name of a thing or file; empty if there is none."""
+        """The fault of a text as a name or path; empty if there is none."""
         if not value.strip():
             return "the text is empty"
         if len(value) > LONGEST:
@@ -109,8 +109,8 @@ def option(
 ) -> Any:
     """A dataclass field with its meaning and its allowed values.
 
-    `at_least` and `at_most` are allowed themselves, `above` and `below` are not. A callable
-    `default` makes the default (a section's class, or `list`).
+    `at_least` and `at_most` are inclusive, `above` and `below` exclusive. A callable `default` (a section's
+    class, or `list`) makes the default.
     """
     rule = Rule(sentence, at_least, at_most, above, below, choices, null, notes)
     if callable(default):
@@ -119,7 +119,7 @@ def option(
 
 
 def again(schema: type, name: str, default: Any, **notes: Any) -> Any:
-    """An option that another class declares, with this default and with more notes."""
+    """An option of another class, with this default and more notes."""
     rule = next(f.metadata["rule"] for f in dataclasses.fields(schema) if f.name == name)
     rule = dataclasses.replace(rule, notes=rule.notes | notes)
     return dataclasses.field(default=default, metadata={"rule": rule})
@@ -135,7 +135,7 @@ class Declared:
     optional: bool  # whether None is allowed
     default: Any
     rule: Rule
-    notes: dict[str, Any]  # the rule's, over those of the sections around it
+    notes: dict[str, Any]  # the rule's and those of the enclosing sections
 
     @property
     def section(self) -> Optional[type]:
@@ -145,7 +145,7 @@ class Declared:
 
 @functools.cache
 def declared(schema: type) -> dict[str, Declared]:
-    """All options and sections by name: of every section its options, then its sections."""
+    """All options and sections by name; the options of a section come before its sections."""
     return {found.name: found for found in _declared(schema, "", {})}
 
 
@@ -170,7 +170,7 @@ def _declared(schema: type, path: str, above: dict[str, Any]) -> Iterator[Declar
 
 
 def section_of(kind: Any) -> Optional[type]:
-    """The config class that a type is, or that a list's type is made of."""
+    """The config class of a type, or of a list's items; None for other types."""
     if get_origin(kind) is list:
         (kind,) = get_args(kind)
     return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
@@ -194,7 +194,7 @@ def is_union(kind: Any) -> bool:
 
 # ---------------------------------------------------------------------- the check
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value has a config's type; an integer is a number, a flag is not."""
+    """Whether a value has a type; integers are numbers, flags are not."""
     if is_union(kind):
         return any(is_a(value, part) for part in get_args(kind))
     if get_origin(kind) is list:
@@ -240,14 +240,17 @@ class Options:
     def __post_init__(self) -> None:
         check_options(self)
 
+    def refuse(self, name: str, reason: str) -> NoReturn:
+        """Raise InputError for the value of option `name`, which may lie in a section of these."""
+        raise InputError(f"{name}={short(attrgetter(name)(self))}: {reason}", name)
+
 
 def check_options(config: Any) -> None:
-    """Raise InputError, which names the field, for a value of another type or outside of what the
-    config's class declares."""
+    """Raise InputError, naming the field, for a value that the class's declarations do not allow."""
     for field in dataclasses.fields(config):
         rule, value = field.metadata["rule"], getattr(config, field.name)
         kind, optional = types_of(type(config))[field.name]
-        # A default that refers to another option (`${…}`) is not known yet.
+        # A default that refers to another option (`${…}`) is still unresolved.
         unresolved = isinstance(value, str) and value == field.default and value.startswith("${")
         if (value is None and optional) or unresolved:
             continue
@@ -261,7 +264,7 @@ def check_options(config: Any) -> None:
 
 
 def short(value: Any) -> str:
-    """A value in at most one short line, as a message shows it."""
+    """A value in one short line, for messages."""
     text = value if isinstance(value, str) else repr(value)
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .errors import InputError
 from .fields import Options, option
 from .rotary import rotary_table, rotate, token_layout
 
@@ -70,18 +69,15 @@ class GeneratorConfig(Options):
         super().__post_init__()
         grid, prefix = token_layout(self.image_seq_len)
         if prefix not in (grid + 1, grid, 0):
-            raise InputError(
-                f"image_seq_len={self.image_seq_len} is neither g²+g+1, g²+g nor g²: for a "
-                f"{grid}x{grid} grid set {grid * grid + grid + 1}, or {grid * grid} for codes "
-                f"without prefix tokens",
+            self.refuse(
                 "image_seq_len",
+                f"it is neither g²+g+1, g²+g nor g²; for a {grid}x{grid} grid set "
+                f"{grid * grid + grid + 1}, or {grid * grid} for codes without prefix tokens",
             )
         if self.hidden_size % (4 * self.num_attention_heads):
-            raise InputError(
-                f"hidden_size={self.hidden_size} is not a multiple of 4 x "
-                f"num_attention_heads={self.num_attention_heads}, as rotary positions need: "
-                f"change one",
-                "hidden_size",
+            heads = f"num_attention_heads={self.num_attention_heads}"
+            self.refuse(
+                "hidden_size", f"rotary positions need a multiple of 4 x {heads}; change one"
             )
 
     @property

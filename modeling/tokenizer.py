@@ -68,31 +68,23 @@ class TokenizerConfig(Options):
     def __post_init__(self):
         super().__post_init__()
         if self.image_size % self.patch_size:
-            raise InputError(
-                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: "
-                f"choose a size that the patch divides",
-                "image_size",
-            )
+            self.refuse("image_size", f"it is not a multiple of patch_size={self.patch_size}")
         for part in ("encoder", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             if width % heads:
-                raise InputError(
-                    f"{part}_width={width} is not a multiple of {part}_heads={heads}: change one",
-                    f"{part}_width",
-                )
+                self.refuse(f"{part}_width", f"it is not a multiple of {part}_heads={heads}")
         with_corner = self.grid**2 + self.grid + 1
         if self.num_prefix_tokens not in (self.grid + 1, self.grid, 0):
-            raise InputError(
-                f"num_latent_tokens={self.num_latent_tokens} does not fit a "
-                f"{self.grid}x{self.grid} grid: set {with_corner} (with the corner token, as "
-                f"published) or {with_corner - 1} (without it), or {self.grid**2} (no prefix tokens)",
+            self.refuse(
                 "num_latent_tokens",
+                f"it does not fit a {self.grid}x{self.grid} grid; set {with_corner} (with the corner "
+                f"token, as published), {with_corner - 1} (without it) or {self.grid**2} (no prefix tokens)",
             )
         if self.prefix_head and not self.num_prefix_tokens:
-            raise InputError(
-                f"prefix_head=True, but num_latent_tokens={self.num_latent_tokens} leaves no prefix "
-                f"tokens for it to read: set prefix_head=false, or num_latent_tokens={with_corner}",
+            self.refuse(
                 "prefix_head",
+                f"num_latent_tokens={self.num_latent_tokens} leaves no prefix tokens for it; set "
+                f"prefix_head=false, or num_latent_tokens={with_corner}",
             )
 
     @property

@@ -135,7 +135,7 @@ def test_unreadable_image_is_named(workspace, tmp_path, workers):
 
 def test_image_size_that_the_patch_does_not_divide(workspace, tmp_path):
     done = workspace.pretokenize(tmp_path / "cache", "--img_size", "18", check=False)
-    refused(done, "image_size=18 is not a multiple of", "patch_size=4")
+    refused(done, "image_size=18", "patch_size=4")
 
 
 def test_image_size_of_other_weights(workspace, tmp_path):

@@ -107,7 +107,7 @@ def test_chunk_is_chosen_from_memory_once_and_kept(workspace, tmp_path):
         ("experiment.precision=tf32", ["tf32", "choose fp32 or bf16"]),
         ("experiment.prefix=none.npy", ["experiment.prefix=none.npy is not a file of codes"]),
         ("experiment.prefix=none.png", ["unreadable image none.png"]),
-        ("experiment.mask=1,1,2,2", ["mask=1,1,2,2 needs experiment.edit"]),
+        ("experiment.mask=1,1,2,2", ["mask=1,1,2,2: it needs experiment.edit"]),
         ("model.generator.top_p=0", ["top_p"]),
         ("model.generator.hidden_size=64", ["hidden_size=64", "weights have hidden_size=32"]),
     ],

@@ -66,7 +66,7 @@ def test_weights_bring_their_sizes_and_leave_the_rest(read, tokenizer, generator
 def test_a_generator_that_is_to_be_trained_makes_the_codes_of_the_tokenizer(read, tokenizer):
     used = with_weights(read(generator={"hidden_size": 64}), tokenizer).model.generator
     assert (used.hidden_size, used.image_seq_len, used.codebook_size) == (64, 6, 64)
-    with pytest.raises(InputError, match=r"image_seq_len=273, but the tokenizer .* makes 6"):
+    with pytest.raises(InputError, match=r"image_seq_len=273: the tokenizer .* makes 6"):
         with_weights(read("model.generator.image_seq_len=273"), tokenizer)
 
 

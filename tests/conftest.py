@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from modeling.generator import Generator
+from modeling.sampling import Sampling
+from modeling.tokenizer import Tokenizer
 from tests.golden.fill import fill_value
+from tests.tiny import tiny_generator, tiny_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -74,3 +78,24 @@ def traced(monkeypatch):
     monkeypatch.setattr(torch, "compile", trace)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def models(fill):
+    """A generator and its tokenizer, as a sampling job has them."""
+    from generation.models import Models
+
+    generator = fill(Generator(tiny_generator(num_hidden_layers=1)))
+    hashes = {"tokenizer": "t" * 16, "generator": "g" * 16}
+    return Models(fill(Tokenizer(tiny_tokenizer())), generator, hashes, torch.device("cpu"))
+
+
+@pytest.fixture
+def job():
+    """Eight images of three classes in turn, with guidance."""
+    from generation.job import SamplingJob
+
+    return SamplingJob(
+        count=8, classes=(0, 1, 2), seed=5, sampling=Sampling(2.0), precision="fp32",
+        compiled=False, chunk=None,
+    )  # fmt: skip

@@ -1,7 +1,17 @@
-"""Sizes of models that a test builds in milliseconds; a test names what differs."""
+"""Models, caches and configs that a test builds in milliseconds; a test names what differs."""
 
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from data.writer import TokenWriter
 from modeling.generator import GeneratorConfig
 from modeling.tokenizer import TokenizerConfig
+
+# What stage 1 has that stage 2 has not.
+STAGE1 = dict(causal=True, prefix_head=True, num_buffer_tokens=1, clustering=True)
 
 
 def tiny_tokenizer(**changes) -> TokenizerConfig:
@@ -9,7 +19,7 @@ def tiny_tokenizer(**changes) -> TokenizerConfig:
     sizes = dict(
         codebook_size=16, token_size=4, image_size=16, patch_size=8,
         encoder_width=16, encoder_layers=1, encoder_heads=2,
-        decoder_width=16, decoder_layers=1, decoder_heads=2, num_buffer_tokens=2,
+        decoder_width=16, decoder_layers=1, decoder_heads=2, num_buffer_tokens=32,
     )  # fmt: skip
     return TokenizerConfig(**{**sizes, **changes})
 
@@ -21,3 +31,21 @@ def tiny_generator(**changes) -> GeneratorConfig:
         codebook_size=16, image_seq_len=7, condition_num_classes=3,
     )  # fmt: skip
     return GeneratorConfig(**{**sizes, **changes})
+
+
+def tiny_cache(folder, codes, labels, classes=("a", "b", "c"), codebook=32, paths=None, **about):
+    """A packed cache of codes (images, views, codes of an image), in a new folder; returns it."""
+    folder.mkdir()
+    codes = np.asarray(codes)
+    writer = TokenWriter(folder, *codes.shape[1:], codebook)
+    writer.append(codes)
+    about = {"image_size": 16, "crops": "center_flip", "tokenizer": "none", **about}
+    paths = [str(i) for i in range(len(codes))] if paths is None else paths
+    writer.finish(list(labels), list(paths), list(classes), about)
+    return folder
+
+
+def sizes_file(file: Path, **models) -> Path:
+    """A config file that states the sizes of these models: vq_model=…, generator=…"""
+    file.write_text(yaml.safe_dump({"model": {name: asdict(m) for name, m in models.items()}}))
+    return file

@@ -5,15 +5,16 @@ import json
 import pytest
 import torch
 
-from modeling.generator import Generator, GeneratorConfig
+from modeling.generator import Generator
 from tests.integration.conftest import execute
 from tests.integration.test_bad_input import refused
+from tests.tiny import tiny_generator
 from tests.unit.evaluation.test_generator_scores import write_cache
 
 
 @pytest.fixture
 def scored(tmp_path):
-    model = Generator(GeneratorConfig(32, 2, 2, 32, 21, 3))
+    model = Generator(tiny_generator(codebook_size=32, image_seq_len=21))
     torch.nn.init.normal_(model.output.weight)
     torch.save(model.state_dict(), tmp_path / "generator.bin")
     return [

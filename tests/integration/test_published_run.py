@@ -10,13 +10,12 @@ import yaml
 import evaluate
 import sample_imagenet
 import train_ar
-from data.writer import TokenWriter
 from modeling.generator import Generator
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.tensors import fingerprint, read_state_dict, write_state_dict
 from runtime.errors import InputError
-from tests.tiny import tiny_generator, tiny_tokenizer
+from tests.tiny import tiny_cache, tiny_generator, tiny_tokenizer
 
 GENERATOR, SIZES = tiny_generator(), tiny_tokenizer()
 CODES = ("codebook_size", "token_size", "image_size", "patch_size")
@@ -45,12 +44,9 @@ def files(tmp_path, fill):
     }
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     write_state_dict(tokenizer, tmp_path / "t.pth", about_model(TOKENIZER, SIZES))
-    (tmp_path / "cache").mkdir()
-    tokens, codes = GENERATOR.image_seq_len, GENERATOR.codebook_size
-    writer = TokenWriter(tmp_path / "cache", 1, tokens, codes)
-    writer.append(np.random.default_rng(0).integers(0, codes, (6, 1, tokens)))
-    about = {"image_size": 16, "crops": "center", "tokenizer": fingerprint(tokenizer)}
-    writer.finish([i % 3 for i in range(6)], list("abcdef"), ["a", "b", "c"], about)
+    codes = np.random.default_rng(0).integers(0, GENERATOR.codebook_size, (6, 1, 7))
+    labels, mark = [i % 3 for i in range(6)], fingerprint(tokenizer)
+    tiny_cache(tmp_path / "cache", codes, labels, codebook=16, crops="center", tokenizer=mark)
     return tmp_path, state
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 import train_ar
 import train_tokenizer.__main__ as train_tokenizer
-from data.writer import TokenWriter
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from modeling.weights.tensors import read_state_dict
 from tests.golden.fill import fill_value, generator_inputs, images
 from tests.integration.recorder import Recorder, records, starting_weights
+from tests.tiny import tiny_cache
 from train_tokenizer.discriminator import Discriminator
 from training import checkpoint
 
@@ -125,16 +125,10 @@ def train_the_tokenizer(root, monkeypatch, stage, warm, options):
 def train_the_generator(root, monkeypatch, accumulation, options):
     """One run of `train_ar`: its recorder and the run's folder."""
     (root / "tiny.yaml").write_text(GENERATOR)
-    micro_batches = 7 * accumulation
-    (root / "cache").mkdir()
-    writer = TokenWriter(root / "cache", 2, 273, 4096)
-    for m in range(micro_batches):
-        codes = generator_inputs(m + 1)[0] % 64
-        writer.append(np.stack([codes, codes], 1))  # both views alike: either may be drawn
-    labels = list(range(2 * micro_batches))
-    about = {"image_size": 256, "crops": "center_flip", "tokenizer": "none"}
-    names = [f"{i:04d}" for i in labels]
-    writer.finish(labels, names, names, about)
+    codes = np.concatenate([generator_inputs(m + 1)[0] % 64 for m in range(7 * accumulation)])
+    names = [f"{i:04d}" for i in range(len(codes))]
+    codes = np.stack([codes, codes], 1)  # both views alike: either may be drawn
+    tiny_cache(root / "cache", codes, range(len(codes)), names, 4096, names, image_size=256)
     recorder = Recorder()
     with recorder.watching(monkeypatch):
         train_ar.main([

@@ -17,7 +17,6 @@ import modeling.tokenizer
 import modeling.weights.metadata
 import sample_imagenet
 import train_ar
-from data.writer import TokenWriter
 from evaluation import set_metrics
 from evaluation.metrics import FeatureSample
 from evaluation.set_metrics import POOL
@@ -29,7 +28,7 @@ from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.tensors import fingerprint, load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
-from tests.tiny import tiny_generator, tiny_tokenizer
+from tests.tiny import tiny_cache, tiny_generator, tiny_tokenizer
 
 SIZES = """
 model:
@@ -89,20 +88,14 @@ def test_a_backbone_is_trained_sampled_and_scored(tmp_path, monkeypatch, fill):
     monkeypatch.setattr(modeling.generator, "Generator", Recurrent)
     monkeypatch.setattr(modeling.weights.metadata, "generator_sizes", sizes_of_recurrent)
     (tmp_path / "toy.yaml").write_text(SIZES)
-    tokenizer = fill(
-        Tokenizer(
-            tiny_tokenizer(
-                token_size=2, patch_size=4, encoder_width=32, decoder_width=32, num_buffer_tokens=32
-            )
-        )
-    )
+    sizes = dict(token_size=2, patch_size=4, encoder_width=32, decoder_width=32)
+    tokenizer = fill(Tokenizer(tiny_tokenizer(**sizes)))
     about = about_model(TOKENIZER, tokenizer.config)
     write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth", about)
-    (tmp_path / "cache").mkdir()
-    writer = TokenWriter(tmp_path / "cache", 1, 21, 16)
-    writer.append((np.arange(24)[:, None, None] % 3 + np.arange(21)) % 16)
-    about = {"image_size": 16, "crops": "center", "tokenizer": fingerprint(tokenizer.state_dict())}
-    writer.finish([i % 3 for i in range(24)], [str(i) for i in range(24)], ["a", "b", "c"], about)
+    codes = (np.arange(24)[:, None, None] % 3 + np.arange(21)) % 16
+    mark = fingerprint(tokenizer.state_dict())
+    labels = [i % 3 for i in range(24)]
+    tiny_cache(tmp_path / "cache", codes, labels, codebook=16, crops="center", tokenizer=mark)
 
     run, weights = tmp_path / "run", tmp_path / "run/generator.safetensors"
     monkeypatch.setattr("training.run.peak_flops", lambda *_: 1e12)
@@ -167,7 +160,7 @@ class Signs(nn.Module):
 
 def test_a_quantizer_trains_encodes_decodes_and_is_saved(monkeypatch, tmp_path):
     monkeypatch.setattr(modeling.tokenizer, "VectorQuantizer", Signs)
-    config = tiny_tokenizer(patch_size=4, encoder_width=32, decoder_width=32, num_buffer_tokens=32)
+    config = tiny_tokenizer(patch_size=4, encoder_width=32, decoder_width=32)
     tokenizer, images = Tokenizer(config), torch.rand(4, 3, 16, 16)
     optimizer = torch.optim.Adam(tokenizer.parameters(), 1e-2)
     losses = []

@@ -1,5 +1,3 @@
-import dataclasses
-
 import pytest
 
 import generation.models
@@ -8,7 +6,7 @@ from modeling.generator import Generator
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.tensors import write_state_dict
-from tests.unit.modeling.test_pipeline import SMALL, TINY
+from tests.tiny import tiny_generator, tiny_tokenizer
 
 
 class Reached(Exception):
@@ -24,12 +22,12 @@ def said(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(generation.models, "load_models", load_models)
 
-    about = about_model(TOKENIZER, SMALL)
-    write_state_dict(Tokenizer(SMALL).state_dict(), tmp_path / "t.pth", about)
+    about = about_model(TOKENIZER, tiny_tokenizer())
+    write_state_dict(Tokenizer(tiny_tokenizer()).state_dict(), tmp_path / "t.pth", about)
     (tmp_path / "bare.yaml").write_text("model: {generator: {guidance_scale: 2.0}}")
 
     def start(names, untrained, classes):
-        config = dataclasses.replace(TINY, condition_num_classes=4)
+        config = tiny_generator(condition_num_classes=4)
         about = about_model(GENERATOR, config, classes=names, untrained=untrained)
         write_state_dict(Generator(config).state_dict(), tmp_path / "g.bin", about)
         with pytest.raises(Reached):

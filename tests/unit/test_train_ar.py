@@ -16,9 +16,7 @@ import train_ar
 from configs.load import load
 from configs.schema import GeneratorRun, OptimizerParams
 from configs.sizes import with_weights
-from data.writer import TokenWriter
-from modeling.generator import Generator, GeneratorConfig
-from modeling.tokenizer import TokenizerConfig
+from modeling.generator import Generator
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.opened import Opened
 from modeling.weights.tensors import read_state_dict, read_weights, write_state_dict
@@ -26,6 +24,7 @@ from runtime.errors import InputError
 from tests.compilations import count_by_step
 from tests.host_syncs import count_in
 from tests.refusals import refusal
+from tests.tiny import tiny_cache, tiny_generator, tiny_tokenizer
 from training import checkpoint, optim, run
 
 TINY = """
@@ -48,15 +47,11 @@ CLASSES = "condition_num_classes: 3,"
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """Codes that follow class and place, but for noise, so that there is something to learn."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.mktemp("data") / "cache"
     rng = np.random.Generator(np.random.Philox(7))
-    writer = TokenWriter(folder, 2, 21, 32)
     labels = [i % 3 for i in range(24)]
     line = np.array(labels)[:, None, None] * 5 + np.arange(21) * 3
-    writer.append((line + rng.integers(0, 3, (24, 2, 21))) % 32)
-    about = {"image_size": 16, "crops": "center_flip", "tokenizer": "none"}
-    writer.finish(labels, [str(i) for i in range(24)], ["a", "b", "c"], about)
-    return folder
+    return tiny_cache(folder, (line + rng.integers(0, 3, (24, 2, 21))) % 32, labels)
 
 
 @pytest.fixture
@@ -84,7 +79,7 @@ def train(cache, tmp_path):
 
 # ---------------------------------------------------------------------- the recipe
 def test_decayed_parameters_are_exactly_the_papers():
-    model = Generator(GeneratorConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+    model = Generator(tiny_generator())
     groups = optim.adamw(train_ar.parameter_groups(model, 0.03), OptimizerParams()).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, others = ({names[id(p)] for p in group["params"]} for group in groups)
@@ -125,14 +120,9 @@ def test_nothing_is_compiled_after_the_first_step(train, monkeypatch, recompute)
 # ---------------------------------------------------------------------- data
 def write_cache(folder, classes, labels=None, seed=7, **about):
     """24 images of 2 views; image i has the label `labels[i]`, without them i mod classes."""
-    folder.mkdir()
     rng = np.random.Generator(np.random.Philox(seed))
-    writer = TokenWriter(folder, 2, 21, 32)
-    writer.append(rng.integers(0, 32, (24, 2, 21)))
     labels = [i % len(classes) for i in range(24)] if labels is None else labels
-    about = {"image_size": 16, "crops": "center_flip", "tokenizer": "none", **about}
-    writer.finish(labels, [str(i) for i in range(24)], classes, about)
-    return folder
+    return tiny_cache(folder, rng.integers(0, 32, (24, 2, 21)), labels, classes, **about)
 
 
 def test_validation_classes_are_the_training_sets_by_name(train, tmp_path):
@@ -153,7 +143,7 @@ def test_validation_classes_are_the_training_sets_by_name(train, tmp_path):
 def test_every_weights_file_of_a_run_says_what_it_is(train, tmp_path):
     train("training.max_train_steps=10", "training.use_ema=True")
     run = tmp_path / "run"
-    sizes = GeneratorConfig(32, 2, 2, codebook_size=32, image_seq_len=21, condition_num_classes=3)
+    sizes = tiny_generator(codebook_size=32, image_seq_len=21)
     expected = about_model(GENERATOR, sizes, "none", classes=["a", "b", "c"])
     found = sorted(run.rglob("*.safetensors"))
     names = {path.name.removesuffix(".safetensors") for path in found}
@@ -264,10 +254,7 @@ def test_a_run_without_a_tokenizer_says_nothing_of_its_sizes(train, tmp_path):
     run = f"config={tmp_path}/run"
     read = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["vq_model"]
     assert read == {"codebook_size": 32, "image_size": 16, "patch_size": 4}
-    sizes = TokenizerConfig(
-        32, 4, None, 16, 4, encoder_width=64, encoder_layers=1, encoder_heads=1, decoder_width=64,
-        decoder_layers=1, decoder_heads=1, num_buffer_tokens=3,
-    )  # fmt: skip
+    sizes = tiny_tokenizer(codebook_size=32, patch_size=4, num_buffer_tokens=3)
     opened = Opened(tmp_path / "t.pth", {}, about_model(TOKENIZER, sizes))
     used = with_weights(load(GeneratorRun, [run], "sample_imagenet"), opened)
     assert used.model.vq_model.num_buffer_tokens == 3
@@ -582,10 +569,10 @@ def test_dry_run_says_what_the_run_needs_and_writes_nothing(cache, tmp_path, cap
         f"dataset.params.pretokenization={cache}", "training.max_train_steps=3600",
     ])  # fmt: skip
     said = capsys.readouterr().out
-    parameters = sum(p.numel() for p in Generator(GeneratorConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_seq_len=21,
-        condition_num_classes=3, codebook_size=32,
-    )).parameters())  # fmt: skip
+    parameters = sum(
+        p.numel()
+        for p in Generator(tiny_generator(codebook_size=32, image_seq_len=21)).parameters()
+    )
     assert f"parameters of the generator: {parameters:,} trained, 0 frozen" in said
     assert re.search(r"memory: [\d.]+ GiB of host memory", said)
     seconds = float(re.search(r"images/s, ([\d.e-]+) s per step", said)[1])
@@ -806,7 +793,7 @@ def test_an_initialised_run_resumes_with_the_same_weights_or_none_and_with_no_ot
 def test_initial_weights_of_another_architecture_are_refused(
     train, tmp_path, monkeypatch, options, words
 ):
-    config = GeneratorConfig(32, 2, 2, codebook_size=32, image_seq_len=21, condition_num_classes=3)
+    config = tiny_generator(codebook_size=32, image_seq_len=21)
     file = tmp_path / "generator.bin"
     write_state_dict(Generator(config).state_dict(), file, about_model(GENERATOR, config))
     monkeypatch.setattr(train_ar.TokenCache, "check", lambda *args: None)  # it fits the weights

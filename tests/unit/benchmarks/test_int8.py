@@ -9,41 +9,26 @@ import torch
 from benchmarks import int8
 from modeling import decode_attention
 from modeling.engine import Engine
-from modeling.generator import Generator, GeneratorConfig
+from modeling.generator import Generator
 from modeling.sampling import Sampling
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.tokenizer import Tokenizer
 from modeling.weights.tensors import write_state_dict
 from tests.refusals import refusal
+from tests.tiny import sizes_file, tiny_generator, tiny_tokenizer
 
-SIZES = """
-model:
-  vq_model:
-    {codebook_size: 64, token_size: 8, image_size: 16, patch_size: 4, encoder_width: 16,
-     encoder_layers: 1, encoder_heads: 2, decoder_width: 32, decoder_layers: 1, decoder_heads: 2,
-     num_buffer_tokens: 4}
-  generator:
-    {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, image_seq_len: 21,
-     condition_num_classes: 3, guidance_scale: 2.0}
-experiment: {output_dir: nowhere, tokenizer_checkpoint: tokenizer.pth}
-"""
+TOKENIZER = tiny_tokenizer(codebook_size=64, token_size=8, patch_size=4, decoder_width=32)
+GENERATOR = tiny_generator(codebook_size=64, image_seq_len=21)
 
 
 @pytest.fixture
 def models(fill, nowhere):
     """The weight files of a tiny tokenizer and generator, and a config, in an empty folder."""
-    tokenizer = TokenizerConfig(
-        codebook_size=64, token_size=8, image_size=16, patch_size=4, encoder_width=16,
-        encoder_layers=1, encoder_heads=2, decoder_width=32, decoder_layers=1, decoder_heads=2,
-        num_buffer_tokens=4,
-    )  # fmt: skip
-    generator = GeneratorConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, codebook_size=64,
-        image_seq_len=21, condition_num_classes=3,
-    )  # fmt: skip
-    model = fill(Generator(generator))
-    write_state_dict(fill(Tokenizer(tokenizer)).state_dict(), nowhere / "tokenizer.pth")
+    model = fill(Generator(GENERATOR))
+    write_state_dict(fill(Tokenizer(TOKENIZER)).state_dict(), nowhere / "tokenizer.pth")
     write_state_dict(model.state_dict(), nowhere / "generator.bin")
-    (nowhere / "sizes.yaml").write_text(SIZES)
+    file = sizes_file(nowhere / "sizes.yaml", vq_model=TOKENIZER, generator=GENERATOR)
+    text = file.read_text().replace("  generator:\n", "  generator:\n    guidance_scale: 2.0\n")
+    file.write_text(text + "experiment: {output_dir: nowhere, tokenizer_checkpoint: tokenizer.pth}")
     return model
 
 

@@ -8,33 +8,31 @@ import yaml
 from configs.load import load
 from configs.schema import GeneratorRun
 from configs.sizes import tokenizer_sizes, with_weights
-from modeling.generator import Generator, GeneratorConfig
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.generator import Generator
+from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.opened import open_weights
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
+from tests.tiny import tiny_generator, tiny_tokenizer
 
-SIZES = dict(
-    image_size=16, patch_size=8, codebook_size=64, num_latent_tokens=6, token_size=4, causal=True,
-    encoder_width=16, encoder_layers=1, encoder_heads=4, decoder_width=16, decoder_layers=1,
-    decoder_heads=2,
-)  # fmt: skip
+SIZES = tiny_tokenizer(
+    codebook_size=64, num_latent_tokens=6, causal=True, encoder_heads=4, num_buffer_tokens=1
+)
 
 
 @pytest.fixture
 def tokenizer(tmp_path):
     """A tokenizer's weights, which state their sizes; `bare` is a copy that does not."""
-    config = TokenizerConfig(**SIZES)
-    state = Tokenizer(config).state_dict()
-    write_state_dict(state, tmp_path / "t.pth", about_model(TOKENIZER, config))
+    state = Tokenizer(SIZES).state_dict()
+    write_state_dict(state, tmp_path / "t.pth", about_model(TOKENIZER, SIZES))
     write_state_dict(state, tmp_path / "bare.pth")
     return open_weights(tmp_path / "t.pth", TOKENIZER)
 
 
 @pytest.fixture
 def generator(tmp_path):
-    config = GeneratorConfig(64, 2, 2, codebook_size=64, image_seq_len=6, condition_num_classes=3)
+    config = tiny_generator(hidden_size=64, codebook_size=64, image_seq_len=6)
     about = about_model(GENERATOR, config)
     write_state_dict(Generator(config).state_dict(), tmp_path / "g.bin", about)
     return open_weights(tmp_path / "g.bin", GENERATOR)
@@ -56,7 +54,7 @@ def read(tmp_path):
 def test_weights_bring_their_sizes_and_leave_the_rest(read, tokenizer, generator, capsys):
     options = read(generator={"guidance_scale": 3.0}, vq_model={"encoder_heads": 4})
     used = with_weights(options, tokenizer, generator).model
-    assert used.vq_model == TokenizerConfig(**SIZES)
+    assert used.vq_model == SIZES
     assert (used.generator.hidden_size, used.generator.image_seq_len) == (64, 6)
     assert (used.generator.guidance_scale, used.generator.dropout) == (3.0, 0.1)  # not sizes
     assert options.model.vq_model.image_size == 256  # the options are as they were
@@ -93,7 +91,7 @@ def test_null_is_no_number_of_codes_of_its_own(read, tokenizer):
 
 def test_a_program_with_flags_has_the_same_rule(tmp_path, tokenizer):
     file = tmp_path / "d.yaml"
-    assert tokenizer_sizes(tokenizer, None) == TokenizerConfig(**SIZES)
+    assert tokenizer_sizes(tokenizer, None) == SIZES
     with pytest.raises(InputError, match=r"image_size=32 \(the command line\) contradicts"):
         tokenizer_sizes(tokenizer, None, image_size=32)
     file.write_text("model: {vq_model: {encoder_heads: 2}}")
@@ -104,5 +102,5 @@ def test_a_program_with_flags_has_the_same_rule(tmp_path, tokenizer):
 def test_what_no_tensor_shows_is_what_somebody_sets(tmp_path, tokenizer):
     file, bare = tmp_path / "d.yaml", open_weights(tmp_path / "bare.pth", TOKENIZER)
     file.write_text("model: {vq_model: {encoder_heads: 2, decoder_heads: 8, causal: true}}")
-    expected = replace(TokenizerConfig(**SIZES), encoder_heads=2, decoder_heads=8)
+    expected = replace(SIZES, encoder_heads=2, decoder_heads=8)
     assert tokenizer_sizes(bare, str(file)) == expected

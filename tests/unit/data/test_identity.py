@@ -6,8 +6,8 @@ import pytest
 from data.identity import identity_of_images
 from data.images import scan_images
 from data.tokens import open_tokens
-from data.writer import TokenWriter
 from tests.tars import packed
+from tests.tiny import tiny_cache
 
 
 @pytest.fixture
@@ -50,10 +50,8 @@ def test_a_link_to_nothing_is_left_to_its_reader(folder):
 
 
 def cache(folder, seed, labels):
-    folder.mkdir()
-    writer = TokenWriter(folder, 1, 4, 32)
-    writer.append(np.random.default_rng(seed).integers(0, 32, (3, 1, 4)))
-    writer.finish(labels, ["0", "1", "2"], ["a", "b"], {"tokenizer": "none"})
+    codes = np.random.default_rng(seed).integers(0, 32, (3, 1, 4))
+    tiny_cache(folder, codes, labels, ["a", "b"])
     return open_tokens(folder)
 
 

@@ -1,7 +1,6 @@
 """The picture of a cache: `python -m data.tokens show`."""
 
 import math
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,13 +11,12 @@ from data import show
 from data.npz import write_npz_files, write_npz_manifest
 from data.pictures import LINE, READABLE
 from data.tokens import main, open_tokens
-from data.writer import TokenWriter
 from modeling.image_decoder import ImageDecoder
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.tensors import fingerprint, write_state_dict
 from tests.refusals import refusal
-from tests.tiny import tiny_tokenizer
+from tests.tiny import sizes_file, tiny_cache, tiny_tokenizer
 from training import checkpoint
 
 SIZES = tiny_tokenizer(encoder_width=8, encoder_heads=1, decoder_width=8, decoder_heads=1)
@@ -34,10 +32,7 @@ def about(tokenizer):
 
 
 def packed(folder, tokenizer):
-    folder.mkdir()
-    writer = TokenWriter(folder, VIEWS, T, 16)
-    writer.append(CODES)
-    writer.finish(LABELS, PATHS, CLASSES, about(tokenizer))
+    tiny_cache(folder, CODES, LABELS, CLASSES, 16, PATHS, **about(tokenizer))
 
 
 def published(folder, tokenizer):
@@ -123,7 +118,6 @@ def test_a_run_is_a_tokenizer_as_for_all_other_programs(shown, tokenizer, tmp_pa
 def test_a_config_says_what_the_weights_do_not(shown, tokenizer, tmp_path):
     write_state_dict(tokenizer.state_dict(), tmp_path / "bare.pth")
     refusal(lambda: shown(f"--tokenizer={tmp_path}/bare.pth"), "encoder_heads=12")
-    lines = [f"    {k}: {'null' if v is None else v}" for k, v in asdict(SIZES).items()]
-    (tmp_path / "sizes.yaml").write_text("\n".join(["model:", "  vq_model:", *lines]))
+    sizes_file(tmp_path / "sizes.yaml", vq_model=SIZES)
     picture, _ = shown(f"--tokenizer={tmp_path}/bare.pth", f"--config={tmp_path}/sizes.yaml")
     assert picture.ndim == 3

@@ -13,6 +13,7 @@ from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.opened import Opened
 from tests.golden.fill import images
+from tests.tiny import tiny_tokenizer
 
 
 @pytest.fixture
@@ -21,8 +22,8 @@ def tokenizer(fill):
 
 
 def small():
-    sizes = dict(image_size=16, encoder_width=16, encoder_layers=2, encoder_heads=2)
-    return Tokenizer(TokenizerConfig(**sizes), with_decoder=False).eval()
+    sizes = tiny_tokenizer(patch_size=16, encoder_layers=2)
+    return Tokenizer(sizes, with_decoder=False).eval()
 
 
 def opened(tokenizer):

@@ -12,8 +12,9 @@ from PIL import Image
 from data.images import VIEWS, cut_views, scan_images
 from encoding import job
 from encoding.job import EncodingPlan, ReadableCrops, encode_folder, part_batches
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.tokenizer import Tokenizer
 from tests.refusals import refusal
+from tests.tiny import tiny_tokenizer
 
 
 @pytest.mark.parametrize("kind", VIEWS)
@@ -44,8 +45,7 @@ def test_batches_are_consecutive_and_never_cross_a_part():
 @pytest.fixture
 def encode(tmp_path):
     """Encodes the folder `photos` into `cache`, in one part per image; returns the manifest."""
-    sizes = dict(image_size=16, encoder_width=16, encoder_layers=1, encoder_heads=2)
-    encoder = Tokenizer(TokenizerConfig(**sizes), with_decoder=False).eval()
+    encoder = Tokenizer(tiny_tokenizer(), with_decoder=False).eval()
     for name in ("cat/a.jpg", "cat/b.jpg", "d\udcff/c.jpg"):
         save(tmp_path / "photos" / name)
 

@@ -10,13 +10,12 @@ from torch._dynamo.testing import CompileCounter
 
 import evaluate
 from data.tokens import open_tokens
-from data.writer import TokenWriter
 from evaluation.classify import class_nats
 from modeling.generator import Generator, next_code_loss
 from modeling.weights.metadata import GENERATOR, about_model
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
-from tests.tiny import tiny_generator
+from tests.tiny import tiny_cache, tiny_generator
 from tests.unit.evaluation.test_generator_scores import write_cache
 
 SIZES = tiny_generator(codebook_size=32, image_seq_len=21)  # three classes
@@ -102,16 +101,12 @@ def classify(model, tmp_path, monkeypatch, capsys):
 
 def write_votes(folder, votes, labels, classes=("a", "b", "c")):
     """A cache whose view v of image i holds code c votes[i][v][c] times, and code 31 else."""
-    folder.mkdir()
-    writer = TokenWriter(folder, 2, 21, 32)
     rows = [
         [np.repeat([0, 1, 2, 31], [*counts, 21 - sum(counts)]) for counts in views]
         for views in votes
     ]
-    writer.append(np.array(rows))
-    about = {"image_size": 16, "crops": "center_flip", "tokenizer": "abc"}
     paths = [f"{i},x.png" for i in range(len(votes))]
-    writer.finish(labels, paths, list(classes), about)
+    tiny_cache(folder, rows, labels, classes, paths=paths, tokenizer="abc")
 
 
 VOTES = [

@@ -10,12 +10,12 @@ from PIL import Image
 
 import evaluate
 import train_ar
-from data.writer import TokenWriter
 from evaluation import generator_scores
 from evaluation.generator_scores import warnings_of
-from modeling.generator import Generator, GeneratorConfig
+from modeling.generator import Generator
 from modeling.weights.tensors import read_state_dict, write_state_dict
 from runtime.errors import InputError
+from tests.tiny import tiny_cache, tiny_generator
 
 RUN = """
 model:
@@ -33,14 +33,11 @@ training: {per_gpu_batch_size: 4, max_train_steps: 6, mixed_precision: 'no'}
 
 def write_cache(folder, codebook=32, classes=3, tokenizer="abc", seed=0, tokens=21, first=0):
     """Nine images, two views each, of the classes `first`, `first` + 1, … in turn."""
-    folder.mkdir()
     rng = np.random.default_rng(seed)
-    writer = TokenWriter(folder, 2, tokens, codebook)
-    writer.append((rng.integers(0, 3, (9, 2, tokens)) + np.arange(tokens)) % codebook)
-    about = {"image_size": 16, "crops": "center_flip", "tokenizer": tokenizer}
+    codes = (rng.integers(0, 3, (9, 2, tokens)) + np.arange(tokens)) % codebook
     names = [f"class{i}" for i in range(first, first + classes)]
-    writer.finish([i % classes for i in range(9)], list("abcdefghi"), names, about)
-    return folder
+    labels = [i % classes for i in range(9)]
+    return tiny_cache(folder, codes, labels, names, codebook, "abcdefghi", tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +245,7 @@ def test_files_that_are_no_generator_are_refused(score, runs, tmp_path):
     (tmp_path / "empty").mkdir()
     refuse(score, "holds no checkpoints", "--generator", "empty", "--cache", runs / "val")
     refuse(score, "no weights at", "--generator", "none.bin", "--cache", runs / "val")
-    damaged = Generator(GeneratorConfig(32, 1, 2, 32, 21, 3)).state_dict()
+    damaged = Generator(tiny_generator(codebook_size=32, image_seq_len=21)).state_dict()
     damaged.pop("norm.weight")
     torch.save(damaged, tmp_path / "x.bin")
     refuse(score, "1 missing: norm.weight", "--generator", "x.bin", "--cache", runs / "val")

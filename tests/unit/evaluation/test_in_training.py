@@ -28,7 +28,7 @@ from tests.inception import TinyFeatures
 from tests.tiny import tiny_tokenizer
 
 CPU, WEIGHTS = torch.device("cpu"), Path("weights")
-SIZES = tiny_tokenizer(num_buffer_tokens=32)
+SIZES = tiny_tokenizer()
 GENERATOR = GeneratorOptions(
     hidden_size=32,
     num_hidden_layers=1,

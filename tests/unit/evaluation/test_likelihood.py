@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 from data.tokens import open_tokens
-from data.writer import TokenWriter
 from evaluation.likelihood import Likelihood, measure_likelihood, position_sums
 from modeling.compiling import compile_blocks
 from modeling.generator import Generator, next_code_loss
-from tests.tiny import tiny_generator
+from tests.tiny import tiny_cache, tiny_generator
 
 TINY = tiny_generator(codebook_size=32, image_seq_len=21)
 
@@ -20,11 +19,7 @@ TINY = tiny_generator(codebook_size=32, image_seq_len=21)
 def store(tmp_path):
     """Seven images of two views: 14 views, which batches of four do not divide."""
     rng = np.random.default_rng(0)
-    writer = TokenWriter(tmp_path / "cache", 2, 21, 32)
-    (tmp_path / "cache").mkdir()
-    writer.append(rng.integers(0, 32, (7, 2, 21)))
-    about = {"image_size": 16, "crops": "center_flip", "tokenizer": "none"}
-    writer.finish([i % 3 for i in range(7)], list("abcdefg"), ["a", "b", "c"], about)
+    tiny_cache(tmp_path / "cache", rng.integers(0, 32, (7, 2, 21)), [i % 3 for i in range(7)])
     return open_tokens(tmp_path / "cache")
 
 

@@ -22,11 +22,10 @@ from evaluation.reconstruction import ssim
 from modeling.tokenizer import Tokenizer
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
-from tests.tiny import tiny_tokenizer
+from tests.tiny import STAGE1, tiny_tokenizer
 
 # 4x4 codes after 5 prefix tokens; a patch has 8 px.
-SIZES = dict(image_size=32, decoder_layers=2, num_buffer_tokens=32)
-STAGE1 = dict(causal=True, prefix_head=True, num_buffer_tokens=1)
+SIZES = dict(image_size=32, decoder_layers=2)
 
 
 @pytest.fixture(params=["stage 1", "stage 2", "v3"])

@@ -16,19 +16,15 @@ from evaluation.lpips import LPIPS
 from evaluation.metrics import frechet_distance
 from evaluation.reconstruction import ssim
 from evaluation.tokenizer_score import MAGNIFICATION, weights_hash
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.tokenizer import Tokenizer
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
 from tests.tars import flattened, tar_of_tars
+from tests.tiny import STAGE1, sizes_file, tiny_tokenizer
 
-SIZES = dict(codebook_size=16, token_size=4, image_size=16, patch_size=4)
-SIZES |= dict(encoder_width=8, encoder_layers=1, encoder_heads=1)
-SIZES |= dict(decoder_width=8, decoder_layers=1, decoder_heads=1)
-STAGES = {
-    1: dict(causal=True, prefix_head=True, num_buffer_tokens=1, clustering=True),
-    2: dict(num_buffer_tokens=3),
-}
+SIZES = dict(patch_size=4, encoder_width=8, encoder_heads=1, decoder_width=8, decoder_heads=1)
+STAGES = {1: STAGE1, 2: dict(num_buffer_tokens=3)}
 
 
 # ---------------------------------------------------------------------- SSIM
@@ -76,11 +72,10 @@ class HalfDistance:
 @pytest.fixture(params=[1, 2])
 def run_folder(request, tmp_path):
     """What training leaves: a config and weights, of either stage."""
-    config = TokenizerConfig(**SIZES, **STAGES[request.param])
+    config = tiny_tokenizer(**SIZES, **STAGES[request.param])
     tokenizer = Tokenizer(config)
     write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth")
-    lines = [f"    {k}: {json.dumps(v)}" for k, v in {**SIZES, **STAGES[request.param]}.items()]
-    (tmp_path / "config.yaml").write_text("\n".join(["model:", "  vq_model:", *lines]))
+    sizes_file(tmp_path / "config.yaml", vq_model=config)
     return tmp_path, tokenizer.eval()
 
 
@@ -259,11 +254,9 @@ def test_misspelt_config_and_misfitting_weights_are_refused(score):
 
 
 def test_images_smaller_than_the_window_of_ssim_are_refused(score):
-    small = score.folder / "small.yaml"
-    sizes = {**SIZES, "image_size": 8}
-    lines = [f"    {key}: {json.dumps(value)}" for key, value in sizes.items()]
-    small.write_text("\n".join(["model:", "  vq_model:", *lines]))
-    tokenizer = Tokenizer(TokenizerConfig(**sizes))
+    config = tiny_tokenizer(**SIZES, image_size=8)
+    small = sizes_file(score.folder / "small.yaml", vq_model=config)
+    tokenizer = Tokenizer(config)
     write_state_dict(tokenizer.state_dict(), score.folder / "small.pth")
     with pytest.raises(InputError, match="images of 8 px are smaller than SSIM's window"):
         score(f"--tokenizer={score.folder}/small.pth", f"--config={small}")

@@ -1,7 +1,8 @@
 import torch
 
 from experiments.finetuning import arrival, rows_of, with_normal_rows
-from modeling.generator import Generator, GeneratorConfig
+from modeling.generator import Generator
+from tests.tiny import tiny_generator
 
 
 def test_a_run_arrives_at_the_first_step_that_is_as_good():
@@ -12,11 +13,10 @@ def test_a_run_arrives_at_the_first_step_that_is_as_good():
 
 
 def test_normal_rows_of_new_classes_replace_the_old_classes_alone():
-    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, codebook_size=256)
-    sizes["image_seq_len"] = 21
-    old = Generator(GeneratorConfig(**sizes, condition_num_classes=5))
+    config = tiny_generator(codebook_size=256, condition_num_classes=5)
+    old = Generator(config)
     state = with_normal_rows(old.state_dict(), 1)
-    Generator(GeneratorConfig(**sizes, condition_num_classes=5)).load_state_dict(state)
+    Generator(config).load_state_dict(state)
     before, after = old.embeddings.weight, state["embeddings.weight"]
     assert torch.equal(after[:257], before[:257]) and torch.equal(after[-1], before[-1])
     assert 0.015 < after[257:-1].std() < 0.025 and after[257:-1].std(0).min() > 0

@@ -1,6 +1,7 @@
 """Tokenizers whose dependence is known by construction, and the command on random ones."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from einops import reduce, repeat
 from PIL import Image
 from torch import nn
 
-from data.writer import TokenWriter
 from experiments.alignment import inside
 from experiments.alignment.dependence import (
     change_shares,
@@ -23,22 +23,21 @@ from experiments.alignment.dependence import (
     psnr,
     replaced_changes,
 )
-from modeling.generator import Generator, GeneratorConfig
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.generator import Generator
+from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.tensors import fingerprint, write_state_dict
 from tests.refusals import refusal
+from tests.tiny import tiny_cache, tiny_generator, tiny_tokenizer
 
-SIZES = dict(codebook_size=32, token_size=4, image_size=16, patch_size=4)
-SIZES |= dict(encoder_width=16, encoder_layers=1, encoder_heads=2)
-SIZES |= dict(decoder_width=16, decoder_layers=2, decoder_heads=2, num_buffer_tokens=1)
+SIZES = tiny_tokenizer(codebook_size=32, patch_size=4, decoder_layers=2, num_buffer_tokens=1)
 GRID, PREFIX, TOKENS = 4, 5, 21
 OTHER = 0.9  # of a fill
 
 
 def random_tokenizer(**sizes):
     """Weights of unit scale: with those of the start every part would add next to nothing."""
-    tokenizer = Tokenizer(TokenizerConfig(**SIZES | sizes)).eval()
+    tokenizer = Tokenizer(replace(SIZES, **sizes)).eval()
     for module in tokenizer.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -183,7 +182,7 @@ def test_change_of_a_replaced_code_is_its_size_in_pixels():
 
 
 def test_without_prefix_the_first_codes_are_the_first_rows():
-    config = TokenizerConfig(**SIZES, num_latent_tokens=GRID**2)
+    config = replace(SIZES, num_latent_tokens=GRID**2)
     assert cut_lengths(config) == [0, 4, 8, 12, 16]
     assert code_rows(config).tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
     kinds = earlier_changes(torch.eye(3, 16), config)
@@ -217,22 +216,17 @@ def study(tmp_path, monkeypatch):
         write_state_dict(tokenizer.state_dict(), tmp_path / name / "tokenizer.pth", about)
         if name == "causal":
             print_cache(tokenizer, tmp_path / "cache")
-    sizes = GeneratorConfig(
-        32, 1, 2, codebook_size=32, image_seq_len=TOKENS, condition_num_classes=2
+    sizes = tiny_generator(
+        num_hidden_layers=1, codebook_size=32, image_seq_len=TOKENS, condition_num_classes=2
     )
     write_state_dict(Generator(sizes).state_dict(), tmp_path / "generator.bin")
     return tmp_path
 
 
 def print_cache(tokenizer, folder):
-    writer = TokenWriter(folder, 2, TOKENS, 32)
-    folder.mkdir()
     codes = encode(tokenizer, torch.rand(6, 3, 16, 16)).view(3, 2, TOKENS)
-    writer.append(codes.numpy())
-    about = {
-        "image_size": 16, "crops": "center_flip", "tokenizer": fingerprint(tokenizer.state_dict()),
-    }  # fmt: skip
-    writer.finish([0, 1, 0], list("abc"), ["c0", "c1"], about)
+    mark = fingerprint(tokenizer.state_dict())
+    tiny_cache(folder, codes, [0, 1, 0], ["c0", "c1"], tokenizer=mark)
 
 
 def start(*arguments):

@@ -4,16 +4,14 @@ import numpy as np
 import pytest
 
 from experiments.alignment.neighbours import CONTEXTS, Table, code_dependence, neighbours
-from modeling.tokenizer import TokenizerConfig
+from tests.tiny import tiny_tokenizer
 
-SIZES = dict(token_size=4, image_size=16, patch_size=4)
-SIZES |= dict(encoder_width=8, encoder_heads=1, decoder_width=8, decoder_heads=1)
 CODES = 8
 RNG = np.random.default_rng
 
 
 def config(codes=CODES, tokens=None):
-    return TokenizerConfig(codebook_size=codes, num_latent_tokens=tokens, **SIZES)
+    return tiny_tokenizer(codebook_size=codes, num_latent_tokens=tokens, patch_size=4)
 
 
 def filled(next_code, images, seed=0):

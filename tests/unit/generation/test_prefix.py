@@ -24,7 +24,7 @@ from tests.refusals import refusal
 from tests.tiny import tiny_tokenizer
 
 # 4x4 codes of 16 after 5 prefix tokens: T = 21.
-SIZES = tiny_tokenizer(image_size=32, encoder_layers=2, num_buffer_tokens=32)
+SIZES = tiny_tokenizer(image_size=32, encoder_layers=2)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from modeling.generator import Generator, GeneratorConfig, next_code_loss
 from modeling.sampling import Sampling, sample_codes
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from tests.golden.fill import generator_inputs, images
+from tests.tiny import STAGE1
 
-STAGE1 = dict(causal=True, num_buffer_tokens=1, prefix_head=True, clustering=True)
 SHALLOW = dict(encoder_layers=2, decoder_layers=2)
 TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 

@@ -21,10 +21,10 @@ from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.tensors import fingerprint, write_state_dict
 from runtime.errors import InputError
-from tests.tiny import tiny_generator, tiny_tokenizer
+from tests.tiny import STAGE1, tiny_generator, tiny_tokenizer
 from training import checkpoint
 
-SMALL = tiny_tokenizer(num_buffer_tokens=32)
+SMALL = tiny_tokenizer()
 TINY = tiny_generator(num_hidden_layers=3)
 
 
@@ -144,7 +144,7 @@ def test_files_that_say_what_they_are_need_no_config(made, stated):
 
 
 def test_a_stage_1_tokenizer_that_says_so_needs_no_config(made, stated, fill, tmp_path):
-    config = replace(SMALL, causal=True, prefix_head=True, num_buffer_tokens=1, clustering=True)
+    config = tiny_tokenizer(**STAGE1)
     tokenizer = fill(Tokenizer(config))
     about = about_model(TOKENIZER, config, stage=1)
     write_state_dict(tokenizer.state_dict(), tmp_path / "t1.safetensors", about)

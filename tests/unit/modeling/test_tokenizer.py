@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from modeling.tokenizer_blocks import TokenizerBlock
 from runtime.errors import InputError
-from tests.tiny import tiny_tokenizer
+from tests.refusals import refusal
+from tests.tiny import STAGE1, tiny_tokenizer
 
 TINY = tiny_tokenizer(
     image_size=32,
@@ -18,18 +19,11 @@ TINY = tiny_tokenizer(
     decoder_heads=3,
     num_buffer_tokens=3,
 )
-STAGE1 = dict(causal=True, num_buffer_tokens=1, prefix_head=True, clustering=True)
 GRID, PREFIX, TOKENS = 4, 5, 21  # of TINY
 
 
 def config(**changes):
     return dataclasses.replace(TINY, **changes)
-
-
-def refusal(**changes):
-    with pytest.raises(InputError) as caught:
-        config(**changes)
-    return str(caught.value)
 
 
 def patches(images, patch=TINY.patch_size):
@@ -38,31 +32,28 @@ def patches(images, patch=TINY.patch_size):
 
 
 # ---------------------------------------------------------------------- configuration
-def test_patch_that_does_not_divide_the_image_is_refused_by_name():
-    message = refusal(image_size=33)
-    assert "33" in message and "patch_size=8" in message
-    assert "image_size=33" in message
-
-
-@pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_heads_that_do_not_divide_the_width_are_refused_by_name(part):
-    message = refusal(**{f"{part}_width": 16, f"{part}_heads": 3})
-    assert f"{part}_width=16" in message and f"{part}_heads=3" in message
-
-
-@pytest.mark.parametrize("tokens", [9, 15, 17, 19, 22, 273])
-def test_number_of_latent_tokens_that_fits_no_layout_is_refused_with_those_that_do(tokens):
-    message = refusal(num_latent_tokens=tokens)
-    assert f"num_latent_tokens={tokens}" in message
-    assert "4x4" in message and "set 21 " in message and "20 (without it)" in message
-    assert "or 16 (no prefix tokens)" in message
-
-
-@pytest.mark.parametrize("decoder", [{}, {"causal": True}])
-def test_prefix_head_without_prefix_tokens_is_refused(decoder):
-    message = refusal(num_latent_tokens=16, prefix_head=True, **decoder)
-    assert message.startswith("prefix_head=True: num_latent_tokens=16 leaves no prefix tokens")
-    assert "set prefix_head=false" in message and "num_latent_tokens=21" in message
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"image_size": 33}, ["image_size=33", "patch_size=8"]),
+        ({"encoder_width": 16, "encoder_heads": 3}, ["encoder_width=16", "encoder_heads=3"]),
+        ({"decoder_width": 16, "decoder_heads": 3}, ["decoder_width=16", "decoder_heads=3"]),
+        *(
+            ({"num_latent_tokens": tokens}, [f"num_latent_tokens={tokens}", "4x4", 21, 20, 16])
+            for tokens in (9, 15, 17, 19, 22, 273)
+        ),
+        *(
+            (
+                {"num_latent_tokens": 16, "prefix_head": True, "causal": causal},
+                ["prefix_head=True", "num_latent_tokens=16", "num_latent_tokens=21"],
+            )
+            for causal in (False, True)
+        ),
+        ({"position_init": "own"}, ["position_init=own", "normal", "own_patch"]),
+    ],
+)
+def test_sizes_that_make_no_tokenizer_are_refused(changes, named):
+    refusal(lambda: config(**changes), *named)
 
 
 def test_default_config_is_the_published_model():
@@ -416,11 +407,6 @@ def test_published_positions_start_as_noise_of_the_width():
     assert similarity.abs().max() < 0.5  # 0 ± 0.0625 between independent vectors of length 1
 
 
-def test_start_of_the_positions_that_is_not_known_is_refused():
-    message = refusal(position_init="own")
-    assert "position_init=own" in message and "normal" in message and "own_patch" in message
-
-
 @pytest.mark.parametrize("tokens, own", [(21, [0, 0, 1, 2, 3]), (20, [0, 1, 2, 3]), (16, [])])
 def test_own_patch_aligns_every_latent_with_its_patch(tokens, own):
     sizes = dict(num_latent_tokens=tokens, encoder_width=128)
@@ -461,11 +447,8 @@ def test_weights_start_small_and_biases_at_zero():
 
 # ---------------------------------------------------------------------- modes of training
 def small(**options):
-    sizes = dict(codebook_size=16, token_size=4, image_size=16, patch_size=4, num_buffer_tokens=1)
-    sizes |= dict(encoder_width=16, encoder_layers=1, encoder_heads=2)
-    sizes |= dict(decoder_width=16, decoder_layers=1, decoder_heads=2)
     torch.manual_seed(1)
-    return Tokenizer(TokenizerConfig(**sizes, **options))
+    return Tokenizer(tiny_tokenizer(patch_size=4, num_buffer_tokens=1, **options))
 
 
 def loss_and_gradients(model, call):

@@ -9,24 +9,12 @@ from accelerate import Accelerator
 
 from configs.schema import Losses, Phase
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
+from tests.tiny import STAGE1, tiny_tokenizer
 from train_tokenizer import losses
 from train_tokenizer.__main__ import TrainState
 from train_tokenizer.discriminator import Discriminator
 from train_tokenizer.losses import FrozenNetworks, stitch, tokenizer_terms
 
-SIZES = dict(
-    codebook_size=16,
-    token_size=4,
-    image_size=32,
-    patch_size=8,
-    encoder_width=16,
-    encoder_layers=1,
-    encoder_heads=2,
-    decoder_width=16,
-    decoder_layers=1,
-    decoder_heads=2,
-)
-STAGE1 = dict(causal=True, num_buffer_tokens=1, prefix_head=True, clustering=True)
 PLAIN = Phase(steps=1)
 
 
@@ -68,11 +56,11 @@ def terms_of(config, stage, phase=PLAIN, weights=None, networks=None, discrimina
 
 
 def stage1(**changes):
-    return TokenizerConfig(**SIZES, **STAGE1, **changes)
+    return tiny_tokenizer(image_size=32, **STAGE1, **changes)
 
 
 def stage2():
-    return TokenizerConfig(**SIZES)
+    return tiny_tokenizer(image_size=32)
 
 
 # ---------------------------------------------------------------------- which terms

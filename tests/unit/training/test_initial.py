@@ -4,28 +4,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling.generator import Generator, GeneratorConfig
+from modeling.generator import Generator
 from modeling.weights.metadata import GENERATOR, about_model, about_shapes
 from modeling.weights.opened import Opened
 from modeling.weights.tensors import tensors_hash, write_state_dict
 from tests.refusals import refusal
+from tests.tiny import tiny_generator
 from training.initial import check_same_start, fit_classes
 
-SIZES = dict(
-    hidden_size=32, num_hidden_layers=1, num_attention_heads=2, codebook_size=16, image_seq_len=21
-)
+
+def config(classes, **changes):
+    sizes = dict(num_hidden_layers=1, image_seq_len=21, condition_num_classes=classes)
+    return tiny_generator(**{**sizes, **changes})
 
 
 def generator(classes):
-    return Generator(GeneratorConfig(**SIZES, condition_num_classes=classes))
+    return Generator(config(classes))
 
 
 def opened(state, names=None):
     """The weights `state` as of a file; with `names` one that states its sizes and classes."""
     about = about_shapes(GENERATOR, state)
     if names is not None:
-        config = GeneratorConfig(**SIZES, condition_num_classes=len(names))
-        about = about_model(GENERATOR, config, classes=names)
+        about = about_model(GENERATOR, config(len(names)), classes=names)
     return Opened(Path("x.bin"), state, about)
 
 
@@ -81,9 +82,8 @@ def test_type_of_the_weights_stays():
     "name, value, names", [("codebook_size", 32, None), ("image_seq_len", 16, "abc")]
 )
 def test_other_sizes_than_those_of_the_classes_are_refused(name, value, names):
-    config = GeneratorConfig(**{**SIZES, name: value}, condition_num_classes=3)
     old = generator(3).state_dict()
-    call = partial(fit_classes, opened(old, names), config, [])
+    call = partial(fit_classes, opened(old, names), config(3, **{name: value}), [])
     refusal(call, f"model.generator.{name}={value}", "x.bin")
 
 

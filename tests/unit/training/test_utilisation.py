@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from modeling.generator import Generator, GeneratorConfig, next_code_loss
+from modeling.generator import Generator, next_code_loss
+from tests.tiny import tiny_generator
 from training import utilisation
 from training.utilisation import peak_flops, training_flops
 
@@ -9,10 +10,8 @@ from training.utilisation import peak_flops, training_flops
 def test_flops_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = GeneratorConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, codebook_size=32,
-        image_seq_len=21, attn_drop=0.0,
-    )  # fmt: skip
+    sizes = dict(hidden_size=64, num_attention_heads=4, codebook_size=32, image_seq_len=21)
+    config = tiny_generator(**sizes, attn_drop=0.0)
     model = Generator(config)
     codes = torch.randint(32, (3, 21))
     with FlopCounterMode(display=False) as counter:

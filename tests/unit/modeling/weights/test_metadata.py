@@ -26,11 +26,9 @@ from modeling.weights.tensors import (
     write_state_dict,
 )
 from tests.refusals import refusal
-from tests.unit.modeling.test_pipeline import SMALL, TINY
+from tests.tiny import STAGE1, tiny_generator, tiny_tokenizer
 
-STAGE1 = dataclasses.replace(
-    SMALL, causal=True, prefix_head=True, num_buffer_tokens=1, clustering=True
-)
+SMALL, TINY = tiny_tokenizer(), tiny_generator()
 
 
 @pytest.fixture
@@ -101,7 +99,7 @@ def test_other_peoples_files_say_nothing(tmp_path):
 @pytest.mark.parametrize(
     "name, value, shown",
     [
-        ("hidden_size", 64, 32), ("num_hidden_layers", 2, 3), ("num_attention_heads", 4, 2),
+        ("hidden_size", 64, 32), ("num_hidden_layers", 3, 2), ("num_attention_heads", 4, 2),
         ("codebook_size", 8, 16), ("condition_num_classes", 5, 3),
     ],
 )  # fmt: skip
@@ -112,7 +110,7 @@ def test_a_size_that_the_tensors_contradict_is_named(generator, name, value, sho
 @pytest.mark.parametrize(
     "name", [n for n in SIZES[TOKENIZER] if n not in ("encoder_heads", "decoder_heads", "causal")]
 )
-@pytest.mark.parametrize("config", [SMALL, STAGE1])
+@pytest.mark.parametrize("config", [SMALL, tiny_tokenizer(**STAGE1)])
 def test_every_size_of_a_tokenizer_that_shows_is_compared(tmp_path, config, name):
     path, state = tmp_path / "t.safetensors", Tokenizer(config).state_dict()
     about = about_model(TOKENIZER, config)

@@ -13,10 +13,11 @@ from modeling.weights.metadata import DISCRIMINATOR, GENERATOR, TOKENIZER, about
 from modeling.weights.opened import check_same_codes, load_tokenizer, open_weights
 from modeling.weights.tensors import fingerprint, write_state_dict
 from tests.refusals import refusal
-from tests.unit.modeling.test_pipeline import SMALL, TINY
+from tests.tiny import STAGE1, tiny_generator, tiny_tokenizer
 from training import checkpoint
 
 FORMATS = ("pth", "bin", "safetensors")
+SMALL, TINY = tiny_tokenizer(), tiny_generator()
 WIDE = replace(SMALL, encoder_width=128, encoder_heads=2, decoder_width=64, decoder_heads=1)
 
 
@@ -63,7 +64,7 @@ def test_the_published_format_is_what_it_was_for_strict_loading(tmp_path, tokeni
 # ---------------------------------------------------------------------- files that say nothing
 @pytest.mark.parametrize("stage1", [False, True])
 def test_tensors_show_the_sizes_and_the_heads_are_the_published_ones(tmp_path, stage1):
-    config = replace(WIDE, causal=True, prefix_head=True, num_buffer_tokens=1) if stage1 else WIDE
+    config = replace(WIDE, **{**STAGE1, "clustering": False}) if stage1 else WIDE
     torch.save(Tokenizer(config).state_dict(), tmp_path / "t.pth")
     opened = open_weights(tmp_path / "t.pth", TOKENIZER)
     assert opened.config(TokenizerConfig()) == replace(config, num_latent_tokens=7)

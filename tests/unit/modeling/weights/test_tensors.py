@@ -22,10 +22,10 @@ from modeling.weights.tensors import (
 )
 from tests.payload import Payload
 from tests.refusals import refusal
+from tests.tiny import STAGE1
 from train_tokenizer.discriminator import Discriminator
 
 FORMATS = ["weights.pth", "weights.bin", "weights.safetensors"]
-STAGE1 = dict(causal=True, num_buffer_tokens=1, prefix_head=True, clustering=True)
 
 
 def tensors():

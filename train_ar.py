@@ -353,9 +353,11 @@ def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
     if unlike is not None:
         run.log.say(f"warning: {printable(train.source)}: {unlike}")
     if len(shown) < configured:
+        known = len(train.classes)
+        remedy = f"; set it to {known} for a model of the data's classes" * (known < configured)
         run.log.say(
             f"warning: {configured - len(shown)} of model.generator.condition_num_classes="
-            f"{configured} classes have no image to train on: samples of them will mean nothing"
+            f"{configured} classes have no image to train on: samples of them will mean nothing{remedy}"
         )
 
 

@@ -81,9 +81,8 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
     options: Any = build(schema, written)
     if program.startswith("train"):
         earlier = sizes_of_resumed(schema, options.experiment)
-        if earlier.keys() - written.keys():
-            written = earlier | written
-            options = build(schema, written)
+        written |= {n: w for n, w in earlier.items() if written.get(n, w).value == w.value}
+        options = build(schema, written)
     object.__setattr__(options, "places", {name: place for name, (_, place) in written.items()})
     warnings = [*warmup_warning(options, program), *without_effect(options, program)]
     if os.environ.get("RANK", "0") == "0":

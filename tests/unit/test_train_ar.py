@@ -24,6 +24,7 @@ from runtime.errors import InputError
 from tests.compilations import count_by_step
 from tests.host_syncs import count_in
 from tests.refusals import refusal
+from tests.tars import flattened
 from tests.tiny import tiny_cache, tiny_generator, tiny_tokenizer
 from training import checkpoint, optim, run
 
@@ -214,6 +215,7 @@ def test_header_names_the_classes_and_warns_of_missing_ones(
     about = read_weights(tmp_path / "ten/generator.bin")[1]
     assert about.without_images(range(10)) == list(range(3, 10))
     assert "warning: 7 of model.generator.condition_num_classes=10 classes have no image" in said
+    assert "mean nothing; set it to 3 for a model of the data's classes" in said
 
 
 def test_classes_are_counted_in_the_data(train, tmp_path, state_classes):
@@ -241,10 +243,11 @@ def test_a_resumed_run_keeps_its_number_of_classes(train, tmp_path, state_classe
     """A preset's may be more than the data has; the command that resumes need not name the preset."""
     state_classes("condition_num_classes: 10,")
     whole = train("training.max_train_steps=2", "experiment.save_every=1")
-    shutil.rmtree(tmp_path / "run/checkpoints/step-00000002")
     state_classes("")
-    again = train("training.max_train_steps=2", "experiment.save_every=1")
-    assert without_clock(again) == without_clock(whole)
+    for stated in ([], ["model.generator.condition_num_classes=10"]):
+        shutil.rmtree(tmp_path / "run/checkpoints/step-00000002")
+        again = train("training.max_train_steps=2", "experiment.save_every=1", *stated)
+        assert without_clock(again) == without_clock(whole)
     assert read_weights(tmp_path / "run/generator.bin")[1].config["condition_num_classes"] == 10
 
 
@@ -319,6 +322,20 @@ def test_unreadable_training_images_are_replaced_listed_and_counted(
     again = train(*options, "training.max_train_steps=8", "dataset.params.num_workers_per_gpu=1")
     assert without_clock(again) == without_clock(whole)
     assert (tmp_path / "run/unreadable.txt").read_text().splitlines() == listed
+
+
+def test_images_in_no_folders_train_as_one_class(
+    train, tmp_path, folder, tokenizer, state_classes, capsys
+):
+    state_classes("")
+    flattened(folder, tmp_path / "flat")
+    train(
+        "training.max_train_steps=1", f"dataset.params.train_dir={tmp_path}/flat",
+        "dataset.params.val_pretokenization=null", "dataset.params.skip_unreadable=2",
+    )  # fmt: skip
+    assert "flat: 12 images, 1 class of 1 configured (images)" in capsys.readouterr().out
+    about = read_weights(tmp_path / "run/generator.bin")[1]
+    assert about.classes == ("images",) and about.config["condition_num_classes"] == 1
 
 
 def test_images_are_encoded_in_float32(train, folder, tokenizer):

@@ -1,4 +1,4 @@
-"""torch.compile as the trainers, the sampler and the decoder of images use it."""
+"""torch.compile for the trainers, the sampler and the decoder of images."""
 
 import contextlib
 import itertools
@@ -11,21 +11,20 @@ from torch import nn
 
 from .decode_attention import describe
 
-# Programs per function in one process: three sizes, two types, several batches and samplings; of
-# `layer`, three for each.
+# Programs per function in one process: three sizes, two types, several batches and samplings, and three
+# kinds of `layer`.
 RECOMPILE_LIMIT = 128
 
 
 def compile_function(function: Callable) -> Callable:
     """torch.compile for the fixed shapes of an engine; only what is marked dynamic may vary.
 
-    `fullgraph` makes Dynamo raise where it would otherwise fall back to eager code. Deterministic:
-    Inductor then chooses no kernel by timing, so the order of its sums, and with it the images, are
-    the same on every GPU of a kind.
+    `fullgraph` makes Dynamo raise instead of falling back to eager code. Deterministic, so that Inductor
+    selects no kernel by timing, and images are the same on every GPU of a kind.
     """
     from torch._inductor import config
 
-    # torch 2.9 has the older option alone, which leaves a kernel one configuration.
+    # torch 2.9 has only the older option, which leaves one configuration per kernel.
     name, value = "deterministic", True
     if not hasattr(config, name):
         name, value = "triton.autotune_pointwise", False
@@ -34,7 +33,7 @@ def compile_function(function: Callable) -> Callable:
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """Dynamo's limits raised so that all sizes, types and samplings of one process fit."""
+    """Raises Dynamo's limits for all sizes, types and samplings of one process."""
     import torch._dynamo.config as dynamo
 
     with dynamo.patch(
@@ -45,22 +44,20 @@ def compiling() -> Iterator[None]:
 
 
 def compile_blocks(*stacks: Iterable[nn.Module]) -> None:
-    """Compile the blocks of stacks in place, for fixed shapes.
+    """Compile the blocks of stacks in place, for fixed shapes; equal blocks share one program.
 
-    Equal blocks share one program, so that a start compiles a few blocks whatever the depth. An odd
-    shape makes a program of its own: run it under the stance "force_eager".
+    Other shapes would compile again: run them under the stance "force_eager".
     """
     import torch._dynamo.config as dynamo
 
-    # A block's gradients are ready when its backward ends. Dynamo would cut each block in two where
-    # DDP's first bucket, of 1 MiB, is full.
+    # Otherwise Dynamo cuts blocks at the boundaries of DDP's buckets.
     dynamo.optimize_ddp = False
     for block in itertools.chain(*stacks):
         block.compile(dynamic=False, backend=inductor_or_eager)
 
 
 def compile_training(generator: Any) -> None:
-    """Compile what a training step of a `Generator` runs, in place: the blocks, and the loss behind them."""
+    """Compile the blocks and the loss of a `Generator` in place, for training."""
     compile_blocks(generator.blocks)
     generator.loss = torch.compile(generator.loss, dynamic=False, backend=inductor_or_eager)
 

@@ -1,7 +1,7 @@
-"""How the engine keeps its matrices on a CPU, and the product of a few rows with them.
+"""The layout of the engine's matrices on a CPU, and products of a few rows with them.
 
 A step reads every matrix once for a few rows, so reading takes most of its time. `cpu_layout` arranges
-a matrix for that. `linear` multiplies by it, or by a plain matrix, as other devices have it.
+matrices for fast reading; `linear` multiplies by such a matrix or a plain one.
 """
 
 import mmap
@@ -37,9 +37,9 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
 def cpu_layout(rows: int, compiled: bool) -> Callable[[Tensor], Tensor]:
     """A function that arranges matrices (out, in) of one engine for products with `rows` rows.
 
-    float32: panels (out / PANEL, in, PANEL), where torch has MKL and the number of outputs is a
-    multiple of PANEL. Else what oneDNN packs for that number of rows, if it multiplies the type on
-    this processor; compiled functions cannot take that and use the plain matrix.
+    float32: panels (out / PANEL, in, PANEL), if torch has MKL and PANEL divides the number of outputs.
+    Otherwise oneDNN's packing, if it supports the type on this processor; compiled functions cannot use
+    that and take the plain matrix.
     """
     memory = HugePages()
 
@@ -55,10 +55,8 @@ def cpu_layout(rows: int, compiled: bool) -> Callable[[Tensor], Tensor]:
 
 
 def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there and has products of this type for this processor.
-
-    bfloat16 needs AVX-512 or AVX-NE-CONVERT; elsewhere oneDNN refuses to pack matrices.
-    """
+    """Whether oneDNN has products of this type on this processor; bfloat16 needs AVX-512 or
+    AVX-NE-CONVERT."""
     if not torch.backends.mkldnn.is_available():  # nor are the functions that one could ask
         return False
     has = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
@@ -66,11 +64,8 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
 
 
 class HugePages:
-    """Memory in pages of 2 MiB, where the system has them: tensors lie there one after the other.
-
-    The processor then translates fewer addresses: on two cores of a Xeon, 840 MB were read at 30 GB/s
-    instead of 23. The tensors own the memory, not this object.
-    """
+    """Places tensors in pages of 2 MiB, if the system has them, which saves address translation: two cores
+    of a Xeon read 840 MB at 30 GB/s instead of 23. The tensors own the memory, not this object."""
 
     def __init__(self):
         self.free = torch.empty(0, dtype=torch.uint8)
@@ -86,10 +81,7 @@ class HugePages:
 
 
 def huge_pages(size: int) -> Tensor:
-    """`size` bytes, uint8, on Linux from the beginning of a page of 2 MiB.
-
-    Pages that are never touched take no memory.
-    """
+    """`size` bytes, uint8, on Linux aligned to 2 MiB; untouched pages take no memory."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
         return torch.empty(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -26,17 +26,15 @@ from .sampling import ENGINES
 log = logging.getLogger(__name__)
 EPS = 1e-5  # of the norms, as in `generator.RMSNorm`
 # The largest |fused - plain| / (1 + |plain|) that rounding explains, by type, for states of size 1.
-# float32: the order of the sums. bfloat16: one unit in the last place. int8: a value that is rounded
-# up in one form and down in the other, with a scale of 8 / 127.
+# float32: order of sums. bfloat16: the last place. int8: opposite rounding with a scale of 8 / 127.
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.int8: 2**-4}
 
 
 class Cache(NamedTuple):
-    """Keys and values of one block: (N, H, S, h), two separate allocations.
+    """Keys and values of one block: (N, H, S, h), two separate allocations, because Inductor would copy
+    one tensor with two mutated views as a whole.
 
-    Views of one tensor would be one mutated input of a compiled function, which Inductor copies
-    whole. An int8 cache has one scale per row, head and position: (N, H, S), bfloat16 (the range of
-    float32 in two bytes).
+    An int8 cache has a scale per row, head and position: (N, H, S), bfloat16.
     """
 
     k: Tensor
@@ -53,6 +51,8 @@ class Cache(NamedTuple):
 # (qkv, qk_norm, turns, position, cache) -> (N, H·h). The position is (1,) int64 on the device; in the
 # plain form it is an int.
 AttentionFunction = Callable[..., Tensor]
+Shape = tuple[int, int, int]  # heads, positions, head size
+Types = tuple[torch.dtype, torch.dtype]  # of qkv, and of the cache
 
 
 def empty_cache(
@@ -160,23 +160,17 @@ def head_parts(size: int) -> Optional[tuple[int, int]]:
 
 
 def choose_attention(
-    engine: str,
-    heads: int,
-    positions: int,
-    size: int,
-    types: tuple[torch.dtype, torch.dtype],
-    device: torch.device,
+    engine: str, shape: Shape, types: Types, device: torch.device
 ) -> Optional[AttentionFunction]:
-    """The fused attention where it can be used and is right on this device; None: the plain one.
+    """The fused attention if it is usable and right on this device; None: the plain one.
 
-    `types` are those of qkv and of the cache. "auto" uses the fused form only on CUDA, and says in
-    one warning why if it cannot. "fused" raises InputError instead.
+    "auto" uses the fused form only on CUDA, and warns if it cannot. "fused" raises InputError instead.
     """
     if engine not in ENGINES:
         raise InputError(f"engine={engine}: choose one of {', '.join(ENGINES)}")
     if engine == "plain" or (engine == "auto" and device.type != "cuda"):
         return None
-    fused, fault = find_fused(heads, positions, size, types, device)
+    fused, fault = find_fused(shape, types, device)
     if fault is None:
         return fused
     if engine == "fused":
@@ -186,25 +180,21 @@ def choose_attention(
 
 
 def find_fused(
-    heads: int,
-    positions: int,
-    size: int,
-    types: tuple[torch.dtype, torch.dtype],
-    device: torch.device,
+    shape: Shape, types: Types, device: torch.device
 ) -> tuple[Optional[AttentionFunction], Optional[str]]:
-    """The fused attention, and what keeps it from being used on this device if anything does.
+    """The fused attention, and why it cannot be used on this device, or None.
 
     Triton's interpreter (TRITON_INTERPRET=1) runs it on a CPU, for tests.
     """
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None, f"the fused attention runs on CUDA, not on {device.type}"
-    if head_parts(size) is None:
-        return None, f"head size {size} is not a sum of two powers of two"
+    if head_parts(shape[2]) is None:
+        return None, f"head size {shape[2]} is not a sum of two powers of two"
     try:
         from .fused_attention import fused_attention  # Triton is loaded here and nowhere else
-    except Exception as e:  # a broken or an old Triton fails in ways of its own
+    except Exception as e:  # a broken or old Triton raises anything
         return None, f"Triton cannot be used ({describe(e)})"
-    return fused_attention, check_attention(fused_attention, heads, positions, size, types, device)
+    return fused_attention, check_attention(fused_attention, shape, types, device)
 
 
 def describe(error: Exception) -> str:
@@ -216,21 +206,15 @@ def describe(error: Exception) -> str:
 
 @torch.inference_mode()
 def check_attention(
-    attention: AttentionFunction,
-    heads: int,
-    positions: int,
-    size: int,
-    types: tuple[torch.dtype, torch.dtype],
-    device: torch.device,
+    attention: AttentionFunction, shape: Shape, types: Types, device: torch.device
 ) -> Optional[str]:
-    """The reason why an attention is wrong on this device, or None. `types` as for `choose_attention`.
+    """The reason why an attention is wrong on this device, or None.
 
-    Compares one step at the first, the middle and the last position with the plain form, on random
-    states of three rows. The sums of the comparison are float32 on every device. Everything behind
-    the position is NaN (in an int8 cache, the scales are).
+    Compares steps at the first, middle and last position with the plain form, on random states of three
+    rows, with sums in float32. Everything after the position is NaN (in an int8 cache, its scales).
     """
     numbers = torch.Generator().manual_seed(0)
-    dtype, stored = types
+    (heads, positions, size), (dtype, stored) = shape, types
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=numbers).to(device)

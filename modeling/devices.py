@@ -1,4 +1,4 @@
-"""Devices: which one to compute on, and in what type it computes."""
+"""The device to compute on, and the types that it supports."""
 
 import os
 from glob import glob
@@ -8,7 +8,7 @@ import torch
 
 from .errors import InputError
 
-GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/nvidiactl")  # of a GPU that the system knows
+GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/nvidiactl")
 CPU_ASKED = {  # variables that hide GPUs, in lower case; accelerate sets its own for --cpu
     "ACCELERATE_USE_CPU": ("1", "true", "t", "yes", "y", "on"),
     "CUDA_VISIBLE_DEVICES": ("", "-1", "nodevfiles"),
@@ -16,10 +16,10 @@ CPU_ASKED = {  # variables that hide GPUs, in lower case; accelerate sets its ow
 
 
 def uses_cuda() -> bool:
-    """Whether to compute on CUDA: where it works, unless the environment asks for the CPU.
+    """Whether to compute on CUDA: if it works and the environment does not ask for the CPU.
 
-    Raises InputError where there is a GPU and CUDA does not work: the CPU would take its place in
-    silence, a hundred times slower.
+    Raises InputError if there is a GPU, but CUDA does not work: a silent fallback to the CPU would be a
+    hundred times slower.
     """
     if any(os.environ.get(name, "?").lower() in values for name, values in CPU_ASKED.items()):
         return False
@@ -30,7 +30,7 @@ def uses_cuda() -> bool:
 
 
 def unusable_gpu() -> str:
-    """What keeps CUDA, which does not work, from the GPU that is here; empty where there is none."""
+    """Why torch cannot use a GPU of this machine; empty if there is none."""
     file = next((file for pattern in GPU_FILES for file in glob(pattern)), None)
     if file is None:
         return ""
@@ -43,9 +43,9 @@ def unusable_gpu() -> str:
 
 
 def find_device(name: Optional[str] = None) -> torch.device:
-    """A device by its name ("cpu", "cuda", "cuda:1"); None: CUDA where there is a GPU.
+    """A device by its name ("cpu", "cuda", "cuda:1"); None: `uses_cuda` decides.
 
-    Raises InputError for a name that is not one and for a GPU that is not there.
+    Raises InputError for an unknown name or GPU.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
@@ -82,6 +82,6 @@ def check_type(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that this process can still use: free, or reserved by it and not in use."""
+    """Bytes that this process can still use on a GPU: free, or reserved by it and unused."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -110,8 +110,8 @@ def layer(
 ) -> tuple[Tensor, Tensor]:
     """The plain attention and `between` as one function: x (N, D) and qkv (N, 3D) -> the next ones.
 
-    `turns` are those of positions 0…p, so their number tells the position p. It is marked dynamic, so
-    that one program serves all positions but the first and the last; an int would make one per value.
+    The position p follows from `turns`, those of positions 0…p. Its length is marked dynamic, so that one
+    program serves all positions but the first and the last; an int p would make one per value.
     """
     y = plain_attention(qkv, block.qk_norm, turns, len(turns) - 1, cache)
     return between(x, y, block, following)
@@ -178,8 +178,7 @@ def rotation_turns(model: Generator) -> Tensor:
 class Weights:
     """All weights of a generator as the engine reads them, shared by its streams.
 
-    Embeddings, norms and output layer are float32: guidance multiplies differences of logits by its
-    scale, and their errors with them.
+    Embeddings, norms and output layer are float32, because guidance amplifies errors of logits.
     """
 
     def __init__(self, model: Generator, dtype: torch.dtype, lay_out: Callable[[Tensor], Tensor]):
@@ -192,11 +191,9 @@ class Weights:
 
 
 class Stream:
-    """The state of some images of a batch; on CUDA with a stream to run on beside the others.
-
-    The whole state (position, last codes, cache) lives on the device, so that nothing waits for the
-    host. The caches are uninitialised: only filled positions are read.
-    """
+    """The state (position, last codes, cache) of some images of a batch, on the device, so that nothing
+    waits for the host; on CUDA with a stream of its own. The caches are uninitialised: only filled
+    positions are read."""
 
     def __init__(
         self,
@@ -226,15 +223,15 @@ class Stream:
 def prefill(rows: Tensor, weights: Weights, caches: list[Cache]) -> None:
     """Fill positions 0…n-1 of the caches with rows (N, n) of the embedding table, in one pass.
 
-    The same mathematics as n steps, with the plain attention and without logits: the codes are
-    known. Eager, because another n would be another program.
+    The same mathematics as n steps, with the plain attention and without logits. Eager, because each n
+    would need another program.
     """
     blocks, shape = weights.blocks, rows.shape
     x, qkv = enter(rows.flatten(), weights.embeddings, blocks[0])  # (N·n, …)
     for block, following, cache in zip(blocks, blocks[1:], caches):
         y = prefill_attention(qkv.unflatten(0, shape), block.qk_norm, weights.turns, cache)
         x, qkv = between(x, y.flatten(0, 1), block, following)
-    # Of the last block, later steps read keys and values only.
+    # Later steps need only keys and values of the last block.
     write_positions(qkv.unflatten(0, shape), blocks[-1].qk_norm, weights.turns, 0, caches[-1])
 
 
@@ -242,18 +239,17 @@ def prefill(rows: Tensor, weights: Weights, caches: list[Cache]) -> None:
 class Engine:
     """Samples batches of `batch` images with the weights of a generator, on its device.
 
-    `dtype` is the type of matrices and cache. `compiled` compiles the functions of a step.
-    With the fused attention, compiled or not, one step is captured as the CUDA graph of all
-    positions. `engine` chooses the attention: "auto" the fused one on CUDA if it is right there, "fused" or "plain" that one.
-    `cache` "int8" stores keys and values in one byte each, with a scale per row and head. `streams`
-    samples parts of the batch side by side on CUDA, so that the products of one may hide under the
-    attention of the other, but read the weights once each; `benchmarks.sampling --streams` compares.
-    The codes do not depend on it up to rounding.
+    `dtype` is the type of matrices and cache. `compiled` compiles the functions of a step. With the
+    fused attention, one step is captured as the CUDA graph of all positions. `engine` selects the
+    attention: "fused", "plain" or, with "auto", the fused one on CUDA if it is right there. `cache` "int8"
+    stores keys and values in one byte each, with a scale per row and head. `streams` samples parts of
+    the batch concurrently on CUDA, which overlaps products with attention, but reads the weights once
+    each (`benchmarks.sampling --streams`); codes differ by rounding at most.
 
-    TF32 counts as it is set when the engine is built, for the output layer too: it adds less than a
-    thousandth to the error of logits that follow blocks in bf16. The generator is not changed. Tensors that already have the engine's type are shared, not copied (on a
-    CPU matrices are copied): train it on, and build another engine.
-    Raises InputError for an option or a type that this device cannot do.
+    The TF32 setting at construction holds, also for the output layer, where it adds less than a
+    thousandth to the error of logits after bf16 blocks. Tensors of the engine's type are shared with the
+    generator, except matrices on a CPU; after further training, build another engine. Raises InputError
+    for an option or type that the device does not support.
     """
 
     @torch.inference_mode()
@@ -277,14 +273,8 @@ class Engine:
         branches = 2 if sampling.guided else 1
         self.rows = branches * batch  # N
         with self.on_device():
-            self.fused = choose_attention(
-                engine,
-                config.num_attention_heads,
-                config.image_seq_len,
-                config.head_size,
-                (dtype, stored),
-                self.device,
-            )
+            shape = config.num_attention_heads, config.image_seq_len, config.head_size
+            self.fused = choose_attention(engine, shape, (dtype, stored), self.device)
             parts = [
                 slice(batch * i // streams, batch * (i + 1) // streams) for i in range(streams)
             ]
@@ -309,16 +299,15 @@ class Engine:
                 self._capture()
 
     def on_device(self) -> contextlib.AbstractContextManager:
-        """Makes the engine's GPU the current one: graphs and Triton kernels go to that."""
+        """Makes the engine's GPU current, for graphs and Triton kernels."""
         if self.device.type == "cuda":
             return torch.cuda.device(self.device)
         return contextlib.nullcontext()
 
     def _compile(self) -> None:
-        """Compile by taking steps. Functions that cannot be compiled stay eager, with one warning.
+        """Compile by taking steps; if that fails, warn once and stay eager.
 
-        `layer` is one program for the first position, one for the last, whose cache is full, and one
-        for all between. The last one's cache is mostly uninitialised; none of it is kept.
+        `layer` needs programs for the first position, the last one, whose cache is full, and all between.
         """
         self.functions, self.compiled = StepFunctions(*map(compile_function, StepFunctions())), True
         last = self.config.image_seq_len - 1
@@ -333,21 +322,19 @@ class Engine:
             warnings.warn(f"sampling is not compiled, which is slower: {describe(e)}", stacklevel=3)
 
     def _capture(self) -> None:
-        """Capture one step as a CUDA graph. The position is read on the device: it serves all.
-
-        A step that cannot be captured is launched kernel by kernel, with one warning.
-        """
+        """Capture one step as a CUDA graph, which serves all positions, because the position is read on
+        the device. If that fails, warn once and launch kernels one by one."""
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        self._set_position(0)  # on the current stream, which the other one waits for
+        self._set_position(0)  # on the current stream
         side.wait_stream(current)
-        with torch.cuda.stream(side):  # libraries set themselves up outside the capture
+        with torch.cuda.stream(side):  # libraries initialise outside the capture
             self._step(0)
         current.wait_stream(side)
         self._set_position(0)
         graph = torch.cuda.CUDAGraph()
         try:
-            # torch's own capture stream is on the GPU of the first graph of the process. Other threads
-            # (a data loader's, in training) may go on talking to the GPU.
+            # torch's default capture stream is on the GPU of the process's first graph. Other threads, such
+            # as a data loader's, may keep using the GPU.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 self._step(0)
             self.graph = graph
@@ -362,7 +349,7 @@ class Engine:
             stream.position.fill_(t)
 
     def _step(self, t: int) -> None:
-        """Draw code t of every image; `t` is where the streams' positions are."""
+        """Draw code t of every image; the streams' positions are t."""
         beside = [s.cuda for s in self.streams if s.cuda is not None and len(self.streams) > 1]
         for stream in beside:
             stream.wait_stream(torch.cuda.current_stream())
@@ -407,7 +394,7 @@ class Engine:
         position += 1
 
     def _prefill(self, stream: Stream, n: int) -> None:
-        """Put a stream behind the first n codes of its images, which `stream.codes` holds."""
+        """Advance a stream past the first n codes of its images, which are in `stream.codes`."""
         codes = stream.codes[:, :n]
         codes = codes.repeat(len(stream.rows) // len(codes), 1)  # (N, n)
         # The inputs of the first n steps: the class, then all codes but the last.
@@ -423,11 +410,9 @@ class Engine:
     def sample(self, labels: Tensor, uniforms: Tensor, prefix: Optional[Tensor] = None) -> Tensor:
         """Labels (B,), B up to the batch, and uniforms (B, T) -> codes (B, T), int64.
 
-        The label `NO_CLASS` stands for an image without a class, which guidance leaves as it is.
-        With `prefix` (B, n), n <= T, the first n codes are these and only the others are drawn: as
-        they would be if the first n steps had drawn the prefix, up to rounding. A code `DRAWN` of the
-        prefix is drawn too. Raises InputError for a prefix of other codes or longer than T. On CUDA
-        this returns before the codes are there, as every operation on them does.
+        Guidance does not change images with the label `NO_CLASS`. `prefix` (B, n), n <= T, gives the first
+        n codes, except those that are `DRAWN`; the others are drawn as if n steps had drawn the prefix, up
+        to rounding. Raises InputError for invalid labels or prefixes. Asynchronous on CUDA.
         """
         B, T, config = len(labels), self.config.image_seq_len, self.config
         if self.batch < B:
@@ -439,7 +424,7 @@ class Engine:
         given = prefix.new_full((self.batch, T), DRAWN, dtype=torch.int64)
         given[:B, : prefix.shape[1]] = prefix
         n = int((prefix != DRAWN).all(0).cumprod(0).sum()) if prefix.numel() else 0
-        # Shapes are fixed: a smaller batch is filled up with images of "no class".
+        # Shapes are fixed: a smaller batch is padded with images of "no class".
         classes = labels.new_full((self.batch,), NO_CLASS, dtype=torch.int64)
         classes[:B] = labels
         rows = config.condition_rows(classes)
@@ -467,7 +452,7 @@ class Engine:
 
 
 def copy_to(target: Tensor, source: Tensor) -> None:
-    """Copy without waiting for the device: from pinned memory, where the source is on the host."""
+    """Copy without waiting for the device, through pinned memory if the source is on the host."""
     if target.is_cuda and not source.is_cuda:
         source = source.pin_memory()
     target.copy_(source, non_blocking=True)

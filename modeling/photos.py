@@ -1,6 +1,6 @@
-"""Photos as the tokenizer reads them: any image file as upright 8-bit RGB, cut to the middle square.
+"""Reads photos for the tokenizer: any image file as upright 8-bit RGB, cut to the middle square.
 
-The only module of this package that needs Pillow; it is loaded where a photo is encoded.
+The only module of this package that needs Pillow; it is imported when a photo is encoded.
 """
 
 import io
@@ -16,9 +16,9 @@ from torch import Tensor
 from .errors import InputError
 
 T = TypeVar("T")
-# Of the many that Pillow reads; one of them (EPS) would start another program.
+# Pillow reads more; one of them (EPS) starts another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
-# Longer ones are unreadable: cropped to 512 pixels, 1 x 40,000 of them would fill 30 GB first.
+# Larger ratios are refused: an image of 1 x 40,000 pixels, cropped to 512, would first fill 30 GB.
 MOST_ELONGATED = 500
 TURNS = dict(enumerate([
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
@@ -28,7 +28,7 @@ TURNS = dict(enumerate([
 
 
 class Readable(Protocol):
-    """In the place of a path: an image whose bytes lie in an archive."""
+    """An image in an archive, in place of a path."""
 
     def read(self) -> bytes: ...
 
@@ -43,12 +43,12 @@ def load_image(path: Photo) -> Image.Image:
 
 
 def load_photo(path: Photo) -> tuple[Image.Image, Image.Transpose | None]:
-    """`load_image`, and how it must be turned to stand upright, by its EXIF; None: not at all."""
+    """`load_image`, and the turn that its EXIF asks for; None: none."""
     return read_image(path, lambda image: (to_rgb(image), turn_of(image)))
 
 
 def load_upright(photo: Photo | Image.Image) -> Image.Image:
-    """A photo as 8-bit RGB, turned to stand upright by its EXIF. Raises InputError."""
+    """A photo as 8-bit RGB, turned upright by its EXIF. Raises InputError."""
     if isinstance(photo, Image.Image):
         try:
             image, turn = to_rgb(photo), turn_of(photo)
@@ -60,7 +60,7 @@ def load_upright(photo: Photo | Image.Image) -> Image.Image:
 
 
 def read_image(path: Photo, read: Callable[[Image.Image], T]) -> T:
-    """What `read` makes of an opened image. Raises InputError for unreadable ones."""
+    """`read(image)` of an opened image. Raises InputError if it is unreadable."""
     try:
         file = path if isinstance(path, (str, os.PathLike)) else io.BytesIO(path.read())
         with Image.open(file, formats=FORMATS) as image:
@@ -69,7 +69,7 @@ def read_image(path: Photo, read: Callable[[Image.Image], T]) -> T:
                     f"{image.width}x{image.height} pixels: one side is over {MOST_ELONGATED} times the other"
                 )
             return read(image)
-    except UnidentifiedImageError as e:  # its own text shows the object that it read from
+    except UnidentifiedImageError as e:  # its text shows the file object
         raise InputError(
             f"unreadable image {path}: of no known format ({', '.join(FORMATS)}); repair or remove it"
         ) from e
@@ -80,15 +80,15 @@ def read_image(path: Photo, read: Callable[[Image.Image], T]) -> T:
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # the metadata alone are damaged, in one of many ways
+    except Exception:  # damaged metadata raise anything
         return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB: 16-bit grey is scaled, and transparent pixels are composited on white.
 
-    Everything else is Pillow's conversion, as in torchvision's loader. Raises ValueError for pixels
-    whose range is unknown: floats, and integers of 32 bits.
+    Other images are converted by Pillow, as in torchvision's loader. Raises ValueError for floats and
+    32-bit integers, whose range is unknown.
     """
     transparent = image.info.get("transparency")
     sixteen_bits = image.mode.startswith("I;16") or (
@@ -116,7 +116,7 @@ def to_uint8(image: Image.Image) -> Tensor:
 
 # ---------------------------------------------------------------------- the crop
 def crop_geometry(width: int, height: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of `center_crop`: the size that an image is resized to, and where the crop begins in it (left, top)."""
+    """The size that `center_crop` resizes an image to, and (left, top) of the crop in it."""
     while min(width, height) >= 2 * size:
         width, height = width // 2, height // 2
     scale = size / min(width, height)

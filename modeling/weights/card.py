@@ -1,4 +1,4 @@
-"""What a folder of weights says to people and to the hub: README.md, its model card, and config.json."""
+"""README.md, the model card, and config.json of a folder of weights."""
 
 import json
 
@@ -40,7 +40,7 @@ Licence: none is stated yet. Name it here, and at `license` above.
 
 
 def model_card(name: str, generator: About, tokenizer: About) -> str:
-    """The README.md of both models, as `name`; the generator's file states its tokenizer's fingerprint."""
+    """The README.md of both models, called `name`."""
     codes, sizes = tokenizer.config, generator.config
     classes = str(sizes["condition_num_classes"])
     if generator.classes is not None:
@@ -63,7 +63,7 @@ def model_card(name: str, generator: About, tokenizer: About) -> str:
 
 
 def config_json(generator: About, tokenizer: About) -> str:
-    """config.json: what both files state. The hub counts downloads by requests for this file."""
+    """The metadata of both files as config.json, by whose requests the hub counts downloads."""
     content = {"model_type": "alitok"}
     content |= {about.kind: about.entry() for about in (generator, tokenizer)}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

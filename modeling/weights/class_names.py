@@ -1,4 +1,4 @@
-"""The names of a generator's classes, and the labels behind what a user calls them."""
+"""The names of a generator's classes, and the labels of names that a user writes."""
 
 import difflib
 import operator
@@ -13,20 +13,20 @@ from ..fields import short
 from ..sampling import NO_CLASS, check_classes
 from .metadata import About
 
-NONE = "none"  # what images without a class are asked for by
+NONE = "none"  # the name of images without a class
 IMAGENET_CLASSES = 1000
-WORDNET_ID = re.compile(r"n\d{8}")  # how ImageNet's folders are called
-# Names that WordNet gives to two classes of ImageNet each. Lists of names tell them apart by an
-# addition to one of them, which nobody who asks for the bare name need know.
+WORDNET_ID = re.compile(r"n\d{8}")  # the names of ImageNet's folders
+# Names that WordNet gives to two classes of ImageNet. Lists of names add a word to one of the two, which
+# a user may not know.
 SHARED = {"crane": (134, 517), "maillot": (638, 639)}
 
 
 class ClassNames:
     """The names of a generator's `count` classes, by label.
 
-    `folders` are the names of its training set's class folders, as far as they are known. Without
-    them, a generator of 1000 classes is taken for one of ImageNet. Its names are torchvision's, also
-    where the folders are ImageNet's 1000 WordNet ids, which then are names as well.
+    `folders` are the known names of its training set's class folders. Without them, 1000 classes are
+    assumed to be ImageNet's. ImageNet's names are torchvision's; if the folders are its WordNet ids,
+    these are names too.
     """
 
     def __init__(self, count: int, folders: Optional[Mapping[int, str]] = None):
@@ -37,12 +37,12 @@ class ClassNames:
 
     @cached_property
     def shown(self) -> dict[int, str]:
-        """{label: name} for people. Raises InputError where ImageNet's names cannot be had."""
+        """{label: name} to show. Raises InputError if ImageNet's names need a missing package."""
         return imagenet_names() if self.imagenet else self.folders
 
     @cached_property
     def labels_of(self) -> dict[str, list[int]]:
-        """{name: its labels}, of which an ambiguous name has several."""
+        """{name: labels}; an ambiguous name has several."""
         found: dict[str, list[int]] = {}
         shared = [(label, name) for name, labels in SHARED.items() for label in labels]
         names = [*self.folders.items(), *self.shown.items(), *(shared if self.imagenet else [])]
@@ -55,8 +55,8 @@ class ClassNames:
     def labels(self, classes: Iterable[int | str | None]) -> list[int]:
         """The labels of classes by number or name; `NO_CLASS` for None and `none`.
 
-        Raises InputError for a number out of range, for a name that is unknown (with the nearest
-        one) or that several classes have, and for anything else.
+        Raises InputError for a number out of range, an unknown name (with the nearest one), an ambiguous
+        name, and any other object.
         """
         return [self.label(item) for item in classes]
 
@@ -75,8 +75,8 @@ class ClassNames:
     def label_of_name(self, name: str) -> int:
         if not (self.folders or self.imagenet):
             raise InputError(
-                f"class {short(name)}: nothing says what the classes of this generator are called; "
-                f"pass numbers, 0…{self.count - 1}"
+                f"class {short(name)}: the class names of this generator are unknown; pass numbers, "
+                f"0…{self.count - 1}"
             )
         exact = self.labels_of.get(name)
         labels = exact or sorted(
@@ -101,22 +101,22 @@ class ClassNames:
         return known[near]
 
     def caption(self, label: int) -> str:
-        """What stands under an image of this label: its name, or its number where that is unknown."""
+        """The caption of an image with this label: its name or, if unknown, its number."""
         if label == NO_CLASS:
             return "no class"
         try:
             return self.shown.get(label, str(label))
-        except InputError:  # a picture is worth more than its caption
+        except InputError:  # the picture matters more than its caption
             return str(label)
 
 
 def class_names(about: About) -> ClassNames:
-    """The names of the classes of a generator whose file says this."""
+    """The class names that a generator's metadata give."""
     return ClassNames(about.config["condition_num_classes"], dict(enumerate(about.classes or ())))
 
 
 def same(name: str, other: str) -> bool:
-    """Whether two names differ in case or in how accents are composed only."""
+    """Whether two names are equal up to case and the composition of accents."""
     return folded(name) == folded(other)
 
 
@@ -125,23 +125,21 @@ def folded(name: str) -> str:
 
 
 def sorted_as_text(folders: Mapping[int, str]) -> Optional[str]:
-    """What is wrong, if all names {label: name} are numbers, but not those of their labels.
-
-    Folders are sorted as text: 0, 1, 10, 11, …, 2. Then a class's number is not its name.
-    """
+    """A warning if all names {label: name} are numbers other than their labels, because folders are
+    sorted as text: 0, 1, 10, 11, …, 2. None otherwise."""
     if not folders or not all(name.isdecimal() for name in folders.values()):
         return None
     first = next((label for label, name in folders.items() if int(name) != label), None)
     if first is None:
         return None
     return (
-        f"the classes' names are numbers, which are sorted as text: class {first} is the one called "
-        f"{folders[first]}; a number asks for a class by its place, or pad the names with zeros"
+        f"the class names are numbers sorted as text: class {first} is the one called "
+        f"{folders[first]}; a number selects a class by its label, or pad the names with zeros"
     )
 
 
 def imagenet_names() -> dict[int, str]:
-    """The names of ImageNet's 1000 classes by label, as torchvision lists them."""
+    """The names of ImageNet's 1000 classes by label, from torchvision."""
     try:
         from torchvision.models import ResNet18_Weights
     except ImportError as e:

@@ -1,4 +1,4 @@
-"""Folders of weights on the Hugging Face hub, by its own client, which is imported where it is used."""
+"""Folders of weights on the Hugging Face hub, through its client, which is imported on use."""
 
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +21,11 @@ def client() -> ModuleType:
 
 
 def download(name: str, revision: Optional[str], files: tuple[str, ...]) -> Path:
-    """The folder with these files of a repository, all of one commit; it is called as the commit is.
+    """A folder with these files of a repository, all from one commit; the folder is named after it.
 
-    `revision` is a commit, tag or branch; None: the newest commit of the main branch. Files that are
-    there already are not fetched again, and without a network those are used. Raises InputError where
-    the hub does not answer or has no such repository, revision or file.
+    `revision` is a commit, tag or branch; None: the newest commit of the main branch. Cached files are not
+    fetched again, and are used without a network. Raises InputError if the hub does not answer or lacks
+    the repository, revision or file.
     """
     hub = client()
     try:
@@ -35,8 +35,8 @@ def download(name: str, revision: Optional[str], files: tuple[str, ...]) -> Path
     except Exception as e:  # of the network's library, too
         at = "" if revision is None else f" at revision {revision}"
         raise InputError(
-            f"the hub gave nothing for {name}{at} ({first_line(e)}): check the name, the revision, "
-            f"the network and, for a private repository, `hf auth login`"
+            f"cannot download {name}{at} ({first_line(e)}): check the name, the revision, the network "
+            f"and, for a private repository, `hf auth login`"
         ) from e
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
@@ -47,11 +47,9 @@ def download(name: str, revision: Optional[str], files: tuple[str, ...]) -> Path
 def upload(
     folder: Path, name: str, branch: Optional[str], private: Optional[bool], message: str
 ) -> str:
-    """Add the files of a folder to a repository, made if need be, as one commit; returns its hash.
+    """Add the files of a folder to a repository, created if needed, as one commit; returns its hash.
 
-    A README.md that the repository has already stays as it is.
-
-    Raises InputError where the hub does not answer or refuses.
+    Keeps a README.md of the repository. Raises InputError if the hub does not answer or refuses.
     """
     hub = client()
     try:
@@ -68,8 +66,7 @@ def upload(
         )
     except Exception as e:  # of the network's library, too
         raise InputError(
-            f"the hub did not take {name} ({first_line(e)}): check the name, the network and "
-            f"`hf auth login`"
+            f"cannot upload {name} ({first_line(e)}): check the name, the network and `hf auth login`"
         ) from e
     return commit.oid
 

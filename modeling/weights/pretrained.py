@@ -1,4 +1,4 @@
-"""A tokenizer from wherever its weights are: a file, a run, a saved folder or the hub."""
+"""Opens a tokenizer from a file, a run, a saved folder or the hub."""
 
 from pathlib import Path
 from typing import Optional
@@ -10,7 +10,7 @@ from .metadata import TOKENIZER
 from .opened import config_of, load_tokenizer, open_weights
 from .runs import all_checkpoints, expanded
 
-FILE = "tokenizer.safetensors"  # of a folder that `Pipeline.save_pretrained` writes
+FILE = "tokenizer.safetensors"  # in a folder of `Pipeline.save_pretrained`
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 

@@ -116,7 +116,7 @@ def test_fused_equals_plain_at_every_edge_of_its_tiles(size, dtype):
 @pytest.mark.parametrize("size", HEAD_SIZES)
 @pytest.mark.parametrize("types", [(d, s) for d in FLOATS for s in (d, torch.int8)])
 def test_kernel_passes_its_own_check(size, types):
-    assert choose_attention("fused", 2, 73, size, types, DEVICE) is not None
+    assert choose_attention("fused", (2, 73, size), types, DEVICE) is not None
 
 
 def test_int8_keeps_a_row_within_half_a_step_of_its_scale():
@@ -144,7 +144,7 @@ def test_steps_of_a_block_are_the_block(fill, engine, size):
     turns = rotation_turns(model)
     cache = empty_cache(2, 2, 7, size, torch.float32, DEVICE)
     types = (torch.float32, torch.float32)
-    attend = choose_attention(engine, 2, 7, size, types, DEVICE) or plain_attention
+    attend = choose_attention(engine, (2, 7, size), types, DEVICE) or plain_attention
     for p in range(7):
         at = torch.tensor([p], device=DEVICE) if engine == "fused" else p
         qkv = linear(norm(x[:, p], block.norm1), block.qkv, block.qkv_bias)
@@ -242,7 +242,7 @@ def uncompiled(*arguments):
 )
 def test_check_sees_a_broken_kernel_and_says_what_is_wrong(broken, words, dtype):
     right = lambda qkv, n, t, p, cache: plain_attention(qkv, n, t, int(p), cache)  # noqa: E731
-    arguments = (2, 73, 48, (dtype, dtype), torch.device("cpu"))
+    arguments = ((2, 73, 48), (dtype, dtype), torch.device("cpu"))
     assert check_attention(right, *arguments) is None
     fault = check_attention(broken, *arguments)
     assert fault is not None
@@ -258,19 +258,19 @@ def test_check_sees_a_kernel_whose_rotation_is_wrong(monkeypatch):
     monkeypatch.setattr(fused_attention, "rotated", unrotated)
     types = (torch.float32, torch.float32)
     with pytest.raises(InputError, match="fused kernel's keys at position 0 differ by"):
-        choose_attention("fused", 2, 73, 48, types, DEVICE)
+        choose_attention("fused", (2, 73, 48), types, DEVICE)
     monkeypatch.setattr(fused_attention, "rotated", right)
-    assert choose_attention("fused", 2, 73, 48, types, DEVICE) is not None
+    assert choose_attention("fused", (2, 73, 48), types, DEVICE) is not None
 
 
 def test_auto_on_cuda_leaves_a_faulty_kernel_with_one_warning(monkeypatch):
     monkeypatch.setattr(decode_attention, "find_fused", lambda *_: (plain_attention, "it is wrong"))
     types = (torch.float32, torch.float32)
     with pytest.warns(UserWarning, match="plain attention, which is slower: it is wrong") as caught:
-        assert choose_attention("auto", 2, 21, 48, types, torch.device("cuda")) is None
+        assert choose_attention("auto", (2, 21, 48), types, torch.device("cuda")) is None
     assert len(caught) == 1
     with pytest.raises(InputError, match="engine=fused: it is wrong; choose engine=auto"):
-        choose_attention("fused", 2, 21, 48, types, torch.device("cuda"))
+        choose_attention("fused", (2, 21, 48), types, torch.device("cuda"))
 
 
 def test_plain_is_chosen_on_a_cpu_and_where_asked_without_a_look_at_the_kernel(
@@ -278,11 +278,11 @@ def test_plain_is_chosen_on_a_cpu_and_where_asked_without_a_look_at_the_kernel(
 ):
     monkeypatch.setattr(decode_attention, "find_fused", None)
     types = (torch.float32, torch.float32)
-    assert choose_attention("auto", 2, 21, 48, types, torch.device("cpu")) is None
-    assert choose_attention("plain", 2, 21, 48, types, torch.device("cuda")) is None
+    assert choose_attention("auto", (2, 21, 48), types, torch.device("cpu")) is None
+    assert choose_attention("plain", (2, 21, 48), types, torch.device("cuda")) is None
     assert not recwarn
     with pytest.raises(InputError, match="engine=best: choose one of auto, fused, plain"):
-        choose_attention("best", 2, 21, 48, types, torch.device("cpu"))
+        choose_attention("best", (2, 21, 48), types, torch.device("cpu"))
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="a CPU without the interpreter")
@@ -303,12 +303,12 @@ def test_head_sizes_that_the_kernel_can_do():
 
 @runs_the_kernel
 def test_other_head_sizes_take_the_plain_attention():
-    fused, fault = decode_attention.find_fused(2, 21, 28, (torch.float32,) * 2, DEVICE)
+    fused, fault = decode_attention.find_fused((2, 21, 28), (torch.float32,) * 2, DEVICE)
     assert fused is None and fault == "head size 28 is not a sum of two powers of two"
 
 
 def test_a_triton_that_does_not_load_is_a_fault_not_an_error(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "modeling.fused_attention", None)  # importing it fails
-    fused, fault = decode_attention.find_fused(2, 21, 48, (torch.float32,) * 2, DEVICE)
+    fused, fault = decode_attention.find_fused((2, 21, 48), (torch.float32,) * 2, DEVICE)
     assert fused is None and fault.startswith("Triton cannot be used (ModuleNotFoundError")

@@ -344,7 +344,7 @@ def test_a_hub_that_does_not_answer_is_one_line(stated, stub, monkeypatch):
         raise OSError("403 Forbidden")
 
     monkeypatch.setattr(stub, "upload_folder", fail)
-    with pytest.raises(InputError, match=r"did not take me/digits \(OSError: 403 Forbidden\)"):
+    with pytest.raises(InputError, match=r"cannot upload me/digits \(OSError: 403 Forbidden\)"):
         Pipeline(*stated, device="cpu").push_to_hub("me/digits")
 
 

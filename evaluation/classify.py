@@ -117,7 +117,7 @@ def hits(nats: Tensor, labels: Tensor) -> float:
 def write_answers(
     file: str, paths: list[str], labels: Tensor, nats: Tensor, names: list[str]
 ) -> None:
-    """A line per image: its path, its class, the answer, and -log p(codes | class), in nats, of both."""
+    """A line per image: its path, its class, the answer, and -log p(codes of its views | class), in nats, of both."""
     with (
         whole_file(file) as partial,
         open(partial, "w", encoding="utf-8", errors="surrogateescape", newline="") as lines,

@@ -111,26 +111,16 @@ def main(argv: list[str]) -> None:
         prog="python -m evaluation.probe",
         description="Train a linear probe on a tokenizer's tokens and latents, and print its top-1.",
     )
-    parser.add_argument(
-        "--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder"
+    add = parser.add_argument
+    add("--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder")
+    add("--config", type=path, help="YAML whose model.vq_model describes another tokenizer")
+    add(
+        "--data_path", type=path, required=True, help="folder of train/ and val/ with class folders"
     )
-    parser.add_argument(
-        "--config", type=path, help="YAML whose model.vq_model describes another tokenizer"
-    )
-    parser.add_argument(
-        "--data_path",
-        type=path,
-        required=True,
-        help="folder of train/ and val/, with class folders",
-    )
-    parser.add_argument(
-        "--layer", type=number(1, 1024), help="block of the encoder, from 1 (the last)"
-    )
-    parser.add_argument("--batch_size", type=number(1, 65_536), default=64, help="images (64)")
-    parser.add_argument(
-        "--num_workers", type=number(0, 1024), default=worker_count(), help="reading processes"
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="CUDA where there is one")
+    add("--layer", type=number(1, 1024), help="block of the encoder, from 1 (the last)")
+    add("--batch_size", type=number(1, 65_536), default=64, help="images (64)")
+    add("--num_workers", type=number(0, 1024), default=worker_count(), help="reading processes")
+    add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
     args = parser.parse_args(argv)
     opened = open_weights(args.tokenizer, TOKENIZER)
     tokenizer = load_tokenizer(opened, tokenizer_sizes(opened, args.config))

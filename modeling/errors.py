@@ -7,8 +7,8 @@ class InputError(Exception):
     The message is one line that names the thing and the remedy. Every program prints it after
     `error:` and exits with status 2; any other exception is a bug and keeps its traceback.
 
-    `option` is the option of a config class that is refused. The message then begins with this name,
-    so that whoever knows where the object lives in a config (`configs.load`) can prefix its path.
+    `option` names the refused option of a config class. The message then begins with this name, and
+    `configs.load` prefixes its path in the config.
     """
 
     def __init__(self, message: str, option: str = ""):

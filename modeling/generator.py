@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .fields import Options, option
 from .rotary import rotary_table, rotate, token_layout
 
-# The label of an image without a class. It is far from any other, so that a label that is wrong by
-# one is refused.
+# The label of an image without a class, far from others, so that an off-by-one label is refused.
 NO_CLASS = -(2**31)
 
 
@@ -152,7 +151,7 @@ class Backbone(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """Normalise in float32, cast back, then scale (the order that the weights were trained with)."""
+    """Normalise in float32, cast back, then scale, in the order of the published training."""
 
     def __init__(self, size: int, eps: float = 1e-5):
         super().__init__()
@@ -188,7 +187,7 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         v = qkv[:, :, 2].transpose(1, 2)  # (B, H, N, h)
-        # q and k together, as one operation of half the memory traffic: (B, N, 2, H, h).
+        # q and k in one operation, with half the memory traffic: (B, N, 2, H, h).
         scale = torch.stack([self.q_norm.weight, self.k_norm.weight]).unsqueeze(1)
         qk = rms_normalize(qkv[:, :, :2], self.q_norm.eps) * scale
         qk = rotate(qk, table[:, None, None]).type_as(v)
@@ -215,8 +214,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            # One product instead of two: x and its gradient are read and written once. Without
-            # gradients, joining the weights costs more than this saves.
+            # One product instead of two reads and writes x and its gradient once. Without gradients,
+            # joining the weights costs more.
             w13 = torch.cat([self.w1.weight, self.w3.weight])
             gate, up = F.linear(x, w13).chunk(2, -1)
         else:
@@ -284,12 +283,12 @@ class Generator(nn.Module):
         return self.output(self.norm(x))
 
     def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """`next_code_loss` from the last block's output (B, N, D). Compiled, it is one program that
-        writes its logits in the autocast type; outside of `forward`, accelerate makes them float32."""
+        """`next_code_loss` of the last block's output (B, N, D). Compiled, it is one program with logits in
+        the autocast type, which accelerate would convert to float32 outside `forward`."""
         return next_code_loss(self.logits(x), targets)
 
     def decayed(self) -> list[Tensor]:
-        """The parameters that weight decay shrinks: the matrices of attention, MLP and output."""
+        """The parameters with weight decay: the matrices of attention, MLP and output."""
         decayed = [self.output.weight]
         for module in self.modules():
             if isinstance(module, Attention):
@@ -299,7 +298,7 @@ class Generator(nn.Module):
         return decayed
 
     def new_cache(self, batch: int) -> KVCache:
-        """The state that `step` keeps between the positions of `batch` images."""
+        """The state of `step` for `batch` images."""
         return KVCache(self, batch)
 
     def step(self, rows: Tensor, cache: KVCache) -> Tensor:
@@ -316,7 +315,7 @@ class Generator(nn.Module):
 
 
 def build_generator(config: GeneratorConfig) -> Generator:
-    """A generator of these sizes; the one place that builds it, so that another backbone is tried here."""
+    """A generator of these sizes. Another backbone is built here."""
     return Generator(config)
 
 

@@ -1,4 +1,4 @@
-"""Codes to finished pixels: the decoder in the device's type, compiled if wanted."""
+"""Codes to uint8 images: the decoder in the device's type, optionally compiled."""
 
 import copy
 import warnings
@@ -18,10 +18,9 @@ DECODED_AT_ONCE = 64  # images; more do not fill a GPU better and take more memo
 class ImageDecoder:
     """Codes (B, T) -> images (B, S, S, 3), uint8, by ×255 and truncation as published.
 
-    `dtype` bfloat16 computes under autocast on CUDA, attention included; CPUs multiply large matrices
-    faster in float32 and do so whatever the type. `compiled` compiles the blocks for parts of `batch`
-    images, but at most DECODED_AT_ONCE; smaller parts are filled up. The tokenizer is not changed and
-    its weights are shared.
+    `dtype` bfloat16 means autocast on CUDA, attention included; CPUs always compute in float32, which is
+    faster for large matrices. `compiled` compiles the blocks for parts of at most `batch` and
+    DECODED_AT_ONCE images; smaller parts are padded. The weights are shared with the tokenizer.
     """
 
     @torch.inference_mode()
@@ -68,11 +67,11 @@ class ImageDecoder:
 
 
 def decodes_in_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 makes decoding faster: it does not on CPUs, whose large products are slower."""
+    """Whether bfloat16 makes decoding faster; on CPUs it does not."""
     return device.type == "cuda"
 
 
 def shallow_copy(module: Decoder) -> Decoder:
-    """Copies of all modules that share their parameters and buffers."""
+    """A copy of all modules that shares parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)

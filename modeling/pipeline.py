@@ -1,4 +1,4 @@
-"""Images from classes in three lines: both models from their weight files, on one device."""
+"""Images from classes in three lines of Python."""
 
 import tempfile
 import warnings
@@ -29,20 +29,19 @@ from .weights.opened import check_same_codes, config_of, load_tokenizer, open_we
 from .weights.runs import expanded
 from .weights.tensors import fingerprint, load_tensors, write_state_dict
 
-# Of a folder on the hub, or one that `save_pretrained` writes.
+# In a folder on the hub, or one of `save_pretrained`.
 FILES = ("generator.safetensors", "tokenizer.safetensors")
 
 
 class Pipeline:
     """A generator and a tokenizer with their weights, ready to make images.
 
-    `generator` and `tokenizer` are weights files or run folders, of which the newest checkpoint
-    counts (of the generator its average, if it has one). Files that this project wrote state their
-    sizes; of others the tensors show them. What no tensor shows of a tokenizer, its heads and whether
-    its decoder is causal, is that of `tokenizer_config`, by default as published.
+    `generator` and `tokenizer` are weights files, or run folders for their newest checkpoint (the average,
+    if there is one). Sizes come from metadata or tensors; what neither shows of a tokenizer, its heads
+    and whether its decoder is causal, comes from `tokenizer_config`, by default as published.
 
-    `device` is CUDA where there is one. `dtype` is that of the generator's matrices: by default
-    bfloat16 on CUDA, from Ampere on, and float32 elsewhere. `compiled` takes a minute first; it pays for
+    `device` is by default CUDA if there is a GPU. `dtype`, of the generator's matrices, is by default
+    bfloat16 on GPUs from Ampere on and float32 elsewhere. `compiled` takes a minute first, which pays for
     many images in batches of one size. Raises InputError for files or a device that do not fit.
     """
 
@@ -69,7 +68,7 @@ class Pipeline:
         self.to(str(found))
 
     def to(self, device: Optional[str]) -> "Pipeline":
-        """Move both models. Without a `dtype` of the caller's, it becomes the default of the device."""
+        """Move both models; a default `dtype` becomes that of the device."""
         self.device = find_device(device)
         self.dtype = self.asked_dtype or default_dtype(self.device)
         self.tokenizer.to(self.device)
@@ -85,10 +84,9 @@ class Pipeline:
     ) -> "Pipeline":
         """A pipeline from a folder that `save_pretrained` wrote, or from one on the hub (org/name).
 
-        `revision` is a commit, tag or branch on the hub: pin a commit, and the weights stay the same;
-        without it the newest of the main branch is taken. Both files come from one commit, which becomes
-        `pipeline.revision`. `options` are those of the class. Raises InputError where the hub does not
-        answer, and as the class does.
+        `revision` is a commit, tag or branch on the hub, by default the newest commit of the main branch;
+        a commit pins the weights. Both files come from one commit, `pipeline.revision`. `options` are
+        those of the class. Raises InputError if the hub does not answer, and as the class does.
         """
         folder, found = expanded(name), None
         if not folder.is_dir():
@@ -102,10 +100,9 @@ class Pipeline:
         return pipeline
 
     def save_pretrained(self, folder: str | Path, name: Optional[str] = None) -> None:
-        """Write generator.safetensors and tokenizer.safetensors, which say all that is needed, with
-        config.json and README.md, a model card.
+        """Write generator.safetensors and tokenizer.safetensors with config.json and a model card, README.md.
 
-        The card calls the models `name`, by default the folder. A README.md that is there is kept.
+        The card calls the models `name`, by default the folder. An existing README.md is kept.
         """
         folder = expanded(folder)
         state, (generator_file, tokenizer_file) = self.tokenizer.state_dict(), FILES
@@ -146,7 +143,7 @@ class Pipeline:
         return self.tokenizer.encode_photos(*photos)
 
     def decode(self, codes: Tensor) -> list[Any]:
-        """Codes (B, T) -> B images of PIL, computed as those of `__call__` are."""
+        """Codes (B, T) -> B PIL images, computed as in `__call__`."""
         self.tokenizer.check_codes(codes)
         return to_pil(self.decoder(codes.to(self.device)))
 
@@ -162,13 +159,12 @@ class Pipeline:
 
         A class is a number, a name ("golden retriever") or None: an image without a class, which
         guidance does not change. `sampling` are the fields of `modeling.sampling.Sampling`:
-        guidance_scale, guidance_scale_pow, guidance_schedule, randomize_temperature, top_k, top_p. Image i draws
-        from (seed, i) alone, as image i of sample_imagenet.py does: the same class, seed, settings
-        and precision make the same image, up to rounding that depends on the batch and on compiling.
-        With a list of N seeds image i is the first image of seed[i]. `prefix` (N, n) or (1, n) are the
-        codes that images begin with; a code `modeling.sampling.DRAWN` (-1) of it is drawn too. Raises
-        InputError for no classes or unknown ones, and for a seed, a prefix or settings that make no
-        sense.
+        guidance_scale, guidance_scale_pow, guidance_schedule, randomize_temperature, top_k, top_p. Image i
+        depends on its class, (seed, i), settings and precision, up to rounding that depends on the batch
+        and on compiling, like image i of sample_imagenet.py. With a list of N seeds, image i is the first
+        image of seed[i]. `prefix` (N, n) or (1, n) holds the first codes; a code
+        `modeling.sampling.DRAWN` (-1) in it is drawn. Raises InputError for no or unknown classes and
+        invalid seeds, prefixes or settings.
         """
         if output not in ("tensor", "pil"):
             raise InputError(f"output={output}: choose tensor or pil")
@@ -192,7 +188,7 @@ class Pipeline:
         return to_pil(images) if output == "pil" else images
 
     def uniforms(self, seed: int | Sequence[int], images: int) -> Tensor:
-        """The random numbers (images, T) of one seed, or of one per image."""
+        """The random numbers (images, T) of one seed, or of one seed per image."""
         alone = not isinstance(seed, Sequence) or isinstance(seed, str)
         seeds: list[Any] = [seed] if alone else list(seed)  # pyright: ignore[reportArgumentType]
         for each in seeds:
@@ -209,7 +205,7 @@ class Pipeline:
 
 
 def class_labels(classes: Sequence[int | str | None], names: ClassNames) -> Tensor:
-    """Classes by number, name or None as labels (N,), int64; anything else is refused."""
+    """The labels (N,), int64, of classes by number, name or None. Raises InputError."""
     try:
         items = None if isinstance(classes, str) else list(classes)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Pixels as numbers: uint8 as files hold them, float32 in [0, 1] as the models read and write them."""
+"""Conversion of pixels between uint8 (files), float32 in [0, 1] (models) and PIL images."""
 
 from typing import Any
 
@@ -12,15 +12,12 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images of any shape in [0, 1] -> uint8, by ×255 and truncation as published.
-
-    Values outside [0, 1] are clamped.
-    """
+    """Images of any shape, clamped to [0, 1] -> uint8, by ×255 and truncation as published."""
     return (images.clamp(0, 1) * 255).to(torch.uint8)
 
 
 def to_pil(images: Tensor) -> list[Any]:
-    """Images (B, S, S, 3), uint8 -> B images of Pillow, which is loaded only here."""
+    """Images (B, S, S, 3), uint8 -> B PIL images."""
     from PIL import Image
 
     return [Image.fromarray(image) for image in images.cpu().numpy()]

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 EMBED_PROB_DECAY = 0.99  # of the running share of tokens that choose each code
 COMMITMENT = 0.25
-# Where torch keeps how it multiplies float32 matrices: the backends and their operations.
+# The backends and operations whose float32 precision torch can set.
 FLOAT32_SETTINGS = (
     (torch.backends.cuda, "matmul"),
     (torch.backends.cudnn, "conv"),
-    (torch.backends.cudnn, "rnn"),  # torch wants both of cuDNN to agree
+    (torch.backends.cudnn, "rnn"),  # must equal that of "conv"
     (torch.backends.mkldnn, "matmul"),
     (torch.backends.mkldnn, "conv"),
 )
@@ -24,12 +24,12 @@ FLOAT32_SETTINGS = (
 def full_float32(device_type: str) -> Iterator[None]:
     """Products and convolutions of float32 tensors in full float32: no autocast, TF32 or bfloat16.
 
-    For eager code. A compiled graph keeps the setting that it was compiled under, so code that uses
-    this is an operator of its own there (`nearest_codes`), or is not compiled.
+    For eager code: a compiled graph keeps the setting of its compilation. Code that uses this must be a
+    custom operator (`nearest_codes`) or excluded from compilation.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device_type, enabled=False))
-        # Torch has these settings under old names too, and kernels raise where the two disagree.
+        # Torch has old names for these settings too, and kernels raise if the two disagree.
         matmul, cudnn = old_settings()
         for backend, operation in FLOAT32_SETTINGS:
             setting = getattr(backend, operation)
@@ -44,11 +44,8 @@ def full_float32(device_type: str) -> Iterator[None]:
 
 
 def old_settings() -> tuple[str, bool]:
-    """The precision of products, and whether cuDNN may use TF32, by torch's old names.
-
-    Torch refuses to read them where a program has set the new names alone. They are then what torch
-    starts with.
-    """
+    """The precision of products, and whether cuDNN may use TF32, by torch's old names; torch's defaults if
+    a program has set only the new ones, which makes torch refuse to read the old."""
     matmul, cudnn = "highest", True
     with suppress(RuntimeError):
         matmul = torch.get_float32_matmul_precision()
@@ -77,13 +74,13 @@ def _(z: Tensor, codebook: Tensor) -> Tensor:
 class VectorQuantizer(nn.Module):
     """Replaces each vector by the nearest of `codebook_size` codes by L2, without normalising them.
 
-    Distances, codes, loss and clustering are in full float32, whatever the autocast type and
-    whether TF32 is on. `clustering` adds the buffer `embed_prob`, which the inference format lacks.
-    Other modules see `forward`, `encode`, `lookup`, `before_update` and `training_only` alone.
+    Everything is computed in full float32, even under autocast or with TF32. `clustering` adds the buffer
+    `embed_prob`, which the inference format lacks. Other modules use only `forward`, `encode`, `lookup`,
+    `before_update` and `training_only`.
     """
 
     embed_prob: Tensor
-    training_only = ("embed_prob",)  # its tensors that neither codes nor vectors depend on
+    training_only = ("embed_prob",)  # tensors that do not affect codes or vectors
 
     def __init__(self, codebook_size: int, token_size: int, clustering: bool):
         super().__init__()
@@ -115,24 +112,21 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def before_update(self, z: Tensor) -> None:
-        """Clustering: move rarely used codes towards the encoder's output: one update, in place.
+        """Clustering: move rarely used codes towards the encoder's output, in place.
 
-        `z` (N, token_size) is this rank's share of the batch. Every code e moves towards the vector
-        of the whole batch that is closest to it, e <- (1-a)·e + a·closest with
-        a = exp(-10·codebook_size·p / (1-decay) - 1e-3) and p the running share of its tokens, so a
-        code in use stays where it is. Ranks exchange one candidate per code, never their distances;
-        the result equals that of one process with the concatenated batch.
+        `z` (N, token_size) is this rank's share of the batch. Every code e moves towards the closest
+        vector of the whole batch, e <- (1-a)·e + a·closest with
+        a = exp(-10·codebook_size·p / (1-decay) - 1e-3) and p the running share of its tokens, so codes in
+        use hardly move. Ranks exchange one candidate per code; the result equals that of one process.
 
-        Published training does this inside every forward pass, after the lookup and the loss, in
-        the discriminator's steps too. Nothing in the backward pass reads the codebook, so the
-        result is the same anywhere between that forward pass and the optimizer's step, which moves
-        the moved codes by the gradient of the lookup.
+        Published training does this at the end of every forward pass. The backward pass does not read the
+        codebook, so any time before the optimizer's step is equivalent.
         """
         z, codebook = z.float(), self.embedding.weight
         with full_float32(z.device.type):
             distances = squared_distances(z, codebook.float())
         codes = distances.argmin(1)
-        # Not bincount, which makes the host wait for the device.
+        # Not bincount, which syncs with the host.
         counts = torch.zeros_like(self.embed_prob)
         counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=counts.dtype))
         best, index = distances.min(0)

@@ -11,8 +11,7 @@ BASE = 10000.0
 def token_layout(seq_len: int) -> tuple[int, int]:
     """Grid g and prefix K of T = K + g² tokens (273 -> 16, 17).
 
-    The grid is the largest that fits into T. A layout has K = g + 1, g or 0; no T has two layouts, since
-    all three lie in g² … (g + 1)² - 1. Any other K means that T has none.
+    The grid is the largest that fits into T. Valid layouts have K = g + 1, g or 0, so T has at most one.
     """
     grid = math.isqrt(seq_len)
     return grid, seq_len - grid * grid
@@ -21,10 +20,9 @@ def token_layout(seq_len: int) -> tuple[int, int]:
 def rotary_table(seq_len: int, head_size: int) -> Tensor:
     """Cosine and sine of every position: (1 + seq_len, head_size / 2, 2), float32.
 
-    Row 0 (the class) is all zeros, cos and sin alike, so that the class token's q and k vanish:
-    odd, but the published weights were trained so. Rows 1…K rotate by 0…K-1 with all frequencies;
-    image token (r, c) uses half of the pairs for K + r and half for K + c. Without prefix tokens
-    (K = 0) the grid alone remains.
+    Row 0 (the class) is all zeros, cos and sin alike, so the class token's q and k vanish, as in the
+    training of the published weights. Rows 1…K rotate by 0…K-1 with all frequencies; image token (r, c)
+    uses half of the pairs for K + r and half for K + c.
     """
     grid, prefix = token_layout(seq_len)
     pairs = head_size // 2
@@ -44,9 +42,8 @@ def rotary_table(seq_len: int, head_size: int) -> Tensor:
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate interleaved pairs: x (…, h) and table (…, h / 2, 2), which broadcast -> float32.
 
-    A pair (a, b) becomes (a·cos - b·sin, b·cos + a·sin), computed as x·cos + swap(x)·(-sin, sin):
-    one expression per element, which compilers fuse with the norm before it, where separate halves
-    would be written out and joined again.
+    A pair (a, b) becomes (a·cos - b·sin, b·cos + a·sin), computed as x·cos + swap(x)·(-sin, sin), which,
+    unlike separate halves, compilers fuse with the preceding norm.
     """
     x = x.float()
     cos, sin = table.unbind(-1)  # (…, h / 2)

@@ -1,8 +1,8 @@
 """The rules of sampling: guidance, the draw of a code, and the plain loop that applies them.
 
-`sample_codes` is the readable twin of `engine.Engine`: it needs no preparation, is slower and draws
-the same codes. Shape suffixes are those of `modeling.generator`; N is B, or 2B with guidance (the
-images with their classes, then the same images with "no class").
+`sample_codes` is the slower, readable twin of `engine.Engine` and draws the same codes. Shape suffixes are
+those of `modeling.generator`; N is B, or 2B with guidance (the images with their classes, then with "no
+class").
 """
 
 import math
@@ -17,10 +17,10 @@ from .fields import Options, option
 from .generator import NO_CLASS, Backbone, GeneratorConfig
 
 SCHEDULES = ("power-cosine", "constant", "linear")
-# How `engine.Engine` computes attention, and in which type it keeps keys and values.
+# Options of `engine.Engine`: its attention, and the type of its cache.
 ENGINES = ("auto", "fused", "plain")
 CACHES = ("auto", "int8")
-DRAWN = -1  # in given codes: one that is not given
+DRAWN = -1  # marks codes to draw among given ones
 
 
 @dataclass
@@ -80,14 +80,14 @@ def guidance_schedule(
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set the logits (B, V) of all codes outside the top k, then of all outside the top p, to -inf.
 
-    The top-p set is the smallest set of most likely codes whose probability reaches `top_p`
-    (Holtzman et al. 2020). Codes as likely as the last one of the top k stay too.
+    The top-p set is the smallest set of most likely codes with a probability of at least `top_p`
+    (Holtzman et al. 2020). Codes as likely as the last one of the top k are kept too.
     """
     if 0 < top_k < logits.shape[1]:
         least = logits.topk(top_k, 1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p < 1:
-        # Stable, so that which of two equally likely codes is dropped does not depend on the device.
+        # Stable, so that ties do not depend on the device.
         ordered, place = logits.sort(dim=1, descending=True, stable=True)
         p = torch.softmax(ordered, 1)
         dropped = p.double().cumsum(1) - p >= top_p  # the more likely codes are enough without it
@@ -101,15 +101,14 @@ def draw_codes(
 ) -> Tensor:
     """One code per row: logits (B, V) float32 and uniforms (B,) in [0, 1) -> codes (B,).
 
-    Inverts the cumulative distribution: one uniform number per image and step is all the randomness
-    that there is, so the codes of an image depend on its own numbers alone.
+    Inverts the cumulative distribution, so the codes of an image depend only on its own uniform numbers.
     """
     logits = keep_likely(logits / temperature, top_k, top_p)
-    # In float64 the order in which a device adds does not matter for the code.
+    # In float64, so that the device's order of additions does not matter.
     cumulative = torch.softmax(logits, 1).double().cumsum(1)
     threshold = uniform.unsqueeze(1) * cumulative[:, -1:]
     codes = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
-    # Rounding can put the threshold on the total itself, one past the last code.
+    # Rounding can make the threshold the total itself, one past the last code.
     return codes.clamp(max=logits.shape[1] - 1)
 
 
@@ -122,13 +121,12 @@ def guide(logits: Tensor, scale: Tensor) -> Tensor:
 def check_classes(lowest: int, highest: int, classes: int) -> None:
     if lowest < 0 or highest >= classes:
         raise InputError(
-            f"class {lowest if lowest < 0 else highest} asked for: this model knows classes "
-            f"0…{classes - 1}"
+            f"class {lowest if lowest < 0 else highest} is unknown: this model has classes 0…{classes - 1}"
         )
 
 
 def check_prefix(prefix: Tensor, images: int, config: GeneratorConfig) -> None:
-    """Refuse given codes (images, n) that images of this model cannot have."""
+    """Refuse given codes (images, n) that do not fit the model."""
     count, n = prefix.shape
     if count != images:
         raise ValueError(f"prefixes of {count} images for {images} images")
@@ -160,10 +158,9 @@ def sample_codes(
 ) -> Tensor:
     """Draw the codes of one image per label: labels (B,), uniforms (B, T) -> codes (B, T), int64.
 
-    The readable twin of `engine.Engine`; tests hold their codes equal. With guidance both branches run
-    in one batch: logits = u + s_t·(c - u), where u is the "no class" branch, which is also that of the
-    label `NO_CLASS`. The first codes are those of `prefix` (B, n), if it is there, instead of drawn
-    ones, except where it is `DRAWN`. The model is in eval mode.
+    The readable twin of `engine.Engine`; tests compare their codes. With guidance both branches run in one
+    batch: logits = u + s_t·(c - u), where u is the "no class" branch. `prefix` (B, n) gives the first n
+    codes, except those that are `DRAWN`. The model must be in eval mode.
     """
     config, s = model.config, sampling
     T = config.image_seq_len
@@ -189,10 +186,7 @@ def sample_codes(
 
 
 class ReferenceEngine:
-    """`sample_codes` behind `engine.Engine`'s interface: slow, and for any backbone.
-
-    bfloat16 is computed under autocast.
-    """
+    """`sample_codes` with the interface of `engine.Engine`, for any backbone; bfloat16 by autocast."""
 
     def __init__(
         self, model: Backbone, batch: int, sampling: Sampling, dtype: torch.dtype = torch.float32

@@ -120,9 +120,9 @@ class Features(NamedTuple):
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, recompute: bool, first: int = 0) -> Tensor:
-    """Apply the blocks in turn; `recompute` keeps only their inputs for the backward pass.
+    """The output of the blocks for the tokens from `first` on; the last block computes no others.
 
-    Returns the tokens from `first` on; the last block computes no others.
+    `recompute` keeps only the blocks' inputs for the backward pass.
     """
     for number, block in enumerate(blocks, 1):
         start = first if number == len(blocks) else 0
@@ -193,8 +193,8 @@ class Decoder(nn.Module):
     def forward(self, vectors: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         """Vectors (B, T, token_size) -> images (B, 3, S, S) and, with a prefix head, the strip.
 
-        Of the first n = K + r·g vectors, r >= 1, it makes the first r rows of patches, (B, 3, r·p, S):
-        the same pixels as of all vectors where the decoder is causal.
+        The first n = K + r·g vectors, r >= 1, give the first r rows of patches, (B, 3, r·p, S); a causal
+        decoder makes the same pixels from all vectors.
         """
         x = self.tokens(vectors)  # (B, T, D)
         image = x[:, self.num_prefix_tokens :]
@@ -202,9 +202,9 @@ class Decoder(nn.Module):
         return images, self.strip(x)
 
     def tokens(self, vectors: Tensor) -> Tensor:
-        """Vectors (B, n, token_size) of the first n codes -> what the heads read, (B, n, D).
+        """Vectors (B, n, token_size) of the first n codes -> the heads' input, (B, n, D).
 
-        They attend to each other and to the buffer tokens; codes behind them do not exist.
+        The vectors attend only to each other and to the buffer tokens.
         """
         x = self.decoder_embed(vectors)  # (B, n, D)
         buffers = self.class_embedding.to(x.dtype).expand(len(x), -1, -1)
@@ -214,7 +214,7 @@ class Decoder(nn.Module):
         return self.ln_post(x[:, buffers.shape[1] :])
 
     def strip(self, x: Tensor) -> Optional[Tensor]:
-        """The auxiliary head's picture of the prefix tokens in x (B, n, D): (B, 3, p, K·p)."""
+        """The auxiliary head's image of the prefix tokens in x (B, n, D): (B, 3, p, K·p)."""
         if not hasattr(self, "ffn_aux"):
             return None
         prefix = x[:, : self.num_prefix_tokens]
@@ -244,7 +244,7 @@ class Tokenizer(nn.Module):
 
     @property
     def training_only(self) -> tuple[str, ...]:
-        """Tensors in stage 1's weights on which no code or image depends."""
+        """Tensors of stage 1 that do not affect codes or images."""
         return tuple(f"quantize.{name}" for name in self.quantize.training_only)
 
     def reset_parameters(self) -> None:
@@ -269,16 +269,16 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def start_at_own_patch(self) -> None:
-        """`own_patch`: in the first block every latent reads its own patch more than any other.
+        """`own_patch`: in the first block every latent attends most to its own patch.
 
-        The position of a latent is that of its patch plus noise of a quarter, and the attention of
-        the first block starts as identities, so that its weights follow the positions. Positions
-        alone do not suffice: with the published weights all attention starts uniform, and a small
-        tokenizer makes the mean image for hundreds of steps. The start is ours, after Trockman and
-        Kolter (2023), "Mimetic Initialization of Self-Attention Layers".
+        The position of a latent is that of its patch plus noise of a quarter, and the first block's
+        attention starts with identities, so that its weights follow the positions. With the published
+        weights all attention starts uniform, and a small tokenizer makes the mean image for hundreds
+        of steps. Ours, after Trockman and Kolter (2023), "Mimetic Initialization of Self-Attention
+        Layers".
         """
         encoder, grid, width = self.encoder, self.config.grid, self.config.encoder_width
-        # At least as large as a patch is after its embedding, or the pixels would decide.
+        # At least as large as an embedded patch, so that positions outweigh pixels.
         embedded = WEIGHT_STD * encoder.patch_embed.weight[0].numel() ** 0.5
         std = max(2 * width**-0.5, embedded)
         patches = nn.init.normal_(encoder.positional_embedding, std=std)
@@ -295,7 +295,7 @@ class Tokenizer(nn.Module):
                 nn.init.eye_(weight)
 
     def freeze_encoder(self) -> None:
-        """Stage 2: encoder, latent tokens and codebook keep their values; the decoder trains."""
+        """For stage 2: only the decoder trains."""
         self.latent_tokens.requires_grad_(False)
         self.encoder.requires_grad_(False)
         self.quantize.requires_grad_(False)
@@ -310,12 +310,12 @@ class Tokenizer(nn.Module):
         device: Optional[str] = None,
         revision: Optional[str] = None,
     ) -> "Tokenizer":
-        """A tokenizer in eval mode, on a device as `devices.find_device` chooses it.
+        """A tokenizer in eval mode on `device` (`devices.find_device`).
 
-        `name` is a weights file, a run folder, a folder that `Pipeline.save_pretrained` wrote, or one
-        on the hub (org/name), there at this `revision` (a commit, tag or branch). `config` is for files
-        that do not state their sizes, by default the published ones. Raises InputError where there are no
-        such weights, or they do not fit.
+        `name` is a weights file, a run folder, a folder of `Pipeline.save_pretrained`, or one on the hub
+        (org/name) at `revision`, a commit, tag or branch. `config` is for files that do not state their
+        sizes, by default the published ones. Raises InputError if there are no such weights, or they do
+        not fit.
         """
         from .weights import pretrained  # it builds tokenizers
 
@@ -325,9 +325,8 @@ class Tokenizer(nn.Module):
     def encode_photos(self, *photos: Any) -> Tensor:
         """Photos, each a path or a PIL image, -> codes (B, T), int64, on the tokenizer's device.
 
-        A photo is turned upright and cut to its middle square, as `evaluation.look` does, and encoded
-        in float32 without gradients. Raises InputError for what is not an image, and for one that is
-        smaller than the tokenizer's.
+        A photo is turned upright, cut to its middle square and encoded in float32 without gradients.
+        Raises InputError if it is not an image, or smaller than the tokenizer's images.
         """
         from .photos import photo_crop  # Pillow is loaded only here
 
@@ -339,7 +338,7 @@ class Tokenizer(nn.Module):
         return self.quantize.encode(latents)
 
     def decode_photos(self, codes: Tensor) -> list[Any]:
-        """Codes (B, T), int64 -> B images of PIL, without gradients. Raises InputError for other codes."""
+        """Codes (B, T), int64 -> B PIL images, without gradients. Raises InputError for invalid codes."""
         self.check_codes(codes)
         with torch.no_grad():
             pixels = self.decode(codes.to(self.latent_tokens.device))
@@ -368,7 +367,7 @@ class Tokenizer(nn.Module):
         return Features(kept[0][:, -self.config.num_tokens :], latents)
 
     def check_codes(self, codes: Tensor) -> None:
-        """Refuse what is not codes (B, T) of this tokenizer."""
+        """Raise InputError unless `codes` are codes (B, T) of this tokenizer."""
         tokens, known = self.config.num_tokens, self.config.codebook_size
         if codes.ndim != 2 or codes.shape[1] != tokens or codes.dtype != torch.int64:
             raise InputError(
@@ -384,14 +383,14 @@ class Tokenizer(nn.Module):
     def latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S), float in [0, 1] -> latents (B, T, token_size), before quantization.
 
-        A frozen encoder (`freeze_encoder`) runs in full float32 whatever the autocast type and
-        whether TF32 is on, so that the decoder learns the very codes that pretokenization writes.
+        A frozen encoder (`freeze_encoder`) runs in full float32, even under autocast or with TF32, so that
+        the decoder learns the codes that pretokenization writes.
         """
         if self.encoder_frozen:
             return self.exact_latents(images)  # pyright: ignore - torch types disable as it is not
         return self.encoder(images, self.latent_tokens)
 
-    @torch.compiler.disable  # a compiled graph would keep the precision that it was compiled under
+    @torch.compiler.disable  # a compiled graph would keep the precision of its compilation
     @torch.no_grad()
     def exact_latents(self, images: Tensor) -> Tensor:
         """`latents` in full float32, without gradients."""
@@ -405,7 +404,7 @@ class Tokenizer(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, T), int64 -> images (B, 3, S, S), float32 in [0, 1].
 
-        The first n = K + r·g codes alone, r >= 1, make the first r rows of patches (`Decoder`).
+        The first n = K + r·g codes, r >= 1, give the first r rows of patches (`Decoder`).
         """
         assert self.decoder is not None, "a tokenizer without decoder only encodes"
         return self.decoder(self.quantize.lookup(codes))[0]

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 class TokenizerAttention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D).
 
-    With `first`, only the tokens from there on attend, to all: (B, T, D) -> (B, T - first, D).
-
-    It runs in the autocast type, as in published training: the published model casts q, k and v to
-    float32, but under autocast PyTorch casts them back.
+    With `first`, only the tokens from there on attend, to all: (B, T, D) -> (B, T - first, D). It runs in
+    the autocast type, as in published training, where PyTorch casts the model's float32 q, k and v back.
     """
 
     def __init__(self, width: int, heads: int, causal: bool):

@@ -18,9 +18,9 @@ from ..errors import InputError
 
 @contextmanager
 def writing(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
-    """Turn a full disk or a missing permission into InputError, which names the place.
+    """Turn OSError, such as a full disk or a missing permission, into InputError that names the path.
 
-    `errors` are exceptions besides OSError by which the writer in the body reports such a failure.
+    `errors` are other exceptions by which the writer in the body reports such a failure.
     """
     try:
         yield
@@ -37,11 +37,10 @@ def writing(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A name to write to instead of `path`; then that file is synced and replaces `path`.
+    """A temporary name to write to; after the block that file is synced and replaces `path`.
 
-    So `path` is absent, unchanged or complete, even if the process or the machine stops. Its mode
-    follows the umask, whatever the library that writes it sets. Missing folders are created. Raises
-    InputError where it cannot be written.
+    So `path` is absent, unchanged or complete, even if the process or machine stops. Its mode follows
+    the umask. Missing folders are created. Raises InputError if it cannot be written.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")

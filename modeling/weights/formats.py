@@ -1,4 +1,4 @@
-"""What weight files look like in the field: kinds of files by their first bytes, wrapped tensors."""
+"""Formats of weight files in practice: file kinds by first bytes, and wrapped tensors."""
 
 import zipfile
 from pathlib import Path
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from ..errors import InputError
 
-# Entries under which training programs save a model beside its optimizer, losses or step.
-# `model_state` is that of the published tokenizer trainer, beside `criterion_state`.
+# Entries of models that training programs save beside optimizer, losses or step; `model_state` is the
+# published tokenizer trainer's.
 ENTRIES = (
     "model_state", "model_state_dict", "state_dict", "model", "module", "net", "network", "weights",
     "params", "tokenizer", "generator", "ema", "ema_state_dict", "ema_model", "model_ema",
     "state_dict_ema", "params_ema",
 )  # fmt: skip
-# Names of a wrapping module, in front of all tensor names of a file.
+# Names of wrapping modules, as prefixes of all tensor names of a file.
 PREFIXES = ("module", "model", "ema", "ema_model", "model_ema", "state_dict", "net", "generator",
             "tokenizer")  # fmt: skip
 # Names that torch.compile, FSDP and activation checkpointing insert at any depth.
@@ -26,7 +26,7 @@ SAFETENSORS, PYTORCH = "safetensors", "PyTorch"  # the kinds that hold weights
 
 
 def kind_by_content(path: Path) -> Optional[str]:
-    """`SAFETENSORS`, `PYTORCH`, or what else a file is and what to do; None where nobody can tell.
+    """`SAFETENSORS`, `PYTORCH`, or another kind of file with a remedy; None if unknown.
 
     Reads the first bytes, and the table of a zip archive. Raises OSError.
     """
@@ -62,11 +62,10 @@ def kind_of_zip(path: Path) -> Optional[str]:
 
 
 def unwrap(content: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors by their own names, and what was removed around them, outermost first.
+    """Tensors by their own names, and the removed wrappers, outermost first.
 
-    Takes a flat dict of tensors, or one that a training program has wrapped: in an entry (`ENTRIES`)
-    beside other things, behind a prefix of all names (`PREFIXES`), with names that wrappers insert
-    (`INSERTED`). Raises InputError where two candidates could be meant, or none.
+    Removes entries (`ENTRIES`) around the tensors, a common prefix (`PREFIXES`) of all names, and names
+    that wrappers insert (`INSERTED`). Raises InputError if there are several candidates, or none.
     """
     removed = []
     while True:
@@ -96,7 +95,7 @@ def unwrap(content: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def only(candidates: list[str], source: str) -> str:
-    """The one candidate, or InputError that names them all."""
+    """The only candidate. Raises InputError, naming all, if there are several."""
     if not candidates:
         raise no_tensors(source)
     if len(candidates) > 1:
@@ -112,7 +111,7 @@ def no_tensors(source: str) -> InputError:
 
 
 def renamed(content: dict[str, Tensor], part: str, source: str) -> dict[str, Tensor]:
-    """Every name without `part`; InputError where two names become one."""
+    """The tensors with `part` removed from all names. Raises InputError if two names become equal."""
     result: dict[str, Tensor] = {}
     for name, tensor in content.items():
         short = name.replace(part, "")

@@ -1,20 +1,18 @@
-"""What a weights file says of itself: the model, its sizes, the tokenizer of its codes, class names.
+"""The metadata of a weights file: the model, its sizes, the tokenizer of its codes, class names.
 
-Every weights file that this project writes has an entry `alitok`: a JSON text in the `__metadata__` of
-.safetensors, a dict in the `_metadata` of a state dict in PyTorch's format, where modules keep their
-versions and `load_state_dict` asks for no such name. Its content:
+Every weights file of this project has an entry `alitok`: a JSON text in the `__metadata__` of .safetensors, a
+dict in the `_metadata` of a PyTorch state dict, where `load_state_dict` ignores it. Its content:
 
     version     1
     kind        generator, tokenizer or discriminator
     config      the sizes of the model, by the names of its config (`SIZES`)
-    stage       of a tokenizer: of its training, 1 or 2; null where that is unknown
+    stage       of a tokenizer: 1 or 2; null if unknown
     tokenizer   fingerprint (`weights.fingerprint`) of the tokenizer whose codes a generator models,
-                or of the tokenizer itself; null where it is unknown
-    classes     of a generator: the names of its training set's classes, a label being an index into
-                them; null where they are unknown
-    untrained   of a generator: the labels among them that had no image in training
+                or of the tokenizer itself; null if unknown
+    classes     of a generator: the class names of its training set, by label; null if unknown
+    untrained   of a generator: the labels without images in training
 
-The sizes of other files are those that the shapes of their tensors show, and published head sizes.
+Sizes of other files come from tensor shapes and the published head size.
 """
 
 import json
@@ -29,7 +27,7 @@ from ..errors import InputError
 
 KEY, VERSION = "alitok", 1
 GENERATOR, TOKENIZER, DISCRIMINATOR = "generator", "tokenizer", "discriminator"
-# All that decides what a model computes, and the shapes of its tensors.
+# The sizes that determine a model's computation and tensor shapes.
 SIZES = {
     GENERATOR: (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "codebook_size",
@@ -44,8 +42,8 @@ SIZES = {
 }  # fmt: skip
 Named = Callable[[str, Any], str]
 HEAD_SIZE = 64  # of the published tokenizers
-UNSEEN = ("encoder_heads", "decoder_heads", "causal")  # shown by no tensor of a tokenizer
-# Of a tokenizer: those that decide its codes, and those of the decoder that both stages share.
+UNSEEN = ("encoder_heads", "decoder_heads", "causal")  # not visible in a tokenizer's tensors
+# Of a tokenizer: sizes that determine its codes, and sizes of the decoder that both stages share.
 ENCODER = tuple(
     name
     for name in SIZES[TOKENIZER]
@@ -57,9 +55,9 @@ FLAGS = ("causal", "prefix_head")  # the sizes that are true or false
 
 @dataclass(frozen=True)
 class About:
-    """What a file says of itself (see the module's docstring), or what its tensors show.
+    """The metadata of a file (see the module's docstring), or the same derived from its tensors.
 
-    `assumed` are published values of sizes that no tensor shows, of a file that does not state them.
+    `assumed` are published values of sizes that a file neither states nor shows.
     """
 
     kind: str
@@ -83,7 +81,7 @@ class About:
         return content
 
     def without_images(self, labels: Iterable[int]) -> list[int]:
-        """Those of the labels that the generator was not trained on; none where that is unknown."""
+        """The labels that the generator was not trained on; none if that is unknown."""
         if self.classes is None:
             return []
         known = len(self.classes)
@@ -92,11 +90,10 @@ class About:
     def sizes(
         self, chosen: Mapping[str, Any], source: object, named: Named = "{}={}".format
     ) -> dict[str, Any]:
-        """The sizes of this model. `chosen` are those that somebody has set; they hold where the file
-        states nothing and no tensor shows it.
+        """The sizes of this model. `chosen`, set by the user, replace only assumed ones.
 
-        Raises InputError where one of them contradicts the file (`source`); `named(name, value)` is
-        what the user has set, in words.
+        Raises InputError if one of them contradicts the file `source`; `named(name, value)` is how the
+        message calls it.
         """
         for name, size in self.config.items():
             set_to = chosen.get(name)
@@ -109,12 +106,12 @@ class About:
         return {**assumed, **self.config}
 
     def check_tensors(self, state: dict[str, Tensor], source: object) -> None:
-        """Raise InputError where a size contradicts the shapes of the file's tensors."""
+        """Raise InputError if a size contradicts the shapes of the file's tensors."""
         shown = shown_sizes(self.kind, state)
         if shown is None:
             raise InputError(
-                f"{source} says that it holds a {self.kind}, which its tensors are not: its metadata "
-                f"is wrong; export the weights again"
+                f"the metadata of {source} is wrong, its tensors are not those of a {self.kind}: export "
+                f"the weights again"
             )
         for name, size in shown.items():
             if self.config[name] != size:
@@ -132,7 +129,7 @@ def about_model(
     classes: Optional[Sequence[str]] = None,
     untrained: Iterable[int] = (),
 ) -> About:
-    """What a file with the weights of a model of this config says; see `About`."""
+    """The metadata for weights of a model with this config; see `About`."""
     sizes = {name: getattr(config, name) for name in SIZES[kind]}
     if kind == TOKENIZER:
         sizes["num_latent_tokens"] = config.num_tokens  # null stands for it in a config
@@ -141,9 +138,9 @@ def about_model(
 
 
 def parse(entry: Any, source: object) -> About:
-    """What an entry `alitok`, a dict or its JSON text, says; InputError names `source`."""
+    """Read an entry `alitok`, a dict or its JSON text. Raises InputError, naming `source`."""
     try:
-        # A dict goes through JSON too: then both formats hold the same types.
+        # A dict goes through JSON too, so that both formats have the same types.
         content = json.loads(entry if isinstance(entry, str) else json.dumps(entry))
         version = content["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
@@ -180,12 +177,9 @@ def damaged(source: object, reason: str) -> InputError:
     return InputError(f"the metadata of {source} is damaged ({reason}): export the weights again")
 
 
-# ---------------------------------------------------------------------- what shapes show
+# ---------------------------------------------------------------------- sizes from shapes
 def about_shapes(kind: str, state: dict[str, Tensor]) -> Optional[About]:
-    """What the shapes of a model's tensors show, with published values for what none of them shows.
-
-    None where the tensors are not those of such a model.
-    """
+    """The description of a model derived from its tensors; None if they are not of this kind."""
     shown = shown_sizes(kind, state)
     if shown is None:
         return None
@@ -203,10 +197,10 @@ def about_shapes(kind: str, state: dict[str, Tensor]) -> Optional[About]:
 
 
 def shown_sizes(kind: str, state: dict[str, Tensor]) -> Optional[dict[str, Any]]:
-    """The sizes that the shapes of a model's tensors show; None where they are of no such model.
+    """The sizes that tensor shapes show; None if the tensors are not of this kind.
 
-    The heads of a tokenizer, whether its decoder is causal, and the number of codes of a generator
-    show in no shape.
+    They show neither a tokenizer's heads, nor whether its decoder is causal, nor a generator's number of
+    codes per image.
     """
     show = {GENERATOR: generator_sizes, TOKENIZER: tokenizer_sizes}.get(kind)
     try:

@@ -1,4 +1,4 @@
-"""`open_weights`: the one answer to "which weights are these, and of what sizes?"."""
+"""`open_weights`: weights and their sizes, from files of any kind."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ T = TypeVar("T", bound=Any)  # a config
 
 @dataclass(frozen=True)
 class Opened:
-    """Weights that were opened: their file, its tensors (on the CPU, mapped), and what they are."""
+    """Opened weights: their file, its tensors (on the CPU, mapped), and their description."""
 
     file: Path
     state: dict[str, Tensor]
@@ -30,8 +30,8 @@ class Opened:
     ) -> T:
         """The config of the model: `base`, a dataclass, with the sizes of these weights.
 
-        `chosen` are the sizes that somebody has set (`About.sizes`). Raises InputError where one of them
-        contradicts the weights, and where no model has such sizes.
+        `chosen` are sizes that the user has set (`About.sizes`). Raises InputError if one of them
+        contradicts the weights, or if no model can have these sizes.
         """
         sizes = self.about.sizes(chosen or {}, self.file, named)
         try:
@@ -41,16 +41,16 @@ class Opened:
 
 
 def open_weights(path: str | Path, kind: str) -> Opened:
-    """The weights of a model of this kind: metadata first, else what the shapes of its tensors show.
+    """The weights of a model of this kind; their sizes come from metadata, else from tensor shapes.
 
-    `path` is a file, a run's folder or a checkpoint (`runs.find_weights`). Raises InputError where there are
-    no such weights, and where they are not whole.
+    `path` is a file, a run's folder or a checkpoint (`runs.find_weights`). Raises InputError if there are
+    no such weights, or if they are damaged.
     """
     return open_file(find_weights(path, kind), kind)
 
 
 def open_file(file: Path, kind: str) -> Opened:
-    """`open_weights` of a file that has been found and checked."""
+    """`open_weights` of a file that `find_weights` returned."""
     if kind == DISCRIMINATOR:  # also one beside a tokenizer, as in the published last.pth
         return Opened(file, read_part(file, "block_in.0.weight"), About(kind, {}))
     state, about = read_weights(file)
@@ -63,16 +63,14 @@ def open_file(file: Path, kind: str) -> Opened:
 
 
 def config_of(opened: Opened, config: Optional[TokenizerConfig]) -> TokenizerConfig:
-    """A tokenizer's sizes; `config` of the caller says what the weights do not, by default as published."""
+    """A tokenizer's sizes; `config`, by default the published one, gives those that the weights do not."""
     chosen = {} if config is None else about_model(TOKENIZER, config).config
     return opened.config(config or TokenizerConfig(), chosen, "tokenizer config: {}={}".format)
 
 
 def load_tokenizer(opened: Opened, config: TokenizerConfig, with_decoder: bool = True) -> Tokenizer:
-    """A tokenizer of either stage, in eval mode, on the CPU; the weights decide only what is computed.
-
-    Raises InputError where they do not fit the config.
-    """
+    """A tokenizer of either stage, in eval mode on the CPU. Raises InputError if the weights do not fit the
+    config."""
     with torch.device("meta"):  # random initial weights would cost seconds
         tokenizer = Tokenizer(config, with_decoder=with_decoder)
     tokenizer.to_empty(device="cpu")
@@ -83,7 +81,7 @@ def load_tokenizer(opened: Opened, config: TokenizerConfig, with_decoder: bool =
 
 
 def check_same_codes(generator: Opened, tokenizer: Opened) -> None:
-    """Refuse a generator with a tokenizer of other codes; what its file does not state is skipped."""
+    """Refuse a generator and a tokenizer of other codes; fields unknown on either side are skipped."""
     stated, tokens = generator.about, tokenizer.about.config["num_latent_tokens"]
     sizes = stated.config.get("image_seq_len", tokens), stated.config["codebook_size"]
     made = tokens, tokenizer.about.config["codebook_size"]

@@ -26,16 +26,16 @@ log = logging.getLogger(__name__)
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a .pth, .pt, .bin or .safetensors file, on the CPU, memory-mapped.
 
-    A checkpoint that wraps or prefixes them (`formats.unwrap`; the published trainer's `last.pth` is
-    one) is unwrapped, and a line in the log names what was removed. No code in the file is ever run
-    (`weights_only`). Raises InputError for a file that is missing, unreadable or damaged, that is of
-    another kind, that holds no tensors or two candidates, or whose metadata contradicts its tensors.
+    Wrapped tensors, as in the published trainer's `last.pth`, are unwrapped (`formats.unwrap`), and a line in
+    the log names the wrappers. No code in the file is run (`weights_only`). Raises InputError for a file
+    that is missing, unreadable, damaged or of another kind, that holds no tensors or several candidates,
+    or whose metadata contradicts its tensors.
     """
     return read_weights(path)[0]
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], Optional[About]]:
-    """`read_state_dict`, and what the file says of itself; None where somebody else wrote it."""
+    """`read_state_dict`, and the file's metadata; None in files of others."""
     content, entries = read_file(Path(path))
     state, removed = unwrap(content, str(path))
     say_unwrapped(path, removed)
@@ -49,9 +49,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], Optional[About]]:
 def read_part(path: str | Path, name: str) -> dict[str, Tensor]:
     """The tensors of one model in a file of several: those with the prefix of tensor `name`.
 
-    So the discriminator is read from the `criterion_state` of the published trainer's `last.pth`,
-    or from a file of its own. Raises InputError as `read_state_dict` does, and where no tensor, or
-    more than one, has this name.
+    The published trainer's `last.pth` has the discriminator in `criterion_state`. Raises InputError as
+    `read_state_dict` does, and unless exactly one tensor has this name.
     """
     content, _ = read_file(Path(path))
     entries = {"": content}
@@ -119,7 +118,7 @@ def read_file(path: Path) -> tuple[Any, dict]:
 
 
 def no_file(path: Path) -> InputError:
-    """For a path where no file is: with the weights that lie beside it, if any do."""
+    """For a missing file; names other weights beside it, if any."""
     beside = []
     if path.suffix == ".safetensors" and path.parent.is_dir():  # a run of the other kind
         beside = sorted(file.name for file in path.parent.glob("*.safetensors"))
@@ -135,7 +134,7 @@ def no_file(path: Path) -> InputError:
 
 
 def not_tensors(path: Path, error: Exception) -> InputError:
-    """For a file that could not be loaded, with torch's reason but without its advice."""
+    """For a file that cannot be loaded, with torch's reason without its advice."""
     text = str(error).strip()
     found = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", text, re.IGNORECASE)
     if found:
@@ -158,7 +157,7 @@ def write_state_dict(
     `about` goes into the file's metadata; the fingerprint of a tokenizer is computed here.
     """
     path = Path(path)
-    # A tensor that shares memory would be saved whole; clones keep the file to what is named.
+    # Clones, because torch would save the whole memory that a view shares.
     state = OrderedDict((k, v.detach().cpu().contiguous().clone()) for k, v in state.items())
     if about is not None and about.kind == TOKENIZER:
         about = dataclasses.replace(about, tokenizer=fingerprint(state))

@@ -287,7 +287,7 @@ def test_the_label_of_no_class_samples_from_the_row_that_no_class_has(model, sca
 
 
 def test_engine_refuses_a_class_that_the_model_lacks(model):
-    with pytest.raises(InputError, match=r"class 3 asked for: this model knows classes 0…2"):
+    with pytest.raises(InputError, match=r"class 3 is unknown: this model has classes 0…2"):
         Engine(model, 2, Sampling()).sample(torch.tensor([0, 3]), torch.rand(2, 7))
 
 

@@ -23,9 +23,10 @@ from evaluation.set_metrics import POOL
 from modeling.generator import next_code_loss
 from modeling.image_decoder import ImageDecoder
 from modeling.sampling import Sampling, sample_codes
-from modeling.tokenizer import Tokenizer
-from modeling.weights.metadata import TOKENIZER, about_model
-from modeling.weights.tensors import fingerprint, load_tensors, read_state_dict, write_state_dict
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights.metadata import TOKENIZER, about_model, tokenizer_sizes
+from modeling.weights.opened import load_tokenizer, open_weights
+from modeling.weights.tensors import fingerprint, write_state_dict
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
 from tests.tiny import tiny_cache, tiny_generator, tiny_tokenizer
@@ -142,7 +143,7 @@ class Signs(nn.Module):
     def __init__(self, codebook_size, token_size, clustering):
         super().__init__()
         assert codebook_size == 2**token_size
-        self.register_buffer("bits", 2 ** torch.arange(token_size), persistent=False)
+        self.register_buffer("bits", 2 ** torch.arange(token_size))
 
     def encode(self, z):
         return ((z > 0) * self.bits).sum(-1)
@@ -158,8 +159,15 @@ class Signs(nn.Module):
         return z + (self.lookup(codes) - z).detach(), codes, z.new_zeros(())
 
 
-def test_a_quantizer_trains_encodes_decodes_and_is_saved(monkeypatch, tmp_path):
+def sizes_with_signs(state):
+    """As of a codebook that holds the codes' signs."""
+    bits = len(state["encoder.conv_out.weight"])
+    return tokenizer_sizes({**state, "quantize.embedding.weight": torch.empty(2**bits, bits)})
+
+
+def test_a_quantizer_trains_encodes_decodes_and_is_opened(monkeypatch, tmp_path):
     monkeypatch.setattr(modeling.tokenizer, "VectorQuantizer", Signs)
+    monkeypatch.setattr(modeling.weights.metadata, "tokenizer_sizes", sizes_with_signs)
     config = tiny_tokenizer(patch_size=4, encoder_width=32, decoder_width=32)
     tokenizer, images = Tokenizer(config), torch.rand(4, 3, 16, 16)
     optimizer = torch.optim.Adam(tokenizer.parameters(), 1e-2)
@@ -178,10 +186,11 @@ def test_a_quantizer_trains_encodes_decodes_and_is_saved(monkeypatch, tmp_path):
         (codes.unsqueeze(-1) >> torch.arange(4)) & 1, (tokenizer.latents(images) > 0).long()
     )
 
-    write_state_dict(tokenizer.state_dict(), tmp_path / "t.safetensors")
-    again = Tokenizer(config)
-    load_tensors(again, read_state_dict(tmp_path / "t.safetensors"), "t")
-    pixels = ImageDecoder(again.eval(), torch.float32)(codes)
+    write_state_dict(tokenizer.state_dict(), tmp_path / "t.safetensors")  # states nothing
+    opened = open_weights(tmp_path / "t.safetensors", TOKENIZER)
+    heads = {"encoder_heads": 2, "decoder_heads": 2}
+    again = load_tokenizer(opened, opened.config(TokenizerConfig(**heads), heads))
+    pixels = ImageDecoder(again, torch.float32)(codes)
     assert torch.equal(pixels, ImageDecoder(tokenizer, torch.float32)(codes))
 
 

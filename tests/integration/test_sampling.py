@@ -102,7 +102,7 @@ def test_chunk_is_chosen_from_memory_once_and_kept(workspace, tmp_path):
 @pytest.mark.parametrize(
     "option, words",
     [
-        ("experiment.classes=[0,3]", ["class 3 asked for", "0…2"]),
+        ("experiment.classes=[0,3]", ["class 3 is unknown", "0…2"]),
         ("experiment.per_proc_batch_size=1000000000", ["images at once", "per_proc_batch_size="]),
         ("experiment.precision=tf32", ["tf32", "choose fp32 or bf16"]),
         ("experiment.prefix=none.npy", ["experiment.prefix=none.npy is not a file of codes"]),

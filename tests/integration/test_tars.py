@@ -106,7 +106,6 @@ def test_bad_tars_and_labels_are_one_line_and_leave_nothing(data, archive, runs,
     for source, options, words in (
         (cut, [], f"{cut}"),
         (archive, ["--split", "val"], f"no folder {archive}/val"),
-        (tmp_path / "flat", [], "list their classes (pretokenization.py --labels FILE)"),
         (tmp_path / "flat", ["--labels", labels], f"{labels} has 35 lines"),
         (tmp_path / "flat", ["--labels", tmp_path / "none"], f"the labels in {tmp_path}/none"),
     ):

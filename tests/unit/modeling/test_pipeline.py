@@ -73,7 +73,7 @@ def test_pipeline_refuses_files_in_the_wrong_order_and_unknown_classes(made):
         Pipeline(tokenizer, generator, tokenizer_config=SMALL)
     with pytest.raises(InputError, match="is not a tokenizer but a generator"):
         Pipeline(generator, generator, tokenizer_config=SMALL)
-    with pytest.raises(InputError, match="class 9 asked for"):
+    with pytest.raises(InputError, match="class 9 is unknown"):
         Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cpu")([9])
 
 

@@ -1,6 +1,5 @@
 """Reference statistics: from images, from other projects' files, or from our own."""
 
-import hashlib
 from pathlib import Path
 from typing import Any, Optional
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from data.identity import short_hash
 from data.tars import is_tar
 from evaluation.features import FeatureNetwork
 from evaluation.sources import npz_images, npz_keys, npz_values, open_images
@@ -87,7 +87,7 @@ def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
     manifold = values.get("pool_3")
     if manifold is not None and (manifold.shape[1:] != (pool,) or manifold.dtype.kind != "f"):
         raise InputError(f"{path} is damaged (pool_3): make it again with --save_stats")
-    digest = hashlib.sha256(b"".join(values[key].tobytes() for key in keys)).hexdigest()[:16]
+    digest = short_hash(b"".join(values[key].tobytes() for key in keys))
     try:
         height_width = tuple(map(int, values["size"])) if "size" in values else None
         return SetStatistics(

@@ -39,10 +39,11 @@ def print_table(result: dict[str, Any]) -> None:
     for warning in result["warnings"]:
         tqdm.write(f"warning: {warning}")
     samples, reference = result["samples"], result["reference"]
+    unknown = "unknown: the reference lacks its statistics"
     rows = [
         ("samples", describe_set(samples)),
         ("reference", describe_set(reference)),
-        *((name, format_metric(value)) for name, value in result["metrics"].items()),
+        *((name, unknown if x is None else f"{x:.4f}") for name, x in result["metrics"].items()),
     ]
     if result["partial"]:
         rows.insert(0, ("PARTIAL", f"{samples['images']} of {result['images_asked']} images"))
@@ -59,10 +60,6 @@ def table_of(
 def describe_set(summary: dict[str, Any]) -> str:
     count = f"{summary['images']} images" if summary["images"] else "statistics"
     return f"{summary['path']}: {count}, {summary['hash']}"
-
-
-def format_metric(value: Optional[float]) -> str:
-    return "unknown: the reference lacks its statistics" if value is None else f"{value:.4f}"
 
 
 # ---------------------------------------------------------------------- several results

@@ -53,7 +53,11 @@ class FolderImages:
 
     def __init__(self, folder: Path, crop: Optional[int] = None):
         self.name, self.crop = str(folder), crop
-        self.paths = sorted_paths(folder)
+        tree = read_tree(folder, INDEX_FOLDER if is_tar(folder) else None)
+        if tree.left_out:
+            PartialState().print(f"{folder}: images{describe_left_out(tree.left_out)}")
+        names = sorted(tree.images(), key=lambda name: name.split("/"))  # folder by folder
+        self.paths: list[ImagePath] = [tree.path_of(name) for name in names]
         if not self.paths:
             raise InputError(f"{folder} holds no images")
         height, width, colours = self.load(self.paths[0]).shape
@@ -76,14 +80,6 @@ class FolderImages:
                 )
             images[i] = loaded
         return images
-
-
-def sorted_paths(source: Path) -> list[ImagePath]:
-    """All images in a folder or tar, at any depth, sorted folder by folder."""
-    tree = read_tree(source, INDEX_FOLDER if is_tar(source) else None)
-    if tree.left_out:
-        PartialState().print(f"{source}: images{describe_left_out(tree.left_out)}")
-    return [tree.path_of(n) for n in sorted(tree.images(), key=lambda name: name.split("/"))]
 
 
 def map_npz(path: Path, key: str) -> np.ndarray:

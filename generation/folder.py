@@ -8,7 +8,6 @@ OUTPUT_codes.npz         their codes (N, T), uint16
 OUTPUT_grid.png          the first images as one picture, if wanted
 """
 
-import hashlib
 import json
 import shutil
 import zipfile
@@ -16,14 +15,15 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, Optional
 
 import numpy as np
 from accelerate import PartialState
-from torch import Tensor
 from tqdm import tqdm
 
+from data.identity import short_hash
 from data.pictures import picture_grid, with_captions, write_png
 from generation.images import ImageBatch, decode_stored, sample_images
 from generation.job import SamplingJob
@@ -77,15 +77,17 @@ class SampleFolder:
             **models.hashes, **unseen,
         }  # fmt: skip
         if self.codes is not None:
-            digest = hashlib.sha256(np.ascontiguousarray(self.codes).tobytes())
-            return {**settings, "codes": digest.hexdigest()[:16]}
+            return {**settings, "codes": short_hash(np.ascontiguousarray(self.codes).tobytes())}
         assert models.generator is not None
-        known = models.generator.config.condition_num_classes
+        known, prefix = models.generator.config.condition_num_classes, None
+        if job.prefix is not None:
+            codes = job.prefix.numpy().astype("<i8")
+            prefix = short_hash(f"{codes.shape[1]} ".encode() + codes.tobytes())
         return {
             **settings,
             **asdict(job.sampling),
             "classes": known if job.classes == tuple(range(known)) else shown_classes(job),
-            "prefix": None if job.prefix is None else prefix_hash(job.prefix),
+            "prefix": prefix,
             "seed": job.seed,
             "compile": job.compiled,
             "cache": job.cache,
@@ -210,7 +212,8 @@ class SampleFolder:
             shape = (self.count, config.num_tokens)
             concatenate_parts(parts, self.codes_file, "codes", shape, np.uint16)
             if self.grid:
-                images = first_images(parts, self.grid**2)
+                stored = (parts.read(number, "images") for number in range(parts.count))
+                images = np.stack(list(islice(chain.from_iterable(stored), self.grid**2)))
                 path = self.output.with_name(self.output.name + "_grid.png")
                 if self.codes is None and self.names is not None:
                     labels = self.job.labels(range(len(images))).tolist()
@@ -220,25 +223,9 @@ class SampleFolder:
             concatenate_parts(parts, self.images_file, "images", shape, np.uint8)
 
 
-def prefix_hash(prefix: Tensor) -> str:
-    """A hash of codes (M, n) and of n."""
-    codes = prefix.numpy().astype("<i8")
-    return hashlib.sha256(f"{codes.shape[1]} ".encode() + codes.tobytes()).hexdigest()[:16]
-
-
 def shown_classes(job: SamplingJob) -> list[int | str]:
     """The classes of a job as in options."""
     return [NONE if label == NO_CLASS else label for label in job.classes]
-
-
-def first_images(parts: Parts, count: int) -> np.ndarray:
-    """The first images, at most `count`: (n, S, S, 3), uint8."""
-    images: list[np.ndarray] = []
-    for number in range(parts.count):
-        if len(images) >= count:
-            break
-        images.extend(parts.read(number, "images"))
-    return np.stack(images[:count])
 
 
 def concatenate_parts(

@@ -268,16 +268,6 @@ def problem(path: Path) -> str | None:
     return None
 
 
-def check_format(path: Path) -> None:
-    """Raise InputError if a valid checkpoint has another format."""
-    found = json.loads((path / MANIFEST).read_text()).get("format")
-    if found != FORMAT:
-        raise InputError(
-            f"{path} has checkpoint format {found}, not {FORMAT}: resume it with the version that wrote "
-            f"it, or start a new run"
-        )
-
-
 def origin_of(path: Path) -> str | None:
     """The `origin` that `save` wrote."""
     try:
@@ -325,8 +315,13 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
     for path in reversed(candidates):
         reason = problem(path)
         if reason is None:
-            check_format(path)
-            return path, warnings
+            found = json.loads((path / MANIFEST).read_text()).get("format")
+            if found == FORMAT:
+                return path, warnings
+            raise InputError(
+                f"{path} has checkpoint format {found}, not {FORMAT}: resume it with the version that "
+                f"wrote it, or start a new run"
+            )
         warnings.append(f"checkpoint {path} is damaged: {reason}; trying the one before")
     if candidates:
         raise InputError(

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from experiments.alignment.ablation import stop_on_signals
 from experiments.alignment.commands import Chain, Commands, Step
 from tests.integration.conftest import ROOT
 from tests.refusals import refusal
@@ -111,8 +112,7 @@ def test_chains_run_at_once_with_their_share_of_the_cores(tmp_path, monkeypatch)
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "2"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_running_command_too(tmp_path, number):
+def test_a_signal_stops_the_running_command_too(tmp_path, monkeypatch):
     """The command runs in a session of its own, which the signal does not reach by itself."""
     file = tmp_path / "pid"
     sleeps = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
@@ -130,10 +130,14 @@ run(main)
         while not file.exists() or not file.read_text():
             assert study.poll() is None
             time.sleep(0.05)
-        study.send_signal(number)
+        study.send_signal(signal.SIGTERM)
         _, said = study.communicate(timeout=30)
     assert study.returncode == 130 and b"finished work is kept" in said
     with pytest.raises(ProcessLookupError):  # it may take a moment to end
         for _ in range(200):
             os.kill(int(file.read_text()), 0)
             time.sleep(0.05)
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    stop_on_signals()
+    assert handlers[signal.SIGINT] is handlers[signal.SIGTERM]

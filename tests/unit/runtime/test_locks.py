@@ -1,24 +1,24 @@
-import subprocess
-import sys
-from pathlib import Path
+import multiprocessing
+import time
 
 from runtime.files import lock_folder
 from tests.refusals import refusal
 
-ROOT = Path(__file__).parents[3]
-HOLD = (
-    "import sys; from pathlib import Path; from runtime.files import lock_folder;"
-    "held = lock_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
-)
+
+def hold(folder, held):
+    lock = lock_folder(folder)
+    held.set()
+    time.sleep(60)
+    lock.close()
 
 
 def test_a_folder_is_locked_by_the_living_and_free_after_the_dead(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert holder.stdout.readline() == "held\n"
+    fork = multiprocessing.get_context("fork")
+    held = fork.Event()
+    holder = fork.Process(target=hold, args=(tmp_path / "run", held))
+    holder.start()
+    assert held.wait(30)
     refusal(lambda: lock_folder(tmp_path / "run"), tmp_path / "run", "in use")
     holder.kill()
-    holder.communicate()
+    holder.join()
     lock_folder(tmp_path / "run").close()

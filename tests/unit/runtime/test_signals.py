@@ -4,53 +4,59 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[3]
-PROGRAM = """
-import os, signal, time
+# Signal, whether it was ignored, whether a launcher started the program; what it prints, its status.
+CASES = [
+    ("SIGTERM", False, True, "still here\n", 143),
+    ("SIGUSR1", False, True, "still here\n", 138),
+    ("SIGINT", False, True, "still here\n", 130),
+    ("SIGHUP", False, True, "still here\n", 129),
+    ("SIGINT", False, False, "", 130),  # the second Ctrl-C ends at once
+    ("SIGHUP", True, True, "still here\nnever\n", 0),
+]
+# A process per case, so that torch is imported once and all wait at once.
+PROGRAM = f"""
+import os, signal, sys, time
 from datetime import timedelta
-if {ignored}:
-    signal.signal(signal.{name}, signal.SIG_IGN)
 from runtime.signals import PATIENCE, StopSignal
-stop = StopSignal(timedelta(minutes=1))
-assert not stop.agreed()
-os.kill(os.getpid(), signal.{name})
-assert stop.agreed() != {ignored}
-os.kill(os.getpid(), signal.{name})
-print("still here", flush=True)  # the same request, passed on by someone else
-time.sleep(PATIENCE + 0.1)
-os.kill(os.getpid(), signal.{name})
-print("never", flush=True)
+
+def case(name, ignored, launched):
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)
+    if launched:
+        os.environ["TORCHELASTIC_RUN_ID"] = "1"
+    number = getattr(signal, name)
+    if ignored:
+        signal.signal(number, signal.SIG_IGN)
+    stop = StopSignal(timedelta(minutes=1))
+    assert not stop.agreed()
+    os.kill(os.getpid(), number)
+    assert stop.agreed() != ignored
+    os.kill(os.getpid(), number)
+    print("still here", flush=True)  # the same request, passed on by someone else
+    time.sleep(PATIENCE + 0.1)
+    os.kill(os.getpid(), number)
+    print("never", flush=True)
+
+children = []
+for i, (*given, _, _) in enumerate({CASES}):
+    if not (child := os.fork()):
+        os.dup2(os.open(f"{{sys.argv[1]}}/{{i}}", os.O_CREAT | os.O_WRONLY), 1)
+        case(*given)
+        os._exit(0)
+    children.append(child)
+print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 """
 
 
-def run(name, ignored=False, launcher="torchrun"):
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "1"}
-    if launcher is None:
-        del environment["TORCHELASTIC_RUN_ID"]
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(name=name, ignored=ignored)],
-        cwd=ROOT, capture_output=True, text=True, env=environment,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "name, status", [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130), ("SIGHUP", 129)]
-)
-def test_first_signal_asks_and_the_second_ends(name, status):
-    done = run(name)
-    assert done.stdout == "still here\n" and done.returncode == status, done.stderr
-
-
-def test_second_ctrl_c_ends_at_once_without_a_launcher():
-    done = run("SIGINT", launcher=None)
-    assert done.stdout == "" and done.returncode == 130, done.stderr
-
-
-def test_hang_up_that_is_ignored_stays_ignored():
-    done = run("SIGHUP", ignored=True)
-    assert done.stdout == "still here\nnever\n" and done.returncode == 0, done.stderr
+def test_first_signal_asks_and_the_second_ends(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    found = [
+        (*case[:3], (tmp_path / str(i)).read_text(), int(status))
+        for i, (case, status) in enumerate(zip(CASES, done.stdout.split()))
+    ]
+    assert found == CASES, done.stderr
 
 
 RANK = """

@@ -1,6 +1,6 @@
 """Score images against a reference, a tokenizer by its reconstructions, or a generator by its loss.
 
-python evaluate.py --samples output/alitok_b.npz --reference VIRTUAL_imagenet256_labeled.npz
+python evaluate.py --samples output/alitok_b.npz --reference weights/VIRTUAL_imagenet256_labeled.npz
 python evaluate.py --reference DIR --crop 256 --save_stats FILE.npz
 python evaluate.py --reconstruction --tokenizer weights/AliTok.pth --data_path imagenet --split val
 python evaluate.py --generator weights/alitok_b.bin --cache cache_alitok_val

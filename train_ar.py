@@ -354,7 +354,8 @@ def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
         run.log.say(f"warning: {printable(train.source)}: {unlike}")
     if len(shown) < configured:
         known = len(train.classes)
-        remedy = f"; set it to {known} for a model of the data's classes" * (known < configured)
+        fewer = known < configured and not run.resumed  # a resumed run keeps its number
+        remedy = f"; set it to {known} for a model of the data's classes" * fewer
         run.log.say(
             f"warning: {configured - len(shown)} of model.generator.condition_num_classes="
             f"{configured} classes have no image to train on: samples of them will mean nothing{remedy}"

@@ -1,6 +1,6 @@
 """Samples and scores a grid of guidance scales and powers: `python -m evaluation.sweep`.
 
-    python -m evaluation.sweep --reference VIRTUAL_imagenet256_labeled.npz --scales 8,12,16 \\
+    python -m evaluation.sweep --reference weights/VIRTUAL_imagenet256_labeled.npz --scales 8,12,16 \\
         --powers 1.0,1.4,1.8 --num_samples 10000 --output output/sweep \\
         config=configs/alitok_b.yaml experiment.generator_checkpoint=weights/alitok_b.bin
 

@@ -239,15 +239,18 @@ def test_classes_are_counted_in_the_data(train, tmp_path, state_classes):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_resumed_run_keeps_its_number_of_classes(train, tmp_path, state_classes):
+def test_a_resumed_run_keeps_its_number_of_classes(train, tmp_path, state_classes, capsys):
     """A preset's may be more than the data has; the command that resumes need not name the preset."""
     state_classes("condition_num_classes: 10,")
     whole = train("training.max_train_steps=2", "experiment.save_every=1")
+    assert "; set it to 3" in capsys.readouterr().out
     state_classes("")
     for stated in ([], ["model.generator.condition_num_classes=10"]):
         shutil.rmtree(tmp_path / "run/checkpoints/step-00000002")
         again = train("training.max_train_steps=2", "experiment.save_every=1", *stated)
         assert without_clock(again) == without_clock(whole)
+        said = capsys.readouterr().out
+        assert "samples of them will mean nothing" in said and "set it to 3" not in said
     assert read_weights(tmp_path / "run/generator.bin")[1].config["condition_num_classes"] == 10
 
 

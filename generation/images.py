@@ -12,8 +12,7 @@ from modeling.engine import Engine
 from modeling.image_decoder import DECODED_AT_ONCE, ImageDecoder
 from modeling.randomness import image_uniforms
 from modeling.sampling import ReferenceEngine
-from modeling.tokenizer import Tokenizer, TokenizerConfig
-from runtime.errors import InputError
+from modeling.tokenizer import Tokenizer
 
 
 class ImageBatch(NamedTuple):
@@ -99,12 +98,3 @@ def start_decoding(
         return on_host[0].numpy(), on_host[1].numpy()
 
     return wait
-
-
-def check_codebook(codes: np.ndarray, config: TokenizerConfig, source: str, remedy: str) -> None:
-    """Raise InputError with this source and remedy for codes outside the tokenizer's codebook."""
-    if codes.min() < 0 or codes.max() >= config.codebook_size:
-        raise InputError(
-            f"{source} holds codes {codes.min()}…{codes.max()}, but this tokenizer has "
-            f"0…{config.codebook_size - 1}: {remedy}"
-        )

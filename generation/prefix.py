@@ -18,7 +18,6 @@ from torch import Tensor
 from configs.schema import GeneratorExperiment
 from data.images import load_upright, photo_crop, to_float
 from encoding.encoder import encode
-from generation.images import check_codebook
 from modeling.photos import crop_geometry
 from modeling.sampling import DRAWN
 from modeling.tokenizer import Tokenizer, TokenizerConfig
@@ -31,9 +30,8 @@ KEYS = ("arr_0", "codes")  # in an .npz: of OUTPUT_DIR_codes.npz; of a cache's p
 def prefix_codes(experiment: GeneratorExperiment, tokenizer: Tokenizer) -> Optional[Tensor]:
     """The codes (M, n), int64, that image i begins with: row i mod M; None: all codes are drawn.
 
-    n is K + prefix_rows·g, or T where an image is edited, whose codes in the mask are `DRAWN`. Raises
-    InputError for a file that holds no such codes, and for an image that is smaller than the
-    tokenizer's.
+    n is K + prefix_rows·g or, for an edited image, T; codes in the mask are `DRAWN`. Raises InputError for
+    a file without such codes, and for an image smaller than the tokenizer's.
     """
     if experiment.edit is not None and experiment.mask is not None:
         return edited_codes(tokenizer, experiment.edit, experiment.mask)
@@ -54,12 +52,15 @@ def prefix_codes(experiment: GeneratorExperiment, tokenizer: Tokenizer) -> Optio
             f"experiment.prefix_mask=True masks an image, but experiment.prefix={path} holds codes: "
             f"set the image, or leave the mask out"
         )
-    return cut_codes(read_prefix(path, config), path, rows, config)
+    codes = torch.from_numpy(load_codes("prefix", path, config).astype(np.int64))
+    return cut_codes(codes, path, rows, config)
 
 
 # ---------------------------------------------------------------------- codes of a file
-def read_prefix(path: str, config: TokenizerConfig) -> Tensor:
-    """Codes (M, n), int64, n <= T, of an .npy or .npz with integers (M, n) or (n,)."""
+def load_codes(option: str, path: str, config: TokenizerConfig) -> np.ndarray:
+    """Codes (M, n), n <= T, of an .npy or .npz with integers (M, n) or (n,). Raises InputError, naming
+    `option`, for another file and for codes of another tokenizer."""
+    source, remedy = f"experiment.{option}={path}", "use codes of this tokenizer"
     try:
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
@@ -68,41 +69,33 @@ def read_prefix(path: str, config: TokenizerConfig) -> Tensor:
         codes = np.atleast_2d(loaded)
     except (OSError, ValueError, EOFError, StopIteration, zipfile.BadZipFile) as e:
         raise InputError(
-            f"experiment.prefix={path} is not a file of codes ({type(e).__name__}): use an .npy, an "
-            f"OUTPUT_DIR_codes.npz, or an image"
+            f"{source} is not a file of codes ({type(e).__name__}): use an OUTPUT_DIR_codes.npz or an .npy"
         ) from e
+    tokens, known = config.num_tokens, config.codebook_size
     if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
         raise InputError(
-            f"experiment.prefix={path} holds {codes.dtype} {codes.shape} instead of integers "
-            f"(images, codes)"
+            f"{source} holds {codes.dtype} {codes.shape} instead of integers (images, codes): {remedy}"
         )
-    if codes.shape[1] > config.num_tokens:
+    if codes.shape[1] > tokens:
         raise InputError(
-            f"experiment.prefix={path} is too long: {codes.shape[1]} codes, where images of this "
-            f"tokenizer have {config.num_tokens}; use codes of this tokenizer"
+            f"{source} holds {codes.shape[1]} codes per image, more than {tokens}: {remedy}"
         )
-    check_codebook(codes, config, f"experiment.prefix={path}", "use codes of this tokenizer")
-    return torch.from_numpy(codes.astype(np.int64))
+    if codes.min() < 0 or codes.max() >= known:
+        raise InputError(
+            f"{source} holds codes {codes.min()}…{codes.max()}, but this tokenizer has 0…{known - 1}: "
+            f"{remedy}"
+        )
+    return codes
 
 
 def read_codes(path: str, config: TokenizerConfig) -> np.ndarray:
-    """Codes (N, T), uint16, of an .npz as `OUTPUT_codes.npz`."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            codes = file["arr_0"]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+    """Codes (N, T), uint16, of whole images, as in `OUTPUT_codes.npz`."""
+    codes = load_codes("codes", path, config)
+    if codes.shape[1] < config.num_tokens:
         raise InputError(
-            f"experiment.codes={path} is not an .npz of codes ({type(e).__name__}): use an "
-            f"OUTPUT_DIR_codes.npz"
-        ) from e
-    remedy = "use the config of the run that made it"
-    fits = codes.ndim == 2 and codes.shape[1] == config.num_tokens and len(codes)
-    if not fits or codes.dtype.kind not in "iu":
-        raise InputError(
-            f"experiment.codes={path} holds {codes.dtype} {codes.shape} instead of integers "
-            f"(images, {config.num_tokens}): {remedy}"
+            f"experiment.codes={path} holds {codes.shape[1]} codes per image, not {config.num_tokens}: "
+            f"use experiment.prefix to complete images"
         )
-    check_codebook(codes, config, f"experiment.codes={path}", remedy)
     return codes.astype(np.uint16)
 
 

@@ -44,7 +44,7 @@ def test_classes_codes_and_grid(workspace, tmp_path):
     other = tmp_path / "other.npz"
     np.savez(other, codes[:, :20])
     done = workspace.sample(tmp_path / "c", f"experiment.codes={other}", check=False)
-    refused(done, other, "uint16 (7, 20) instead of integers (images, 21)")
+    refused(done, other, "20 codes per image, not 21")
     np.savez(other, codes + 32)
     done = workspace.sample(tmp_path / "c", f"experiment.codes={other}", check=False)
     refused(done, other, "this tokenizer has 0…31")

@@ -14,8 +14,8 @@ import evaluation.statistics
 from data.images import center_crop
 from evaluation.metrics import frechet_distance, in_order
 from evaluation.statistics import Collector
-from runtime.errors import InputError
 from tests.inception import TinyFeatures
+from tests.refusals import refusal
 from tests.tars import packed
 
 
@@ -43,15 +43,6 @@ def score(tmp_path, monkeypatch, capsys):
         return json.loads(last) if last.startswith("{") else None, said
 
     return start
-
-
-def refused(run, *words):
-    with pytest.raises(InputError) as caught:
-        run()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
 
 
 def write_folder(path, images):
@@ -160,12 +151,12 @@ def test_reference_of_larger_pictures_is_cropped_as_adm_does(score, tmp_path):
     assert result["reference"]["hash"] == expected["reference"]["hash"]
     (tmp_path / "large.tar").write_bytes(packed(tmp_path / "large"))
     assert score("--crop=8", reference="large.tar")[0]["metrics"] == expected["metrics"]
-    refused(lambda: score("--crop=8"), "reference.npz is not a folder")
+    refusal(lambda: score("--crop=8"), "reference.npz", "--crop")
     write_adm("adm.npz")
-    refused(
+    refusal(
         lambda: score("--crop=8", reference="adm.npz"), "adm.npz holds statistics: --crop takes"
     )
-    refused(lambda: score("--crop=0", reference="large"), "--crop: 0: choose 1 to 8192")
+    refusal(lambda: score("--crop=0", reference="large"), "--crop")
 
 
 def test_manifold_in_half_precision_is_said_and_changes_no_distance(score, monkeypatch):
@@ -246,26 +237,26 @@ def test_rows_come_in_order():
 
 # ---------------------------------------------------------------------- bad input
 def test_incomplete_set_is_refused_or_declared(score):
-    refused(lambda: score(count=21), "samples.npz is incomplete: 20 of 21", "--allow_partial")
+    refusal(lambda: score(count=21), "samples.npz", "20 of 21", "--allow_partial")
     result, said = score("--allow_partial", count=21)
     assert result["partial"] and result["images_asked"] == 21
     assert "PARTIAL    20 of 21 images" in said
 
 
 def test_incomplete_set_is_refused_before_the_reference_is_read(score):
-    refused(lambda: score(reference="none.npz"), "no none.npz")
-    refused(lambda: score(reference="none.npz", count=21), "incomplete")
+    refusal(lambda: score(reference="none.npz"), "none.npz")
+    refusal(lambda: score(reference="none.npz", count=21), "incomplete")
 
 
 def test_more_images_than_asked_are_refused(score):
-    refused(lambda: score(count=19), "20 images, 19 are expected", "--num_samples 20")
+    refusal(lambda: score(count=19), "20 images", "--num_samples 20")
 
 
 def test_images_of_another_size_than_the_references_are_refused(score):
     np.savez("large.npz", pictures(30, 1, 16))
-    refused(lambda: score(reference="large.npz"), "have 8x8 pixels, large.npz has 16x16")
+    refusal(lambda: score(reference="large.npz"), "8x8", "large.npz", "16x16")
     score("--save_stats=stats.npz", samples=None, reference="large.npz")
-    refused(lambda: score(reference="stats.npz"), "have 8x8 pixels")
+    refusal(lambda: score(reference="stats.npz"), "8x8")
 
 
 def test_sizes_are_compared_before_the_network_reads_an_image(score, monkeypatch):
@@ -275,13 +266,13 @@ def test_sizes_are_compared_before_the_network_reads_an_image(score, monkeypatch
 
     monkeypatch.setattr(evaluation.evaluator, "Inception", Unused)
     np.savez("large.npz", pictures(30, 1, 16))
-    refused(lambda: score(reference="large.npz"), "large.npz has 16x16")
+    refusal(lambda: score(reference="large.npz"), "large.npz", "16x16")
 
 
 def test_statistics_of_other_features_are_refused(score, monkeypatch):
     score("--save_stats=stats.npz", samples=None)
     monkeypatch.setattr(evaluation.evaluator, "Inception", lambda d, w: TinyFeatures(d, w, "other"))
-    refused(lambda: score(reference="stats.npz"), "other features (tiny, here other)")
+    refusal(lambda: score(reference="stats.npz"), "stats.npz", "tiny", "other")
 
 
 @pytest.mark.parametrize(
@@ -299,14 +290,14 @@ def test_statistics_of_other_features_are_refused(score, monkeypatch):
 )
 def test_unfit_statistics_are_refused(score, changed, words):
     write_adm("bad.npz", **changed)
-    refused(lambda: score(reference="bad.npz"), *words)
+    refusal(lambda: score(reference="bad.npz"), *words)
 
 
 def test_statistics_that_lack_a_moment_are_refused(score):
     np.savez("half.npz", mu=np.zeros(12), sigma=np.eye(12), mu_s=np.zeros(6))
-    refused(lambda: score(reference="half.npz"), "lacks sigma_s")
+    refusal(lambda: score(reference="half.npz"), "half.npz", "sigma_s")
     np.savez("half.npz", mu=np.zeros(12))
-    refused(lambda: score(reference="half.npz"), "lacks sigma")
+    refusal(lambda: score(reference="half.npz"), "half.npz", "sigma")
 
 
 def test_truncated_files_are_refused(score, tmp_path):
@@ -314,7 +305,7 @@ def test_truncated_files_are_refused(score, tmp_path):
         path = tmp_path / name
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        refused(score, name, "cut short")
+        refusal(score, name, "cut short")
         path.write_bytes(whole)
 
 
@@ -325,7 +316,7 @@ def test_features_that_are_not_finite_are_refused(score, monkeypatch):
         return features
 
     monkeypatch.setattr(evaluation.evaluator, "Inception", broken)
-    refused(score, "30 of 30 images of reference.npz", "NaN")
+    refusal(score, "30 of 30", "reference.npz", "NaN")
 
 
 def test_copies_and_few_images_are_warned_of(score):
@@ -343,7 +334,7 @@ def test_unpublished_weights_are_warned_of(score, monkeypatch):
 
 def test_one_image_has_no_covariance(score):
     np.savez("samples.npz", SAMPLES[:1])
-    refused(lambda: score(count=1), "one image")
+    refusal(lambda: score(count=1), "one image")
 
 
 @pytest.mark.parametrize(
@@ -352,9 +343,9 @@ def test_one_image_has_no_covariance(score):
         ([], ["needs --reference and --samples (or --save_stats)", "--reconstruction"]),
         (["--samples=a.npz"], ["scoring samples needs --reference"]),
         (["--reference=a.npz"], ["needs --samples (or --save_stats)"]),
-        (["--reference=a.npz", "--save_stats=b"], ["ends in .npz"]),
-        (["--reconstruction"], ["--reconstruction needs --data_path"]),
-        (["--generator=x.bin"], ["--generator needs --cache"]),
+        (["--reference=a.npz", "--save_stats=b"], ["--save_stats", ".npz"]),
+        (["--reconstruction"], ["--reconstruction", "--data_path"]),
+        (["--generator=x.bin"], ["--generator", "--cache"]),
         (["--classify"], ["--classify needs --cache and --generator"]),
         (
             ["--generator=x", "--cache=c", "--answers=a.csv"],
@@ -379,9 +370,9 @@ def test_one_image_has_no_covariance(score):
         ),
         (
             ["--reference=a.npz", "--samples=b.npz", "--batch_size=0"],
-            ["--batch_size: 0: choose 1 to 65536"],
+            ["--batch_size"],
         ),
     ],
 )
 def test_arguments_that_make_no_task_are_refused(argv, words):
-    refused(lambda: evaluate.main(argv), *words)
+    refusal(lambda: evaluate.main(argv), *words)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from evaluation.sources import ArrayImages, npz_images, npz_keys, npz_values, open_images
-from runtime.errors import InputError
+from tests.refusals import refusal
 from tests.tars import packed
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
@@ -66,15 +66,6 @@ def test_npz_is_mapped_not_loaded(tmp_path):
     assert isinstance(npz_images(tmp_path / "a.npz").array, np.memmap)
 
 
-def refused(make, *words):
-    with pytest.raises(InputError) as caught:
-        make()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message
-
-
 @pytest.mark.parametrize("compress", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_truncated_npz_is_refused(tmp_path, compress, share):
@@ -82,7 +73,7 @@ def test_truncated_npz_is_refused(tmp_path, compress, share):
     compress(path, PIXELS)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    refused(lambda: open_images(path), path, "cut short")
+    refusal(lambda: open_images(path), path, "cut short")
 
 
 def test_array_shorter_than_its_header_says_is_refused(tmp_path):
@@ -90,7 +81,7 @@ def test_array_shorter_than_its_header_says_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", PIXELS)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", (tmp_path / "a.npy").read_bytes()[:-10])
-    refused(lambda: open_images(path), path, "shorter than it says")
+    refusal(lambda: open_images(path), path, "shorter than it says")
 
 
 def test_damaged_compressed_npz_is_refused(tmp_path):
@@ -99,7 +90,7 @@ def test_damaged_compressed_npz_is_refused(tmp_path):
     data = bytearray(path.read_bytes())
     data[200:260] = bytes(60)
     path.write_bytes(data)
-    refused(lambda: open_images(path), path, "cut short")
+    refusal(lambda: open_images(path), path, "cut short")
 
 
 @pytest.mark.parametrize(
@@ -113,35 +104,35 @@ def test_damaged_compressed_npz_is_refused(tmp_path):
 )
 def test_other_shapes_and_types_are_refused(tmp_path, array, words):
     np.savez(tmp_path / "a.npz", array)
-    refused(lambda: open_images(tmp_path / "a.npz"), tmp_path / "a.npz", words)
-    refused(lambda: ArrayImages("memory", array), "memory", words)
+    refusal(lambda: open_images(tmp_path / "a.npz"), tmp_path / "a.npz", words)
+    refusal(lambda: ArrayImages("memory", array), "memory", words)
 
 
 def test_pickled_objects_are_never_loaded(tmp_path):
     path = tmp_path / "objects.npz"
     np.savez(path, arr_0=np.array([{}, []], dtype=object), mu=np.array([{}], dtype=object))
-    refused(lambda: open_images(path), path, "Python objects")
-    refused(lambda: npz_values(path, ["mu"]), path)
+    refusal(lambda: open_images(path), path, "Python objects")
+    refusal(lambda: npz_values(path, ["mu"]), path)
 
 
 def test_npz_of_other_things_is_named(tmp_path):
     np.savez(tmp_path / "a.npz", x=PIXELS, y=PIXELS)
-    refused(lambda: open_images(tmp_path / "a.npz"), "no arr_0 of images but x, y")
+    refusal(lambda: open_images(tmp_path / "a.npz"), "no arr_0 of images but x, y")
 
 
 def test_nothing_there_is_said(tmp_path):
-    refused(lambda: npz_keys(tmp_path / "none.npz"), f"no {tmp_path}/none.npz")
+    refusal(lambda: npz_keys(tmp_path / "none.npz"), f"no {tmp_path}/none.npz")
     (tmp_path / "empty").mkdir()
-    refused(lambda: open_images(tmp_path / "empty"), "holds no images")
+    refusal(lambda: open_images(tmp_path / "empty"), tmp_path / "empty")
 
 
 def test_images_of_two_sizes_in_a_folder_are_named(tmp_path):
     images = open_images(folder(tmp_path / "f", [*PIXELS[:3], PIXELS[3][:4]]))
-    refused(lambda: images.read(0, 4), "000003.png is 6x4 pixels, not 6x5 like 000000.png")
+    refusal(lambda: images.read(0, 4), "000003.png is 6x4 pixels, not 6x5 like 000000.png")
 
 
 def test_cut_picture_in_a_folder_is_named(tmp_path):
     images = open_images(folder(tmp_path / "f"))
     bad = tmp_path / "f/000004.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    refused(lambda: images.read(4, 5), f"unreadable image {bad}")
+    refusal(lambda: images.read(4, 5), f"unreadable image {bad}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Optional, TypeVar
 
-from configs.load import BROUGHT, CLASSES, tokenizer_config
+from configs.load import BROUGHT, CLASSES, resumed_run, tokenizer_config
 from configs.schema import COMMAND_LINE, GeneratorRun
 from modeling.tokenizer import TokenizerConfig
 from modeling.weights.opened import Opened
@@ -73,9 +73,10 @@ def with_classes(options: GeneratorRun, source: str, count: int) -> GeneratorRun
     if place is None:
         made = replace(made, condition_num_classes=count)
     elif known < count or (known > count and place == COMMAND_LINE):
-        raise InputError(
-            f"{name}={known} ({place}), but {source} has {count} classes: leave it out, or set {count}"
-        )
+        remedy = f"leave it out, or set {count}"
+        if place != COMMAND_LINE and resumed_run(options.experiment) is not None:
+            remedy = "start another run from these weights, with experiment.init_weights"
+        raise InputError(f"{name}={known} ({place}), but {source} has {count} classes: {remedy}")
     return options.changed(model=replace(options.model, generator=made))
 
 

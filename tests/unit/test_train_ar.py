@@ -254,6 +254,18 @@ def test_a_resumed_run_keeps_its_number_of_classes(train, tmp_path, state_classe
     assert read_weights(tmp_path / "run/generator.bin")[1].config["condition_num_classes"] == 10
 
 
+def test_more_classes_than_a_resumed_run_has_need_a_run_from_its_weights(
+    train, tmp_path, state_classes
+):
+    state_classes("")
+    train("training.max_train_steps=1")
+    more = f"dataset.params.pretokenization={write_cache(tmp_path / 'more', list('abcde'))}"
+    named = tmp_path / "run/config.yaml", "5 classes", "experiment.init_weights"
+    refusal(lambda: train(more, f"experiment.resume={tmp_path}/run", run="fork"), *named)
+    refusal(lambda: train(more), *named)
+    train(more, f"experiment.init_weights={tmp_path}/run", "training.max_train_steps=1", run="b")
+
+
 def test_a_run_without_a_tokenizer_says_nothing_of_its_sizes(train, tmp_path):
     """Any decoder of the codes may then sample from the run."""
     train("training.max_train_steps=1")

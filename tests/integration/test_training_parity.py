@@ -40,7 +40,7 @@ GENERATOR = """
 model:
   generator:
     {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, dropout: 0, attn_drop: 0,
-     tok_dropout: 0, class_label_dropout: 0}
+     tok_dropout: 0, class_label_dropout: 0, condition_num_classes: 1000}
 dataset: {params: {num_workers_per_gpu: 0}}
 experiment: {log_every: 1, eval_every: 0, generate_every: 0, save_every: 1000, log_grad_norm_every: 1}
 optimizer: {params: {learning_rate: 1.0e-3, beta1: 0.9, beta2: 0.96, weight_decay: 0.03}}

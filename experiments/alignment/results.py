@@ -32,6 +32,7 @@ METRICS = (
     Metric("recognised", "read as asked, %", ".1f", 100),
     Metric("codebook_use", "codes in use, %", ".1f", 100),
     Metric("fid_seen", "Fréchet distance to training crops", ".2f"),
+    Metric("fid_decoded", "Fréchet distance to reconstructions", ".2f"),
     Metric("rfid", "Fréchet distance of reconstructions", ".2f"),
     Metric("entropy", "entropy of codes, bits", ".2f"),
 )

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.tensors import fingerprint, write_state_dict
 from runtime.errors import InputError
+from tests.refusals import refusal
 from tests.tiny import STAGE1, tiny_generator, tiny_tokenizer
 from training import checkpoint
 
@@ -79,21 +81,19 @@ def test_pipeline_refuses_files_in_the_wrong_order_and_unknown_classes(made):
 
 @pytest.mark.parametrize(
     "classes, words",
-    [([], "at least one class number"), (1, "pass a list"), ([0.5], "pass a list"), ([-1], "-1")],
+    [([], "at least one"), (1, "list"), ([0.5], "list"), ([-1], "-1")],
 )
 def test_pipeline_refuses_classes_that_make_no_images(made, classes, words):
     *_, generator, tokenizer = made
     pipeline = Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cpu")
-    with pytest.raises(InputError, match=words):
-        pipeline(classes)
+    refusal(lambda: pipeline(classes), words)
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "1"])
 def test_pipeline_refuses_seeds_that_are_not_whole_numbers(made, seed):
     *_, generator, tokenizer = made
     pipeline = Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cpu")
-    with pytest.raises(InputError, match=f"seed {seed}: pass a whole number, 0 or more"):
-        pipeline([0], seed=seed)
+    refusal(lambda: pipeline([0], seed=seed), f"seed {seed}")
 
 
 def test_pipeline_warns_of_numbers_that_are_the_names_of_other_classes(recwarn):
@@ -110,8 +110,9 @@ def test_pipeline_refuses_unknown_settings_and_devices_that_are_not_there(made, 
     with pytest.raises(InputError, match=r"no sampling setting guidance: there are guidance_scale"):
         pipeline([0], guidance=4.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="device=cuda"):
-        Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cuda")
+    refusal(
+        lambda: Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cuda"), "device=cuda"
+    )
 
 
 def test_an_image_does_not_depend_on_what_is_made_with_it(made):
@@ -269,8 +270,7 @@ def test_a_saved_folder_makes_the_same_pipeline(stated, tmp_path):
     assert torch.equal(again(["bee"]), pipeline(["bee"])) and again.revision is None
     for file, mine in zip(stated, weights):
         assert (tmp_path / "saved" / mine).read_bytes() == Path(file).read_bytes()
-    with pytest.raises(InputError, match="revision=v1 is for the hub"):
-        Pipeline.from_pretrained(tmp_path / "saved", revision="v1")
+    refusal(lambda: Pipeline.from_pretrained(tmp_path / "saved", revision="v1"), "revision=v1")
 
 
 def test_a_saved_folder_has_a_model_card_and_a_config(stated, tmp_path, monkeypatch):
@@ -310,8 +310,7 @@ def test_a_path_starts_at_home(made, tmp_path, monkeypatch):
     for name in ("~/t.pth", "~/saved"):
         tokenizer = Tokenizer.from_pretrained(name, device="cpu", config=SMALL)
         assert torch.equal(tokenizer.latent_tokens, made[1].latent_tokens)
-    with pytest.raises(InputError, match=r"no weights at ~nobody-here/t\.pth"):
-        Tokenizer.from_pretrained("~nobody-here/t.pth")
+    refusal(lambda: Tokenizer.from_pretrained("~nobody-here/t.pth"), "~nobody-here/t.pth")
 
 
 def test_the_hub_keeps_each_commit_and_a_pinned_one_stays(stated, stub):
@@ -334,11 +333,8 @@ def test_the_hub_keeps_each_commit_and_a_pinned_one_stays(stated, stub):
 
 
 def test_a_hub_that_does_not_answer_is_one_line(stated, stub, monkeypatch):
-    with pytest.raises(InputError) as caught:
-        Pipeline.from_pretrained("me/digits", revision="abc")
-    message = str(caught.value)
-    assert "me/digits at revision abc (ConnectionError: no route to the hub)" in message
-    assert "\n" not in message
+    load = partial(Pipeline.from_pretrained, "me/digits", revision="abc")
+    refusal(load, "me/digits", "revision abc", "no route to the hub")
 
     def fail(*args, **kwargs):
         raise OSError("403 Forbidden")
@@ -351,14 +347,13 @@ def test_a_hub_that_does_not_answer_is_one_line(stated, stub, monkeypatch):
 def test_a_repository_of_something_else_is_refused(stub):
     (stub.root / "abc").mkdir()
     (stub.root / "abc/tokenizer.safetensors").touch()
-    with pytest.raises(InputError, match=r"me/digits on the hub has no generator\.safetensors$"):
-        Pipeline.from_pretrained("me/digits", revision="abc")
+    load = partial(Pipeline.from_pretrained, "me/digits", revision="abc")
+    refusal(load, "me/digits", "generator.safetensors")
 
 
 def test_without_the_hubs_client_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match="pip install huggingface_hub"):
-        Pipeline.from_pretrained("me/digits")
+    refusal(lambda: Pipeline.from_pretrained("me/digits"), "pip install huggingface_hub")
 
 
 def test_the_hubs_own_client_takes_what_it_is_called_with():

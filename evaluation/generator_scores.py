@@ -179,7 +179,8 @@ def warnings_of(store: TokenCache, generator: Generator) -> list[str]:
     if len(store.classes) != known:
         warnings.append(
             f"{store.folder} has {len(store.classes)} of the generator's {known} classes; a label is the "
-            f"rank of a folder's name, so missing folders shift the labels after them"
+            f"rank of a folder's name, so missing folders shift the labels after them; images without "
+            f"folders need pretokenization's --labels"
         )
     return warnings
 

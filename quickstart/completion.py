@@ -25,6 +25,7 @@ from modeling.generator import Generator
 from modeling.randomness import image_uniforms
 from modeling.tokenizer import Tokenizer
 from modeling.weights.tensors import load_tensors, read_state_dict
+from runtime.arguments import Parser, as_path
 from runtime.program import run
 
 COMPLETIONS, SEED = 5, 0
@@ -70,7 +71,16 @@ def block(
 
 
 def main(argv: list[str]) -> None:
-    folder, picture = Path(argv[0]), Path(argv[1])
+    parser = Parser(
+        prog="python -m quickstart.completion",
+        description="Complete the quickstart's digits: a picture.",
+    )
+    parser.add_argument(
+        "folder", type=as_path, help="of the quickstart's models: output/quickstart"
+    )
+    parser.add_argument("picture", type=as_path, help="the .png to write")
+    args = parser.parse_args(argv)
+    folder, picture = args.folder, args.picture
     tokenizer, generator, options = load_models(folder)
     first = {label: path for path, label in reversed(scan_images(folder / "data/val").samples)}
     classes = sorted(first)

@@ -9,7 +9,6 @@ codes and that of the digit's own codes.
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from modeling.randomness import image_uniforms
 from modeling.sampling import DRAWN
 from modeling.tokenizer import Tokenizer
 from quickstart.completion import load_models
+from runtime.arguments import Parser, as_path
 from runtime.program import run
 
 EDITS, SEED = 3, 0
@@ -64,7 +64,16 @@ def rows_of(name: str, changed: Tensor, drawn: Tensor) -> list[list[str]]:
 
 
 def main(argv: list[str]) -> None:
-    folder, picture = Path(argv[0]), Path(argv[1])
+    parser = Parser(
+        prog="python -m quickstart.editing",
+        description="Edit the quickstart's digits: a picture, and how often pixels stay.",
+    )
+    parser.add_argument(
+        "folder", type=as_path, help="of the quickstart's models: output/quickstart"
+    )
+    parser.add_argument("picture", type=as_path, help="the .png to write")
+    args = parser.parse_args(argv)
+    folder, picture = args.folder, args.picture
     stage2, generator, options = load_models(folder)
     stage1 = Tokenizer.from_pretrained(folder / "stage1", device="cpu")
     config, samples = stage2.config, scan_images(folder / "data/val").samples

@@ -35,6 +35,7 @@ from experiments.alignment.rows import (
 )
 from experiments.alignment.table import add_run, write_tables
 from runtime.arguments import Parser, as_path, number
+from runtime.errors import InputError
 from runtime.files import lock_folder
 from runtime.program import run
 
@@ -195,8 +196,13 @@ def looks_inside(root: Path, data: Path, rows: list[Row], seeds: list[int]) -> l
 
 
 def write_data(commands: Commands, output: Path, name: str) -> Path:
-    """The folder of a data set, written if it is one of ours."""
+    """The folder of a data set, written if it is one of ours. Raises InputError for a folder without its parts."""
     if name not in DATA:
+        missing = [part for part in ("train", "val") if not (Path(name) / part).is_dir()]
+        if missing:
+            raise InputError(
+                f"no {missing[0]}/ in {name}: pass a folder that holds train/ and val/"
+            )
         return Path(name)
     folder = output / "data" / name
     command = ["-m", DATA[name].module, str(folder)]

@@ -71,16 +71,21 @@ def test_the_mistake_of_a_command_is_the_last_word(tmp_path, images):
     broken = tmp_path / "broken"
     shutil.copytree(images, broken)
     shutil.rmtree(broken / "val")
+    (broken / "val").mkdir()
     done = study(tmp_path / "out", broken, "--rows", "causal", check=False)
     refused(done, "seed 42 causal: stage1 failed:")
 
 
-def test_a_misspelt_variation_ends_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "vary, said",
+    [
+        ("depth=3", "--vary depth=3: pass NAME=VALUE with one of position_init"),
+        ("data=configs", "no train/ in configs: pass a folder"),
+    ],
+)
+def test_a_variation_that_cannot_be_ends_in_one_line(tmp_path, vary, said):
     done = execute(
-        "experiments.alignment.ablation",
-        f"--output={tmp_path / 'out'}",
-        "--vary=depth=3",
-        check=False,
-    )
-    refused(done, "--vary depth=3: pass NAME=VALUE with one of position_init")
-    assert not (tmp_path / "out").exists()
+        "experiments.alignment.ablation", f"--output={tmp_path / 'out'}", f"--vary={vary}", check=False
+    )  # fmt: skip
+    refused(done, said)
+    assert not list(tmp_path.glob("out/vary"))

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.integration.conftest import execute
+from tests.integration.test_bad_input import refused
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs/tour.ipynb"
@@ -91,3 +92,10 @@ def test_digits_are_edited(models, tmp_path):
     # A causal decoder cannot change what comes before the first drawn code.
     assert rows[0][:2] == ["stage", "1,"] and rows[0][-3:] == ["100.0%"] * 3
     assert Image.open(tmp_path / "a.png").format == "PNG"
+
+
+@pytest.mark.parametrize("program", ["completion", "editing"])
+def test_a_picture_without_a_place_is_refused(program):
+    refused(
+        execute(f"quickstart.{program}", check=False), "arguments are required: folder, picture"
+    )

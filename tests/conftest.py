@@ -1,6 +1,7 @@
 """Shared pieces of the tests: the published figures and the weights that reach them."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ from tests.golden.fill import fill_value
 from tests.tiny import tiny_generator, tiny_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# A shell's background jobs ignore SIGINT, and so would the programs that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -97,7 +97,7 @@ def is_run(folder: Path) -> bool:
 
 
 def resumed_run(experiment: Experiment) -> Optional[Path]:
-    """The folder of the run that a start goes on with; None: it begins a new one."""
+    """The folder of the run that a start resumes; None if it begins a new one."""
     own, named = Path(experiment.output_dir), experiment.resume
     if all_checkpoints(own):
         return own
@@ -107,8 +107,8 @@ def resumed_run(experiment: Experiment) -> Optional[Path]:
 
 
 def sizes_of_resumed(schema: type, experiment: Experiment) -> dict[str, Written]:
-    """The sizes that the run has which is resumed, as its config.yaml says: a command need not repeat
-    what its data or its initial weights brought, which may be gone."""
+    """The sizes of the resumed run, from its config.yaml: a command need not repeat what the run's data or
+    initial weights brought, which may be gone."""
     folder = resumed_run(experiment)
     if folder is None or not (folder / "config.yaml").is_file():
         return {}

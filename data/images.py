@@ -127,7 +127,7 @@ def list_classes(tree: FileTree) -> ImageListing:
 
 
 def list_labelled(tree: FileTree, labels: str | Path) -> ImageListing:
-    """The images with classes from a file, in the order that class folders would give them."""
+    """The images with their classes from a file, sorted as from class folders."""
     images = tree.images()
     if not images:
         raise InputError(f"{tree.root} holds no images ({', '.join(IMG_EXTENSIONS)})")

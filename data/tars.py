@@ -196,7 +196,7 @@ def list_members(path: Path) -> Members:
 
 
 def walk(path: Path, start: int, end: int, where: str) -> Iterator[Member]:
-    """The members of the tar in bytes `start` … `end` - 1 of a file, which errors call `where`."""
+    """The members of the tar in bytes `start` … `end` - 1 of a file; `where` names it in errors."""
     if start == end:
         raise InputError(f"{where} is empty: it holds no bytes; download or pack it again")
     try:

@@ -45,7 +45,7 @@ from runtime.files import lock_folder, sync_folder, writing
 from runtime.parts import Parts, check_settings, differing
 from runtime.processes import on_main
 
-BATCHES_PER_PART = 16  # a killed run loses at most so many per process
+BATCHES_PER_PART = 16  # a killed run loses at most this many per process
 COMPARED_BATCHES = 2  # also encoded in float32, to report how often another precision agrees
 # Facts of an image are four int64: readable, rotated by EXIF, size in bytes, modification time in seconds.
 

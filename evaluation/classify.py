@@ -41,8 +41,8 @@ def class_nats(
 ) -> Tensor:
     """-log p(codes | class), in nats, of every view under every class: (images, views, classes), float32.
 
-    Those of this process's share, on the model's device, and 0 elsewhere. `batch` is the number of sequences, pairs
-    of a view and a class, that run at once.
+    Those of this process's share, on the model's device, and 0 elsewhere. At most `batch` sequences run at
+    once; a sequence is a view under a class.
     """
     device, classes = next(model.parameters()).device, model.config.condition_num_classes
     nats = torch.zeros(store.images * store.views, classes, device=device)

@@ -32,6 +32,15 @@ COMPLETIONS, SEED = 5, 0
 ENLARGED, MARGIN = 2, 2
 
 
+def places(argv: list[str], program: str, description: str) -> tuple[Path, Path]:
+    """The folder of the quickstart's models and the picture to write, as a program here is told them."""
+    parser = Parser(prog=f"python -m quickstart.{program}", description=description)
+    parser.add_argument("folder", type=as_path, help="the models' folder: output/quickstart")
+    parser.add_argument("picture", type=as_path, help="the .png to write")
+    args = parser.parse_args(argv)
+    return args.folder, args.picture
+
+
 def load_models(folder: Path) -> tuple[Tokenizer, Generator, GeneratorRun]:
     """The quickstart's tokenizer of stage 2 and its generator, with the options of the latter's run."""
     options = configs.load.load(GeneratorRun, [f"config={folder / 'generator/config.yaml'}"])
@@ -71,16 +80,7 @@ def block(
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="python -m quickstart.completion",
-        description="Complete the quickstart's digits: a picture.",
-    )
-    parser.add_argument(
-        "folder", type=as_path, help="of the quickstart's models: output/quickstart"
-    )
-    parser.add_argument("picture", type=as_path, help="the .png to write")
-    args = parser.parse_args(argv)
-    folder, picture = args.folder, args.picture
+    folder, picture = places(argv, "completion", "Complete the quickstart's digits: a picture.")
     tokenizer, generator, options = load_models(folder)
     first = {label: path for path, label in reversed(scan_images(folder / "data/val").samples)}
     classes = sorted(first)

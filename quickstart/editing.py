@@ -23,8 +23,7 @@ from modeling.engine import Engine
 from modeling.randomness import image_uniforms
 from modeling.sampling import DRAWN
 from modeling.tokenizer import Tokenizer
-from quickstart.completion import load_models
-from runtime.arguments import Parser, as_path
+from quickstart.completion import load_models, places
 from runtime.program import run
 
 EDITS, SEED = 3, 0
@@ -64,16 +63,8 @@ def rows_of(name: str, changed: Tensor, drawn: Tensor) -> list[list[str]]:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="python -m quickstart.editing",
-        description="Edit the quickstart's digits: a picture, and how often pixels stay.",
-    )
-    parser.add_argument(
-        "folder", type=as_path, help="of the quickstart's models: output/quickstart"
-    )
-    parser.add_argument("picture", type=as_path, help="the .png to write")
-    args = parser.parse_args(argv)
-    folder, picture = args.folder, args.picture
+    description = "Edit the quickstart's digits: a picture, and how often pixels stay."
+    folder, picture = places(argv, "editing", description)
     stage2, generator, options = load_models(folder)
     stage1 = Tokenizer.from_pretrained(folder / "stage1", device="cpu")
     config, samples = stage2.config, scan_images(folder / "data/val").samples

@@ -20,10 +20,11 @@ from accelerate import PartialState
 
 from configs.sizes import tokenizer_sizes
 from data.loader import worker_count
-from evaluation.classify import classify_cache, show_classification
+from evaluation.classify import accuracy, classify_cache
 from evaluation.evaluator import FEATURES, STANDARD_COUNT, Evaluator, check_count, open_network
 from evaluation.features import FeatureNetwork, Inception
-from evaluation.generator_scores import PRECISIONS, score_generator, show_generator
+from evaluation.generator_scores import PRECISIONS, score_generator, show, table
+from evaluation.likelihood import Share
 from evaluation.lpips import LPIPS
 from evaluation.references import save_statistics
 from evaluation.report import print_result
@@ -187,21 +188,26 @@ def if_there(figure: str, build: Callable[[], T], missing: list[str]) -> Optiona
 def evaluate_generator(args: argparse.Namespace, processes: PartialState) -> None:
     picture = args.picture or "output/generator.png"
     on_main(lambda: try_to_write(picture))
+    share = share_of(args, processes)
     result = score_generator(
-        args.generator, args.compare, args.cache, picture, processes,
-        args.batch_size, args.num_workers, args.precision,
-    )  # fmt: skip
-    show_generator(result)
+        args.generator, args.compare, args.cache, picture, share, args.precision
+    )
+    if result:
+        show(result, *(table(scored) for scored in (result, *result["compared"])))
 
 
 def classify(args: argparse.Namespace, processes: PartialState) -> None:
     if args.answers:
         on_main(lambda: try_to_write(args.answers))
-    result = classify_cache(
-        args.generator, args.cache, args.answers, processes,
-        args.batch_size, args.num_workers, args.precision,
-    )  # fmt: skip
-    show_classification(result)
+    share = share_of(args, processes)
+    result = classify_cache(args.generator, args.cache, args.answers, share, args.precision)
+    if result:
+        show(result, accuracy(result))
+
+
+def share_of(args: argparse.Namespace, processes: PartialState) -> Share:
+    rank, world = processes.process_index, processes.num_processes
+    return Share(args.batch_size, rank, world, args.num_workers)
 
 
 def check_evaluator(args: argparse.Namespace, processes: PartialState) -> None:

@@ -30,7 +30,7 @@ from data.tokens import TokenCache, TrainTokens, open_tokens
 from data.tree import describe_left_out, refuse_inside
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
-from evaluation.likelihood import Likelihood, measure_likelihood
+from evaluation.likelihood import Likelihood, Share, measure_likelihood
 from modeling.compiling import compile_training
 from modeling.generator import Generator, build_generator
 from modeling.randomness import image_uniforms
@@ -364,54 +364,63 @@ def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
 
 def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData) -> None:
     """The validation, samples and gFID that are due after a step."""
-    options, log = run.options, run.log
-    evaluates = due.evaluate and data.validation is not None
+    validation = data.validation if due.evaluate else None
     generates = due.generate and bool(run.experiment.generate_every)
     with run.reporting(step, due):
-        if not (evaluates or generates):
+        if validation is None and not generates:
             return
         # Eager: odd batch sizes are not worth compiling for.
         with torch.compiler.set_stance("force_eager"):
             generator = state.to_evaluate()
-            if evaluates:
-                store = data.validation
-                assert store is not None, "evaluates says so"
-                share = run.attempt("validation", lambda: validate(run, generator, store))
-                if share is not None:
-                    figures = share.reduced().figures()
-                    values = run.checkpoint.values
-                    logged = on_main(lambda: run.log.lowest("val/loss"))
-                    best = min(values.get("best", float("inf")), logged)
-                    if figures["nats"] < best:  # before the record, which says that this is done
-                        values["best"] = figures["nats"]
-                        run.export(generator, "generator_best", ".bin", state.about)
-                    log.metrics(
-                        step, {"val/loss": figures["nats"], "val/accuracy": figures["top1"]}
-                    )
+            if validation is not None:
+                report_validation(run, step, generator, validation, state.about)
             if generates:
-                assert data.tokenizer is not None, "generate_every loads the tokenizer"
-                tokenizer, evaluator = data.tokenizer, data.evaluator
-                grid = run.attempt(
-                    "sampling", lambda: sample_grid(run.accelerator, generator, tokenizer, options)
-                )
-                if grid is not None:
-                    captions = [
-                        data.names.caption(label) for label in grid_labels(options).tolist()
-                    ]
-                    log.images(step, "samples", grid, GRID_CLASSES, captions)
-                if evaluator is not None:
-                    scores = in_training.GeneratedScores(evaluator, generator, tokenizer, options)
-                    measured = run.attempt("gFID", scores.measure)
-                    values = None if measured is None else run.attempt("gFID", measured.reduced)
-                    if values is not None:
-                        log.metrics(step, values)
+                report_samples(run, step, generator, data)
+
+
+def report_validation(
+    run: Run, step: int, generator: Generator, store: TokenCache, about: About
+) -> None:
+    """Log the loss of held-out codes, and export the weights with the lowest one."""
+    found = run.attempt(
+        "validation", lambda: validate(run, generator, store), lambda share: share.reduced()
+    )
+    if found is None:
+        return
+    figures, values = found.figures(), run.checkpoint.values
+    logged = on_main(lambda: run.log.lowest("val/loss"))
+    if figures["nats"] < min(values.get("best", float("inf")), logged):
+        values["best"] = figures["nats"]
+        run.export(generator, "generator_best", ".bin", about)
+    # The record comes last, because it says that the export is done.
+    run.log.metrics(step, {"val/loss": figures["nats"], "val/accuracy": figures["top1"]})
+
+
+def report_samples(run: Run, step: int, generator: Generator, data: GeneratorData) -> None:
+    """Log a grid of samples and, with a reference, their gFID."""
+    assert data.tokenizer is not None, "generate_every loads the tokenizer"
+    tokenizer, evaluator, options = data.tokenizer, data.evaluator, run.options
+    grid = run.attempt(
+        "sampling", lambda: sample_grid(run.accelerator, generator, tokenizer, options)
+    )
+    if grid is not None:
+        captions = [data.names.caption(label) for label in grid_labels(options).tolist()]
+        run.log.images(step, "samples", grid, GRID_CLASSES, captions)
+    if evaluator is not None:
+        values = run.attempt(
+            "gFID",
+            lambda: in_training.collect_samples(evaluator, generator, tokenizer, options),
+            lambda share: in_training.metrics_of(evaluator, share, "gFID"),
+        )
+        if values is not None:
+            run.log.metrics(step, {f"val/{name}": value for name, value in values.items()})
 
 
 def validate(run: Run, model: nn.Module, store: TokenCache) -> Likelihood:
     """This rank's share of the likelihood of the held-out views, in the precision of training."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     with run.accelerator.autocast():
-        return measure_likelihood(model, store, run.training.per_gpu_batch_size, rank, world)
+        return measure_likelihood(model, store, Share(run.training.per_gpu_batch_size, rank, world))
 
 
 @torch.no_grad()

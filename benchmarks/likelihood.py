@@ -21,7 +21,7 @@ from benchmarks.generator_training import SMALL
 from benchmarks.sampling import SIZES
 from data.tokens import TokenStore
 from data.writer import TokenWriter
-from evaluation.likelihood import measure_likelihood
+from evaluation.likelihood import Share, measure_likelihood
 from modeling.compiling import compile_blocks
 from modeling.generator import Generator, GeneratorConfig
 
@@ -69,9 +69,8 @@ def main() -> None:
         store = random_cache(Path(folder) / "cache", config, args.batch_size * args.batches)
 
         def score() -> None:
-            measure_likelihood(
-                model, store, args.batch_size, workers=args.num_workers, compiled=cuda
-            ).reduced()
+            share = Share(args.batch_size, workers=args.num_workers, compiled=cuda)
+            measure_likelihood(model, store, share).reduced()
 
         def bare() -> None:
             forward(model, codes, labels, args.batches)

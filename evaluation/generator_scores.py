@@ -1,18 +1,19 @@
 """`evaluate.py --generator`: the likelihood of a cache's codes under one or several generators."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from data.imagenet import misnumbered
 from data.tokens import TokenCache, open_tokens
-from evaluation.likelihood import COMPILED_VIEWS, Likelihood, measure_likelihood
+from evaluation.likelihood import COMPILED_VIEWS, Likelihood, Share, measure_likelihood
+from evaluation.metrics import summed
 from evaluation.report import table_of
 from modeling.compiling import compile_blocks
 from modeling.devices import default_dtype
@@ -95,80 +96,73 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
 
 
 def score_generator(
-    given: str,
-    others: list[str],
-    cache: str,
-    picture: str,
-    processes: PartialState,
-    batch: int,
-    workers: int = 0,
-    precision: str = "auto",
+    given: str, others: list[str], cache: str, picture: str, share: Share, precision: str = "auto"
 ) -> dict[str, Any]:
     """The result of a generator on every view of a cache; empty but on the main process.
 
     `others` are run folders, scored at the same step. `picture` shows all of them by position.
     """
     store, sources = open_tokens(cache), find_sources(given, others)
-    rank, world = processes.process_index, processes.num_processes
     scored, warnings, conditions = [], [], {}
     for source in sources:
         generator = open_generator(source, store)
-        sequences = store.images * store.views
-        with ready(generator, processes, precision, sequences) as (compiled, numerics):
-            share = measure_likelihood(generator, store, batch, rank, world, workers, compiled)
-        likelihood = share.reduced()
-        if not likelihood.sums.isfinite().all():
-            raise InputError(
-                f"the loss of {source.name} on {cache} is NaN or infinite: its weights are damaged"
-            )
-        scored.append((source, likelihood))
-        warnings, conditions = warnings or warnings_of(store, generator), numerics
-    if not processes.is_main_process:
+        sums, conditions = measured(
+            source, generator, store, share, precision, lambda *of: measure_likelihood(*of).sums
+        )
+        scored.append(Likelihood(sums, store.images * store.views))
+        warnings = warnings or conditions["warnings"]
+    if share.rank:
         return {}
-    results = [{"generator": about(source), **likelihood.result()} for source, likelihood in scored]
-    names = [source.name for source in sources]
-    if not plot_positions(dict(zip(names, (likelihood for _, likelihood in scored))), picture):
+    results = [{"generator": about(s), **found.result()} for s, found in zip(sources, scored)]
+    if not plot_positions({s.name: found for s, found in zip(sources, scored)}, picture):
         warnings.append(f"{picture} was not drawn: curves need matplotlib (pip install matplotlib)")
-    return {
-        **results[0],
-        "compared": results[1:],
-        "cache": about_cache(store),
-        "picture": picture,
-        **conditions,
-        "batch_size": batch,
-        "warnings": warnings,
-    }  # fmt: skip
+    compared = {"compared": results[1:], "picture": picture}
+    return {**results[0], **compared, **conditions, "warnings": warnings}
 
 
-@contextmanager
-def ready(
-    generator: Generator, processes: PartialState, precision: str, sequences: int
-) -> Iterator[tuple[bool, dict[str, Any]]]:
-    """Moves a generator to its device; within, products have the precision asked for.
+def measured(
+    source: Source,
+    generator: Generator,
+    store: TokenCache,
+    share: Share,
+    precision: str,
+    measure: Callable[[Generator, TokenCache, Share], Tensor],
+    classes: int = 1,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The sum over all processes, on the CPU, of `measure(generator, store, share)`, and what it depends on.
 
-    Yields whether its blocks are compiled, as they are on CUDA for many sequences, and what the last digits of
-    figures depend on.
+    The generator moves to its device; on CUDA it is compiled for many sequences: views, each under as many
+    `classes`. Raises InputError if a sum is not finite.
     """
-    device = torch.device(processes.device or "cpu")
+    device = torch.device(PartialState().device or "cpu")
     generator.to(device)
-    many = device.type == "cuda" and sequences >= COMPILED_VIEWS * processes.num_processes
-    compiled = many and compiles("auto", "--generator")
-    if compiled:
+    sequences = store.images * store.views * classes
+    many = device.type == "cuda" and sequences >= COMPILED_VIEWS * share.world
+    share = replace(share, compiled=many and compiles("auto", "--generator"))
+    if share.compiled:
         compile_blocks(generator.blocks)
     bf16 = precision == "bf16" or (precision == "auto" and default_dtype(device) == torch.bfloat16)
     with torch.autocast(device.type, torch.bfloat16) if bf16 else matmul_precision("fp32"):
-        yield compiled, {"precision": "bf16" if bf16 else "fp32", "device": device_name(device)}
+        sums = summed(measure(generator, store, share)).cpu()
+    if not sums.isfinite().all():
+        raise InputError(
+            f"likelihoods of {source.name} on {store.folder} are NaN or infinite: its weights are damaged"
+        )
+    return sums, {
+        "cache": {
+            "path": str(store.folder), "images": store.images, "views": store.views,
+            "codes": store.tokens, "classes": len(store.classes),
+            "tokenizer": store.manifest["tokenizer"],
+        },
+        "precision": "bf16" if bf16 else "fp32",
+        "device": device_name(device),
+        "batch_size": share.batch,
+        "warnings": warnings_of(store, generator),
+    }  # fmt: skip
 
 
 def about(source: Source) -> dict[str, Any]:
     return {"path": source.name, "step": source.step, "hash": file_sha256(source.file)[:16]}
-
-
-def about_cache(store: TokenCache) -> dict[str, Any]:
-    return {
-        "path": str(store.folder), "images": store.images, "views": store.views, "codes": store.tokens,
-        "classes": len(store.classes), "tokenizer": store.manifest["tokenizer"],
-    }  # fmt: skip
 
 
 def warnings_of(store: TokenCache, generator: Generator) -> list[str]:
@@ -186,15 +180,11 @@ def warnings_of(store: TokenCache, generator: Generator) -> list[str]:
 
 
 # ---------------------------------------------------------------------- output
-def show_generator(result: dict[str, Any]) -> None:
-    """Print warnings, a table per generator and, as the last line, JSON; nothing for an empty result."""
-    if not result:
-        return
+def show(result: dict[str, Any], *paragraphs: str) -> None:
+    """Print warnings, the paragraphs and, as the last line, JSON."""
     for warning in result["warnings"]:
         print(f"warning: {warning}")
-    for scored in [result, *result["compared"]]:
-        print(table(scored))
-    print(json.dumps(result, ensure_ascii=False))
+    print(*paragraphs, json.dumps(result, ensure_ascii=False), sep="\n")
 
 
 def table(scored: dict[str, Any]) -> str:

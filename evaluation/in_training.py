@@ -8,20 +8,19 @@ import torch
 from accelerate import PartialState
 
 from configs.schema import GeneratorRun
-from data.images import ImagePath
 from evaluation.evaluator import Evaluator
 from evaluation.lpips import LPIPS
-from evaluation.reconstruction import Features, Scores
+from evaluation.reconstruction import CodeUse, Consumer, Features, ImageMean, psnr
 from evaluation.statistics import Collector
 from generation.images import sample_images
 from generation.job import SamplingJob, sampling_job
 from modeling.generator import Generator
 from modeling.tokenizer import Tokenizer
 from runtime.errors import InputError
-from runtime.parts import share_of
+from runtime.parts import batches_of
 from runtime.processes import matmul_precision
 
-CHUNK = 64  # images sampled together by default
+CHUNK = 64  # images sampled together by default, which leaves memory for training
 
 
 def open_evaluator(
@@ -42,88 +41,59 @@ def open_evaluator(
 
 
 def job_in_training(options: GeneratorRun, device: torch.device) -> SamplingJob:
-    """The job of sample_imagenet.py with these options, in chunks that leave memory for training, and not
-    compiled, which would take too long. Raises InputError for options that the device does not support."""
+    """The job of sample_imagenet.py with these options, but not compiled, which would take too long. Raises
+    InputError for options that the device does not support."""
     options = replace(options, experiment=replace(options.experiment, compile=False))
-    job = sampling_job(options, device)
-    return replace(job, chunk=job.chunk or CHUNK)
+    return sampling_job(options, device)
 
 
 def metrics_of(evaluator: Evaluator, collector: Collector, name: str) -> dict[str, float]:
-    """The known metrics for the log, gFID called `name`; empty but on rank 0. All processes call this."""
-    samples = collector.finish()
-    metrics = evaluator.result(samples, collector.images).get("metrics", {})
-    return {
-        f"val/{name if key == 'gFID' else key}": value
-        for key, value in metrics.items()
-        if value is not None
-    }
+    """The known metrics, gFID called `name`; empty but on rank 0. All processes call this together."""
+    metrics = evaluator.result(collector.finish(), collector.images).get("metrics", {})
+    known = {key: value for key, value in metrics.items() if value is not None}
+    return {name if key == "gFID" else key: value for key, value in known.items()}
 
 
-class GeneratedScores:
-    """val/gFID and the other metrics of the images that sample_imagenet.py would make.
+@torch.no_grad()
+def collect_samples(
+    evaluator: Evaluator, generator: Generator, tokenizer: Tokenizer, options: GeneratorRun
+) -> Collector:
+    """This rank's share of the images that sample_imagenet.py would make, for `metrics_of`.
 
-    `measure` samples this rank's share without talking to others, so that no rank waits for one that
-    fails; `reduced` adds up over all ranks.
+    It talks to no other rank, so that none waits for one that fails.
     """
-
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        generator: Generator,
-        tokenizer: Tokenizer,
-        options: GeneratorRun,
-    ):
-        self.evaluator, self.generator, self.tokenizer = evaluator, generator, tokenizer
-        self.options = options
-        self.collector: Optional[Collector] = None
-
-    @torch.no_grad()
-    def measure(self) -> "GeneratedScores":
-        """Sample this rank's share."""
-        processes, size = self.evaluator.processes, self.options.model.vq_model.image_size
-        job = job_in_training(self.options, self.tokenizer.latent_tokens.device)
-        chunk, rank, world = job.chunk or CHUNK, processes.process_index, processes.num_processes
-        collector = Collector("generated images", job.count, (size, size), self.evaluator.network)
-        batches = [
-            range(start, min(start + chunk, job.count))
-            for start in share_of(range(0, job.count, chunk), rank, world)
-        ]
-        with matmul_precision(job.precision):
-            engine = job.sampler(self.generator, chunk)
-            for batch in sample_images(engine, self.tokenizer, job, batches):
-                pixels = torch.from_numpy(batch.images).permute(0, 3, 1, 2)
-                collector.add(batch.indices.start, pixels)
-        self.collector = collector
-        return self
-
-    def reduced(self) -> dict[str, float]:
-        """The metrics on rank 0, {} elsewhere; all ranks call this together."""
-        assert self.collector is not None, "measure comes first"
-        return metrics_of(self.evaluator, self.collector, "gFID")
+    processes, size = evaluator.processes, options.model.vq_model.image_size
+    job = job_in_training(options, tokenizer.latent_tokens.device)
+    chunk = job.chunk or CHUNK
+    collector = Collector("generated images", job.count, (size, size), evaluator.network)
+    rank, world = processes.process_index, processes.num_processes
+    with matmul_precision(job.precision):
+        indices = batches_of(job.count, chunk, rank, world)
+        for batch in sample_images(job.sampler(generator, chunk), tokenizer, job, indices):
+            collector.add(batch.indices.start, torch.from_numpy(batch.images).permute(0, 3, 1, 2))
+    return collector
 
 
-class ReconstructionScores(Scores):
-    """`Scores` for the log: val/psnr, …; with an evaluator also val/rFID and its other metrics, on rank 0.
-    That is a true rFID if the reference holds the same images."""
+class ReferenceDistance(Features):
+    """rFID and the other metrics of reconstructions of `images` images, on rank 0. It is a true rFID if the
+    reference holds the same images."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        paths: list[ImagePath],
-        processes: PartialState,
-        lpips: Optional[LPIPS] = None,
-        evaluator: Optional[Evaluator] = None,
-    ):
-        self.evaluator, self.collector, consumers = evaluator, None, []
-        if evaluator is not None:
-            size = (tokenizer.config.image_size, tokenizer.config.image_size)
-            self.collector = Collector("reconstructions", len(paths), size, evaluator.network)
-            consumers.append(Features(self.collector))
-        super().__init__(tokenizer, paths, processes, lpips, *consumers)
+    def __init__(self, evaluator: Evaluator, images: int, size: int):
+        super().__init__(Collector("reconstructions", images, (size, size), evaluator.network))
+        self.evaluator = evaluator
 
-    def reduced(self) -> dict[str, float]:
-        values = {f"val/{name}": value for name, value in super().reduced().items()}
-        if self.evaluator is not None and self.collector is not None:
-            values |= metrics_of(self.evaluator, self.collector, "rFID")
-        return values
+    def metrics(self) -> dict[str, float]:
+        return metrics_of(self.evaluator, self.collector, "rFID")
+
+
+def reconstruction_scores(
+    tokenizer: Tokenizer, images: int, lpips: Optional[LPIPS], evaluator: Optional[Evaluator]
+) -> list[Consumer]:
+    """What measures the reconstructions of `images` held-out images for the log (`reconstruct`)."""
+    config, device = tokenizer.config, tokenizer.latent_tokens.device
+    scores: list[Consumer] = [ImageMean("psnr", psnr, device), CodeUse(config, device)]
+    if lpips is not None:
+        scores.append(ImageMean("lpips", lpips.distance, device))
+    if evaluator is not None:
+        scores.append(ReferenceDistance(evaluator, images, config.image_size))
+    return scores

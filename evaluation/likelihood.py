@@ -19,11 +19,22 @@ from data.loader import on_device
 from data.tokens import AllTokens, TokenCache
 from evaluation.metrics import summed
 from modeling.rotary import token_layout
-from runtime.parts import share_of
+from runtime.parts import batches_of
 from runtime.signals import outlive_first_signal
 
 TOP = 5  # of top-5 accuracy
 COMPILED_VIEWS = 50_000  # for fewer, compiling takes longer than it saves
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of a cache's views a process scores, and how."""
+
+    batch: int  # sequences at once
+    rank: int = 0
+    world: int = 1
+    workers: int = 0  # processes that read
+    compiled: bool = False  # the model is compiled; a smaller last batch runs eagerly
 
 
 @dataclass
@@ -76,45 +87,36 @@ class Likelihood:
 
 
 @torch.no_grad()
-def measure_likelihood(
-    model: nn.Module,
-    store: TokenCache,
-    batch: int,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    compiled: bool = False,
-) -> Likelihood:
+def measure_likelihood(model: nn.Module, store: TokenCache, share: Share) -> Likelihood:
     """The likelihood of a cache's views under a generator: this process's share, on the model's device.
 
     `model` maps codes (B, T - 1) and labels (B,) to logits (B, T, V). Batches are consecutive views, so
     the number of processes changes only the order of float64 sums. Within autocast it computes like the
-    validation of a training run. `compiled` also compiles the sums; a smaller last batch runs eagerly.
+    validation of a training run.
     """
     device = next(model.parameters()).device
-    sums_of = torch.compile(position_sums, dynamic=False) if compiled else position_sums
+    sums_of = torch.compile(position_sums, dynamic=False) if share.compiled else position_sums
     sums = torch.zeros(3, store.tokens, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    for _, codes, labels in view_batches(store, batch, rank, world, workers, device):
-        with eager(compiled and len(codes) < batch):
+    for _, codes, labels in view_batches(store, share, device):
+        with eager(share.compiled and len(codes) < share.batch):
             sums += sums_of(model(codes[:, :-1], labels), codes)
     model.train(was_training)
     return Likelihood(sums, store.images * store.views)
 
 
 def view_batches(
-    store: TokenCache, batch: int, rank: int, world: int, workers: int, device: torch.device
+    store: TokenCache, share: Share, device: torch.device
 ) -> Iterator[tuple[range, Tensor, Tensor]]:
     """This process's share of batches of consecutive views: their places among all views of the cache,
     codes (B, T) and labels (B,) on the device."""
     dataset = AllTokens(store)
-    starts = share_of(range(0, len(dataset), batch), rank, world)
-    batches = [range(start, min(start + batch, len(dataset))) for start in starts]
+    batches = batches_of(len(dataset), share.batch, share.rank, share.world)
     loader = DataLoader(
         dataset,
         batch_sampler=batches,  # pyright: ignore[reportArgumentType] - any sequence of indices does
-        num_workers=workers,
+        num_workers=share.workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=outlive_first_signal,
     )

@@ -77,7 +77,8 @@ class Look(NamedTuple):
     image: Tensor
     codes: Tensor  # (T,)
     strip: Optional[Tensor]  # (3, p, K·p), of the prefix tokens alone
-    rows: dict[int, Tensor]  # {n: the rows (3, r·p, S) that the first n = K + r·g codes make}
+    # {n: the rows (3, r·p, S) that the first n = K + r·g codes make}; for n = K, the strip's first row of patches
+    rows: dict[int, Tensor]
 
     @property
     def reconstruction(self) -> Tensor:
@@ -95,7 +96,8 @@ def look_at(tokenizer: Tokenizer, pixels: Tensor) -> Look:
         vectors = tokenizer.quantize.lookup(codes)
         K, g, T = config.num_prefix_tokens, config.grid, config.num_tokens
         strip = decoder.strip(decoder.tokens(vectors[:, :K])) if config.prefix_head else None
-        rows = {n: decoder(vectors[:, :n])[0][0] for n in range(K + g, T + 1, g)}
+        rows = {} if strip is None else {K: strip[0, :, :, -config.image_size :]}
+        rows |= {n: decoder(vectors[:, :n])[0][0] for n in range(K + g, T + 1, g)}
     return Look(image, codes[0], None if strip is None else strip[0], rows)
 
 
@@ -118,7 +120,7 @@ def picture_of(look: Look, config: TokenizerConfig, name: str) -> np.ndarray:
         parts.append(strip_picture(look, look.strip, config))
     kind = "causal" if config.causal else "bidirectional"
     parts.append(title(f"decoded by the {kind} decoder from the first codes alone:", top.shape[1]))
-    first = [first_codes(look, n, config) for n in codes_shown(look, config)]
+    first = [first_codes(look, n) for n in look.rows]
     parts.append(picture_grid(np.stack(first), COLUMNS, MARGIN))
     return stacked(parts)
 
@@ -155,18 +157,9 @@ def strip_picture(look: Look, strip: Tensor, config: TokenizerConfig) -> np.ndar
     return stacked([pair, title(f"{text}PSNR {figure:.2f} dB", 3 * width)])
 
 
-def codes_shown(look: Look, config: TokenizerConfig) -> list[int]:
-    """The numbers of codes to show, starting with the prefix tokens if they decode to a strip."""
-    return [*[config.num_prefix_tokens] * (look.strip is not None), *look.rows]
-
-
-def first_codes(look: Look, n: int, config: TokenizerConfig) -> np.ndarray:
+def first_codes(look: Look, n: int) -> np.ndarray:
     """The picture of the first n codes with its PSNR; rows that are not decoded are grey."""
-    if n in look.rows:
-        rows = look.rows[n]
-    else:  # the prefix tokens: of their strip, the first row of patches
-        assert look.strip is not None
-        rows = look.strip[..., -config.image_size :]
+    rows = look.rows[n]
     height = rows.shape[1]
     figures = [
         psnr(look.image[None, :, :height], other[None, :, :height]).item()

@@ -95,13 +95,8 @@ def factor(covariance: Tensor) -> Tensor:
 
 def frechet_distance(features_a: Tensor | np.ndarray, features_b: Tensor | np.ndarray) -> float:
     """Squared Fréchet distance of two sets of features (N, D) and (M, D), N and M 2 or more."""
-    sides = []
-    for features in (features_a, features_b):
-        features = torch.as_tensor(features)
-        mean = features.double().mean(0)
-        centred = features.double() - mean
-        sides += [mean, centred.T @ centred / (len(features) - 1)]
-    return frechet_distance_of_moments(*sides)
+    a, b = (torch.as_tensor(features).double() for features in (features_a, features_b))
+    return frechet_distance_of_moments(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
 
 
 # ---------------------------------------------------------------------- Inception Score

@@ -1,10 +1,10 @@
-"""A linear probe on a tokenizer's encoder: how much of an image's class a linear map reads from it.
+"""A linear probe on a tokenizer's encoder: how well a linear map tells an image's class from its features.
 
     python -m evaluation.probe --tokenizer weights/AliTok.pth --data_path imagenet
 
-DATA_PATH holds train/ and val/ with one folder per class. The probe is multinomial logistic regression on features of
-ADM's centre crops (`Tokenizer.features`), each scaled to mean 0 and variance 1 over the training images. Every fifth
-training image is held out to choose the weight of the L2 penalty; then the probe is fitted to all of them.
+DATA_PATH holds train/ and val/ with one folder per class. The probe is a multinomial logistic regression on features
+of ADM's centre crops (`Tokenizer.features`), each scaled to mean 0 and variance 1 over the training images. Every
+fifth training image is held out to choose the weight of the L2 penalty. The final probe is fitted to all of them.
 """
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
@@ -45,7 +45,7 @@ STEPS = 300  # of L-BFGS at most
 def features_of(
     tokenizer: Tokenizer, paths: list[ImagePath], layer: int, batch: int, workers: int
 ) -> dict[str, Tensor]:
-    """The features of N images, by what they are: {name: (N, width)}, float32, on the CPU."""
+    """Three kinds of features of N images: {name: (N, width)}, float32, on the CPU."""
     device, found = tokenizer.latent_tokens.device, defaultdict(list)
     batches = image_batches(paths, tokenizer.config.image_size, batch, workers)
     for _, pixels in tqdm(batches, "encode", -(-len(paths) // batch), unit="batch", disable=None):
@@ -58,9 +58,9 @@ def features_of(
 
 # ---------------------------------------------------------------------- the probe
 def fit(probe: nn.Linear, features: Tensor, labels: Tensor, penalty: float) -> None:
-    """Minimise the mean cross-entropy of labels (N,) + penalty / 2 · |weights|², by L-BFGS.
+    """Minimise the mean cross-entropy of labels (N,) given features (N, D) + penalty / 2 · |weights|².
 
-    Starts from what `probe` is. Features (N, D); the bias is free.
+    L-BFGS starts at the current weights and bias of `probe`. The bias has no penalty.
     """
     optimizer = torch.optim.LBFGS(
         probe.parameters(), max_iter=STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
@@ -84,7 +84,8 @@ def top1(probe: nn.Linear, features: Tensor, labels: Tensor) -> float:
 def probe_features(
     train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, classes: int
 ) -> dict[str, float]:
-    """`top1` of val (M, D) by a probe fitted to train (N, D), `penalty`, and the held-out images' top-1."""
+    """`top1` on val (M, D) of a probe fitted to train (N, D), its `penalty`, and the `held_out_top1` that chose
+    the penalty."""
     deviation, mean = torch.std_mean(train, 0, correction=0)
     train, val = ((x - mean) / deviation.clamp(min=1e-6) for x in (train, val))
     held_out = torch.arange(len(train), device=train.device) % HELD_OUT == HELD_OUT - 1
@@ -114,9 +115,8 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder")
     add("--config", type=path, help="YAML whose model.vq_model describes another tokenizer")
-    add(
-        "--data_path", type=path, required=True, help="folder of train/ and val/ with class folders"
-    )
+    folders = "folder of train/ and val/ with class folders"
+    add("--data_path", type=path, required=True, help=folders)
     add("--layer", type=number(1, 1024), help="block of the encoder, from 1 (the last)")
     add("--batch_size", type=number(1, 65_536), default=64, help="images (64)")
     add("--num_workers", type=number(0, 1024), default=worker_count(), help="reading processes")
@@ -134,38 +134,31 @@ def main(argv: list[str]) -> None:
             f"{printable(train.root)} holds {train.describe()}: a probe needs two classes and "
             f"{HELD_OUT} images at least"
         )
-    labels = [np.array([label for _, label in listing.samples]) for listing in (train, val)]
-    labels[1] = map_labels(labels[1], val.classes, train.classes, val.root)
+    labels, val_labels = (np.array([i for _, i in listing.samples]) for listing in (train, val))
+    val_labels = map_labels(val_labels, val.classes, train.classes, val.root)
 
     device = find_device(args.device)
     tokenizer = tokenizer.to(device)
-    y, val_y = (torch.from_numpy(values).long().to(device) for values in labels)
+    y, val_y = (torch.from_numpy(x).long().to(device) for x in (labels, val_labels))
     x, val_x = (
         features_of(tokenizer, listing.paths, layer, args.batch_size, args.num_workers)
         for listing in (train, val)
     )
+    classes = len(train.classes)
     probes = {
-        name: probe_features(
-            x[name].to(device), y, val_x[name].to(device), val_y, len(train.classes)
-        )
+        name: probe_features(x[name].to(device), y, val_x[name].to(device), val_y, classes)
         for name in x
     }
     rows = [
-        [
-            name,
-            str(x[name].shape[1]),
-            f"{one['penalty']:g}",
-            f"{one['held_out_top1']:.1%}",
-            f"{one['top1']:.1%}",
-        ]
+        [name, str(x[name].shape[1]), f"{one['penalty']:g}", f"{one['held_out_top1']:.1%}",
+         f"{one['top1']:.1%}"]
         for name, one in probes.items()
-    ]
-    print(
-        f"{args.tokenizer}: {len(y)} training and {len(val_y)} validation images of {len(train.classes)} classes"
-    )
+    ]  # fmt: skip
+    images = f"{len(y)} training and {len(val_y)} validation images"
+    print(f"{args.tokenizer}: {images} of {classes} classes")
     print(table_of(rows, ["features", "width", "L2 penalty", "held-out top-1", "val top-1"]))
     print(json.dumps({
-        "probes": probes, "layer": layer, "images": [len(y), len(val_y)], "classes": len(train.classes),
+        "probes": probes, "layer": layer, "images": [len(y), len(val_y)], "classes": classes,
         "tokenizer": weights_hash(tokenizer),
     }))  # fmt: skip
 

@@ -1,27 +1,24 @@
 """Images through a tokenizer and back: one loop, and the figures computed from its batches.
 
-`reconstruct` encodes and decodes every batch once and passes it to all consumers: sums of PSNR and code
-use, LPIPS, SSIM, features for rFID, pictures.
+`reconstruct` encodes and decodes every batch once and passes it to all consumers: means of PSNR, SSIM and LPIPS,
+use of the codes, features for rFID, pictures.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Optional, Protocol, Self
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from data.images import CenterImages, ImagePath
-from evaluation.lpips import LPIPS
 from evaluation.metrics import summed
 from evaluation.statistics import Collector
 from modeling.pixels import to_float, to_uint8
-from modeling.tokenizer import Tokenizer
-from runtime.parts import share_of
+from modeling.tokenizer import Tokenizer, TokenizerConfig
+from runtime.parts import batches_of
 from runtime.signals import outlive_first_signal
 
 SSIM_WINDOW = 11  # pixels, height and width
@@ -48,16 +45,14 @@ class Consumer(Protocol):
 
 @torch.no_grad()
 def reconstruct(
-    tokenizer: Tokenizer,
-    batches: Iterable[tuple[int, Tensor]],
-    device: torch.device,
-    consumers: Sequence[Consumer],
+    tokenizer: Tokenizer, batches: Iterable[tuple[int, Tensor]], consumers: Sequence[Consumer]
 ) -> None:
     """Encode and decode all batches in eval mode; the tokenizer's mode is restored.
 
-    `batches` are (index of the first image, uint8 images (B, 3, S, S)), from `image_batches`.
+    `batches` are (index of the first image, uint8 images (B, 3, S, S)), from `image_batches`. This talks to no
+    other rank, so that none waits for one that fails. Call it outside autocast.
     """
-    was_training = tokenizer.training
+    was_training, device = tokenizer.training, tokenizer.latent_tokens.device
     tokenizer.eval()
     for first, pixels in batches:
         images = to_float(pixels.to(device))
@@ -72,61 +67,22 @@ def image_batches(
     paths: Sequence[ImagePath], size: int, batch: int, workers: int, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[int, Tensor]]:
     """This rank's share of fixed batches of ADM's centre crops, for `reconstruct`."""
-    starts = share_of(range(0, len(paths), batch), rank, world)
-    indices = [list(range(start, min(start + batch, len(paths)))) for start in starts]
+    batches = batches_of(len(paths), batch, rank, world)
     loader = DataLoader(
-        CenterImages(paths, size), batch_sampler=indices, num_workers=workers,
+        CenterImages(paths, size),
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType] - any sequence of indices does
+        num_workers=workers,
         worker_init_fn=outlive_first_signal,
-    )  # fmt: skip
-    yield from zip(starts, loader)
+    )
+    yield from zip((indices.start for indices in batches), loader)
 
 
-class Scores:
-    """Figures of the reconstructions of the images at `paths` (ADM's centre crop), from one pass.
-
-    `measure` reads this rank's share without talking to others, so that no rank waits for one that fails;
-    `reduced` adds up over all ranks. Call both outside autocast, in float32. `consumers` see every batch.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        paths: Sequence[ImagePath],
-        processes: PartialState,
-        lpips: Optional[LPIPS] = None,
-        *consumers: Consumer,
-    ):
-        self.tokenizer, self.paths, self.processes = tokenizer, paths, processes
-        self.device, config = tokenizer.latent_tokens.device, tokenizer.config
-        sums = ReconstructionSums(config.codebook_size, config.num_tokens, self.device)
-        self.consumers = [sums, *consumers]
-        if lpips is not None:
-            self.consumers.append(PerceptualDistance(lpips, self.device))
-
-    def measure(self, batch: int, workers: int, bar: bool = False) -> Self:
-        """Reconstruct this rank's share, `batch` images at once, read by `workers` processes."""
-        rank, world = self.processes.process_index, self.processes.num_processes
-        size = self.tokenizer.config.image_size
-        batches = image_batches(self.paths, size, batch, workers, rank, world)
-        if bar:
-            share = -(-len(self.paths) // batch // world)
-            hidden = None if self.processes.is_main_process else True  # None: without a terminal
-            batches = tqdm(batches, "reconstruct", share, unit="batch", disable=hidden)
-        reconstruct(self.tokenizer, batches, self.device, self.consumers)
-        return self
-
-    def reduced(self) -> dict[str, float]:
-        """The figures of all consumers over all ranks, which call this together."""
-        return {k: v for consumer in self.consumers for k, v in consumer.metrics().items()}
+def figures_of(consumers: Iterable[Consumer]) -> dict[str, float]:
+    """The figures of all consumers over all processes, which call this together."""
+    return {name: value for consumer in consumers for name, value in consumer.metrics().items()}
 
 
-# ---------------------------------------------------------------------- PSNR and code use
-def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """10·log10(1 / MSE), in dB, of each pair of images (B, 3, H, W) in [0, 1]: (B,), float64."""
-    mse = (images - others).double().square().mean((1, 2, 3))
-    return -10 * mse.clamp(min=1e-10).log10()
-
-
+# ---------------------------------------------------------------------- use of the codes
 def codebook_use(counts: Tensor) -> tuple[float, float]:
     """Share of codes that occur, and perplexity exp(entropy), of counts (codebook_size,)."""
     share = counts.double() / counts.sum().clamp(min=1)
@@ -134,23 +90,15 @@ def codebook_use(counts: Tensor) -> tuple[float, float]:
     return (counts > 0).double().mean().item(), entropy.exp().item()
 
 
-class PositionCounts:
-    """How often each code was chosen at each position of an image, on the device."""
-
-    def __init__(self, tokens: int, codebook_size: int, device: torch.device):
-        self.counts = torch.zeros(tokens, codebook_size, dtype=torch.float64, device=device)
-
-    def add(self, codes: Tensor) -> None:
-        """Codes (B, T) of B images."""
-        codes = codes.T
-        ones = torch.ones_like(codes, dtype=self.counts.dtype)
-        self.counts.scatter_add_(1, codes, ones)
+def count_codes(counts: Tensor, codes: Tensor) -> None:
+    """Count the codes (B, T) of B images in `counts` (T, codebook_size), in place."""
+    counts.scatter_add_(1, codes.T, torch.ones_like(codes.T, dtype=counts.dtype))
 
 
 def code_agreement(counts: Tensor) -> float:
     """The share of pairs of images with the same code at a position, averaged over positions.
 
-    `counts` (T, codebook_size) are `PositionCounts` of all ranks, of two images or more. 1: all images
+    `counts` (T, codebook_size) are those of all ranks (`count_codes`), of two images or more. 1: all images
     have the same codes; with independent codes it is the sum of their squared shares.
     """
     images = counts[0].sum()
@@ -158,71 +106,47 @@ def code_agreement(counts: Tensor) -> float:
     return same.mean().item()
 
 
-class ReconstructionSums(Consumer):
-    """Sums over images, on the device, that add up over ranks: PSNR, images, codes by position."""
+class CodeUse(Consumer):
+    """`codebook_use`, `perplexity` and, for two images or more, `code_agreement`."""
 
-    def __init__(self, codebook_size: int, tokens: int, device: torch.device):
-        self.values = torch.zeros(2, dtype=torch.float64, device=device)  # PSNR sum, images
-        self.codes = PositionCounts(tokens, codebook_size, device)
+    def __init__(self, config: TokenizerConfig, device: torch.device):
+        shape = config.num_tokens, config.codebook_size
+        self.counts = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def add(self, batch: Batch) -> None:
-        self.values[0] += psnr(batch.images, batch.reconstructions).sum()
-        self.values[1] += len(batch.images)
-        self.codes.add(batch.codes)
+        count_codes(self.counts, batch.codes)
 
     def metrics(self) -> dict[str, float]:
-        """`psnr` (mean over images, dB), `codebook_use`, `perplexity` and, for two images or more,
-        `code_agreement`."""
-        values, counts = summed(self.values), summed(self.codes.counts)
+        counts = summed(self.counts)
         use, perplexity = codebook_use(counts.sum(0))
-        metrics = {
-            "psnr": (values[0] / values[1]).item(), "codebook_use": use, "perplexity": perplexity
-        }  # fmt: skip
-        if values[1] > 1:
+        metrics = {"codebook_use": use, "perplexity": perplexity}
+        if counts[0].sum() > 1:
             metrics["code_agreement"] = code_agreement(counts)
         return metrics
 
 
-# ---------------------------------------------------------------------- LPIPS and SSIM
+# ---------------------------------------------------------------------- figures of single images
 class ImageMean(Consumer):
-    """The mean over images of a figure, over all processes."""
+    """The mean over images of `figure(reconstructions, images)`: (B,), or the mean of the batch."""
 
-    name: str
-
-    def __init__(self, device: torch.device):
+    def __init__(self, name: str, figure: Callable[[Tensor, Tensor], Tensor], device: torch.device):
+        self.name, self.figure = name, figure
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # of the figure; images
 
-    def update(self, total: Tensor, images: int) -> None:
-        """Add the sum of the figure over `images` images."""
-        self.sums += torch.stack([total.double(), self.sums.new_tensor(images)])
+    def add(self, batch: Batch) -> None:
+        values = self.figure(batch.reconstructions, batch.images).double()
+        values = values.expand(len(batch.images))
+        self.sums += torch.stack([values.sum(), torch.ones_like(values).sum()])
 
     def metrics(self) -> dict[str, float]:
         total, images = summed(self.sums).tolist()
         return {self.name: total / images}
 
 
-class PerceptualDistance(ImageMean):
-    """Mean LPIPS, in float32 whatever autocast says."""
-
-    name = "lpips"
-
-    def __init__(self, lpips: LPIPS, device: torch.device):
-        super().__init__(device)
-        self.lpips = lpips
-
-    def add(self, batch: Batch) -> None:
-        with torch.autocast(batch.images.device.type, enabled=False):
-            distance = self.lpips.distance(batch.reconstructions.float(), batch.images)
-        self.update(distance * len(batch.images), len(batch.images))
-
-
-class StructuralSimilarity(ImageMean):
-    """Mean SSIM."""
-
-    name = "ssim"
-
-    def add(self, batch: Batch) -> None:
-        self.update(ssim(batch.images, batch.reconstructions).sum(), len(batch.images))
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """10·log10(1 / MSE), in dB, of each pair of images (B, 3, H, W) in [0, 1]: (B,), float64."""
+    mse = (images - others).double().square().mean((1, 2, 3))
+    return -10 * mse.clamp(min=1e-10).log10()
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from tabulate import tabulate
 from tqdm import tqdm
@@ -73,28 +73,17 @@ def read_result(path: Path) -> dict[str, Any]:
             result = json.loads(text.splitlines()[-1])
         if "generator" in result:
             raise InputError(f"{path} is a generator's loss: pass scores of images")
-        if not isinstance(result["samples"], dict):
-            raise TypeError("no samples")
         for one in (result, *result.get("other_features", [])):
-            check_figures(one["metrics"])
+            figures = one["metrics"].values()
+            if not all(isinstance(figure, (int, float, type(None))) for figure in figures):
+                raise TypeError("figures that are not numbers")
+            if not (isinstance(one["protocol"], dict) and isinstance(one["samples"], dict)):
+                raise TypeError("no protocol or samples")
     except FileNotFoundError as e:
         raise InputError(f"no file {path}: save the output of evaluate.py there") from e
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise InputError(f"{path} is not a result of evaluate.py: save its last line again") from e
-    for one in (result, *result.get("other_features", [])):
-        if not isinstance(one.get("protocol"), dict):
-            raise InputError(
-                f"{path} names no protocol (an earlier version wrote it): evaluate again"
-            )
     return result
-
-
-def check_figures(metrics: dict[str, Optional[float]]) -> None:
-    """Raise TypeError unless `metrics` is a dict of numbers and None."""
-    if not all(
-        value is None or isinstance(value, (int, float)) for value in dict(metrics).values()
-    ):
-        raise TypeError("no figures")
 
 
 Columns = dict[str, dict[Path, tuple[Any, dict[str, Any]]]]

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluation.features import FeatureNetwork
 from evaluation.metrics import in_order, summed
 from evaluation.set_metrics import METRICS, Part, Sums
 from evaluation.sources import Images
 from runtime.errors import InputError
-from runtime.parts import share_of
+from runtime.parts import batches_of
+from runtime.processes import progress
 
 
 @dataclass
@@ -122,35 +122,29 @@ def measure(
     """Statistics of a whole set; `workers` threads per process read ahead."""
     count, height, width, _ = images.shape
     collector = Collector(images.name, count, (height, width), network)
-    starts = share_of(range(0, count, batch), processes.process_index, processes.num_processes)
-    total = sum(min(batch, count - start) for start in starts)
-    bar = tqdm(
-        total=total,
-        unit="img",
-        desc=Path(images.name).name,
-        disable=None if processes.is_main_process else True,
-    )
-    for start, pixels, digests in read_ahead(images, starts, batch, workers, network.device):
-        collector.add(start, pixels, digests)
-        bar.update(len(pixels))
-    bar.close()
+    batches = batches_of(count, batch, processes.process_index, processes.num_processes)
+    with progress(sum(map(len, batches)), "img", Path(images.name).name) as bar:
+        for start, pixels, digests in read_ahead(images, batches, workers, network.device):
+            collector.add(start, pixels, digests)
+            bar.update(len(pixels))
     return collector.finish()
 
 
 def read_ahead(
-    images: Images, starts: range, batch: int, workers: int, device: torch.device
+    images: Images, batches: list[range], workers: int, device: torch.device
 ) -> Iterator[tuple[int, Tensor, np.ndarray]]:
     """(start, (B, 3, H, W) uint8, digests) of each batch, in order, read ahead."""
 
-    def load(start: int) -> tuple[int, Tensor, np.ndarray]:
-        array = images.read(start, min(start + batch, images.shape[0]))
+    def load(batch: range) -> tuple[int, Tensor, np.ndarray]:
+        array = images.read(batch.start, batch.stop)
         pixels = torch.from_numpy(array).permute(0, 3, 1, 2)
-        return start, pixels.pin_memory() if device.type == "cuda" else pixels, digests_of(array)
+        pixels = pixels.pin_memory() if device.type == "cuda" else pixels
+        return batch.start, pixels, digests_of(array)
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         waiting = deque()
-        for start in starts:
-            waiting.append(pool.submit(load, start))
+        for batch in batches:
+            waiting.append(pool.submit(load, batch))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:

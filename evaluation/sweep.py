@@ -15,13 +15,15 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
 
 import configs.load
 from configs.schema import GeneratorRun
+from data.pictures import captioned, picture_grid, write_png
 from evaluation.evaluator import Evaluator
 from evaluation.report import table_of
 from evaluation.sources import open_images
@@ -36,7 +38,7 @@ from runtime.processes import on_main, start_processes
 from runtime.program import run
 from runtime.published import WEIGHTS
 
-CELL, MARGIN = (120, 60), 70  # pixels of the heat map
+CELL = (60, 160)  # height and width, in pixels, of the colour of a cell in the heat map
 BEST, WORST = (38, 130, 142), (253, 231, 200)
 REMEDY = "remove it, or use another --output"
 # Options that the sweep sets for each cell.
@@ -153,7 +155,7 @@ def report(output: Path, scales: list[float], powers: list[float]) -> None:
     """Print the table of all cells and write the heat map."""
     grid = [[read_metrics(cell_file(output, s, p)) for p in powers] for s in scales]
     print(table(grid, scales, powers))
-    heat_map(grid, scales, powers).save(output / "sweep.png")
+    write_png(heat_map(grid, scales, powers), output / "sweep.png")
     print(f"heat map of gFID: {output / 'sweep.png'}")
 
 
@@ -167,39 +169,28 @@ def read_metrics(path: Path) -> dict[str, Any]:
 def table(grid: list[list[dict[str, Any]]], scales: list[float], powers: list[float]) -> str:
     """gFID / IS, one row per scale; the lowest gFID is marked."""
     best = min(cell["gFID"] for row in grid for cell in row)
-    rows = []
-    for scale, row in zip(scales, grid):
-        marked = ["*" if cell["gFID"] == best else "" for cell in row]
-        cells = [f"{c['gFID']:.2f} / {c['IS']:.1f}{mark}" for c, mark in zip(row, marked)]
-        rows.append([f"{scale:g}", *cells])
+    rows = [
+        [f"{scale:g}"]
+        + [f"{c['gFID']:.2f} / {c['IS']:.1f}{'*' * (c['gFID'] == best)}" for c in row]
+        for scale, row in zip(scales, grid)
+    ]
     headers = ["scale \\ power", *(f"{power:g}" for power in powers)]
     return f"gFID / IS, * the lowest gFID\n{table_of(rows, headers)}"
 
 
 def heat_map(
     grid: list[list[dict[str, Any]]], scales: list[float], powers: list[float]
-) -> Image.Image:
-    """A cell's colour shows its gFID, the darkest being the lowest; its text, gFID and IS."""
+) -> np.ndarray:
+    """A row per scale, with captions. A cell's colour shows its gFID; the darkest is the lowest."""
     low = min(cell["gFID"] for row in grid for cell in row)
     span = max(cell["gFID"] for row in grid for cell in row) - low or 1.0
-    (width, height), font = CELL, ImageFont.load_default(15)
-    size = (MARGIN + width * len(powers), MARGIN + height * len(scales))
-    picture = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((5, 5), "scale down, power across", "black", font)
-    for j, power in enumerate(powers):
-        centre = (MARGIN + (j + 0.5) * width, MARGIN - 15)
-        draw.text(centre, f"{power:g}", "black", font, anchor="mm")
-    for i, (scale, row) in enumerate(zip(scales, grid)):
-        y = MARGIN + i * height
-        draw.text((MARGIN / 2, y + height / 2), f"{scale:g}", "black", font, anchor="mm")
-        for j, cell in enumerate(row):
-            x, share = MARGIN + j * width, (cell["gFID"] - low) / span
-            colour = tuple(round(b + share * (w - b)) for b, w in zip(BEST, WORST))
-            draw.rectangle((x, y, x + width - 1, y + height - 1), colour)
-            text = f"{cell['gFID']:.2f}\nIS {cell['IS']:.1f}"
-            draw.text((x + width / 2, y + height / 2), text, "black", font, anchor="mm")
-    return picture
+    cells = []
+    for (scale, power), cell in zip(product(scales, powers), chain(*grid)):
+        share = (cell["gFID"] - low) / span
+        colour = [round(b + share * (w - b)) for b, w in zip(BEST, WORST)]
+        lines = f"scale {scale:g}, power {power:g}", f"gFID {cell['gFID']:.2f}, IS {cell['IS']:.1f}"
+        cells.append(captioned(np.full((*CELL, 3), colour, np.uint8), *lines))
+    return picture_grid(np.stack(cells), len(powers))
 
 
 if __name__ == "__main__":

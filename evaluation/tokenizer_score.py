@@ -14,25 +14,26 @@ from evaluation.features import FeatureNetwork
 from evaluation.lpips import LPIPS
 from evaluation.reconstruction import (
     SSIM_WINDOW,
+    CodeUse,
     Features,
+    ImageMean,
     Preview,
-    Scores,
-    StructuralSimilarity,
+    figures_of,
+    image_batches,
+    psnr,
+    reconstruct,
+    ssim,
 )
 from evaluation.statistics import Collector, SetStatistics
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import UNSEEN
 from modeling.weights.tensors import tensors_hash
 from runtime.errors import InputError
-from runtime.processes import matmul_precision
+from runtime.processes import matmul_precision, progress
 
 PREVIEW_IMAGES = 8
 MAGNIFICATION = 4  # of the differences in the picture
-# The names of figures in a result, in order.
-METRICS = {
-    "rFID": "rfid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips",
-    "codebook_use": "codebook_use", "perplexity": "perplexity", "code_agreement": "code_agreement",
-}  # fmt: skip
+FIGURES = {"PSNR": psnr, "SSIM": ssim}  # of single images, by their names in a result
 
 
 def weights_hash(tokenizer: Tokenizer) -> str:
@@ -66,20 +67,21 @@ def score_tokenizer(
         Collector(name, count, (size, size), network, device)
         for name in (str(folder), "its reconstructions")
     )
-    preview = Preview(PREVIEW_IMAGES)
-    scores = Scores(
-        tokenizer, listing.paths, processes, lpips, StructuralSimilarity(device),
-        Features(before, originals=True), Features(after), preview,
-    )  # fmt: skip
+    figures = FIGURES if lpips is None else {**FIGURES, "LPIPS": lpips.distance}
+    means = [ImageMean(name, figure, device) for name, figure in figures.items()]
+    scores, preview = [*means, CodeUse(tokenizer.config, device)], Preview(PREVIEW_IMAGES)
+    consumers = [*scores, Features(before, originals=True), Features(after), preview]
+    rank, world = processes.process_index, processes.num_processes
+    batches = image_batches(listing.paths, size, batch, workers, rank, world)
     with matmul_precision("fp32"):
-        scores.measure(batch, workers, bar=True)
-    figures: dict[str, Optional[float]] = {**scores.reduced()}
+        shown = progress(-(-count // batch // world), "batch", "reconstruct", batches)
+        reconstruct(tokenizer, shown, consumers)
+    metrics: dict[str, Optional[float]] = {**figures_of(scores)}
     originals, reconstructions = before.finish(), after.finish()
     if not processes.is_main_process:
         return {}, originals, preview
     if network is not None:
-        figures["rfid"] = compare(reconstructions, originals, device)["FID"]
-    metrics = {name: figures[key] for name, key in METRICS.items() if key in figures}
+        metrics = {"rFID": compare(reconstructions, originals, device)["FID"], **metrics}
     result = describe_result(metrics, network, reconstructions, originals, count, batch, device)
     unseen = {name: getattr(tokenizer.config, name) for name in UNSEEN}  # by any tensor's shape
     result["weights"] = {"tokenizer": weights_hash(tokenizer), **unseen}

@@ -15,7 +15,15 @@ from data.images import CenterImages, cut_views, scan_images, source_crop
 from data.pictures import picture_grid, to_pixels, write_png
 from data.tokens import TokenStore
 from evaluation.metrics import frechet_distance
-from evaluation.reconstruction import Preview, ReconstructionSums, image_batches, reconstruct
+from evaluation.reconstruction import (
+    CodeUse,
+    ImageMean,
+    Preview,
+    figures_of,
+    image_batches,
+    psnr,
+    reconstruct,
+)
 from modeling.tokenizer import Tokenizer
 from modeling.weights.tensors import load_tensors, read_state_dict
 from runtime.program import run
@@ -35,13 +43,10 @@ def validation_metrics(folder: Path, stage: int) -> tuple[dict[str, float], np.n
     # Every tenth image first, so that all ten classes come into the picture.
     paths = scan_images(folder / "data/val").paths
     paths = [p for start in range(10) for p in paths[start::10]]
-    sums, preview = (
-        ReconstructionSums(tokenizer.config.codebook_size, tokenizer.config.num_tokens, CPU),
-        Preview(PAIRS),
-    )
+    scores, preview = [ImageMean("psnr", psnr, CPU), CodeUse(tokenizer.config, CPU)], Preview(PAIRS)
     batches = image_batches(paths, tokenizer.config.image_size, batch=33, workers=0)
-    reconstruct(tokenizer, batches, CPU, [sums, preview])
-    return sums.metrics(), to_pixels(preview.pairs())
+    reconstruct(tokenizer, batches, [*scores, preview])
+    return figures_of(scores), to_pixels(preview.pairs())
 
 
 def features(images: np.ndarray, colour: bool = False) -> np.ndarray:

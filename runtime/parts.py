@@ -18,6 +18,12 @@ def share_of(items: S, rank: int, world: int) -> S:
     return items[rank::world]
 
 
+def batches_of(count: int, batch: int, rank: int = 0, world: int = 1) -> list[range]:
+    """One rank's share of fixed batches of the indices below `count`; the last batch may be smaller."""
+    starts = share_of(range(0, count, batch), rank, world)
+    return [range(start, min(start + batch, count)) for start in starts]
+
+
 def differing(
     earlier: dict[str, Any],
     settings: dict[str, Any],

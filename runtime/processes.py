@@ -4,7 +4,7 @@ import os
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
 
 from modeling.devices import find_device, uses_cuda
 from runtime.errors import InputError
@@ -52,6 +53,12 @@ def on_main(work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise InputError(outcome[1])
     return outcome[0]
+
+
+def progress(total: int, unit: str, task: str, items: Iterable | None = None) -> tqdm:
+    """A progress bar of the main process, around `items` if given; hidden without a terminal."""
+    hidden = None if PartialState().is_main_process else True  # None: without a terminal
+    return tqdm(items, task, total, unit=unit, disable=hidden)
 
 
 def device_name(device: torch.device) -> str:

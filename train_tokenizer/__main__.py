@@ -44,10 +44,11 @@ from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from evaluation.lpips import LPIPS, lpips_is_available
 from evaluation.reconstruction import (
-    PositionCounts,
     Preview,
     code_agreement,
     codebook_use,
+    count_codes,
+    figures_of,
     image_batches,
     reconstruct,
 )
@@ -246,7 +247,8 @@ class CodebookUse:
 
     def __init__(self, config: TokenizerConfig, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.counts = PositionCounts(config.num_tokens, config.codebook_size, accelerator.device)
+        shape = config.num_tokens, config.codebook_size
+        self.counts = torch.zeros(shape, dtype=torch.float64, device=accelerator.device)
         self.clustering, self.latents = config.clustering, []
         self.warned = self.warned_of_agreement = False
 
@@ -254,7 +256,7 @@ class CodebookUse:
         """Count the codes of a micro-batch, and keep its latents for clustering."""
         if self.clustering:
             self.latents.append(out.latents.detach().flatten(0, 1))
-        self.counts.add(out.codes)
+        count_codes(self.counts, out.codes)
 
     def take_latents(self) -> Tensor:
         """The latents (N, d) of this rank since the last call."""
@@ -263,17 +265,17 @@ class CodebookUse:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Counts (T, codebook_size) of all ranks."""
-        return {"positions": self.accelerator.reduce(self.counts.counts, "sum").cpu()}  # type: ignore[union-attr]
+        return {"positions": self.accelerator.reduce(self.counts, "sum").cpu()}  # type: ignore[union-attr]
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         if self.accelerator.is_main_process:
-            self.counts.counts += state_dict["positions"].to(self.accelerator.device)
+            self.counts += state_dict["positions"].to(self.accelerator.device)
 
     def report(self, run: Run) -> dict[str, float]:
         """Share of codes used, perplexity and agreement, as far as there are counts, which start anew."""
         at_positions = self.state_dict()["positions"]
         counts = at_positions.sum(0)
-        self.counts.counts.zero_()
+        self.counts.zero_()
         if not counts.any():  # all steps were the discriminator's
             return {}
         use, perplexity = codebook_use(counts)
@@ -467,13 +469,20 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData
 def evaluate(run: Run, state: TrainState, data: TokenizerData) -> Optional[dict[str, float]]:
     """Metrics of the held-out reconstructions, and rFID with a reference; None, after a warning, if an
     image cannot be read or a figure cannot be computed."""
-    scores = in_training.ReconstructionScores(
-        state.averaged, data.validation, PartialState(), state.lpips, data.evaluator
+    tokenizer, paths, accelerator = state.averaged, data.validation, run.accelerator
+    scores = in_training.reconstruction_scores(tokenizer, len(paths), state.lpips, data.evaluator)
+    batches = image_batches(
+        paths,
+        tokenizer.config.image_size,
+        run.training.per_gpu_batch_size,
+        worker_count(run.options.dataset.params.num_workers_per_gpu),
+        accelerator.process_index,
+        accelerator.num_processes,
     )
-    batch = run.training.per_gpu_batch_size
-    workers = worker_count(run.options.dataset.params.num_workers_per_gpu)
-    measured = run.attempt("evaluation", lambda: scores.measure(batch, workers))
-    return None if measured is None else run.attempt("evaluation", measured.reduced)
+    figures = run.attempt(
+        "evaluation", lambda: reconstruct(tokenizer, batches, scores), lambda _: figures_of(scores)
+    )
+    return figures and {f"val/{name}": value for name, value in figures.items()}
 
 
 def preview(tokenizer: Tokenizer, paths: list[ImagePath]) -> Tensor:
@@ -483,7 +492,7 @@ def preview(tokenizer: Tokenizer, paths: list[ImagePath]) -> Tensor:
         chosen = torch.linspace(0, len(paths) - 1, min(PREVIEWS, len(paths))).long().tolist()
         size = tokenizer.config.image_size
         batches = image_batches([paths[i] for i in chosen], size, PREVIEWS, workers=0)
-        reconstruct(tokenizer, batches, tokenizer.latent_tokens.device, [pictures])
+        reconstruct(tokenizer, batches, [pictures])
     return pictures.pairs()
 
 

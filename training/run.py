@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, Optional, TypeVar
+from typing import Any, NoReturn, Optional
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +38,6 @@ from training.log import RunLog, Window, due
 from training.optim import FiniteGuard
 from training.utilisation import peak_flops
 
-T = TypeVar("T")
 UNREADABLE = "unreadable.txt"  # in a run's folder: paths of replaced images, one per line
 REPORTED = ".reported"  # in a run's folder: the last checkpointed step with complete reports
 
@@ -336,10 +335,13 @@ class Run:
 
         on_main(write)
 
-    def attempt(self, name: str, work: Callable[[], T]) -> Optional[T]:
-        """`work()`; if it fails on any rank, a warning and None on every rank, so that training goes on.
+    def attempt(
+        self, name: str, work: Callable[[], Any], reduce: Optional[Callable[[Any], Any]] = None
+    ) -> Any:
+        """`work()` or `reduce(work())`; if either fails on any rank, a warning and None on every rank, so that
+        training goes on.
 
-        `work` must not talk to other ranks before everything in it that can fail has succeeded.
+        Neither may talk to other ranks before everything in it that can fail has succeeded.
         """
         result, problem = None, None
         try:
@@ -353,7 +355,7 @@ class Run:
         if problems:
             self.log.say(f"warning: {name} failed: {problems[0]}; training continues without it")
             return None
-        return result
+        return result if reduce is None else self.attempt(name, lambda: reduce(result))
 
     def missing_reports(self) -> Due:
         """The reports that were due at the checkpoint that the run resumes from, if a kill prevented

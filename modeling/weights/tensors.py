@@ -171,13 +171,14 @@ def write_state_dict(
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
-    """16 hex digits of the tensors that decide the codes: encoder, latent tokens and codebook.
+    """16 hex digits of the tensors that decide the codes: encoder, latent tokens and quantizer.
 
     Both stages of one tokenizer have the same fingerprint: only their decoders differ. The number
     of heads is not part of it, because no tensor's shape shows it; the manifest of a cache and the
     metadata of weights hold it.
     """
-    return tensors_hash(state, ("encoder.", "latent_tokens", "quantize.embedding."), torch.float32)
+    counted = {name: tensor for name, tensor in state.items() if name != "quantize.embed_prob"}
+    return tensors_hash(counted, ("encoder.", "latent_tokens", "quantize."), torch.float32)
 
 
 def tensors_hash(

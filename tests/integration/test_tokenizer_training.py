@@ -604,7 +604,7 @@ def test_figures_that_fail_cost_the_report_and_not_the_training(train, tmp_path,
     def fail(*args):
         raise InputError("features that are NaN")
 
-    monkeypatch.setattr(trainer.in_training.ReconstructionScores, "reduced", fail)
+    monkeypatch.setattr(trainer, "figures_of", fail)
     said = train(1, tmp_path, "phases=[{steps: 1, learning_rate: 1e-3}]")
     assert "warning: evaluation failed: features that are NaN; training continues" in said
     assert (tmp_path / "tokenizer.pth").exists()
@@ -624,7 +624,7 @@ def test_metrics_and_rfid_come_from_one_pass_over_the_held_out_images(train, tmp
     monkeypatch.setattr(
         trainer.in_training, "open_evaluator", lambda *_: SimpleNamespace(network=None)
     )
-    monkeypatch.setattr(trainer.in_training, "metrics_of", lambda *_: {"val/rFID": 1.0})
+    monkeypatch.setattr(trainer.in_training, "metrics_of", lambda *_: {"rFID": 1.0})
     train(1, tmp_path, "phases=[{steps: 1, learning_rate: 1e-3}]")
     assert sorted(loads[:5]) == [0, 1, 2, 3, 4] and len(loads) == 5 + 5  # the others: the preview's
     assert [at for at, _ in added] == [0, 4] and [len(x) for _, x in added] == [4, 1]

@@ -1,23 +1,27 @@
 """The doors of docs/architecture.md: a toy of each kind is added in the places that it names."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
+from PIL import Image
 from torch import nn
 
 import evaluate
 import evaluation.evaluator
 import evaluation.generator_scores
 import evaluation.statistics
+import evaluation.tokenizer_score
 import modeling.generator
 import modeling.tokenizer
 import modeling.weights.metadata
 import sample_imagenet
 import train_ar
 from evaluation import set_metrics
+from evaluation.likelihood import Share
 from evaluation.metrics import FeatureSample
 from evaluation.set_metrics import POOL
 from modeling.generator import next_code_loss
@@ -120,9 +124,7 @@ def test_a_backbone_is_trained_sampled_and_scored(tmp_path, monkeypatch, fill):
     assert np.load(tmp_path / "samples_codes.npz")["arr_0"].shape == (3, 21)
 
     score = evaluation.generator_scores.score_generator
-    result = score(
-        str(weights), [], str(tmp_path / "cache"), str(tmp_path / "p.png"), PartialState(), 8
-    )
+    result = score(str(weights), [], str(tmp_path / "cache"), str(tmp_path / "p.png"), Share(8))
     assert result["metrics"]["nats_per_code"] > 0
 
 
@@ -144,9 +146,10 @@ class Signs(nn.Module):
         super().__init__()
         assert codebook_size == 2**token_size
         self.register_buffer("bits", 2 ** torch.arange(token_size))
+        self.register_buffer("thresholds", torch.zeros(token_size))
 
     def encode(self, z):
-        return ((z > 0) * self.bits).sum(-1)
+        return ((z > self.thresholds) * self.bits).sum(-1)
 
     def lookup(self, codes):
         return (codes.unsqueeze(-1) & self.bits > 0) * 2.0 - 1
@@ -193,6 +196,10 @@ def test_a_quantizer_trains_encodes_decodes_and_is_opened(monkeypatch, tmp_path)
     pixels = ImageDecoder(again, torch.float32)(codes)
     assert torch.equal(pixels, ImageDecoder(tokenizer, torch.float32)(codes))
 
+    before = fingerprint(tokenizer.state_dict())
+    tokenizer.quantize.thresholds += 0.5
+    assert fingerprint(tokenizer.state_dict()) != before  # they decide the codes too
+
 
 # ---------------------------------------------------------------------- a metric
 class KernelDistance:
@@ -234,3 +241,30 @@ def test_a_metric_stands_in_table_json_and_saved_statistics(monkeypatch, tmp_pat
     score("--reference=reference.npz", "--save_stats=stats.npz")
     stored = json.loads(score("--samples=samples.npz", "--reference=stats.npz").splitlines()[-1])
     assert stored["metrics"] == found["metrics"]
+
+
+def largest_error(reconstructions, images):
+    return (reconstructions - images).abs().amax((1, 2, 3))
+
+
+def test_a_metric_of_reconstructions_stands_in_table_and_json(monkeypatch, tmp_path, fill, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(evaluation.tokenizer_score.FIGURES, "largest error", largest_error)
+    tokenizer = fill(Tokenizer(tiny_tokenizer(patch_size=4, encoder_width=32, decoder_width=32)))
+    about = about_model(TOKENIZER, tokenizer.config)
+    write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth", about)
+    Path("images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(f"images/{i}.png")
+    evaluate.main([
+        "--reconstruction", "--tokenizer=tokenizer.pth", "--data_path=images", "--device=cpu",
+        "--num_workers=0", "--batch_size=2",
+    ])  # fmt: skip
+    said = capsys.readouterr().out
+    found = json.loads(said.splitlines()[-1])["metrics"]["largest error"]
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        made = tokenizer.eval().decode(tokenizer.encode(images))
+    assert found == pytest.approx(largest_error(made, images).mean().item(), rel=1e-5)
+    assert re.search(rf"largest error +{found:.4f}", said)

@@ -422,21 +422,21 @@ def test_input_that_does_not_fit_is_refused_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("method", ["measure", "reduced"])
+@pytest.mark.parametrize("stage", ["collect_samples", "metrics_of"])
 def test_scores_that_fail_are_said_and_training_continues(
-    train, tmp_path, tokenizer, monkeypatch, capsys, method
+    train, tmp_path, tokenizer, monkeypatch, capsys, stage
 ):
-    scores = train_ar.in_training.GeneratedScores
-    monkeypatch.setattr(train_ar.in_training, "open_evaluator", lambda *args: object())
-    monkeypatch.setattr(scores, "measure", lambda self: self)
-    monkeypatch.setattr(scores, "reduced", lambda self: {"val/gFID": 1.0})
+    scores = train_ar.in_training
+    monkeypatch.setattr(scores, "open_evaluator", lambda *args: object())
+    monkeypatch.setattr(scores, "collect_samples", lambda *args: None)
+    monkeypatch.setattr(scores, "metrics_of", lambda *args: {"gFID": 1.0})
 
-    def fail(self):
+    def fail(*args):
         raise InputError("no room")
 
     options = ["experiment.generate_every=1", "training.max_train_steps=1"]
     assert {"step": 1, "val/gFID": 1.0} in train(*options, run="works")
-    monkeypatch.setattr(scores, method, fail)
+    monkeypatch.setattr(scores, stage, fail)
     assert not any("val/gFID" in record for record in train(*options))
     assert "warning: gFID failed: no room; training continues" in capsys.readouterr().out
     assert (tmp_path / "run/generator.bin").exists()

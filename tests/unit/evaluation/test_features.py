@@ -15,9 +15,9 @@ from evaluation.metrics import frechet_distance_of_moments
 from evaluation.references import load_statistics, save_statistics
 from evaluation.sources import ArrayImages
 from evaluation.statistics import measure
-from runtime.errors import InputError
 from tests.inception import write_random_inception
 from tests.payload import Payload
+from tests.refusals import refusal
 
 CPU = torch.device("cpu")
 WEIGHTS = Path("weights")
@@ -177,27 +177,19 @@ def test_batch_size_changes_nothing(sides, features):
 def test_missing_weights_are_asked_for_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(InputError, match=f"no {INCEPTION_FILE} in weights/ .*weights/README.md"):
-        Inception(CPU, WEIGHTS)
+    refusal(lambda: Inception(CPU, WEIGHTS), INCEPTION_FILE, "weights/README.md")
 
 
-def test_another_file_under_that_name_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-    torch.save({"head.weight": torch.zeros(3)}, tmp_path / "weights" / INCEPTION_FILE)
-    with pytest.raises(InputError, match="not the TF-2015 Inception"):
-        Inception(CPU, WEIGHTS)
-    torch.save({"fc.weight": torch.zeros(1008, 2048)}, tmp_path / "weights" / INCEPTION_FILE)
-    with pytest.raises(InputError, match="incomplete or damaged TF-2015 Inception: fetch it again"):
-        Inception(CPU, WEIGHTS)
+@pytest.mark.parametrize("name, shape", [("head.weight", (3,)), ("fc.weight", (1008, 2048))])
+def test_another_or_incomplete_file_under_that_name_is_refused(tmp_path, name, shape):
+    torch.save({name: torch.zeros(shape)}, tmp_path / INCEPTION_FILE)
+    file = tmp_path / INCEPTION_FILE
+    refusal(lambda: Inception(CPU, tmp_path), file, "TF-2015 Inception", "weights/README.md")
 
 
-def test_pickled_code_under_that_name_is_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-    torch.save({"fc.weight": Payload(tmp_path / "ran")}, tmp_path / "weights" / INCEPTION_FILE)
-    with pytest.raises(InputError, match="not a file of plain tensors"):
-        Inception(CPU, WEIGHTS)
+def test_pickled_code_under_that_name_is_not_run(tmp_path):
+    torch.save({"fc.weight": Payload(tmp_path / "ran")}, tmp_path / INCEPTION_FILE)
+    refusal(lambda: Inception(CPU, tmp_path), tmp_path / INCEPTION_FILE)
     assert not (tmp_path / "ran").exists()
 
 
@@ -216,5 +208,5 @@ def test_tf32_and_autocast_stay_out_of_the_features(inception, features, monkeyp
 
 def test_statistics_of_other_weights_are_refused(sides, inception, tmp_path):
     save_statistics(sides[1], tmp_path / "stats.npz", "inception-v3-compat 6726825d00000000")
-    with pytest.raises(InputError, match=r"statistics of other features .*--save_stats"):
-        load_statistics(tmp_path / "stats.npz", inception)
+    file, own = tmp_path / "stats.npz", inception.identity
+    refusal(lambda: load_statistics(file, inception), file, own, "--save_stats")

@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from evaluation import generator_scores
 from evaluation.generator_scores import warnings_of
 from modeling.generator import Generator
 from modeling.weights.tensors import read_state_dict, write_state_dict
-from runtime.errors import InputError
+from tests.refusals import refusal
 from tests.tiny import tiny_cache, tiny_generator
 
 RUN = """
@@ -105,7 +106,7 @@ def test_labels_are_those_of_the_classes_names(score, runs, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "c/metrics.jsonl").read_text().splitlines()]
     assert run["nats_per_code"] == pytest.approx(records[-1]["val/loss"], rel=1e-6)
     other = write_cache(tmp_path / "other", classes=2, first=2)
-    refuse(score, "classes that the training set lacks: class3", "--generator", runs / "b", "--cache", other)  # fmt: skip
+    refusal(lambda: score("--generator", runs / "b", "--cache", other), other, "class3")
 
 
 def test_labels_beyond_the_classes_are_refused(score, runs, tmp_path):
@@ -114,7 +115,8 @@ def test_labels_beyond_the_classes_are_refused(score, runs, tmp_path):
     labels = np.fromfile(file, np.int32)
     labels[4] = -1
     labels.tofile(file)
-    refuse(score, "labels beyond its 3 classes", "--generator", runs / "a", "--cache", tmp_path / "val")  # fmt: skip
+    call = partial(score, "--generator", runs / "a", "--cache", tmp_path / "val")
+    refusal(call, tmp_path / "val", "3 classes")
 
 
 def test_a_checkpoint_is_scored(score, runs):
@@ -165,38 +167,35 @@ def test_the_picture_has_the_curves_of_other_runs(score, runs, monkeypatch):
 
 
 # ---------------------------------------------------------------------- bad input
-def refuse(score, match, *argv):
-    with pytest.raises(InputError, match=match):
-        score(*argv)
-
-
 def test_runs_without_a_common_step_are_refused(score, runs, tmp_path):
     shutil.copytree(runs / "b", tmp_path / "b")
     shutil.rmtree(tmp_path / "b/checkpoints/step-00000006")
     file = runs / "a/checkpoints/step-00000006/generator.safetensors"
     common = ("--cache", runs / "val", "--compare", tmp_path / "b")
-    refuse(score, "no checkpoint of a common step .*: 6; .*b: 3.*keep_every", "--generator", file, *common)  # fmt: skip
-    refuse(score, "generator.bin is not a run folder", "--generator", runs / "a/generator.bin", *common)  # fmt: skip
+    refusal(lambda: score("--generator", file, *common), f"{file}: 6", "b: 3", "keep_every")
+    file = runs / "a/generator.bin"
+    refusal(lambda: score("--generator", file, *common), file, "--compare")
 
 
 def test_a_cache_of_other_codes_is_refused(score, runs, tmp_path):
+    run, step = runs / "a", "checkpoints/step-00000006/generator.safetensors"
+    for file in ("generator.safetensors", step):
+        shutil.copy(run / file, tmp_path / file.replace("/", "-"))  # it says whose codes it models
     larger = write_cache(tmp_path / "larger", codebook=64)
-    refuse(score, "another tokenizer's cache: codebook size 64 there, 32 here",
-           "--generator", runs / "a/generator.bin", "--cache", larger)  # fmt: skip
     other = write_cache(tmp_path / "other", tokenizer="xyz")
-    refuse(score, "another tokenizer's cache: tokenizer xyz there, abc here",
-           "--generator", runs / "a", "--cache", other)  # fmt: skip
-    for file in ("generator.safetensors", "checkpoints/step-00000003/generator.safetensors"):
-        shutil.copy(runs / "a" / file, tmp_path / "copied.safetensors")  # it says so itself
-        refuse(score, "another tokenizer's cache: tokenizer xyz there, abc here",
-               "--generator", tmp_path / "copied.safetensors", "--cache", other)  # fmt: skip
     alone = write_cache(tmp_path / "alone", tokens=16)  # without prefix tokens
-    step = runs / "a/checkpoints/step-00000006"
-    for weights in (runs / "a", runs / "a/generator.bin", step / "generator.safetensors"):
-        refuse(score, "another tokenizer's cache: codes per image 16 there, 21 here",
-               "--generator", weights, "--cache", alone)  # fmt: skip
-    classes = write_cache(tmp_path / "classes", classes=4)
-    refuse(score, "4 classes, more than the 3", "--generator", runs / "a", "--cache", classes)
+    more = write_cache(tmp_path / "more", classes=4)
+    copies = tmp_path / "generator.safetensors", tmp_path / step.replace("/", "-")
+    for weights, cache, named in (
+        (run / "generator.bin", larger, ["codebook size 64 there, 32 here"]),
+        *[(file, other, ["tokenizer xyz there, abc here"]) for file in (run, *copies)],
+        *[
+            (file, alone, ["codes per image 16 there, 21 here"])
+            for file in (run, run / "generator.bin", run / step)
+        ],
+        (run, more, ["4 classes", "3"]),
+    ):
+        refusal(partial(score, "--generator", weights, "--cache", cache), cache, *named)
 
 
 def test_a_cache_without_all_classes_is_warned_of(score, runs, tmp_path):
@@ -222,48 +221,40 @@ def test_a_cache_that_is_one_view_short_is_refused(score, runs, tmp_path):
     shutil.copytree(runs / "val", packed)
     shard = packed / "codes-00000.bin"
     shard.write_bytes(shard.read_bytes()[: -2 * 21])
-    refuse(score, "codes-00000.bin is damaged: 714 bytes, 756 bytes expected",
-           "--generator", runs / "a", "--cache", packed)  # fmt: skip
+    call = partial(score, "--generator", runs / "a", "--cache", packed)
+    refusal(call, shard, "714 bytes", "756 bytes")
     for image, views in (("0", 2), ("1", 1)):
         (tmp_path / "files/class0").mkdir(parents=True, exist_ok=True)
         codes = np.zeros((views, 21), np.int64)
         np.savez(tmp_path / f"files/class0/{image}.JPEG.npz", codes=codes)
-    refuse(score, r"1.JPEG.npz holds int64 codes of shape \(1, 21\)",
-           "--generator", runs / "a", "--cache", tmp_path / "files")  # fmt: skip
+    call = partial(score, "--generator", runs / "a", "--cache", tmp_path / "files")
+    refusal(call, "1.JPEG.npz", "(1, 21)")
 
 
 def test_files_that_are_no_generator_are_refused(score, runs, tmp_path):
     torch.save({"a": torch.zeros(3)}, tmp_path / "x.bin")
-    refuse(
-        score,
-        r"x\.bin is (no|not a) generator but something else",
-        "--generator",
-        "x.bin",
-        "--cache",
-        runs / "val",
-    )
     (tmp_path / "empty").mkdir()
-    refuse(score, "holds no checkpoints", "--generator", "empty", "--cache", runs / "val")
-    refuse(score, "no weights at", "--generator", "none.bin", "--cache", runs / "val")
-    damaged = Generator(tiny_generator(codebook_size=32, image_seq_len=21)).state_dict()
-    damaged.pop("norm.weight")
-    torch.save(damaged, tmp_path / "x.bin")
-    refuse(score, "1 missing: norm.weight", "--generator", "x.bin", "--cache", runs / "val")
-
-
-def test_a_loss_that_is_nan_is_refused(score, runs, tmp_path):
-    state = torch.load(runs / "a/generator.bin", weights_only=True)
-    state["output.weight"].fill_(3e38)  # finite, but what it is multiplied with overflows
-    torch.save(state, tmp_path / "x.bin")
-    refuse(score, "x.bin on .*val is NaN or infinite", "--generator", "x.bin", "--cache", runs / "val")  # fmt: skip
+    whole = Generator(tiny_generator(codebook_size=32, image_seq_len=21)).state_dict()
+    torch.save({k: v for k, v in whole.items() if k != "norm.weight"}, tmp_path / "part.bin")
+    whole["output.weight"].fill_(3e38)  # finite, but what it is multiplied with overflows
+    torch.save(whole, tmp_path / "huge.bin")
+    for weights, named in (
+        ("x.bin", "generator"),
+        ("empty", "checkpoints"),
+        ("none.bin", "no weights"),
+        ("part.bin", "norm.weight"),
+        ("huge.bin", runs / "val"),
+    ):
+        call = partial(score, "--generator", weights, "--cache", runs / "val")
+        refusal(call, weights, named)
 
 
 def test_a_damaged_checkpoint_is_not_compared(score, runs, tmp_path):
     shutil.copytree(runs / "b", tmp_path / "b")
     weights = tmp_path / "b/checkpoints/step-00000006/generator.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    refuse(score, "step-00000006 was altered or cut short",
-           "--generator", runs / "a", "--cache", runs / "val", "--compare", tmp_path / "b")  # fmt: skip
+    common = ("--cache", runs / "val", "--compare", tmp_path / "b")
+    refusal(lambda: score("--generator", runs / "a", *common), "step-00000006")
 
 
 # ---------------------------------------------------------------------- without matplotlib

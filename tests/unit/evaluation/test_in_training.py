@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,21 @@ from configs.schema import GeneratorExperiment, GeneratorModels, GeneratorOption
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from evaluation.in_training import (
-    GeneratedScores,
-    ReconstructionScores,
+    collect_samples,
     job_in_training,
+    metrics_of,
     open_evaluator,
+    reconstruction_scores,
 )
+from evaluation.reconstruction import figures_of, image_batches, reconstruct
 from evaluation.statistics import digests_of
 from generation import job
 from generation.images import sample_images
 from modeling.generator import Generator
 from modeling.tokenizer import Tokenizer
-from runtime.errors import InputError
 from runtime.processes import matmul_precision
 from tests.inception import TinyFeatures
+from tests.refusals import refusal
 from tests.tiny import tiny_tokenizer
 
 CPU, WEIGHTS = torch.device("cpu"), Path("weights")
@@ -64,7 +67,7 @@ def models(fill):
 
 
 def scored_images(evaluator, models, options, monkeypatch):
-    """Digests of the images that `GeneratedScores` scores, by index, and its metrics."""
+    """Digests of the images that `collect_samples` scores, by index, and their metrics."""
     digests = {}
 
     class Collector(in_training.Collector):
@@ -75,7 +78,7 @@ def scored_images(evaluator, models, options, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(in_training, "Collector", Collector)
-        metrics = GeneratedScores(evaluator, *models, options).measure().reduced()
+        metrics = metrics_of(evaluator, collect_samples(evaluator, *models, options), "gFID")
     return [digests[i] for i in range(len(digests))], metrics
 
 
@@ -90,8 +93,8 @@ def test_generated_images_are_those_of_the_options(evaluator, models, options, m
         engine = in_training.job_in_training(options, torch.device("cpu")).sampler(generator, 14)
         (batch,) = sample_images(engine, tokenizer, job, [range(14)])
         assert digests == [digest.tobytes() for digest in digests_of(batch.images)]
-        scored[classes is None] = metrics["val/gFID"]
-        assert metrics.keys() >= {"val/sFID", "val/IS", "val/precision", "val/recall"}
+        scored[classes is None] = metrics["gFID"]
+        assert metrics.keys() >= {"sFID", "IS", "precision", "recall"}
     assert scored[True] != scored[False]
 
 
@@ -109,7 +112,7 @@ def test_precision_is_that_of_the_options_and_leaves_that_of_training(
     monkeypatch.setattr(job, "Engine", Engine)
     with matmul_precision("tf32"):  # that of the training
         for precision in ("bf16", "fp32"):
-            GeneratedScores(evaluator, *models, changed(options, precision=precision)).measure()
+            collect_samples(evaluator, *models, changed(options, precision=precision))
             assert torch.backends.cuda.matmul.allow_tf32
     assert dtypes == [torch.bfloat16, torch.float32] and precisions == [True, False]
 
@@ -120,21 +123,20 @@ def test_measuring_generated_images_waits_for_no_other_rank(
     def collective(*args, **kwargs):
         raise AssertionError("a collective")
 
-    monkeypatch.setattr(in_training, "metrics_of", collective)
     for function in ("all_reduce", "all_gather", "all_gather_object", "barrier", "broadcast"):
         monkeypatch.setattr(torch.distributed, function, collective)
-    scores = GeneratedScores(evaluator, *models, options).measure()
+    monkeypatch.setattr(in_training.Collector, "finish", collective)
+    collected = collect_samples(evaluator, *models, options)
     with pytest.raises(AssertionError, match="a collective"):
-        scores.reduced()
+        metrics_of(evaluator, collected, "gFID")
 
 
 @pytest.mark.parametrize(
-    "values, words",
-    [(dict(precision="tf32"), "works only on CUDA"), (dict(classes=[3]), "class 3")],
+    "values, named",
+    [(dict(precision="tf32"), "experiment.precision=tf32"), (dict(classes=[3]), "class 3")],
 )
-def test_what_cannot_be_sampled_is_refused_before_training(options, values, words):
-    with pytest.raises(InputError, match=words):
-        job_in_training(changed(options, **values), CPU)
+def test_what_cannot_be_sampled_is_refused_before_training(options, values, named):
+    refusal(lambda: job_in_training(changed(options, **values), CPU), named)
 
 
 # ---------------------------------------------------------------------- reconstructions
@@ -153,29 +155,30 @@ def test_one_pass_gives_all_metrics(evaluator, models, tmp_path, monkeypatch):
     encoded = []
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda x: encoded.append(len(x)) or encode(x))
-    processes = evaluator.processes
-    values = (
-        ReconstructionScores(tokenizer, paths, processes, Distance(), evaluator)
-        .measure(4, 0)
-        .reduced()
-    )
+
+    def score(batch, *networks):
+        scores = reconstruction_scores(tokenizer, len(paths), *networks)
+        reconstruct(tokenizer, image_batches(paths, 16, batch, workers=0), scores)
+        return figures_of(scores)
+
+    values = score(4, Distance(), evaluator)
     assert encoded == [4, 4, 3]  # every image once
     expected = {"psnr", "codebook_use", "perplexity", "lpips", "rFID", "sFID", "precision"}
-    assert values.keys() >= {f"val/{name}" for name in expected} and "val/gFID" not in values
-    alone = ReconstructionScores(tokenizer, paths, processes).measure(11, 0).reduced()
-    assert alone.keys() == {
-        "val/psnr", "val/codebook_use", "val/perplexity", "val/code_agreement"
-    }  # fmt: skip
+    assert values.keys() >= expected and "gFID" not in values
+    alone = score(11, None, None)
+    assert alone.keys() == {"psnr", "codebook_use", "perplexity", "code_agreement"}
     assert alone == pytest.approx({name: values[name] for name in alone})
 
 
 def test_a_reference_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
     assert open_evaluator(None, 0, "x", WEIGHTS, 16) is None
-    with pytest.raises(InputError, match=r"fid_reference=r\.npz needs experiment\.eval_every"):
-        open_evaluator("r.npz", 0, "experiment.eval_every", WEIGHTS, 16)
-    with pytest.raises(InputError, match=r"needs experiment\.eval_every, of 2 images or more"):
-        open_evaluator("r.npz", 1, "experiment.eval_every", WEIGHTS, 16)
-    np.savez(tmp_path / "r.npz", np.zeros((5, 8, 8, 3), np.uint8))
-    with pytest.raises(InputError, match=r"the samples have 16x16 pixels, .*r\.npz has 8x8"):
-        open_evaluator(str(tmp_path / "r.npz"), 2, "", WEIGHTS, 16)
+    file = str(tmp_path / "r.npz")
+    np.savez(file, np.zeros((5, 8, 8, 3), np.uint8))
+    for images, named in (
+        (0, ["experiment.fid_reference", "experiment.eval_every"]),
+        (1, ["experiment.fid_reference", "experiment.eval_every", "2 images"]),
+        (2, ["16x16", "8x8"]),
+    ):
+        call = partial(open_evaluator, file, images, "experiment.eval_every", WEIGHTS, 16)
+        refusal(call, file, *named)

@@ -9,8 +9,8 @@ from torch import nn
 from torchvision.models import vgg16
 
 from evaluation.lpips import LPIPS, LPIPS_FILE, VGG_FILE, lpips_is_available
-from runtime.errors import InputError
 from tests.host_syncs import HostSyncs
+from tests.refusals import refusal
 
 WEIGHTS = Path("weights")
 HEADS = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
@@ -24,11 +24,9 @@ def without_random_start(patch):
 
 # ---------------------------------------------------------------------- weight files
 def test_pretrained_network_without_its_file_is_refused(nowhere):
-    with torch.device("meta"), pytest.raises(InputError) as caught:
-        LPIPS(WEIGHTS)
-    message = str(caught.value)
-    assert f"no {VGG_FILE} in weights/ or {nowhere}/hub/checkpoints" in message
-    assert "weights/README.md" in message and "set the weight of its loss to 0" in message
+    named = VGG_FILE, "weights/", f"{nowhere}/hub/checkpoints", "weights/README.md", "loss to 0"
+    with torch.device("meta"):
+        refusal(lambda: LPIPS(WEIGHTS), *named)
 
 
 def save_shapes(model, path):
@@ -49,8 +47,7 @@ def test_pretrained_network_takes_torchvisions_and_the_packages_files(nowhere):
 def test_another_file_in_the_place_of_vgg_is_refused(nowhere):
     with torch.device("meta"):
         save_shapes(nn.Linear(2, 2), nowhere / "weights" / VGG_FILE)
-        with pytest.raises(InputError, match=VGG_FILE):
-            LPIPS(WEIGHTS)
+        refusal(lambda: LPIPS(WEIGHTS), VGG_FILE)
 
 
 # ---------------------------------------------------------------------- distance

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,12 +7,15 @@ from PIL import Image
 
 from evaluation.reconstruction import (
     Batch,
-    PositionCounts,
+    CodeUse,
+    ImageMean,
     Preview,
-    ReconstructionSums,
     code_agreement,
     codebook_use,
+    count_codes,
+    figures_of,
     image_batches,
+    psnr,
     reconstruct,
 )
 from modeling.tokenizer import Tokenizer
@@ -21,14 +25,20 @@ CPU = torch.device("cpu")
 T = 7  # codes of an image of `tokenizer`
 
 
-def sums_of(images, reconstructions, codes, codebook=8):
-    sums = ReconstructionSums(codebook, codes.shape[1], CPU)
-    add(sums, images, reconstructions, codes)
-    return sums
+def scores(tokens=5, codebook=8):
+    config = SimpleNamespace(num_tokens=tokens, codebook_size=codebook)
+    return [ImageMean("psnr", psnr, CPU), CodeUse(config, CPU)]
 
 
-def add(consumer, images, reconstructions, codes):
-    consumer.add(Batch(0, (images * 255).byte(), images, codes, reconstructions))
+def metrics_of(images, reconstructions, codes, codebook=8):
+    consumers = scores(codes.shape[1], codebook)
+    add(consumers, images, reconstructions, codes)
+    return figures_of(consumers)
+
+
+def add(consumers, images, reconstructions, codes):
+    for consumer in consumers:
+        consumer.add(Batch(0, (images * 255).byte(), images, codes, reconstructions))
 
 
 def pair(*differences):
@@ -37,37 +47,38 @@ def pair(*differences):
     return images, images + torch.tensor(differences)[:, None, None, None]
 
 
-@pytest.mark.parametrize("difference, psnr", [(1.0, 0.0), (0.1, 20.0), (0.01, 40.0)])
-def test_psnr_by_hand(difference, psnr):
-    metrics = sums_of(*pair(difference), torch.zeros(1, 5, dtype=torch.int64)).metrics()
-    assert metrics["psnr"] == pytest.approx(psnr, abs=1e-4)
-
-
-def test_psnr_is_the_mean_over_images_not_that_of_the_mean_error():
-    metrics = sums_of(*pair(0.1, 0.01), torch.zeros(2, 5, dtype=torch.int64)).metrics()
-    assert metrics["psnr"] == pytest.approx(30.0, abs=1e-4)
-
-
-def test_psnr_of_a_perfect_reconstruction_is_finite():
-    metrics = sums_of(*pair(0.0), torch.zeros(1, 5, dtype=torch.int64)).metrics()
-    assert metrics["psnr"] == 100.0
+# The mean is that of the images' figures, not the figure of their mean error.
+@pytest.mark.parametrize(
+    "differences, expected",
+    [([1.0], 0.0), ([0.1], 20.0), ([0.01], 40.0), ([0.1, 0.01], 30.0), ([0.0], 100.0)],
+)
+def test_psnr_by_hand(differences, expected):
+    codes = torch.zeros(len(differences), 5, dtype=torch.int64)
+    assert metrics_of(*pair(*differences), codes)["psnr"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_sums_of_two_halves_add_up_to_the_whole():
     images, reconstructions = torch.rand(6, 3, 4, 4), torch.rand(6, 3, 4, 4)
     codes = torch.randint(8, (6, 5))
-    whole = sums_of(images, reconstructions, codes)
-    one = sums_of(images[:2], reconstructions[:2], codes[:2])
-    other = sums_of(images[2:], reconstructions[2:], codes[2:])
-    torch.testing.assert_close(one.values + other.values, whole.values, rtol=1e-12, atol=0)
-    add(one, images[2:], reconstructions[2:], codes[2:])
-    assert one.metrics() == pytest.approx(whole.metrics())
+    consumers = scores()
+    add(consumers, images[:2], reconstructions[:2], codes[:2])
+    add(consumers, images[2:], reconstructions[2:], codes[2:])
+    assert consumers[0].sums[1] == 6 and consumers[1].counts.sum() == 30
+    assert figures_of(consumers) == pytest.approx(metrics_of(images, reconstructions, codes))
+
+
+def test_a_figure_of_a_whole_batch_counts_once_per_image():
+    mean = ImageMean("x", lambda a, b: a.mean(), CPU)
+    add([mean], *pair(0.2, 0.4), torch.zeros(2, 5))
+    add([mean], *pair(0.9), torch.zeros(1, 5))
+    assert mean.metrics() == {"x": pytest.approx(0.5)}
 
 
 def test_code_counts_are_those_of_all_images():
-    sums = sums_of(*pair(0.1, 0.1), torch.tensor([[0, 1, 1], [7, 1, 0]]))
-    assert sums.values[1] == 2
-    assert sums.codes.counts.sum(0).tolist() == [2, 3, 0, 0, 0, 0, 0, 1]
+    counts = torch.zeros(3, 8)
+    count_codes(counts, torch.tensor([[0, 1, 1], [7, 1, 0]]))
+    assert counts.sum(0).tolist() == [2, 3, 0, 0, 0, 0, 0, 1]
+    assert counts[1].tolist() == [0, 2, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("used", [1, 3, 8])
@@ -79,10 +90,10 @@ def test_perplexity_of_evenly_used_codes_is_their_number(used):
 
 
 def agreement(codes):
-    counts = PositionCounts(codes.shape[1], 8, CPU)
+    counts = torch.zeros(codes.shape[1], 8)
     for part in codes.split(2):
-        counts.add(part)
-    return code_agreement(counts.counts)
+        count_codes(counts, part)
+    return code_agreement(counts)
 
 
 def test_agreement_by_hand():
@@ -94,9 +105,9 @@ def test_identical_codes_agree_however_many_they_are():
     same, other = torch.arange(8).expand(5, 8), torch.arange(8)[:, None].expand(8, 8)
     assert agreement(same) == 1 and agreement(other) == 0
     images = torch.zeros(5, 3, 4, 4)
-    metrics = sums_of(images, images, same).metrics()
+    metrics = metrics_of(images, images, same)
     assert metrics["codebook_use"] == 1 and metrics["code_agreement"] == 1
-    assert "code_agreement" not in sums_of(images[:1], images[:1], same[:1]).metrics()
+    assert "code_agreement" not in metrics_of(images[:1], images[:1], same[:1])
 
 
 def test_perplexity_by_hand():
@@ -127,12 +138,12 @@ class Everything:
 
 def run(tokenizer, batches, *consumers):
     numbered = ((2 * i, pixels) for i, pixels in enumerate(batches))
-    reconstruct(tokenizer, numbered, CPU, consumers)
+    reconstruct(tokenizer, numbered, consumers)
 
 
 def test_all_batches_are_reconstructed_and_the_first_is_shown(tokenizer):
-    sums, preview = ReconstructionSums(16, T, CPU), Preview(2)
-    run(tokenizer, BATCHES, sums, preview)
+    consumers, preview = scores(T, 16), Preview(2)
+    run(tokenizer, BATCHES, *consumers, preview)
     images = BATCHES.flatten(0, 1) / 255
     codes = tokenizer.eval().encode(images)
     with torch.no_grad():
@@ -141,7 +152,7 @@ def test_all_batches_are_reconstructed_and_the_first_is_shown(tokenizer):
     torch.testing.assert_close(preview.after, expected[:2])
     torch.testing.assert_close(preview.pairs()[[0, 2]], preview.before)
     torch.testing.assert_close(preview.pairs()[[1, 3]], preview.after)
-    assert sums.metrics() == pytest.approx(sums_of(images, expected, codes, 16).metrics())
+    assert figures_of(consumers) == pytest.approx(metrics_of(images, expected, codes, 16))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -164,9 +175,9 @@ def test_every_consumer_gets_every_batch_once(tokenizer, monkeypatch):
 
 
 def test_no_images_are_no_error(tokenizer):
-    sums, preview = ReconstructionSums(16, T, CPU), Preview(2)
-    run(tokenizer, [], sums, preview)  # a rank beyond the held-out images
-    assert len(preview.before) == len(preview.after) == 0 and not sums.values.any()
+    consumers, preview = scores(T, 16), Preview(2)
+    run(tokenizer, [], *consumers, preview)  # a rank beyond the held-out images
+    assert len(preview.before) == len(preview.after) == 0 and not consumers[0].sums.any()
 
 
 def test_ranks_share_fixed_batches_of_consecutive_images(tmp_path):
@@ -186,5 +197,5 @@ def test_ranks_share_fixed_batches_of_consecutive_images(tmp_path):
 
 def test_previews_show_before_and_after_in_turn():
     preview = Preview(2)
-    add(preview, torch.zeros(3, 3, 1, 1), torch.ones(3, 3, 1, 1), torch.zeros(3, 5))
+    add([preview], torch.zeros(3, 3, 1, 1), torch.ones(3, 3, 1, 1), torch.zeros(3, 5))
     assert preview.pairs()[:, 0, 0, 0].tolist() == [0, 1, 0, 1]

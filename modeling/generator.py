@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import attention
 from .fields import Options, option
 from .rotary import rotary_table, rotate, token_layout
 
@@ -194,9 +195,7 @@ class Attention(nn.Module):
         q, k = qk.permute(2, 0, 3, 1, 4)  # each (B, H, N, h)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.attn_drop if self.training else 0.0, is_causal=N > 1
-        )
+        y = attention(q, k, v, N > 1, self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(y.transpose(1, 2).reshape(B, N, D)))
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attention
+
 
 class TokenizerAttention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D).
@@ -31,7 +33,7 @@ class TokenizerAttention(nn.Module):
             qkv = self.in_proj(x).view(B, T, 3, self.heads, D // self.heads)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, h)
         with torch.autocast(x.device.type, enabled=False):
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            y = attention(q, k, v, causal=self.causal)
         return self.out_proj(y.transpose(1, 2).reshape(B, T - first, D))
 
     def project_from(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:

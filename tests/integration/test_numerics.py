@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import configs.numerics
 import train_tokenizer.__main__ as train_tokenizer
+from modeling import tokenizer_blocks
 from train_tokenizer import losses
 
 CONFIG = """
@@ -90,7 +91,7 @@ def run(tmp_path, monkeypatch, random_networks):
         monkeypatch.setattr(train_tokenizer, "critic_loss", critic_loss)
         # Previews run the tokenizer in float32, outside the steps.
         monkeypatch.setattr(train_tokenizer, "report", lambda *args: None)
-        wrap(F, "scaled_dot_product_attention", "attention")
+        wrap(tokenizer_blocks, "attention", "attention")
         wrap(F, "mse_loss", "losses")
         wrap(train_tokenizer, "hinge_loss", "losses")
         wrap(losses, "adversarial_loss", "losses")

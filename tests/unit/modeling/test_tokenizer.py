@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modeling.attention import attention
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from modeling.tokenizer_blocks import TokenizerBlock
 from runtime.errors import InputError
@@ -306,13 +307,12 @@ def test_frozen_encoder_leaves_the_decoder_its_precision_and_gradients(fill, mon
     model = fill(Tokenizer(TINY))
     model.freeze_encoder()
     seen = []
-    attention = F.scaled_dot_product_attention
 
-    def spy(q, k, v, **options):
+    def spy(q, k, v, causal):
         seen.append((q.dtype, torch.backends.cuda.matmul.fp32_precision))
-        return attention(q, k, v, **options)
+        return attention(q, k, v, causal)
 
-    monkeypatch.setattr("modeling.tokenizer_blocks.F.scaled_dot_product_attention", spy)
+    monkeypatch.setattr("modeling.tokenizer_blocks.attention", spy)
     around = torch.backends.cuda.matmul.fp32_precision
     with low_precision():
         model(torch.rand(1, 3, 32, 32)).images.sum().backward()
@@ -376,14 +376,13 @@ def test_features_of_another_layer_or_other_images_are_refused(fill):
 
 def test_attention_runs_in_the_autocast_type(monkeypatch):
     seen = []
-    attention = F.scaled_dot_product_attention
 
-    def spy(q, k, v, **options):
-        out = attention(q, k, v, **options)
+    def spy(q, k, v, causal):
+        out = attention(q, k, v, causal)
         seen.append({q.dtype, k.dtype, v.dtype, out.dtype})
         return out
 
-    monkeypatch.setattr("modeling.tokenizer_blocks.F.scaled_dot_product_attention", spy)
+    monkeypatch.setattr("modeling.tokenizer_blocks.attention", spy)
     model = Tokenizer(config())
     with torch.autocast("cpu", torch.bfloat16):
         out = model(torch.rand(1, 3, 32, 32))

@@ -21,12 +21,12 @@ from experiments.alignment.rows import (
     FAST_SEEDS,
     FAST_STEPS,
     GENERATOR,
-    GUIDANCE,
     ROWS,
     SEEDS,
     STAGE1,
     STAGE2,
     VARIATIONS,
+    Data,
     Overrides,
     Recipe,
     Row,
@@ -67,9 +67,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def steps_of(
-    folder: Path, data: Path, seed: int, options: Recipe, views: tuple[str, ...]
-) -> list[Step]:
+def steps_of(folder: Path, data: Path, kind: Data, seed: int, options: Recipe) -> list[Step]:
     """The commands that make one row with one seed: tokenizer, codes, generator, figures."""
     stage1, generator = folder / "stage1", folder / "generator"
     best = generator / "generator_best.bin"
@@ -82,7 +80,7 @@ def steps_of(
     for split in ("train", "val"):
         cache = folder / f"cache_{split}"
         steps.append(Step(cache.name, [
-            "pretokenization.py", *views, "--data_path", str(data / split),
+            "pretokenization.py", *kind.views, "--data_path", str(data / split),
             "--cached_path", str(cache), "--tokenizer_checkpoint", str(stage1), "--num_workers", "0",
         ], [cache / "manifest.json"]))  # fmt: skip
     steps += [
@@ -99,31 +97,19 @@ def steps_of(
         ], [], answer=folder / "likelihood.json"),
     ]  # fmt: skip
     drawn = [f"experiment.generator_checkpoint={best}", f"model.generator.seed={seed}", OF_STAGE1]
-    if data.name != "photographs":
-        return [
-            *steps,
-            Step("samples", [*sampling(folder, "samples", stage1, options), *drawn],
-                 [folder / "samples.npz"]),
-            judging(folder, data, "stage1"),
-        ]  # fmt: skip
-    # As many images as are held out, without top-p, at every scale.
-    drawn += ["experiment.num_fid_samples=1050", "model.generator.top_p=1"]
-    for scale in GUIDANCE:
-        name = f"samples_{scale}"
-        command = [*sampling(folder, name, stage1, options), *drawn]
-        command.append(f"model.generator.guidance_scale={scale}")
+    for suffix, chosen in kind.samples.items():
+        name = f"samples{suffix}"
+        command = [*sampling(folder, name, stage1, options), *drawn, *chosen]
         steps.append(Step(name, command, [folder / f"{name}.npz"]))
-    return [*steps, judging(folder, data, "stage1")]
+    return [*steps, judging(folder, data, kind, "stage1")]
 
 
-def stage2_steps(folder: Path, data: Path, seed: int, options: Recipe) -> list[Step]:
+def stage2_steps(folder: Path, data: Path, kind: Data, seed: int, options: Recipe) -> list[Step]:
     """What stage 2 adds: its decoder, which shows the codes that stage 1's generator sampled.
 
     Encoder and codebook are frozen in stage 2, so its codes and their generator are those of stage 1.
     """
     stage2 = folder / "stage2"
-    photographs = data.name == "photographs"
-    samples = [f"_{scale}" for scale in GUIDANCE] if photographs else [""]
     return [
         Step("stage2", [
             "-m", "train_tokenizer", f"config={STAGE2}", f"experiment.output_dir={stage2}",
@@ -133,8 +119,8 @@ def stage2_steps(folder: Path, data: Path, seed: int, options: Recipe) -> list[S
         *(Step(f"samples_stage2{of}", [
             *sampling(folder, f"samples_stage2{of}", stage2, options),
             f"experiment.codes={folder / f'samples{of}_codes.npz'}",
-        ], [folder / f"samples_stage2{of}.npz"]) for of in samples),
-        judging(folder, data, "stage2"),
+        ], [folder / f"samples_stage2{of}.npz"]) for of in kind.samples),
+        judging(folder, data, kind, "stage2"),
     ]  # fmt: skip
 
 
@@ -149,9 +135,8 @@ def sampling(folder: Path, name: str, tokenizer: Path, options: Recipe) -> list[
     ]  # fmt: skip
 
 
-def judging(folder: Path, data: Path, decoder: str) -> Step:
-    judge = "photo_score" if data.name == "photographs" else "judge"
-    command = ["-m", f"experiments.alignment.{judge}", str(folder), str(data), decoder]
+def judging(folder: Path, data: Path, kind: Data, decoder: str) -> Step:
+    command = ["-m", kind.judge, str(folder), str(data), decoder]
     return Step(f"judge_{decoder}", command, [], answer=folder / f"scores_{decoder}.json")
 
 
@@ -159,17 +144,16 @@ def chains_of(
     root: Path, data: Path, rows: list[Row], seeds: list[int], overrides: Overrides
 ) -> list[Chain]:
     """One chain per seed and trained row; a row that shares another one's codes is part of its chain."""
-    chains = []
+    chains, kind = [], DATA.get(overrides.data or "digits", Data())
     for folder in dict.fromkeys(row.folder for row in rows):
         trained = next(row for row in ROWS if row.name == folder)
         options = recipe(trained, overrides)
         second = any(row.folder == folder and row.decoder == "stage2" for row in rows)
         for seed in seeds:
             place = root / f"seed_{seed}" / folder
-            views = DATA[data.name].views if data.name in DATA else ("--five_crop",)
-            steps = steps_of(place, data, seed, options, views)
+            steps = steps_of(place, data, kind, seed, options)
             if second:
-                steps += stage2_steps(place, data, seed, options)
+                steps += stage2_steps(place, data, kind, seed, options)
             chains.append(Chain(f"seed {seed} {folder}", place, steps))
     return chains
 

@@ -80,25 +80,40 @@ SEEDS = (42, 43, 44)  # 42 is the quickstart's own
 class Data:
     """`python -m MODULE FOLDER` writes FOLDER/train and FOLDER/val, one folder per class."""
 
-    module: str
+    module: str = ""  # none: the folder is the user's
     overrides: Overrides = Overrides()
     views: tuple[str, ...] = ("--five_crop",)  # of an image in a cache; none: the centre crop
+    judge: str = "experiments.alignment.judge"  # module that scores the samples
+    # Suffix of a set of samples -> options of sample_imagenet.py.
+    samples: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
 
 
 # Scales of guidance at which the photographs are sampled; 1 is none.
 GUIDANCE = ("1", "2", "4")
-PHOTOGRAPHS = Overrides(
-    sizes={"image_size": 64, "patch_size": 8},
-    stage1=("dataset.params.resize=72",),
-    stage2=("dataset.params.resize=72",),
-    # At the digits' 1.5e-3 the latents forget the images within 200 steps, even without a quantizer.
-    phases={"learning_rate": 3e-4},
-)
-DATA = {
-    "digits": Data("quickstart.digits"),
-    "emoji": Data("experiments.alignment.emoji"),
-    "photographs": Data("experiments.alignment.photographs", PHOTOGRAPHS, views=()),
-}
+RESIZE, WARMUP = "dataset.params.resize=72", "optimizer.params.warmup_steps=1000"
+BF16 = "training.mixed_precision=bf16"  # half the time, where the processor has bf16 products
+PHOTOGRAPHS = Data(
+    "experiments.alignment.photographs",
+    Overrides(
+        sizes={"image_size": 64, "patch_size": 8},
+        stage1=(RESIZE, WARMUP, BF16),
+        stage2=(RESIZE, BF16),
+        generator=(BF16,),
+        # At the digits' 1.5e-3 and their short warm-up, the latents forget the images within 200 steps.
+        phases={"learning_rate": 1e-3},
+    ),
+    views=(),
+    judge="experiments.alignment.photo_score",
+    # As many images as are held out, without top-p.
+    samples={
+        f"_{scale}": (
+            "experiment.num_fid_samples=1050", "model.generator.top_p=1",
+            f"model.generator.guidance_scale={scale}",
+        )
+        for scale in GUIDANCE
+    },
+)  # fmt: skip
+DATA = {"digits": Data("quickstart.digits"), "photographs": PHOTOGRAPHS}
 
 
 # ---------------------------------------------------------------------- the variations
@@ -171,7 +186,7 @@ VARIATIONS = {
     ),
     "data": Variation(
         "other images: a name, or a folder that holds train/ and val/", tuple(DATA),
-        lambda value: (DATA[value].overrides if value in DATA else Overrides()) + Overrides(data=value),
+        lambda value: DATA.get(value, Data()).overrides + Overrides(data=value),
     ),
 }  # fmt: skip
 

@@ -5,13 +5,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from experiments.alignment import photographs
 from experiments.alignment.ablation import chains_of
 from experiments.alignment.needed_bits import needed_bits, patches
 from experiments.alignment.photo_score import entropy
-from experiments.alignment.rows import ROWS, recipe, varied
+from experiments.alignment.rows import ROWS, STAGE2, recipe, varied
 
 
 def test_every_photograph_is_on_one_side_only(tmp_path, monkeypatch):
@@ -74,8 +75,11 @@ def test_the_photographs_rate_stays_whatever_the_length():
         made = recipe(row, varied(text)[0])
         (option,) = [option for option in made.stage1 if option.startswith("phases=")]
         (phase,) = json.loads(option.removeprefix("phases="))
-        assert (phase["steps"], phase["learning_rate"]) == (steps, 3e-4)
-        assert not any("3e-4" in option or "0.0003" in option for option in made.stage2)
+        assert (phase["steps"], phase["learning_rate"]) == (steps, 1e-3)
+        own = OmegaConf.load(STAGE2).phases[0].learning_rate  # stage 2 keeps its own
+        for option in (option for option in made.stage2 if option.startswith("phases=")):
+            (phase,) = json.loads(option.removeprefix("phases="))
+            assert phase["learning_rate"] == own
 
 
 def test_photographs_are_sampled_at_every_scale_and_scored(tmp_path):

@@ -145,11 +145,11 @@ def chains_of(
 ) -> list[Chain]:
     """One chain per seed and trained row; a row that shares another one's codes is part of its chain."""
     chains, kind = [], DATA.get(overrides.data or "digits", Data())
-    for folder in dict.fromkeys(row.folder for row in rows):
-        trained = next(row for row in ROWS if row.name == folder)
-        options = recipe(trained, overrides)
-        second = any(row.folder == folder and row.decoder == "stage2" for row in rows)
-        for seed in seeds:
+    for seed in seeds:  # a seed's rows beside each other, so that a study that is stopped has pairs
+        for folder in dict.fromkeys(row.folder for row in rows):
+            trained = next(row for row in ROWS if row.name == folder)
+            options = recipe(trained, overrides)
+            second = any(row.folder == folder and row.decoder == "stage2" for row in rows)
             place = root / f"seed_{seed}" / folder
             steps = steps_of(place, data, kind, seed, options)
             if second:

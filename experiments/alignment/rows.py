@@ -28,7 +28,7 @@ class Overrides:
     stage2: tuple[str, ...] = ()
     generator: tuple[str, ...] = ()  # of train_ar.py alone: sampling reads the trained sizes
     data: str | None = None
-    # Of the phases: "steps" times the config's, for both stages; "learning_rate" of stage 1.
+    # Of the phases: "steps" times the config's, for both stages; "learning_rate" and "tail" of stage 1.
     phases: dict[str, float] = field(default_factory=dict)
 
     def __add__(self, over: "Overrides") -> "Overrides":
@@ -100,7 +100,8 @@ PHOTOGRAPHS = Data(
         stage2=(RESIZE, BF16),
         generator=(BF16,),
         # At the digits' 1.5e-3 and their short warm-up, the latents forget the images within 200 steps.
-        phases={"learning_rate": 1e-3},
+        # The tail shows whether stage 1 still gains once its rate no longer falls.
+        phases={"learning_rate": 1e-3, "tail": 0.5},
     ),
     views=(),
     judge="experiments.alignment.photo_score",
@@ -156,12 +157,21 @@ def scaled(steps: int, by: float) -> int:
     return max(round(steps * by), 1)
 
 
-def phases(config: str, steps: float = 1, **others: float) -> list[str]:
-    """The option that makes a config's phases longer, or sets others of their values; none for no change."""
-    if steps == 1 and not others:
+def phases(config: str, steps: float = 1, tail: float = 0, **others: float) -> list[str]:
+    """The option that makes a config's phases longer, or sets others of their values; none for no change.
+
+    `tail`: a last phase at the rate that the one before ends with, so many times as long as that.
+    """
+    if steps == 1 and not tail and not others:
         return []
     found: Any = OmegaConf.to_container(OmegaConf.load(config).phases)
     changed = [{**phase, **others, "steps": scaled(phase["steps"], steps)} for phase in found]
+    if tail:
+        last = changed[-1]
+        steps_of_tail = scaled(last["steps"], tail)
+        changed.append(
+            {**last, "name": "tail", "steps": steps_of_tail, "learning_rate": last["end_lr"]}
+        )
     return [f"phases={json.dumps(changed)}"]
 
 

@@ -1,18 +1,18 @@
 """The photographs' crops, the bits that patches need, and the rows on these data."""
 
-import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 from PIL import Image
 
+import configs.load
+from configs.schema import TokenizerRun
 from experiments.alignment import photographs
 from experiments.alignment.ablation import chains_of
 from experiments.alignment.needed_bits import needed_bits, patches
 from experiments.alignment.photo_score import entropy
-from experiments.alignment.rows import ROWS, STAGE2, recipe, varied
+from experiments.alignment.rows import ROWS, STAGE1, STAGE2, recipe, varied
 
 
 def test_every_photograph_is_on_one_side_only(tmp_path, monkeypatch):
@@ -73,13 +73,13 @@ def test_the_photographs_rate_stays_whatever_the_length():
     row = next(row for row in ROWS if row.name == "causal")
     for text, steps in (("data=photographs", 1700), ("tokenizer_steps=2,data=photographs", 3400)):
         made = recipe(row, varied(text)[0])
-        (option,) = [option for option in made.stage1 if option.startswith("phases=")]
-        (phase,) = json.loads(option.removeprefix("phases="))
-        assert (phase["steps"], phase["learning_rate"]) == (steps, 1e-3)
-        own = OmegaConf.load(STAGE2).phases[0].learning_rate  # stage 2 keeps its own
-        for option in (option for option in made.stage2 if option.startswith("phases=")):
-            (phase,) = json.loads(option.removeprefix("phases="))
-            assert phase["learning_rate"] == own
+        run = configs.load.load(TokenizerRun, [f"config={STAGE1}", *made.stage1])
+        falling, tail = run.phases
+        assert (falling.steps, falling.learning_rate, falling.end_lr) == (steps, 1e-3, 3e-5)
+        assert (tail.steps, tail.learning_rate, tail.end_lr) == (steps / 2, 3e-5, 3e-5)
+        (plain,) = configs.load.load(TokenizerRun, [f"config={STAGE2}"]).phases
+        (phase,) = configs.load.load(TokenizerRun, [f"config={STAGE2}", *made.stage2]).phases
+        assert phase.learning_rate == plain.learning_rate  # stage 2 keeps its own
 
 
 def test_photographs_are_sampled_at_every_scale_and_scored(tmp_path):

@@ -1,11 +1,12 @@
 """The study's figures: rows seed by seed, training curves, effects of the variations. They need matplotlib."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.alignment.results import Group, differences, metrics_of
+from experiments.alignment.results import Group, Metric, differences, metrics_of
 from runtime.errors import InputError
 from runtime.files import whole_file
 from training.plot import curve
@@ -38,16 +39,27 @@ def draw(path: Path, make: Callable[["Figure"], None], size: tuple[float, float]
     print(f"wrote {path}")
 
 
+# The answer at a glance: how good are generated images, how predictable the codes, and how local?
+ANSWER = ("fid", "fid_decoded", "top1", "psnr", "changed", "later")
+
+
 def draw_rows(groups: list[Group], root: Path) -> None:
-    """rows.png: every metric by row, a line per seed. curves.png: how the rows got there."""
-    columns = -(-len(metrics_of(groups)) // 2)
-    draw(root / "rows.png", lambda figure: rows_panels(figure, groups, columns), (4 * columns, 7))
+    """rows.png: every metric by row, a line per seed; answer.png: those of ANSWER. curves.png: how the rows
+    got there."""
+    every = metrics_of(groups)
+    for name, metrics in (("rows", every), ("answer", [m for m in every if m.name in ANSWER])):
+        columns = -(-len(metrics) // 2)
+        draw(
+            root / f"{name}.png",
+            partial(rows_panels, groups=groups, metrics=metrics),
+            (4 * columns, 7),
+        )
     width = 5 * len(CURVES)
     draw(root / "curves.png", lambda figure: curve_panels(figure, groups), (width, 4.5))
 
 
-def rows_panels(figure: Any, groups: list[Group], columns: int) -> None:
-    axes, metrics = figure.subplots(2, columns).flatten(), metrics_of(groups)
+def rows_panels(figure: Any, groups: list[Group], metrics: list[Metric]) -> None:
+    axes = figure.subplots(2, -(-len(metrics) // 2)).flatten()
     labels = [group.label.replace(", ", "\n", 1) for group in groups]
     seeds = sorted({seed for group in groups for seed in group.values("nats")})
     for axis, metric in zip(axes, metrics):

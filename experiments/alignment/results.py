@@ -1,6 +1,7 @@
 """What the finished runs of the study measured: figures per run, rows over seeds, differences of rows."""
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from experiments.alignment.neighbours import NEIGHBOURS
 from experiments.alignment.rows import ROWS, Row
 from runtime.errors import InputError
-from training.plot import Records, run_records
+from training.plot import Records, curve, run_records
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ METRICS = (
     Metric("fid_decoded", "Fréchet distance to reconstructions", ".2f"),
     Metric("rfid", "Fréchet distance of reconstructions", ".2f"),
     Metric("entropy", "entropy of codes, bits", ".2f"),
+    Metric("by neighbours", "bits per code by its neighbours", ".2f"),
+    Metric("changed", "codes of kept rows that change, %", ".1f", 100),
+    Metric("later", "effect on later rows, %", ".1f", 100),
+    Metric("gained", "PSNR gained in the last third of stage 1, dB", ".2f"),
 )
 
 
@@ -77,7 +83,22 @@ class Result:
             "codebook_use": last_of(self.records("stage1"), "val/codebook_use"),
             "perplexity": last_of(self.records("stage1"), "val/perplexity"),
             "tokens": likelihood["cache"]["codes"], "training loss": before[-1], **scores,
+            "gained": gained(self.records("stage1"), "val/psnr"), **self.inside(),
         }  # fmt: skip
+
+    def inside(self) -> dict[str, float]:
+        """What `experiments.alignment.inside` found in the run's tokenizer; nothing before it has run."""
+        root, seed = self.folder.parent.parent, self.folder.parent.name
+        file = root / "inside" / seed / "inside.json"
+        rows = json.loads(file.read_text())["rows"] if file.exists() else []
+        for row in rows:
+            if row["name"] == self.folder.name:
+                bits, changed = row["neighbours"]["bits"], row["masked"]["another image"]["earlier"]
+                return {
+                    "by neighbours": min(bits[name] for name in NEIGHBOURS),
+                    "changed": float(np.mean(changed)), "later": row["replaced"]["shares"].get("later", math.nan),
+                }  # fmt: skip
+        return {}
 
     def records(self, part: str) -> Records:
         return run_records(self.folder / part)
@@ -85,6 +106,13 @@ class Result:
 
 def last_of(records: Records, name: str) -> float:
     return next(record[name] for record in reversed(records) if name in record)
+
+
+def gained(records: Records, name: str) -> float:
+    """The last value less the one nearest to two thirds of the steps."""
+    points = curve(records, name)
+    last = max(points)
+    return points[last] - points[min(points, key=lambda step: abs(step - last * 2 / 3))]
 
 
 def collect(output: Path, variation: str = "") -> list[Result]:

@@ -1,6 +1,6 @@
 """What the study found: `python -m experiments.alignment.table OUTPUT` writes its tables and figures again.
 
-OUTPUT/results.json, table.md, rows.png, curves.png       the ablation
+OUTPUT/results.json, table.md, {rows,answer,curves}.png   the ablation
 OUTPUT/vary/NAME=VALUE/…                                  the same of a variation, beside the ablation's own rows
 OUTPUT/variations.md, variations.png                      what every variation does to the difference of two rows
 """

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from experiments.alignment import ablation, charts
-from experiments.alignment.results import collect, difference, groups_of, neighbours
+from experiments.alignment.results import collect, difference, gained, groups_of, neighbours
 from experiments.alignment.rows import ROWS
 from experiments.alignment.table import difference_table, table, write_tables
 from tests.refusals import refusal
@@ -56,12 +56,34 @@ def test_the_figures_of_a_run_are_those_of_its_files(output):
     assert results["causal", 2] == pytest.approx({
         "nats": 2.3, "bits": 2.3 * 64 / math.log(2), "top1": 0.25, "psnr": 26.2,
         "codebook_use": 0.5, "perplexity": 9.0, "tokens": 64, "training loss": 4.0, "fid": 1.5,
-        "recognised": 0.9, "fid_val": 0.1, "recognised_val": 0.99, "copied": 0.0,
+        "recognised": 0.9, "fid_val": 0.1, "recognised_val": 0.99, "copied": 0.0, "gained": 25.2,
     })  # fmt: skip
     first, second = results["aux", 1], results["stage2", 1]
     assert (first["psnr"], second["psnr"]) == (25.0, 26.5)
     assert (first["fid"], second["fid"]) == (1.5, 1.0)
     assert first["nats"] == second["nats"]
+
+
+def test_the_last_third_of_stage_1_shows_whether_it_still_gains():
+    records = [
+        {"step": step, "val/psnr": psnr}
+        for step, psnr in ((100, 9), (350, 18), (400, 19), (600, 20.5))
+    ]
+    assert gained(records, "val/psnr") == 1.5
+
+
+def test_a_look_inside_joins_the_figures_of_its_run(output):
+    row = {
+        "name": "causal", "masked": {"another image": {"earlier": [0.1, 0.3]}, "mean colour": {"earlier": [0.9]}},
+        "replaced": {"shares": {"earlier": 0.0, "own": 0.75, "later": 0.25}},
+        "neighbours": {"bits": {"nothing": 7.0, "left": 5.0, "above": 6.0, "left and above": 5.5}},
+    }  # fmt: skip
+    (output / "inside/seed_2").mkdir(parents=True)
+    (output / "inside/seed_2/inside.json").write_text(json.dumps({"rows": [row]}))
+    results = {(r.row.name, r.seed): r.figures for r in collect(output)}
+    found = {name: results["causal", 2][name] for name in ("changed", "later", "by neighbours")}
+    assert found == pytest.approx({"changed": 0.2, "later": 0.25, "by neighbours": 5.0})
+    assert "changed" not in results["bidirectional", 2]
 
 
 def test_unfinished_runs_are_left_out(output):
@@ -136,7 +158,7 @@ def test_files_of_a_study_and_of_its_variation(output, capsys):
         ("causal", "steps=3"),
     ]
     assert (output / "table.md").read_text().strip() in capsys.readouterr().out
-    for name in ("rows.png", "curves.png", "vary/steps=3/rows.png"):
+    for name in ("rows.png", "answer.png", "curves.png", "vary/steps=3/rows.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
 
 

@@ -90,7 +90,7 @@ class Data:
 
 # Scales of guidance at which the photographs are sampled; 1 is none.
 GUIDANCE = ("1", "2", "4")
-RESIZE, WARMUP = "dataset.params.resize=72", "optimizer.params.warmup_steps=500"
+RESIZE, WARMUP = "dataset.params.resize=72", "optimizer.params.warmup_steps=1000"
 BF16 = "training.mixed_precision=bf16"  # half the time, where the processor has bf16 products
 PHOTOGRAPHS = Data(
     "experiments.alignment.photographs",
@@ -101,7 +101,7 @@ PHOTOGRAPHS = Data(
         generator=(BF16,),
         # At the digits' 1.5e-3 and their short warm-up, the latents forget the images within 200 steps.
         # The tail shows whether stage 1 still gains once its rate no longer falls.
-        phases={"learning_rate": 6e-4, "tail": 0.5},
+        phases={"learning_rate": 1e-3, "tail": 0.5},
     ),
     views=(),
     judge="experiments.alignment.photo_score",

@@ -20,15 +20,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MappingNode, Node, SequenceNode, YAMLError
 
 from configs.help import describe, used_by
-from configs.schema import COMMAND_LINE, Experiment, GeneratorRun
+from configs.schema import COMMAND_LINE, Experiment, GeneratorRun, Loaded, TokenizerSizes
 from modeling.fields import TYPED, Declared, declared, expectation, section_of, short, types_of
-from modeling.tokenizer import TokenizerConfig
 from modeling.weights.metadata import SIZES, TOKENIZER
 from modeling.weights.runs import all_checkpoints
 from runtime.errors import InputError
 from runtime.files import write_whole
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Loaded)
 
 CLASSES = "condition_num_classes"
 BROUGHT = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # by weights to start from
@@ -49,9 +48,9 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
     """Options of one program: schema defaults, then `config=FILE`, then `section.option=value` …
 
     A config in a run's folder stands for that run, even if it was moved. `--help` prints all options and
-    ends the program. `places` of the result says which options were set, and where. Raises InputError
-    for a missing file, a misspelt option (with the nearest name), a value of the wrong type or out of
-    range, an option of another program on the command line, or options that contradict each other.
+    ends the program. Raises InputError for a missing file, a misspelt option (with the nearest name), a
+    value of the wrong type or out of range, an option of another program on the command line, or
+    options that contradict each other.
     """
     if {"-h", "--help"} & set(argv):
         print(describe(schema, program))
@@ -80,13 +79,9 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
                 written[name] = value
     options: Any = build(schema, written)
     if program.startswith("train"):
-        earlier = sizes_of_resumed(schema, options.experiment)
-        written |= {n: w for n, w in earlier.items() if written.get(n, w).value == w.value}
-        options = build(schema, written)
-    object.__setattr__(options, "places", {name: place for name, (_, place) in written.items()})
-    warnings = [*warmup_warning(options, program), *without_effect(options, program)]
+        options = build(schema, sizes_of_resumed(schema, options.experiment) | written)
     if os.environ.get("RANK", "0") == "0":
-        for warning in warnings:
+        for warning in warnings_of(options, program):
             print(f"warning: {path}: {warning}", file=sys.stderr)
     return options
 
@@ -118,18 +113,12 @@ def sizes_of_resumed(schema: type, experiment: Experiment) -> dict[str, Written]
     return {name: w for name, w in read_file(schema, folder)[1].items() if name in names}
 
 
-def tokenizer_config(
-    path: str | Path | None, **known: Any
-) -> tuple[TokenizerConfig, dict[str, str]]:
-    """A tokenizer's sizes, from `known`, then `model.vq_model` of a YAML file, then the defaults; and the
-    places of those that were set."""
-    prefix, written = "model.vq_model.", {}
-    if path is not None:
-        _, found = read_file(GeneratorRun, path)
-        written = {n.removeprefix(prefix): w for n, w in found.items() if n.startswith(prefix)}
-    places = {name: place for name, (_, place) in written.items()}
-    places |= dict.fromkeys(known, COMMAND_LINE)
-    return build(TokenizerConfig, written, prefix, known), places
+def load_sizes(path: str | Path | None, **flags: Any) -> TokenizerSizes:
+    """A tokenizer's sizes, from a program's flags, then `model.vq_model` of a YAML file, then defaults."""
+    prefix, found = "model.vq_model.", {} if path is None else read_file(TokenizerSizes, path)[1]
+    written = {name: value for name, value in found.items() if name.startswith(prefix)}
+    written |= {prefix + name: Written(value, COMMAND_LINE) for name, value in flags.items()}
+    return build(TokenizerSizes, written)
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -279,33 +268,32 @@ def refuse_unused(schema: type, name: str, program: str) -> None:
         raise InputError(f"{program} does not use {name}: {remedy}", name)
 
 
-def build(
-    schema: type[T], written: dict[str, Written], prefix: str = "", known: Optional[dict] = None
-) -> T:
-    """The dataclass of the written values, with references (`${…}`) resolved; messages use `prefix`."""
+def build(schema: type[T], written: dict[str, Written]) -> T:
+    """The dataclass of the written values, with their places and with references (`${…}`) resolved."""
     config = OmegaConf.structured(schema)
-    places = {prefix + name: place for name, (_, place) in written.items()}
+    places = {name: place for name, (_, place) in written.items()}
     for name, (value, place) in written.items():
         try:
-            OmegaConf.update(config, name, meant(schema, name, value, prefix, place))
+            OmegaConf.update(config, name, meant(schema, name, value, place))
         except (OmegaConfBaseException, RecursionError, ArithmeticError, TypeError) as e:
             option, failed = option_at(schema, name), getattr(e, "full_key", name)
             if option is None or name.startswith(f"{failed}."):
-                raise unknown(e, prefix, name, place) from e
+                raise unknown(e, name, place) from e
             remedy = expectation(option.kind, option.rule)
-            said = f"{prefix}{name}={short(value)}: {remedy} ({place})"
-            raise InputError(said, prefix + name) from e
+            raise InputError(f"{name}={short(value)}: {remedy} ({place})", name) from e
     try:
         plain: Any = OmegaConf.to_container(
             config, resolve=True, structured_config_mode=SCMode.DICT
         )
     except (OmegaConfBaseException, RecursionError) as e:
-        name = prefix + (getattr(e, "full_key", None) or "")
+        name = getattr(e, "full_key", None) or ""
         raise InputError(f"{name}: {str(e).splitlines()[0]}{at(name, places)}", name) from e
-    return construct(schema, {**plain, **(known or {})}, prefix, places)
+    options = construct(schema, plain, "", places)
+    options.places = places
+    return options
 
 
-def meant(schema: type, name: str, value: Any, prefix: str, place: str) -> Any:
+def meant(schema: type, name: str, value: Any, place: str) -> Any:
     """A value with flags, choices, null and the home folder interpreted for its option."""
     option = option_at(schema, name)
     if option is None or option.section:
@@ -320,7 +308,7 @@ def meant(schema: type, name: str, value: Any, prefix: str, place: str) -> Any:
         if lower in rule.choices:
             return lower
         if rule.notes.get("path") and value.startswith("~"):
-            return str(home(value, prefix + name, f" ({place})"))
+            return str(home(value, name, f" ({place})"))
     if get_origin(kind) is list and isinstance(value, (int, str)):
         return [value]
     return value
@@ -338,7 +326,7 @@ def home(text: str, name: str, where: str = "") -> Path:
     return Path(expanded)
 
 
-def unknown(error: Exception, prefix: str, name: str, place: str) -> InputError:
+def unknown(error: Exception, name: str, place: str) -> InputError:
     """The refusal of an unknown name, with the nearest known one."""
     owner, hint = getattr(error, "object_type", None), ""
     if isinstance(error, (KeyError, AttributeError)) and is_dataclass(owner):
@@ -347,8 +335,8 @@ def unknown(error: Exception, prefix: str, name: str, place: str) -> InputError:
         near = difflib.get_close_matches(name.removeprefix(section), names, 1, 0.5)
         hint = f"; there are {', '.join(names)}"
         if near:
-            hint = f"; did you mean {prefix}{section}{near[0]}?"
-    return InputError(f"{place}: there is no option {prefix}{name}{hint}", prefix + name)
+            hint = f"; did you mean {section}{near[0]}?"
+    return InputError(f"{place}: there is no option {name}{hint}", name)
 
 
 def construct(schema: Any, values: dict[str, Any], prefix: str, places: dict[str, str]) -> Any:
@@ -379,29 +367,24 @@ def at(name: str, places: dict[str, str]) -> str:
 
 
 # ---------------------------------------------------------------------- warnings
-def warmup_warning(options: Any, program: str) -> list[str]:
-    """Warn of a warm-up longer than the run, as in a shortened trial."""
-    if program == "train_ar":
-        name, warmup = "lr_scheduler.params.warmup_steps", options.lr_scheduler.params.warmup_steps
-        steps = options.training.max_train_steps
-    elif program == "train_tokenizer":
-        name, warmup = "optimizer.params.warmup_steps", options.optimizer.params.warmup_steps
-        steps = sum(phase.steps for phase in options.phases)
-    else:
+def warnings_of(options: Any, program: str) -> list[str]:
+    """Warnings of a trainer: a warm-up longer than the run, as in a shortened trial, and options without
+    effect."""
+    if not program.startswith("train"):
         return []
-    if warmup <= steps:
-        return []
-    return [
-        f"{name}={warmup} is longer than the run of {steps} steps: the learning rate never reaches "
-        f"its peak"
-    ]
-
-
-def without_effect(options: Any, program: str) -> list[str]:
-    names = options.dataset.preprocessing if program == "train_ar" else {}
-    if not names:
-        return []
-    return [
-        f"dataset.preprocessing ({', '.join(map(str, names))}) has no effect: pretokenization.py "
-        f"crops the images"
-    ]
+    section, steps, found = "lr_scheduler", options.training.max_train_steps, []
+    if program == "train_tokenizer":
+        section, steps = "optimizer", sum(phase.steps for phase in options.phases)
+    warmup = getattr(options, section).params.warmup_steps
+    if warmup > steps:
+        found.append(
+            f"{section}.params.warmup_steps={warmup} is longer than the run of {steps} steps: the "
+            f"learning rate never reaches its peak"
+        )
+    cropped = getattr(options.dataset, "preprocessing", {})  # the generator's, in published configs
+    if cropped:
+        found.append(
+            f"dataset.preprocessing ({', '.join(map(str, cropped))}) has no effect: "
+            f"pretokenization.py crops the images"
+        )
+    return found

@@ -12,12 +12,14 @@ one sentence, the values that it takes, and notes, which also hold for the optio
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from copy import copy
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Optional, Self
 
-from modeling.fields import Options, again, option, short
+from modeling.fields import Options, again, for_training, option, short
 from modeling.generator import GeneratorConfig
 from modeling.sampling import CACHES, ENGINES, Sampling
 from modeling.tokenizer import TokenizerConfig
@@ -26,6 +28,7 @@ from runtime.errors import InputError
 COMMAND_LINE = "the command line"
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 NUMERICS = ("auto", "published", "fast", "exact")
+for_sampling = partial(option, only="sample")
 
 
 class Loaded(Options):
@@ -37,11 +40,30 @@ class Loaded(Options):
     unread: ClassVar[tuple[str, ...]] = ()
 
     def changed(self, **parts: Any) -> Self:
-        """These options with other sections; what is known of them stays."""
-        other = replace(self, **parts)  # type: ignore[type-var]  # of a dataclass
-        for name in ("places", "unread"):
-            object.__setattr__(other, name, getattr(self, name))
+        """These options with other sections or another `unread`; what else is known of them stays."""
+        other = copy(self)
+        vars(other).update(parts)
+        other.__post_init__()
         return other
+
+
+# ---------------------------------------------------------------------- every program
+@dataclass
+class TokenizerModel(Options):
+    vq_model: TokenizerConfig = option(TokenizerConfig, "The tokenizer's sizes.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("encoder_layers", "decoder_layers"):  # the model allows 0, but no run uses it
+            if getattr(self.vq_model, name) < 1:
+                self.refuse(f"vq_model.{name}", "set 1 or more")
+
+
+@dataclass
+class TokenizerSizes(Loaded):
+    """What a program with flags reads of its --config."""
+
+    model: TokenizerModel = option(TokenizerModel, "The tokenizer.")
 
 
 # ---------------------------------------------------------------------- both trainers
@@ -143,67 +165,52 @@ class Training(Options):
 
 @dataclass
 class Experiment(Options):
-    project: str = option("alitok", "Project in Weights & Biases.", only="train")
-    name: str = option(
-        "alitok",
-        "Name of the run in Weights & Biases.",
-        only="train",
-        instead="experiment.output_dir",
+    project: str = for_training("alitok", "Project in Weights & Biases.")
+    name: str = for_training(
+        "alitok", "Name of the run in Weights & Biases.", instead="experiment.output_dir"
     )
     output_dir: str = option("output/alitok", "Folder of the run.", path=True)
-    resume: bool | str = option(
+    resume: bool | str = for_training(
         True,
         "true: resume from the newest checkpoint; false: refuse a folder that has checkpoints; a path: "
         "start from that checkpoint or run.",
         path=True,
-        only="train",
         instead="experiment.output_dir; sampling always resumes what is there",
     )
-    init_weights: Optional[str] = option(
+    init_weights: Optional[str] = for_training(
         None,
         "Start a new run from the weights of a file or a run folder (its average, if it has one), which "
         "bring their sizes: step 1, a new optimizer and average; null: from random weights.",
         path=True,
-        only="train",
         instead="experiment.generator_checkpoint",
     )
-    save_every: int = option(
-        10_000, "Steps between checkpoints; 0: none.", at_least=0, only="train"
-    )
-    keep_checkpoints: int = option(
+    save_every: int = for_training(10_000, "Steps between checkpoints; 0: none.", at_least=0)
+    keep_checkpoints: int = for_training(
         2,
         "Newest checkpoints to keep; at least 2, so that one is left if the newest is damaged.",
         at_least=2,
-        only="train",
     )
-    keep_every: int = option(
+    keep_every: int = for_training(
         0,
         "Never delete the checkpoints at multiples of this step; 0: delete all but the newest.",
         at_least=0,
-        only="train",
     )
-    eval_every: int = option(
-        10_000, "Steps between evaluations; 0: none.", at_least=0, only="train"
-    )
-    generate_every: int = option(
+    eval_every: int = for_training(10_000, "Steps between evaluations; 0: none.", at_least=0)
+    generate_every: int = for_training(
         10_000,
         "Steps between grids of samples or reconstructions; 0: none.",
         at_least=0,
-        only="train",
         instead="experiment.grid for one picture of the images",
     )
-    log_every: int = option(
-        100, "Steps between lines of the log; 0: none.", at_least=0, only="train"
+    log_every: int = for_training(100, "Steps between lines of the log; 0: none.", at_least=0)
+    log_grad_norm_every: int = for_training(
+        100, "Steps between logged gradient norms; 0: none.", at_least=0
     )
-    log_grad_norm_every: int = option(
-        100, "Steps between logged gradient norms; 0: none.", at_least=0, only="train"
-    )
-    max_train_examples: Optional[int] = option(
+    max_train_examples: Optional[int] = for_training(
         None,
         "Train on this many images only, spread evenly over all classes; null: all. Published files "
         "use it for book-keeping only.",
         at_least=1,
-        only="train",
         instead="experiment.num_fid_samples",
     )
     fid_reference: Optional[str] = option(
@@ -222,11 +229,10 @@ class Experiment(Options):
 # ---------------------------------------------------------------------- generator
 @dataclass
 class GeneratorExperiment(Experiment):
-    generator_checkpoint: Optional[str] = option(
+    generator_checkpoint: Optional[str] = for_sampling(
         None,
         "Weights to sample from: a file or a run folder.",
         path=True,
-        only="sample",
         instead="experiment.init_weights=FILE to start from weights, or experiment.resume=RUN_DIR to start from a checkpoint",
     )
     tokenizer_checkpoint: str = option(
@@ -239,10 +245,9 @@ class GeneratorExperiment(Experiment):
         at_least=1,
         at_most=2**31 - 1,
     )
-    save_png: bool = option(
+    save_png: bool = for_sampling(
         True,
         "Also write every image as a PNG.",
-        only="sample",
         instead="experiment.generate_every for sample grids",
     )
     precision: str = option(
@@ -250,11 +255,10 @@ class GeneratorExperiment(Experiment):
         "Precision of sampling; auto: bf16 on CUDA from Ampere on, fp32 elsewhere.",
         choices=("auto", "fp32", "tf32", "bf16"),
     )
-    compile: bool | str = option(
+    compile: bool | str = for_sampling(
         "auto",
         "Compile the sampler with torch.compile; auto: only on CUDA.",
         choices=("auto", True, False),
-        only="sample",
         instead="training.compile",
     )
     engine: str = option(
@@ -263,64 +267,54 @@ class GeneratorExperiment(Experiment):
         "slow, for any backbone.",
         choices=(*ENGINES, "reference"),
     )
-    cache: str = option(
+    cache: str = for_sampling(
         "auto",
         "Type of the cached keys and values. int8 halves the memory of bf16 and changes images "
         "slightly; auto: the type of experiment.precision.",
         choices=CACHES,
-        only="sample",
     )
     classes: Optional[list[int | str]] = option(
         None,
         "Classes by number or name, taken in turn; none: an image without a class; null: all classes.",
         at_least=0,
     )
-    codes: Optional[str] = option(
-        None,
-        "Decode the codes of this .npz instead of sampling new ones.",
-        path=True,
-        only="sample",
+    codes: Optional[str] = for_sampling(
+        None, "Decode the codes of this .npz instead of sampling new ones.", path=True
     )
-    prefix: Optional[str] = option(
+    prefix: Optional[str] = for_sampling(
         None,
         "Complete images from a beginning: an image, or an .npy or .npz file of codes, whose rows are "
         "taken in turn; null: sample whole images.",
         path=True,
-        only="sample",
     )
-    prefix_rows: Optional[int] = option(
+    prefix_rows: Optional[int] = for_sampling(
         None,
         "Rows of codes to keep after the prefix tokens; null: half of the rows of an image, all codes "
         "of a file.",
         at_least=0,
         at_most=8192,
-        only="sample",
     )
-    prefix_mask: bool = option(
+    prefix_mask: bool = for_sampling(
         False,
         "Before encoding, replace the rows that are not kept by the image's mean colour, so that the "
         "codes do not depend on them.",
-        only="sample",
     )
-    edit: Optional[str] = option(
+    edit: Optional[str] = for_sampling(
         None,
         "Draw the part of this image that experiment.mask marks anew; null: sample whole images.",
         path=True,
-        only="sample",
     )
-    mask: Optional[str] = option(
+    mask: Optional[str] = for_sampling(
         None,
         "What experiment.edit draws: x0,y0,x1,y1 in pixels of its image, x1 and y1 excluded, or an "
         "image of the same size, white where codes are drawn.",
         path=True,
-        only="sample",
     )
-    grid: int = option(
+    grid: int = for_sampling(
         0,
         "Also write the first N x N images as one picture; 0: no picture.",
         at_least=0,
         at_most=1000,
-        only="sample",
         instead="experiment.generate_every for sample grids",
     )
 
@@ -361,7 +355,7 @@ class GeneratorOptions(GeneratorConfig, Sampling):
 
 
 @dataclass
-class GeneratorModels(Options):
+class GeneratorModels(TokenizerModel):
     vq_model: TokenizerConfig = option(TokenizerConfig, "The tokenizer's sizes.", resumes=True)
     generator: GeneratorOptions = option(
         GeneratorOptions, "The generator's sizes, its dropout and its sampling."
@@ -369,7 +363,6 @@ class GeneratorModels(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        check_layers(self)
         generator, tokenizer = self.generator, self.vq_model
         if generator.image_seq_len != tokenizer.num_tokens:
             self.refuse(
@@ -398,8 +391,8 @@ class TokenDataParams(Options):
     )
     skip_unreadable: int = option(
         0,
-        "Unreadable images to tolerate: the next readable image replaces each, and unreadable.txt in "
-        "the run's folder lists them. Only with train_dir.",
+        "Unreadable images of train_dir to tolerate: the next readable image replaces each, and "
+        "unreadable.txt in the run's folder lists them.",
         at_least=0,
     )
     num_workers_per_gpu: Optional[int] = option(
@@ -454,10 +447,10 @@ class GeneratorRun(Loaded):
         resumes=True,
     )
     model: GeneratorModels = option(GeneratorModels, "The two models.")
-    dataset: TokenData = option(TokenData, "The training data.", resumes=True, only="train")
-    optimizer: Optimizer = option(Optimizer, "The optimizer, AdamW.", only="train")
-    lr_scheduler: Scheduler = option(Scheduler, "The learning rate.", only="train")
-    training: Training = option(Training, "Batches, precision, steps.", only="train")
+    dataset: TokenData = for_training(TokenData, "The training data.", resumes=True)
+    optimizer: Optimizer = for_training(Optimizer, "The optimizer, AdamW.")
+    lr_scheduler: Scheduler = for_training(Scheduler, "The learning rate.")
+    training: Training = for_training(Training, "Batches, precision, steps.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -481,9 +474,8 @@ class TokenizerExperiment(Experiment):
 
 
 @dataclass
-class TokenizerModels(Options):
+class TokenizerModels(TokenizerModel):
     stage: int = option(1, "Stage of training.", choices=(1, 2))
-    vq_model: TokenizerConfig = option(TokenizerConfig, "The tokenizer's sizes.")
     decoder_init: str = option(
         "stage1",
         "Start of stage 2's decoder: stage 1's, as in the published code, or scratch, as in the paper.",
@@ -502,7 +494,6 @@ class TokenizerModels(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        check_layers(self)
         if self.stage == 1 and self.decoder_init != "stage1":
             self.refuse(
                 "decoder_init", "stage 1 starts from scratch; set it for model.stage=2 only"
@@ -540,13 +531,7 @@ class ImageDataParams(Options):
         path=True,
         resumes=True,
     )
-    skip_unreadable: int = option(
-        0,
-        "Unreadable images to tolerate: the next readable image replaces each, and unreadable.txt in "
-        "the run's folder lists them.",
-        at_least=0,
-        resumes=True,
-    )
+    skip_unreadable: int = again(TokenDataParams, "skip_unreadable", 0, resumes=True)
     resize: Optional[int] = option(
         None,
         "Shorter side in pixels before the random crop; null: the image size.",
@@ -712,10 +697,3 @@ class TokenizerRun(Loaded):
                 "model.decoder_init",
                 "experiment.init_weights brings a decoder; leave one of them out",
             )
-
-
-def check_layers(models: GeneratorModels | TokenizerModels) -> None:
-    """Refuse a tokenizer without blocks, which the model allows, but no run uses."""
-    for name in ("encoder_layers", "decoder_layers"):
-        if getattr(models.vq_model, name) < 1:
-            models.refuse(f"vq_model.{name}", "set 1 or more")

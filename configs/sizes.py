@@ -7,21 +7,23 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Optional, TypeVar
 
-from configs.load import BROUGHT, CLASSES, resumed_run, tokenizer_config
-from configs.schema import COMMAND_LINE, GeneratorRun
+from configs.load import BROUGHT, CLASSES, load_sizes, resumed_run
+from configs.schema import GeneratorRun
 from modeling.tokenizer import TokenizerConfig
 from modeling.weights.opened import Opened
 from runtime.errors import InputError
 
 T = TypeVar("T", bound=Any)  # a config
+VQ_MODEL, GENERATOR = "model.vq_model.", "model.generator."  # the sections of their options
 
 
 def tokenizer_sizes(tokenizer: Opened, config: Optional[str], **flags: Any) -> TokenizerConfig:
     """The tokenizer of a program with flags; `config` is the YAML of its --config.
 
-    Raises InputError where either contradicts the weights.
+    Raises InputError if either contradicts the weights.
     """
-    return agreed(tokenizer, *tokenizer_config(config, **flags), "")
+    options = load_sizes(config, **flags)
+    return agreed(tokenizer, options.model.vq_model, options.places, VQ_MODEL)
 
 
 def with_weights(
@@ -30,65 +32,60 @@ def with_weights(
     """These options with the sizes of the weights. A generator that is still to be trained makes the
     codes of the tokenizer.
 
-    Raises InputError where an option contradicts the weights.
+    Raises InputError if an option contradicts the weights.
     """
-    model, places = options.model, options.places
-    vq_model, made = model.vq_model, model.generator
+    places, vq_model, made = options.places, options.model.vq_model, options.model.generator
     unread = ()
     if tokenizer is None:
-        names = [f"model.vq_model.{field.name}" for field in fields(vq_model)]
+        names = [VQ_MODEL + field.name for field in fields(vq_model)]
         unread = tuple(name for name in names if name not in places)
-    if tokenizer is not None:
-        vq_model = agreed(tokenizer, vq_model, places, "model.vq_model.")
+    else:
+        vq_model = agreed(tokenizer, vq_model, places, VQ_MODEL)
         codes = {"image_seq_len": vq_model.num_tokens, "codebook_size": vq_model.codebook_size}
-        unset = {n: size for n, size in codes.items() if f"model.generator.{n}" not in places}
-        made = replace(made, **unset)
+        made = replace(made, **{n: v for n, v in codes.items() if GENERATOR + n not in places})
     if generator is not None:
-        made = agreed(generator, made, places, "model.generator.")
-    changed = options.changed(model=replace(model, vq_model=vq_model, generator=made))
-    object.__setattr__(changed, "unread", unread)
-    return changed
+        made = agreed(generator, made, places, GENERATOR)
+    model = replace(options.model, vq_model=vq_model, generator=made)
+    return options.changed(model=model, unread=unread)
 
 
 def with_start(options: GeneratorRun, weights: Opened) -> GeneratorRun:
     """These options with the sizes of the weights that a generator's training starts from. Its codes are
     the tokenizer's, and its classes those of the data.
 
-    Raises InputError where an option contradicts the weights.
+    Raises InputError if an option contradicts the weights.
     """
     brought = {name: weights.about.config[name] for name in BROUGHT}
     weights = replace(weights, about=replace(weights.about, config=brought))
-    made = agreed(weights, options.model.generator, options.places, "model.generator.")
+    made = agreed(weights, options.model.generator, options.places, GENERATOR)
     return options.changed(model=replace(options.model, generator=made))
 
 
 def with_classes(options: GeneratorRun, source: str, count: int) -> GeneratorRun:
-    """These options with the number of classes of the training data `source`, where none is set.
+    """These options with the number of classes of the training data `source`, if none is set.
 
-    A file may set more than there are, as presets for all of ImageNet do. Raises InputError for fewer,
-    and for another number on the command line.
+    More may be set than there are, as presets for all of ImageNet do. Raises InputError for fewer.
     """
-    name, made = f"model.generator.{CLASSES}", options.model.generator
+    name, made = f"{GENERATOR}{CLASSES}", options.model.generator
     known, place = made.condition_num_classes, options.places.get(name)
+    if place is not None and known < count:
+        remedy = f"leave it out, or set {count}"
+        if resumed_run(options.experiment) is not None:
+            remedy = (
+                "leave it out or, if the run itself has fewer, start another from its weights, with "
+                "experiment.init_weights"
+            )
+        raise InputError(f"{name}={known} ({place}), but {source} has {count} classes: {remedy}")
     if place is None:
         made = replace(made, condition_num_classes=count)
-    elif known < count or (known > count and place == COMMAND_LINE):
-        remedy = f"leave it out, or set {count}"
-        if place != COMMAND_LINE and resumed_run(options.experiment) is not None:
-            remedy = "start another run from these weights, with experiment.init_weights"
-        raise InputError(f"{name}={known} ({place}), but {source} has {count} classes: {remedy}")
     return options.changed(model=replace(options.model, generator=made))
 
 
 def agreed(weights: Opened, used: T, places: Mapping[str, Any], prefix: str) -> T:
     """A model's config with the sizes of its weights; those in `places` were set."""
-    chosen = {
-        field.name: getattr(used, field.name)
-        for field in fields(used)
-        if prefix + field.name in places
-    }
+    names = [field.name for field in fields(used) if prefix + field.name in places]
 
     def named(name: str, value: Any) -> str:
         return f"{prefix}{name}={value} ({places[prefix + name]})"
 
-    return weights.config(used, chosen, named)
+    return weights.config(used, {name: getattr(used, name) for name in names}, named)

@@ -118,6 +118,9 @@ def option(
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
+for_training = functools.partial(option, only="train")  # a note that `configs.schema` explains
+
+
 def again(schema: type, name: str, default: Any, **notes: Any) -> Any:
     """An option of another class, with this default and more notes."""
     rule = next(f.metadata["rule"] for f in dataclasses.fields(schema) if f.name == name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attention
-from .fields import Options, option
+from .fields import Options, for_training, option
 from .rotary import rotary_table, rotate, token_layout
 
 # The label of an image without a class, far from others, so that an off-by-one label is refused.
@@ -34,35 +34,20 @@ class GeneratorConfig(Options):
     image_seq_len: int = option(273, "Codes per image, T.", at_least=1, at_most=2**20)
     condition_num_classes: int = option(
         1000,
-        "Classes. Where they are not set, training counts those of its data.",
+        "Classes. If they are not set, training counts those of its data.",
         at_least=1,
         at_most=2**20,
     )
-    dropout: float = option(
-        0.1,
-        "Dropout after the attention's projection and after the MLP.",
-        at_least=0,
-        below=1,
-        only="train",
+    dropout: float = for_training(
+        0.1, "Dropout after the attention's projection and after the MLP.", at_least=0, below=1
     )
-    attn_drop: float = option(
-        0.1, "Dropout of attention weights.", at_least=0, below=1, only="train"
+    attn_drop: float = for_training(0.1, "Dropout of attention weights.", at_least=0, below=1)
+    tok_dropout: float = for_training(0.1, "Dropout of input embeddings.", at_least=0, below=1)
+    class_label_dropout: float = for_training(
+        0.1, "Share of training images shown without their class.", at_least=0, at_most=1
     )
-    tok_dropout: float = option(
-        0.1, "Dropout of input embeddings.", at_least=0, below=1, only="train"
-    )
-    class_label_dropout: float = option(
-        0.1,
-        "Share of training images shown without their class.",
-        at_least=0,
-        at_most=1,
-        only="train",
-    )
-    use_checkpoint: bool = option(
-        False,
-        "Recompute activations in the backward pass: less memory, more time.",
-        resumes=True,
-        only="train",
+    use_checkpoint: bool = for_training(
+        False, "Recompute activations in the backward pass: less memory, more time.", resumes=True
     )
 
     def __post_init__(self):

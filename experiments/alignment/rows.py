@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from configs.load import tokenizer_config
+from configs.load import load_sizes
 from runtime.errors import InputError
 
 STAGE1 = "configs/digits_stage1.yaml"
@@ -238,8 +238,8 @@ def recipe(row: Row, overrides: Overrides) -> Recipe:
     """A row under a variation. Raises InputError for sizes that do not fit."""
     sizes = dict(overrides.sizes)
     if not row.prefix:
-        sizes["num_latent_tokens"] = tokenizer_config(STAGE1, **sizes)[0].grid ** 2
-    tokens = tokenizer_config(STAGE1, **sizes, prefix_head=False)[0].num_tokens
+        sizes["num_latent_tokens"] = load_sizes(STAGE1, **sizes).model.vq_model.grid ** 2
+    tokens = load_sizes(STAGE1, **sizes, prefix_head=False).model.vq_model.num_tokens
     tokenizer = [f"model.vq_model.{name}={value}" for name, value in sizes.items()]
     known = OmegaConf.load(GENERATOR).model.generator
     generator = list(tokenizer)

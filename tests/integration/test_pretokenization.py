@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from configs.load import tokenizer_config
+from configs.load import load_sizes
 from data.images import center_crop, load_image, to_float, to_uint8
 from data.tokens import NpzStore, TokenStore, open_tokens
 from encoding.encoder import encode, load_encoder
@@ -33,7 +33,7 @@ def image_dependent_tokenizer(workspace, path):
 
 
 def config_of(workspace):
-    return tokenizer_config(workspace.root / "generator.yaml")[0]
+    return load_sizes(workspace.root / "generator.yaml").model.vq_model
 
 
 class Runs:

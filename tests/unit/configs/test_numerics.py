@@ -4,7 +4,7 @@ import pytest
 
 from configs.numerics import Numerics, resolve
 from configs.schema import TokenizerTraining, Training
-from runtime.errors import InputError
+from tests.refusals import refusal
 
 
 @pytest.mark.parametrize(
@@ -43,5 +43,5 @@ def test_the_published_options_overrule_the_mode(word):
 
 
 def test_fp16_without_cuda_is_refused():
-    with pytest.raises(InputError, match=r"training\.mixed_precision=fp16 needs a CUDA device"):
-        resolve(TokenizerTraining(mixed_precision="fp16"), cuda=False)
+    training = TokenizerTraining(mixed_precision="fp16")
+    refusal(lambda: resolve(training, cuda=False), "training.mixed_precision=fp16", "CUDA")

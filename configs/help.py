@@ -46,7 +46,7 @@ PROGRAMS = {
 READING = (
     "config=FILE is a YAML file (presets are in configs/) or a run's folder; option=value sets an "
     "option over it. A text is taken as it is typed; ~ is the home folder; null switches an option "
-    "off where its description says so."
+    "off if its description says so."
 )
 
 DRY_RUN = (

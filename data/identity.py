@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,21 +35,16 @@ def identity_of_images(paths: Sequence["ImagePath"]) -> dict[str, str]:
     start = len(os.path.commonprefix([min(names), max(names)]))  # noqa: RUF071 - of all
     return {
         "image names": hash_of_texts(name[start:] for name in names),
-        "image sizes": short_hash(sizes_and_times(paths)[0].tobytes()),
+        "image sizes": short_hash(sizes_and_times(paths)[:, 0].tobytes()),
     }
 
 
-def sizes_and_times(paths: Sequence["ImagePath"]) -> tuple[np.ndarray, np.ndarray]:
-    """`size_and_time` of every image: (N,), int64, twice."""
+def sizes_and_times(paths: Sequence["ImagePath"]) -> np.ndarray:
+    """`size_and_time` of every image: (N, 2), int64."""
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = [
-            pair
-            for chunk in pool.map(lambda chunk: list(map(size_and_time, chunk)), chunks)
-            for pair in chunk
-        ]
-    both = np.array(found, np.int64).reshape(-1, 2)
-    return both[:, 0].copy(), both[:, 1].copy()
+        found = list(chain(*pool.map(lambda chunk: list(map(size_and_time, chunk)), chunks)))
+    return np.array(found, np.int64).reshape(-1, 2)
 
 
 def size_and_time(path: "ImagePath") -> tuple[int, int]:

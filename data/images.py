@@ -5,7 +5,6 @@ view, L side of the source crop that views are cut from (pixels).
 """
 
 import os
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from data.classes import describe_classes, first_names
 from data.labels import read_labels
 from data.order import EpochDraws
 from data.tars import is_tar
-from data.tree import FileTree, ImagePath, describe_left_out, is_image, read_tree
+from data.tree import FileTree, ImagePath, describe_left_out, read_tree
 from modeling.photos import center_crop, load_image, load_photo, load_upright, photo_crop, to_uint8  # noqa: F401
 from modeling.pixels import to_float  # noqa: F401 - for callers of this module, like some of the above
 from runtime.errors import InputError
@@ -58,86 +57,66 @@ class ImageListing:
 def scan_images(
     root: str | Path, labels: str | Path | None = None, index_folder: Path | None = None
 ) -> ImageListing:
-    """List the images under root/CLASS/, at any depth, and count the files left out.
+    """List the images under root/CLASS/, at any depth, and count the other files.
 
     `root` is a folder or a tar (`data.tars`), whose index is kept in `index_folder`. Classes and paths
     are in the order of torchvision's ImageFolder. Images that all lie at the top of `root` are one class,
     `ONE_CLASS`. `labels` is a file with the class of every image (`data.labels`), which replaces the
     class folders.
 
-    Raises InputError if there are no images, if a class has no images, or if it holds folders of images
-    instead, which suggests a folder below `root`. All processes of a job list a tar together.
+    Raises InputError if there are no images, or if the folders are not those of classes
+    (`check_class_folders`). All processes of a job list a tar together.
     """
     tree = read_tree(root, index_folder)
-    if labels is not None:
-        return list_labelled(tree, labels)
-    images = tree.images()
-    if images and not any(os.path.dirname(image) for image in images):
-        samples = [(tree.path_of(image), 0) for image in images]
-        names = [os.path.join(ONE_CLASS, image) for image in images]
-        others = dict(tree.count_others())
-        return ImageListing(tree.root, samples, names, [ONE_CLASS], others, flat=True)
-    return list_classes(tree)
-
-
-def list_classes(tree: FileTree) -> ImageListing:
-    """The images of one folder per class."""
-    root, name_of_root = tree.root, "a tar of images" if tree.is_tar else "an image folder"
-    by_class: dict[str, list[str]] = defaultdict(list)  # names of classes: paths of their folders
-    for folder in sorted(tree.folders.keys() - {""}):
-        by_class[folder.split(os.sep)[0]].append(folder)
-    classes = sorted(by_class)
-    if not classes:
-        raise InputError(
-            f"{root} is not {name_of_root}: it holds no images; put them there, in one folder per "
-            f"class or, without classes, in none ({', '.join(IMG_EXTENSIONS)})"
-        )
-    names, labels = [], []
-    empty, nested = [], {}  # names of classes; of the nested, a folder of images below
-    for label, name in enumerate(classes):
-        with_images = []
-        for folder in by_class[name]:
-            images = [file for file in sorted(tree.folders[folder]) if is_image(file)]
-            names += [os.path.join(folder, file) for file in images]
-            with_images += [folder] * bool(images)
-        labels += [label] * (len(names) - len(labels))
-        if not with_images:
-            empty.append(name)
-        elif name not in with_images:
-            nested[name] = with_images[0]
-    if nested:
-        inner, verb = next(iter(nested.values())), "s" * (len(nested) == 1)
-        remedy = f"pass the folder above those, such as {root / os.path.dirname(inner)}"
-        raise InputError(
-            f"{root} is not a {'tar' if tree.is_tar else 'folder'} of classes: "
-            f"{first_names(list(nested))} hold{verb} folders of images (such as {inner}) instead of "
-            f"images; {'pack the folders of the classes alone' if tree.is_tar else remedy}"
-        )
-    if empty:
-        raise InputError(
-            f"{root} is not {name_of_root}: no images in {first_names(empty)}; put images into the "
-            f"folder of every class ({', '.join(IMG_EXTENSIONS)}), or remove it"
-        )
-    left_out = tree._replace(folders={**tree.folders, "": []}).count_others()
-    beside = sum(map(is_image, tree.folders.get("", [])))
-    if beside:
-        left_out["outside the class folders"] = beside
-    samples = [(tree.path_of(name), label) for name, label in zip(names, labels)]
-    return ImageListing(root, samples, names, classes, dict(left_out))
-
-
-def list_labelled(tree: FileTree, labels: str | Path) -> ImageListing:
-    """The images with their classes from a file, sorted as from class folders."""
     images = tree.images()
     if not images:
-        raise InputError(f"{tree.root} holds no images ({', '.join(IMG_EXTENSIONS)})")
-    class_of = read_labels(labels, images, tree.root)
+        raise InputError(
+            f"{tree.root} holds no images: put them there, in one folder per class or, without "
+            f"classes, in none ({', '.join(IMG_EXTENSIONS)})"
+        )
+    at_top = [image for image in images if not os.path.dirname(image)]
+    flat = labels is None and at_top == images
+    in_folders = labels is None and not flat
+    if labels is not None:
+        class_of = read_labels(labels, images, tree.root)
+    elif flat:
+        class_of = dict.fromkeys(images, ONE_CLASS)
+    else:
+        check_class_folders(tree, images, at_top)
+        class_of = {image: image.split(os.sep)[0] for image in images}
     images.sort(key=lambda image: (class_of[image], *os.path.split(image)))
     classes = sorted(set(class_of.values()))
     ranks = {name: label for label, name in enumerate(classes)}
     samples = [(tree.path_of(image), ranks[class_of[image]]) for image in images]
-    names = [os.path.join(class_of[image], image) for image in images]
-    return ImageListing(tree.root, samples, names, classes, dict(tree.count_others()))
+    names = images if in_folders else [os.path.join(class_of[image], image) for image in images]
+    return ImageListing(tree.root, samples, names, classes, dict(tree.count_others()), flat)
+
+
+def check_class_folders(tree: FileTree, images: list[str], at_top: list[str]) -> None:
+    """Raise InputError if a folder at the top holds no images, or folders of images instead, which suggests
+    a folder below, or if images lie beside the folders (`at_top`), where no class is theirs."""
+    folders = {folder.split(os.sep)[0] for folder in tree.folders} - {""}
+    with_images = {os.path.dirname(image) for image in images} - {""}
+    classes = {folder.split(os.sep)[0] for folder in with_images}
+    nested, empty = sorted(classes - with_images), sorted(folders - classes)
+    if nested:
+        inner = min(folder for folder in with_images if folder.startswith(nested[0] + os.sep))
+        raise InputError(
+            f"{tree.root} is not a folder of classes: {first_names(nested)} hold"
+            f"{'s' * (len(nested) == 1)} folders of images (such as {inner}) instead of images; pass, or "
+            f"pack alone, the folder above those, such as {tree.root / os.path.dirname(inner)}"
+        )
+    if at_top:
+        raise InputError(
+            f"{tree.root} holds images ({first_names(at_top)}) beside folders of images "
+            f"({first_names(sorted(classes))}): move those into the folders of their classes or, without "
+            f"classes, all images into one folder"
+        )
+    if empty:
+        raise InputError(
+            f"{tree.root} holds no images in {first_names(empty)}: put images into the folder of every "
+            f"class ({', '.join(IMG_EXTENSIONS)}), or remove it"
+        )
 
 
 def is_path_list(source: str | Path) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -30,16 +31,11 @@ def picture_grid(
 
     `margin` pixels of the grey value `background` separate and surround the images.
     """
-    count, height, width, _ = images.shape
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    shape = (rows * (height + margin) + margin, columns * (width + margin) + margin, 3)
-    grid = np.full(shape, background, np.uint8)
-    for i, image in enumerate(images):
-        y = i // columns * (height + margin) + margin
-        x = i % columns * (width + margin) + margin
-        grid[y : y + height, x : x + width] = image
-    return grid
+    columns, m = min(columns, len(images)), (margin, 0)
+    empty = -len(images) % columns  # cells of the last row
+    cells = np.pad(images, ((0, empty), m, m, (0, 0)), constant_values=background)
+    grid = rearrange(cells, "(r c) h w rgb -> (r h) (c w) rgb", c=columns)
+    return np.pad(grid, (m[::-1], m[::-1], (0, 0)), constant_values=background)
 
 
 def enlarged(images: np.ndarray, width: int = READABLE) -> np.ndarray:

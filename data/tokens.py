@@ -1,8 +1,8 @@
 """Token caches: the packed store, memory-mapped, and the published layout of one file per image.
 
     python -m data.tokens info DIR      print what a cache holds and how it was made
-    python -m data.tokens verify DIR    read all of it: checksums, shapes, codes and labels in range
-    python -m data.tokens show DIR --tokenizer FILE --images 16     draw what the codes say
+    python -m data.tokens verify DIR    read everything and check sums, shapes and ranges
+    python -m data.tokens show DIR --tokenizer FILE --images 16     draw the images that the codes describe
     python -m data.tokens export DIR --output NEW     write a packed store as the published layout
 
 The packed store of N images, V views per image and T codes per view is a folder of raw files (all
@@ -11,8 +11,8 @@ integers are little-endian):
     manifest.json       described below; written last, so a folder that has it is complete
     codes-00000.bin …   uint16, (images of this shard, V, T), C order, no header
     labels.bin          int32, (N,): class of image i
-    paths.txt           UTF-8 as far as the file names are UTF-8; line i: path of image i, relative to
-                        the image folder (a line break within a name is written as a blank)
+    paths.txt           line i is the path of image i, relative to the image folder, in the bytes of its
+                        name (UTF-8, as a rule); a line break in a name becomes a blank
 
 Shards hold `images_per_shard` images each, the last one the rest, so view v of image i begins at byte
 2·T·(V·(i mod images_per_shard) + v) of shard ⌊i / images_per_shard⌋. manifest.json is one object:
@@ -27,17 +27,17 @@ Shards hold `images_per_shard` images each, the last one the rest, so view v of 
     files               name, bytes and sha256 of every other file, the shards in order first
     tokenizer           fingerprint of encoder and codebook (`modeling.weights.tensors.fingerprint`)
     encoder_heads       attention heads of the encoder, which no tensor's shape shows
-    image_size, crops, preprocessing    pixels; the kind of views, in the order of
-                        `data.images.view_boxes`; what is done to an image, in words
-    dtype, batch_size   of the encoder that computed the codes
+    image_size, crops, preprocessing    pixels per side; the kind of views, in the order of
+                        `data.images.view_boxes`; how images were prepared, in words
+    dtype, batch_size   precision and images per batch of the encoder
     listed_images, listing    number of images in the folder, and a hash of their paths
     image_sizes         a hash of their sizes in bytes
-    rotated             number of images whose EXIF says that they are rotated, which is ignored
-    skipped             paths of unreadable images, which the store leaves out
+    rotated             number of images that EXIF would rotate; their codes ignore it
+    skipped             paths of unreadable images, which the store lacks
     software            versions of the libraries
 
-`data/npz.py` describes the published layout, CLASS/FILE.JPEG.npz. Written here it has a manifest.json
-too (layout "npz"; no images_per_shard, codes_dtype and files).
+`data/npz.py` describes the published layout, CLASS/FILE.JPEG.npz. This code adds a manifest.json to it,
+with layout "npz" and without images_per_shard, codes_dtype and files.
 """
 
 from collections.abc import Iterator
@@ -61,15 +61,15 @@ from runtime.errors import InputError
 from runtime.files import file_sha256
 from runtime.program import run
 
-BLOCK = 4096  # images that are exported at a time
+BLOCK = 4096  # images exported at a time
 
 
 class TokenStore(TokenCache):
-    """A packed store, opened for reading in a time that does not depend on its size."""
+    """A packed store, for reading. Opening it takes as long for any size."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._relabelled = False
+        self._changed: dict[str, Any] | None = None  # what the files do not say
         path = self.folder / MANIFEST
         if not path.is_file():
             raise InputError(f"no token cache at {folder}: make one with pretokenization.py")
@@ -99,11 +99,11 @@ class TokenStore(TokenCache):
         ]
 
     def __reduce__(self):  # a worker process maps the files itself
-        return reopened, (self.folder, self.classes if self._relabelled else None)
+        return TokenStore, (self.folder,), self._changed
 
     def use_classes(self, classes: list[str]) -> None:
         super().use_classes(classes)
-        self._relabelled = True
+        self._changed = {"labels": self.labels, "classes": self.classes}
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
         # As a plain array: indexing np.memmap costs several times as much.
@@ -120,7 +120,7 @@ class TokenStore(TokenCache):
             )
 
     def codes(self, image: int, view: int) -> np.ndarray:
-        """Codes (T,), int64, of one view; reads only them."""
+        """Codes (T,), int64, of one view. Reads nothing else."""
         shard, row = divmod(image, self.per_shard)
         codes = self._shards[shard][row, view]
         self.check_codes(codes, f"image {image}")
@@ -130,7 +130,7 @@ class TokenStore(TokenCache):
         return {"codes": hash_of_texts(file["sha256"] for file in self.manifest["files"])}
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """All codes in order, (n, V, T), uint16, of some thousand images at a time."""
+        """All codes in order, in blocks of up to `BLOCK` images: (n, V, T), uint16."""
         for shard in self._shards:
             for first in range(0, len(shard), BLOCK):
                 yield shard[first : first + BLOCK]
@@ -142,21 +142,13 @@ class TokenStore(TokenCache):
             return [line.rstrip("\n") for line in islice(lines, count)]
 
     def verify(self) -> None:
-        """Check checksums and the ranges of codes and labels. Raises InputError."""
+        """Check all sums and the ranges of codes and labels. Raises InputError."""
         for entry in self.manifest["files"]:
             if file_sha256(self.folder / entry["name"]) != entry["sha256"]:
                 raise InputError(f"{self.folder / entry['name']} was altered; make the cache again")
         for place, shard in enumerate(self._shards):
             self.check_codes(shard, f"shard {place}")
         self.check_labels()
-
-
-def reopened(folder: Path, classes: list[str] | None) -> TokenStore:
-    """A `TokenStore` opened in another process; `classes` are those of `use_classes`."""
-    store = TokenStore(folder)
-    if classes is not None:
-        store.use_classes(classes)
-    return store
 
 
 def open_tokens(folder: str | Path) -> TokenCache:
@@ -170,9 +162,9 @@ def open_tokens(folder: str | Path) -> TokenCache:
 
 
 class TrainTokens(Dataset):
-    """(codes (T,), label) by (epoch, index): one view is drawn per image and epoch.
+    """(codes (T,), label) by (epoch, index), of one random view per image and epoch.
 
-    With probability `class_dropout` the label is `no_class`. Both are drawn by `data.order.EpochDraws`.
+    The label is `no_class` with probability `class_dropout`. `data.order.EpochDraws` draws both.
     """
 
     def __init__(self, store: TokenCache, seed: int, class_dropout: float, no_class: int):
@@ -208,7 +200,7 @@ def main(argv: list[str]) -> None:
     add("folder", type=path)
     add("--tokenizer", type=path, help="show: weights or run of the cache's tokenizer")
     add("--config", type=path, help="show: YAML whose model.vq_model describes another tokenizer")
-    add("--images", type=number(1, 10_000), default=16, help="show: how many images (16)")
+    add("--images", type=number(1, 10_000), default=16, help="show: number of images (16)")
     picture = "output/cache.png"
     add("--picture", type=new_file(".png"), default=picture, help=f"show: PNG to draw ({picture})")
     add("--output", type=as_path, help="export: folder to write")

@@ -24,7 +24,6 @@ class FileTree(NamedTuple):
     """The files of a folder or tar, images and others, without hidden ones."""
 
     root: Path
-    is_tar: bool
     folders: dict[str, list[str]]  # file names by the path of their folder, "" for the root
     path_of: Callable[[str], ImagePath]  # of a file, by its path from the root
     left_out: Counter[str]  # entries that were not entered, by kind
@@ -68,7 +67,7 @@ def read_tree(root: str | Path, index_folder: Path | None = None) -> FileTree:
         folders, left_out = walk(str(root))
     except OSError as e:
         raise InputError(f"cannot read {e.filename}: {e.strerror}; make the folder readable") from e
-    return FileTree(root, False, folders, lambda name: os.path.join(root, name), left_out)
+    return FileTree(root, folders, lambda name: os.path.join(root, name), left_out)
 
 
 def refuse_inside(output: Path, folder: str | Path) -> None:
@@ -96,4 +95,4 @@ def read_tar(root: Path, index_folder: Path | None) -> FileTree:
             continue
         folders[folder] = [name for name in files if not is_hidden(name)]
         hidden |= {os.path.join(folder, name) for name in files if is_hidden(name)}
-    return FileTree(root, True, folders, paths.__getitem__, +Counter({HIDDEN: len(hidden)}))
+    return FileTree(root, folders, paths.__getitem__, +Counter({HIDDEN: len(hidden)}))

@@ -51,7 +51,7 @@ class SkipUnreadable(Dataset):
                 return self.images[epoch, index]
             except InputError as e:
                 self._note(index, e)
-        raise InputError(f"none of the {self.items} images is readable")
+        raise InputError(f"none of the {self.items} images is readable: repair them, or use others")
 
     def _note(self, index: int, error: InputError) -> None:
         """Report an unreadable image. Raises InputError beyond the limit."""

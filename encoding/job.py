@@ -94,7 +94,7 @@ class WorkFolder:
                 f"{cache} was made with other settings: {changed}; remove it or choose another "
                 f"--cached_path"
             )
-        stats = np.stack(sizes_and_times(self.images.paths), 1)
+        stats = sizes_and_times(self.images.paths)
         if short_hash(stats[:, 0].tobytes()) != manifest.get("image_sizes"):
             raise InputError(
                 f"{cache} was made from files of other sizes: remove it or choose another "
@@ -145,7 +145,7 @@ class WorkFolder:
     def refuse_edited(self) -> None:
         """Raise InputError if images changed after they were encoded."""
         indices, facts = self.finished()
-        now = np.stack(sizes_and_times([self.images.paths[i] for i in indices]), 1)
+        now = sizes_and_times([self.images.paths[i] for i in indices])
         edited = indices[(facts[:, 2:] != now).any(1)]
         if len(edited):
             raise InputError(

@@ -59,7 +59,7 @@ class FolderImages:
         names = sorted(tree.images(), key=lambda name: name.split("/"))  # folder by folder
         self.paths: list[ImagePath] = [tree.path_of(name) for name in names]
         if not self.paths:
-            raise InputError(f"{folder} holds no images")
+            raise InputError(f"{folder} holds no images: pass a folder or tar of images")
         height, width, colours = self.load(self.paths[0]).shape
         self.shape = (len(self.paths), height, width, colours)
 

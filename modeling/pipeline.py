@@ -131,7 +131,7 @@ class Pipeline:
         that is there is kept.
 
         Returns the commit, for `from_pretrained(name, revision=…)`. `branch` is made if need be; None:
-        main. Raises InputError where the hub does not answer or refuses.
+        main. Raises InputError if the hub does not answer or refuses.
         """
         with tempfile.TemporaryDirectory(prefix="alitok-") as folder:
             self.save_pretrained(folder, name)

@@ -4,7 +4,7 @@ import fcntl
 import os
 import tempfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 # Some are imported for callers of this module.
 from modeling.weights.files import file_sha256, sync_file, whole_file, write_torch, writing  # noqa: F401
@@ -14,6 +14,11 @@ from runtime.errors import InputError
 def write_whole(path: str | Path, data: bytes) -> None:
     with whole_file(path) as partial:
         partial.write_bytes(data)
+
+
+def file_entry(file: Path) -> dict[str, Any]:
+    """A file as manifests list it: its name, size in bytes and hash."""
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def try_to_write(path: str | Path) -> None:

@@ -33,7 +33,7 @@ from modeling.weights.metadata import About
 from modeling.weights.runs import MANIFEST, all_checkpoints, step_of
 from modeling.weights.tensors import load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
-from runtime.files import file_sha256, lock_folder, sync_folder, write_torch, write_whole, writing
+from runtime.files import file_entry, lock_folder, sync_folder, write_torch, write_whole, writing
 from runtime.processes import on_main
 from training.optim import EMA
 
@@ -232,10 +232,7 @@ def write_files(
     for name, tensors in weights.items():
         write_state_dict(tensors, folder / f"{name}.safetensors", about.get(name))
     write_torch(state, folder / "state.pt")
-    entries = [
-        {"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in sorted(folder.iterdir())
-    ]
+    entries = [file_entry(file) for file in sorted(folder.iterdir())]
     manifest = {"format": FORMAT, "step": step, "origin": origin, "files": entries}
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     sync_folder(folder)
@@ -257,7 +254,7 @@ def problem(path: Path) -> str | None:
             name = entry["name"]
             if Path(name).name != name:
                 return f"its manifest names {name}, outside its folder"
-            if file_sha256(path / name) != entry["sha256"]:
+            if file_entry(path / name) != entry:
                 return f"{name} was altered or cut short"
     except PermissionError as e:
         raise InputError(

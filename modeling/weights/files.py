@@ -28,7 +28,7 @@ def writing(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
         lines = str(getattr(e, "strerror", None) or e).strip().splitlines() or [type(e).__name__]
         remedy = "free some space or make the folder writable"
         if isinstance(e, (FileExistsError, NotADirectoryError)):
-            remedy = "it is a file, where a folder is needed: choose another place"
+            remedy = "it is a file, but must be a folder: choose another place"
         raise InputError(
             f"cannot write {getattr(e, 'filename', None) or path} ({lines[0]}): {remedy}, then rerun; "
             f"finished work is kept"

@@ -94,7 +94,7 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
 def is_whole(file: Path) -> bool:
     """Whether a file has the hash that its checkpoint's manifest states.
 
-    Raises InputError where it may not be read: that is not damage.
+    Raises InputError if it may not be read, which is not damage.
     """
     try:
         entries = json.loads((file.parent / MANIFEST).read_text())["files"]

@@ -153,14 +153,14 @@ def test_root_without_a_train_folder_is_no_folder_of_classes(workspace, runs, tm
         shutil.copytree(workspace.root / "val", tmp_path / "root" / split)
     line = runs.refused(tmp_path / "cache", data=tmp_path / "root")
     assert f"{tmp_path}/root is not a folder of classes: training, validation hold" in line
-    assert f"pass the folder above those, such as {tmp_path}/root/training" in line
+    assert f"the folder above those, such as {tmp_path}/root/training" in line
     assert not (tmp_path / "cache").exists() and not (tmp_path / "cache.partial").exists()
 
 
 def test_empty_train_folder_is_refused(runs, tmp_path):
     (tmp_path / "root/train").mkdir(parents=True)
     line = runs.refused(tmp_path / "cache", data=tmp_path / "root")
-    assert f"{tmp_path}/root/train is not an image folder" in line
+    assert f"{tmp_path}/root/train holds no images" in line
 
 
 def test_published_flags_without_effect_are_named_once(runs, tmp_path):

@@ -208,12 +208,16 @@ def test_listing_is_that_of_torchvisions_image_folder(tmp_path):
     [
         ([], "no image folder"),
         (["notes.txt"], "no images"),
+        (["hollow/notes.txt"], "no images"),
         (["full/a.png", "hollow/notes.txt"], "hollow"),
+        (["b.png", "a.png", "stray/more/c.png", "stray/d.png"], "(a.png, b.png) beside folders of images (stray)"),
     ],
-)
+)  # fmt: skip
 def test_a_folder_without_classes_of_images_is_refused(tmp_path, names, word):
-    tree(tmp_path / "root", *names)
-    refusal(lambda: scan_images(tmp_path / "root"), tmp_path / "root", word)
+    root = tmp_path / "root"
+    tree(root, *names)
+    for listed in (scan_images, list_paths):
+        refusal(lambda listed=listed: listed(root), root, word)
     (tmp_path / "file").touch()
     refusal(lambda: scan_images(tmp_path / "file"), tmp_path / "file")
 
@@ -243,15 +247,11 @@ def test_header_says_how_many_classes_their_first_names_and_what_is_left_out(tmp
     assert scan_images(tmp_path).describe(1000) == (
         "5 images, 5 classes of 1000 configured (class0, class1, class2, …)"
     )
-    tree(tmp_path, "class1/b.gif", "class2/c.GIF", "class2/notes", "class3/.DS_Store", "top.png")
+    tree(tmp_path, "class1/b.gif", "class2/c.GIF", "class2/notes", "class3/.DS_Store", "top.txt")
     listing = scan_images(tmp_path)
-    assert listing.left_out == {
-        ".gif": 2, "without a suffix": 1, "outside the class folders": 1, HIDDEN: 1,
-    }  # fmt: skip
-    assert (
-        "left out: 2 .gif, 1 hidden or system entries, 1 outside the class folders, 1 without"
-        in listing.describe()
-    )
+    assert listing.left_out == {".gif": 2, ".txt": 1, "without a suffix": 1, HIDDEN: 1}
+    words = "left out: 2 .gif, 1 .txt, 1 hidden or system entries, 1 without a suffix"
+    assert words in listing.describe()
 
 
 def test_images_in_no_folders_are_one_class(tmp_path):
@@ -262,8 +262,8 @@ def test_images_in_no_folders_are_one_class(tmp_path):
     assert (flat.names, flat.classes) == (inside.names, inside.classes)
     assert flat.samples == [(str(tmp_path / "flat" / name), 0) for name in ("a.JPEG", "b.png")]
     assert flat.describe().startswith("2 images, no class folders: one class (images); left out: ")
-    tree(tmp_path / "flat", "cat/d.png")  # then those at the top are stray
-    assert scan_images(tmp_path / "flat").classes == ["cat"]
+    tree(tmp_path / "flat", "cat/notes")  # a folder without images is no class here
+    assert scan_images(tmp_path / "flat").names == flat.names
 
 
 def test_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 
 from modeling import devices
 from modeling.devices import check_type, default_dtype, find_device, uses_cuda
-from modeling.errors import InputError
+from tests.refusals import refusal
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +26,10 @@ def test_a_gpu_that_torch_cannot_use_is_refused_with_the_driver_as_reason(machin
     machine.touch()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for use in (uses_cuda, find_device, lambda: find_device("cuda")):
-        with pytest.raises(InputError, match=r"nvidia0 is a GPU.*driver is too old for CUDA 13\.0"):
-            use()
+        refusal(use, "nvidia0", "driver", "CUDA 13.0")
     assert find_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(InputError, match="was built without CUDA"):
-        uses_cuda()
+    refusal(uses_cuda, "nvidia0", "without CUDA")
 
 
 @pytest.mark.parametrize(
@@ -56,22 +54,19 @@ def test_the_environment_can_ask_for_the_cpu(machine, monkeypatch, name, value, 
 def test_other_values_of_these_variables_ask_for_nothing(machine, monkeypatch, name, value):
     machine.touch()
     monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="to use the CPU, set CUDA_VISIBLE_DEVICES=-1"):
-        find_device()
+    refusal(find_device, "CUDA_VISIBLE_DEVICES=-1")
 
 
 def test_bfloat16_is_refused_before_ampere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    gpu = torch.device("cuda")
     for capability in ((7, 5), (8, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        check_type(torch.float32, torch.device("cuda"))
+        check_type(torch.float32, gpu)
         if capability < (8, 0):
-            with pytest.raises(
-                InputError, match="Tesla T4 does not compute in bfloat16: use float32"
-            ):
-                check_type(torch.bfloat16, torch.device("cuda"))
+            refusal(lambda: check_type(torch.bfloat16, gpu), "Tesla T4", "bfloat16", "float32")
         else:
-            check_type(torch.bfloat16, torch.device("cuda"))
+            check_type(torch.bfloat16, gpu)
 
 
 def test_default_type_is_what_the_device_computes_in(monkeypatch):
@@ -82,19 +77,13 @@ def test_default_type_is_what_the_device_computes_in(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "gpus, name, words",
-    [
-        (0, "cuda", "device=cuda: no CUDA device is usable here; or use cpu"),
-        (1, "cuda:1", "device=cuda:1: GPUs here are cuda:0 to cuda:0; choose"),
-        (8, "cuda:9", "device=cuda:9: GPUs here are cuda:0 to cuda:7; choose"),
-        (1, "gpu", "device=gpu is not a device: choose cpu, cuda or cuda:N"),
-    ],
+    "gpus, name, there",
+    [(0, "cuda", "cpu"), (1, "cuda:1", "cuda:0"), (8, "cuda:9", "cuda:7"), (1, "gpu", "cuda:N")],
 )
-def test_device_that_is_not_there_is_refused(monkeypatch, gpus, name, words):
+def test_device_that_is_not_there_is_refused(monkeypatch, gpus, name, there):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(InputError, match=words):
-        find_device(name)
+    refusal(lambda: find_device(name), f"device={name}", there)
     assert find_device() == torch.device("cuda" if gpus else "cpu")
     if gpus > 1:
         assert find_device("cuda:7").index == 7

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from modeling.attention import attention
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from modeling.tokenizer_blocks import TokenizerBlock
-from runtime.errors import InputError
 from tests.refusals import refusal
 from tests.tiny import STAGE1, tiny_tokenizer
 
@@ -366,12 +365,12 @@ def test_features_are_those_of_float32_under_autocast_and_leave_no_hook(fill):
 
 def test_features_of_another_layer_or_other_images_are_refused(fill):
     tokenizer = fill(Tokenizer(config()))
-    for layer in (0, -1, 3):
-        with pytest.raises(InputError, match=rf"layer={layer}: the blocks .* are 1…2"):
-            tokenizer.features(torch.rand(1, 3, 32, 32), layer)
-    for images in (torch.rand(1, 3, 16, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)):
-        with pytest.raises(InputError, match=r"floats in \[0, 1\] of shape \(B, 3, 32, 32\)"):
-            tokenizer.features(images, 1)
+    images, short = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 16, 32)
+    for given, layer, *named in (
+        (images, 0, "layer=0", "1…2"), (images, -1, "layer=-1", "1…2"), (images, 3, "layer=3", "1…2"),
+        (short, 1, "(1, 3, 16, 32)", "(B, 3, 32, 32)"), (images.to(torch.uint8), 1, "uint8", "floats"),
+    ):  # fmt: skip
+        refusal(lambda given=given, layer=layer: tokenizer.features(given, layer), *named)
 
 
 def test_attention_runs_in_the_autocast_type(monkeypatch):

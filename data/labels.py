@@ -52,16 +52,14 @@ def labels_in_order(
             f"{file} has {len(lines)} lines, {source} holds {len(names)} images: write one class per "
             f"image, in the order of their names, or a CSV of file,class"
         )
-    for number, line in enumerate(lines, 1):
-        if line.strip().isdecimal():
+    labels = [checked(line.strip(), file, number) for number, line in enumerate(lines, 1)]
+    for number, label in enumerate(labels, 1):
+        if label.isdecimal():
             raise InputError(
-                f"{file}, line {number}: {line.strip()} is a number, not a class name, and ILSVRC's "
+                f"{file}, line {number}: {label} is a number, not a class name, and ILSVRC's "
                 f"numbers are not in the order of names: list synsets, or write a CSV of file,class"
             )
-    return {
-        name: checked(line.strip(), file, number)
-        for number, (name, line) in enumerate(zip(names, lines), 1)
-    }
+    return dict(zip(names, labels))
 
 
 def labels_by_name(

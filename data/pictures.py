@@ -77,11 +77,11 @@ def fitted(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Image
     return ""
 
 
-def stacked(pictures: Sequence[np.ndarray], margin: int = 0) -> np.ndarray:
+def stacked(pictures: Sequence[np.ndarray]) -> np.ndarray:
     """Pictures (H, W, 3) of any width, below each other on white."""
     width = max(picture.shape[1] for picture in pictures)
     rows = [
-        np.pad(p, ((0, margin), (0, width - p.shape[1]), (0, 0)), constant_values=WHITE)
+        np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=WHITE)
         for p in pictures
     ]
     return np.concatenate(rows)

@@ -57,27 +57,19 @@ class SkipUnreadable(Dataset):
         """Report an unreadable image. Raises InputError beyond the limit."""
         if self.limit == 0:
             raise InputError(f"{error}, or set {OPTION}=N to replace at most N images") from error
-        try:
-            report_once(self.report, str(self.images.paths[index]), self.limit)
-        except TooMany as full:
+        others = report_once(self.report, str(self.images.paths[index]), self.limit)
+        if others is not None:
             raise InputError(
                 f"more than {OPTION}={self.limit}: {error}. {self.report} lists the others "
-                f"({first_names(full.listed)}); repair or remove them, or allow more"
+                f"({first_names(others)}); repair or remove them, or allow more"
             ) from error
         self._noted.add(index)
 
 
-class TooMany(Exception):
-    """The list is full, and another image is not on it."""
-
-    def __init__(self, listed: list[str]):
-        self.listed = listed
-
-
-def report_once(report: Path, path: str, limit: int) -> None:
+def report_once(report: Path, path: str, limit: int) -> list[str] | None:
     """Add a path to the list unless it is there; one process at a time.
 
-    Raises TooMany if the list would exceed `limit`.
+    Returns the listed paths if there are `limit` of them without this one, and None otherwise.
     """
     line = path.replace("\n", " ")
     with writing(report):
@@ -89,8 +81,9 @@ def report_once(report: Path, path: str, limit: int) -> None:
             listed = file.read().split("\n")[:-1]
             if line not in listed:
                 if len(listed) >= limit:
-                    raise TooMany(listed)
+                    return listed
                 file.write(line + "\n")
+    return None
 
 
 def lines_of(report: Path) -> list[str]:

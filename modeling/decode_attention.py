@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError
+from .generator import EPS
 from .sampling import ENGINES
 
 log = logging.getLogger(__name__)
-EPS = 1e-5  # of the norms, as in `generator.RMSNorm`
 # The largest |fused - plain| / (1 + |plain|) that rounding explains, by type, for states of size 1.
 # float32: order of sums. bfloat16: the last place. int8: opposite rounding with a scale of 8 / 127.
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.int8: 2**-4}
@@ -74,17 +74,11 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(x >= 0, x + 0.5, x - 0.5).to(torch.int8), scale
 
 
-def write_position(
-    qkv: Tensor, qk_norm: Tensor, turns: Tensor, position: int, cache: Cache
-) -> Tensor:
-    """Steps 1 and 2 of the contract -> q (N, H, h), in the cache's type (int8: float32)."""
-    return write_positions(qkv.unsqueeze(1), qk_norm, turns, position, cache)[:, :, 0]
-
-
 def write_positions(
     qkv: Tensor, qk_norm: Tensor, turns: Tensor, first: int, cache: Cache
 ) -> Tensor:
-    """`write_position` for n positions from `first` on: qkv (N, n, 3·H·h) -> q (N, H, n, h)."""
+    """Steps 1 and 2 of the contract, for n positions from `first` on: qkv (N, n, 3·H·h) -> q (N, H, n, h),
+    in the cache's type (int8: float32)."""
     N, n, (H, h) = *qkv.shape[:2], cache.k.shape[1::2]
     x = qkv.view(N, n, 3, H, h)
     qk = F.rms_norm(x[:, :, :2].float(), (h,), None, EPS) * qk_norm  # (N, n, 2, H, h)
@@ -105,19 +99,19 @@ def plain_attention(
     qkv: Tensor, qk_norm: Tensor, turns: Tensor, position: int, cache: Cache
 ) -> Tensor:
     """The contract in PyTorch operations."""
-    q = write_position(qkv, qk_norm, turns, position, cache)
+    q = write_positions(qkv.unsqueeze(1), qk_norm, turns, position, cache)
     K, V = filled(cache, position + 1)
     if torch.compiler.is_compiling() and K.dtype == torch.float32:
         # For one query, Inductor's loops read K and V faster than the library's attention does.
         y = attend_one(q, K, V)
     else:
-        y = F.scaled_dot_product_attention(q.unsqueeze(2), K, V)
+        y = F.scaled_dot_product_attention(q, K, V)
     return y.reshape(qkv.shape[0], -1).to(qkv.dtype)
 
 
 def attend_one(q: Tensor, K: Tensor, V: Tensor) -> Tensor:
-    """softmax(q·Kᵀ / √h)·V of one query per head: q (N, H, h), K and V (N, H, S, h) -> as q."""
-    weights = torch.softmax((q.unsqueeze(2) * K).sum(-1) * q.shape[-1] ** -0.5, -1)
+    """softmax(q·Kᵀ / √h)·V of one query per head: q (N, H, 1, h), K and V (N, H, S, h) -> (N, H, h)."""
+    weights = torch.softmax((q * K).sum(-1) * q.shape[-1] ** -0.5, -1)
     return (weights.unsqueeze(-1) * V).sum(2)
 
 
@@ -230,7 +224,7 @@ def check_attention(
             y = attention(qkv, qk_norm, turns, torch.tensor([p], device=device), tested)
         except Exception as e:
             return f"the fused kernel does not run ({describe(e)})"
-        q = write_position(qkv, qk_norm, turns, p, expected).float()
+        q = write_positions(qkv.unsqueeze(1), qk_norm, turns, p, expected).float()
         # Read from the tested cache: a difference in the new row shows there, not here.
         K, V = dequantized(tested, slice(p + 1))
         y_plain = attend_one(q, K, V).reshape(rows, -1)

@@ -25,7 +25,6 @@ from torch import Tensor
 from .compiling import compile_function, compiling
 from .cpu_layout import cpu_layout, linear
 from .decode_attention import (
-    EPS,
     AttentionFunction,
     Cache,
     choose_attention,
@@ -37,7 +36,7 @@ from .decode_attention import (
 )
 from .devices import check_type
 from .errors import InputError
-from .generator import NO_CLASS, Block, Generator, GeneratorConfig
+from .generator import EPS, NO_CLASS, Block, Generator, GeneratorConfig
 from .sampling import (
     CACHES,
     DRAWN,

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode_attention import EPS, Cache, head_parts
+from .decode_attention import Cache, head_parts
+from .generator import EPS
 
 # Positions per tile and warps of a program. What bounds the kernel is how many bytes it has in flight
 # while it waits for memory. On sm_90, one warp and 16 positions take 80 to 127 registers per thread for

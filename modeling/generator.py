@@ -19,6 +19,7 @@ from .rotary import rotary_table, rotate, token_layout
 
 # The label of an image without a class, far from others, so that an off-by-one label is refused.
 NO_CLASS = -(2**31)
+EPS = 1e-5  # of the norms
 
 
 @dataclass
@@ -139,19 +140,18 @@ class Backbone(Protocol):
 class RMSNorm(nn.Module):
     """Normalise in float32, cast back, then scale, in the order of the published training."""
 
-    def __init__(self, size: int, eps: float = 1e-5):
+    def __init__(self, size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_normalize(x, self.eps) * self.weight
+        return rms_normalize(x) * self.weight
 
 
-def rms_normalize(x: Tensor, eps: float) -> Tensor:
+def rms_normalize(x: Tensor) -> Tensor:
     """x divided by the root mean square of its last dimension, in x's type."""
     y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS)
     return y.type_as(x)
 
 
@@ -175,7 +175,7 @@ class Attention(nn.Module):
         v = qkv[:, :, 2].transpose(1, 2)  # (B, H, N, h)
         # q and k in one operation, with half the memory traffic: (B, N, 2, H, h).
         scale = torch.stack([self.q_norm.weight, self.k_norm.weight]).unsqueeze(1)
-        qk = rms_normalize(qkv[:, :, :2], self.q_norm.eps) * scale
+        qk = rms_normalize(qkv[:, :, :2]) * scale
         qk = rotate(qk, table[:, None, None]).type_as(v)
         q, k = qk.permute(2, 0, 3, 1, 4)  # each (B, H, N, h)
         if cache is not None:
@@ -295,7 +295,7 @@ class Generator(nn.Module):
         for block in self.blocks:
             x = block(x, table, cache)
         cache.filled += 1
-        return self.output(self.norm(x))[:, 0].float()
+        return self.logits(x)[:, 0].float()
 
 
 def build_generator(config: GeneratorConfig) -> Generator:

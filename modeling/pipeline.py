@@ -29,9 +29,6 @@ from .weights.opened import check_same_codes, config_of, load_tokenizer, open_we
 from .weights.runs import expanded
 from .weights.tensors import fingerprint, load_tensors, write_state_dict
 
-# In a folder on the hub, or one of `save_pretrained`.
-FILES = ("generator.safetensors", "tokenizer.safetensors")
-
 
 class Pipeline:
     """A generator and a tokenizer with their weights, ready to make images.
@@ -88,15 +85,9 @@ class Pipeline:
         a commit pins the weights. Both files come from one commit, `pipeline.revision`. `options` are
         those of the class. Raises InputError if the hub does not answer, and as the class does.
         """
-        folder, found = expanded(name), None
-        if not folder.is_dir():
-            folder = hub.download(str(name), revision, FILES)
-            found = folder.name
-        elif revision is not None:
-            raise InputError(f"revision={revision} is for the hub, but {name} is a local folder")
-        generator, tokenizer = (folder / file for file in FILES)
-        pipeline = cls(generator, tokenizer, **options)
-        pipeline.revision = found
+        folder = hub.local_or_downloaded(name, revision, (hub.GENERATOR_FILE, hub.TOKENIZER_FILE))
+        pipeline = cls(folder / hub.GENERATOR_FILE, folder / hub.TOKENIZER_FILE, **options)
+        pipeline.revision = None if folder == expanded(name) else folder.name
         return pipeline
 
     def save_pretrained(self, folder: str | Path, name: Optional[str] = None) -> None:
@@ -105,14 +96,14 @@ class Pipeline:
         The card calls the models `name`, by default the folder. An existing README.md is kept.
         """
         folder = expanded(folder)
-        state, (generator_file, tokenizer_file) = self.tokenizer.state_dict(), FILES
+        state = self.tokenizer.state_dict()
         known, stage = fingerprint(state), self.about[TOKENIZER].stage
         tokenizer = about_model(TOKENIZER, self.tokenizer.config, known, stage)
-        write_state_dict(state, folder / tokenizer_file, tokenizer)
+        write_state_dict(state, folder / hub.TOKENIZER_FILE, tokenizer)
         generator = about_model(GENERATOR, self.generator.config, known)
         classes, untrained = self.about[GENERATOR].classes, self.about[GENERATOR].untrained
         generator = replace(generator, classes=classes, untrained=untrained)
-        write_state_dict(self.generator.state_dict(), folder / generator_file, generator)
+        write_state_dict(self.generator.state_dict(), folder / hub.GENERATOR_FILE, generator)
         texts = {hub.CONFIG: config_json(generator, tokenizer)}
         if not (folder / hub.CARD).exists():
             texts[hub.CARD] = model_card(name or str(folder), generator, tokenizer)
@@ -127,10 +118,10 @@ class Pipeline:
         private: Optional[bool] = None,
         message: str = "Upload weights",
     ) -> str:
-        """Upload both models to a repository on the hub (org/name), which is made if need be. A model card
-        that is there is kept.
+        """Upload both models to a repository on the hub (org/name), which is created if needed. An existing
+        model card is kept.
 
-        Returns the commit, for `from_pretrained(name, revision=…)`. `branch` is made if need be; None:
+        Returns the commit, for `from_pretrained(name, revision=…)`. `branch` is created if needed; None:
         main. Raises InputError if the hub does not answer or refuses.
         """
         with tempfile.TemporaryDirectory(prefix="alitok-") as folder:

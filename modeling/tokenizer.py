@@ -317,10 +317,10 @@ class Tokenizer(nn.Module):
         sizes, by default the published ones. Raises InputError if there are no such weights, or they do
         not fit.
         """
-        from .weights import pretrained  # it builds tokenizers
+        from .weights.opened import open_tokenizer  # which builds tokenizers
 
         place = find_device(device)
-        return pretrained.open_tokenizer(name, config, revision).to(place)
+        return open_tokenizer(name, config, revision).to(place)
 
     def encode_photos(self, *photos: Any) -> Tensor:
         """Photos, each a path or a PIL image, -> codes (B, T), int64, on the tokenizer's device.

@@ -90,7 +90,8 @@ def fused_attention(
     `shape` is (positions per tile, warps), by default the engine's. An instruction is one thread's. Per pass of the loop, `BLOCK` positions of K and V are read.
     """
     from modeling import fused_attention as module
-    from modeling.decode_attention import EPS, head_parts
+    from modeling.decode_attention import head_parts
+    from modeling.generator import EPS
 
     parts = head_parts(head_size)
     if parts is None:

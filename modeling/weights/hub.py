@@ -5,8 +5,12 @@ from types import ModuleType
 from typing import Optional
 
 from ..errors import InputError
+from .runs import expanded
 
 CARD, CONFIG = "README.md", "config.json"  # of every repository
+# The weights of one, or of a folder that `Pipeline.save_pretrained` wrote.
+GENERATOR_FILE, TOKENIZER_FILE = "generator.safetensors", "tokenizer.safetensors"
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
 def client() -> ModuleType:
@@ -18,6 +22,17 @@ def client() -> ModuleType:
             "local folder"
         ) from e
     return huggingface_hub
+
+
+def local_or_downloaded(name: str | Path, revision: Optional[str], files: tuple[str, ...]) -> Path:
+    """A local path, or a folder with these files of the repository `name` (org/name), which `download`
+    fetches. Raises InputError for a revision of a local path."""
+    path = expanded(name)
+    if not path.exists() and path.suffix not in SUFFIXES and str(name).count("/") == 1:
+        return download(str(name), revision, files)
+    if revision is not None:
+        raise InputError(f"revision={revision} is for the hub, but {name} is a local path")
+    return path
 
 
 def download(name: str, revision: Optional[str], files: tuple[str, ...]) -> Path:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -23,12 +24,12 @@ from modeling.decode_attention import (
     head_parts,
     plain_attention,
     random_cache,
-    write_position,
+    write_positions,
 )
 from modeling.engine import Engine, after_attention, block_weights, norm, rotation_turns
 from modeling.generator import Generator
 from modeling.sampling import Sampling, sample_codes
-from runtime.errors import InputError
+from tests.refusals import refusal
 from tests.tiny import tiny_generator
 
 CUDA = torch.cuda.is_available()
@@ -74,9 +75,9 @@ def tiny(size, layers=2):
 # ---------------------------------------------------------------------- one attention
 def in_float32(qkv, qk_norm, turns, p, cache):
     """The plain form, whose products and sums a CPU does not round to bfloat16."""
-    q = write_position(qkv, qk_norm, turns, p, cache).float()
+    q = write_positions(qkv.unsqueeze(1), qk_norm, turns, p, cache).float()  # (N, H, 1, h)
     k, v = dequantized(cache, slice(p + 1))
-    weights = torch.softmax((q.unsqueeze(2) * k).sum(-1) * q.shape[-1] ** -0.5, -1)
+    weights = torch.softmax((q * k).sum(-1) * q.shape[-1] ** -0.5, -1)
     return (weights.unsqueeze(-1) * v).sum(2).flatten(1)
 
 
@@ -257,10 +258,10 @@ def test_check_sees_a_kernel_whose_rotation_is_wrong(monkeypatch):
     right = fused_attention.rotated
     monkeypatch.setattr(fused_attention, "rotated", unrotated)
     types = (torch.float32, torch.float32)
-    with pytest.raises(InputError, match="fused kernel's keys at position 0 differ by"):
-        choose_attention("fused", (2, 73, 48), types, DEVICE)
+    choose = partial(choose_attention, "fused", (2, 73, 48), types, DEVICE)
+    refusal(choose, "engine=fused", "keys at position 0")
     monkeypatch.setattr(fused_attention, "rotated", right)
-    assert choose_attention("fused", (2, 73, 48), types, DEVICE) is not None
+    assert choose() is not None
 
 
 def test_auto_on_cuda_leaves_a_faulty_kernel_with_one_warning(monkeypatch):
@@ -269,8 +270,8 @@ def test_auto_on_cuda_leaves_a_faulty_kernel_with_one_warning(monkeypatch):
     with pytest.warns(UserWarning, match="plain attention, which is slower: it is wrong") as caught:
         assert choose_attention("auto", (2, 21, 48), types, torch.device("cuda")) is None
     assert len(caught) == 1
-    with pytest.raises(InputError, match="engine=fused: it is wrong; choose engine=auto"):
-        choose_attention("fused", (2, 21, 48), types, torch.device("cuda"))
+    fused = partial(choose_attention, "fused", (2, 21, 48), types, torch.device("cuda"))
+    refusal(fused, "engine=fused", "it is wrong")
 
 
 def test_plain_is_chosen_on_a_cpu_and_where_asked_without_a_look_at_the_kernel(
@@ -281,16 +282,14 @@ def test_plain_is_chosen_on_a_cpu_and_where_asked_without_a_look_at_the_kernel(
     assert choose_attention("auto", (2, 21, 48), types, torch.device("cpu")) is None
     assert choose_attention("plain", (2, 21, 48), types, torch.device("cuda")) is None
     assert not recwarn
-    with pytest.raises(InputError, match="engine=best: choose one of auto, fused, plain"):
-        choose_attention("best", (2, 21, 48), types, torch.device("cpu"))
+    best = partial(choose_attention, "best", (2, 21, 48), types, torch.device("cpu"))
+    refusal(best, "engine=best", "auto, fused, plain")
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="a CPU without the interpreter")
 def test_fused_is_refused_on_a_cpu(fill):
-    with pytest.raises(
-        InputError, match="engine=fused: the fused attention runs on CUDA, not on cpu"
-    ):
-        Engine(fill(Generator(tiny(24))), 2, Sampling(), engine="fused")
+    model = fill(Generator(tiny(24)))
+    refusal(lambda: Engine(model, 2, Sampling(), engine="fused"), "engine=fused", "CUDA")
 
 
 def test_head_sizes_that_the_kernel_can_do():

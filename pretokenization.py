@@ -20,9 +20,9 @@ from data.images import scan_images
 from data.loader import worker_count
 from data.tree import is_image
 from data.walk import is_hidden
-from encoding.encoder import load_encoder
 from encoding.job import EncodingPlan, encode_folder
 from modeling.weights.metadata import TOKENIZER
+from modeling.weights.opened import load_tokenizer
 from modeling.weights.tensors import fingerprint
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         raise InputError("--dtype tf32 exists only on CUDA: choose fp32 or bf16 on a CPU")
     opened = open_on_all(args.tokenizer_checkpoint, TOKENIZER)
     config = tokenizer_sizes(opened, args.config, **size)
-    encoder = load_encoder(opened, config, processes.device)
+    encoder = load_tokenizer(opened, config, with_decoder=False).to(processes.device)
     cache = Path(args.cached_path)
     images = scan_images(folder, args.labels, index_folder=cache.parent)  # of a tar, minutes
     processes.print(printable(f"{choice}{folder}: {images.describe()}"))

@@ -31,12 +31,12 @@ from data.tree import describe_left_out, refuse_inside
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from evaluation.likelihood import Likelihood, Share, measure_likelihood
+from generation.job import in_options
 from modeling.compiling import compile_training
 from modeling.generator import Generator, build_generator
 from modeling.randomness import image_uniforms
-from modeling.sampling import NO_CLASS
 from modeling.tokenizer import Tokenizer
-from modeling.weights.class_names import NONE, ClassNames
+from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import GENERATOR, TOKENIZER, About, about_model
 from modeling.weights.opened import Opened, load_tokenizer
 from modeling.weights.tensors import describe, fingerprint, load_tensors
@@ -67,13 +67,17 @@ class TrainingSet:
     source: str
     dataset: Dataset  # (codes or image, label) by (epoch, index)
     listed: int  # images in the source
-    images: int  # of these, used for training
     views: int  # per image
-    labels: np.ndarray  # (images,)
+    labels: np.ndarray  # (images,), of those that are used for training
     classes: list[str]  # names; a label is an index into them
     skip_unreadable: Optional[int]  # None for codes
     identity: dict[str, str]  # of the source's images or codes
     left_out: str = ""  # a description of other files in the source
+
+    @property
+    def images(self) -> int:
+        """How many are used for training."""
+        return len(self.labels)
 
     @property
     def shown_classes(self) -> list[str]:
@@ -88,7 +92,9 @@ class GeneratorData:
     options: GeneratorRun  # of the run: its classes are the data's, `experiment.classes` by number
     train: TrainingSet
     names: ClassNames  # of its classes
-    tokenizer_hash: str  # of the codes' tokenizer
+    tokenizer_hash: Optional[
+        str
+    ]  # of the codes' tokenizer; the published layout of a cache states none
     tokenizer: Optional[Tokenizer]  # for samples and to encode images; on the device, frozen
     encoder: Optional[Tokenizer]  # the tokenizer, if the dataset yields images to encode
     validation: Optional[TokenCache]  # its labels are the training set's
@@ -98,7 +104,7 @@ class GeneratorData:
         """Must be the same when the run resumes."""
         train = self.train
         return {
-            "images": train.images, "views": train.views, "tokenizer": self.tokenizer_hash,
+            "images": train.images, "views": train.views, "tokenizer": str(self.tokenizer_hash),
             "classes": hash_of_texts(train.classes), **train.identity,
         }  # fmt: skip
 
@@ -134,7 +140,7 @@ def open_data(
         listing, encoder = scan_images(params.train_dir, index_folder=index_folder), tokenizer
         options = with_classes(options, params.train_dir, len(listing.classes))
         train = train_on_images(listing, options)
-    validation = None
+    train, validation = sampled(train, options), None
     if params.val_pretokenization is not None:
         validation = open_cache(params.val_pretokenization, options, known, heads)
         validation.use_classes(train.classes)
@@ -152,7 +158,7 @@ def open_data(
     if experiment.generate_every:  # refused now, not at the first samples
         in_training.job_in_training(options, accelerator.device)
     return GeneratorData(
-        options, train, names, str(tokenizer_hash), tokenizer, encoder, validation, evaluator
+        options, train, names, tokenizer_hash, tokenizer, encoder, validation, evaluator
     )
 
 
@@ -161,40 +167,32 @@ def classes_by_number(options: GeneratorRun, names: ClassNames) -> GeneratorRun:
     experiment = options.experiment
     if experiment.classes is None:
         return options
-    labels = [NONE if label == NO_CLASS else label for label in names.labels(experiment.classes)]
+    labels = in_options(names.labels(experiment.classes))
     return options.changed(experiment=replace(experiment, classes=labels))
 
 
 def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
-    """The images of a token cache, or a sample of them."""
+    """The images of a token cache."""
     if options.dataset.params.skip_unreadable:
         raise InputError(
             f"dataset.params.skip_unreadable={options.dataset.params.skip_unreadable}: a token cache "
             f"holds no images; leave it out, or set dataset.params.train_dir to train on images "
             f"(pretokenization.py has --skip_unreadable)"
         )
-    dataset = TrainTokens(store, *draws_of(options))
-    source = str(store.folder)
-    return sampled(
-        TrainingSet(
-            source, dataset, store.images, store.images, store.views, store.labels, store.classes,
-            skip_unreadable=None, identity=on_main(store.identity),
-        ),
-        options,
+    return TrainingSet(
+        str(store.folder), TrainTokens(store, *draws_of(options)), store.images, store.views,
+        store.labels, store.classes, skip_unreadable=None, identity=on_main(store.identity),
     )  # fmt: skip
 
 
 def train_on_images(listing: ImageListing, options: GeneratorRun) -> TrainingSet:
-    """The ten crops of the images of a folder or tar, or of a sample of them."""
+    """The ten crops of the images of a folder or tar."""
     dataset = TrainViews(listing.samples, options.model.vq_model.image_size, *draws_of(options))
     labels = np.array([label for _, label in listing.samples])
-    return sampled(
-        TrainingSet(
-            str(listing.root), dataset, len(labels), len(labels), VIEWS["ten_crop"], labels, listing.classes,
-            options.dataset.params.skip_unreadable,
-            on_main(lambda: identity_of_images(listing.paths)), describe_left_out(listing.left_out),
-        ),
-        options,
+    return TrainingSet(
+        str(listing.root), dataset, len(labels), VIEWS["ten_crop"], labels, listing.classes,
+        options.dataset.params.skip_unreadable, on_main(lambda: identity_of_images(listing.paths)),
+        describe_left_out(listing.left_out),
     )  # fmt: skip
 
 
@@ -210,9 +208,7 @@ def sampled(train: TrainingSet, options: GeneratorRun) -> TrainingSet:
     if limit is None or limit >= train.images:
         return train
     chosen = spread_over_classes(train.labels, limit)
-    return replace(
-        train, dataset=KeyedSubset(train.dataset, chosen), images=limit, labels=train.labels[chosen]
-    )
+    return replace(train, dataset=KeyedSubset(train.dataset, chosen), labels=train.labels[chosen])
 
 
 def open_tokenizer(options: GeneratorRun) -> Optional[Opened]:
@@ -252,7 +248,7 @@ def load_initial(run: Run, generator: Generator, classes: list[str]) -> str:
 
     Raises InputError if the weights do not fit; classes may differ (`fit_classes`).
     """
-    weights = run.initial_weights()
+    weights = run.initial
     if weights is None:
         return ""
     state, words = fit_classes(weights, generator.config, classes)
@@ -307,13 +303,9 @@ class TrainState:
 # ---------------------------------------------------------------------- reports
 def about_generator(options: GeneratorRun, data: GeneratorData) -> About:
     """The metadata of the run's weights."""
-    # The published layout of a cache states no tokenizer.
-    tokenizer = None if data.tokenizer_hash == str(None) else data.tokenizer_hash
-    classes = data.train.classes
-    untrained = set(range(len(classes))) - set(np.unique(data.train.labels).tolist())
-    return about_model(
-        GENERATOR, options.model.generator, tokenizer, classes=classes, untrained=sorted(untrained)
-    )
+    config, classes = options.model.generator, data.train.classes
+    untrained = sorted(set(range(len(classes))) - set(np.unique(data.train.labels).tolist()))
+    return about_model(GENERATOR, config, data.tokenizer_hash, classes=classes, untrained=untrained)
 
 
 def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
@@ -459,7 +451,7 @@ def main(argv: list[str]) -> None:
     data = open_data(options, accelerator, weights, index_folder=kept)
     phases = [Phase("training", total_steps)]
     options = data.options
-    run = Run(accelerator, options, phases, data.identity(), GENERATOR, dry_run)
+    run = Run(accelerator, options, phases, data.identity(), GENERATOR, dry_run, initial)
     state = TrainState(run, options, data)
     workers = options.dataset.params.num_workers_per_gpu
     run.start(data.train.dataset, data.train.images, workers, data.train.skip_unreadable)

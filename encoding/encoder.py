@@ -3,18 +3,12 @@
 import torch
 from torch import Tensor
 
-from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights.opened import Opened, load_tokenizer
+from modeling.tokenizer import Tokenizer
 from runtime.processes import matmul_precision
 
 # Largest activation in bytes when a CPU encodes images: glibc returns blocks over 32 MiB to the system,
 # which clears each page at the next use. Another value rounds differently.
 CPU_ACTIVATION = 24 * 2**20
-
-
-def load_encoder(opened: Opened, config: TokenizerConfig, device: torch.device) -> Tokenizer:
-    """A tokenizer without its decoder, in eval mode on `device`."""
-    return load_tokenizer(opened, config, with_decoder=False).to(device)
 
 
 @torch.inference_mode()

@@ -18,7 +18,6 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from data.cache import MANIFEST
 from data.classes import first_names
@@ -42,8 +41,8 @@ from encoding.encoder import encode
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
 from runtime.files import lock_folder, sync_folder, writing
-from runtime.parts import Parts, check_settings, differing
-from runtime.processes import on_main
+from runtime.parts import Parts, batches_of, check_settings, differing
+from runtime.processes import on_main, progress
 
 BATCHES_PER_PART = 16  # a killed run loses at most this many per process
 COMPARED_BATCHES = 2  # also encoded in float32, to report how often another precision agrees
@@ -177,7 +176,7 @@ def encode_folder(
 ) -> None:
     """Encode the images of a folder or tar into the token cache `cache`; all processes call this.
 
-    `encoder` comes from `encoding.encoder.load_encoder`, `tokenizer_hash` from
+    `encoder` is in eval mode and may lack its decoder; `tokenizer_hash` is its
     `modeling.weights.tensors.fingerprint`. Parts that an interrupted call finished are reused. Raises
     InputError for a cache with other settings, or more than `plan.skip_unreadable` unreadable images.
     """
@@ -318,7 +317,7 @@ class EncodedPart(NamedTuple):
 
 def part_batches(images: int, batch_size: int) -> list[list[range]]:
     """The indices of every batch of every part; no batch spans two parts."""
-    batches = [range(i, min(i + batch_size, images)) for i in range(0, images, batch_size)]
+    batches = batches_of(images, batch_size)
     return [batches[i : i + BATCHES_PER_PART] for i in range(0, len(batches), BATCHES_PER_PART)]
 
 
@@ -341,8 +340,7 @@ def encode_parts(
     arriving = on_device(loader, device)
     total = sum(len(batch) for n in numbers for batch in batches[n])
     share = f" (1 of {processes.num_processes})" if processes.num_processes > 1 else ""
-    hidden = None if processes.is_main_process else True  # None: without a terminal
-    with tqdm(total=total, unit="img", desc=f"encode{share}", disable=hidden) as bar:
+    with progress(total, "img", f"encode{share}") as bar:
         for number in numbers:
             codes, facts = [], []
             for _ in batches[number]:
@@ -366,11 +364,10 @@ def encode_views(encoder: Tokenizer, crops: Tensor, plan: EncodingPlan, dtype: s
 def print_agreement(encoder: Tokenizer, source: ReadableCrops, plan: EncodingPlan) -> None:
     """Print how many codes of the first batches equal those of float32."""
     equal = []
-    for part in part_batches(len(source), plan.batch_size)[:1]:
-        for batch in part[:COMPARED_BATCHES]:
-            crops = torch.stack([source[i][0] for i in batch]).to(encoder.latent_tokens.device)
-            exact = encode_views(encoder, crops, plan, "fp32")
-            equal.append(encode_views(encoder, crops, plan, plan.dtype) == exact)
+    for batch in batches_of(len(source), plan.batch_size)[:COMPARED_BATCHES]:
+        crops = torch.stack([source[i][0] for i in batch]).to(encoder.latent_tokens.device)
+        exact = encode_views(encoder, crops, plan, "fp32")
+        equal.append(encode_views(encoder, crops, plan, plan.dtype) == exact)
     codes = torch.cat(equal).float()
     print(
         f"{plan.dtype} agrees with fp32 on {codes.mean().item():.3%} of the {codes.numel()} codes of "

@@ -9,21 +9,12 @@ from torch import Tensor, nn
 from torchvision.models import vgg16
 
 from modeling.weights.tensors import load_tensors, read_state_dict
-from runtime.errors import InputError
 from runtime.published import find_published
 
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's name, ImageNet weights V1
 LPIPS_FILE = "lpips_vgg.pth"  # weights/v0.1/vgg.pth of the LPIPS repository
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 NOT_AS_A_LOSS = " (in training: or set the weight of its loss to 0)"
-
-
-def lpips_is_available(weights: Path) -> bool:
-    """Whether both files of the pretrained LPIPS are in `weights` or in torch's download cache."""
-    try:
-        return bool(find_published(VGG_FILE, weights) and find_published(LPIPS_FILE, weights))
-    except InputError:
-        return False
 
 
 class Head(nn.Module):
@@ -39,7 +30,7 @@ class LPIPS(nn.Module):
     """Learned perceptual distance on VGG16 (Zhang et al. 2018, version 0.1), mean over the batch.
 
     `weights` is the folder of both published files (`find_published`); None leaves the network random,
-    for tests. Raises InputError if a file is missing or damaged.
+    for tests. Raises MissingFile, before anything is built, or InputError for a damaged file.
     """
 
     # Indices in torchvision's VGG16 after which relu1_2 … relu5_3 are read, with their channels.
@@ -50,10 +41,11 @@ class LPIPS(nn.Module):
 
     def __init__(self, weights: Optional[Path]):
         super().__init__()
+        names = () if weights is None else (VGG_FILE, LPIPS_FILE)
+        files = [find_published(name, weights, NOT_AS_A_LOSS) for name in names]
         vgg = vgg16()
-        if weights is not None:
-            path = find_published(VGG_FILE, weights, NOT_AS_A_LOSS)
-            load_tensors(vgg, read_state_dict(path), str(path))
+        if files:
+            load_tensors(vgg, read_state_dict(files[0]), str(files[0]))
         layers = list(vgg.features.children())
         bounds = [0] + [end for end, _ in self.TAPS]
         self.stages = nn.ModuleList(
@@ -61,9 +53,8 @@ class LPIPS(nn.Module):
         )
         heads = [Head(channels) for _, channels in self.TAPS]
         self.lin0, self.lin1, self.lin2, self.lin3, self.lin4 = heads
-        if weights is not None:
-            path = find_published(LPIPS_FILE, weights, NOT_AS_A_LOSS)
-            load_tensors(self, read_state_dict(path), str(path), keep=("stages.",))
+        if files:
+            load_tensors(self, read_state_dict(files[1]), str(files[1]), keep=("stages.",))
         else:
             for head in heads:  # distances are non-negative
                 nn.init.uniform_(head.get_parameter("model.1.weight"), 0, 1)

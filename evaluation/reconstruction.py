@@ -70,7 +70,7 @@ def image_batches(
     batches = batches_of(len(paths), batch, rank, world)
     loader = DataLoader(
         CenterImages(paths, size),
-        batch_sampler=batches,  # pyright: ignore[reportArgumentType] - any sequence of indices does
+        batch_sampler=[list(indices) for indices in batches],
         num_workers=workers,
         worker_init_fn=outlive_first_signal,
     )

@@ -89,11 +89,11 @@ def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
         raise InputError(f"{path} is damaged (pool_3): make it again with --save_stats")
     digest = short_hash(b"".join(values[key].tobytes() for key in keys))
     try:
-        height_width = tuple(map(int, values["size"])) if "size" in values else None
+        size = values.get("size")
         return SetStatistics(
             str(path),
             int(values["images"]) if "images" in values else None,
-            None if height_width is None else (height_width[0], height_width[1]),
+            None if size is None else (int(size[0]), int(size[1])),
             str(values.get("hash", digest)),
             parts={
                 part: tuple(map(torch.from_numpy, (values[key] for key in names)))

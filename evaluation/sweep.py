@@ -28,7 +28,6 @@ from evaluation.evaluator import Evaluator
 from evaluation.report import table_of
 from evaluation.sources import open_images
 from generation.folder import SampleFolder
-from generation.job import SamplingJob
 from generation.models import open_job
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
@@ -94,16 +93,15 @@ def main(argv: list[str]) -> None:
     processes, output = start_processes(), Path(args.output)
     job, models, _, names = open_job(options, processes)
     job = replace(job, count=args.num_samples)
-    jobs = {(s, p): guided(job, s, p) for s in args.scales for p in args.powers}
     side = models.tokenizer.config.image_size
     evaluator = Evaluator(args.reference, processes, WEIGHTS, size=(side, side))
-    folders = {
-        cell: SampleFolder(
-            cell_file(output, *cell).with_suffix(""), cell_job, models, processes,
-            grid=experiment.grid, names=names,
-        )
-        for cell, cell_job in jobs.items()
-    }  # fmt: skip
+    folders = {}
+    for scale, power in product(args.scales, args.powers):
+        sampling = replace(job.sampling, guidance_scale=scale, guidance_scale_pow=power)
+        folders[scale, power] = SampleFolder(
+            cell_file(output, scale, power).with_suffix(""), replace(job, sampling=sampling), models,
+            processes, grid=experiment.grid, names=names,
+        )  # fmt: skip
     shared = next(iter(folders.values())).settings()
     settings = {
         "reference": evaluator.reference.hash,
@@ -121,13 +119,6 @@ def main(argv: list[str]) -> None:
             remove_images(folder)  # of a killed run
     if processes.is_main_process:
         report(output, args.scales, args.powers)
-
-
-def guided(job: SamplingJob, scale: float, power: float) -> SamplingJob:
-    """The job of one cell."""
-    return replace(
-        job, sampling=replace(job.sampling, guidance_scale=scale, guidance_scale_pow=power)
-    )
 
 
 def cell_file(output: Path, scale: float, power: float) -> Path:

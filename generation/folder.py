@@ -26,15 +26,14 @@ from tqdm import tqdm
 from data.identity import short_hash
 from data.pictures import picture_grid, with_captions, write_png
 from generation.images import ImageBatch, decode_stored, sample_images
-from generation.job import SamplingJob
+from generation.job import SamplingJob, in_options
 from generation.models import Models, largest_batch
-from modeling.sampling import NO_CLASS
-from modeling.weights.class_names import NONE, ClassNames
+from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import UNSEEN
 from runtime.errors import InputError
 from runtime.files import lock_folder, whole_file, writing
-from runtime.parts import Parts, check_settings
-from runtime.processes import on_main, set_matmul_precision
+from runtime.parts import Parts, batches_of, check_settings
+from runtime.processes import on_main, progress, set_matmul_precision
 
 LARGEST_CHUNK = 1024  # images; every step reads the weights and starts its kernels once per chunk
 SHARES = 8  # chunks are a multiple of it, so that 1, 2, 4 or 8 processes have equally many
@@ -86,7 +85,7 @@ class SampleFolder:
         return {
             **settings,
             **asdict(job.sampling),
-            "classes": known if job.classes == tuple(range(known)) else shown_classes(job),
+            "classes": known if job.classes == tuple(range(known)) else in_options(job.classes),
             "prefix": prefix,
             "seed": job.seed,
             "compile": job.compiled,
@@ -168,15 +167,13 @@ class SampleFolder:
     # ------------------------------------------------------------------ writing
     def _write_chunks(self, parts: Parts, chunk: int, numbers: list[int]) -> None:
         """Make this process's chunks; threads write them meanwhile."""
-        ranges = [range(n * chunk, min((n + 1) * chunk, self.count)) for n in numbers]
+        chunks = batches_of(self.count, chunk)
+        ranges = [chunks[number] for number in numbers]
         with (
-            tqdm(
-                total=sum(map(len, ranges)), unit="img", desc="sample",
-                disable=None if self.processes.is_main_process else True,
-            ) as bar,
+            progress(sum(map(len, ranges)), "img", "sample") as bar,
             ThreadPoolExecutor() as painters,
             ThreadPoolExecutor(1) as writer,
-        ):  # fmt: skip
+        ):
             writes: deque[Future] = deque()
             for number, batch in zip(numbers, self._batches(chunk, ranges)):
                 if len(writes) == 2:  # at most two chunks wait for the disk
@@ -192,7 +189,9 @@ class SampleFolder:
         self.processes.print(
             f"sampling {chunk} images at once, {job.precision}, compile={job.compiled}"
         )
-        return sample_images(models.engine(job, chunk), models.tokenizer, job, ranges)
+        assert models.generator is not None
+        engine = job.sampler(models.generator, chunk)
+        return sample_images(engine, models.tokenizer, job, ranges)
 
     def _write_chunk(
         self, parts: Parts, number: int, batch: ImageBatch, painters: ThreadPoolExecutor, bar: tqdm
@@ -221,11 +220,6 @@ class SampleFolder:
                 write_png(picture_grid(images, self.grid), path)
             shape = (self.count, config.image_size, config.image_size, 3)
             concatenate_parts(parts, self.images_file, "images", shape, np.uint8)
-
-
-def shown_classes(job: SamplingJob) -> list[int | str]:
-    """The classes of a job as in options."""
-    return [NONE if label == NO_CLASS else label for label in job.classes]
 
 
 def concatenate_parts(

@@ -1,5 +1,6 @@
 """The settings of a sampling job: everything besides weights that its images depend on."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Optional
 
@@ -10,7 +11,7 @@ from modeling.devices import default_dtype
 from modeling.engine import Engine
 from modeling.generator import Backbone, Generator
 from modeling.sampling import NO_CLASS, ReferenceEngine, Sampling
-from modeling.weights.class_names import ClassNames
+from modeling.weights.class_names import NONE, ClassNames
 from runtime.errors import InputError
 from runtime.processes import compiles
 
@@ -96,11 +97,15 @@ def sampling_job(
     )
 
 
+def in_options(labels: Iterable[int]) -> list[int | str]:
+    """Labels as `experiment.classes` has them."""
+    return [NONE if label == NO_CLASS else label for label in labels]
+
+
 def sampling_precision(precision: str, device: torch.device) -> str:
     """fp32, tf32 or bf16; auto is bf16 on CUDA (from Ampere on) and fp32 elsewhere."""
-    cuda = device.type == "cuda"
     if precision == "auto":
         return "bf16" if default_dtype(device) == torch.bfloat16 else "fp32"
-    if precision == "tf32" and not cuda:
+    if precision == "tf32" and device.type != "cuda":
         raise InputError("experiment.precision=tf32 works only on CUDA: choose fp32 or bf16")
     return precision

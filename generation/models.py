@@ -14,10 +14,10 @@ from data.classes import first_names, printable
 from generation.job import SamplingJob, sampling_job
 from generation.prefix import prefix_codes, read_codes
 from modeling.devices import free_memory
-from modeling.engine import PREFILLED_AT_ONCE, Engine, cache_bytes
+from modeling.engine import PREFILLED_AT_ONCE, cache_bytes
 from modeling.generator import Generator, build_generator
 from modeling.image_decoder import DECODED_AT_ONCE
-from modeling.sampling import NO_CLASS, ReferenceEngine
+from modeling.sampling import NO_CLASS
 from modeling.tokenizer import Tokenizer
 from modeling.weights.class_names import ClassNames, class_names, sorted_as_text
 from modeling.weights.metadata import GENERATOR, TOKENIZER
@@ -37,11 +37,6 @@ class Models:
     hashes: dict[str, str]  # of the weights, by "tokenizer" and "generator"
     device: torch.device
 
-    def engine(self, job: SamplingJob, batch: int) -> Engine | ReferenceEngine:
-        """The job's engine for batches of up to `batch` images."""
-        assert self.generator is not None
-        return job.sampler(self.generator, batch)
-
 
 def open_job(
     options: GeneratorRun, processes: PartialState
@@ -53,20 +48,20 @@ def open_job(
     """
     assert processes.device is not None  # accelerate's type hint allows it
     options, tokenizer, generator = open_models(options)
-    experiment, codes, names = options.experiment, None, None
+    experiment = options.experiment
     if generator is None:
         codes = read_codes(str(experiment.codes), options.model.vq_model)
-    else:
-        names = class_names(generator.about)
+        job = sampling_job(options, processes.device)
+        return job, load_models(options.model, tokenizer, None, processes.device), codes, None
+    names = class_names(generator.about)
     job = sampling_job(options, processes.device, names)
-    if generator is not None and names is not None:
-        warn_of_untrained(generator, job, processes)
-        doubt = sorted_as_text(names.folders)
-        if doubt and any(isinstance(item, int) for item in experiment.classes or ()):
-            processes.print(f"warning: {doubt}")
+    warn_of_untrained(generator, job, processes)
+    doubt = sorted_as_text(names.folders)
+    if doubt and any(isinstance(item, int) for item in experiment.classes or ()):
+        processes.print(f"warning: {doubt}")
     models = load_models(options.model, tokenizer, generator, processes.device)
     prefix = on_main(lambda: prefix_codes(experiment, models.tokenizer))
-    return replace(job, prefix=prefix), models, codes, names
+    return replace(job, prefix=prefix), models, None, names
 
 
 def warn_of_untrained(generator: Opened, job: SamplingJob, processes: PartialState) -> None:
@@ -116,10 +111,8 @@ def load_models(
 def largest_batch(models: Models, job: SamplingJob) -> int:
     """How many images at once fit into free memory, by a conservative estimate."""
     device, config = models.device, models.tokenizer.config
-    if device.type == "cuda":
-        free = free_memory(device)
-    else:
-        free = psutil.virtual_memory().available
+    cuda = device.type == "cuda"
+    free = free_memory(device) if cuda else psutil.virtual_memory().available
     # Decoding: some activations of the MLP's width, and pixels in float32 and as bytes.
     tokens = config.num_tokens + config.num_buffer_tokens
     pixels = 3 * config.image_size**2

@@ -14,6 +14,7 @@ if not __package__:  # started as a file: other packages cannot be imported
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -42,7 +43,7 @@ from data.loader import worker_count
 from data.subset import spread_over_classes
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
-from evaluation.lpips import LPIPS, lpips_is_available
+from evaluation.lpips import LPIPS
 from evaluation.reconstruction import (
     Preview,
     code_agreement,
@@ -60,7 +61,7 @@ from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
 from runtime.processes import compiles, on_main
 from runtime.program import run as run_program
-from runtime.published import WEIGHTS
+from runtime.published import WEIGHTS, MissingFile
 from runtime.randomness import seed_step
 from runtime.weights import open_on_all
 from train_tokenizer.discriminator import Discriminator, hinge_loss, weights_frozen
@@ -188,14 +189,11 @@ def check_sizes(weights: Opened, config: TokenizerConfig, names: tuple[str, ...]
     weights.about.sizes(chosen, weights.file, "model.vq_model.{}={}".format)
 
 
-def with_start(options: TokenizerRun) -> TokenizerRun:
-    """These options with the sizes of the weights that a new run starts from, if there are any.
+def with_start(options: TokenizerRun, weights: Opened) -> TokenizerRun:
+    """These options with the sizes of the weights that a new run starts from.
 
-    Raises InputError where an option contradicts them, and for those of stage 1 in stage 2.
+    Raises InputError if an option contradicts them, and for those of stage 1 in stage 2.
     """
-    weights = open_initial(options.experiment, TOKENIZER)
-    if weights is None:
-        return options
     if options.model.stage == 2 and weights.about.stage == 1:
         raise InputError(
             f"{weights.file} is {describe(weights.state)}: for stage 2, set "
@@ -210,10 +208,10 @@ def load_initial(run: Run, tokenizer: Tokenizer) -> str:
 
     Raises InputError if they differ in encoder or codebook from `experiment.stage1_checkpoint`.
     """
-    weights, options = run.initial_weights(), run.options
+    weights, stage1 = run.initial, run.options.experiment.stage1_checkpoint
     if weights is None:
         return ""
-    source, stage1 = weights.file, options.experiment.stage1_checkpoint
+    source = weights.file
     load_tensors(tokenizer, weights.state, str(source))
     if stage1 is not None:
         first = open_on_all(stage1, TOKENIZER)
@@ -333,8 +331,9 @@ class TrainState:
         with accelerator.local_main_process_first():
             self.networks = FrozenNetworks(options.phases, WEIGHTS, accelerator.device)
             self.lpips = self.networks.lpips
-            if self.lpips is None and evaluates and lpips_is_available(WEIGHTS):
-                self.lpips = LPIPS(WEIGHTS).to(accelerator.device)
+            if self.lpips is None and evaluates:
+                with suppress(MissingFile):  # then there is no val/lpips
+                    self.lpips = LPIPS(WEIGHTS).to(accelerator.device)
         self.ema = None
         if training.use_ema:
             self.ema = EMA(self.tokenizer, training.ema_decay, training.ema_warmup)
@@ -543,9 +542,11 @@ def main(argv: list[str]) -> None:
     accelerator = refuse_fsdp(start_training(training))
     tune_convolutions(accelerator.device)
     kept = None if dry_run else Path(options.experiment.output_dir)
-    options = with_start(options)
+    initial = open_initial(options.experiment, TOKENIZER)
+    if initial is not None:
+        options = with_start(options, initial)
     data = open_data(options, index_folder=kept)
-    run = Run(accelerator, options, phases, data.identity(), TOKENIZER, dry_run)
+    run = Run(accelerator, options, phases, data.identity(), TOKENIZER, dry_run, initial)
     state = TrainState(run, run.options, evaluates=bool(data.validation))
     params = options.dataset.params
     run.start(data.dataset, len(data.paths), params.num_workers_per_gpu, params.skip_unreadable)

@@ -22,14 +22,9 @@ from runtime.processes import refuse_leftovers, set_tf32
 BUCKET_MIB = 250
 
 
-def precision(training: Training) -> str:
-    """The autocast type by accelerate's name."""
-    return numerics_of(training).autocast
-
-
 def describe_precision(training: Training) -> str:
     """The autocast type for a run's header, with the reason if the GPU decided it."""
-    found = precision(training)
+    found = numerics_of(training).autocast
     by_gpu = found == "fp16" and training.numerics == training.mixed_precision == "auto"
     return f"{found} (this GPU does not compute in bf16)" if by_gpu else found
 

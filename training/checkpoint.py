@@ -11,7 +11,6 @@ holds the weights that training continues from.
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,6 +37,7 @@ from runtime.processes import on_main
 from training.optim import EMA
 
 FORMAT = 1  # of a checkpoint; others are refused
+Weights = dict[str, tuple[dict[str, Tensor], About | None]]  # by name: tensors and their metadata
 # Whole tensors by the model's own names, however DDP, FSDP or torch.compile wrap it, so that a run can
 # resume with another launcher and number of processes.
 WHOLE = StateDictOptions(full_state_dict=True)
@@ -140,14 +140,13 @@ class Checkpoint:
 
     def save(self, step: int) -> None:
         """Write a checkpoint."""
-        weights = {name: whole_tensors(model) for name, (model, _) in self._weights.items()}
-        about = {name: about for name, (_, about) in self._weights.items() if about is not None}
+        weights = {
+            name: (whole_tensors(model), about) for name, (model, about) in self._weights.items()
+        }
         state = {name: stateful.state_dict() for name, stateful in self._objects.items()}
         state["values"] = self.values
         keep, keep_every = self.experiment.keep_checkpoints, self.experiment.keep_every
-        on_main(
-            lambda: save(self.folder, step, weights, state, keep, keep_every, self._origin, about)
-        )
+        on_main(lambda: save(self.folder, step, weights, state, keep, keep_every, self._origin))
 
 
 def whole_tensors(model: nn.Module) -> dict[str, Any]:
@@ -174,17 +173,16 @@ class WholeOptimizer:
 def save(
     run_dir: Path,
     step: int,
-    weights: dict[str, dict[str, Tensor]],
+    weights: Weights,
     state: dict[str, Any],
     keep: int,
     keep_every: int = 0,
     origin: str | None = None,
-    about: Mapping[str, About] | None = None,
 ) -> Path:
     """Write a checkpoint; remove those of later steps and all but the newest `keep`.
 
-    `weights` become NAME.safetensors with the metadata `about[NAME]`, `state` (optimizers and plain
-    values) becomes state.pt. Steps that are multiples of `keep_every` are kept. `origin` is the
+    `weights` become NAME.safetensors with their metadata, `state` (optimizers and plain values) becomes
+    state.pt. Steps that are multiples of `keep_every` are kept. `origin` is the
     checkpoint that the user named to start from, if any. Raises InputError, leaving earlier checkpoints
     untouched, if the disk is full or not writable.
     """
@@ -202,7 +200,7 @@ def save(
                     f"no room for the checkpoint of step {step} in {folder}: {needed / 1e9:.2f} GB "
                     f"needed, {free / 1e9:.2f} GB free; free some space, then run the same command again"
                 )
-            write_files(aside, step, weights, state, origin, about or {})
+            write_files(aside, step, weights, state, origin)
             # After a resume from an earlier checkpoint, later ones and a damaged one of this step are
             # obsolete. They go before the rename: the next start would resume from one that is left.
             for other in reversed(all_checkpoints(run_dir)):
@@ -221,16 +219,11 @@ def save(
 
 
 def write_files(
-    folder: Path,
-    step: int,
-    weights: dict[str, dict[str, Tensor]],
-    state: dict[str, Any],
-    origin: str | None,
-    about: Mapping[str, About],
+    folder: Path, step: int, weights: Weights, state: dict[str, Any], origin: str | None
 ) -> None:
     """The files of a checkpoint, then their manifest."""
-    for name, tensors in weights.items():
-        write_state_dict(tensors, folder / f"{name}.safetensors", about.get(name))
+    for name, (tensors, about) in weights.items():
+        write_state_dict(tensors, folder / f"{name}.safetensors", about)
     write_torch(state, folder / "state.pt")
     entries = [file_entry(file) for file in sorted(folder.iterdir())]
     manifest = {"format": FORMAT, "step": step, "origin": origin, "files": entries}

@@ -9,6 +9,7 @@ from torch import nn
 
 from configs.schema import Phase
 from runtime.processes import device_name
+from training.schedule import phase_steps
 
 TIMED_STEPS = 4  # per phase, after one that compiles and chooses kernels
 
@@ -23,13 +24,11 @@ class DryRun:
     """Runs and times the first steps of each remaining phase; writes nothing."""
 
     def __init__(self, phases: Sequence[Phase], first_step: int, device: torch.device):
-        self.left: list[tuple[str, range]] = []  # names and steps of the phases
-        last = 0
-        for phase in phases:
-            steps = range(max(last + 1, first_step), last + phase.steps + 1)
-            last += phase.steps
-            if steps:
-                self.left.append((phase.name, steps))
+        self.left = [  # names and steps of the phases
+            (phase.name, range(max(steps.start, first_step), steps.stop))
+            for phase, steps in zip(phases, phase_steps(phases))
+            if first_step < steps.stop
+        ]
         self.device = device
         self.seconds: list[float] = []  # per step, of each phase
 

@@ -1,6 +1,5 @@
 """What both training loops share around their steps: `Run`."""
 
-import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,13 +28,13 @@ from runtime.parts import differing
 from runtime.processes import on_main
 from runtime.program import leave
 from runtime.signals import SAVED_AND_STOPPED, StopSignal
-from runtime.weights import open_on_all
-from training.accelerator import precision
+from training.accelerator import numerics_of
 from training.checkpoint import Checkpoint, whole_tensors
 from training.dry_run import DryRun
 from training.initial import check_same_start, record_of
 from training.log import RunLog, Window, due
 from training.optim import FiniteGuard
+from training.schedule import phase_steps
 from training.utilisation import peak_flops
 
 UNREADABLE = "unreadable.txt"  # in a run's folder: paths of replaced images, one per line
@@ -96,7 +95,7 @@ class Run:
     """Everything around a training step that does not depend on the model.
 
     `Run(…)` finds the checkpoint to resume from and compares its settings. The program then builds its
-    models, with `initial_weights` if any, and registers them with `checkpoint`, which restores them.
+    models, starts them at `initial` if there is any, and registers them with `checkpoint`, which restores them.
     `start` builds the loader, locks the folder and opens the log; a command refused earlier writes
     nothing. `for step in run.steps()` calls `next_batch`, `add`, `watch` and `due`; `finish` ends the run.
     """
@@ -112,15 +111,17 @@ class Run:
         data: dict[str, Any],
         kind: str,
         dry_run: bool,
+        initial: Optional[Opened] = None,
     ):
-        """`data` identifies the training data, `kind` the model. If the run resumes, the data must
-        match, and so must all options but those declared with `resumes=True`.
+        """`data` identifies the training data, `kind` the model; `initial` are the weights of a new run
+        (`training.initial.open_initial`). If the run resumes, the data must match, and so must all options
+        but those declared with `resumes=True`.
 
         Raises InputError otherwise, and if the run of the checkpoint did not start from the weights of
         `experiment.init_weights`.
         """
         self.accelerator, self.options, self.phases, self.data = accelerator, options, phases, data
-        self.kind = kind
+        self.kind, self.initial = kind, initial
         self.experiment: Experiment = options.experiment
         self.training: Training = options.training
         self.total_steps = sum(phase.steps for phase in phases)
@@ -134,17 +135,19 @@ class Run:
         if dry_run:
             self.dry_run = DryRun(phases, self.first_step, accelerator.device)
         self.window, self.guard = Window(accelerator), FiniteGuard(accelerator)
-        self._timed_from: float | None = None
-        self._time_said = False
+        self._timed_from: float | None = None  # until the expected time is said
         self._unreadable = 0  # images that were reported as replaced
         if self.resumed:
             self._check_resume()
+        elif initial is not None:
+            named = str(self.experiment.init_weights)
+            self.checkpoint.values["initial"] = on_main(lambda: record_of(named, initial))
 
     # -------------------------------------------------- set-up
     def settings(self, step: int) -> dict[str, Any]:
         """Settings that must match when the run resumes after `step`; later phases may change."""
-        starts = itertools.accumulate((phase.steps for phase in self.phases), initial=0)
-        coming = tuple(f"phases[{i}]." for i, start in enumerate(starts) if start >= step)
+        phases = enumerate(phase_steps(self.phases))
+        coming = tuple(f"phases[{i}]." for i, steps in phases if steps.start > step)
         options = configs.load.lasting(self.options).items()
         begun = {name: value for name, value in options if not name.startswith(coming)}
         return {**begun, **self.data, "global batch": self.global_batch}
@@ -161,18 +164,6 @@ class Run:
         if initial is not None and named is None:
             self.experiment = replace(self.experiment, init_weights=initial["path"])
             self.options = self.options.changed(experiment=self.experiment)  # for config.yaml
-
-    def initial_weights(self) -> Optional[Opened]:
-        """The weights of `experiment.init_weights`; all ranks call this.
-
-        None without the option, and if the run resumes: its checkpoint has the weights.
-        """
-        named = self.experiment.init_weights
-        if named is None or self.resumed:
-            return None
-        weights = open_on_all(named, self.kind)
-        self.checkpoint.values["initial"] = on_main(lambda: record_of(named, weights))
-        return weights
 
     @property
     def resumed(self) -> bool:
@@ -294,20 +285,20 @@ class Run:
         window, world = self.window.close(), self.accelerator.num_processes
         rate = window["images/s"]
         values = {**values, **window, "images/s per device": rate / world}
-        peak = peak_flops(self.accelerator.device, precision(self.training))
+        peak = peak_flops(self.accelerator.device, numerics_of(self.training).autocast)
         if self.flops_per_image is not None and peak is not None:
             values["mfu"] = rate / world * self.flops_per_image / peak
         left = self.total_steps - step
         values["hours left"] = left * self.global_batch / rate / 3600
         self.log.metrics(step, values)
         self._report_unreadable()
-        if self._timed_from is not None and not self._time_said:
+        if self._timed_from is not None:
             seconds = (time.perf_counter() - self._timed_from) / (step - self.first_step)
             self.log.say(
                 f"expected time: {left * seconds / 3600:.2f} hours for the {left} steps left, at "
                 f"{seconds:.3g} s per step"
             )
-            self._time_said = True
+            self._timed_from = None  # it is said once
 
     @contextmanager
     def reporting(self, step: int, due: Due) -> Iterator[None]:

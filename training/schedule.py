@@ -1,6 +1,8 @@
 """Learning rates as pure functions of the step, the same on any number of processes."""
 
+import itertools
 import math
+from collections.abc import Sequence
 
 from configs.schema import Phase, Scheduler, TokenizerOptimizerParams
 from runtime.errors import InputError
@@ -26,13 +28,17 @@ def generator_lr(step: int, total: int, options: Scheduler) -> float:
     return half_cosine(peak, options.params.end_lr, progress)
 
 
-def phase_at(phases: list[Phase], step: int) -> tuple[Phase, int]:
+def phase_steps(phases: Sequence[Phase]) -> list[range]:
+    """The steps of every phase; the first of the run is 1."""
+    ends = itertools.accumulate(phase.steps for phase in phases)
+    return [range(end - phase.steps + 1, end + 1) for phase, end in zip(phases, ends)]
+
+
+def phase_at(phases: Sequence[Phase], step: int) -> tuple[Phase, int]:
     """The phase of step 1…total and the number of the step within it, from 1."""
-    within = step
-    for phase in phases:
-        if within <= phase.steps:
-            return phase, within
-        within -= phase.steps
+    for phase, steps in zip(phases, phase_steps(phases)):
+        if step in steps:
+            return phase, step - steps.start + 1
     raise InputError(f"step {step} lies beyond the last phase")
 
 

@@ -13,10 +13,10 @@ from PIL import Image, ImageOps
 from configs.load import load_sizes
 from data.images import center_crop, load_image, to_float, to_uint8
 from data.tokens import NpzStore, TokenStore, open_tokens
-from encoding.encoder import encode, load_encoder
+from encoding.encoder import encode
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import TOKENIZER, about_model
-from modeling.weights.opened import open_weights
+from modeling.weights.opened import load_tokenizer, open_weights
 from modeling.weights.tensors import read_state_dict, write_state_dict
 
 
@@ -85,7 +85,7 @@ def copies(folder, images):
 def encoded(runs, views):
     """Codes of PIL images, by the encoder alone."""
     opened = open_weights(runs.tokenizer, TOKENIZER)
-    encoder = load_encoder(opened, config_of(runs.workspace), torch.device("cpu"))
+    encoder = load_tokenizer(opened, config_of(runs.workspace), with_decoder=False)
     pixels = to_float(torch.stack([to_uint8(view) for view in views]))
     return encode(encoder, pixels, "fp32").numpy()
 

@@ -86,7 +86,8 @@ def stage1_run(root):
     models = {"tokenizer": Tokenizer(TokenizerConfig(**sizes, **own))}
     models["discriminator"] = Discriminator()
     weights = {
-        name: {**model.state_dict(), **starting_weights(model)} for name, model in models.items()
+        name: ({**model.state_dict(), **starting_weights(model)}, None)
+        for name, model in models.items()
     }
     checkpoint.save(root / "stage1", 1, weights, {}, keep=2)
     return root / "stage1"

@@ -12,13 +12,14 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+import runtime.weights
 import train_ar
 from configs.load import load
 from configs.schema import GeneratorRun, OptimizerParams
 from configs.sizes import with_weights
 from modeling.generator import Generator
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
-from modeling.weights.opened import Opened
+from modeling.weights.opened import Opened, open_file
 from modeling.weights.tensors import read_state_dict, read_weights, write_state_dict
 from runtime.errors import InputError
 from tests.compilations import count_by_step
@@ -723,9 +724,14 @@ def first(first_run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_initial_weights_are_the_average_of_the_run(train, tmp_path, first, capsys, kind):
+def test_initial_weights_are_the_average_of_the_run(
+    train, tmp_path, first, capsys, monkeypatch, kind
+):
     """With rate 0 the weights stay: everything of the file arrives, and nothing else."""
-    file = first / ("generator.bin" if kind == "file" else "")
+    file, opened = first / ("generator.bin" if kind == "file" else ""), []
+    monkeypatch.setattr(
+        runtime.weights, "open_file", lambda *of: opened.append(of) or open_file(*of)
+    )
     records = train(
         f"experiment.init_weights={file}", "optimizer.params.learning_rate=0", "training.use_ema=True",
         "lr_scheduler.params.end_lr=0", "training.max_train_steps=2", run="b",
@@ -735,6 +741,7 @@ def test_initial_weights_are_the_average_of_the_run(train, tmp_path, first, caps
         assert all(torch.equal(found[k], wanted[k]) for k in wanted)
     assert [r["step"] for r in records if "lr" in r] == [1, 2]
     source = file if kind == "file" else first / "checkpoints/step-00000010/generator.safetensors"
+    assert opened == [(source, "generator")]  # once
     assert f"starts from {source}: a generator (hidden size 32" in capsys.readouterr().out
 
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from encoding import encoder
-from encoding.encoder import encode, load_encoder
+from encoding.encoder import encode
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.metadata import TOKENIZER, about_model
-from modeling.weights.opened import Opened
+from modeling.weights.opened import Opened, load_tokenizer
 from tests.golden.fill import images
 from tests.tiny import tiny_tokenizer
 
@@ -113,7 +113,7 @@ def test_attention_follows_the_precision_and_the_encoder_stays_as_it_is(
     dtype, inside, monkeypatch, tmp_path
 ):
     model = small()
-    tokenizer = load_encoder(opened(model), model.config, torch.device("cpu"))
+    tokenizer = load_tokenizer(opened(model), model.config, with_decoder=False)
     attention, seen = F.scaled_dot_product_attention, []
 
     def noting(q, k, v, **options):
@@ -129,7 +129,7 @@ def test_attention_follows_the_precision_and_the_encoder_stays_as_it_is(
 
 def test_loaded_encoder_gives_the_codes_of_the_tokenizer_in_fp32(fill, pixels):
     whole = fill(Tokenizer(TokenizerConfig(encoder_layers=2, decoder_layers=1)))
-    encoder = load_encoder(opened(whole), whole.config, torch.device("cpu"))
+    encoder = load_tokenizer(opened(whole), whole.config, with_decoder=False)
     assert torch.equal(encode(encoder, pixels, "fp32"), whole.encode(pixels))
 
 

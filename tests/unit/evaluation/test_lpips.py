@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torchvision.models import vgg16
 
-from evaluation.lpips import LPIPS, LPIPS_FILE, VGG_FILE, lpips_is_available
+from evaluation.lpips import LPIPS, LPIPS_FILE, VGG_FILE
+from runtime.published import MissingFile
 from tests.host_syncs import HostSyncs
 from tests.refusals import refusal
 
@@ -47,6 +48,7 @@ def test_pretrained_network_takes_torchvisions_and_the_packages_files(nowhere):
 def test_another_file_in_the_place_of_vgg_is_refused(nowhere):
     with torch.device("meta"):
         save_shapes(nn.Linear(2, 2), nowhere / "weights" / VGG_FILE)
+        (nowhere / "weights" / LPIPS_FILE).write_bytes(HEADS.read_bytes())
         refusal(lambda: LPIPS(WEIGHTS), VGG_FILE)
 
 
@@ -138,10 +140,10 @@ def test_lpips_gradient_reaches_the_images_alone(own_lpips):
     assert gradients_reach(own_lpips) == (True, False, False)
 
 
-def test_lpips_is_available_with_both_files_only(nowhere):
+def test_lpips_needs_both_files_before_it_is_built(nowhere, monkeypatch):
+    monkeypatch.setattr("evaluation.lpips.vgg16", lambda: pytest.fail("built"))
     (nowhere / "weights").mkdir()
-    assert not lpips_is_available(WEIGHTS)
-    (nowhere / "weights" / VGG_FILE).touch()
-    assert not lpips_is_available(WEIGHTS)
-    (nowhere / "weights" / LPIPS_FILE).touch()
-    assert lpips_is_available(WEIGHTS)
+    for missing in (VGG_FILE, LPIPS_FILE):
+        with pytest.raises(MissingFile, match=missing):
+            LPIPS(WEIGHTS)
+        (nowhere / "weights" / missing).touch()

@@ -23,7 +23,9 @@ def chunks(count, size):
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_images_are_those_of_class_seed_and_index_whatever_the_batch(models, job, size):
-    made = sample_images(models.engine(job, size), models.tokenizer, job, chunks(8, size))
+    made = sample_images(
+        job.sampler(models.generator, size), models.tokenizer, job, chunks(8, size)
+    )
     indices, images, codes = joined(made)
     assert indices == list(range(8))
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
@@ -35,7 +37,7 @@ def test_images_are_those_of_class_seed_and_index_whatever_the_batch(models, job
 
 
 def test_a_job_starts_at_any_index(models, job):
-    engine = models.engine(job, 3)
+    engine = job.sampler(models.generator, 3)
     _, images, _ = joined(sample_images(engine, models.tokenizer, job, chunks(8, 3)))
     indices, rest, _ = joined(sample_images(engine, models.tokenizer, job, [range(6, 8)]))
     assert indices == [6, 7]
@@ -43,7 +45,7 @@ def test_a_job_starts_at_any_index(models, job):
 
 
 def test_stored_codes_are_decoded_to_the_images_they_came_with(models, job):
-    engine = models.engine(job, 3)
+    engine = job.sampler(models.generator, 3)
     _, images, codes = joined(sample_images(engine, models.tokenizer, job, chunks(8, 3)))
     stored = decode_stored(codes.astype(np.uint16), models.tokenizer, job, chunks(8, 5))
     np.testing.assert_array_equal(joined(stored)[1], images)
@@ -54,4 +56,4 @@ def test_classes_are_taken_in_turn(job):
 
 
 def test_no_batches_are_no_images(models, job):
-    assert not list(sample_images(models.engine(job, 2), models.tokenizer, job, []))
+    assert not list(sample_images(job.sampler(models.generator, 2), models.tokenizer, job, []))

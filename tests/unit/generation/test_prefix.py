@@ -237,7 +237,7 @@ def test_an_empty_mask_keeps_the_image_as_it_is_reconstructed(models, job, tmp_p
     Image.new("L", (16, 16)).save(tmp_path / "mask.png")
     given = codes_of(models.tokenizer, edit=f"{tmp_path}/a.png", mask=f"{tmp_path}/mask.png")
     job = replace(job, prefix=given)
-    (batch,) = sample_images(models.engine(job, 2), models.tokenizer, job, [range(2)])
+    (batch,) = sample_images(job.sampler(models.generator, 2), models.tokenizer, job, [range(2)])
     photo = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1) / 255
     codes = models.tokenizer.encode(photo[None])
     assert batch.codes.tolist() == codes.repeat(2, 1).tolist()
@@ -269,7 +269,10 @@ def test_prefixes_are_taken_in_turn_in_every_chunk(models, job):
     job = replace(job, prefix=PREFIX)
     assert job.beginnings(range(3, 6)).tolist() == PREFIX[[1, 0, 1]].tolist()
     batches = [range(0, 3), range(3, 6), range(6, 8)]
-    codes = [b.codes for b in sample_images(models.engine(job, 3), models.tokenizer, job, batches)]
+    codes = [
+        b.codes
+        for b in sample_images(job.sampler(models.generator, 3), models.tokenizer, job, batches)
+    ]
     labels, whole = torch.arange(8) % 3, PREFIX.repeat(4, 1)
     uniforms = image_uniforms(5, range(8), 7)
     expected = sample_codes(models.generator, labels, uniforms, Sampling(2.0), whole)

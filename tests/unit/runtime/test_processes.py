@@ -11,7 +11,7 @@ from runtime import processes
 from runtime.processes import start_processes
 from tests.refusals import refusal
 from training import accelerator
-from training.accelerator import precision
+from training.accelerator import numerics_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -186,4 +186,4 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch):
 def test_precision(monkeypatch, asked, cuda, expected):
     monkeypatch.setattr(accelerator, "uses_cuda", lambda: cuda)
     monkeypatch.setattr(accelerator, "has_bfloat16", lambda device: True)
-    assert precision(Training(mixed_precision=asked)) == expected
+    assert numerics_of(Training(mixed_precision=asked)).autocast == expected

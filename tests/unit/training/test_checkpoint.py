@@ -17,7 +17,8 @@ from training import checkpoint
 def save(run_dir, step, keep=10):
     """A checkpoint whose every tensor tells its step."""
     weights = {
-        name: {"w": torch.full((2, 3), float(step))} for name in ("generator", "generator_raw")
+        name: ({"w": torch.full((2, 3), float(step))}, None)
+        for name in ("generator", "generator_raw")
     }
     state = {"step": step, "best": 0.5, "optimizer": {"state": {0: {"m": torch.arange(3) * step}}}}
     return checkpoint.save(run_dir, step, weights, state, keep)
@@ -250,17 +251,17 @@ def test_a_manifest_that_names_a_file_outside_does_not_hold(run_dir, absolute):
 
 def test_weights_say_what_they_are(tmp_path):
     about = about_model(DISCRIMINATOR)
-    weights = {"discriminator": {"w": torch.ones(2)}, "other": {"w": torch.ones(2)}}
-    path = checkpoint.save(tmp_path, 1, weights, {}, 2, about={"discriminator": about})
-    assert read_weights(path / "discriminator.safetensors")[1] == about
-    assert read_weights(path / "other.safetensors")[1] is None
+    weights = {name: ({"w": torch.ones(2)}, x) for name, x in (("a", about), ("b", None))}
+    path = checkpoint.save(tmp_path, 1, weights, {}, 2)
+    assert read_weights(path / "a.safetensors")[1] == about
+    assert read_weights(path / "b.safetensors")[1] is None
     assert checkpoint.problem(path) is None
 
 
 # ---------------------------------------------------------------------- disks
 def test_steps_of_keep_every_stay(tmp_path):
     for step in range(1, 8):
-        weights = {"generator": {"w": torch.ones(1)}}
+        weights = {"generator": ({"w": torch.ones(1)}, None)}
         checkpoint.save(tmp_path, step, weights, {"step": step}, keep=2, keep_every=3)
     assert steps(tmp_path) == [3, 6, 7]
 

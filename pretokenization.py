@@ -113,7 +113,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="leave out at most N unreadable images, listed in the manifest (default: 0)")
     add("--num_workers", type=number(0, 1024), default=worker_count(), metavar="N",
         help="decoding processes per GPU (default: 8, at most one per core)")
-    add("--device", type=device, metavar="{cpu,cuda}", help="default: CUDA where there is a GPU")
+    add("--device", type=device, metavar="{cpu,cuda}", help="default: CUDA if there is a GPU")
     for flag, kind in WITHOUT_EFFECT.items():
         absent, words = argparse.SUPPRESS, "published flag, without effect here"
         if kind is None:

@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from data.identity import short_hash
 from evaluation.features import FeatureNetwork
 from evaluation.metrics import in_order, summed
 from evaluation.set_metrics import METRICS, Part, Sums
@@ -102,7 +103,7 @@ class Collector:
             self.name,
             self.images,
             self.size,
-            hash=hashlib.sha256(digests.tobytes()).hexdigest()[:16],
+            hash=short_hash(digests.tobytes()),
             duplicates=self.images - len(np.unique(digests, axis=0)),
             parts={part: sums.reduced() for part, (_, sums) in self.sums.items()},
         )

@@ -147,9 +147,9 @@ def masked_below(image: Tensor, row: int) -> Tensor:
 
 # ---------------------------------------------------------------------- an image that is edited
 def edited_codes(tokenizer: Tokenizer, path: str, mask: str) -> Tensor:
-    """Codes (1, T), int64, on the CPU, of an image; `DRAWN` where the mask touches their patch.
+    """Codes (1, T), int64, on the CPU, of an image; `DRAWN` if the mask touches their patch.
 
-    The prefix tokens describe the first row of patches: all are drawn where the mask touches it.
+    The prefix tokens describe the first row of patches: all are drawn if the mask touches it.
     """
     config = tokenizer.config
     image = to_float(photo_crop(path, config.image_size).to(tokenizer.latent_tokens.device))

@@ -270,7 +270,7 @@ class CodebookUse:
             self.counts += state_dict["positions"].to(self.accelerator.device)
 
     def report(self, run: Run) -> dict[str, float]:
-        """Share of codes used, perplexity and agreement, as far as there are counts, which start anew."""
+        """Share of codes used, perplexity and agreement since the last report; empty without codes."""
         at_positions = self.state_dict()["positions"]
         counts = at_positions.sum(0)
         self.counts.zero_()

@@ -1,7 +1,7 @@
 """The weights that a new run starts from, `experiment.init_weights`, and their record in its checkpoints.
 
-The run starts at step 1 with a new optimizer and average. The record prevents that it is resumed as a
-run that started elsewhere.
+The run starts at step 1 with a new optimizer and average. The record prevents a resume of a run that started
+elsewhere.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ from runtime.weights import open_on_all
 
 
 def record_of(path: str, weights: Opened) -> dict[str, str]:
-    """What a run's checkpoints record of its initial weights; `path` is `experiment.init_weights`."""
+    """The record of a run's initial weights in its checkpoints; `path` is `experiment.init_weights`."""
     return {"path": path, "hash": tensors_hash(weights.state)}
 
 
 def open_initial(experiment: Experiment, kind: str) -> Optional[Opened]:
-    """The weights of `experiment.init_weights`, which bring the sizes of a new run's model; all ranks
-    call this. None without the option, and if the run resumes."""
+    """The weights of `experiment.init_weights`, which set the sizes of a new run's model; all ranks call
+    this. None without the option, and if the run resumes."""
     if experiment.init_weights is None or resumed_run(experiment) is not None:
         return None
     return open_on_all(experiment.init_weights, kind)
@@ -62,9 +62,8 @@ def fit_classes(
 ) -> tuple[dict[str, Tensor], str]:
     """A generator's tensors for the classes of a training set, and a description for the log.
 
-    The rows of the codes and of "no class" are copied, and a class has the row of its name. Where the
-    weights or the data do not name a class, it has the row of its label, if there are as many classes.
-    Any other class starts at the mean of the old rows. Raises InputError if another size differs from
+    The rows of the codes and of "no class" are copied, and a class has the row of its name. If the weights
+    or the data do not name a class, it has the row of its label, if there are as many classes. Any other class starts at the mean of the old rows. Raises InputError if another size differs from
     `config`.
     """
     here = about_model(GENERATOR, config).config

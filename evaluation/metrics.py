@@ -4,8 +4,6 @@ Sums are streamed, so memory does not grow with the number of images. `reduced`,
 adds them up.
 """
 
-from typing import Optional
-
 import numpy as np
 import torch
 from accelerate.utils import gather, pad_across_processes, reduce
@@ -148,11 +146,7 @@ class FeatureSample:
 
 
 def precision_recall(
-    reference: Tensor,
-    samples: Tensor,
-    device: torch.device | str = "cpu",
-    block: int = BLOCK,
-    half: bool = False,
+    reference: Tensor, samples: Tensor, device: torch.device | str = "cpu", half: bool = False
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019) of features (N, D) and (M, D), k = 3.
 
@@ -165,9 +159,9 @@ def precision_recall(
             f"precision and recall need more than {NEIGHBOURS} images per set: there are {len(samples)} "
             f"samples and {len(reference)} reference images"
         )
-    limits = [radii(features, device, block, half) for features in (reference, samples)]
-    precision = covered(samples, reference, limits[0], device, block, half)
-    recall = covered(reference, samples, limits[1], device, block, half)
+    limits = [radii(features, device, half) for features in (reference, samples)]
+    precision = covered(samples, reference, limits[0], device, half)
+    recall = covered(reference, samples, limits[1], device, half)
     return precision, recall
 
 
@@ -189,35 +183,29 @@ def squared_distances(rows: Tensor, columns: Tensor, half: bool = False) -> Tens
     return distances.float()
 
 
-def radii(features: Tensor, device: torch.device | str, block: int, half: bool = False) -> Tensor:
+def radii(features: Tensor, device: torch.device | str, half: bool) -> Tensor:
     """Squared distance (N,) of each feature to its third neighbour besides itself."""
     result = []
-    for rows in features.split(block):
+    for rows in features.split(BLOCK):
         rows = rows.to(device)
-        nearest: Optional[Tensor] = None
-        for columns in features.split(block):
+        nearest = torch.empty(len(rows), 0, device=device)
+        for columns in features.split(BLOCK):
             distances = squared_distances(rows, columns.to(device), half)
-            nearest = distances if nearest is None else torch.cat([nearest, distances], 1)
+            nearest = torch.cat([nearest, distances], 1)
             nearest = nearest.topk(min(NEIGHBOURS + 1, nearest.shape[1]), largest=False).values
-        assert nearest is not None
         result.append(nearest[:, NEIGHBOURS])
     return torch.cat(result)
 
 
 def covered(
-    points: Tensor,
-    centres: Tensor,
-    limits: Tensor,
-    device: torch.device | str,
-    block: int,
-    half: bool = False,
+    points: Tensor, centres: Tensor, limits: Tensor, device: torch.device | str, half: bool
 ) -> float:
     """Share of points (N, D) within the limit (M,) of at least one centre (M, D)."""
     count = 0
-    for rows in points.split(block):
+    for rows in points.split(BLOCK):
         rows = rows.to(device)
         inside = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        for columns, limit in zip(centres.split(block), limits.split(block)):
+        for columns, limit in zip(centres.split(BLOCK), limits.split(BLOCK)):
             inside |= (squared_distances(rows, columns.to(device), half) <= limit).any(1)
         count += int(inside.sum().item())
     return count / len(points)

@@ -160,7 +160,8 @@ def test_points_in_and_out_of_reach_by_hand():
 
 
 @pytest.mark.parametrize("block", [3, 8, 100])
-def test_blocks_change_nothing(block):
+def test_blocks_change_nothing(block, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", block)
     a, b = random(20, 3), random(31, 3, seed=1) * 1.5 + 0.5
     distances = torch.cdist(torch.cat([a, b]), torch.cat([a, b]))
     radius_a = distances[:20, :20].sort(1).values[:, 3]
@@ -168,19 +169,21 @@ def test_blocks_change_nothing(block):
     precision = (distances[20:, :20] <= radius_a).any(1).double().mean().item()
     recall = (distances[:20, 20:] <= radius_b).any(1).double().mean().item()
     assert 0 < precision < 1 and 0 < recall <= 1
-    assert precision_recall(a, b, block=block) == pytest.approx((precision, recall))
+    assert precision_recall(a, b) == pytest.approx((precision, recall))
 
 
 PEAK = """
 import torch
 from benchmarks.evaluation import peak_mb
-from evaluation.metrics import precision_recall
+from evaluation import metrics
 
-def measure(half, block=1024, width=64):
-    a, b = torch.randn(2, 4 * block, width)
-    precision_recall(a[: 2 * block], b[: 2 * block], block=block, half=half)  # first, for what is allocated once
+metrics.BLOCK = 1024
+
+def measure(half):
+    a, b = torch.randn(2, 4096, 64)
+    metrics.precision_recall(a[:2048], b[:2048], half=half)  # first, for what is allocated once
     before = peak_mb(restart=True)
-    precision_recall(a, b, block=block, half=half)
+    metrics.precision_recall(a, b, half=half)
     return peak_mb() - before
 
 print(measure(False), measure(True))
@@ -209,9 +212,10 @@ def test_memory_is_that_of_blocks_whatever_the_number_of_images():
     assert 8 * (3 * metrics.BLOCK**2 + 4 * metrics.BLOCK * 2048) < 0.7 * 2**30
 
 
-def test_identical_sets_cover_each_other():
+def test_identical_sets_cover_each_other(monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 16)
     a = random(50, 8).float()
-    assert precision_recall(a, a.clone(), block=16) == (1.0, 1.0)
+    assert precision_recall(a, a.clone()) == (1.0, 1.0)
 
 
 def test_distant_sets_cover_nothing():

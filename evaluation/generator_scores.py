@@ -15,8 +15,8 @@ from data.tokens import TokenCache, open_tokens
 from evaluation.likelihood import COMPILED_VIEWS, Likelihood, Share, measure_likelihood
 from evaluation.metrics import summed
 from evaluation.report import table_of
+from generation.job import sampling_precision
 from modeling.compiling import compile_blocks
-from modeling.devices import default_dtype
 from modeling.generator import Generator, GeneratorConfig, build_generator
 from modeling.weights.metadata import GENERATOR
 from modeling.weights.opened import open_file
@@ -141,7 +141,8 @@ def measured(
     share = replace(share, compiled=many and compiles("auto", "--generator"))
     if share.compiled:
         compile_blocks(generator.blocks)
-    bf16 = precision == "bf16" or (precision == "auto" and default_dtype(device) == torch.bfloat16)
+    precision = sampling_precision(precision, device)
+    bf16 = precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16) if bf16 else matmul_precision("fp32"):
         sums = summed(measure(generator, store, share)).cpu()
     if not sums.isfinite().all():
@@ -154,7 +155,7 @@ def measured(
             "codes": store.tokens, "classes": len(store.classes),
             "tokenizer": store.manifest["tokenizer"],
         },
-        "precision": "bf16" if bf16 else "fp32",
+        "precision": precision,
         "device": device_name(device),
         "batch_size": share.batch,
         "warnings": warnings_of(store, generator),

@@ -71,7 +71,7 @@ from training.dry_run import split_dry_run
 from training.initial import open_initial
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run
-from training.schedule import is_critic_step, phase_at, phase_lr, tokenizer_lr
+from training.schedule import is_critic_step, phase_at, phase_lr, phase_steps, tokenizer_lr
 
 PREVIEWS, PER_ROW = 16, 8  # images in a preview, and pictures (before | after) in its row
 STAGE1_ONLY = ("decoder.ffn_aux", "decoder.conv_out_aux", "quantize.embed_prob")
@@ -405,7 +405,7 @@ class TrainState:
 def enter_phase(run: Run, phases: list[Phase], step: int) -> tuple[Phase, int, int]:
     """The phase of a step, its number and the step's number in it, both from 1; logs a new phase."""
     phase, step_in_phase = phase_at(phases, step)
-    number = 1 + [id(p) for p in phases].index(id(phase))  # two phases may be equal
+    number = 1 + sum(steps.stop <= step for steps in phase_steps(phases))
     if step_in_phase == 1 or step == run.first_step:
         run.log.say(f"phase {phase.name}: step {step_in_phase} of {phase.steps}")
     return phase, number, step_in_phase

@@ -110,13 +110,12 @@ class Checkpoint:
         """
         parts = {name: model} if average is None else {name: average.model, f"{name}_raw": model}
         self._weights |= {name: (part, about) for name, part in parts.items()}
-        if self.source is not None:
-            files = [self.source / f"{n}.safetensors" for n in (f"{name}_raw", name)]
-            if not (optional and not files[1].is_file()):
-                raw = read_state_dict(next((file for file in files if file.is_file()), files[1]))
-                load_tensors(model, raw, str(self.source))
-                if average is not None:
-                    load_tensors(average.model, read_state_dict(files[1]), str(self.source))
+        if self.source is not None and (self.holds(name) or not optional):
+            file, raw = (self.source / f"{n}.safetensors" for n in (name, f"{name}_raw"))
+            state = read_state_dict(raw if raw.is_file() else file)
+            load_tensors(model, state, str(self.source))
+            if average is not None:
+                load_tensors(average.model, read_state_dict(file), str(self.source))
         if average is not None:
             self.register(f"{name}_average", average, optional=True)
 

@@ -131,9 +131,8 @@ class Run:
         self.stop = StopSignal(timedelta(minutes=self.training.timeout_minutes))
         self.checkpoint = Checkpoint(accelerator, self.experiment)
         self.folder, self.first_step = self.checkpoint.folder, self.checkpoint.first_step
-        self.dry_run = None
-        if dry_run:
-            self.dry_run = DryRun(phases, self.first_step, accelerator.device)
+        device = accelerator.device
+        self.dry_run = DryRun(phases, self.first_step, device) if dry_run else None
         self.window, self.guard = Window(accelerator), FiniteGuard(accelerator)
         self._timed_from: float | None = None  # until the expected time is said
         self._unreadable = 0  # images that were reported as replaced

@@ -41,8 +41,10 @@ class LPIPS(nn.Module):
 
     def __init__(self, weights: Optional[Path]):
         super().__init__()
-        names = () if weights is None else (VGG_FILE, LPIPS_FILE)
-        files = [find_published(name, weights, NOT_AS_A_LOSS) for name in names]
+        files: list[Path] = []
+        if weights is not None:
+            names = VGG_FILE, LPIPS_FILE
+            files = [find_published(name, weights, NOT_AS_A_LOSS) for name in names]
         vgg = vgg16()
         if files:
             load_tensors(vgg, read_state_dict(files[0]), str(files[0]))

@@ -470,14 +470,10 @@ def evaluate(run: Run, state: TrainState, data: TokenizerData) -> Optional[dict[
     image cannot be read or a figure cannot be computed."""
     tokenizer, paths, accelerator = state.averaged, data.validation, run.accelerator
     scores = in_training.reconstruction_scores(tokenizer, len(paths), state.lpips, data.evaluator)
-    batches = image_batches(
-        paths,
-        tokenizer.config.image_size,
-        run.training.per_gpu_batch_size,
-        worker_count(run.options.dataset.params.num_workers_per_gpu),
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    size, batch = tokenizer.config.image_size, run.training.per_gpu_batch_size
+    workers = worker_count(run.options.dataset.params.num_workers_per_gpu)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = image_batches(paths, size, batch, workers, rank, world)
     figures = run.attempt(
         "evaluation", lambda: reconstruct(tokenizer, batches, scores), lambda _: figures_of(scores)
     )

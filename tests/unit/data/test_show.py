@@ -108,8 +108,8 @@ def test_the_cache_of_another_tokenizer_is_refused(shown, tokenizer, tmp_path):
 
 
 def test_a_run_is_a_tokenizer_as_for_all_other_programs(shown, tokenizer, tmp_path):
-    weights, about = {"tokenizer": tokenizer.state_dict()}, about_model(TOKENIZER, SIZES)
-    checkpoint.save(tmp_path / "run", 1, weights, {}, keep=2, about={"tokenizer": about})
+    weights = {"tokenizer": (tokenizer.state_dict(), about_model(TOKENIZER, SIZES))}
+    checkpoint.save(tmp_path / "run", 1, weights, {}, keep=2)
     expected, _ = shown()
     picture, _ = shown(f"--tokenizer={tmp_path}/run")
     assert (picture == expected).all()

@@ -177,13 +177,12 @@ def test_files_that_do_not_belong_together_are_refused(made, stated, fill, tmp_p
 def test_runs_bring_all_that_a_pipeline_needs(made, tmp_path):
     generator, tokenizer, *files = made
     codes = fingerprint(tokenizer.state_dict())
-    about = {"generator": about_model(GENERATOR, TINY, codes)}
+    about = about_model(GENERATOR, TINY, codes)
     raw = {name: torch.zeros_like(value) for name, value in generator.state_dict().items()}
-    weights = {"generator_raw": raw, "generator": generator.state_dict()}
-    checkpoint.save(tmp_path / "run_ar", 2, weights, {}, keep=2, about=about)
-    about = {"tokenizer": about_model(TOKENIZER, SMALL, stage=2)}
-    weights = {"tokenizer": tokenizer.state_dict()}
-    checkpoint.save(tmp_path / "run", 4, weights, {}, keep=2, about=about)
+    weights = {"generator_raw": (raw, None), "generator": (generator.state_dict(), about)}
+    checkpoint.save(tmp_path / "run_ar", 2, weights, {}, keep=2)
+    weights = {"tokenizer": (tokenizer.state_dict(), about_model(TOKENIZER, SMALL, stage=2))}
+    checkpoint.save(tmp_path / "run", 4, weights, {}, keep=2)
     pipeline = Pipeline(tmp_path / "run_ar", tmp_path / "run", device="cpu")
     expected = Pipeline(*files, tokenizer_config=SMALL, device="cpu")
     assert torch.equal(pipeline([1, 2]), expected([1, 2]))

@@ -84,8 +84,8 @@ def test_a_tokenizer_comes_from_a_file_a_folder_and_the_hub(tokenizer, file, tmp
 
 def test_of_a_run_the_newest_checkpoint_counts_whatever_was_exported_before(tokenizer, file):
     newer = {**tokenizer.state_dict(), "latent_tokens": tokenizer.latent_tokens + 1}
-    about = {"tokenizer": about_model(TOKENIZER, SMALL, stage=2)}
-    checkpoint.save(file.parent, 4, {"tokenizer": newer}, {}, keep=2, about=about)
+    weights = {"tokenizer": (newer, about_model(TOKENIZER, SMALL, stage=2))}
+    checkpoint.save(file.parent, 4, weights, {}, keep=2)
     for run in (file.parent, file.parent / "checkpoints/step-00000004"):
         ours = Tokenizer.from_pretrained(run, device="cpu")
         assert torch.equal(ours.latent_tokens, newer["latent_tokens"])

@@ -303,6 +303,6 @@ def test_checkpoint_that_may_not_be_read_is_not_passed_over_as_damaged(run_dir, 
 
         return read
 
-    monkeypatch.setattr(checkpoint, "file_sha256", guarded(checkpoint.file_sha256))
+    monkeypatch.setattr(checkpoint, "file_entry", guarded(checkpoint.file_entry))
     monkeypatch.setattr(Path, "read_text", guarded(Path.read_text))
     refusal(lambda: checkpoint.choose(run_dir, True), closed, "permission")

@@ -134,10 +134,10 @@ def test_a_generator_of_other_codes_is_refused(tmp_path, tokenizer):
 
 # ---------------------------------------------------------------------- runs
 def test_a_run_and_its_checkpoints_are_opened(tmp_path, tokenizer):
-    about = {"tokenizer": about_model(TOKENIZER, SMALL, stage=1)}
+    about = about_model(TOKENIZER, SMALL, stage=1)
     for step in (2, 4):
         state = {**tokenizer, "latent_tokens": tokenizer["latent_tokens"] + step}
-        checkpoint.save(tmp_path / "run", step, {"tokenizer": state}, {}, keep=2, about=about)
+        checkpoint.save(tmp_path / "run", step, {"tokenizer": (state, about)}, {}, keep=2)
     second = tmp_path / "run/checkpoints/step-00000002"
     for path, step in ((tmp_path / "run", 4), (second, 2), (second / "tokenizer.safetensors", 2)):
         opened = open_weights(path, TOKENIZER)

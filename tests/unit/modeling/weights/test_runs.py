@@ -14,7 +14,7 @@ from training import checkpoint
 @pytest.fixture
 def run(tmp_path):
     for step in (3, 6):
-        weights = {"generator": {"w": torch.ones(1)}, "ema": {"w": torch.zeros(1)}}
+        weights = {"generator": ({"w": torch.ones(1)}, None), "ema": ({"w": torch.zeros(1)}, None)}
         checkpoint.save(tmp_path / "run", step, weights, {}, keep=2)
     return tmp_path / "run"
 

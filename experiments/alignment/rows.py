@@ -28,7 +28,7 @@ class Overrides:
     stage2: tuple[str, ...] = ()
     generator: tuple[str, ...] = ()  # of train_ar.py alone: sampling reads the trained sizes
     data: str | None = None
-    # Of the phases: "steps" times the config's, for both stages; "learning_rate" and "tail" of stage 1.
+    # Of the phases: "steps" times the config's, for both stages; the rates and the tail are those of stage 1.
     phases: dict[str, float] = field(default_factory=dict)
 
     def __add__(self, over: "Overrides") -> "Overrides":
@@ -100,8 +100,8 @@ PHOTOGRAPHS = Data(
         stage2=(RESIZE, BF16),
         generator=(BF16,),
         # At the digits' 1.5e-3 and their short warm-up, the latents forget the images within 200 steps.
-        # The tail shows whether stage 1 still gains once its rate no longer falls.
-        phases={"learning_rate": 1e-3, "tail": 0.5},
+        # The highest rate all the way, as lower ones stop at patches of one colour; then the tail.
+        phases={"learning_rate": 1e-3, "end_lr": 1e-3, "tail": 0.5, "tail_lr": 3e-5},
     ),
     views=(),
     judge="experiments.alignment.photo_score",
@@ -157,10 +157,12 @@ def scaled(steps: int, by: float) -> int:
     return max(round(steps * by), 1)
 
 
-def phases(config: str, steps: float = 1, tail: float = 0, **others: float) -> list[str]:
+def phases(
+    config: str, steps: float = 1, tail: float = 0, tail_lr: float = 0, **others: float
+) -> list[str]:
     """The option that makes a config's phases longer, or sets others of their values; none for no change.
 
-    `tail`: a last phase at the rate that the one before ends with, so many times as long as that.
+    `tail`: a last phase at the rate `tail_lr`, so many times as long as the one before.
     """
     if steps == 1 and not tail and not others:
         return []

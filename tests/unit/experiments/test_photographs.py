@@ -74,8 +74,8 @@ def test_the_photographs_rate_stays_whatever_the_length():
     for text, steps in (("data=photographs", 1700), ("tokenizer_steps=2,data=photographs", 3400)):
         made = recipe(row, varied(text)[0])
         run = configs.load.load(TokenizerRun, [f"config={STAGE1}", *made.stage1])
-        falling, tail = run.phases
-        assert (falling.steps, falling.learning_rate, falling.end_lr) == (steps, 1e-3, 3e-5)
+        high, tail = run.phases
+        assert (high.steps, high.learning_rate, high.end_lr) == (steps, 1e-3, 1e-3)
         assert (tail.steps, tail.learning_rate, tail.end_lr) == (steps / 2, 3e-5, 3e-5)
         (plain,) = configs.load.load(TokenizerRun, [f"config={STAGE2}"]).phases
         (phase,) = configs.load.load(TokenizerRun, [f"config={STAGE2}", *made.stage2]).phases

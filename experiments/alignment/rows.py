@@ -100,8 +100,8 @@ PHOTOGRAPHS = Data(
         stage2=(RESIZE, BF16),
         generator=(BF16,),
         # At the digits' 1.5e-3 and their short warm-up, the latents forget the images within 200 steps.
-        # The highest rate all the way, as lower ones stop at patches of one colour; then the tail.
-        phases={"learning_rate": 1e-3, "end_lr": 1e-3, "tail": 0.5, "tail_lr": 3e-5},
+        # The highest rate until the tail, as lower ones stop at patches of one colour.
+        phases={"learning_rate": 1e-3, "end_lr": 1e-3, "tail": 0.6, "tail_lr": 3e-5},
     ),
     views=(),
     judge="experiments.alignment.photo_score",

@@ -76,7 +76,7 @@ def test_the_photographs_rate_stays_whatever_the_length():
         run = configs.load.load(TokenizerRun, [f"config={STAGE1}", *made.stage1])
         high, tail = run.phases
         assert (high.steps, high.learning_rate, high.end_lr) == (steps, 1e-3, 1e-3)
-        assert (tail.steps, tail.learning_rate, tail.end_lr) == (steps / 2, 3e-5, 3e-5)
+        assert (tail.steps, tail.learning_rate, tail.end_lr) == (0.6 * steps, 3e-5, 3e-5)
         (plain,) = configs.load.load(TokenizerRun, [f"config={STAGE2}"]).phases
         (phase,) = configs.load.load(TokenizerRun, [f"config={STAGE2}", *made.stage2]).phases
         assert phase.learning_rate == plain.learning_rate  # stage 2 keeps its own

@@ -80,13 +80,16 @@ class Discriminator(nn.Module):
 
 @contextmanager
 def weights_frozen(module: nn.Module) -> Iterator[None]:
-    """Around a forward pass whose gradient reaches its input, but no parameter of `module`, all of which
-    train; the backward pass may come later."""
-    module.requires_grad_(False)
+    """Around a forward pass whose gradient reaches its input, but no parameter of `module`; the backward
+    pass may come later."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        module.requires_grad_(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

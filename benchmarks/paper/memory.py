@@ -13,12 +13,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.paper.inductor import device_answers
 from benchmarks.paper.training import CUDA, programs_of_step, stand_in
+from modeling import generator, tokenizer_blocks
 from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 
@@ -46,7 +46,8 @@ def pretended_tensors() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in device_answers():
             stack.enter_context(mock.patch.object(owner, name, value, create=True))
-        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", stand_in))
+        for module in (generator, tokenizer_blocks):
+            stack.enter_context(mock.patch.object(module, "attention", stand_in))
         stack.enter_context(FakeTensorMode())
         yield
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +21,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from benchmarks.paper.inductor import Emitted, InternalsMoved, Program, pretended_h100
 from benchmarks.paper.model import Counted
+from modeling import generator
 from modeling.generator import Generator, GeneratorConfig
 
 CUDA = torch.device("cuda", 0)
@@ -66,11 +66,9 @@ def differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple:
 attention.register_autograd(differentiate, setup_context=save_for_backward)
 
 
-def stand_in(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False
-) -> Tensor:
-    """F.scaled_dot_product_attention as the generator calls it."""
-    return torch.ops.alitok_paper.attention(q, k, v, dropout_p)[0]
+def stand_in(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float = 0.0) -> Tensor:
+    """In place of `modeling.attention`, whose own way on a CPU is not that on CUDA."""
+    return torch.ops.alitok_paper.attention(q, k, v, dropout)[0]
 
 
 def on_cuda(module: torch.fx.GraphModule, inputs: list) -> tuple[torch.fx.GraphModule, list]:
@@ -163,7 +161,7 @@ def compiled_training(function: Callable, inputs: Callable[[], tuple]) -> Compil
     kept: list[float] = []
     torch._dynamo.reset()
     try:
-        with mock.patch.object(F, "scaled_dot_product_attention", stand_in):
+        with mock.patch.object(generator, "attention", stand_in):
             with torch.autocast("cpu", torch.bfloat16):
                 compiled = torch.compile(function, backend=backend(record, kept), fullgraph=True)
                 y = compiled(*inputs())

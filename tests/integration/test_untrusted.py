@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evaluation.features import INCEPTION_FILE
+from evaluation.lpips import LPIPS_FILE
 from tests.payload import Payload, forge
 from train_tokenizer.perceptual import CONVNEXT_FILE
 
@@ -129,6 +130,7 @@ def test_config_of_a_tokenizer_to_evaluate(workspace, warm, bomb):
 )
 def test_weights_of_a_network_that_is_found(workspace, warm, tmp_path, bomb, program, option, name):
     path = bomb(f"hub/checkpoints/{name}")
+    (path.parent / LPIPS_FILE).touch()  # looked for before the other is read
     given = options(workspace, program, tmp_path)
     split = [option] if "{" in option else option.split()
     line = warm.refused(program, *given, *split, env={"TORCH_HOME": str(tmp_path)})

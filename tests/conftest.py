@@ -16,9 +16,11 @@ from tests.tiny import tiny_generator, tiny_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# A shell's background jobs ignore SIGINT, and so would the programs that tests start and interrupt.
+# A shell's background jobs ignore SIGINT, and those of nohup SIGHUP: so would the programs that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):

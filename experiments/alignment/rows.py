@@ -169,11 +169,8 @@ def phases(
     found: Any = OmegaConf.to_container(OmegaConf.load(config).phases)
     changed = [{**phase, **others, "steps": scaled(phase["steps"], steps)} for phase in found]
     if tail:
-        last = changed[-1]
-        steps_of_tail = scaled(last["steps"], tail)
-        changed.append(
-            {**last, "name": "tail", "steps": steps_of_tail, "learning_rate": last["end_lr"]}
-        )
+        last, rates = changed[-1], {"learning_rate": tail_lr, "end_lr": tail_lr}
+        changed.append({**last, **rates, "name": "tail", "steps": scaled(last["steps"], tail)})
     return [f"phases={json.dumps(changed)}"]
 
 

@@ -49,7 +49,8 @@ class TokenWriter:
         lines = "".join(path.replace("\n", " ") + "\n" for path in paths)
         (self.folder / "labels.bin").write_bytes(np.asarray(labels, "<i4").tobytes())
         (self.folder / "paths.txt").write_bytes(lines.encode(errors="surrogateescape"))
-        files = [*sorted(self.folder.glob("codes-*.bin")), "labels.bin", "paths.txt"]
+        shards = sorted(self.folder.glob("codes-*.bin"))
+        files = [*shards, self.folder / "labels.bin", self.folder / "paths.txt"]
         write_manifest(
             self.folder,
             {
@@ -62,7 +63,7 @@ class TokenWriter:
                 "images_per_shard": IMAGES_PER_SHARD,
                 **about,
                 "classes": classes,
-                "files": [file_entry(self.folder / file) for file in files],
+                "files": [file_entry(file) for file in files],
             },
         )
 

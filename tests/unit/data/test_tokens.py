@@ -117,6 +117,13 @@ def test_manifest_holds_size_and_sha256_of_every_other_file(cache):
         assert entry["sha256"] == hashlib.sha256(content).hexdigest()
 
 
+def test_a_store_may_have_a_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = write(Path("cache"), random_codes())
+    files = json.loads((cache / "manifest.json").read_text())["files"]
+    assert [entry["name"] for entry in files] == [*SHARDS, "labels.bin", "paths.txt"]
+
+
 def test_bytes_do_not_depend_on_how_codes_come_in(tmp_path):
     one = write(tmp_path / "one", random_codes(), pieces=())
     many = write(tmp_path / "many", random_codes(), pieces=range(1, IMAGES))

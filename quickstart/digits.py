@@ -3,6 +3,7 @@
 1,500 digits for training and 297 for validation, split by class; 8x8 scans enlarged to 32x32 PNGs.
 """
 
+import io
 import sys
 from pathlib import Path
 
@@ -25,7 +26,11 @@ def write_digits(folder: Path) -> None:
             target = folder / split / str(classes[i]) / f"{i:04d}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(pixels[i]).resize((32, 32), Image.Resampling.BILINEAR)
-            image.save(target)
+            content = io.BytesIO()
+            image.save(content, "png")
+            # A file that is there keeps its time: caches are resumed only with unchanged images.
+            if not target.exists() or target.read_bytes() != content.getvalue():
+                target.write_bytes(content.getvalue())
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from runtime.files import whole_file
 def class_nats(model: Generator, store: TokenCache, share: Share) -> Tensor:
     """-log p(codes | class), in nats, of every view under every class: (images, views, classes), float32.
 
-    Those of this process's share, on the model's device, and 0 elsewhere. A sequence of `share.batch` is a
-    view under a class.
+    Those of this process's share, on the model's device, and 0 elsewhere. Each of the
+    `share.batch` sequences is a view under one class.
     """
     device, classes = next(model.parameters()).device, model.config.condition_num_classes
     nats = torch.zeros(store.images * store.views, classes, device=device)

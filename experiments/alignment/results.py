@@ -87,7 +87,7 @@ class Result:
         }  # fmt: skip
 
     def inside(self) -> dict[str, float]:
-        """What `experiments.alignment.inside` found in the run's tokenizer; nothing before it has run."""
+        """What `experiments.alignment.inside` found in the run's tokenizer; empty before it has run."""
         root, seed = self.folder.parent.parent, self.folder.parent.name
         file = root / "inside" / seed / "inside.json"
         rows = json.loads(file.read_text())["rows"] if file.exists() else []

@@ -162,7 +162,7 @@ def phases(
 ) -> list[str]:
     """The option that makes a config's phases longer, or sets others of their values; none for no change.
 
-    `tail`: a last phase at the rate `tail_lr`, so many times as long as the one before.
+    `tail` above 0 adds a last phase at the rate `tail_lr`, `tail` times as long as the phase before it.
     """
     if steps == 1 and not tail and not others:
         return []

@@ -13,7 +13,6 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import Dataset
@@ -22,9 +21,16 @@ import configs.load
 from configs.schema import GeneratorRun, Phase
 from configs.sizes import with_classes, with_start, with_weights
 from data.classes import describe_classes, printable
-from data.identity import hash_of_texts, identity_of_images
+from data.identity import hash_of_texts
 from data.imagenet import misnumbered
-from data.images import VIEWS, ImageListing, TrainViews, scan_images, to_float
+from data.images import (
+    VIEWS,
+    ImageListing,
+    TrainViews,
+    identity_for_all,
+    scan_images,
+    to_float,
+)
 from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
 from data.tokens import TokenCache, TrainTokens, open_tokens
 from data.tree import describe_left_out, refuse_inside
@@ -138,6 +144,8 @@ def open_data(
         train = train_on_codes(store, options)
     else:
         listing, encoder = scan_images(params.train_dir, index_folder=index_folder), tokenizer
+        assert encoder is not None, "images need a tokenizer (`open_tokenizer`)"
+        encoder.freeze_encoder()  # then it computes in full float32, as pretokenization
         options = with_classes(options, params.train_dir, len(listing.classes))
         train = train_on_images(listing, options)
     train, validation = sampled(train, options), None
@@ -191,7 +199,7 @@ def train_on_images(listing: ImageListing, options: GeneratorRun) -> TrainingSet
     labels = np.array([label for _, label in listing.samples])
     return TrainingSet(
         str(listing.root), dataset, len(labels), VIEWS["ten_crop"], labels, listing.classes,
-        options.dataset.params.skip_unreadable, on_main(lambda: identity_of_images(listing.paths)),
+        options.dataset.params.skip_unreadable, identity_for_all(listing.paths),
         describe_left_out(listing.left_out),
     )  # fmt: skip
 
@@ -266,7 +274,9 @@ class TrainState:
         training, accelerator = options.training, run.accelerator
         self.accelerator, self.config = accelerator, options.model.generator
         self.about = about_generator(options, data)
-        set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
+        torch.manual_seed(
+            training.seed
+        )  # the same initial weights on every rank, whatever was built before
         self.generator = build_generator(self.config)
         self.start = load_initial(run, self.generator, data.train.classes)
         self.ema = None

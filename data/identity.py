@@ -31,12 +31,16 @@ def identity_of_images(paths: Sequence["ImagePath"]) -> dict[str, str]:
 
     They stay the same if all images are moved together.
     """
-    names = list(map(str, paths))
-    start = len(os.path.commonprefix([min(names), max(names)]))  # noqa: RUF071 - of all
     return {
-        "image names": hash_of_texts(name[start:] for name in names),
+        "image names": hash_of_names(paths),
         "image sizes": short_hash(sizes_and_times(paths)[:, 0].tobytes()),
     }
+
+
+def hash_of_names(paths: Sequence["ImagePath"]) -> str:
+    names = list(map(str, paths))
+    start = len(os.path.commonprefix([min(names), max(names)]))  # noqa: RUF071 - of all
+    return hash_of_texts(name[start:] for name in names)
 
 
 def sizes_and_times(paths: Sequence["ImagePath"]) -> np.ndarray:

@@ -7,6 +7,7 @@ view, L side of the source crop that views are cut from (pixels).
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.classes import describe_classes, first_names
+from data.identity import hash_of_names, identity_of_images
 from data.labels import read_labels
 from data.order import EpochDraws
 from data.tars import is_tar
@@ -25,6 +27,7 @@ from data.tree import FileTree, ImagePath, describe_left_out, read_tree
 from modeling.photos import center_crop, load_image, load_photo, load_upright, photo_crop, to_uint8  # noqa: F401
 from modeling.pixels import to_float  # noqa: F401 - for callers of this module, like some of the above
 from runtime.errors import InputError
+from runtime.processes import check_same, on_main
 from runtime.randomness import Stream, generator_for
 
 VIEWS = {"center_flip": 2, "five_crop": 5, "ten_crop": 10}  # views per image, by kind
@@ -43,7 +46,7 @@ class ImageListing:
     left_out: dict[str, int]  # numbers of other files, by suffix, and of hidden ones
     flat: bool = False  # whether the images lie in no folders, which makes them one class
 
-    @property
+    @cached_property
     def paths(self) -> list[ImagePath]:
         return [path for path, _ in self.samples]
 
@@ -155,6 +158,15 @@ def list_paths(
     if not paths:
         raise InputError(f"{source} lists no images: write one path per line")
     return paths
+
+
+def identity_for_all(paths: Sequence[ImagePath]) -> dict[str, str]:
+    """`identity_of_images` by the main process, for all processes, which call this together.
+
+    Raises InputError on a process that lists other images, whose labels and order would be wrong.
+    """
+    check_same({"image names": hash_of_names(paths)}, "other images")
+    return on_main(lambda: identity_of_images(paths))
 
 
 # ---------------------------------------------------------------------- crops

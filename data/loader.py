@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import Training
 from data.order import SampleOrder
+from runtime.processes import local_processes
 from runtime.signals import outlive_first_signal
 
 
@@ -20,7 +21,7 @@ def worker_count(asked: int | None = None) -> int:
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    return max(min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), 1)
+    return max(min(8, cores // local_processes()), 1)
 
 
 def training_loader(
@@ -34,7 +35,7 @@ def training_loader(
     """Endless micro-batches of this rank from step `first_step` on.
 
     A step takes `training.gradient_accumulation_steps` of them. The dataset is indexed by
-    (epoch, index) with index < `items`. Raises InputError if a global batch exceeds `items`.
+    (epoch, index) with index < `items`. Raises InputError if a micro-batch of all ranks exceeds `items`.
     """
     order = SampleOrder(
         items,

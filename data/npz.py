@@ -122,9 +122,9 @@ def export_npz(store: TokenCache, blocks: Iterable[np.ndarray], folder: Path) ->
     `blocks` are its codes (n, V, T) in order. The folder is whole or absent. Raises InputError if
     it exists, or if an image does not lie in the folder of its class.
     """
-    partial = folder.with_name(folder.name + ".partial")
     if folder.exists():
         raise InputError(f"{folder} exists: choose another --output")
+    partial = folder.with_name(folder.name + ".partial")
     paths = store.paths(store.images)
     for path, label in zip(paths, store.labels.tolist()):
         if path.split("/")[0] != store.classes[label] or ".." in path.split("/"):

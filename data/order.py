@@ -13,7 +13,7 @@ class SampleOrder(Sampler):
     """Endless batches of (epoch, index) for one rank, from batch `start` on.
 
     All ranks share one endless sequence of samples; its epoch e is a permutation drawn from (seed, e).
-    Global batch m is the m-th run of world·batch samples, of which each rank takes a contiguous share.
+    Batch m of all ranks is the m-th run of world·batch samples, of which each takes a contiguous share.
     So the samples of a step depend only on the global batch size.
     """
 
@@ -22,7 +22,7 @@ class SampleOrder(Sampler):
     ):
         if items < batch * world:
             raise InputError(
-                f"{items} images are fewer than one global batch of {batch * world}: lower "
+                f"{items} images are fewer than the {batch * world} that all ranks read at once: lower "
                 f"training.per_gpu_batch_size or use more images"
             )
         self.items, self.batch, self.seed = items, batch, seed

@@ -54,7 +54,8 @@ class KeyedSubset(Dataset):
     @property
     def paths(self) -> list[ImagePath]:
         """Of a dataset of images."""
-        return [self.dataset.paths[i] for i in self.indices]
+        paths = self.dataset.paths  # once: it may be a property that lists all images
+        return [paths[i] for i in self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +45,7 @@ class SkipUnreadable(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, first = key
-        for index in (*range(first, self.items), *range(first)):
+        for index in chain(range(first, self.items), range(first)):
             if index in self._noted:
                 continue
             try:

@@ -42,7 +42,7 @@ from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
 from runtime.files import lock_folder, sync_folder, writing
 from runtime.parts import Parts, batches_of, check_settings, differing
-from runtime.processes import on_main, progress
+from runtime.processes import check_same, on_main, progress
 
 BATCHES_PER_PART = 16  # a killed run loses at most this many per process
 COMPARED_BATCHES = 2  # also encoded in float32, to report how often another precision agrees
@@ -142,16 +142,22 @@ class WorkFolder:
         return np.array(indices, np.int64), np.concatenate([np.empty((0, 4), np.int64), *facts])
 
     def refuse_edited(self) -> None:
-        """Raise InputError if images changed after they were encoded."""
+        """Raise InputError if images changed after they were encoded.
+
+        Parts with unreadable images that changed, so may have been repaired, are removed, to be made again.
+        """
         indices, facts = self.finished()
         now = sizes_and_times([self.images.paths[i] for i in indices])
-        edited = indices[(facts[:, 2:] != now).any(1)]
+        changed, readable = (facts[:, 2:] != now).any(1), facts[:, 0] == 1
+        edited = indices[changed & readable]
         if len(edited):
             raise InputError(
                 f"{len(edited)} images were changed after they were encoded "
-                f"({first_names([self.paths[i] for i in edited])}): restore them, or remove "
-                f"{self.folder} and start anew"
+                f"({first_names([self.paths[i] for i in edited])}): restore them with their times "
+                f"(cp -p, rsync -t), or remove {self.folder} and start anew"
             )
+        for number in {i // (BATCHES_PER_PART * self.plan.batch_size) for i in indices[changed]}:
+            self.parts.path(number).unlink()
 
     def describe_skipped(self, skipped: list[int]) -> str:
         names = first_names([self.paths[i] for i in sorted(skipped)])
@@ -161,8 +167,8 @@ class WorkFolder:
         limit = self.plan.skip_unreadable
         if len(skipped) > limit:
             raise InputError(
-                f"more than --skip_unreadable {limit}: {self.describe_skipped(skipped)}; repair or "
-                f"remove them, or allow more"
+                f"more than --skip_unreadable {limit}: {self.describe_skipped(skipped)}; repair them or "
+                f"allow more (without them, the cache would be another one, made from the start)"
             )
 
 
@@ -192,9 +198,10 @@ def encode_folder(
         "listed_images": len(paths),
         "listing": hash_of_texts(paths),
     }
+    check_same(settings, "other images or weights")
     work = WorkFolder(images, plan, settings, cache)
     if on_main(work.is_complete):
-        processes.print(f"{cache} is complete: {len(paths)} images")
+        processes.print(f"{cache} is complete: {len(paths)} images are listed")
         return
     on_main(work.claim)
     on_main(work.refuse_edited)
@@ -288,9 +295,9 @@ class ReadableCrops(Dataset):
         stat = size_and_time(self.paths[index])
         try:
             image, turn = load_photo(self.paths[index])
-        except InputError:
+        except InputError as e:
             if not self.skip:
-                raise
+                raise InputError(f"{e}, or set --skip_unreadable N to leave out at most N") from e
             black = torch.zeros(3, self.side, self.side, dtype=torch.uint8)
             return black, torch.tensor([0, 0, *stat])
         crop = to_uint8(center_crop(image, self.side))

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from data.loader import on_device
 from data.tokens import AllTokens, TokenCache
 from evaluation.metrics import summed
+from modeling.modes import eval_mode
 from modeling.rotary import token_layout
 from runtime.parts import batches_of
 from runtime.signals import outlive_first_signal
@@ -97,12 +98,10 @@ def measure_likelihood(model: nn.Module, store: TokenCache, share: Share) -> Lik
     device = next(model.parameters()).device
     sums_of = torch.compile(position_sums, dynamic=False) if share.compiled else position_sums
     sums = torch.zeros(3, store.tokens, dtype=torch.float64, device=device)
-    was_training = model.training
-    model.eval()
-    for _, codes, labels in view_batches(store, share, device):
-        with eager(share.compiled and len(codes) < share.batch):
-            sums += sums_of(model(codes[:, :-1], labels), codes)
-    model.train(was_training)
+    with eval_mode(model):
+        for _, codes, labels in view_batches(store, share, device):
+            with eager(share.compiled and len(codes) < share.batch):
+                sums += sums_of(model(codes[:, :-1], labels), codes)
     return Likelihood(sums, store.images * store.views)
 
 

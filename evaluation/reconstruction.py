@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from data.images import CenterImages, ImagePath
 from evaluation.metrics import summed
 from evaluation.statistics import Collector
+from modeling.modes import eval_mode
 from modeling.pixels import to_float, to_uint8
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.parts import batches_of
@@ -52,15 +53,14 @@ def reconstruct(
     `batches` are (index of the first image, uint8 images (B, 3, S, S)), from `image_batches`. This talks to no
     other rank, so that none waits for one that fails. Call it outside autocast.
     """
-    was_training, device = tokenizer.training, tokenizer.latent_tokens.device
-    tokenizer.eval()
-    for first, pixels in batches:
-        images = to_float(pixels.to(device))
-        codes = tokenizer.encode(images)
-        batch = Batch(first, pixels, images, codes, tokenizer.decode(codes))
-        for consumer in consumers:
-            consumer.add(batch)
-    tokenizer.train(was_training)
+    device = tokenizer.latent_tokens.device
+    with eval_mode(tokenizer):
+        for first, pixels in batches:
+            images = to_float(pixels.to(device))
+            codes = tokenizer.encode(images)
+            batch = Batch(first, pixels, images, codes, tokenizer.decode(codes))
+            for consumer in consumers:
+                consumer.add(batch)
 
 
 def image_batches(

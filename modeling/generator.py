@@ -89,7 +89,7 @@ class GeneratorConfig(Options):
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, preallocated: (layers, B, H, 1 + T, h)."""
+    """Keys and values of the positions seen so far, preallocated: (layers, B, H, T, h)."""
 
     def __init__(self, model: "Generator", batch: int):
         config = model.config
@@ -115,7 +115,8 @@ class KVCache:
 
 
 class Backbone(Protocol):
-    """The interface of a generator for training, `sampling.ReferenceEngine` and scoring."""
+    """The interface of a generator for training, `sampling.ReferenceEngine` and scoring: a module that
+    has these members too."""
 
     config: GeneratorConfig
     blocks: nn.ModuleList  # compiled one by one, if training is compiled; may be empty

@@ -15,6 +15,7 @@ from torch import Tensor
 from .errors import InputError
 from .fields import Options, option
 from .generator import NO_CLASS, Backbone, GeneratorConfig
+from .modes import eval_mode
 
 SCHEDULES = ("power-cosine", "constant", "linear")
 # Options of `engine.Engine`: its attention, and the type of its cache.
@@ -200,6 +201,8 @@ class ReferenceEngine:
         labels, uniforms, prefix = given  # pyright: ignore[reportAssignmentType]
         if prefix is not None:
             check_prefix(prefix, len(labels), self.config)
-        reduced = self.dtype == torch.bfloat16
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced):
+        reduced = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
+        with eval_mode(self.model), reduced:  # a model that trains would drop out units
             return sample_codes(self.model, labels, uniforms, self.sampling, prefix)

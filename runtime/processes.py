@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from modeling.devices import find_device, uses_cuda
 from runtime.errors import InputError
+from runtime.parts import differing
 
 T = TypeVar("T")
 
-# Long enough for one rank to load weights or assemble a file alone, short enough to notice a death.
-TIMEOUT = timedelta(minutes=30)
+# How long a process of a job waits for the others, which may have larger shares or slower devices.
+# A process that dies is not waited for: its launcher stops the others.
+TIMEOUT = timedelta(hours=24)
 
 
 def start_processes(device: str | None = None) -> PartialState:
@@ -55,10 +57,24 @@ def on_main(work: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def check_same(facts: dict[str, Any], what: str) -> None:
+    """Raise InputError on a process whose facts differ from those of the main process; all call this."""
+    changed = differing(on_main(lambda: facts), facts, ("on the main process", "here"))
+    if changed:
+        raise InputError(
+            f"a process has {what} than the main process: {changed}; give all machines the same files"
+        )
+
+
 def progress(total: int, unit: str, task: str, items: Iterable | None = None) -> tqdm:
     """A progress bar of the main process, around `items` if given; hidden without a terminal."""
     hidden = None if PartialState().is_main_process else True  # None: without a terminal
     return tqdm(items, task, total, unit=unit, disable=hidden)
+
+
+def local_processes() -> int:
+    """How many processes of the job share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def device_name(device: torch.device) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 
 import configs.load
@@ -33,6 +33,7 @@ from data.identity import identity_of_images
 from data.images import (
     ImagePath,
     TrainImages,
+    identity_for_all,
     is_path_list,
     list_paths,
     load_image,
@@ -129,7 +130,7 @@ def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> Tok
     )
     dataset = TrainImages(paths, size, resize, params.random_flip, options.training.seed)
     whole = len(paths) == len(listed)
-    identity = on_main(lambda: identity_of_images(listed))
+    identity = identity_for_all(listed)
     return TokenizerData(paths, source, whole, identity, dataset, validation, evaluator)
 
 
@@ -138,7 +139,7 @@ def list_training(
 ) -> tuple[list[ImagePath], np.ndarray, str]:
     """Paths, labels and a description of all training images; images without classes have label 0."""
     if is_path_list(params.train_dir):
-        paths = list_paths(params.train_dir, params.train_root)
+        paths = on_main(lambda: list_paths(params.train_dir, params.train_root))
         return paths, np.zeros(len(paths), np.int64), f"a list of {len(paths)} images"
     listing = scan_images(params.train_dir, index_folder=index_folder)
     labels = np.array([label for _, label in listing.samples])
@@ -321,7 +322,9 @@ class TrainState:
         self.options, self.accelerator, saved = options, accelerator, run.checkpoint
         self.config = options.model.vq_model
         self.about = about_model(TOKENIZER, self.config, stage=options.model.stage)
-        set_seed(training.seed)  # the same initial weights on every rank, whatever was built before
+        torch.manual_seed(
+            training.seed
+        )  # the same initial weights on every rank, whatever was built before
         self.tokenizer = build_tokenizer(options)
         load_stage1(run, self.tokenizer)
         self.start = load_initial(run, self.tokenizer)
@@ -334,6 +337,8 @@ class TrainState:
             if self.lpips is None and evaluates:
                 with suppress(MissingFile):  # then there is no val/lpips
                     self.lpips = LPIPS(WEIGHTS).to(accelerator.device)
+        if not all(gather_object([self.lpips is not None])):  # a node may lack the files
+            self.lpips = None
         self.ema = None
         if training.use_ema:
             self.ema = EMA(self.tokenizer, training.ema_decay, training.ema_warmup)

@@ -21,15 +21,24 @@ def adamw(
 ) -> torch.optim.AdamW:
     """Fused AdamW over parameters or groups, whose own weight decay takes precedence.
 
-    The learning rate is 0 until `set_learning_rate`.
+    The learning rate is 0 until `set_learning_rate`. Loading a state keeps these settings: a run that
+    forks another one may have others.
     """
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         parameters,
         lr=0.0,
         betas=(params.beta1, params.beta2),
         weight_decay=params.weight_decay,
         fused=True,
     )
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+    def keep_settings(loaded: torch.optim.Optimizer) -> None:
+        for group, settings in zip(loaded.param_groups, own):
+            group.update(settings)
+
+    optimizer.register_load_state_dict_post_hook(keep_settings)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -96,8 +105,9 @@ class FiniteGuard:
         flags = self.accelerator.reduce(flags, "sum").tolist()  # type: ignore[union-attr]
         culprits = [name for name, flag in zip(names, flags) if flag] or ["the gradient alone"]
         raise InputError(
-            f"not finite at step {int(self.bad_step)}: {', '.join(culprits)}; it changed no weight. "
-            f"Resume from the last checkpoint with a lower learning rate"
+            f"not finite at step {int(self.bad_step)}: {', '.join(culprits)}; nothing of it is saved. "
+            f"Start another run from the last checkpoint (experiment.resume=RUN_DIR and another "
+            f"experiment.output_dir) with a lower learning rate"
         )
 
 

@@ -20,7 +20,11 @@ Records = list[dict[str, float]]
 
 def read_records(path: Path) -> Records:
     """The records of a metrics.jsonl or a reference, without truncated lines."""
-    return [json.loads(line) for line in path.read_text().splitlines() if step_of(line) < 1e18]
+    return [
+        json.loads(line)
+        for line in path.read_text(errors="replace").splitlines()
+        if step_of(line) < 1e18
+    ]
 
 
 def run_records(folder: Path) -> Records:
@@ -55,6 +59,8 @@ def main(argv: list[str]) -> None:
     if args.reference is not None and not args.reference.is_file():
         raise InputError(f"no file {args.reference}: pass a file of quickstart/reference")
     reference = None if args.reference is None else read_records(args.reference)
+    if reference == []:
+        raise InputError(f"{args.reference} holds no records: pass a file of quickstart/reference")
     try:
         figure = plot_curves(runs, reference)
     except ImportError as e:

@@ -385,4 +385,4 @@ class Run:
         self.guard.raise_if_bad()
         for line in self.dry_run.report(models, self.global_batch):
             self.log.say(line)
-        self.log.close()
+        self._end(0)

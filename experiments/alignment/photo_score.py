@@ -23,6 +23,7 @@ from data.images import CenterImages, scan_images
 from data.pictures import to_pixels
 from data.tokens import TokenStore
 from evaluation.metrics import frechet_distance
+from experiments.alignment.dependence import evenly
 from experiments.alignment.judge import SAMPLES, check_codes_are_shared
 from experiments.alignment.rows import GUIDANCE
 from modeling.weights.metadata import TOKENIZER
@@ -65,7 +66,7 @@ class Features:
 def crops(folder: Path, size: int, limit: int | None = None) -> np.ndarray:
     """The centre crops (N, S, S, 3), uint8, of a folder; evenly spaced ones where there are more than `limit`."""
     paths = scan_images(folder).paths
-    paths = paths[:: max(len(paths) // limit, 1)][:limit] if limit else paths
+    paths = evenly(paths, limit) if limit else paths
     images = CenterImages(paths, size)
     return torch.stack([images[i] for i in range(len(paths))]).permute(0, 2, 3, 1).numpy()
 

@@ -164,7 +164,7 @@ def other_tokenizer(workspace, folder):
 
 def test_more_images_in_a_batch_than_there_are(workspace, tmp_path):
     done = workspace.train_ar(tmp_path / "run", "training.per_gpu_batch_size=15", check=False)
-    refused(done, "14 images are fewer than one global batch of 15")
+    refused(done, "14 images are fewer than the 15")
 
 
 def test_folder_without_images(workspace, tmp_path):

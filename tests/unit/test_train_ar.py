@@ -172,6 +172,10 @@ class StandIn:
     requires_grad_ = to
 
     seen = None  # the type that it computed in
+    exact = False  # whether it was told to compute in full float32
+
+    def freeze_encoder(self):
+        StandIn.exact = True
 
     def encode(self, images):
         autocast = torch.is_autocast_enabled("cpu")
@@ -291,6 +295,10 @@ def test_header_warns_of_synsets_in_another_number_than_imagenets(train, tmp_pat
     assert "(class 2 is n01494475, ImageNet's is n01484850)" in said
 
 
+def test_a_seed_may_be_larger_than_numpys(train):
+    train("training.max_train_steps=1", "training.seed=20261130120000")
+
+
 def test_fewer_examples_are_of_all_classes(train, tmp_path, capsys, monkeypatch):
     cache = write_cache(tmp_path / "sorted", ["a", "b", "c"], [i // 8 for i in range(24)])
     drawn = set()
@@ -354,6 +362,7 @@ def test_images_in_no_folders_train_as_one_class(
 
 
 def test_images_are_encoded_in_float32(train, folder, tokenizer):
+    """Without autocast and, on a GPU, without TF32: like pretokenization's, codes near a boundary too."""
     AcceleratorState._reset_state(True)  # this process may train in another autocast type
     train(
         "training.mixed_precision=bf16", "training.max_train_steps=1",
@@ -361,7 +370,7 @@ def test_images_are_encoded_in_float32(train, folder, tokenizer):
         "dataset.params.skip_unreadable=2",
     )  # fmt: skip
     AcceleratorState._reset_state(True)
-    assert StandIn.seen == torch.float32
+    assert StandIn.seen == torch.float32 and StandIn.exact
 
 
 def test_dry_run_lists_unreadable_images_outside_of_the_folder(cache, tmp_path, folder, tokenizer):

@@ -185,6 +185,7 @@ def test_classes_and_paths_are_sorted(tmp_path):
     assert classes == ["C", "a", "b"]
     found = [(Path(path).relative_to(tmp_path).as_posix(), label) for path, label in samples]
     assert found == [("C/4.png", 0), ("a/3.png", 1), ("b/1.png", 2), ("b/2.png", 2)]
+    assert listing.paths is listing.paths  # not a new list of all images whenever one is read
 
 
 def tree(root, *names):

@@ -439,6 +439,12 @@ def test_a_path_outside_the_folder_of_its_class_is_not_exported(cache, tmp_path,
     assert not (tmp_path / "exported.partial").exists()
 
 
+@pytest.mark.parametrize("folder", [".", "/"])
+def test_a_folder_that_exists_is_not_exported_to(cache, folder):
+    store = TokenStore(cache)
+    refusal(lambda: export_npz(store, store.blocks(), Path(folder)), "--output")
+
+
 # ---------------------------------------------------------------------- classes of another set
 @pytest.mark.parametrize("layout", ["cache", "published"])
 def test_labels_are_numbered_by_another_sets_classes(layout, request):

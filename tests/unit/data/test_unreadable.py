@@ -100,6 +100,17 @@ def test_without_a_limit_the_first_one_ends_it_and_the_option_is_named(paths, tm
     assert not (tmp_path / "skipped.txt").exists()
 
 
+def test_an_item_of_a_large_data_set_costs_no_list_of_all_items(tmp_path):
+    class Images:
+        paths = ()
+
+        def __getitem__(self, key):
+            return key
+
+    dataset = SkipUnreadable(Images(), 10**12, 0, tmp_path / "skipped.txt")
+    assert dataset[3, 10**11] == (3, 10**11)
+
+
 def test_no_readable_image_at_all_is_said(paths, tmp_path):
     for path in paths:
         Path(path).write_bytes(b"")

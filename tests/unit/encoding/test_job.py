@@ -13,6 +13,7 @@ from data.images import VIEWS, cut_views, scan_images
 from encoding import job
 from encoding.job import EncodingPlan, ReadableCrops, encode_folder, part_batches
 from modeling.tokenizer import Tokenizer
+from runtime import processes
 from tests.refusals import refusal
 from tests.tiny import tiny_tokenizer
 
@@ -30,7 +31,7 @@ def test_unreadable_image_keeps_its_place_as_black_views(tmp_path, kind):
     assert views.shape == (VIEWS[kind], 3, 20, 20) and views.dtype == torch.uint8
     assert not views.any() and facts[0] == 0
     crops = ReadableCrops([str(bad)], EncodingPlan(20, kind))
-    refusal(lambda: crops[0], bad)
+    refusal(lambda: crops[0], bad, "--skip_unreadable")
 
 
 def test_batches_are_consecutive_and_never_cross_a_part():
@@ -44,13 +45,15 @@ def test_batches_are_consecutive_and_never_cross_a_part():
 # ---------------------------------------------------------------------- the whole job
 @pytest.fixture
 def encode(tmp_path):
-    """Encodes the folder `photos` into `cache`, in one part per image; returns the manifest."""
+    """Encodes the folder `photos` into `cache`, one image per batch; returns the manifest."""
     encoder = Tokenizer(tiny_tokenizer(), with_decoder=False).eval()
     for name in ("cat/a.jpg", "cat/b.jpg", "d\udcff/c.jpg"):
         save(tmp_path / "photos" / name)
 
-    def run():
-        plan = EncodingPlan(16, "center_flip", batch_size=1, num_workers=0)
+    def run(skip_unreadable=0):
+        plan = EncodingPlan(
+            16, "center_flip", batch_size=1, skip_unreadable=skip_unreadable, num_workers=0
+        )
         listing = scan_images(tmp_path / "photos")
         encode_folder(listing, encoder, "hash", plan, tmp_path / "cache", PartialState(cpu=True))
         return json.loads((tmp_path / "cache/manifest.json").read_text())
@@ -104,3 +107,28 @@ def test_an_unreadable_image_may_be_repaired_before_the_resume(encode, tmp_path,
     assert len(list((tmp_path / "cache.partial/parts").iterdir())) == 1
     save(tmp_path / "photos/d\udcff/c.jpg", seconds=100)
     assert encode()["images"] == 3
+
+
+def test_an_image_that_was_left_out_may_be_repaired_before_the_resume(
+    encode, tmp_path, monkeypatch
+):
+    """Its part is made again, and the cache is that of images which were never damaged."""
+    monkeypatch.setattr(job, "BATCHES_PER_PART", 2)
+    for name in ("cat/b.jpg", "d\udcff/c.jpg"):
+        (tmp_path / "photos" / name).write_bytes(b"no image")
+    refusal(lambda: encode(skip_unreadable=1), "--skip_unreadable 1", "2 unreadable images")
+    assert len(list((tmp_path / "cache.partial/parts").iterdir())) == 1  # of a.jpg and b.jpg
+    save(tmp_path / "photos/cat/b.jpg", seconds=100)
+    found = encode(skip_unreadable=1)
+    assert (found["images"], found["skipped"]) == (2, ["d\udcff/c.jpg"])
+
+
+def test_a_process_that_lists_other_images_is_refused(encode, tmp_path, monkeypatch):
+    """Every process cuts parts from its own listing: one missing image would shift all that follow."""
+    encode()
+    main = {**json.loads((tmp_path / "cache/manifest.json").read_text()), "layout": "packed"}
+    encode()  # the same listing: accepted
+    monkeypatch.setattr(processes, "on_main", lambda work: {name: main[name] for name in work()})
+    encode()
+    (tmp_path / "photos/cat/a.jpg").unlink()
+    refusal(encode, "main process", "listed_images (3", "2 here")

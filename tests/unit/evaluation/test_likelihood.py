@@ -100,6 +100,15 @@ def test_training_mode_is_left_as_it_was(store, model):
     assert not model.training
 
 
+def test_training_mode_is_left_as_it_was_by_a_failure_too(store, model, monkeypatch):
+    """A run trains on without a validation that fails, and must do so with dropout."""
+    monkeypatch.setattr(type(store), "codes", lambda *_: 1 / 0)
+    model.train()
+    with pytest.raises(ZeroDivisionError):
+        measure_likelihood(model, store, Share(4))
+    assert model.training
+
+
 def test_caches_of_g_prefix_tokens_are_grouped_too():
     groups = Likelihood(torch.ones(3, 20, dtype=torch.float64), 1).groups()  # 4 + 4 x 4
     assert [codes for _, codes, _ in groups] == [4, 4, 4, 4, 4]

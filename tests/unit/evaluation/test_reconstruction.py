@@ -160,6 +160,9 @@ def test_reconstructing_leaves_the_tokenizer_in_its_mode(tokenizer, training):
     tokenizer.train(training)
     run(tokenizer, BATCHES[:1])
     assert tokenizer.training is training and tokenizer.encoder.training is training
+    with pytest.raises(ZeroDivisionError):
+        reconstruct(tokenizer, (1 / 0 for _ in range(1)), [])
+    assert tokenizer.training is training and tokenizer.encoder.training is training
 
 
 def test_every_consumer_gets_every_batch_once(tokenizer, monkeypatch):

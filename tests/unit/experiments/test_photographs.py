@@ -11,7 +11,7 @@ from configs.schema import TokenizerRun
 from experiments.alignment import photographs
 from experiments.alignment.ablation import chains_of
 from experiments.alignment.needed_bits import needed_bits, patches
-from experiments.alignment.photo_score import entropy
+from experiments.alignment.photo_score import crops, entropy
 from experiments.alignment.rows import ROWS, STAGE1, STAGE2, recipe, varied
 
 
@@ -47,6 +47,17 @@ def test_a_class_is_the_share_of_the_photograph(tmp_path):
             row = np.asarray(Image.open(file))[36, :, 0].astype(int)
             share = (row[-1] - row[0]) / 255
             assert low - 0.02 <= share <= high + 0.02, (kind, share)
+
+
+@pytest.mark.parametrize(
+    "limit, used", [(4, [0, 2, 3, 5]), (6, range(6)), (9, range(6)), (None, range(6))]
+)
+def test_a_sample_of_crops_is_evenly_spaced(tmp_path, limit, used):
+    """The listing is sorted by class: the first ones alone would leave classes out."""
+    for i in range(6):
+        (tmp_path / f"{i // 2}").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (10 * i,) * 3).save(tmp_path / f"{i // 2}/{i}.png")
+    assert (crops(tmp_path, 8, limit)[:, 0, 0, 0] // 10).tolist() == list(used)
 
 
 def test_bits_of_a_white_source_are_its_rate_distortion_function():

@@ -12,10 +12,12 @@ def heads(grad: bool) -> list[torch.Tensor]:
     return [torch.randn(2, 3, 9, 8).bfloat16().requires_grad_(grad) for _ in range(3)]
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_bf16_is_float32_rounded_once_where_a_gradient_is_needed(causal):
+def test_bf16_is_float32_rounded_once_where_a_gradient_is_needed(causal, autocast):
     q, k, v = heads(grad=True)
-    y = attention(q, k, v, causal)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # casts what attention is given
+        y = attention(q, k, v, causal)
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
     expected = F.scaled_dot_product_attention(*exact, is_causal=causal)
     assert y.dtype is torch.bfloat16

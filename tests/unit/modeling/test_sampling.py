@@ -9,7 +9,14 @@ from scipy.stats import chisquare
 from modeling.engine import Engine
 from modeling.generator import Generator
 from modeling.image_decoder import ImageDecoder
-from modeling.sampling import NO_CLASS, Sampling, draw_codes, guidance_schedule, sample_codes
+from modeling.sampling import (
+    NO_CLASS,
+    ReferenceEngine,
+    Sampling,
+    draw_codes,
+    guidance_schedule,
+    sample_codes,
+)
 from tests.refusals import refusal
 from tests.tiny import tiny_generator
 
@@ -318,3 +325,13 @@ def test_pixels_are_truncated_not_rounded_and_channels_come_last():
     images = ImageDecoder(tokenizer, torch.float32)(torch.zeros(70, 5, dtype=torch.int64))
     assert images.shape == (70, 2, 2, 3) and images.dtype == torch.uint8
     assert images[69, 0, 0].tolist() == [0, 127, 255]
+
+
+def test_the_reference_engine_samples_a_model_that_trains_without_dropout(fill):
+    model = fill(Generator(dataclasses.replace(TINY, dropout=0.5, attn_drop=0.5)))
+    uniforms = torch.rand(5, TINY.image_seq_len, generator=torch.Generator().manual_seed(0))
+    engine = ReferenceEngine(model, 5, Sampling(guidance_scale=2.0))
+    expected = engine.sample(LABELS, uniforms)
+    model.train()
+    assert torch.equal(engine.sample(LABELS, uniforms), expected)
+    assert model.training and model.blocks[0].training

@@ -2,8 +2,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from configs.schema import OptimizerParams
 from tests.refusals import refusal
-from training.optim import EMA, FiniteGuard, clip_gradients
+from training.optim import EMA, FiniteGuard, adamw, clip_gradients, set_learning_rate
 
 
 def take_step(guard, weight, optimizer, step, gradient, loss):
@@ -109,3 +110,19 @@ def test_gradients_are_clipped_to_the_norm_and_without_one_only_measured(limit, 
     assert clip_gradients(Accelerator(cpu=True), model, limit).item() == 5.0
     assert model.weight.grad.norm().item() == pytest.approx(length, rel=1e-5)
     assert bool(limit) == bool(model.weight.grad._version)  # not even multiplied by 1
+
+
+def test_a_loaded_state_keeps_the_optimizers_own_settings():
+    """A run that forks another one takes its moments and steps, but not its betas and weight decay."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    earlier, forked = (
+        adamw([weight], OptimizerParams(beta1=b, beta2=b, weight_decay=d))
+        for b, d in ((0.5, 0.1), (0.9, 0.2))
+    )
+    weight.grad = torch.ones(1)
+    set_learning_rate(earlier, 1e-3)
+    earlier.step()
+    forked.load_state_dict(earlier.state_dict())
+    (group,) = forked.param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.9), 0.2)
+    assert forked.state[weight]["step"] == 1 and forked.state[weight]["exp_avg"].item() == 0.5

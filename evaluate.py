@@ -98,7 +98,7 @@ def choose_task(args: argparse.Namespace, given: set[str]) -> "Task":
         )
     unknown = [name for name in args.features if name not in FEATURES]
     if unknown or len(set(args.features)) < len(args.features):
-        raise InputError(f"--features {','.join(args.features)}: choose of {', '.join(FEATURES)}")
+        raise InputError(f"--features {','.join(args.features)}: choose from {', '.join(FEATURES)}")
     if args.save_stats and len(args.features) > 1:
         raise InputError(
             "--save_stats writes statistics of one feature space: pass one to --features"
@@ -112,6 +112,8 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
         images = open_images(args.samples)  # checked before the reference takes minutes
         check_count(images.shape[0], args.num_samples, images.name, args.allow_partial)
         size = images.shape[1:3]
+    if args.save_stats:
+        on_main(lambda: try_to_write(args.save_stats))
     networks, missing = open_networks(args.features, processes)
     evaluators = [  # of all spaces first, so that an unfit reference is refused at once
         Evaluator(

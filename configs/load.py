@@ -69,7 +69,9 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
         raise InputError("set one config=FILE, for example config=configs/alitok_b.yaml")
     path, written = read_file(schema, files[0])
     if path.name == "config.yaml" and is_run(path.parent):  # it may have moved since
-        written["experiment.output_dir"] = Written(str(path.parent), str(path))
+        named = path.parent.name not in ("", "..")
+        folder = path.parent if named else path.parent.resolve()
+        written["experiment.output_dir"] = Written(str(folder), str(path))
     for key, text in pairs:
         if key != "config":
             for name, value in read_argument(schema, key, text):
@@ -238,8 +240,8 @@ def read_argument(schema: type, key: str, text: str) -> list[tuple[str, Written]
     option = option_at(schema, key)
     kind = None if option is None else option.kind
     typed = str in (kind, *get_args(kind)) and get_origin(kind) is not list
-    if option is not None and (typed or not text.strip()):
-        may_be_null = typed and (option.optional or option.rule.null is not TYPED)
+    if typed or not text.partition("#")[0].strip():  # of the latter, YAML would read nothing
+        may_be_null = option and typed and (option.optional or option.rule.null is not TYPED)
         null = may_be_null and text in ("null", "~")
         return [(key, Written(None if null else text, COMMAND_LINE))]
     try:

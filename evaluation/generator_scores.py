@@ -102,9 +102,10 @@ def score_generator(
 
     `others` are run folders, scored at the same step. `picture` shows all of them by position.
     """
-    store, sources = open_tokens(cache), find_sources(given, others)
+    sources = find_sources(given, others)
     scored, warnings, conditions = [], [], {}
     for source in sources:
+        store = open_tokens(cache)  # anew: a generator may number its classes in another way
         generator = open_generator(source, store)
         sums, conditions = measured(
             source, generator, store, share, precision, lambda *of: measure_likelihood(*of).sums

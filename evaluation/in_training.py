@@ -10,6 +10,7 @@ from accelerate import PartialState
 from configs.schema import GeneratorRun
 from evaluation.evaluator import Evaluator
 from evaluation.lpips import LPIPS
+from evaluation.metrics import NEIGHBOURS
 from evaluation.reconstruction import CodeUse, Consumer, Features, ImageMean, psnr
 from evaluation.statistics import Collector
 from generation.images import sample_images
@@ -29,13 +30,13 @@ def open_evaluator(
     """The evaluator of `experiment.fid_reference`, if that is set.
 
     `images` is the number of images to score, 0 if the option `needed` is missing; `weights` is the
-    folder of Inception's file. Raises InputError for fewer than two images, and for a reference that
-    cannot be read or is not of image_size x image_size pixels.
+    folder of Inception's file. Raises InputError for too few images, and for a reference that cannot be
+    read or is not of image_size x image_size pixels.
     """
     if reference is None:
         return None
-    if images < 2:
-        more = "" if images == 0 else ", of 2 images or more"
+    if images <= NEIGHBOURS:  # of precision and recall
+        more = "" if images == 0 else f", of {NEIGHBOURS + 1} images or more"
         raise InputError(f"experiment.fid_reference={reference} needs {needed}{more}")
     return Evaluator(reference, PartialState(), weights, size=(image_size, image_size))
 

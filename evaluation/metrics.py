@@ -157,7 +157,7 @@ def precision_recall(
     if min(len(reference), len(samples)) <= NEIGHBOURS:
         raise InputError(
             f"precision and recall need more than {NEIGHBOURS} images per set: there are {len(samples)} "
-            f"samples and {len(reference)} reference images"
+            f"samples and {len(reference)} reference images; use more"
         )
     limits = [radii(features, device, half) for features in (reference, samples)]
     precision = covered(samples, reference, limits[0], device, half)

@@ -15,6 +15,7 @@ from data.images import ImagePath, center_crop, load_image
 from data.tars import is_tar
 from data.tree import describe_left_out, read_tree
 from runtime.errors import InputError
+from runtime.files import writing
 
 INDEX_FOLDER = Path("output")  # of the indexes of tars
 
@@ -106,8 +107,9 @@ def map_npz(path: Path, key: str) -> np.ndarray:
                     start += entry.header_offset + 30 + sum(struct.unpack("<26xHH", raw.read(30)))
             else:
                 file.seek(0)
-                source = tempfile.TemporaryFile()  # noqa: SIM115 (the map keeps it)
-                shutil.copyfileobj(file, source)
+                with writing(tempfile.gettempdir()):
+                    source = tempfile.TemporaryFile()  # noqa: SIM115 (the map keeps it)
+                    shutil.copyfileobj(file, source)
     return np.memmap(source, dtype, "r", start, shape, "F" if fortran else "C")  # type: ignore[call-overload] (a file is fine)
 
 

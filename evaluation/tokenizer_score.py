@@ -9,9 +9,10 @@ from accelerate import PartialState
 from data.classes import printable
 from data.images import scan_images
 from data.pictures import picture_grid, to_pixels, write_png
-from evaluation.evaluator import compare, describe_result
+from evaluation.evaluator import describe_result
 from evaluation.features import FeatureNetwork
 from evaluation.lpips import LPIPS
+from evaluation.metrics import frechet_distance_of_moments
 from evaluation.reconstruction import (
     SSIM_WINDOW,
     CodeUse,
@@ -81,7 +82,9 @@ def score_tokenizer(
     if not processes.is_main_process:
         return {}, originals, preview
     if network is not None:
-        metrics = {"rFID": compare(reconstructions, originals, device)["FID"], **metrics}
+        sides = (reconstructions, originals)
+        moments = [part.to(device) for side in sides for part in side.parts["pool"]]
+        metrics = {"rFID": frechet_distance_of_moments(*moments), **metrics}
     result = describe_result(metrics, network, reconstructions, originals, count, batch, device)
     unseen = {name: getattr(tokenizer.config, name) for name in UNSEEN}  # by any tensor's shape
     result["weights"] = {"tokenizer": weights_hash(tokenizer), **unseen}

@@ -21,6 +21,7 @@ from typing import IO, Any, Optional
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from data.identity import short_hash
@@ -85,6 +86,8 @@ class SampleFolder:
         return {
             **settings,
             **asdict(job.sampling),
+            # Another engine rounds differently; "auto" is left out, so that its folders stay as they are.
+            **({} if job.engine == "auto" else {"engine": job.engine}),
             "classes": known if job.classes == tuple(range(known)) else in_options(job.classes),
             "prefix": prefix,
             "seed": job.seed,
@@ -100,13 +103,16 @@ class SampleFolder:
         """
         set_matmul_precision(self.job.precision)
         lock: list[IO[str]] = []  # held until all is written, or this process ends
-        chunk = on_main(lambda: self._claim(lock))
-        if self.images_file.exists():
+        # Of all processes: the chunk must fit where memory is smallest.
+        most = min(gather_object([largest_batch(self.models, self.job)]))
+        chunk, finished = on_main(lambda: self._claim(lock, most))
+        if (
+            finished
+        ):  # as the main process sees it: a network's file system may show others the past
             if self.processes.is_main_process:
                 shutil.rmtree(self.output / "chunks", ignore_errors=True)  # of a killed clean-up
             self.processes.print(f"{self.images_file} is complete: {self.count} images")
             return self.images_file
-        self._check_memory(chunk)
         parts = Parts(self.output / "chunks", -(-self.count // chunk))
         numbers = parts.missing(self.processes.process_index, self.processes.num_processes)
         self.processes.wait_for_everyone()  # before a rank adds a chunk that another would count
@@ -122,22 +128,24 @@ class SampleFolder:
         return self.images_file
 
     # ------------------------------------------------------------------ claiming
-    def _claim(self, lock: list[IO[str]]) -> int:
-        """Lock the folder, compare settings and return the chunk size. An unfinished job that does not
-        fit into memory is refused before anything is written."""
+    def _claim(self, lock: list[IO[str]], most: int) -> tuple[int, bool]:
+        """Lock the folder, compare settings and return the chunk size and whether the images are complete.
+
+        An unfinished job is refused before anything is written if not even a chunk of `most` images, which
+        fit into memory, is enough.
+        """
         finished = self.images_file.exists()
         if finished and not self.settings_file.exists():
             raise InputError(f"{self.images_file} exists, but sampling did not write it: {REMEDY}")
         chunk = self.job.chunk or self._earlier_chunk()
         if not finished:
-            self._check_memory(chunk or 1)
+            self._check_memory(chunk or 1, most)
         lock.append(lock_folder(self.output))
         chunk = chunk or self._earlier_chunk()
         if chunk is None:
-            most = max(min(largest_batch(self.models, self.job), LARGEST_CHUNK), 1)
-            chunk = even_chunk(self.count, most)
+            chunk = even_chunk(self.count, max(min(most, LARGEST_CHUNK), 1))
         check_settings(self.settings_file, {**self.settings(), "chunk": chunk}, REMEDY)
-        return chunk
+        return chunk, finished
 
     def _earlier_chunk(self) -> Optional[int]:
         """The chunk size of an earlier run, if readable."""
@@ -146,8 +154,7 @@ class SampleFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return None  # check_settings reports damage
 
-    def _check_memory(self, chunk: int) -> None:
-        most = largest_batch(self.models, self.job)
+    def _check_memory(self, chunk: int, most: int) -> None:
         if chunk <= most:
             return
         if not most:

@@ -24,7 +24,7 @@ from modeling.weights.metadata import GENERATOR, TOKENIZER
 from modeling.weights.opened import Opened, check_same_codes, load_tokenizer
 from modeling.weights.tensors import load_tensors, tensors_hash
 from runtime.errors import InputError
-from runtime.processes import on_main
+from runtime.processes import local_processes, on_main
 from runtime.weights import open_on_all
 
 
@@ -112,7 +112,10 @@ def largest_batch(models: Models, job: SamplingJob) -> int:
     """How many images at once fit into free memory, by a conservative estimate."""
     device, config = models.device, models.tokenizer.config
     cuda = device.type == "cuda"
-    free = free_memory(device) if cuda else psutil.virtual_memory().available
+    if cuda:
+        free = free_memory(device)
+    else:
+        free = psutil.virtual_memory().available // local_processes()
     # Decoding: some activations of the MLP's width, and pixels in float32 and as bytes.
     tokens = config.num_tokens + config.num_buffer_tokens
     pixels = 3 * config.image_size**2

@@ -6,6 +6,7 @@ given codes also tell something about the rest. `experiment.prefix_mask` replace
 """
 
 import zipfile
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Optional
@@ -67,7 +68,7 @@ def load_codes(option: str, path: str, config: TokenizerConfig) -> np.ndarray:
             if not isinstance(loaded, np.ndarray):
                 loaded = next(loaded[key] for key in KEYS if key in loaded)
         codes = np.atleast_2d(loaded)
-    except (OSError, ValueError, EOFError, StopIteration, zipfile.BadZipFile) as e:
+    except (OSError, ValueError, EOFError, StopIteration, zipfile.BadZipFile, zlib.error) as e:
         raise InputError(
             f"{source} is not a file of codes ({type(e).__name__}): use an OUTPUT_DIR_codes.npz or an .npy"
         ) from e

@@ -228,19 +228,19 @@ def check_attention(
         # Read from the tested cache: a difference in the new row shows there, not here.
         K, V = dequantized(tested, slice(p + 1))
         y_plain = attend_one(q, K, V).reshape(rows, -1)
-        pairs = [("output", y, y_plain, ROUNDING[dtype])]
+        pairs = [("output", y, y_plain, dtype)]
         names, all_positions = ("keys", "values"), slice(positions)
         for name, a, b in zip(
             names, dequantized(tested, all_positions), dequantized(expected, all_positions)
         ):
             # Behind the position, NaN must still be there.
-            pairs.append((name, a.nan_to_num(1e6), b.nan_to_num(1e6), ROUNDING[stored]))
-        for name, a, b, allowed in pairs:
+            pairs.append((name, a.nan_to_num(1e6), b.nan_to_num(1e6), stored))
+        for name, a, b, kind in pairs:
             off = ((a.float() - b).abs() / (1 + b.abs())).max().item()
-            if not off <= allowed:  # so that NaN does not pass
+            if not off <= ROUNDING[kind]:  # so that NaN does not pass
                 return (
                     f"the fused kernel's {name} at position {p} differ by {off:.2g} from the plain "
-                    f"form, where the rounding of {stored} explains {allowed:.2g}"
+                    f"form, where the rounding of {kind} explains {ROUNDING[kind]:.2g}"
                 )
     return None
 

@@ -74,7 +74,9 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def check_type(dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse bfloat16 on a GPU that only emulates it."""
+    """Refuse types other than float32 and bfloat16, and bfloat16 on a GPU that only emulates it."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise InputError(f"dtype={dtype}: choose torch.float32 or torch.bfloat16")
     if device.type == "cuda" and dtype == torch.bfloat16 and not has_bfloat16(device):
         raise InputError(
             f"{torch.cuda.get_device_name(device)} does not compute in bfloat16: use float32 (fp32)"

@@ -58,7 +58,9 @@ class Rule:
         if not is_a(value, float):
             return ""
         most = LARGEST if self.at_most is None and is_a(value, int) else self.at_most
-        if not math.isfinite(value):
+        if not is_a(value, int) and not math.isfinite(
+            value
+        ):  # some int is too large for the latter
             return "set a finite number"
         if self.above is not None and value <= self.above:
             return f"set more than {number(self.above)}"
@@ -78,6 +80,8 @@ class Rule:
             return "the text holds a control character: leave it out"
         if any(0xD800 <= ord(c) < 0xE000 for c in value):
             return "the text is not UTF-8"
+        if self.notes.get("path") and any(len(name.encode()) > 255 for name in value.split("/")):
+            return "the path holds a name of more than 255 bytes, which file systems do not have"
         if self.notes.get("path") and value.lower() in ("true", "false", "none"):
             return f"set a path (./{value} for a file of this name), or null for none"
         return ""

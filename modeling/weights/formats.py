@@ -20,6 +20,7 @@ PREFIXES = ("module", "model", "ema", "ema_model", "model_ema", "state_dict", "n
             "tokenizer")  # fmt: skip
 # Names that torch.compile, FSDP and activation checkpointing insert at any depth.
 INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+MOST_WRAPPERS = 8  # dicts around the tensors
 COUNTER = "n_averaged"  # of torch's AveragedModel, beside its `module.` tensors
 
 SAFETENSORS, PYTORCH = "safetensors", "PyTorch"  # the kinds that hold weights
@@ -75,6 +76,8 @@ def unwrap(content: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
             entry = only(
                 [e for e in ENTRIES if isinstance(content.get(e), dict) and content[e]], source
             )
+            if len(removed) == MOST_WRAPPERS:  # or one that holds itself
+                raise no_tensors(source)
             content = content[entry]
             removed.append(entry)
             continue

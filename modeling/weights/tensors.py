@@ -204,10 +204,11 @@ def describe(state: dict[str, Tensor]) -> str:
     """What a state dict seems to be, in a few words."""
 
     def rows(key: str) -> int:
-        return len(state[key])
+        return len(state[key]) if state[key].dim() else 0
 
     if {"blocks.0.attn.qkv.weight", "embeddings.weight", "output.weight"} <= state.keys():
-        size = state["embeddings.weight"].shape[1]
+        shape = state["embeddings.weight"].shape  # flat in a shard
+        size = shape[-1] if shape else 0
         name = {(768, 24): "AliTok-B, ", (1024, 24): "AliTok-L, ", (1280, 32): "AliTok-XL, "}
         depth = layers(state, "blocks.")
         return (
@@ -217,8 +218,9 @@ def describe(state: dict[str, Tensor]) -> str:
     if "quantize.embedding.weight" in state and "latent_tokens" in state:
         # Stage 1 may lack either: the head needs prefix tokens, the running mean clustering.
         stage = 1 if {"decoder.ffn_aux.0.weight", "quantize.embed_prob"} & state.keys() else 2
-        patches = state.get("encoder.positional_embedding", ())
-        prefix = " without prefix" if rows("latent_tokens") == len(patches) else ""
+        positions = "encoder.positional_embedding"
+        patches = rows(positions) if positions in state else 0
+        prefix = " without prefix" if rows("latent_tokens") == patches else ""
         return (
             f"a stage-{stage} tokenizer ({rows('latent_tokens')} tokens{prefix}, "
             f"{rows('quantize.embedding.weight')} codes, "

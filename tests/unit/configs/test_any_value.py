@@ -35,7 +35,7 @@ NAMES = list(
 )
 # A wrong type, a negative, zero, NaN, infinity, an empty text, huge numbers, YAML's odd words.
 TEXTS = [
-    "x", "", "-1", "-0.5", "0", "nan", ".inf", "1" + "0" * 30, "1e400", "9" * 5000, "null", "no",
+    "x", "", "-1", "-0.5", "0", "nan", ".inf", "1" + "0" * 30, "1" + "0" * 400, "1e400", "9" * 5000, "#5", "null", "no",
     "[1, x]", "{a: 1}", "1.5", "${x}", "???", "&a [*a]", "!!python/object:x", "\x00", "\udc80", "1:30",
 ]  # fmt: skip
 ODD = st.one_of(

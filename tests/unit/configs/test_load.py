@@ -301,7 +301,24 @@ def test_options_that_a_resume_compares_are_those_that_decide_the_weights():
     assert "dataset.params.resize" in kept and "dataset.params.train_dir" not in kept
 
 
+@pytest.mark.parametrize("text", ["", " ", "# 5"])
+@pytest.mark.parametrize("name", ["dataset.params.pretokenisation", "training.seed"])
+def test_a_value_of_which_yaml_reads_nothing_is_refused(name, text):
+    """As of a shell's variable that is not set: the option must not keep its default silently."""
+    refused(lambda: load(GeneratorRun, [B, f"{name}={text}"]), name)
+
+
 # ---------------------------------------------------------------------- files
+def test_a_run_folder_may_be_where_one_is(tmp_path, monkeypatch):
+    options = load(GeneratorRun, [B, "experiment.output_dir=elsewhere"])
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    save(options, tmp_path / "run/config.yaml")
+    monkeypatch.chdir(tmp_path / "run")
+    for config in (".", "config.yaml"):
+        found = load(GeneratorRun, [f"config={config}"])
+        assert found.experiment.output_dir == str(tmp_path / "run")
+
+
 def test_a_run_folder_brings_its_own_config(tmp_path):
     options = load(GeneratorRun, [B, "experiment.name=mine"])
     save(options, tmp_path / "config.yaml")

@@ -1,6 +1,7 @@
 """The whole command in one process, on features that cost nothing; test_features.py has the real."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,6 +258,12 @@ def test_images_of_another_size_than_the_references_are_refused(score):
     refusal(lambda: score(reference="large.npz"), "8x8", "large.npz", "16x16")
     score("--save_stats=stats.npz", samples=None, reference="large.npz")
     refusal(lambda: score(reference="stats.npz"), "8x8")
+
+
+def test_statistics_are_tried_before_the_reference_is_measured(score, monkeypatch):
+    monkeypatch.setattr(evaluate, "Evaluator", lambda *_: pytest.fail("the reference was measured"))
+    Path("blocked").write_text("a file")
+    refusal(lambda: score("--save_stats=blocked/s.npz", samples=None), "blocked")
 
 
 def test_sizes_are_compared_before_the_network_reads_an_image(score, monkeypatch):

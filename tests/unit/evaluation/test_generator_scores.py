@@ -249,6 +249,21 @@ def test_files_that_are_no_generator_are_refused(score, runs, tmp_path):
         refusal(call, weights, named)
 
 
+def test_every_generator_of_a_comparison_meets_the_caches_own_classes(score, runs, monkeypatch):
+    """One that numbers them among more classes must not change what the next one is checked against."""
+    met, original = [], generator_scores.open_generator
+
+    def renumbering(source, store):
+        met.append(list(store.classes))
+        generator = original(source, store)
+        store.use_classes([*store.classes, "one more"])
+        return generator
+
+    monkeypatch.setattr(generator_scores, "open_generator", renumbering)
+    score("--generator", runs / "a", "--cache", runs / "val", "--compare", runs / "b")
+    assert met[0] == met[1] and "one more" not in met[1]
+
+
 def test_a_damaged_checkpoint_is_not_compared(score, runs, tmp_path):
     shutil.copytree(runs / "b", tmp_path / "b")
     weights = tmp_path / "b/checkpoints/step-00000006/generator.safetensors"

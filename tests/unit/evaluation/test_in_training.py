@@ -177,8 +177,8 @@ def test_a_reference_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
     np.savez(file, np.zeros((5, 8, 8, 3), np.uint8))
     for images, named in (
         (0, ["experiment.fid_reference", "experiment.eval_every"]),
-        (1, ["experiment.fid_reference", "experiment.eval_every", "2 images"]),
-        (2, ["16x16", "8x8"]),
+        (3, ["experiment.fid_reference", "experiment.eval_every", "4 images"]),
+        (4, ["16x16", "8x8"]),
     ):
         call = partial(open_evaluator, file, images, "experiment.eval_every", WEIGHTS, 16)
         refusal(call, file, *named)

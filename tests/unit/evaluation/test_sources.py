@@ -1,3 +1,4 @@
+import tempfile
 import zipfile
 
 import numpy as np
@@ -82,6 +83,19 @@ def test_array_shorter_than_its_header_says_is_refused(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", (tmp_path / "a.npy").read_bytes()[:-10])
     refusal(lambda: open_images(path), path, "shorter than it says")
+
+
+def test_a_full_temporary_folder_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    """An array that is compressed is unpacked there."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "whole.npz"
+    np.savez_compressed(path, PIXELS)
+    monkeypatch.setattr("evaluation.sources.shutil.copyfileobj", full)
+    message = refusal(lambda: open_images(path), tempfile.gettempdir(), "No space left")
+    assert str(path) not in message
 
 
 def test_damaged_compressed_npz_is_refused(tmp_path):

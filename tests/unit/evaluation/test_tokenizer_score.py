@@ -209,6 +209,15 @@ def test_figures_are_printed_before_a_file_that_cannot_be_written(score, monkeyp
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["metrics"]["PSNR"] > 0
 
 
+def test_three_images_are_scored_too(score):
+    """Precision and recall would need more, but are not figures of a tokenizer."""
+    for path in (score.folder / "images/val").rglob("*.png"):
+        if path.stem not in ("00", "01", "02"):
+            path.unlink()
+    metrics = score()[0]["metrics"]
+    assert metrics["PSNR"] > 0 and metrics["rFID"] > 0
+
+
 def test_statistics_of_the_originals_serve_as_a_reference(score):
     _, _ = score(f"--save_stats={score.folder}/val.npz")
     with np.load(score.folder / "val.npz", allow_pickle=False) as stored:

@@ -105,6 +105,7 @@ def test_only_missing_chunks_are_made(fill_folder, monkeypatch, tmp_path):
 def test_other_settings_are_refused(fill_folder):
     fill_folder(chunk=3)
     refusal(lambda: fill_folder(chunk=3, seed=6), "seed (5 there, 6 now)")
+    refusal(lambda: fill_folder(chunk=3, engine="reference"), "engine (None there, reference now)")
 
 
 def test_a_file_of_another_origin_is_not_overwritten(fill_folder, tmp_path):
@@ -131,6 +132,13 @@ def test_nothing_is_written_where_memory_is_too_low(fill_folder, monkeypatch, tm
     fill_folder(chunk=2)
     monkeypatch.setattr(module, "largest_batch", lambda *_: 0)
     refusal(lambda: fill_folder("b"), "memory")
+
+
+def test_the_process_with_the_least_memory_decides(fill_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "gather_object", lambda mine: [*mine, 2])
+    refusal(lambda: fill_folder(chunk=3), "experiment.per_proc_batch_size=2")
+    assert not list(tmp_path.iterdir())
+    assert json.loads(fill_folder().settings_file.read_text())["chunk"] <= 2
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,15 @@ def test_codes_that_cannot_begin_an_image_are_refused(
     )
 
 
+def test_a_damaged_compressed_archive_is_no_file_of_codes(tokenizer, tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, codes=np.arange(21 * 50).reshape(50, 21) % 16)
+    data = bytearray(path.read_bytes())
+    data[60:120] = bytes(60)  # within the compressed bytes
+    path.write_bytes(data)
+    refusal(lambda: codes_of(tokenizer, prefix=str(path), prefix_rows=1), "not a file of codes")
+
+
 def test_another_archive_is_no_file_of_codes(tokenizer, tmp_path):
     np.savez(tmp_path / "a.npz", pixels=CODES)
     refusal(lambda: codes_of(tokenizer, prefix=f"{tmp_path}/a.npz"), tmp_path / "a.npz")
@@ -315,6 +324,12 @@ def test_the_reference_engine_caches_in_float32_whatever_the_precision(models, j
         for precision in ("bf16", "fp32")
     ]
     assert largest[0] == largest[1] < largest_batch(models, replace(job, precision="bf16"))
+
+
+def test_processes_of_one_machine_share_its_memory(models, job, little_memory, monkeypatch):
+    alone = largest_batch(models, job)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert 0 < largest_batch(models, job) <= alone / 2
 
 
 def test_prefilling_counts_as_memory(models, job, little_memory):

@@ -69,6 +69,11 @@ def test_bfloat16_is_refused_before_ampere(monkeypatch):
             check_type(torch.bfloat16, gpu)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_types_are_refused_by_name(dtype):
+    refusal(lambda: check_type(dtype, torch.device("cpu")), str(dtype), "torch.bfloat16")
+
+
 def test_default_type_is_what_the_device_computes_in(monkeypatch):
     assert default_dtype(torch.device("cpu")) == torch.float32
     for capability, dtype in (((7, 5), torch.float32), ((9, 0), torch.bfloat16)):

@@ -12,6 +12,7 @@ from torch import nn
 
 from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights.formats import unwrap
 from modeling.weights.tensors import (
     describe,
     load_tensors,
@@ -284,6 +285,12 @@ def test_what_holds_no_one_set_of_weights_is_refused(tmp_path, content, named):
     refused(tmp_path / "w.pth", named)
 
 
+def test_a_dict_that_holds_itself_is_refused(tmp_path):
+    content = {"step": 3}
+    content["model"] = content
+    refusal(lambda: unwrap(content, "w.pth"), "w.pth")
+
+
 CRITIC = {"block_in.0.weight": torch.ones(2), "to_logits.0.bias": torch.zeros(1)}
 IN_CRITERION = {f"discriminator.{name}": tensor for name, tensor in CRITIC.items()}
 
@@ -366,6 +373,16 @@ def test_description_tells_what_a_file_is(expected):
 
 def test_empty_file_is_described():
     assert "0 tensors" in describe({})
+
+
+@pytest.mark.parametrize("shape", [(), (6,)])
+def test_flat_tensors_are_described(shape):
+    """As in a file of one rank's shards, which no model fits."""
+    for names in (
+        ("blocks.0.attn.qkv.weight", "embeddings.weight", "output.weight"),
+        ("quantize.embedding.weight", "latent_tokens", "encoder.positional_embedding"),
+    ):
+        assert "codes" in describe(dict.fromkeys(names, torch.zeros(shape)))
 
 
 # ---------------------------------------------------------------------- loading

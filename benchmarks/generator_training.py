@@ -157,6 +157,8 @@ def main() -> None:
         "--cudnn", action="store_true", help="cuDNN's attention before PyTorch's, to try"
     )
     args = parser.parse_args()
+    if unknown := [name for name in args.models if name not in ("small", *SIZES)]:
+        parser.error(f"model {unknown[0]}: choose from small, {', '.join(SIZES)}")
     print(machine())
     first = [SDPBackend.CUDNN_ATTENTION] * args.cudnn
     backends = [*first, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

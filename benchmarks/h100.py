@@ -405,6 +405,14 @@ def main() -> int:
         readme.write_text(README.read_text())
     states = json.loads(states_file.read_text()) if states_file.exists() else {}
     device = machine() + (" (tiny: figures mean nothing)" if args.tiny else "")
+    known = args.output / "device.txt"
+    if known.exists() and known.read_text() != device:
+        print(
+            f"{args.output} holds figures of {known.read_text()}: pass another --output",
+            file=sys.stderr,
+        )
+        return 2
+    known.write_text(device)
     fill(readme, [("## CUDA device", "device", 1, device)])
     chosen = [step for step in steps() if not args.only or args.only in step.name]
     outputs: dict[tuple[str, ...], tuple[str, str]] = {}  # by command

@@ -78,13 +78,14 @@ def drawn(engine: Engine, inputs: Inputs) -> Tensor:
 
 def drawn_after(engine: Engine, inputs: Inputs, codes: Tensor) -> Tensor:
     """The codes (N, T) that an engine draws, each after those of `codes` (N, T) before it."""
-    functions, found = engine.functions, []
+    functions, graph, found = engine.functions, engine.graph, []
+    engine.graph = None  # a captured step would not call the teacher
     for batch, given in zip(inputs, codes.split(engine.batch)):
         teacher = Teacher(functions.choose, given)
         engine.functions = functions._replace(choose=teacher)
         engine.sample(*batch)
         found.append(torch.stack(teacher.drawn, 1))
-    engine.functions = functions
+    engine.functions, engine.graph = functions, graph
     return torch.cat(found)
 
 

@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--json", help="write what was counted to this file")
     args = parser.parse_args()
     if unknown := [size for size in args.sizes if size not in SIZES]:
-        parser.error(f"size {unknown[0]}: choose of {', '.join(SIZES)}")
+        parser.error(f"size {unknown[0]}: choose from {', '.join(SIZES)}")
     print(
         f"Modelled for one H100 from code made by torch {torch.__version__} on this machine. "
         f"No time below is measured."

@@ -103,7 +103,7 @@ def seconds(work: Callable[..., object], *arguments: object) -> float:
 def limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes/s of a large copy and FLOP/s of a large product, measured here.
 
-    Many a CPU multiplies bf16 matrices faster as float32.
+    Many CPUs multiply bf16 matrices faster after a conversion to float32.
     """
     return copy_rate(device), max(product_rate(device, kind) for kind in {dtype, torch.float32})
 
@@ -134,8 +134,8 @@ def roofline(
     return codes, 2 * decoder * tokens * batch / flops
 
 
-def writing_rate(images: Tensor, codes: Tensor) -> float:
-    """Seconds of pictures and part of one batch, as sample_imagenet.py writes them."""
+def writing_seconds(images: Tensor, codes: Tensor) -> float:
+    """Seconds to write the pictures and the part of one batch, as sample_imagenet.py does."""
     arrays = images.cpu().numpy()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         paths = [Path(folder) / f"{i:06d}.png" for i in range(len(arrays))]
@@ -192,7 +192,7 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
             f"{'fused' if engine.fused else 'plain'} attention, {streams} streams: "
             f"{batch / total:.3f} images/s; codes {batch / sampled:.3f}/s "
             f"({sampled / config.image_seq_len * 1e3:.2f} ms per step), decoding "
-            f"{batch / decoded:.3f}/s, writing {batch / writing_rate(images, codes):.1f}/s (beside "
+            f"{batch / decoded:.3f}/s, writing {batch / writing_seconds(images, codes):.1f}/s (beside "
             f"the others); cache "
             f"{batch * cache_bytes(config, sampling, dtype, args.cache) / 2**30:.2f} GiB"
             + (f", peak {peak / 2**30:.2f} GiB" if cuda else "")

@@ -32,6 +32,7 @@ from modeling.compiling import compile_blocks
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
+from training.utilisation import peak_flops
 
 STAGE1: dict[str, Any] = dict(num_buffer_tokens=1, causal=True, prefix_head=True, clustering=True)
 SMALL: dict[str, Any] = dict(
@@ -40,8 +41,6 @@ SMALL: dict[str, Any] = dict(
 )  # fmt: skip
 MODES = ("exact", "fast")
 PARTS = ("data", "encoder", "decoder", "losses", "backward", "optimizer")
-# Dense bf16 peaks of the makers' data sheets, in FLOP/s, by a part of the device's name.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}
 
 
 class Mode:
@@ -208,7 +207,7 @@ def main() -> None:
         critics = [critic_ms(mode, batch, steps, args.compile) for mode in modes * args.critic]
         del batches  # ends the workers before their folder goes
 
-    peak = next((v for k, v in PEAKS.items() if cuda and k in torch.cuda.get_device_name()), None)
+    peak = peak_flops(device, "bf16")
     print(
         f"{machine()}; batch {batch}, {'without' if args.no_perceptual else 'with'} ConvNeXt-S, "
         f"{flops / 1e9:.1f} GFLOP an image and step in the tokenizer"

@@ -4,13 +4,15 @@
 """
 
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+from runtime.arguments import Parser, as_path
+from runtime.program import run
 
 VALIDATION = 297
 
@@ -33,5 +35,11 @@ def write_digits(folder: Path) -> None:
                 target.write_bytes(content.getvalue())
 
 
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python -m quickstart.digits", description="Write the digits as images.")
+    parser.add_argument("folder", type=as_path, help="folder to write train/ and val/ into")
+    write_digits(parser.parse_args(argv).folder)
+
+
 if __name__ == "__main__":
-    write_digits(Path(sys.argv[1]))
+    run(main)

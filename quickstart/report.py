@@ -26,6 +26,7 @@ from evaluation.reconstruction import (
 )
 from modeling.tokenizer import Tokenizer
 from modeling.weights.tensors import load_tensors, read_state_dict
+from runtime.arguments import Parser, as_path
 from runtime.program import run
 
 CPU = torch.device("cpu")
@@ -121,7 +122,9 @@ def copied_share(folder: Path) -> float:
 
 
 def main(argv: list[str]) -> None:
-    folder = Path(argv[0])
+    parser = Parser(prog="python -m quickstart.report", description="Report on a quickstart.")
+    parser.add_argument("folder", type=as_path, help="folder of a finished quickstart")
+    folder = parser.parse_args(argv).folder
     stage1, _ = validation_metrics(folder, 1)
     stage2, pairs = validation_metrics(folder, 2)
     write_picture(pairs, folder / "reconstructions.png", 12)

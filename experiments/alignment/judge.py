@@ -29,6 +29,13 @@ def check_codes_are_shared(folder: Path) -> None:
         )
 
 
+def load_samples(file: Path) -> np.ndarray:
+    """uint8 images (N, S, S, 3)."""
+    if not file.is_file():
+        raise InputError(f"no {file}: pass a run of the study that has been sampled")
+    return np.load(file)["arr_0"]
+
+
 def main(argv: list[str]) -> None:
     parser = Parser(
         prog="python -m experiments.alignment.judge", description="Judge a run's images."
@@ -39,7 +46,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.decoder == "stage2":
         check_codes_are_shared(args.run)
-    images = np.load(args.run / SAMPLES[args.decoder])["arr_0"]
+    images = load_samples(args.run / SAMPLES[args.decoder])
     judge = Judge(args.data, images.shape[1])
     found = {**judge.of_samples(images), **judge.of_validation(), "copied": copied_share(args.run)}
     print(json.dumps(found))

@@ -5,14 +5,13 @@ rate-distortion function by reverse water-filling: Cover and Thomas, Elements of
 the PSNR of 256 patches of k-means, which is what codes of 8 bits reach without sharing anything.
 """
 
-from pathlib import Path
-
 import numpy as np
 from scipy.optimize import brentq
 from sklearn.cluster import MiniBatchKMeans
 
 from experiments.alignment.photo_score import crops
 from runtime.arguments import Parser, as_path, number
+from runtime.errors import InputError
 from runtime.program import run
 
 IMAGES, CODES = 1000, 256
@@ -51,7 +50,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("size", type=number(8, 4096), help="side of the centre crops in pixels")
     parser.add_argument("patch", type=number(1, 512), nargs="+", help="sides of patches in pixels")
     args = parser.parse_args(argv)
-    images = crops(Path(args.folder), args.size, IMAGES)
+    for side in args.patch:
+        if args.size % side:
+            raise InputError(f"{side}: choose a patch whose side divides {args.size} pixels")
+    images = crops(args.folder, args.size, IMAGES)
     print("| patch | bits needed for 30 dB | PSNR of 256 means, dB |\n| --- | --- | --- |")
     for side in args.patch:
         vectors = patches(images, side)

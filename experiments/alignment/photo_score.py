@@ -24,7 +24,7 @@ from data.pictures import to_pixels
 from data.tokens import TokenStore
 from evaluation.metrics import frechet_distance
 from experiments.alignment.dependence import evenly
-from experiments.alignment.judge import SAMPLES, check_codes_are_shared
+from experiments.alignment.judge import SAMPLES, check_codes_are_shared, load_samples
 from experiments.alignment.rows import GUIDANCE
 from modeling.weights.metadata import TOKENIZER
 from modeling.weights.opened import load_tokenizer, open_weights
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
     if args.decoder == "stage2":
         check_codes_are_shared(args.run)
     name = Path(SAMPLES[args.decoder]).stem
-    samples = {scale: np.load(args.run / f"{name}_{scale}.npz")["arr_0"] for scale in GUIDANCE}
+    samples = {scale: load_samples(args.run / f"{name}_{scale}.npz") for scale in GUIDANCE}
     size, features = next(iter(samples.values())).shape[1], Features()
     held_out = features(crops(args.data / "val", size))
     trained = features(crops(args.data / "train", size, len(held_out)))

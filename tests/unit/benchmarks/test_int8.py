@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_generator_is_by_default_that_of_the_configs_run(models, nowhere):
 
 
 # ---------------------------------------------------------------------- its parts
+def test_a_captured_step_is_not_replayed_where_the_draws_are_the_teachers(models):
+    """A CUDA graph holds the engine's own draws."""
+    engine = Engine(models, 4, Sampling(2.0))
+    inputs = [(torch.arange(4) % 3, torch.rand(4, 21))]
+    codes = int8.drawn(engine, inputs)
+    engine.graph = graph = SimpleNamespace(replay=lambda: pytest.fail("the graph was replayed"))
+    assert torch.equal(int8.drawn_after(engine, inputs, codes), codes)
+    assert engine.graph is graph
+
+
 def test_teacher_forced_difference_stays_in_its_step(models):
     inputs = [(torch.arange(4) % 3, torch.rand(4, 21)), (torch.arange(4) % 3, torch.rand(4, 21))]
     engine = Engine(models, 4, Sampling(2.0))

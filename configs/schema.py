@@ -578,7 +578,8 @@ class Phase(Options):
         at_least=1,
     )
     reset_optimizer: bool = option(
-        False, "Start the phase with empty moments of Adam, as a published restart does."
+        False,
+        "Start the phase with empty moments of Adam and another warm-up, as a published restart does.",
     )
 
 
@@ -605,7 +606,8 @@ class TokenizerOptimizerParams(Options):
     weight_decay: float = option(0.01, "Weight decay.", at_least=0, at_most=1000)
     warmup_steps: int = option(
         10_000,
-        "The tokenizer's own steps of linear warm-up at the start of the run; 0: none.",
+        "The tokenizer's own steps of linear warm-up, at the start of the run and of phases that reset "
+        "the optimizer; 0: none.",
         at_least=0,
     )
     count_from: int = option(

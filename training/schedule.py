@@ -67,7 +67,8 @@ def phase_lr(phases: list[Phase], step: int) -> float:
 
 
 def tokenizer_lr(phases: list[Phase], step: int, params: TokenizerOptimizerParams) -> float:
-    """Learning rate of step 1…total: that of the phase, scaled by one warm-up at the start of the run.
+    """Learning rate of step 1…total: that of the phase, scaled by a warm-up at the start of the run and of
+    every phase that resets the optimizer, whose empty moments need one as well.
 
     The warm-up counts steps that train the tokenizer, from `count_from`: with 0, as published, the first
     has rate 0.
@@ -75,5 +76,8 @@ def tokenizer_lr(phases: list[Phase], step: int, params: TokenizerOptimizerParam
     lr = phase_lr(phases, step)
     if not params.warmup_steps:
         return lr
-    done = tokenizer_steps(phases, step) - 1 + params.count_from
+    starts = zip(phases, phase_steps(phases))
+    resets = [s.start for phase, s in starts if phase.reset_optimizer and s.start <= step]
+    before = tokenizer_steps(phases, max(resets, default=1) - 1)
+    done = tokenizer_steps(phases, step) - before - 1 + params.count_from
     return lr * min(1.0, done / params.warmup_steps)

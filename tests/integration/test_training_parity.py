@@ -51,7 +51,7 @@ training: {per_gpu_batch_size: 2, numerics: published, max_train_steps: 7}
 PUBLISHED_TOKENIZER = [
     "optimizer.params.beta1=0.9", "optimizer.params.beta2=0.999",
     "optimizer.params.weight_decay=0.01", "optimizer.params.count_from=0",
-    "optimizer.params.critic_learning_rate=1e-4", "losses.critic_weight=0.1",
+    "losses.critic_weight=0.1",
     "training.max_grad_norm=0",
 ]  # fmt: skip
 PUBLISHED_GENERATOR = ["lr_scheduler.params.count_from=0", "training.max_grad_norm=1.0"]
@@ -258,7 +258,7 @@ def check_tokenizer(golden, recorder, run, stage, warm):
     # The checkpoint of the last step, and the exported tokenizer
     saved = run / f"checkpoints/step-{len(kinds):08d}"
     end = read_state_dict(saved / "tokenizer.safetensors")
-    # The keys' biases, which softmax does not see, are noise: they are within the sums.
+    # The keys' biases, which softmax does not see, are noise.
     keys = [name for name in tokenizer.names if name.endswith("attn.in_proj.bias")]
     tokenizer.check_end(end, 3e-3, 1e-3, keys)
     critic.check_end(read_state_dict(saved / "discriminator.safetensors"), 1e-2, 1e-2, CRITIC_LOOSE)

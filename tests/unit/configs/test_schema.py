@@ -99,6 +99,7 @@ def test_tokenizer_presets_hold_the_published_phases(stage, main_steps, warmup):
         (main_steps, 1e-4, 2e-5, 1.0, 0.0, 0.0),
         (100_000, 2e-5, 2e-6, 1.0, 0.0, 0.005),  # 0.1 × 0.05
     ]
+    assert [p.reset_optimizer for p in options.phases] == [False, True, True]
     optimizer = options.optimizer.params
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.999, 0.01)
     assert (optimizer.warmup_steps, options.training.per_gpu_batch_size) == (warmup, 48)

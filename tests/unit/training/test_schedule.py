@@ -108,6 +108,18 @@ def test_a_new_phase_is_not_warmed_up_again():
     assert tokenizer_lr(PHASES, 251, warmup(10)) == tokenizer_lr(PHASES, 251, warmup(0))
 
 
+def test_a_phase_that_resets_the_optimizer_is_warmed_up_again():
+    """As a program that is restarted: its moments are empty and its steps count from the start."""
+    phases = [
+        Phase("plain", 20, 1e-4),
+        Phase("again", 20, 1e-4, reset_optimizer=True),
+        Phase("gan", 20, 1e-4, gan_weight=0.1, reset_optimizer=True),
+    ]
+    shares = {1: 0.1, 10: 1, 20: 1, 21: 0.1, 30: 1, 40: 1, 41: 0.1, 43: 0.2, 45: 0.3, 60: 1}
+    for step, share in shares.items():
+        assert tokenizer_lr(phases, step, warmup(10)) == exactly(share * 1e-4), step
+
+
 # ---------------------------------------------------------------------- as published
 def test_published_generator_schedule_starts_from_rate_zero_one_step_later():
     ours = SchedulerParams(1e-3, 3, 1e-5, count_from=1)

@@ -36,7 +36,7 @@ from modeling.weights.opened import load_tokenizer
 from runtime.arguments import Parser, new_file, number, path
 from runtime.errors import InputError
 from runtime.files import try_to_write
-from runtime.processes import on_main, start_processes
+from runtime.processes import check_same, on_main, start_processes
 from runtime.program import run
 from runtime.published import WEIGHTS, MissingFile
 from runtime.weights import open_on_all
@@ -147,6 +147,7 @@ def open_networks(
             networks.append(open_network(name, processes.device, WEIGHTS))
         except InputError as e:
             missing.append(f"features {name} were not computed: {e}")
+    check_same({"features": [network.identity for network in networks]}, "other networks")
     if not networks:
         raise InputError("; ".join(missing))
     return networks, missing
@@ -159,6 +160,8 @@ def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> Non
     device, missing = processes.device, []
     network = if_there("rFID", lambda: Inception(device, WEIGHTS), missing)
     lpips = if_there("LPIPS", lambda: LPIPS(WEIGHTS).to(device), missing)
+    there = {"rFID": network and network.identity, "LPIPS": lpips is not None}
+    check_same(there, "other networks")
     if args.save_stats and network is None:
         raise InputError(f"--save_stats writes the features of Inception: {missing[0]}")
     picture = Path(args.picture or "output/reconstruction.png")

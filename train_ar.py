@@ -47,7 +47,7 @@ from modeling.weights.metadata import GENERATOR, TOKENIZER, About, about_model
 from modeling.weights.opened import Opened, load_tokenizer
 from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
-from runtime.processes import compiles, device_name, on_main
+from runtime.processes import check_same, compiles, device_name, on_main
 from runtime.program import run as run_program
 from runtime.published import WEIGHTS
 from runtime.randomness import seed_step
@@ -187,6 +187,8 @@ def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
             f"holds no images; leave it out, or set dataset.params.train_dir to train on images "
             f"(pretokenization.py has --skip_unreadable)"
         )
+    files = store.manifest.get("files", [])  # none in the published layout
+    check_same({"codes": hash_of_texts(file["sha256"] for file in files)}, "another cache")
     return TrainingSet(
         str(store.folder), TrainTokens(store, *draws_of(options)), store.images, store.views,
         store.labels, store.classes, skip_unreadable=None, identity=on_main(store.identity),
@@ -390,12 +392,23 @@ def report_validation(
     if found is None:
         return
     figures, values = found.figures(), run.checkpoint.values
-    logged = on_main(lambda: run.log.lowest("val/loss"))
+    logged = on_main(lambda: run.log.lowest("val/loss", values.get("best since", 1)))
     if figures["nats"] < min(values.get("best", float("inf")), logged):
         values["best"] = figures["nats"]
         run.export(generator, "generator_best", ".bin", about)
     # The record comes last, because it says that the export is done.
     run.log.metrics(step, {"val/loss": figures["nats"], "val/accuracy": figures["top1"]})
+
+
+def forget_other_best(run: Run, validation: Optional[TokenCache]) -> None:
+    """Forget the lowest loss of other held-out codes, or of weights that a fork left in another folder."""
+    if validation is None:
+        return
+    values, held_out = run.checkpoint.values, on_main(validation.identity)
+    if run.checkpoint.forks or values.get("held out", held_out) != held_out:
+        values.pop("best", None)
+        values["best since"] = run.first_step
+    values["held out"] = held_out
 
 
 def report_samples(run: Run, step: int, generator: Generator, data: GeneratorData) -> None:
@@ -468,6 +481,7 @@ def main(argv: list[str]) -> None:
     if isinstance(state.generator, Generator):  # of another backbone, the FLOPs are unknown
         run.flops_per_image = training_flops(state.config)
     describe_run(run, state, data)
+    forget_other_best(run, data.validation)
     report(run, run.first_step - 1, run.missing_reports(), state, data)
 
     for step in run.steps():

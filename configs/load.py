@@ -144,12 +144,28 @@ def lasting(options: Any) -> dict[str, Any]:
     return {name: flat[name] for name in flat if re.sub(r"\[\d+\]", "[i]", name) in kept}
 
 
+def entry(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """The section of nested options that holds `section.option`, and the option's own name."""
+    *sections, last = name.split(".")
+    return reduce(dict.__getitem__, sections, values), last
+
+
 def save(options: Any, path: str | Path) -> None:
-    """Write the options of a run, but for those that nothing read, as YAML that `load` reads again."""
-    values = asdict(options)
+    """Write the options of a run, but for those that nothing read, as YAML that `load` reads again.
+
+    An option that follows another one by default (`${…}`), and equals it, follows it again when it is read.
+    """
+    values, flat = asdict(options), flatten(asdict(options))
+    for name, option in declared(type(options)).items():
+        default = option.default
+        if isinstance(default, str) and default.startswith("${") and name in flat:
+            followed = default[2:-1]
+            if followed not in options.unread and flat[name] == flat[followed]:
+                section, last = entry(values, name)
+                section[last] = default
     for name in options.unread:
-        *sections, last = name.split(".")
-        del reduce(dict.__getitem__, sections, values)[last]
+        section, last = entry(values, name)
+        del section[last]
     text = yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
     write_whole(path, text.encode())
 

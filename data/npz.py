@@ -124,7 +124,7 @@ def export_npz(store: TokenCache, blocks: Iterable[np.ndarray], folder: Path) ->
     """
     if folder.exists():
         raise InputError(f"{folder} exists: choose another --output")
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(folder.name + ".export")  # .partial is pretokenization's
     paths = store.paths(store.images)
     for path, label in zip(paths, store.labels.tolist()):
         if path.split("/")[0] != store.classes[label] or ".." in path.split("/"):

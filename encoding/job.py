@@ -41,7 +41,7 @@ from encoding.encoder import encode
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
 from runtime.files import lock_folder, sync_folder, writing
-from runtime.parts import Parts, batches_of, check_settings, differing
+from runtime.parts import Parts, batches_of, check_settings, differing, share_of
 from runtime.processes import check_same, on_main, progress
 
 BATCHES_PER_PART = 16  # a killed run loses at most this many per process
@@ -141,6 +141,11 @@ class WorkFolder:
         facts = [self.parts.read(n, "facts") for n in numbers]
         return np.array(indices, np.int64), np.concatenate([np.empty((0, 4), np.int64), *facts])
 
+    def unreadable(self) -> list[int]:
+        """Indices of the unreadable images in finished parts."""
+        indices, facts = self.finished()
+        return indices[facts[:, 0] == 0].tolist()
+
     def refuse_edited(self) -> None:
         """Raise InputError if images changed after they were encoded.
 
@@ -206,10 +211,9 @@ def encode_folder(
     on_main(work.claim)
     on_main(work.refuse_edited)
 
-    missing = work.parts.missing(processes.process_index, processes.num_processes)
-    indices, facts = work.finished()
-    skipped = indices[facts[:, 0] == 0].tolist()
-    processes.wait_for_everyone()  # before a rank adds a part that another would count
+    # As the main process sees them: a network's file system may show the others the past.
+    left, skipped = on_main(lambda: (work.parts.missing(), work.unreadable()))
+    missing = share_of(left, processes.process_index, processes.num_processes)
     work.refuse_too_many(skipped)
     source = ReadableCrops(images.paths, plan)
     if plan.dtype != "fp32" and processes.is_main_process:
@@ -232,6 +236,8 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
     """Make the cache from the finished parts, move it into place and remove the work folder."""
     plan, images, paths = work.plan, work.images, work.paths
     indices, facts = work.finished()
+    if len(indices) < len(paths):  # a part that a process made does not show yet, or was removed
+        raise InputError(f"{work.folder} lacks parts: run the same command again")
     skipped = indices[facts[:, 0] == 0].tolist()
     work.refuse_too_many(skipped)
     kept = sorted(set(range(len(paths))).difference(skipped))

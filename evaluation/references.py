@@ -1,5 +1,7 @@
 """Reference statistics: from images, from other projects' files, or from our own."""
 
+import os
+import secrets
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,7 +15,7 @@ from evaluation.features import FeatureNetwork
 from evaluation.sources import npz_images, npz_keys, npz_values, open_images
 from evaluation.statistics import SetStatistics, measure
 from runtime.errors import InputError
-from runtime.files import whole_file
+from runtime.files import whole_file, writing
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names; other projects have the first two
 # The parts of `SetStatistics` by their names in files.
@@ -62,7 +64,8 @@ def check_sizes(name: str, size: tuple[int, int], samples: Optional[tuple[int, i
     if samples is not None and size != samples:
         raise InputError(
             f"the samples have {samples[1]}x{samples[0]} pixels, {name} has {size[1]}x{size[0]}: "
-            f"compare images of one size"
+            f"compare images of one size (evaluate.py --reference DIR --crop SIZE --save_stats FILE.npz "
+            f"makes a reference of centre crops)"
         )
 
 
@@ -128,5 +131,11 @@ def save_statistics(side: SetStatistics, path: str | Path, identity: str) -> Non
     for key, value in (("images", side.images), ("size", side.size)):
         if value is not None:
             arrays[key] = np.asarray(value)
-    with whole_file(path) as partial, open(partial, "wb") as file:
+    path = Path(path)
+    own = path.with_name(
+        f"{path.name}.{secrets.token_hex(4)}"
+    )  # another job may write the same file
+    with whole_file(own) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)
+    with writing(path):
+        os.replace(own, path)

@@ -20,6 +20,7 @@ from evaluation.metrics import Moments
 from evaluation.report import table_of
 from evaluation.sources import open_images
 from runtime.parts import share_of
+from runtime.processes import on_main
 from runtime.published import MissingFile
 
 INCEPTION_SIZE = 299  # pixels
@@ -103,8 +104,10 @@ def published_checks(
 
     All processes call this; only the main process yields checks.
     """
-    batches = [name for name in ADM_BATCHES if (folder / name).is_file()]
-    if not batches or not (folder / ADM_REFERENCE).is_file():
+    files = (ADM_REFERENCE, *ADM_BATCHES)
+    there = on_main(lambda: [name for name in files if (folder / name).is_file()])
+    batches = [name for name in ADM_BATCHES if name in there]
+    if not batches or ADM_REFERENCE not in there:
         return
     reference = folder / ADM_REFERENCE
     evaluator = Evaluator(reference, processes, folder, batch, workers, half_manifold=True)

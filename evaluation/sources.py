@@ -77,7 +77,8 @@ class FolderImages:
             if (height, width) != (first_height, first_width):
                 raise InputError(
                     f"{path} is {width}x{height} pixels, not {first_width}x{first_height} like "
-                    f"{Path(str(self.paths[0])).name}: crop all images to one size, or pass --crop SIZE"
+                    f"{Path(str(self.paths[0])).name}: crop all images to one size, or pass --crop SIZE to "
+                    f"evaluate.py (for other programs with --save_stats FILE.npz, as their reference)"
                 )
             images[i] = loaded
         return images

@@ -110,9 +110,10 @@ def main(argv: list[str]) -> None:
         **{name: shared[name] for name in shared.keys() - {"guidance_scale", "guidance_scale_pow"}},
     }
     on_main(lambda: check_settings(output / "sweep.json", settings, REMEDY))
+    done = on_main(lambda: {cell for cell in folders if cell_file(output, *cell).exists()})
     for (scale, power), folder in folders.items():
         result = cell_file(output, scale, power)
-        if not result.exists():
+        if (scale, power) not in done:
             processes.print(f"guidance scale {scale:g}, power {power:g}")
             score_cell(folder, evaluator, result)
         elif processes.is_main_process:

@@ -9,6 +9,7 @@ OUTPUT_grid.png          the first images as one picture, if wanted
 """
 
 import json
+import os
 import shutil
 import zipfile
 from collections import deque
@@ -33,8 +34,8 @@ from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import UNSEEN
 from runtime.errors import InputError
 from runtime.files import lock_folder, whole_file, writing
-from runtime.parts import Parts, batches_of, check_settings
-from runtime.processes import on_main, progress, set_matmul_precision
+from runtime.parts import Parts, batches_of, check_settings, share_of
+from runtime.processes import check_same, on_main, progress, set_matmul_precision
 
 LARGEST_CHUNK = 1024  # images; every step reads the weights and starts its kernels once per chunk
 SHARES = 8  # chunks are a multiple of it, so that 1, 2, 4 or 8 processes have equally many
@@ -102,6 +103,7 @@ class SampleFolder:
         too small; finished chunks stay.
         """
         set_matmul_precision(self.job.precision)
+        check_same(self.settings(), "other weights or options")
         lock: list[IO[str]] = []  # held until all is written, or this process ends
         # Of all processes: the chunk must fit where memory is smallest.
         most = min(gather_object([largest_batch(self.models, self.job)]))
@@ -114,8 +116,8 @@ class SampleFolder:
             self.processes.print(f"{self.images_file} is complete: {self.count} images")
             return self.images_file
         parts = Parts(self.output / "chunks", -(-self.count // chunk))
-        numbers = parts.missing(self.processes.process_index, self.processes.num_processes)
-        self.processes.wait_for_everyone()  # before a rank adds a chunk that another would count
+        rank, world = self.processes.process_index, self.processes.num_processes
+        numbers = share_of(on_main(parts.missing), rank, world)
         if numbers:
             self._write_chunks(parts, chunk, numbers)
         self.processes.wait_for_everyone()
@@ -208,6 +210,7 @@ class SampleFolder:
                 # Before the chunk, which implies that its pictures exist.
                 names = [self.output / f"{i:06d}.png" for i in batch.indices]
                 list(painters.map(write_png, batch.images, names))
+                os.sync()  # once for all of them
             parts.write(number, images=batch.images, codes=batch.codes.astype(np.uint16))
         bar.update(len(batch.indices))
 

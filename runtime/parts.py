@@ -67,10 +67,10 @@ class Parts:
     def path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.npz"
 
-    def missing(self, rank: int, world: int) -> list[int]:
-        """This rank's share of the parts that do not exist yet."""
-        left = [i for i in range(self.count) if not self.path(i).exists()]
-        return share_of(left, rank, world)
+    def missing(self) -> list[int]:
+        """The parts that do not exist yet. The main process asks (`runtime.processes.on_main`): a network's
+        file system may show the others the past."""
+        return [i for i in range(self.count) if not self.path(i).exists()]
 
     def write(self, number: int, **arrays: Any) -> None:
         """Write the named arrays as part `number`."""

@@ -21,8 +21,8 @@ from runtime.parts import differing
 
 T = TypeVar("T")
 
-# How long a process of a job waits for the others, which may have larger shares or slower devices.
-# A process that dies is not waited for: its launcher stops the others.
+# How long a process of a job waits for the others, which may have larger shares or slower devices. If a
+# process dies, its launcher stops those of its machine, and `srun --kill-on-bad-exit=1` those of the others.
 TIMEOUT = timedelta(hours=24)
 
 
@@ -62,7 +62,8 @@ def check_same(facts: dict[str, Any], what: str) -> None:
     changed = differing(on_main(lambda: facts), facts, ("on the main process", "here"))
     if changed:
         raise InputError(
-            f"a process has {what} than the main process: {changed}; give all machines the same files"
+            f"a process has {what} than the main process: {changed}; give all machines the same command and "
+            f"files"
         )
 
 

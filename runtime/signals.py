@@ -94,7 +94,8 @@ class StopSignal:
                 return store.wait([answer], timedelta(seconds=1))
             except dist.DistStoreError as e:
                 now, asked = time.monotonic(), self.request.at
-                if now - started > self.timeout or (asked and now - asked > ANSWER_WITHIN):
+                late = asked and now - max(asked, started) > ANSWER_WITHIN
+                if now - started > self.timeout or late:
                     raise InputError(
                         "another rank died or does not answer: see its messages, then run the same "
                         "command again to resume"

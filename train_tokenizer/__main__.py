@@ -57,7 +57,7 @@ from evaluation.reconstruction import (
 from modeling.compiling import compile_blocks, inductor_or_eager
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
 from modeling.weights.metadata import DECODER, DISCRIMINATOR, ENCODER, TOKENIZER, about_model
-from modeling.weights.opened import Opened
+from modeling.weights.opened import Opened, open_weights
 from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
 from runtime.processes import compiles, on_main
@@ -157,12 +157,17 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     return tokenizer
 
 
-def load_stage1(run: Run, tokenizer: Tokenizer) -> None:
+def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
     """For a new run of stage 2 without initial weights: load encoder, codebook and, by default, decoder
-    of stage 1. Raises InputError if they are missing or do not fit."""
-    experiment, model = run.options.experiment, run.options.model
+    of stage 1; returns a line for the log.
+
+    Raises InputError if they are missing or do not fit, or if a resumed run has those of another stage 1.
+    """
+    experiment, model, values = run.options.experiment, run.options.model, run.checkpoint.values
+    if run.resumed:
+        on_main(lambda: check_same_stage1(values.get("stage1"), experiment.stage1_checkpoint, run))
     if model.stage == 1 or run.resumed or experiment.init_weights is not None:
-        return
+        return ""
     if experiment.stage1_checkpoint is None:
         raise InputError(
             "stage 2 needs the tokenizer of stage 1: set experiment.stage1_checkpoint=RUN_DIR or a "
@@ -181,6 +186,46 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> None:
             f"{weights.file} is not a checkpoint of stage 1 but {describe(weights.state)}: pass stage "
             f"1's run, or set model.decoder_init=scratch to take only encoder and codebook from it"
         )
+    values["stage1"] = {
+        "path": experiment.stage1_checkpoint, "hash": fingerprint(weights.state)
+    }  # fmt: skip
+    folder = Path(experiment.stage1_checkpoint)
+    if (
+        weights.file.is_relative_to(folder / "checkpoints")
+        and not (folder / "tokenizer.pth").is_file()
+    ):
+        run.checkpoint.warnings.append(
+            f"{folder} has not finished: stage 2 keeps the encoder of {weights.file.parent.name} for good"
+        )
+    taken = "encoder, codebook and decoder" if from_stage1 else "encoder and codebook"
+    return f"{taken} from {weights.file}"
+
+
+def check_same_stage1(recorded: Optional[dict[str, str]], path: Optional[str], run: Run) -> None:
+    """Raise InputError if a resumed run of stage 2 froze another encoder or codebook than those at `path`.
+
+    `recorded` is what `load_stage1` noted. At the same path, stage 1 may be gone, or may have continued,
+    which is only warned of.
+    """
+    if recorded is None or path is None:
+        return
+    try:
+        now = fingerprint(open_weights(path, TOKENIZER).state)
+    except InputError:
+        if path == recorded["path"]:
+            return
+        raise
+    if now == recorded["hash"]:
+        return
+    if path == recorded["path"]:
+        run.checkpoint.warnings.append(
+            f"{path} has another encoder or codebook now: this run keeps those that it began with"
+        )
+        return
+    raise InputError(
+        f"{run.checkpoint.source} has the encoder and codebook of {recorded['path']}, not of "
+        f"experiment.stage1_checkpoint={path}: set another experiment.output_dir to train stage 2 for these"
+    )
 
 
 def check_sizes(weights: Opened, config: TokenizerConfig, names: tuple[str, ...]) -> None:
@@ -326,8 +371,7 @@ class TrainState:
             training.seed
         )  # the same initial weights on every rank, whatever was built before
         self.tokenizer = build_tokenizer(options)
-        load_stage1(run, self.tokenizer)
-        self.start = load_initial(run, self.tokenizer)
+        self.start = load_stage1(run, self.tokenizer) or load_initial(run, self.tokenizer)
         adversarial = any(phase.gan_weight for phase in options.phases)
         self.discriminator = build_discriminator(run) if adversarial else None
         # One rank reads the disk, the others its cache.

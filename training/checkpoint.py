@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 import configs.load
 from configs.schema import Experiment
 from modeling.weights.metadata import About
-from modeling.weights.runs import MANIFEST, all_checkpoints, step_of
+from modeling.weights.runs import MANIFEST, all_checkpoints, is_checkpoint, step_of
 from modeling.weights.tensors import load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
 from runtime.files import file_entry, lock_folder, sync_folder, write_torch, write_whole, writing
@@ -63,14 +63,14 @@ class Checkpoint:
         resume = experiment.resume
 
         def find() -> tuple:
+            named = None if isinstance(resume, bool) else str(Path(resume).resolve())
             source, warnings = choose(self.folder, resume)
             earlier = None if source is None else origin_of(source)
-            return source, earlier, warnings, all_checkpoints(self.folder)
+            return named, source, earlier, warnings, all_checkpoints(self.folder)
 
         self.source: Path | None
-        self.source, earlier, self.warnings, self._found = on_main(find)
+        named, self.source, earlier, self.warnings, self._found = on_main(find)
         self.first_step = 1 if self.source is None else step_of(self.source) + 1
-        named = None if isinstance(resume, bool) else str(Path(resume).resolve())
         # Whether this start branches off from a named checkpoint, rather than resumes what an earlier
         # start from it has saved since.
         self.forks = named is not None and named != earlier
@@ -272,8 +272,8 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
     checkpoint, or to a run for its newest one: that checkpoint or, so that the same command resumes, the
     newest one that this run has saved since it started from there.
 
-    Raises InputError if a folder with checkpoints is not to be resumed, or holds some of another
-    origin, and if there is no checkpoint at the path or none is valid.
+    Raises InputError if a folder with checkpoints is not to be resumed, holds some of another origin or
+    later ones than the named one, and if there is no checkpoint at the path or none is valid.
     """
     candidates = all_checkpoints(run_dir)
     if resume is False:
@@ -286,10 +286,20 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
     if isinstance(resume, str):
         named = Path(resume).resolve()
         own = [path for path in candidates if origin_of(path) == str(named)]
-        if len(own) < len(candidates) and not named.is_relative_to(run_dir.resolve()):
+        inside = named.is_relative_to(run_dir.resolve())
+        if len(own) < len(candidates) and not inside:
             raise InputError(
                 f"{run_dir} holds checkpoints that did not start from experiment.resume={resume}: set "
-                f"another experiment.output_dir"
+                f"experiment.resume=True to resume them, as after a move, or another "
+                f"experiment.output_dir"
+            )
+        later = [
+            path for path in candidates if is_checkpoint(named) and step_of(path) > step_of(named)
+        ]
+        if inside and later and not own:
+            raise InputError(
+                f"{run_dir} holds checkpoints after experiment.resume={resume}, up to {later[-1].name}, "
+                f"which the run would replace: remove them, or set another experiment.output_dir"
             )
         candidates = all_checkpoints(named) if (named / "checkpoints").is_dir() else [named]
         candidates = [path for path in candidates if path.is_dir()] + own

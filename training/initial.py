@@ -20,6 +20,7 @@ from modeling.weights.metadata import GENERATOR, about_model
 from modeling.weights.opened import Opened, open_weights
 from modeling.weights.tensors import tensors_hash
 from runtime.errors import InputError
+from runtime.processes import on_main
 from runtime.weights import open_on_all
 
 
@@ -31,7 +32,7 @@ def record_of(path: str, weights: Opened) -> dict[str, str]:
 def open_initial(experiment: Experiment, kind: str) -> Optional[Opened]:
     """The weights of `experiment.init_weights`, which set the sizes of a new run's model; all ranks call
     this. None without the option, and if the run resumes."""
-    if experiment.init_weights is None or resumed_run(experiment) is not None:
+    if experiment.init_weights is None or on_main(lambda: resumed_run(experiment)) is not None:
         return None
     return open_on_all(experiment.init_weights, kind)
 

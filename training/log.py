@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -94,9 +95,12 @@ class RunLog:
         """Drop records of steps that a resumed run will repeat; remember those of the step before."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            lines = path.read_text().splitlines()
+            text = path.read_text()
+            lines = text.splitlines()
             kept = [line for line in lines if step_of(line) < first_step]
-            if kept != lines:
+            if kept != lines or not text.endswith(
+                "\n"
+            ):  # or the next record would join the last line
                 write_whole(path, "".join(line + "\n" for line in kept).encode())
             for line in kept:
                 if step_of(line) == first_step - 1:
@@ -120,13 +124,16 @@ class RunLog:
             with writing(self.file.name):
                 self.file.write(json.dumps({"step": step, **values}) + "\n")
                 self.file.flush()
+                # Durable before the checkpoints and marks that rely on it.
+                os.fsync(self.file.fileno())
             self.accelerator.log(values, step=step)
 
-    def lowest(self, name: str) -> float:
-        """The lowest value of `name` so far; infinite if there is none."""
+    def lowest(self, name: str, since: int) -> float:
+        """The lowest value of `name` from step `since` on; infinite if there is none."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if self.write else []
-        return min((json.loads(line).get(name, math.inf) for line in lines), default=math.inf)
+        records = [json.loads(line) for line in lines if step_of(line) >= since]
+        return min((record.get(name, math.inf) for record in records), default=math.inf)
 
     def images(
         self, step: int, name: str, images: Tensor, per_row: int, captions: Sequence[str] = ()

@@ -25,7 +25,7 @@ from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 from runtime.files import write_whole
 from runtime.parts import differing
-from runtime.processes import on_main
+from runtime.processes import check_same, on_main
 from runtime.program import leave
 from runtime.signals import SAVED_AND_STOPPED, StopSignal
 from training.accelerator import numerics_of
@@ -38,6 +38,7 @@ from training.schedule import phase_steps
 from training.utilisation import peak_flops
 
 UNREADABLE = "unreadable.txt"  # in a run's folder: paths of replaced images, one per line
+PERIODS = ("save_every", "eval_every", "generate_every", "log_every", "log_grad_norm_every")
 REPORTED = ".reported"  # in a run's folder: the last checkpointed step with complete reports
 
 
@@ -136,6 +137,7 @@ class Run:
         self.window, self.guard = Window(accelerator), FiniteGuard(accelerator)
         self._timed_from: float | None = None  # until the expected time is said
         self._unreadable = 0  # images that were reported as replaced
+        self._check_ranks()
         if self.resumed:
             self._check_resume()
         elif initial is not None:
@@ -150,6 +152,15 @@ class Run:
         options = configs.load.lasting(self.options).items()
         begun = {name: value for name, value in options if not name.startswith(coming)}
         return {**begun, **self.data, "global batch": self.global_batch}
+
+    def _check_ranks(self) -> None:
+        """Refuse a process whose command or files differ from the main one's: DDP would average gradients of
+        weights that drift apart, and other periods would end in other collectives."""
+        facts = self.settings(self.total_steps)
+        facts |= {name: getattr(self.experiment, name) for name in PERIODS}
+        facts["autocast"] = numerics_of(self.training).autocast
+        facts["training.per_gpu_batch_size"] = self.training.per_gpu_batch_size
+        check_same(facts, "other options or data")
 
     def _check_resume(self) -> None:
         state, source, named = self.checkpoint, self.checkpoint.source, self.experiment.init_weights
@@ -353,10 +364,14 @@ class Run:
         step, path = self.first_step - 1, self.folder / REPORTED
 
         def complete() -> bool:
-            return path.is_file() and path.read_text().strip() == str(step)
+            found = path.is_file() and path.read_text().strip() == str(step)
+            if not found:
+                path.unlink(missing_ok=True)  # of steps that will be made again
+            return found
 
-        starts = not self.resumed or self.checkpoint.forks or self.dry_run is not None
-        if starts or on_main(complete):
+        if self.dry_run is not None:
+            return Due()
+        if on_main(complete) or not self.resumed or self.checkpoint.forks:
             return Due()
         found = self.scheduled(step)
         return Due(evaluate=found.evaluate, generate=found.generate)

@@ -459,13 +459,26 @@ def test_stage2_tokenizer_as_stage1_is_refused_but_for_its_encoder(workspace, tr
 def test_a_resumed_stage2_needs_no_stage1(workspace, train, tmp_path):
     shutil.copytree(workspace.stage1_run, tmp_path / "stage1")
     given = f"experiment.stage1_checkpoint={tmp_path}/stage1"
-    train(2, tmp_path / "run", given)
+    (tmp_path / "stage1/tokenizer.pth").unlink()  # as if it had been stopped
+    said = train(2, tmp_path / "run", given)
+    assert (
+        f"warning: {tmp_path}/stage1 has not finished: stage 2 keeps the encoder of step-" in said
+    )
+    assert f"encoder, codebook and decoder from {tmp_path}/stage1/checkpoints/step-" in said
     whole = losses(tmp_path / "run")
     shutil.rmtree(tmp_path / "stage1")
     for again in ([given], []):
         shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
         train(2, tmp_path / "run", *again)
         assert losses(tmp_path / "run") == whole
+    train(1, tmp_path / "other", "phases=[{steps: 1}]")
+    other = f"experiment.stage1_checkpoint={tmp_path}/other"
+    message = refusal(train, 2, tmp_path / "run", other)
+    assert f"{tmp_path}/stage1, not of {other}" in message and "experiment.output_dir" in message
+    shutil.copytree(tmp_path / "other", tmp_path / "stage1")
+    said = train(2, tmp_path / "run", given)
+    assert f"warning: {tmp_path}/stage1 has another encoder or codebook now" in said
+    shutil.rmtree(tmp_path / "stage1")
     assert "no weights at" in refusal(train, 2, tmp_path / "new", given)
     assert "stage 2 needs the tokenizer" in refusal(train, 2, tmp_path / "new")
 

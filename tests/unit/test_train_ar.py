@@ -580,6 +580,33 @@ def test_best_of_a_resumed_run_is_still_the_best(train, tmp_path):
     assert (tmp_path / "run/generator_best.bin").read_bytes() == b"the best" != best
 
 
+@pytest.fixture
+def out_of_reach(train, tmp_path, monkeypatch):
+    """A run of 20 steps, stopped at 10, whose held-out loss no weights will reach."""
+    options = ["experiment.save_every=10", "experiment.eval_every=10"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ar.Likelihood, "figures", lambda self: {"nats": 0.0, "top1": 1.0})
+        train(*options)
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000020")
+    (tmp_path / "run/generator_best.bin").write_bytes(b"the best")
+    return options
+
+
+def test_a_fork_exports_a_best_of_its_own(train, tmp_path, out_of_reach):
+    train(*out_of_reach, f"experiment.resume={tmp_path}/run", run="fork")
+    assert exported(tmp_path / "fork", "generator_best")
+
+
+def test_losses_of_other_held_out_codes_do_not_compare(train, tmp_path, out_of_reach):
+    train(*out_of_reach)
+    best = tmp_path / "run/generator_best.bin"
+    assert best.read_bytes() == b"the best"
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000020")
+    other = write_cache(tmp_path / "other", ["a", "b", "c"], seed=8)
+    train(*out_of_reach, f"dataset.params.val_pretokenization={other}")
+    assert best.read_bytes() != b"the best"
+
+
 def test_validation_that_fails_is_said_and_training_continues(train, tmp_path, monkeypatch, capsys):
     def fail(*args):
         raise InputError("code 99 out of range in cache")

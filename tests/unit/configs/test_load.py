@@ -309,6 +309,17 @@ def test_a_value_of_which_yaml_reads_nothing_is_refused(name, text):
 
 
 # ---------------------------------------------------------------------- files
+def test_a_rate_of_a_saved_run_follows_the_optimizers_as_in_its_preset(tmp_path):
+    file, rate = tmp_path / "config.yaml", "optimizer.params.learning_rate"
+    save(load(GeneratorRun, [B]), file)
+    assert load(GeneratorRun, [f"config={file}"]) == load(GeneratorRun, [B])
+    lower = load(GeneratorRun, [f"config={file}", f"{rate}=1e-5"])
+    assert lower.lr_scheduler.params.learning_rate == 1e-5
+    save(load(GeneratorRun, [B, "lr_scheduler.params.learning_rate=2e-4"]), file)  # one of its own
+    own = load(GeneratorRun, [f"config={file}", f"{rate}=1e-5"])
+    assert own.lr_scheduler.params.learning_rate == 2e-4
+
+
 def test_a_run_folder_may_be_where_one_is(tmp_path, monkeypatch):
     options = load(GeneratorRun, [B, "experiment.output_dir=elsewhere"])
     (tmp_path / "run/checkpoints").mkdir(parents=True)

@@ -436,7 +436,17 @@ def test_a_path_outside_the_folder_of_its_class_is_not_exported(cache, tmp_path,
     store = TokenStore(cache)
     store.paths = lambda count: paths
     refusal(lambda: export_npz(store, store.blocks(), tmp_path / "exported"), paths[0])
-    assert not (tmp_path / "exported.partial").exists()
+    assert not list(tmp_path.glob("exported*"))
+
+
+def test_exporting_leaves_unfinished_work_of_that_name_alone(cache, tmp_path):
+    """pretokenization.py keeps it in CACHE.partial."""
+    work = tmp_path / "exported.partial/parts/000000.npz"
+    work.parent.mkdir(parents=True)
+    work.write_bytes(b"hours")
+    store = TokenStore(cache)
+    export_npz(store, store.blocks(), tmp_path / "exported")
+    assert work.read_bytes() == b"hours" and (tmp_path / "exported/manifest.json").exists()
 
 
 @pytest.mark.parametrize("folder", [".", "/"])

@@ -50,10 +50,8 @@ def encode(tmp_path):
     for name in ("cat/a.jpg", "cat/b.jpg", "d\udcff/c.jpg"):
         save(tmp_path / "photos" / name)
 
-    def run(skip_unreadable=0):
-        plan = EncodingPlan(
-            16, "center_flip", batch_size=1, skip_unreadable=skip_unreadable, num_workers=0
-        )
+    def run(**options):
+        plan = EncodingPlan(16, "center_flip", batch_size=1, num_workers=0, **options)
         listing = scan_images(tmp_path / "photos")
         encode_folder(listing, encoder, "hash", plan, tmp_path / "cache", PartialState(cpu=True))
         return json.loads((tmp_path / "cache/manifest.json").read_text())
@@ -121,6 +119,22 @@ def test_an_image_that_was_left_out_may_be_repaired_before_the_resume(
     save(tmp_path / "photos/cat/b.jpg", seconds=100)
     found = encode(skip_unreadable=1)
     assert (found["images"], found["skipped"]) == (2, ["d\udcff/c.jpg"])
+
+
+@pytest.mark.parametrize("layout", ["packed", "npz"])
+def test_nothing_is_published_without_all_parts(encode, tmp_path, monkeypatch, layout):
+    """Another process may not have made its share, or a file system may not show it yet."""
+    original = job.encode_parts
+    monkeypatch.setattr(
+        job, "encode_parts",
+        lambda encoder, source, plan, numbers, processes: original(
+            encoder, source, plan, numbers[:-1], processes
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(job, "BATCHES_PER_PART", 1)
+    refusal(lambda: encode(layout=layout), tmp_path / "cache.partial", "lacks parts")
+    monkeypatch.setattr(job, "encode_parts", original)
+    assert encode(layout=layout)["images"] == 3
 
 
 def test_a_process_that_lists_other_images_is_refused(encode, tmp_path, monkeypatch):

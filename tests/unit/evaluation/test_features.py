@@ -206,6 +206,14 @@ def test_tf32_and_autocast_stay_out_of_the_features(inception, features, monkeyp
     np.testing.assert_allclose(pool, features[0][0][:2], rtol=1e-5, atol=1e-6)
 
 
+def test_another_job_may_write_the_same_statistics(sides, tmp_path):
+    """The file that it has begun is left alone."""
+    (tmp_path / "stats.npz.partial").write_bytes(b"half")
+    save_statistics(sides[1], tmp_path / "stats.npz", "features")
+    assert (tmp_path / "stats.npz.partial").read_bytes() == b"half"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stats.npz", "stats.npz.partial"]
+
+
 def test_statistics_of_other_weights_are_refused(sides, inception, tmp_path):
     save_statistics(sides[1], tmp_path / "stats.npz", "inception-v3-compat 6726825d00000000")
     file, own = tmp_path / "stats.npz", inception.identity

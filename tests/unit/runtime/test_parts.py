@@ -31,7 +31,7 @@ def test_part_whose_writing_failed_is_absent(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.np, "savez", half)
     refusal(lambda: parts.write(0, codes=np.arange(6)), parts.path(0), "disk full")
-    assert not parts.path(0).exists() and parts.missing(0, 1) == [0, 1]
+    assert not parts.path(0).exists() and parts.missing() == [0, 1]
 
 
 def test_part_not_yet_renamed_is_absent_and_can_be_written_again(tmp_path, monkeypatch):
@@ -39,9 +39,9 @@ def test_part_not_yet_renamed_is_absent_and_can_be_written_again(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", fail)
         refusal(lambda: parts.write(0, codes=np.zeros(6)), parts.path(0))
-    assert parts.missing(0, 1) == [0]
+    assert parts.missing() == [0]
     parts.write(0, codes=np.arange(6))
-    assert (parts.read(0, "codes") == np.arange(6)).all() and parts.missing(0, 1) == []
+    assert (parts.read(0, "codes") == np.arange(6)).all() and parts.missing() == []
 
 
 def test_parts_hold_no_pickled_objects(tmp_path):
@@ -53,7 +53,7 @@ def test_parts_hold_no_pickled_objects(tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_missing_parts_are_split_over_ranks_without_overlap(tmp_path, world):
     parts = Parts(tmp_path, 7)
-    shares = [parts.missing(rank, world) for rank in range(world)]
+    shares = [share_of(parts.missing(), rank, world) for rank in range(world)]
     assert sorted(number for share in shares for number in share) == list(range(7))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -62,7 +62,7 @@ def test_finished_parts_are_skipped_and_the_rest_split_anew(tmp_path):
     parts = Parts(tmp_path, 6)
     for number in (0, 2, 4):  # all that the first of two ranks had
         parts.write(number, codes=np.zeros(1))
-    shares = [parts.missing(rank, 2) for rank in range(2)]
+    shares = [share_of(parts.missing(), rank, 2) for rank in range(2)]
     assert sorted(shares[0] + shares[1]) == [1, 3, 5] and all(shares)
 
 

@@ -8,12 +8,19 @@ import torch
 
 from configs.schema import Training
 from runtime import processes
-from runtime.processes import start_processes
+from runtime.processes import check_same, start_processes
 from tests.refusals import refusal
 from training import accelerator
 from training.accelerator import numerics_of
 
 ROOT = Path(__file__).parents[3]
+
+
+def test_a_process_that_differs_from_the_main_one_is_refused(monkeypatch):
+    facts = {"rate": 1e-4, "images": 7}
+    check_same(facts, "other options")
+    monkeypatch.setattr(processes, "on_main", lambda work: {**work(), "rate": 2e-4})
+    refusal(lambda: check_same(facts, "other options"), "rate (0.0002 on the main process, 0.0001")
 
 
 @pytest.fixture

@@ -2,7 +2,13 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
+
+import torch.distributed as dist
+
+from runtime.signals import ANSWER_WITHIN, StopSignal
 
 ROOT = Path(__file__).parents[3]
 # Signal, whether it was ignored, whether a launcher started the program; what it prints, its status.
@@ -57,6 +63,22 @@ def test_first_signal_asks_and_the_second_ends(tmp_path):
         for i, (case, status) in enumerate(zip(CASES, done.stdout.split()))
     ]
     assert found == CASES, done.stderr
+
+
+def test_a_signal_from_before_the_round_leaves_the_ranks_their_time(monkeypatch):
+    """As during a validation, which is finished first: the ranks meet seconds apart after it."""
+    monkeypatch.setattr("runtime.signals.listen", lambda request: None)
+    stop, calls = StopSignal(timedelta(minutes=30)), []
+    stop.request.at = time.monotonic() - 10 * ANSWER_WITHIN
+
+    class Store:
+        def wait(self, keys, timeout):
+            calls.append(keys)
+            if len(calls) < 3:
+                raise dist.DistStoreError("not yet")
+
+    stop._wait_for(Store(), "answer 1")
+    assert len(calls) == 3
 
 
 RANK = """

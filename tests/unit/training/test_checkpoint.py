@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -184,8 +185,17 @@ def test_resume_from_another_run_takes_its_newest_whole_one(run_dir, tmp_path):
     assert chosen == folder(run_dir, 2) and len(warnings) == 1
 
 
-def test_resume_from_a_checkpoint_takes_that_one(run_dir):
-    assert checkpoint.choose(run_dir, str(folder(run_dir, 1))) == (folder(run_dir, 1), [])
+def test_resume_from_a_checkpoint_takes_that_one(run_dir, tmp_path):
+    first = str(folder(run_dir, 1))
+    assert checkpoint.choose(tmp_path / "new", first) == (folder(run_dir, 1), [])
+
+
+def test_going_back_does_not_replace_later_checkpoints(run_dir):
+    """The first stop would delete them, `keep_every`'s too."""
+    first, second = (str(folder(run_dir, step)) for step in (1, 2))
+    refusal(lambda: checkpoint.choose(run_dir, first), first, "step-00000003")
+    shutil.rmtree(folder(run_dir, 3))
+    assert checkpoint.choose(run_dir, second) == (folder(run_dir, 2), [])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +217,8 @@ def test_what_cannot_be_resumed_is_named(run_dir, monkeypatch, damaged, resume, 
         manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
     for step in damaged or ():
         altered(folder(run_dir, step) / "state.pt")
-    refusal(lambda: checkpoint.choose(run_dir, resume), named)
+    output = Path("new") if "checkpoints" in str(resume) else run_dir
+    refusal(lambda: checkpoint.choose(output, resume), named)
 
 
 # ---------------------------------------------------------------------- untrusted files

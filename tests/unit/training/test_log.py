@@ -66,6 +66,21 @@ def test_records_before_the_resumed_step_are_untouched(open_log, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_record_that_lost_its_newline_ends_its_line_all_the_same(open_log, tmp_path):
+    write_steps(open_log(), range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))
+    write_steps(open_log(first_step=4), [4])
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_the_lowest_value_is_that_since_a_step(open_log):
+    log = open_log()
+    for step, loss in ((1, 1.0), (2, 3.0), (3, 2.0)):
+        log.metrics(step, {"val/loss": loss})
+    assert [log.lowest("val/loss", since) for since in (1, 2, 4)] == [1.0, 2.0, float("inf")]
+
+
 def test_a_record_cut_short_by_a_kill_is_dropped(open_log, tmp_path):
     write_steps(open_log(), range(1, 4))
     with open(tmp_path / "metrics.jsonl", "a") as file:

@@ -1,5 +1,6 @@
 """The state of a run: what registers with its checkpoint is saved, restored, and compared."""
 
+import shutil
 from functools import partial
 
 import pytest
@@ -110,6 +111,9 @@ def test_the_command_that_named_a_checkpoint_resumes_what_came_of_it(
 ):
     first = str(run_dir / "checkpoints/step-00000010")
     for output in (tmp_path / "new", run_dir):  # into another folder, and back in the same
+        if output == run_dir:  # only where nothing would be lost
+            refusal(lambda: State(accelerator, run_dir, first), run_dir, "step-00000020")
+            shutil.rmtree(run_dir / "checkpoints/step-00000020")
         state = State(accelerator, output, first)
         assert state.first_step == 11 and state.forks and state.weight() == 10.0
         state.train_and_save(15)

@@ -173,9 +173,12 @@ def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> Non
     if not result:
         return
     result["picture"] = str(picture)
+    alone = network is not None and originals.images == 1
+    if alone:
+        missing.append("rFID is left out: a covariance needs 2 images or more")
     result["warnings"] = [*missing, *result["warnings"]]
     print_result(result)
-    if network is not None and args.save_stats:
+    if network is not None and args.save_stats and not alone:
         save_statistics(originals, args.save_stats, network.identity)
     draw_preview(preview, picture)
 

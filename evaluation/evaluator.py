@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 from evaluation.dinov2 import DINOv2
 from evaluation.features import FeatureNetwork, Inception
+from evaluation.metrics import NEIGHBOURS
 from evaluation.references import check_sizes, open_reference
 from evaluation.set_metrics import METRICS, named
 from evaluation.sources import Images
@@ -53,6 +54,12 @@ class Evaluator:
         self.network, self.processes, self.half_manifold = network, processes, half_manifold
         self.batch, self.workers = batch, workers
         self.reference = open_reference(reference, network, processes, batch, workers, size, crop)
+        (known,) = self.reference.parts.get("manifold", ((),))
+        if 0 < len(known) <= NEIGHBOURS:  # now, not after sampling
+            raise InputError(
+                f"{self.reference.name} holds {len(known)} images: precision and recall need more than "
+                f"{NEIGHBOURS}; use a larger reference"
+            )
 
     def evaluate(
         self, images: Images, expected: int, allow_partial: bool = False
@@ -166,6 +173,11 @@ def warnings_of(network: Optional[FeatureNetwork], *sides: SetStatistics) -> lis
     for side in sides:
         if side.duplicates:
             warnings.append(f"{side.duplicates} images of {side.name} are copies of others in it")
+        if network is not None and side.images is None and "spatial" not in side.parts:
+            warnings.append(
+                f"{side.name} does not say how its images were resized: pytorch-fid and clean-fid resize "
+                f"otherwise than ADM, which moves the FID; make it with --save_stats"
+            )
         if network is not None and side.images and side.images < network.widths[0]:
             warnings.append(
                 f"{side.name} holds {side.images} images, fewer than the {network.widths[0]} "

@@ -20,6 +20,7 @@ from modeling.modes import eval_mode
 from modeling.pixels import to_float, to_uint8
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.parts import batches_of
+from runtime.processes import matmul_precision
 from runtime.signals import outlive_first_signal
 
 SSIM_WINDOW = 11  # pixels, height and width
@@ -48,13 +49,13 @@ class Consumer(Protocol):
 def reconstruct(
     tokenizer: Tokenizer, batches: Iterable[tuple[int, Tensor]], consumers: Sequence[Consumer]
 ) -> None:
-    """Encode and decode all batches in eval mode; the tokenizer's mode is restored.
+    """Encode and decode all batches in eval mode and float32; the tokenizer's mode is restored.
 
     `batches` are (index of the first image, uint8 images (B, 3, S, S)), from `image_batches`. This talks to no
     other rank, so that none waits for one that fails. Call it outside autocast.
     """
     device = tokenizer.latent_tokens.device
-    with eval_mode(tokenizer):
+    with eval_mode(tokenizer), matmul_precision("fp32"):
         for first, pixels in batches:
             images = to_float(pixels.to(device))
             codes = tokenizer.encode(images)

@@ -25,6 +25,7 @@ import configs.load
 from configs.schema import GeneratorRun
 from data.pictures import captioned, picture_grid, write_png
 from evaluation.evaluator import Evaluator
+from evaluation.metrics import NEIGHBOURS
 from evaluation.report import table_of
 from evaluation.sources import open_images
 from generation.folder import SampleFolder
@@ -71,7 +72,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--reference", type=path, required=True, help="as for evaluate.py")
     add("--scales", type=numbers(10_000), required=True, help="guidance scales, such as 8,12,16")
     add("--powers", type=numbers(1000), required=True, help="guidance powers, such as 1.0,1.4,1.8")
-    add("--num_samples", type=number(2, 10**9), default=10_000, help="images per cell (10000)")
+    add(
+        "--num_samples",
+        type=number(NEIGHBOURS + 1, 10**9),
+        default=10_000,
+        help="images per cell (10000)",
+    )
     add("--output", type=path, default="output/sweep", help="folder of the results")
     args, options = parser.parse_known_args(argv)
     for option in options:

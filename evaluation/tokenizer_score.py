@@ -30,7 +30,7 @@ from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import UNSEEN
 from modeling.weights.tensors import tensors_hash
 from runtime.errors import InputError
-from runtime.processes import matmul_precision, progress
+from runtime.processes import progress
 
 PREVIEW_IMAGES = 8
 MAGNIFICATION = 4  # of the differences in the picture
@@ -64,6 +64,8 @@ def score_tokenizer(
     listing = scan_images(folder, index_folder=index_folder)
     processes.print(f"{printable(folder)}: {listing.describe()}")
     count = len(listing.paths)
+    if count < 2:
+        network = None  # a covariance needs two
     before, after = (
         Collector(name, count, (size, size), network, device)
         for name in (str(folder), "its reconstructions")
@@ -74,9 +76,8 @@ def score_tokenizer(
     consumers = [*scores, Features(before, originals=True), Features(after), preview]
     rank, world = processes.process_index, processes.num_processes
     batches = image_batches(listing.paths, size, batch, workers, rank, world)
-    with matmul_precision("fp32"):
-        shown = progress(-(-count // batch // world), "batch", "reconstruct", batches)
-        reconstruct(tokenizer, shown, consumers)
+    shown = progress(-(-count // batch // world), "batch", "reconstruct", batches)
+    reconstruct(tokenizer, shown, consumers)
     metrics: dict[str, Optional[float]] = {**figures_of(scores)}
     originals, reconstructions = before.finish(), after.finish()
     if not processes.is_main_process:

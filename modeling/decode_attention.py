@@ -211,7 +211,8 @@ def check_attention(
     (heads, positions, size), (dtype, stored) = shape, types
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=numbers).to(device)
+        made = torch.randn(shape, generator=numbers, device="cpu", dtype=torch.float32)
+        return made.to(device)
 
     rows = 3
     qk_norm, angles = random(2, 1, size).abs(), random(positions, size)

@@ -52,6 +52,8 @@ def find_device(name: Optional[str] = None) -> torch.device:
         device = torch.device(name or ("cuda" if uses_cuda() else "cpu"))
     except RuntimeError as e:
         raise InputError(f"device={name} is not a device: choose cpu, cuda or cuda:N") from e
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise InputError(f"device={name} is not supported: choose cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         if not gpus:
             problem = unusable_gpu() or "no CUDA device is usable here"

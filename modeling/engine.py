@@ -211,7 +211,7 @@ class Stream:
         ]
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.rows = torch.zeros(rows, dtype=torch.int64, device=device)  # of the embedding, next
-        self.uniforms = torch.zeros(batch, T, device=device)
+        self.uniforms = torch.zeros(batch, T, dtype=torch.float32, device=device)
         self.given = torch.full((batch, T), DRAWN, dtype=torch.int64, device=device)
         self.codes = torch.zeros(batch, T, dtype=torch.int64, device=device)
         self.cuda: Optional[torch.cuda.Stream] = None
@@ -298,10 +298,13 @@ class Engine:
                 self._capture()
 
     def on_device(self) -> contextlib.AbstractContextManager:
-        """Makes the engine's GPU current, for graphs and Triton kernels."""
+        """Makes the engine's GPU current, for graphs and Triton kernels, and ends the caller's autocast."""
+        stack = contextlib.ExitStack()
+        if self.device.type != "meta":
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
         if self.device.type == "cuda":
-            return torch.cuda.device(self.device)
-        return contextlib.nullcontext()
+            stack.enter_context(torch.cuda.device(self.device))
+        return stack
 
     def _compile(self) -> None:
         """Compile by taking steps; if that fails, warn once and stay eager.

@@ -130,7 +130,7 @@ class Backbone(Protocol):
     def new_cache(self, batch: int) -> Any: ...
 
     def step(self, rows: Tensor, cache: Any) -> Tensor:
-        """Rows (B,) of the next position -> logits (B, V), float32, as `Generator.step`."""
+        """Rows (B,) of the next position -> logits (B, V), computed in float32, as `Generator.step`."""
         ...
 
     def decayed(self) -> list[Tensor]: ...
@@ -296,7 +296,9 @@ class Generator(nn.Module):
         for block in self.blocks:
             x = block(x, table, cache)
         cache.filled += 1
-        return self.logits(x)[:, 0].float()
+        # In float32 under autocast too: guidance amplifies errors of logits.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.logits(x.float())[:, 0]
 
 
 def build_generator(config: GeneratorConfig) -> Generator:

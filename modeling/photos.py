@@ -49,10 +49,15 @@ def load_photo(path: Photo) -> tuple[Image.Image, Image.Transpose | None]:
 
 def load_upright(photo: Photo | Image.Image) -> Image.Image:
     """A photo as 8-bit RGB, turned upright by its EXIF. Raises InputError."""
+    if not (isinstance(photo, (str, os.PathLike, Image.Image)) or hasattr(photo, "read")):
+        raise InputError(
+            f"a photo of type {type(photo).__name__}: pass a path or a PIL image, several as "
+            f"separate arguments"
+        )
     if isinstance(photo, Image.Image):
         try:
             image, turn = to_rgb(photo), turn_of(photo)
-        except ValueError as e:
+        except (OSError, SyntaxError, ValueError) as e:  # it may be read only now
             raise InputError(f"unreadable image: {e}") from e
     else:
         image, turn = load_photo(photo)

@@ -1,6 +1,7 @@
 """Images from classes in three lines of Python."""
 
 import tempfile
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -58,11 +59,19 @@ class Pipeline:
         self.tokenizer = load_tokenizer(opened[1], config_of(opened[1], tokenizer_config))
         check_same_codes(*opened)
         tokens = self.tokenizer.config.num_tokens
-        self.generator = build_generator(opened[0].config(GeneratorConfig(image_seq_len=tokens)))
+        made = build_generator(opened[0].config(GeneratorConfig(image_seq_len=tokens)))
+        self.generator = made.float()  # whatever torch's default type is
         load_tensors(self.generator.eval(), opened[0].state, str(opened[0].file))
         self.names = class_names(self.about[GENERATOR])
         self.revision: Optional[str] = None  # the commit, of a pipeline from the hub
+        self.lock = threading.Lock()  # an engine serves one call at a time
         self.to(str(found))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "engine": None, "lock": None}  # a copy makes its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.Lock())
 
     def to(self, device: Optional[str]) -> "Pipeline":
         """Move both models; a default `dtype` becomes that of the device."""
@@ -109,7 +118,8 @@ class Pipeline:
             texts[hub.CARD] = model_card(name or str(folder), generator, tokenizer)
         for file, text in texts.items():
             with whole_file(folder / file) as partial:
-                partial.write_text(text, "utf-8")
+                # The names of folders may be no UTF-8; so escaped, JSON reads the same name again.
+                partial.write_bytes(text.encode("utf-8", "backslashreplace"))
 
     def push_to_hub(
         self,
@@ -161,8 +171,18 @@ class Pipeline:
         if output not in ("tensor", "pil"):
             raise InputError(f"output={output}: choose tensor or pil")
         labels = class_labels(classes, self.names)
+        untrained = self.about[GENERATOR].without_images(set(labels.tolist()) - {NO_CLASS})
+        if untrained:
+            few = ", ".join(map(str, untrained[:3]))
+            warnings.warn(
+                f"the generator was not trained on class {few}: choose others", stacklevel=2
+            )
         uniforms = self.uniforms(seed, len(labels))
         if prefix is not None:
+            if not isinstance(prefix, Tensor):
+                raise InputError(
+                    f"a prefix of type {type(prefix).__name__}: pass a tensor of codes"
+                )
             if prefix.ndim != 2 or len(prefix) not in (1, len(labels)):
                 raise InputError(
                     f"a prefix of shape {tuple(prefix.shape)} for {len(labels)} images: pass codes "
@@ -172,12 +192,20 @@ class Pipeline:
         settings = sampling_settings(sampling)
         if (labels == NO_CLASS).all():  # guidance would double the work and change nothing
             settings = replace(settings, guidance_scale=1.0)
-        batch = len(labels)
-        if self.engine is None or (self.engine.batch, self.engine.sampling) != (batch, settings):
+        with self.lock:
+            codes = self.engine_of(len(labels), settings).sample(labels, uniforms, prefix)
+            images = self.decoder(codes).to("cpu", copy=True)  # on a CPU too no inference tensor
+        return to_pil(images) if output == "pil" else images
+
+    def engine_of(self, batch: int, settings: Sampling) -> Engine:
+        """The engine of the last call, if it is one of these settings and of the generator's present weights."""
+        parameters = [p for p in self.generator.parameters() if not p.is_inference()]
+        wanted = batch, settings, sum(p._version for p in parameters)
+        if self.engine is None or self.made_for != wanted:
             self.engine = None  # frees its memory for the next
             self.engine = Engine(self.generator, batch, settings, self.dtype, self.compiled)
-        images = self.decoder(self.engine.sample(labels, uniforms, prefix)).cpu()
-        return to_pil(images) if output == "pil" else images
+            self.made_for = wanted
+        return self.engine
 
     def uniforms(self, seed: int | Sequence[int], images: int) -> Tensor:
         """The random numbers (images, T) of one seed, or of one seed per image."""

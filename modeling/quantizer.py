@@ -1,5 +1,6 @@
 """Vector quantizer with online codebook clustering (CVQ-VAE, Zheng & Vedaldi 2023)."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -20,6 +21,9 @@ FLOAT32_SETTINGS = (
 )
 
 
+SETTINGS = threading.RLock()
+
+
 @contextmanager
 def full_float32(device_type: str) -> Iterator[None]:
     """Products and convolutions of float32 tensors in full float32: no autocast, TF32 or bfloat16.
@@ -28,6 +32,7 @@ def full_float32(device_type: str) -> Iterator[None]:
     custom operator (`nearest_codes`) or excluded from compilation.
     """
     with ExitStack() as stack:
+        stack.enter_context(SETTINGS)  # they are the process's: threads would undo each other's
         stack.enter_context(torch.autocast(device_type, enabled=False))
         # Torch has old names for these settings too, and kernels raise if the two disagree.
         matmul, cudnn = old_settings()

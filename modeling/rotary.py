@@ -28,7 +28,7 @@ def rotary_table(seq_len: int, head_size: int) -> Tensor:
     pairs = head_size // 2
 
     def angles(positions: Tensor, count: int) -> Tensor:  # (len(positions), count)
-        return positions[:, None] * BASE ** (-torch.arange(count) / count)
+        return positions[:, None] * BASE ** (-torch.arange(count, dtype=torch.float32) / count)
 
     line = angles(torch.arange(prefix), pairs)  # (K, pairs)
     axis = angles(prefix + torch.arange(grid), pairs // 2)  # (g, pairs / 2)
@@ -36,7 +36,7 @@ def rotary_table(seq_len: int, head_size: int) -> Tensor:
     columns = axis.repeat(grid, 1)
     angle = torch.cat([line, torch.cat([rows, columns], 1)])  # (T, pairs)
     table = torch.stack([angle.cos(), angle.sin()], -1)
-    return torch.cat([torch.zeros(1, pairs, 2), table])
+    return torch.cat([torch.zeros_like(table[:1]), table])
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ K is g + 1 as published, g without the corner token, or 0: no prefix tokens.
 Attribute names are the keys of the published state dicts.
 """
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -25,6 +26,7 @@ from .quantizer import VectorQuantizer, full_float32
 from .tokenizer_blocks import TokenizerBlock
 
 WEIGHT_STD = 0.02  # of all weights at the start, as published
+PHOTOS_AT_ONCE = 64  # of `encode_photos` and `decode_photos`, which limits their memory
 
 
 @dataclass
@@ -333,6 +335,9 @@ class Tokenizer(nn.Module):
         if not photos:
             raise InputError("no photos: pass at least one path or PIL image")
         images = torch.stack([photo_crop(photo, self.config.image_size) for photo in photos])
+        return torch.cat([self._encode_exactly(part) for part in images.split(PHOTOS_AT_ONCE)])
+
+    def _encode_exactly(self, images: Tensor) -> Tensor:
         images = to_float(images.to(self.latent_tokens.device))
         latents: Any = self.exact_latents(images)  # pyright: ignore - as in `latents`
         return self.quantize.encode(latents)
@@ -340,9 +345,10 @@ class Tokenizer(nn.Module):
     def decode_photos(self, codes: Tensor) -> list[Any]:
         """Codes (B, T), int64 -> B PIL images, without gradients. Raises InputError for invalid codes."""
         self.check_codes(codes)
+        parts = codes.to(self.latent_tokens.device).split(PHOTOS_AT_ONCE)
         with torch.no_grad():
-            pixels = self.decode(codes.to(self.latent_tokens.device))
-        return to_pil(to_uint8(pixels).permute(0, 2, 3, 1))
+            pixels = torch.cat([to_uint8(self.decode(part)) for part in parts])
+        return to_pil(pixels.permute(0, 2, 3, 1))
 
     def features(self, images: Tensor, layer: int) -> Features:
         """Images (B, 3, S, S), float in [0, 1] -> the encoder's tokens after block `layer`, and the latents.
@@ -358,8 +364,13 @@ class Tokenizer(nn.Module):
                 f"images {tuple(images.shape)} of {images.dtype}: this tokenizer reads floats in [0, 1] "
                 f"of shape (B, 3, {side}, {side})"
             )
-        kept = []
-        hook = blocks[layer - 1].register_forward_hook(lambda *call: kept.append(call[-1]))
+        kept, caller = [], threading.get_ident()
+
+        def keep(*call: Any) -> None:
+            if threading.get_ident() == caller:  # not what another thread encodes meanwhile
+                kept.append(call[-1])
+
+        hook = blocks[layer - 1].register_forward_hook(keep)
         try:
             latents: Any = self.exact_latents(images)  # pyright: ignore - as in `latents`
         finally:

@@ -74,7 +74,7 @@ def write_safetensors(state: dict[str, Tensor], path: Path, entries: dict[str, s
 
 
 def sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:  # Windows syncs only what may be written
         os.fsync(file.fileno())
 
 

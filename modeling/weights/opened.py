@@ -74,9 +74,13 @@ def load_tokenizer(opened: Opened, config: TokenizerConfig, with_decoder: bool =
     config."""
     with torch.device("meta"):  # random initial weights would cost seconds
         tokenizer = Tokenizer(config, with_decoder=with_decoder)
-    tokenizer.to_empty(device="cpu")
-    spare = tokenizer.training_only
-    ignore = spare if with_decoder else ("decoder.", *spare)
+    tokenizer.to_empty(device="cpu").float()  # whatever torch's default type is
+    spare, own = tokenizer.training_only, tokenizer.state_dict()
+    for name in own.keys() & set(spare):
+        own[name].zero_()  # a file may lack it
+    ignore = tuple(name for name in spare if name not in own)
+    if not with_decoder:
+        ignore = ("decoder.", *ignore)
     load_tensors(tokenizer, opened.state, str(opened.file), ignore, keep=spare)
     return tokenizer.eval()
 

@@ -137,6 +137,7 @@ def test_mean_and_covariance_alone_give_fid_and_leave_sfid_out(score):
     result, said = score(reference="pytorch_fid.npz")
     assert result["metrics"]["gFID"] == both["metrics"]["gFID"]
     assert result["metrics"]["sFID"] is None
+    assert "warning: pytorch_fid.npz does not say how its images were resized" in said
     assert "sFID       unknown: the reference lacks its statistics" in said
 
 

@@ -218,6 +218,16 @@ def test_three_images_are_scored_too(score):
     assert metrics["PSNR"] > 0 and metrics["rFID"] > 0
 
 
+def test_one_image_has_all_figures_but_rfid(score):
+    for path in (score.folder / "images/val").rglob("*.png"):
+        if path.stem != "00":
+            path.unlink()
+    (score.folder / "images/val/c1").rmdir()
+    result, said = score()
+    assert result["metrics"]["PSNR"] > 0 and "rFID" not in result["metrics"]
+    assert "warning: rFID is left out" in said
+
+
 def test_statistics_of_the_originals_serve_as_a_reference(score):
     _, _ = score(f"--save_stats={score.folder}/val.npz")
     with np.load(score.folder / "val.npz", allow_pickle=False) as stored:

@@ -1,8 +1,11 @@
+import copy
 import dataclasses
 import inspect
 import json
+import pickle
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -364,3 +367,86 @@ def test_the_hubs_own_client_takes_what_it_is_called_with():
         ignore_patterns=["f"],
     )
     inspect.signature(hub.upload_folder).bind(**upload)
+
+
+# ---------------------------------------------------------------------- beside other code of a process
+def test_threads_that_share_a_pipeline_get_their_own_images(made):
+    pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
+    calls = [([2, 0], {"guidance_scale": 4.0}), ([1, 1], {}), ([0], {}), ([0, 1], {"seed": 3})] * 4
+    alone = [pipeline(classes, **options) for classes, options in calls]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda call: pipeline(call[0], **call[1]), calls))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+
+
+def test_a_copy_of_a_used_pipeline_makes_its_images(made):
+    pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
+    images = pipeline([2, 0])
+    for copied in (copy.deepcopy(pipeline), pickle.loads(pickle.dumps(pipeline))):
+        assert torch.equal(copied([2, 0]), images)
+
+
+def test_changed_weights_make_other_images(made, fill):
+    pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
+    before = pipeline([2, 0])
+    state = {name: 2 * tensor for name, tensor in made[0].state_dict().items()}
+    pipeline.generator.load_state_dict(state)
+    changed = pipeline([2, 0])
+    pipeline.engine = None  # a new one reads all weights
+    assert torch.equal(pipeline([2, 0]), changed) and not torch.equal(changed, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_type_changes_nothing(made, dtype):
+    expected = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")([2, 0, 1])
+    torch.set_default_dtype(dtype)
+    try:
+        pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
+        images = pipeline([2, 0, 1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(images, expected)
+    assert {p.dtype for p in pipeline.tokenizer.parameters()} == {torch.float32}
+
+
+def test_the_callers_autocast_changes_nothing(made):
+    pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
+    expected = pipeline([2, 0, 1], guidance_scale=16.0)
+    pipeline.engine = None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pipeline([2, 0, 1], guidance_scale=16.0), expected)
+
+
+def test_images_are_plain_tensors(made):
+    images = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")([2])
+    images[:, :4] = 255  # an inference tensor would refuse
+    assert images[0, 0, 0].tolist() == [255] * 3
+
+
+def test_classes_that_had_no_image_are_warned_of(made, fill, tmp_path):
+    about = replace(
+        about_model(GENERATOR, TINY), classes=("ant", "bee", "cat"), untrained=(1,)
+    )  # fmt: skip
+    write_state_dict(made[0].state_dict(), tmp_path / "some.safetensors", about)
+    pipeline = Pipeline(str(tmp_path / "some.safetensors"), made[3], SMALL, device="cpu")
+    with pytest.warns(UserWarning, match="class 1"):
+        pipeline(["bee"])
+
+
+def test_what_is_no_tensor_of_codes_is_refused_as_a_prefix(made):
+    pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
+    refusal(lambda: pipeline([2], prefix=[[1, 2]]), "list")
+
+
+def test_several_photos_in_one_list_are_refused(made):
+    pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
+    refusal(lambda: pipeline.encode(["a.jpg", "b.jpg"]), "list", "separate")
+
+
+def test_a_folders_name_that_is_not_utf8_is_saved(made, tmp_path):
+    about = replace(about_model(GENERATOR, TINY), classes=("ant", "b\udce9e", "cat"))
+    write_state_dict(made[0].state_dict(), tmp_path / "named.safetensors", about)
+    pipeline = Pipeline(str(tmp_path / "named.safetensors"), made[3], SMALL, device="cpu")
+    pipeline.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    assert "b\udce9e" in json.dumps(config, ensure_ascii=False)

@@ -78,22 +78,6 @@ def test_token_cache_is_the_same_bytes_from_one_and_two_ranks(workspace, tmp_pat
     assert not (tmp_path / "two.partial").exists()
 
 
-def test_pretokenization_goes_on_where_it_was_killed(workspace, tmp_path):
-    from encoding import job
-
-    cache = tmp_path / "cache"
-    # What a kill leaves: settings, some parts, and one written in part.
-    original = job.BATCHES_PER_PART
-    workspace.pretokenize(cache)
-    assert original * 3 >= 14  # one part here; the resumable case is below
-    shutil.rmtree(cache)
-    work = tmp_path / "cache.partial"
-    (work / "parts").mkdir(parents=True)
-    (work / "parts/000000.partial").write_bytes(b"cut short")
-    workspace.pretokenize(cache)
-    assert files(cache) == files(workspace.cache)
-
-
 def test_finished_cache_is_left_alone_and_other_settings_are_refused(workspace):
     before = files(workspace.cache)
     again = workspace.pretokenize(workspace.cache)
@@ -181,7 +165,7 @@ def test_samples_are_written_as_the_adm_evaluator_reads_them(workspace, tmp_path
     assert (images == np.stack(pictures)).all()
 
 
-def test_sampling_goes_on_where_it_was_killed_and_refuses_other_settings(workspace, tmp_path):
+def test_sampling_refuses_other_settings_in_a_folder_and_repeats_its_own(workspace, tmp_path):
     options = ["experiment.num_fid_samples=8", "experiment.save_png=False"]
     workspace.sample(tmp_path / "a", *options)
     whole = (tmp_path / "a.npz").read_bytes()

@@ -604,6 +604,20 @@ def test_unreadable_held_out_image_costs_the_report_and_not_the_training(
     assert (tmp_path / "run/tokenizer.pth").exists()
 
 
+def test_a_report_that_fails_on_one_rank_fails_on_both(workspace, tmp_path):
+    """Otherwise the other rank would wait for the sums of the figures."""
+    shutil.copytree(workspace.root / "val", tmp_path / "val")
+    sorted((tmp_path / "val").rglob("*.png"))[3].write_bytes(b"no image")  # of the second batch
+    done = workspace.stage1(
+        tmp_path / "run", f"dataset.params.val_dir={tmp_path}/val",
+        "training.per_gpu_batch_size=2", "training.gradient_accumulation_steps=1",
+        ranks=2, launcher="torchrun",
+    )  # fmt: skip
+    assert "warning: evaluation failed" in done.stdout
+    assert not any("val/psnr" in r for r in records(tmp_path / "run"))
+    assert (tmp_path / "run/tokenizer.pth").exists()
+
+
 def test_first_held_out_image_is_read_before_the_first_step(workspace, train, tmp_path):
     shutil.copytree(workspace.root / "val", tmp_path / "val")
     first = sorted((tmp_path / "val").rglob("*.png"))[0]

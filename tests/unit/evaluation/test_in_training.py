@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from PIL import Image
 
 import evaluation.evaluator
@@ -123,8 +124,12 @@ def test_measuring_generated_images_waits_for_no_other_rank(
     def collective(*args, **kwargs):
         raise AssertionError("a collective")
 
-    for function in ("all_reduce", "all_gather", "all_gather_object", "barrier", "broadcast"):
+    functions = ("all_reduce", "all_gather", "all_gather_object", "barrier", "broadcast",
+                 "broadcast_object_list", "all_gather_into_tensor")  # fmt: skip
+    for function in functions:
         monkeypatch.setattr(torch.distributed, function, collective)
+    # Of one process, accelerate would not call them.
+    monkeypatch.setattr(evaluator.processes, "distributed_type", DistributedType.MULTI_CPU)
     monkeypatch.setattr(in_training.Collector, "finish", collective)
     collected = collect_samples(evaluator, *models, options)
     with pytest.raises(AssertionError, match="a collective"):

@@ -13,6 +13,7 @@ from generation import folder as module
 from generation.folder import SampleFolder
 from modeling.sampling import NO_CLASS
 from modeling.weights.class_names import ClassNames
+from runtime import processes
 from tests.refusals import refusal
 
 
@@ -106,6 +107,12 @@ def test_other_settings_are_refused(fill_folder):
     fill_folder(chunk=3)
     refusal(lambda: fill_folder(chunk=3, seed=6), "seed (5 there, 6 now)")
     refusal(lambda: fill_folder(chunk=3, engine="reference"), "engine (None there, reference now)")
+
+
+def test_a_process_of_other_weights_or_settings_is_refused(fill_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "on_main", lambda work: {**work(), "generator": "other"})
+    refusal(fill_folder, "generator (other on the main process")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_of_another_origin_is_not_overwritten(fill_folder, tmp_path):

@@ -54,6 +54,7 @@ def test_float32_matrices_lie_in_contiguous_panels(compiled):
 
 @pytest.mark.parametrize("out, dtype", [(100, torch.float32), (96, torch.bfloat16)])
 def test_other_matrices_are_packed_for_onednn_unless_compiled(out, dtype):
+    assert onednn_multiplies(torch.float32) == torch.backends.mkldnn.is_available()
     weight = torch.randn(out, 48).to(dtype)
     eager = cpu_layout(8, False)(weight)
     assert eager.is_mkldnn if onednn_multiplies(dtype) else eager is weight

@@ -8,7 +8,7 @@ import torch
 import configs.load
 from configs.schema import GeneratorRun, TokenizerRun
 from tests.refusals import refusal
-from train_tokenizer.__main__ import build_discriminator, learning_rate
+from train_tokenizer.__main__ import build_discriminator, build_tokenizer, learning_rate
 from train_tokenizer.discriminator import Discriminator
 
 
@@ -82,3 +82,24 @@ def test_the_discriminator_beside_initial_weights_is_kept(tmp_path, stage):
         checkpoint = SimpleNamespace(holds=lambda _, saved=saved: saved)
         built = build_discriminator(SimpleNamespace(options=options, checkpoint=checkpoint))
         assert (built.block_in[0].weight == 2).all().item() is not saved
+
+
+@pytest.mark.parametrize(
+    "stage, start", [(1, "stage1"), (2, "scratch")]
+)  # the first is the default
+def test_v3_presets_are_those_of_parity_md(stage, start):
+    run = tokenizer_preset(f"tokenizer_v3_stage{stage}")
+    params = run.optimizer.params
+    assert (params.warmup_steps, params.count_from) == (10_000, 1)
+    assert (run.losses.critic_weight, run.training.max_grad_norm) == (1, 1)
+    assert run.model.decoder_init == start and not run.model.cluster_in_critic_steps
+    assert not any(p.reset_optimizer for p in run.phases) and run.phases[2].critic_after == 1
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputing_is_that_of_the_option(recompute):
+    with torch.device("meta"):
+        made = build_tokenizer(
+            tokenizer_preset("tokenizer_stage1", f"model.use_checkpoint={recompute}")
+        )
+    assert made.encoder.recompute is recompute and made.decoder.recompute is recompute

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
-from configs.schema import Training
+from configs.schema import TokenizerTraining, Training
+from runtime.processes import set_tf32
 from training import accelerator
 from training.accelerator import BUCKET_MIB, describe_precision, tune_convolutions
 
@@ -34,6 +36,21 @@ sys.stdout.flush()
 # object in it, and would abort the rank. A program does more than enough in between.
 os._exit(0)
 """
+
+
+@pytest.mark.parametrize(
+    "mode, tf32", [("published", (False, True)), ("fast", (True, True)), ("exact", (False, False))]
+)
+def test_tf32_is_that_of_the_numerics(mode, tf32):
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    set_tf32(not tf32[0], not tf32[1])
+    AcceleratorState._reset_state(True)
+    try:
+        accelerator.start_training(TokenizerTraining(numerics=mode))
+        assert tuple(backend.allow_tf32 for backend in backends) == tf32
+    finally:
+        set_tf32(*before)
 
 
 def test_two_ranks_use_large_buckets_no_broadcasts_and_views(tmp_path):

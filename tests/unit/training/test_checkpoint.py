@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,19 @@ def test_resume_from_another_run_takes_its_newest_whole_one(run_dir, tmp_path):
 def test_resume_from_a_checkpoint_takes_that_one(run_dir, tmp_path):
     first = str(folder(run_dir, 1))
     assert checkpoint.choose(tmp_path / "new", first) == (folder(run_dir, 1), [])
+
+
+def test_names_are_durable_before_and_after_the_rename(tmp_path, monkeypatch):
+    calls, sync, rename = [], os.fsync, os.rename
+
+    def noted_sync(descriptor):
+        calls.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "rename", lambda a, b: calls.append("rename") or rename(a, b))
+    save(tmp_path, 1)
+    assert calls[-3:] == ["folder", "rename", "folder"] and calls.count("file") >= 3
 
 
 def test_going_back_does_not_replace_later_checkpoints(run_dir):

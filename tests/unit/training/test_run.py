@@ -18,6 +18,7 @@ from configs.schema import (
 )
 from modeling.weights.runs import find_weights
 from modeling.weights.tensors import read_state_dict
+from runtime import processes
 from tests.refusals import refusal
 from training import checkpoint
 from training.checkpoint import Checkpoint
@@ -173,6 +174,15 @@ def run_of(accelerator, path, resume=True, *, phases, data=None, seed=0):
         training=TokenizerTraining(seed=seed),
     )
     return Run(accelerator, options, options.phases, data or {"images": 5}, "tokenizer", False)
+
+
+@pytest.mark.parametrize(
+    "fact", ["images", "save_every", "autocast", "training.per_gpu_batch_size"]
+)
+def test_a_rank_of_other_options_or_data_is_refused(accelerator, tmp_path, monkeypatch, fact):
+    """DDP would average gradients of weights that drift apart; other periods, other collectives."""
+    monkeypatch.setattr(processes, "on_main", lambda work: {**work(), fact: "other"})
+    refusal(lambda: run_of(accelerator, tmp_path, phases=PHASES), f"{fact} (other on the main")
 
 
 def save_run(run, step):

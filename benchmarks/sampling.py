@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,9 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
         return labels, uniforms.to(device)
 
     last: Any = None
+    engine: Any = None
     for batch, streams in itertools.product(args.batches, args.streams):
-        del last  # its cache
+        last = engine = None  # frees its cache for the next
         began = time.perf_counter()
         set_matmul_precision(precision)  # before the engine captures its graph
         engine = Engine(model, batch, sampling, dtype, compiled, args.engine, args.cache, streams)
@@ -204,11 +206,19 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
             flush=True,
         )
         last = engine, decoder, ours, codes
-        graph = engine.graph
-        if args.profile and cuda and graph is not None:
-            profile(lambda graph=graph: [graph.replay() for _ in range(5)])
+        if args.profile and cuda and engine.graph is not None:
+            profile(partial(replay, engine, 5))
     if args.plain_batch:
         against_plain(config, sampling, model, tokenizer, precision, args, last, inputs)
+
+
+@torch.inference_mode()
+def replay(engine: Engine, steps: int) -> None:
+    """Steps of a captured engine from the middle position on; `sample` leaves it behind the last code."""
+    assert engine.graph is not None
+    engine._set_position(engine.config.image_seq_len // 2)
+    for _ in range(steps):
+        engine.graph.replay()
 
 
 def against_plain(

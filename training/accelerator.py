@@ -15,6 +15,7 @@ from configs.environment import check_environment
 from configs.numerics import Numerics, resolve
 from configs.schema import Training
 from modeling.devices import has_bfloat16, uses_cuda
+from runtime.errors import InputError
 from runtime.processes import refuse_leftovers, set_tf32
 
 # Gradients per all-reduce. torch.compile also splits a model at every bucket and compiles each part:
@@ -42,6 +43,11 @@ def start_training(training: Training) -> Accelerator:
     Raises InputError if the environment contradicts the options.
     """
     numerics = numerics_of(training)
+    if numerics.autocast == "bf16" and uses_cuda() and not has_bfloat16(torch.device("cuda")):
+        raise InputError(
+            "this GPU only emulates bf16: leave training.numerics and training.mixed_precision at auto, "
+            "or set training.mixed_precision=fp16"
+        )
     check_environment(training, numerics.autocast)
     refuse_leftovers()
     accelerator = Accelerator(

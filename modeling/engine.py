@@ -15,7 +15,7 @@ other kernels and the attention. On a CPU an attention and the `between` after i
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Optional
 
 import torch
@@ -297,14 +297,15 @@ class Engine:
             if self.device.type == "cuda" and self.fused:
                 self._capture()
 
-    def on_device(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
         """Makes the engine's GPU current, for graphs and Triton kernels, and ends the caller's autocast."""
-        stack = contextlib.ExitStack()
-        if self.device.type != "meta":
-            stack.enter_context(torch.autocast(self.device.type, enabled=False))
-        if self.device.type == "cuda":
-            stack.enter_context(torch.cuda.device(self.device))
-        return stack
+        kind, nothing = self.device.type, contextlib.nullcontext()
+        with (
+            torch.cuda.device(self.device) if kind == "cuda" else nothing,
+            torch.autocast(kind, enabled=False) if kind != "meta" else nothing,
+        ):
+            yield
 
     def _compile(self) -> None:
         """Compile by taking steps; if that fails, warn once and stay eager.

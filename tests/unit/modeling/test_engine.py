@@ -280,11 +280,14 @@ def test_embeddings_and_norms_stay_float32(model):
     assert {x.dtype for x in (block.qkv, block.w13, block.w2, block.proj)} == {torch.bfloat16}
 
 
-def test_engine_works_on_its_own_gpu_not_on_the_current_one(model):
-    engine = Engine(model, 4, Sampling())
+def test_engine_works_on_its_own_gpu_not_on_the_current_one(model, monkeypatch):
+    engine, made = Engine(model, 4, Sampling()), []
     engine.device = torch.device("cuda:1")
-    context = engine.on_device()
-    assert isinstance(context, torch.cuda.device) and context.idx == 1
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: made.append(device) or contextlib.nullcontext()
+    )
+    with engine.on_device():
+        assert made == [torch.device("cuda:1")]
 
 
 def test_free_memory_counts_what_the_allocator_holds_without_using_it(monkeypatch):

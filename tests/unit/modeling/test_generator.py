@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modeling.attention import attention
 from modeling.generator import (
     NO_CLASS,
     Attention,
@@ -235,9 +236,7 @@ def attention_by_parts(self, x, table, cache=None):
         cos, sin = table.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(v)
 
-    y = F.scaled_dot_product_attention(
-        turn(self.q_norm(q)), turn(self.k_norm(k)), v, is_causal=True
-    )
+    y = attention(turn(self.q_norm(q)), turn(self.k_norm(k)), v, causal=True)
     return self.proj(y.transpose(1, 2).reshape(B, N, D))
 
 

@@ -60,7 +60,8 @@ def draw_rows(groups: list[Group], root: Path) -> None:
 
 def rows_panels(figure: Any, groups: list[Group], metrics: list[Metric]) -> None:
     axes = figure.subplots(2, -(-len(metrics) // 2)).flatten()
-    labels = [group.label.replace(", ", "\n", 1) for group in groups]
+    alike = len({group.variation for group in groups}) == 1  # then it needs no saying
+    labels = [group.row.name if alike else group.label.replace(", ", "\n", 1) for group in groups]
     seeds = sorted({seed for group in groups for seed in group.values("nats")})
     for axis, metric in zip(axes, metrics):
         for seed in seeds:

@@ -328,7 +328,8 @@ def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
     epochs = samples / data.train.images
     describe_data(run, state, data.train)
     if data.validation is not None:
-        run.warn_of_same_data(data.validation.folder, data.validation.identity)
+        held_out = run.checkpoint.values["held out"]
+        run.warn_of_same_data(data.validation.folder, lambda: held_out)
     if state.start:
         run.log.say(state.start)
     run.log.say(
@@ -401,7 +402,8 @@ def report_validation(
 
 
 def forget_other_best(run: Run, validation: Optional[TokenCache]) -> None:
-    """Forget the lowest loss of other held-out codes, or of weights that a fork left in another folder."""
+    """Note the identity of the held-out codes, and forget the lowest loss of other ones, or of weights that a
+    fork left in another folder."""
     if validation is None:
         return
     values, held_out = run.checkpoint.values, on_main(validation.identity)
@@ -480,8 +482,8 @@ def main(argv: list[str]) -> None:
     run.start(data.train.dataset, data.train.images, workers, data.train.skip_unreadable)
     if isinstance(state.generator, Generator):  # of another backbone, the FLOPs are unknown
         run.flops_per_image = training_flops(state.config)
-    describe_run(run, state, data)
     forget_other_best(run, data.validation)
+    describe_run(run, state, data)
     report(run, run.first_step - 1, run.missing_reports(), state, data)
 
     for step in run.steps():

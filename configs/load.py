@@ -155,7 +155,8 @@ def save(options: Any, path: str | Path) -> None:
 
     An option that follows another one by default (`${…}`), and equals it, follows it again when it is read.
     """
-    values, flat = asdict(options), flatten(asdict(options))
+    values = asdict(options)
+    flat = flatten(values)
     for name, option in declared(type(options)).items():
         default = option.default
         if isinstance(default, str) and default.startswith("${") and name in flat:

@@ -33,8 +33,12 @@ def identity_of_images(paths: Sequence["ImagePath"]) -> dict[str, str]:
     """
     return {
         "image names": hash_of_names(paths),
-        "image sizes": short_hash(sizes_and_times(paths)[:, 0].tobytes()),
+        "image sizes": hash_of_sizes(paths),
     }
+
+
+def hash_of_sizes(paths: Sequence["ImagePath"]) -> str:
+    return short_hash(sizes_and_times(paths)[:, 0].tobytes())
 
 
 def hash_of_names(paths: Sequence["ImagePath"]) -> str:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.classes import describe_classes, first_names
-from data.identity import hash_of_names, identity_of_images
+from data.identity import hash_of_names, hash_of_sizes
 from data.labels import read_labels
 from data.order import EpochDraws
 from data.tars import is_tar
@@ -165,8 +165,9 @@ def identity_for_all(paths: Sequence[ImagePath]) -> dict[str, str]:
 
     Raises InputError on a process that lists other images, whose labels and order would be wrong.
     """
-    check_same({"image names": hash_of_names(paths)}, "other images")
-    return on_main(lambda: identity_of_images(paths))
+    names = {"image names": hash_of_names(paths)}
+    check_same(names, "other images")
+    return names | on_main(lambda: {"image sizes": hash_of_sizes(paths)})
 
 
 # ---------------------------------------------------------------------- crops

@@ -13,7 +13,6 @@ An index with another version, or of a tar that has changed since, is made anew.
 
 import os
 import re
-import secrets
 import tarfile
 import zipfile
 import zlib
@@ -26,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.errors import InputError
-from runtime.files import whole_file, writing
+from runtime.files import shared_file
 from runtime.processes import on_main
 
 VERSION = 1
@@ -244,15 +243,11 @@ def cut_short(where: str | Path) -> InputError:
 # ---------------------------------------------------------------------- the index
 def write_index(index: Path, members: Members, stamp: tuple[int, int]) -> None:
     names = "\0".join(members.names).encode(errors="surrogateescape")
-    # A name of its own: two commands may list one tar at the same time.
-    own = index.with_name(f"{index.name}.{secrets.token_hex(4)}")
-    with whole_file(own) as partial, open(partial, "wb") as file:
+    with shared_file(index) as partial, open(partial, "wb") as file:
         np.savez(
             file, names=np.frombuffer(names, np.uint8), offsets=members.offsets,
             sizes=members.sizes, about=np.array([VERSION, *stamp], np.int64),
         )  # fmt: skip
-    with writing(index):
-        os.replace(own, index)
 
 
 def read_index(index: Path, stamp: tuple[int, int]) -> Members | None:

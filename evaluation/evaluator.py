@@ -54,10 +54,10 @@ class Evaluator:
         self.network, self.processes, self.half_manifold = network, processes, half_manifold
         self.batch, self.workers = batch, workers
         self.reference = open_reference(reference, network, processes, batch, workers, size, crop)
-        (known,) = self.reference.parts.get("manifold", ((),))
-        if 0 < len(known) <= NEIGHBOURS:  # now, not after sampling
+        manifold = self.reference.parts.get("manifold")
+        if manifold and 0 < len(manifold[0]) <= NEIGHBOURS:  # now, not after sampling
             raise InputError(
-                f"{self.reference.name} holds {len(known)} images: precision and recall need more than "
+                f"{self.reference.name} holds {len(manifold[0])} images: precision and recall need more than "
                 f"{NEIGHBOURS}; use a larger reference"
             )
 

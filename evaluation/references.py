@@ -1,7 +1,5 @@
 """Reference statistics: from images, from other projects' files, or from our own."""
 
-import os
-import secrets
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,7 +13,7 @@ from evaluation.features import FeatureNetwork
 from evaluation.sources import npz_images, npz_keys, npz_values, open_images
 from evaluation.statistics import SetStatistics, measure
 from runtime.errors import InputError
-from runtime.files import whole_file, writing
+from runtime.files import shared_file
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names; other projects have the first two
 # The parts of `SetStatistics` by their names in files.
@@ -131,11 +129,5 @@ def save_statistics(side: SetStatistics, path: str | Path, identity: str) -> Non
     for key, value in (("images", side.images), ("size", side.size)):
         if value is not None:
             arrays[key] = np.asarray(value)
-    path = Path(path)
-    own = path.with_name(
-        f"{path.name}.{secrets.token_hex(4)}"
-    )  # another job may write the same file
-    with whole_file(own) as partial, open(partial, "wb") as file:
+    with shared_file(path) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)
-    with writing(path):
-        os.replace(own, path)

@@ -87,8 +87,9 @@ class Manifolds:
         return precision_recall(theirs[0], ours[0], device, half=half)
 
 
+FID = FrechetDistance("FID", "pool", POOL)
 METRICS: list[SetMetric] = [
-    FrechetDistance("FID", "pool", POOL),
+    FID,
     FrechetDistance("sFID", "spatial", SPATIAL),
     Score(),
     Manifolds(),

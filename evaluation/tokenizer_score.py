@@ -12,7 +12,6 @@ from data.pictures import picture_grid, to_pixels, write_png
 from evaluation.evaluator import describe_result
 from evaluation.features import FeatureNetwork
 from evaluation.lpips import LPIPS
-from evaluation.metrics import frechet_distance_of_moments
 from evaluation.reconstruction import (
     SSIM_WINDOW,
     CodeUse,
@@ -25,6 +24,7 @@ from evaluation.reconstruction import (
     reconstruct,
     ssim,
 )
+from evaluation.set_metrics import FID
 from evaluation.statistics import Collector, SetStatistics
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import UNSEEN
@@ -83,9 +83,9 @@ def score_tokenizer(
     if not processes.is_main_process:
         return {}, originals, preview
     if network is not None:
-        sides = (reconstructions, originals)
-        moments = [part.to(device) for side in sides for part in side.parts["pool"]]
-        metrics = {"rFID": frechet_distance_of_moments(*moments), **metrics}
+        ours, theirs = (side.parts[FID.part] for side in (reconstructions, originals))
+        (rfid,) = FID.figures(ours, theirs, device, half=False)
+        metrics = {"rFID": rfid, **metrics}
     result = describe_result(metrics, network, reconstructions, originals, count, batch, device)
     unseen = {name: getattr(tokenizer.config, name) for name in UNSEEN}  # by any tensor's shape
     result["weights"] = {"tokenizer": weights_hash(tokenizer), **unseen}

@@ -58,9 +58,8 @@ class Rule:
         if not is_a(value, float):
             return ""
         most = LARGEST if self.at_most is None and is_a(value, int) else self.at_most
-        if not is_a(value, int) and not math.isfinite(
-            value
-        ):  # some int is too large for the latter
+        # An int is finite, and may be too large for math.isfinite.
+        if not is_a(value, int) and not math.isfinite(value):
             return "set a finite number"
         if self.above is not None and value <= self.above:
             return f"set more than {number(self.above)}"

@@ -161,10 +161,9 @@ class Pipeline:
         A class is a number, a name ("golden retriever") or None: an image without a class, which
         guidance does not change. `sampling` are the fields of `modeling.sampling.Sampling`:
         guidance_scale, guidance_scale_pow, guidance_schedule, randomize_temperature, top_k, top_p; by
-        default there is no guidance. Image i
-        depends on its class, (seed, i), settings and precision, up to rounding that depends on the batch
-        and on compiling, like image i of sample_imagenet.py. With a list of N seeds, image i is the first
-        image of seed[i]. `prefix` (N, n) or (1, n) holds the first codes; a code
+        default, guidance is off. Image i depends on its class, (seed, i), settings and precision, up to
+        rounding that depends on the batch and on compiling, like image i of sample_imagenet.py. With a
+        list of N seeds, image i is the first image of seed[i]. `prefix` (N, n) or (1, n) holds the first codes; a code
         `modeling.sampling.DRAWN` (-1) in it is drawn. Raises InputError for no or unknown classes and
         invalid seeds, prefixes or settings.
         """

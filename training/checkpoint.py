@@ -272,8 +272,8 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
     checkpoint, or to a run for its newest one: that checkpoint or, so that the same command resumes, the
     newest one that this run has saved since it started from there.
 
-    Raises InputError if a folder with checkpoints is not to be resumed, holds some of another origin or
-    later ones than the named one, and if there is no checkpoint at the path or none is valid.
+    Raises InputError if a folder with checkpoints is not to be resumed, or holds some of another origin or
+    some after the named one, and if no checkpoint at the path is valid.
     """
     candidates = all_checkpoints(run_dir)
     if resume is False:

@@ -98,9 +98,8 @@ class RunLog:
             text = path.read_text()
             lines = text.splitlines()
             kept = [line for line in lines if step_of(line) < first_step]
-            if kept != lines or not text.endswith(
-                "\n"
-            ):  # or the next record would join the last line
+            whole = text.endswith("\n")  # else the next record would join the last line
+            if kept != lines or not whole:
                 write_whole(path, "".join(line + "\n" for line in kept).encode())
             for line in kept:
                 if step_of(line) == first_step - 1:

@@ -23,7 +23,7 @@ An AliTok image tokenizer ([arXiv 2506.05289](https://arxiv.org/abs/2506.05289))
 from alitok import Pipeline
 
 pipeline = Pipeline.from_pretrained("{name}")
-# guidance_scale=S and guidance_scale_pow=P make clearer images of a class; without them there is no guidance
+# guidance_scale=… and guidance_scale_pow=… make the images clearer; by default, guidance is off
 pipeline([0], seed=0, output="pil")[0].save("image.png")
 ```
 

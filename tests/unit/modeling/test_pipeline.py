@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import modeling
+from modeling.engine import Engine
 from modeling.generator import Generator
 from modeling.image_decoder import ImageDecoder
 from modeling.pipeline import Pipeline, class_labels
@@ -370,7 +372,18 @@ def test_the_hubs_own_client_takes_what_it_is_called_with():
 
 
 # ---------------------------------------------------------------------- beside other code of a process
-def test_threads_that_share_a_pipeline_get_their_own_images(made):
+def test_threads_that_share_a_pipeline_get_their_own_images(made, monkeypatch):
+    sample, running = Engine.sample, []
+
+    def alone(engine, *given):
+        assert not running, "two calls are in an engine at once"
+        running.append(engine)
+        time.sleep(0.005)  # longer than a thread's turn
+        codes = sample(engine, *given)
+        running.clear()
+        return codes
+
+    monkeypatch.setattr(Engine, "sample", alone)
     pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
     calls = [([2, 0], {"guidance_scale": 4.0}), ([1, 1], {}), ([0], {}), ([0, 1], {"seed": 3})] * 4
     alone = [pipeline(classes, **options) for classes, options in calls]
@@ -403,6 +416,7 @@ def test_torchs_default_type_changes_nothing(made, dtype):
     try:
         pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
         images = pipeline([2, 0, 1])
+        assert pipeline.engine.streams[0].uniforms.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(images, expected)

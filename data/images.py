@@ -16,14 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.classes import describe_classes, first_names
 from data.identity import hash_of_names, hash_of_sizes
 from data.labels import read_labels
 from data.order import EpochDraws
 from data.tars import is_tar
-from data.tree import FileTree, ImagePath, describe_left_out, read_tree
+from data.tree import IMG_EXTENSIONS, FileTree, ImagePath, describe_left_out, read_tree
 from modeling.photos import center_crop, load_image, load_photo, load_upright, photo_crop, to_uint8  # noqa: F401
 from modeling.pixels import to_float  # noqa: F401 - for callers of this module, like some of the above
 from runtime.errors import InputError
@@ -96,8 +95,8 @@ def scan_images(
 
 
 def check_class_folders(tree: FileTree, images: list[str], at_top: list[str]) -> None:
-    """Raise InputError if a folder at the top holds no images, or folders of images instead, which suggests
-    a folder below, or if images lie beside the folders (`at_top`), where no class is theirs."""
+    """Raise InputError if a top-level folder holds no images, or only folders of images (the classes are
+    then a level below), or if images lie beside the folders (`at_top`), where they have no class."""
     folders = {folder.split(os.sep)[0] for folder in tree.folders} - {""}
     with_images = {os.path.dirname(image) for image in images} - {""}
     classes = {folder.split(os.sep)[0] for folder in with_images}
@@ -106,8 +105,9 @@ def check_class_folders(tree: FileTree, images: list[str], at_top: list[str]) ->
         inner = min(folder for folder in with_images if folder.startswith(nested[0] + os.sep))
         raise InputError(
             f"{tree.root} is not a folder of classes: {first_names(nested)} hold"
-            f"{'s' * (len(nested) == 1)} folders of images (such as {inner}) instead of images; pass, or "
-            f"pack alone, the folder above those, such as {tree.root / os.path.dirname(inner)}"
+            f"{'s' * (len(nested) == 1)} folders of images (such as {inner}) instead of images; pass "
+            f"(or, for a tar, pack only) the folder above those, such as "
+            f"{tree.root / os.path.dirname(inner)}"
         )
     if at_top:
         raise InputError(
@@ -223,7 +223,9 @@ def random_crop(
     """Augmentation: resize the shorter side to `resize` (bilinear), crop and mirror at random."""
     shorter = min(image.size)
     if shorter != resize:
-        resized = [int(resize * side / shorter) for side in image.size]  # rounded as torchvision's
+        resized = [
+            int(resize * side / shorter) for side in image.size
+        ]  # truncated, as in torchvision
         image = image.resize((resized[0], resized[1]), Image.Resampling.BILINEAR)
     left = int(rng.integers(image.width - size + 1))
     top = int(rng.integers(image.height - size + 1))

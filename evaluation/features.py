@@ -5,7 +5,6 @@ from typing import Optional, Protocol
 
 import torch
 from torch import Tensor
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from modeling.weights.tensors import describe, read_state_dict
 from runtime.errors import InputError
@@ -13,7 +12,7 @@ from runtime.files import file_sha256
 from runtime.processes import matmul_precision
 from runtime.published import find_published
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the end: how its SHA-256 begins
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # ends with the start of its SHA-256
 SPATIAL_CHANNELS = 7
 
 
@@ -63,6 +62,9 @@ class Inception:
         self.identity = f"inception-v3-compat {digest[:16]}"
         self.published: Optional[bool] = digest.startswith("6726825d")
         self.device = torch.device(device)
+        # Takes half a second, so imported on use.
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         try:
             network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], str(path)

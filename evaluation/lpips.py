@@ -6,7 +6,6 @@ from typing import Optional
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import vgg16
 
 from modeling.weights.tensors import load_tensors, read_state_dict
 from runtime.published import find_published
@@ -14,7 +13,7 @@ from runtime.published import find_published
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's name, ImageNet weights V1
 LPIPS_FILE = "lpips_vgg.pth"  # weights/v0.1/vgg.pth of the LPIPS repository
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-NOT_AS_A_LOSS = " (in training: or set the weight of its loss to 0)"
+NOT_AS_A_LOSS = ", or (in training) set the weight of its loss to 0"
 
 
 class Head(nn.Module):
@@ -45,6 +44,9 @@ class LPIPS(nn.Module):
         if weights is not None:
             names = VGG_FILE, LPIPS_FILE
             files = [find_published(name, weights, NOT_AS_A_LOSS) for name in names]
+        # Takes a third of a second, so imported on use.
+        from torchvision.models import vgg16
+
         vgg = vgg16()
         if files:
             load_tensors(vgg, read_state_dict(files[0]), str(files[0]))

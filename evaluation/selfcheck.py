@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from evaluation.evaluator import Evaluator
 from evaluation.metrics import Moments
@@ -42,7 +41,7 @@ class Check:
 
 def moment_check(processes: PartialState) -> Check:
     """Streamed moments on this device over all processes, which call this together."""
-    # Points at ±√(D - ½) along each of D axes, far from the origin: the covariance is 1.
+    # Points at ±√(D - ½) along each of D axes, far from the origin: the covariance is the identity.
     width = 8
     points = torch.eye(width).double() * math.sqrt(width - 0.5)
     points = torch.cat([points, -points]) + 1000
@@ -59,12 +58,16 @@ def moment_check(processes: PartialState) -> Check:
 def resize_checks() -> Iterator[Check]:
     """Inception's resize against its definition in TensorFlow 1: bilinear, without antialiasing, with
     pixels (0, 0) aligned."""
+    # Takes half a second, so imported on use.
+    from torch_fidelity import interpolate_compat_tensorflow as package
+
     for size in (64, 256, 512):
         rows, columns = np.indices((size, size))
         picture = (rows * rows + 3 * columns + 41 * rows * columns) % 256
         pixels = torch.from_numpy(picture).float().expand(1, 3, size, size)
         shape = (INCEPTION_SIZE, INCEPTION_SIZE)
-        found = interpolate_bilinear_2d_like_tensorflow1x(pixels, shape, align_corners=False)
+        resize = package.interpolate_bilinear_2d_like_tensorflow1x
+        found = resize(pixels, shape, align_corners=False)
         by_rows = bilinear_matrix(size)
         expected = by_rows @ picture @ by_rows.T
         error = float(np.abs(found[0, 0].double().numpy() - expected).max())
@@ -126,7 +129,7 @@ def selfcheck(folder: Path, processes: PartialState, batch: int, workers: int) -
     `folder` may hold ADM's batches and Inception's weights. All processes call this.
     """
     checks = [moment_check(processes), *resize_checks()]
-    missing = f"{folder} needs {ADM_REFERENCE} and {' or '.join(ADM_BATCHES)}"
+    missing = f"put {ADM_REFERENCE} and {' or '.join(ADM_BATCHES)} into {folder}/"
     try:
         published = list(published_checks(folder, processes, batch, workers))
     except MissingFile as e:

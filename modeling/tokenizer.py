@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.checkpoint import checkpoint
 
 from .devices import find_device
@@ -62,8 +63,8 @@ class TokenizerConfig(Options):
     clustering: bool = option(False, "Codebook clustering in training; stage 1: true.")
     position_init: str = option(
         "normal",
-        "Start of the encoder's positions: normal, as published, or own_patch, by which every "
-        "latent reads its own patch from the first step (it also sets the first block's attention).",
+        "Initial positions of the encoder: normal, as published, or own_patch: every latent "
+        "attends to its own patch from the first step (it also sets the first block's attention).",
         choices=("normal", "own_patch"),
     )
 
@@ -115,7 +116,7 @@ class TokenizerOutput(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What the encoder makes of B images; D is its width (768 as published)."""
+    """The encoder's outputs for B images; D is its width (768 as published)."""
 
     tokens: Tensor  # (B, T, D) float32, of one block: one token for each code
     latents: Tensor  # (B, T, token_size) float32, what the quantizer sees
@@ -273,11 +274,11 @@ class Tokenizer(nn.Module):
     def start_at_own_patch(self) -> None:
         """`own_patch`: in the first block every latent attends most to its own patch.
 
-        The position of a latent is that of its patch plus noise of a quarter, and the first block's
-        attention starts with identities, so that its weights follow the positions. With the published
-        weights all attention starts uniform, and a small tokenizer makes the mean image for hundreds
-        of steps. Ours, after Trockman and Kolter (2023), "Mimetic Initialization of Self-Attention
-        Layers".
+        A latent's position is that of its patch plus noise a quarter as large. The first block's
+        projections start as identity matrices, so that its attention follows the positions. With the
+        published initialisation all attention starts uniform, and a small tokenizer outputs the mean
+        image for hundreds of steps. Not in the paper; after Trockman and Kolter (2023), "Mimetic
+        Initialization of Self-Attention Layers".
         """
         encoder, grid, width = self.encoder, self.config.grid, self.config.encoder_width
         # At least as large as an embedded patch, so that positions outweigh pixels.
@@ -319,7 +320,7 @@ class Tokenizer(nn.Module):
         sizes, by default the published ones. Raises InputError if there are no such weights, or they do
         not fit.
         """
-        from .weights.opened import open_tokenizer  # which builds tokenizers
+        from .weights.opened import open_tokenizer  # it imports this module
 
         place = find_device(device)
         return open_tokenizer(name, config, revision).to(place)
@@ -330,7 +331,7 @@ class Tokenizer(nn.Module):
         A photo is turned upright, cut to its middle square and encoded in float32 without gradients.
         Raises InputError if it is not an image, or smaller than the tokenizer's images.
         """
-        from .photos import photo_crop  # Pillow is loaded only here
+        from .photos import photo_crop  # needs Pillow, so imported on use
 
         if not photos:
             raise InputError("no photos: pass at least one path or PIL image")
@@ -401,7 +402,9 @@ class Tokenizer(nn.Module):
             return self.exact_latents(images)  # pyright: ignore - torch types disable as it is not
         return self.encoder(images, self.latent_tokens)
 
-    @torch.compiler.disable  # a compiled graph would keep the precision of its compilation
+    # A compiled graph would keep the precision of its compilation. This is `torch.compiler.disable`, but
+    # imports TorchDynamo, which takes as long as torch itself, at the first call.
+    @_disable_dynamo
     @torch.no_grad()
     def exact_latents(self, images: Tensor) -> Tensor:
         """`latents` in full float32, without gradients."""

@@ -6,7 +6,6 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import convnext_small
 
 from modeling.weights.tensors import load_tensors, read_state_dict
 from runtime.published import find_published
@@ -27,6 +26,9 @@ class ConvNeXtLogits(nn.Module):
 
     def __init__(self, weights: Optional[Path]):
         super().__init__()
+        # Takes a third of a second, so imported on use.
+        from torchvision.models import convnext_small
+
         self.network = convnext_small()
         if weights is not None:
             path = find_published(CONVNEXT_FILE, weights, ", or set the weight of its loss to 0")

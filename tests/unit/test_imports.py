@@ -90,6 +90,10 @@ def test_modeling_needs_four_packages_alone():
         assert outside <= MODELING_NEEDS, f"{file.name} imports {outside - MODELING_NEEDS}"
 
 
+# Each takes from a third of a second to two seconds: as long as torch itself.
+SLOW = {"torch._dynamo", "sympy", "torchvision", "torch_fidelity", "timm", "wandb"}
+
+
 @pytest.mark.parametrize(
     "module, unloaded",
     [
@@ -100,6 +104,8 @@ def test_modeling_needs_four_packages_alone():
         ),
         ("modeling", {"torch", "numpy", "modeling.pipeline"}),
         ("modeling.engine", {"modeling.fused_attention"}),
+        *[(program, SLOW) for program in ("sample_imagenet", "pretokenization", "evaluate")],
+        ("train_ar, train_tokenizer.__main__", SLOW - {"sympy"}),  # for sharded weights
     ],
 )
 def test_a_reader_loads_no_trainer(module, unloaded):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from PIL import __version__ as pillow_version
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import pil_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 from torchvision.transforms import functional as TF
 
 from data import images as module
@@ -59,6 +59,10 @@ def crops(image, size, kind):
 
 def same(a, b):
     return a.size == b.size and a.mode == b.mode and a.tobytes() == b.tobytes()
+
+
+def test_images_have_the_suffixes_that_torchvision_reads():
+    assert module.IMG_EXTENSIONS == IMG_EXTENSIONS
 
 
 # ---------------------------------------------------------------------- crops

@@ -141,7 +141,7 @@ def test_lpips_gradient_reaches_the_images_alone(own_lpips):
 
 
 def test_lpips_needs_both_files_before_it_is_built(nowhere, monkeypatch):
-    monkeypatch.setattr("evaluation.lpips.vgg16", lambda: pytest.fail("built"))
+    monkeypatch.setattr("torchvision.models.vgg16", lambda: pytest.fail("built"))
     (nowhere / "weights").mkdir()
     for missing in (VGG_FILE, LPIPS_FILE):
         with pytest.raises(MissingFile, match=missing):

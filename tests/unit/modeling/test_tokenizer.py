@@ -479,3 +479,23 @@ def test_recomputing_gives_the_same_gradients_from_fewer_kept_tensors():
         kept.append(sum(sizes))
     torch.testing.assert_close(results[0], results[1])
     assert kept[1] < kept[0]
+
+
+def test_a_frozen_encoder_is_left_out_of_compiled_code_which_would_keep_its_precision():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    tokenizer, images = Tokenizer(tiny_tokenizer()).eval(), torch.rand(2, 3, 16, 16)
+    codes = torch.compile(tokenizer.encode, backend=backend)
+    codes(images)
+    assert "conv" in "".join(map(str, graphs))
+    graphs.clear()
+    tokenizer.freeze_encoder()
+    torch._dynamo.reset()
+    assert torch.equal(codes(images), tokenizer.encode(images))
+    assert graphs and "conv" not in "".join(map(str, graphs))
+    torch._dynamo.reset()

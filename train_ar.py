@@ -95,12 +95,10 @@ class TrainingSet:
 class GeneratorData:
     """The data of training and validation, and what scores need."""
 
-    options: GeneratorRun  # of the run: its classes are the data's, `experiment.classes` by number
+    options: GeneratorRun  # the run's, with the data's number of classes and `experiment.classes` as labels
     train: TrainingSet
     names: ClassNames  # of its classes
-    tokenizer_hash: Optional[
-        str
-    ]  # of the codes' tokenizer; the published layout of a cache states none
+    tokenizer_hash: Optional[str]  # of the codes' tokenizer; a published cache states none
     tokenizer: Optional[Tokenizer]  # for samples and to encode images; on the device, frozen
     encoder: Optional[Tokenizer]  # the tokenizer, if the dataset yields images to encode
     validation: Optional[TokenCache]  # its labels are the training set's
@@ -253,15 +251,20 @@ def parameter_groups(model: Generator, weight_decay: float) -> list[dict]:
     ]
 
 
-def load_initial(run: Run, generator: Generator, classes: list[str]) -> str:
+def load_initial(run: Run, generator: Generator, data: GeneratorData) -> str:
     """Load `experiment.init_weights` into the generator of a new run; returns a line for the log.
 
-    Raises InputError if the weights do not fit; classes may differ (`fit_classes`).
+    Raises InputError if the weights do not fit; classes may differ (`fit_classes`), and so may the tokenizer,
+    with a warning.
     """
     weights = run.initial
     if weights is None:
         return ""
-    state, words = fit_classes(weights, generator.config, classes)
+    if data.tokenizer_hash not in (None, weights.about.tokenizer or data.tokenizer_hash):
+        run.checkpoint.warnings.append(
+            f"{weights.file} was trained on the codes of another tokenizer, whose meaning it has learnt"
+        )
+    state, words = fit_classes(weights, generator.config, data.train.classes)
     load_tensors(generator, state, str(weights.file))
     return f"starts from {weights.file}: {describe(state)}{words}"
 
@@ -276,11 +279,10 @@ class TrainState:
         training, accelerator = options.training, run.accelerator
         self.accelerator, self.config = accelerator, options.model.generator
         self.about = about_generator(options, data)
-        torch.manual_seed(
-            training.seed
-        )  # the same initial weights on every rank, whatever was built before
+        # The same initial weights on every rank, whatever was built before.
+        torch.manual_seed(training.seed)
         self.generator = build_generator(self.config)
-        self.start = load_initial(run, self.generator, data.train.classes)
+        self.start = load_initial(run, self.generator, data)
         self.ema = None
         if training.use_ema:
             self.ema = EMA(self.generator, training.ema_decay, training.ema_warmup)
@@ -363,7 +365,7 @@ def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
         remedy = f"; set it to {known} for a model of the data's classes" * fewer
         run.log.say(
             f"warning: {configured - len(shown)} of model.generator.condition_num_classes="
-            f"{configured} classes have no image to train on: samples of them will mean nothing{remedy}"
+            f"{configured} classes have no image to train on: samples of them will be meaningless{remedy}"
         )
 
 
@@ -444,7 +446,7 @@ def validate(run: Run, model: nn.Module, store: TokenCache) -> Likelihood:
 def sample_grid(
     accelerator: Accelerator, model: Generator, tokenizer: Tokenizer, options: GeneratorRun
 ) -> Tensor:
-    """Images in [0, 1], each row with the same classes; empty but on the main process."""
+    """Images in [0, 1], each row with the same classes; empty except on the main process."""
     if not accelerator.is_main_process:
         return torch.empty(0)
     generator, labels = options.model.generator, grid_labels(options)
@@ -476,7 +478,7 @@ def main(argv: list[str]) -> None:
     data = open_data(options, accelerator, weights, index_folder=kept)
     phases = [Phase("training", total_steps)]
     options = data.options
-    run = Run(accelerator, options, phases, data.identity(), GENERATOR, dry_run, initial)
+    run = Run(accelerator, options, phases, data.identity(), dry_run, initial)
     state = TrainState(run, options, data)
     workers = options.dataset.params.num_workers_per_gpu
     run.start(data.train.dataset, data.train.images, workers, data.train.skip_unreadable)

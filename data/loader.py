@@ -1,11 +1,8 @@
-"""Batches from data workers: the endless loader of both trainers, and prefetching to a device."""
+"""The endless loader of both trainers, and how many workers read data."""
 
 import os
-from collections.abc import Iterable, Iterator
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import Training
@@ -52,23 +49,3 @@ def training_loader(
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=outlive_first_signal,
     )
-
-
-def on_device(
-    batches: Iterable[tuple[Tensor, ...]], device: torch.device
-) -> Iterator[tuple[Tensor, ...]]:
-    """Batches on the device, copied from pinned memory on a stream of their own.
-
-    Copies overlap with computation as long as the caller reads nothing back from the device.
-    """
-    if device.type != "cuda":
-        yield from batches
-        return
-    copies, compute = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    for batch in batches:
-        with torch.cuda.stream(copies):
-            arrived = tuple(tensor.to(device, non_blocking=True) for tensor in batch)
-        compute.wait_stream(copies)
-        for tensor in arrived:
-            tensor.record_stream(compute)  # no later copy gets its memory before then
-        yield arrived

@@ -33,7 +33,6 @@ from data.images import (
     to_float,
     to_uint8,
 )
-from data.loader import on_device
 from data.npz import write_npz_files, write_npz_manifest
 from data.tokens import open_tokens
 from data.writer import write_packed_store
@@ -173,7 +172,7 @@ class WorkFolder:
         if len(skipped) > limit:
             raise InputError(
                 f"more than --skip_unreadable {limit}: {self.describe_skipped(skipped)}; repair them or "
-                f"allow more (without them, the cache would be another one, made from the start)"
+                f"allow more (deleting them changes the listing, so encoding starts over)"
             )
 
 
@@ -211,7 +210,7 @@ def encode_folder(
     on_main(work.claim)
     on_main(work.refuse_edited)
 
-    # As the main process sees them: a network's file system may show the others the past.
+    # As the main process sees them: a network file system may show others an older state.
     left, skipped = on_main(lambda: (work.parts.missing(), work.unreadable()))
     missing = share_of(left, processes.process_index, processes.num_processes)
     work.refuse_too_many(skipped)
@@ -269,8 +268,8 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
         print(f"skipped {work.describe_skipped(skipped)}; the manifest lists them")
     if rotated:
         print(
-            f"warning: {rotated} images are rotated by EXIF, which a cache ignores like the published "
-            f"one: rotate the files themselves if they lie on their side"
+            f"warning: {rotated} images are rotated by EXIF, which the cache ignores, as the published "
+            f"one does: rotate the files themselves if their pixels lie on their side"
         )
     print(f"wrote {work.cache}: {len(kept)} images x {views} views, {plan.crops}, {plan.dtype}")
 
@@ -350,7 +349,7 @@ def encode_parts(
         num_workers=plan.num_workers,
         pin_memory=device.type == "cuda",
     )
-    arriving = on_device(loader, device)
+    arriving = iter(loader)
     total = sum(len(batch) for n in numbers for batch in batches[n])
     share = f" (1 of {processes.num_processes})" if processes.num_processes > 1 else ""
     with progress(total, "img", f"encode{share}") as bar:
@@ -358,13 +357,14 @@ def encode_parts(
             codes, facts = [], []
             for _ in batches[number]:
                 crops, known = next(arriving)  # (n, 3, L, L) uint8, (n, 4) int64
+                crops = crops.to(device, non_blocking=True)
                 codes.append(encode_views(encoder, crops, plan, plan.dtype).int())
                 facts.append(known)
                 bar.update(len(crops))
             # The only place that waits for the device, once per part.
             part = torch.cat(codes).cpu().numpy().astype(np.uint16)
             indices = np.concatenate([np.array(batch) for batch in batches[number]])
-            yield EncodedPart(number, indices, part, torch.cat(facts).cpu().numpy())
+            yield EncodedPart(number, indices, part, torch.cat(facts).numpy())
 
 
 def encode_views(encoder: Tokenizer, crops: Tensor, plan: EncodingPlan, dtype: str) -> Tensor:

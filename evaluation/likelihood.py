@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from data.loader import on_device
 from data.tokens import AllTokens, TokenCache
 from evaluation.metrics import summed
 from modeling.modes import eval_mode
@@ -119,8 +118,8 @@ def view_batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=outlive_first_signal,
     )
-    for places, (codes, labels) in zip(batches, on_device(loader, device)):
-        yield places, codes, labels
+    for places, (codes, labels) in zip(batches, loader):
+        yield places, codes.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def eager(wanted: bool) -> contextlib.AbstractContextManager:

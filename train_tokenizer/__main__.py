@@ -57,7 +57,7 @@ from evaluation.reconstruction import (
 from modeling.compiling import compile_blocks, inductor_or_eager
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
 from modeling.weights.metadata import DECODER, DISCRIMINATOR, ENCODER, TOKENIZER, about_model
-from modeling.weights.opened import Opened, open_weights
+from modeling.weights.opened import Opened
 from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
 from runtime.processes import compiles, on_main
@@ -69,7 +69,7 @@ from train_tokenizer.discriminator import Discriminator, hinge_loss, weights_fro
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training.accelerator import describe_precision, numerics_of, start_training, tune_convolutions
 from training.dry_run import split_dry_run
-from training.initial import open_initial
+from training.initial import check_same_start, open_initial
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run
 from training.schedule import is_critic_step, phase_at, phase_lr, phase_steps, tokenizer_lr
@@ -164,16 +164,20 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
     Raises InputError if they are missing or do not fit, or if a resumed run has those of another stage 1.
     """
     experiment, model, values = run.options.experiment, run.options.model, run.checkpoint.values
-    if run.resumed:
-        on_main(lambda: check_same_stage1(values.get("stage1"), experiment.stage1_checkpoint, run))
+    stage1 = experiment.stage1_checkpoint
+    if run.checkpoint.source is not None:
+        option = "experiment.stage1_checkpoint"
+        check_same_start(option, values["stage1_checkpoint"], stage1, run.checkpoint.source)
+    else:
+        values["stage1_checkpoint"] = stage1
     if model.stage == 1 or run.resumed or experiment.init_weights is not None:
         return ""
-    if experiment.stage1_checkpoint is None:
+    if stage1 is None:
         raise InputError(
             "stage 2 needs the tokenizer of stage 1: set experiment.stage1_checkpoint=RUN_DIR or a "
             "weights file, or experiment.init_weights to continue from a tokenizer of stage 2"
         )
-    weights = open_on_all(experiment.stage1_checkpoint, TOKENIZER)
+    weights = open_on_all(stage1, TOKENIZER)
     from_stage1 = model.decoder_init == "stage1"
     check_sizes(weights, model.vq_model, (*ENCODER, *(DECODER if from_stage1 else ())))
     if from_stage1:
@@ -186,10 +190,7 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
             f"{weights.file} is not a checkpoint of stage 1 but {describe(weights.state)}: pass stage "
             f"1's run, or set model.decoder_init=scratch to take only encoder and codebook from it"
         )
-    values["stage1"] = {
-        "path": experiment.stage1_checkpoint, "hash": fingerprint(weights.state)
-    }  # fmt: skip
-    folder = Path(experiment.stage1_checkpoint)
+    folder = Path(stage1)
     if (
         weights.file.is_relative_to(folder / "checkpoints")
         and not (folder / "tokenizer.pth").is_file()
@@ -199,33 +200,6 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
         )
     taken = "encoder, codebook and decoder" if from_stage1 else "encoder and codebook"
     return f"{taken} from {weights.file}"
-
-
-def check_same_stage1(recorded: Optional[dict[str, str]], path: Optional[str], run: Run) -> None:
-    """Raise InputError if a resumed run of stage 2 froze another encoder or codebook than those at `path`.
-
-    `recorded` is what `load_stage1` noted. At the same path, stage 1 may be gone, or may have continued,
-    which is only warned of.
-    """
-    if recorded is None or path is None:
-        return
-    try:
-        now = fingerprint(open_weights(path, TOKENIZER).state)
-    except InputError:
-        if path == recorded["path"]:
-            return
-        raise
-    if now == recorded["hash"]:
-        return
-    if path == recorded["path"]:
-        run.checkpoint.warnings.append(
-            f"{path} has another encoder or codebook now: this run keeps those that it began with"
-        )
-        return
-    raise InputError(
-        f"{run.checkpoint.source} has the encoder and codebook of {recorded['path']}, not of "
-        f"experiment.stage1_checkpoint={path}: set another experiment.output_dir to train stage 2 for these"
-    )
 
 
 def check_sizes(weights: Opened, config: TokenizerConfig, names: tuple[str, ...]) -> None:
@@ -367,9 +341,8 @@ class TrainState:
         self.options, self.accelerator, saved = options, accelerator, run.checkpoint
         self.config = options.model.vq_model
         self.about = about_model(TOKENIZER, self.config, stage=options.model.stage)
-        torch.manual_seed(
-            training.seed
-        )  # the same initial weights on every rank, whatever was built before
+        # The same initial weights on every rank, whatever was built before.
+        torch.manual_seed(training.seed)
         self.tokenizer = build_tokenizer(options)
         self.start = load_stage1(run, self.tokenizer) or load_initial(run, self.tokenizer)
         adversarial = any(phase.gan_weight for phase in options.phases)
@@ -387,7 +360,9 @@ class TrainState:
         if training.use_ema:
             self.ema = EMA(self.tokenizer, training.ema_decay, training.ema_warmup)
         saved.register_model("tokenizer", self.tokenizer, self.about, self.ema)
-        if self.discriminator is not None:  # optional: a phase with one may come to a run without
+        if (
+            self.discriminator is not None
+        ):  # optional: a resumed run may add its first adversarial phase
             about = about_model(DISCRIMINATOR)
             saved.register_model("discriminator", self.discriminator, about, optional=True)
 
@@ -489,9 +464,9 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
     phases = " + ".join(f"{p.name} {p.steps}" for p in options.phases)
     epochs = run.total_steps * run.global_batch / len(data.paths)
     log.say(
-        f"stage {options.model.stage}: {trained / 1e6:.1f}M parameters train, "
+        f"stage {options.model.stage}: {trained / 1e6:.1f}M parameters trained, "
         f"{frozen / 1e6:.1f}M frozen; {len(data.paths)} images, {run.global_batch} per step; "
-        f"{phases} = {run.total_steps} steps = {epochs:.1f} epochs; from step {run.first_step} on "
+        f"{phases} = {run.total_steps} steps = {epochs:.1f} epochs; starting at step {run.first_step} on "
         f"{run.accelerator.num_processes} x {run.accelerator.device.type}; numerics "
         f"{options.training.numerics}: autocast {describe_precision(options.training)}"
     )
@@ -530,7 +505,7 @@ def evaluate(run: Run, state: TrainState, data: TokenizerData) -> Optional[dict[
 
 
 def preview(tokenizer: Tokenizer, paths: list[ImagePath]) -> Tensor:
-    """Evenly spaced images before and after: (2N, 3, S, S) in [0, 1]; empty but on the main process."""
+    """Evenly spaced images before and after: (2N, 3, S, S) in [0, 1]; empty except on the main process."""
     processes, pictures = PartialState(), Preview(PREVIEWS)
     if processes.is_main_process:
         chosen = torch.linspace(0, len(paths) - 1, min(PREVIEWS, len(paths))).long().tolist()
@@ -591,7 +566,7 @@ def main(argv: list[str]) -> None:
     if initial is not None:
         options = with_start(options, initial)
     data = open_data(options, index_folder=kept)
-    run = Run(accelerator, options, phases, data.identity(), TOKENIZER, dry_run, initial)
+    run = Run(accelerator, options, phases, data.identity(), dry_run, initial)
     state = TrainState(run, run.options, evaluates=bool(data.validation))
     params = options.dataset.params
     run.start(data.dataset, len(data.paths), params.num_workers_per_gpu, params.skip_unreadable)

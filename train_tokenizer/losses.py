@@ -14,7 +14,6 @@ from modeling.tokenizer import TokenizerConfig, TokenizerOutput, prefix_target
 from train_tokenizer.discriminator import adversarial_loss
 from train_tokenizer.perceptual import ConvNeXtLogits
 
-# The published adversarial term is -mean(D(fake)) × 0.1 × 0.05; gan_weight is the product of both weights.
 N = TypeVar("N", bound=nn.Module)
 
 
@@ -77,6 +76,7 @@ def tokenizer_terms(
         assert networks.lpips is not None
         value = networks.lpips.distance(out.images, images)
         terms["lpips"] = (phase.lpips_weight, value)
+    # The published adversarial term is -mean(D(fake)) × 0.1 × 0.05; gan_weight is the product of both.
     if phase.gan_weight:
         assert discriminator is not None
         terms["gan"] = (phase.gan_weight, adversarial_loss(discriminator(out.images)))

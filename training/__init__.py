@@ -1,1 +1,1 @@
-"""What both trainers share: run, checkpoint, optim, schedule, log, utilisation, plot."""
+"""What both trainers share around their steps: run, checkpoints, optimizer, schedule, log."""

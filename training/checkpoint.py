@@ -36,7 +36,7 @@ from runtime.files import file_entry, lock_folder, sync_folder, write_torch, wri
 from runtime.processes import on_main
 from training.optim import EMA
 
-FORMAT = 1  # of a checkpoint; others are refused
+FORMAT = 2  # of a checkpoint; others are refused
 Weights = dict[str, tuple[dict[str, Tensor], About | None]]  # by name: tensors and their metadata
 # Whole tensors by the model's own names, however DDP, FSDP or torch.compile wrap it, so that a run can
 # resume with another launcher and number of processes.
@@ -290,7 +290,7 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
         if len(own) < len(candidates) and not inside:
             raise InputError(
                 f"{run_dir} holds checkpoints that did not start from experiment.resume={resume}: set "
-                f"experiment.resume=True to resume them, as after a move, or another "
+                f"experiment.resume=True to resume them (for example after moving {resume}), or another "
                 f"experiment.output_dir"
             )
         later = [

@@ -1,7 +1,6 @@
-"""The weights that a new run starts from, `experiment.init_weights`, and their record in its checkpoints.
+"""The weights that a new run starts from, `experiment.init_weights`.
 
-The run starts at step 1 with a new optimizer and average. The record prevents a resume of a run that started
-elsewhere.
+The run starts at step 1 with a new optimizer and average.
 """
 
 from collections.abc import Sequence
@@ -17,16 +16,10 @@ from configs.schema import Experiment
 from data.classes import first_names
 from modeling.generator import GeneratorConfig
 from modeling.weights.metadata import GENERATOR, about_model
-from modeling.weights.opened import Opened, open_weights
-from modeling.weights.tensors import tensors_hash
+from modeling.weights.opened import Opened
 from runtime.errors import InputError
 from runtime.processes import on_main
 from runtime.weights import open_on_all
-
-
-def record_of(path: str, weights: Opened) -> dict[str, str]:
-    """The record of a run's initial weights in its checkpoints; `path` is `experiment.init_weights`."""
-    return {"path": path, "hash": tensors_hash(weights.state)}
 
 
 def open_initial(experiment: Experiment, kind: str) -> Optional[Opened]:
@@ -38,24 +31,19 @@ def open_initial(experiment: Experiment, kind: str) -> Optional[Opened]:
 
 
 def check_same_start(
-    recorded: Optional[dict[str, str]], path: Optional[str], kind: str, source: Path
+    option: str, recorded: Optional[str], given: Optional[str], source: Path
 ) -> None:
-    """Raise InputError if the run of checkpoint `source` did not start from the weights at `path`.
+    """Raise InputError if `option` names another start than the run of checkpoint `source` had.
 
-    `recorded` is the `record_of` its start; None: it started from random weights. An equal path counts
-    as the same weights: a run folder may hold newer ones by now, and a file may be gone. The weights at
-    another path, of a model of this kind, are read and compared. A `path` of None fits any start.
+    The paths are compared, not the weights, which may have changed since or be gone. A path of None fits
+    any start.
     """
-    if path is None or (recorded is not None and recorded["path"] == path):
-        return
-    if recorded and recorded["hash"] == record_of(path, open_weights(path, kind))["hash"]:
-        return
-    start = "random weights" if recorded is None else recorded["path"]
-    raise InputError(
-        f"{source} belongs to a run that started from {start}, not from experiment.init_weights={path}: "
-        f"leave init_weights out (null) to resume it, or set another experiment.output_dir to start "
-        f"a run from these weights"
-    )
+    if given not in (None, recorded):
+        raise InputError(
+            f"{source} belongs to a run that started with {option}={recorded or 'null'}, not {given}: "
+            f"leave {option} out (null) to resume it, or set another experiment.output_dir to start a "
+            f"run from these weights"
+        )
 
 
 def fit_classes(
@@ -63,9 +51,10 @@ def fit_classes(
 ) -> tuple[dict[str, Tensor], str]:
     """A generator's tensors for the classes of a training set, and a description for the log.
 
-    The rows of the codes and of "no class" are copied, and a class has the row of its name. If the weights
-    or the data do not name a class, it has the row of its label, if there are as many classes. Any other class starts at the mean of the old rows. Raises InputError if another size differs from
-    `config`.
+    The rows of the codes and of "no class" are copied, and a class has the row of its name. If the
+    weights name no classes, or the data names none for a label, it has the row of its label, provided
+    the number of classes is the same. Any other class starts at the mean of the old rows. Raises
+    InputError if another size differs from `config`.
     """
     here = about_model(GENERATOR, config).config
     before, after = weights.about.config["condition_num_classes"], here.pop("condition_num_classes")

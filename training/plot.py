@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         help="draw over the curves and ranges of this file (quickstart/reference/NAME.jsonl)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=new_file(*FORMATS), default="curves.png", help="(curves.png)"
+        "--output", type=new_file(*FORMATS), default="curves.png", help="file to draw (curves.png)"
     )
     args = parser.parse_args(argv)
     runs = {str(folder): run_records(folder) for folder in args.runs}

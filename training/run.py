@@ -31,7 +31,7 @@ from runtime.signals import SAVED_AND_STOPPED, StopSignal
 from training.accelerator import numerics_of
 from training.checkpoint import Checkpoint, whole_tensors
 from training.dry_run import DryRun
-from training.initial import check_same_start, record_of
+from training.initial import check_same_start
 from training.log import RunLog, Window, due
 from training.optim import FiniteGuard
 from training.schedule import phase_steps
@@ -110,11 +110,10 @@ class Run:
         options: Any,
         phases: Sequence[Phase],
         data: dict[str, Any],
-        kind: str,
         dry_run: bool,
         initial: Optional[Opened] = None,
     ):
-        """`data` identifies the training data, `kind` the model; `initial` are the weights of a new run
+        """`data` identifies the training data; `initial` are the weights of a new run
         (`training.initial.open_initial`). If the run resumes, the data must match, and so must all options
         but those declared with `resumes=True`.
 
@@ -122,7 +121,7 @@ class Run:
         `experiment.init_weights`.
         """
         self.accelerator, self.options, self.phases, self.data = accelerator, options, phases, data
-        self.kind, self.initial = kind, initial
+        self.initial = initial
         self.experiment: Experiment = options.experiment
         self.training: Training = options.training
         self.total_steps = sum(phase.steps for phase in phases)
@@ -135,14 +134,13 @@ class Run:
         device = accelerator.device
         self.dry_run = DryRun(phases, self.first_step, device) if dry_run else None
         self.window, self.guard = Window(accelerator), FiniteGuard(accelerator)
-        self._timed_from: float | None = None  # until the expected time is said
+        self._timed_from: float | None = None  # until the expected time is logged
         self._unreadable = 0  # images that were reported as replaced
         self._check_ranks()
         if self.resumed:
             self._check_resume()
-        elif initial is not None:
-            named = str(self.experiment.init_weights)
-            self.checkpoint.values["initial"] = on_main(lambda: record_of(named, initial))
+        else:
+            self.checkpoint.values["init_weights"] = self.experiment.init_weights
 
     # -------------------------------------------------- set-up
     def settings(self, step: int) -> dict[str, Any]:
@@ -155,7 +153,7 @@ class Run:
 
     def _check_ranks(self) -> None:
         """Refuse a process whose command or files differ from the main one's: DDP would average gradients of
-        weights that drift apart, and other periods would end in other collectives."""
+        weights that drift apart, and with other periods, ranks would wait in different collectives."""
         facts = self.settings(self.total_steps)
         facts |= {name: getattr(self.experiment, name) for name in PERIODS}
         facts["autocast"] = numerics_of(self.training).autocast
@@ -169,10 +167,10 @@ class Run:
             state.values["run"], self.settings(self.first_step - 1), str(source),
             state.forks, self.accelerator.num_processes,
         )  # fmt: skip
-        initial = state.values.get("initial")
-        on_main(lambda: check_same_start(initial, named, self.kind, source))
+        initial = state.values["init_weights"]
+        check_same_start("experiment.init_weights", initial, named, source)
         if initial is not None and named is None:
-            self.experiment = replace(self.experiment, init_weights=initial["path"])
+            self.experiment = replace(self.experiment, init_weights=initial)
             self.options = self.options.changed(experiment=self.experiment)  # for config.yaml
 
     @property
@@ -308,7 +306,7 @@ class Run:
                 f"expected time: {left * seconds / 3600:.2f} hours for the {left} steps left, at "
                 f"{seconds:.3g} s per step"
             )
-            self._timed_from = None  # it is said once
+            self._timed_from = None  # logged once
 
     @contextmanager
     def reporting(self, step: int, due: Due) -> Iterator[None]:
@@ -340,7 +338,7 @@ class Run:
         self, name: str, work: Callable[[], Any], reduce: Optional[Callable[[Any], Any]] = None
     ) -> Any:
         """`work()` or `reduce(work())`; if either fails on any rank, a warning and None on every rank, so that
-        training goes on.
+        training continues.
 
         Neither may talk to other ranks before everything in it that can fail has succeeded.
         """

@@ -221,7 +221,7 @@ def test_header_names_the_classes_and_warns_of_missing_ones(
     about = read_weights(tmp_path / "ten/generator.bin")[1]
     assert about.without_images(range(10)) == list(range(3, 10))
     assert "warning: 7 of model.generator.condition_num_classes=10 classes have no image" in said
-    assert "mean nothing; set it to 3 for a model of the data's classes" in said
+    assert "meaningless; set it to 3 for a model of the data's classes" in said
 
 
 def test_classes_are_counted_in_the_data(train, tmp_path, state_classes):
@@ -255,7 +255,7 @@ def test_a_resumed_run_keeps_its_number_of_classes(train, tmp_path, state_classe
         again = train("training.max_train_steps=2", "experiment.save_every=1", *stated)
         assert without_clock(again) == without_clock(whole)
         said = capsys.readouterr().out
-        assert "samples of them will mean nothing" in said and "set it to 3" not in said
+        assert "samples of them will be meaningless" in said and "set it to 3" not in said
     assert read_weights(tmp_path / "run/generator.bin")[1].config["condition_num_classes"] == 10
 
 
@@ -809,6 +809,23 @@ def test_initial_weights_are_the_average_of_the_run(
     assert f"starts from {source}: a generator (hidden size 32" in capsys.readouterr().out
 
 
+def test_initial_weights_for_the_codes_of_another_tokenizer_are_warned_of(
+    train, tmp_path, first, cache, capsys
+):
+    options = [f"experiment.init_weights={first}", "training.max_train_steps=1"]
+    train(*options, run="same")
+    assert "another tokenizer" not in capsys.readouterr().out
+    theirs = shutil.copytree(cache, tmp_path / "theirs")
+    about = json.loads((theirs / "manifest.json").read_text())
+    (theirs / "manifest.json").write_text(json.dumps({**about, "tokenizer": "f" * 64}))
+    data = [
+        f"dataset.params.{name}={theirs}" for name in ("pretokenization", "val_pretokenization")
+    ]
+    train(*options, *data, run="other")
+    assert f"warning: {first}/checkpoints" in (said := capsys.readouterr().out)
+    assert "was trained on the codes of another tokenizer" in said
+
+
 def test_optimizer_and_average_of_an_initialised_run_are_new(train, tmp_path, first):
     options = [f"experiment.init_weights={first}/generator.bin", "training.use_ema=True"]
     train(
@@ -881,7 +898,7 @@ def test_an_initialised_run_resumes_with_the_same_weights_or_none_and_with_no_ot
     refusal(lambda: train(
         init, "training.max_train_steps=10", "training.use_ema=True", "training.ema_warmup=False",
         "training.ema_decay=0.8", run="a",
-    ), "random weights")  # fmt: skip
+    ), "init_weights=null")  # fmt: skip
     assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "whole").rglob("*")) == before
 
 

@@ -216,7 +216,7 @@ def test_going_back_does_not_replace_later_checkpoints(run_dir):
     "damaged, resume, named",
     [
         ((), False, "step-00000003"),
-        (None, True, "format 2"),  # it is whole: an older checkpoint is not taken instead
+        (None, True, "format 1"),  # it is whole: an older checkpoint is not taken instead
         ((), "nowhere", "nowhere"),
         ((), "empty", "empty"),
         ((2,), "run/checkpoints/step-00000002", "step-00000002"),  # takes no other one
@@ -228,7 +228,7 @@ def test_what_cannot_be_resumed_is_named(run_dir, monkeypatch, damaged, resume, 
     Path("empty/checkpoints").mkdir(parents=True)
     manifest = folder(run_dir, 3) / "manifest.json"
     if damaged is None:
-        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+        manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
     for step in damaged or ():
         altered(folder(run_dir, step) / "state.pt")
     output = Path("new") if "checkpoints" in str(resume) else run_dir

@@ -7,7 +7,6 @@ import torch
 from modeling.generator import Generator
 from modeling.weights.metadata import GENERATOR, about_model, about_shapes
 from modeling.weights.opened import Opened
-from modeling.weights.tensors import tensors_hash, write_state_dict
 from tests.refusals import refusal
 from tests.tiny import tiny_generator
 from training.initial import check_same_start, fit_classes
@@ -87,29 +86,10 @@ def test_other_sizes_than_those_of_the_classes_are_refused(name, value, names):
     refusal(call, f"model.generator.{name}={value}", "x.bin")
 
 
-@pytest.fixture
-def files(tmp_path):
-    """Two files of the same tensors, and one of others."""
-    for name, value in (("a", 1.0), ("copy", 1.0), ("b", 2.0)):
-        write_state_dict(filled(value), tmp_path / f"{name}.pth")
-    return tmp_path
-
-
-def filled(value):
-    return {k: torch.full_like(v, value) for k, v in generator(3).state_dict().items()}
-
-
-def test_a_run_is_resumed_with_the_weights_that_it_started_from_or_none(files):
-    record = {"path": str(files / "a.pth"), "hash": tensors_hash(filled(1.0))}
-    check_same_start(record, None, GENERATOR, "run/step-3")
-    check_same_start(record, str(files / "copy.pth"), GENERATOR, "run/step-3")  # moved
-    other = partial(check_same_start, record, str(files / "b.pth"), GENERATOR, "run/step-3")
-    refusal(other, "run/step-3", files / "a.pth", files / "b.pth")
-    (files / "a.pth").unlink()  # not needed any more
-    check_same_start(record, str(files / "a.pth"), GENERATOR, "run/step-3")
-
-
-def test_a_run_that_started_from_random_weights_is_not_resumed_with_others(files):
-    check_same_start(None, None, GENERATOR, "run/step-3")
-    other = partial(check_same_start, None, str(files / "a.pth"), GENERATOR, "run/step-3")
-    refusal(other, "run/step-3", "random weights", files / "a.pth")
+@pytest.mark.parametrize("recorded", ["a.pth", None])
+def test_a_run_is_resumed_with_the_start_that_it_had_or_none(recorded):
+    check = partial(check_same_start, "experiment.init_weights", recorded)
+    check(None, "run/step-3")
+    check(recorded, "run/step-3")
+    began = f"experiment.init_weights={recorded or 'null'}"
+    refusal(lambda: check("b.pth", "run/step-3"), "run/step-3", f"{began}, not b.pth")

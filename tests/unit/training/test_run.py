@@ -173,7 +173,7 @@ def run_of(accelerator, path, resume=True, *, phases, data=None, seed=0):
         phases=list(phases),
         training=TokenizerTraining(seed=seed),
     )
-    return Run(accelerator, options, options.phases, data or {"images": 5}, "tokenizer", False)
+    return Run(accelerator, options, options.phases, data or {"images": 5}, False)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from runtime.signals import SAVED_AND_STOPPED
 from training import checkpoint
 
-KILLS = 22
+KILLS = 16
 
 
 # ---------------------------------------------------------------------- the trainers, in miniature
@@ -77,7 +77,7 @@ def same_run(a, b):
 
 def first_steps(output):
     """The steps that runs said they begin with, in order."""
-    return [int(a or b) for a, b in re.findall(r"steps (\d+) to|from step (\d+) on", output)]
+    return [int(a or b) for a, b in re.findall(r"steps (\d+) to|starting at step (\d+)", output)]
 
 
 def next_step(run):
@@ -160,7 +160,7 @@ def test_survives_many_kills(workspace, warm, tmp_path, name, ranks):
         assert killed_by_us or call
         assert first_steps(run.output()) in ([], [expected])
         inside += any(killed.rglob("*.partial"))
-    assert inside >= 3  # kills left a file or a folder half-written
+    assert inside >= 2  # kills left a file or a folder half-written
     expected = next_step(killed)
     output = warm.ok(program, *options, f"experiment.output_dir={killed}", ranks=ranks)
     assert first_steps(output) == [expected] and expected > 30

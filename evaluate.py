@@ -51,8 +51,13 @@ def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
     add("--reference", type=path, help=".npz of images or statistics, or folder or tar of images")
     add("--crop", type=number(1, 8192), help="ADM centre crop of reference images, in pixels")
     add("--save_stats", type=new_file(".npz"), help="write the reference's statistics to this .npz")
-    add("--num_samples", type=number(1, 10**9), default=STANDARD_COUNT, help="images (50000)")
-    add("--allow_partial", action="store_true", help="score fewer, and say so")
+    add(
+        "--num_samples",
+        type=number(1, 10**9),
+        default=STANDARD_COUNT,
+        help="images in --samples (50000)",
+    )
+    add("--allow_partial", action="store_true", help="score fewer, and mark the result as partial")
     add("--half_manifold", action="store_true", help="precision and recall in float16, like ADM")
     spaces = "feature spaces, for example inception,dinov2 (inception)"
     add("--features", type=lambda text: text.split(","), default=["inception"], help=spaces)
@@ -65,7 +70,7 @@ def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
     add("--cache", type=path, help="token cache whose views --generator is scored on")
     runs = "runs to score at the same step"
     add("--compare", type=path, nargs="+", default=[], metavar="RUN_DIR", help=runs)
-    precision = "of --generator; auto, as in training: bf16 on GPUs from Ampere on, else fp32"
+    precision = "for --generator; auto: bf16 on GPUs from Ampere on, else fp32"
     classify = "name each image's class, by the likelihood of its codes under --generator"
     add("--classify", action="store_true", help=classify)
     add("--answers", type=new_file(".csv"), help="--classify: write all answers to this .csv")
@@ -73,7 +78,7 @@ def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
     add("--selfcheck", action="store_true", help="check the evaluator itself")
     add("--picture", type=new_file(".png"), help=f"PNG to draw ({picture})")
     add("--batch_size", type=number(1, 65_536), default=64, help="images per batch (64)")
-    readers = "reading threads per process (8, at most one per core)"
+    readers = "reading threads or workers per process (8, at most one per core)"
     add("--num_workers", type=number(0, 1024), default=worker_count(), help=readers)
     add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
     args = parser.parse_args(argv)
@@ -146,7 +151,7 @@ def open_networks(
         try:
             networks.append(open_network(name, processes.device, WEIGHTS))
         except InputError as e:
-            missing.append(f"features {name} were not computed: {e}")
+            missing.append(f"the {name} features were not computed: {e}")
     check_same({"features": [network.identity for network in networks]}, "other networks")
     if not networks:
         raise InputError("; ".join(missing))
@@ -163,7 +168,7 @@ def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> Non
     there = {"rFID": network and network.identity, "LPIPS": lpips is not None}
     check_same(there, "other networks")
     if args.save_stats and network is None:
-        raise InputError(f"--save_stats writes the features of Inception: {missing[0]}")
+        raise InputError(f"--save_stats needs Inception's features; {missing[0]}")
     picture = Path(args.picture or "output/reconstruction.png")
     on_main(lambda: [try_to_write(file) for file in (picture, args.save_stats) if file])
     result, originals, preview = score_tokenizer(

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     config = tokenizer_sizes(opened, args.config, **size)
     encoder = load_tokenizer(opened, config, with_decoder=False).to(processes.device)
     cache = Path(args.cached_path)
-    images = scan_images(folder, args.labels, index_folder=cache.parent)  # of a tar, minutes
+    images = scan_images(folder, args.labels, index_folder=cache.parent)  # takes minutes for a tar
     processes.print(printable(f"{choice}{folder}: {images.describe()}"))
     if processes.is_main_process and (doubt := misnumbered(images.classes)):
         print(f"warning: {doubt}")
@@ -84,8 +84,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--data_path", type=path, required=True, metavar="DIR",
-        help="image folder: one folder per class or, for one class, none; or the folder that holds "
-             "train/; or a tar of one folder or tar per class")
+        help="image folder with one subfolder per class, or none for a single class; or the folder that "
+             "holds train/; or a tar with one folder or tar per class")
     add("--labels", type=path, metavar="FILE",
         help="classes of images that lie in no class folders: one class per line, in the order of "
              "the images' names, or a CSV of file,class")
@@ -107,7 +107,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="weights or a run folder (default: weights/AliTok.pth)")
     add("--config", type=path, metavar="YAML", help="its model.vq_model has the sizes that the weights do not show (heads)")
     add("--dtype", choices=["fp32", "tf32", "bf16"], default="fp32",
-        help="precision of the encoder: exact (fp32), or faster with some other codes "
+        help="precision of the encoder: exact (fp32), or faster with a few codes changed "
              "(default: fp32)")
     add("--skip_unreadable", type=number(0, 10**9), default=0, metavar="N",
         help="leave out at most N unreadable images, listed in the manifest (default: 0)")
@@ -140,7 +140,9 @@ def image_folder(data_path: str, split: str | None) -> tuple[Path, str]:
     root = Path(data_path)
     if split is not None:
         if not (root / split).is_dir():
-            raise InputError(f"no folder {root / split}; pass its parent, or no --split")
+            raise InputError(
+                f"no folder {root / split}; pass the folder that holds it, or leave --split out"
+            )
         return root / split, ""
     train = root / "train"
     if not train.is_dir():
@@ -148,7 +150,7 @@ def image_folder(data_path: str, split: str | None) -> tuple[Path, str]:
     beside = {e.name for e in os.scandir(root) if e.is_dir() and not is_hidden(e.name)} - SPLITS
     if beside and any(is_image(e.name) and not is_hidden(e.name) for e in os.scandir(train)):
         return root, ""
-    return train, f"--data_path {root} holds train/, --split is not set: reading "
+    return train, f"--data_path {root} holds train/ and --split is not set: reading "
 
 
 if __name__ == "__main__":

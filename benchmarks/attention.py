@@ -22,7 +22,7 @@ HEADS, CODES = 16, 273
 
 
 def milliseconds(work: Callable[[], object], calls: int = 20, rounds: int = 5) -> float:
-    """Of one call on the GPU: the median of several replays of a graph of calls."""
+    """Milliseconds of one call on the GPU: the median of several replays of a graph of calls."""
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -46,7 +46,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def median_seconds(work: Callable[[], object], times: int = 9) -> float:
-    """Of one call, by the wall clock; the first, which warms up, does not count."""
+    """Median seconds of one call, by the wall clock; the first call, a warm-up, does not count."""
     found = []
     for _ in range(times + 1):
         began = time.perf_counter()

@@ -2,7 +2,7 @@
 
 Both train the same model on the same random codes in one process: ours first, then the plain way, then
 both in turn for their ratio. Plain is what the published code does: eager, a dense float mask, AdamW
-that is not fused. On CUDA the published sizes run at their batch a GPU, in bf16; on a CPU a small model
+that is not fused. On CUDA the published sizes run at their batch per GPU, in bf16; on a CPU a small model
 in float32. All parameters decay, which costs the same.
 """
 
@@ -92,7 +92,7 @@ class Way:
         return loss
 
     def seconds(self, steps: int, codes: Tensor, labels: Tensor) -> float:
-        """Of one step, mean over `steps`."""
+        """Mean seconds of one step over `steps`."""
         began = time.perf_counter()
         loss = self.step(codes, labels)
         for _ in range(steps - 1):
@@ -127,7 +127,7 @@ def measure(name: str, config: GeneratorConfig, batch: int, args: argparse.Names
             print(
                 f"{name}: {steps} steps on {gpus} such GPUs, if they scale without loss: {hours:.0f} h, "
                 f"{hours * gpus:.0f} GPU-hours, {hours * gpus * args.price:.0f} USD at {args.price} USD "
-                f"a GPU-hour",
+                f"per GPU-hour",
                 flush=True,
             )
         if args.profile and device.type == "cuda" and key == "ours":
@@ -148,8 +148,8 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["b", "l", "xl"] if cuda else ["small"])
     parser.add_argument("--batches", type=int, nargs="+", help="instead of the published one")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=5, help="a round")
-    parser.add_argument("--price", type=float, default=2.5, help="USD a GPU-hour")
+    parser.add_argument("--steps", type=int, default=5, help="per round")
+    parser.add_argument("--price", type=float, default=2.5, help="USD per GPU-hour")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
     parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--profile", action="store_true", help="a GPU's time of a step, by kernel")

@@ -62,7 +62,7 @@ class Agreement:
     free: Tensor  # the way's, each after its own
 
     def share(self, other: Tensor) -> float:
-        """Of the codes that are float32's."""
+        """The share of codes that are float32's."""
         return (other == self.codes).double().mean().item()
 
     @property
@@ -90,7 +90,7 @@ def drawn_after(engine: Engine, inputs: Inputs, codes: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, others: Tensor) -> float:
-    """In dB, over all pixels of uint8 images together; infinite for equal ones."""
+    """PSNR in dB over all pixels of uint8 images together; infinite for equal ones."""
     error = (images.double() - others.double()).square().mean().item()
     return 10 * math.log10(255**2 / error) if error else math.inf
 
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--generator", help="weights file or run folder (the config's run)")
     parser.add_argument("--images", type=int, default=500, help="images sampled (500)")
     parser.add_argument("--batch", type=int, default=100, help="images sampled together (100)")
-    parser.add_argument("options", nargs="*", help="option=value, as of sample_imagenet.py")
+    parser.add_argument("options", nargs="*", help="option=value, as for sample_imagenet.py")
     args = parser.parse_args(argv)
     fixed = [f"experiment.num_fid_samples={args.images}", "experiment.precision=fp32"]
     options = load(args.config, args.generator, [*args.options, *fixed])

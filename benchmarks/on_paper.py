@@ -131,7 +131,7 @@ def show_sampling(
     parts = sampling_step(config, batch, attention, between, choose, per_element)
     rate = batch / (config.image_seq_len * total(parts))
     print(
-        f"    {name}: modelled: roofline {roofline:.0f} codes of images/s; {rate:.0f} "
+        f"    {name}: modelled: roofline: codes of {roofline:.0f} images/s; {rate:.0f} "
         f"({rate / roofline:.0%}); ms per step: {show(parts)}"
     )
 
@@ -158,7 +158,7 @@ def show_changes(
         parts = sampling_step(config, batch, between=between, choose=choose, **chosen)
         rate = batch / (config.image_seq_len * total(parts))
         found.append(f"{name} {rate:.0f} ({rate / roofline:.0%})")
-    print(f"    modelled, codes of images/s: {'; '.join(found)}")
+    print(f"    modelled, images/s (codes alone): {'; '.join(found)}")
 
 
 def training(size: str) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def roofline(
 ) -> tuple[float, float]:  # fmt: skip
     """The least seconds of a batch, for its codes and for its images.
 
-    A step reads the weights and the filled cache once, and does 2 FLOPs a weight and row; decoding
+    A step reads the weights and the filled cache once, and does 2 FLOPs per weight and row; decoding
     is compute alone. Whichever of reading and computing takes longer counts.
     """
     bandwidth, flops = limits(device, dtype)
@@ -319,11 +319,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="the attention")
     parser.add_argument("--cache", choices=CACHES, default="auto", help="type of keys and values")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1], help="parts side by side")
+    parser.add_argument(
+        "--streams", type=int, nargs="+", default=[1], help="parts of a batch sampled concurrently"
+    )
     parser.add_argument("--profile", action="store_true", help="a GPU's time of 5 steps, by kernel")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--changes", action="store_true", help="a CPU's log of changes instead")
+    parser.add_argument(
+        "--changes", action="store_true", help="instead, time one change after another on a CPU"
+    )
     args = parser.parse_args()
     global clock
     clock = CLOCKS[args.clock]

@@ -136,7 +136,7 @@ def wait(device: torch.device) -> None:
 
 
 def flops_per_image(mode: Mode) -> int:
-    """Of one forward and backward pass of the tokenizer alone, at batch 1, counted by PyTorch."""
+    """FLOPs of a forward and backward pass of the tokenizer alone, at batch 1, counted by PyTorch."""
     size = mode.config.image_size
     with FlopCounterMode(display=False) as counter:
         out = mode.model(torch.rand(1, 3, size, size, device=mode.device))
@@ -210,7 +210,7 @@ def main() -> None:
     peak = peak_flops(device, "bf16")
     print(
         f"{machine()}; batch {batch}, {'without' if args.no_perceptual else 'with'} ConvNeXt-S, "
-        f"{flops / 1e9:.1f} GFLOP an image and step in the tokenizer"
+        f"{flops / 1e9:.1f} GFLOP per image and step in the tokenizer"
     )
     print(f"| mode | images/s | over exact | MFU | {' | '.join(PARTS)} |")
     print("| --- " * (4 + len(PARTS)) + "|")

@@ -217,7 +217,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--layers", type=int, help="fewer layers of the encoder for --plain")
     parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="processor: the time of one thread, --plain"
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="processor: CPU time of one thread, for --plain",
     )
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--views", choices=list(VIEWS), default="center_flip")

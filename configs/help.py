@@ -44,9 +44,9 @@ PROGRAMS = {
     ),
 }
 READING = (
-    "config=FILE is a YAML file (presets are in configs/) or a run's folder; option=value sets an "
-    "option over it. A text is taken as it is typed; ~ is the home folder; null switches an option "
-    "off if its description says so."
+    "config=FILE is a YAML file (presets are in configs/) or a run's folder; option=value "
+    "overrides an option of it. Text is taken literally; ~ is the home folder; null switches an "
+    "option off if its description says so."
 )
 
 DRY_RUN = (

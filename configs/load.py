@@ -153,7 +153,7 @@ def entry(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
 def save(options: Any, path: str | Path) -> None:
     """Write the options of a run, but for those that nothing read, as YAML that `load` reads again.
 
-    An option that follows another one by default (`${…}`), and equals it, follows it again when it is read.
+    An option whose default refers to another (`${…}`), and that equals it, is saved as that reference.
     """
     values = asdict(options)
     flat = flatten(values)
@@ -257,7 +257,7 @@ def read_argument(schema: type, key: str, text: str) -> list[tuple[str, Written]
     option = option_at(schema, key)
     kind = None if option is None else option.kind
     typed = str in (kind, *get_args(kind)) and get_origin(kind) is not list
-    if typed or not text.partition("#")[0].strip():  # of the latter, YAML would read nothing
+    if typed or not text.partition("#")[0].strip():  # YAML ignores empty text and comments
         may_be_null = option and typed and (option.optional or option.rule.null is not TYPED)
         null = may_be_null and text in ("null", "~")
         return [(key, Written(None if null else text, COMMAND_LINE))]

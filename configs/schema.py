@@ -40,7 +40,7 @@ class Loaded(Options):
     unread: ClassVar[tuple[str, ...]] = ()
 
     def changed(self, **parts: Any) -> Self:
-        """These options with other sections or another `unread`; what else is known of them stays."""
+        """These options with other sections or another `unread`; everything else is kept."""
         other = copy(self)
         vars(other).update(parts)
         other.__post_init__()
@@ -61,7 +61,7 @@ class TokenizerModel(Options):
 
 @dataclass
 class TokenizerSizes(Loaded):
-    """What a program with flags reads of its --config."""
+    """The options that a program with flags reads from its --config."""
 
     model: TokenizerModel = option(TokenizerModel, "The tokenizer.")
 
@@ -100,7 +100,7 @@ class Training(Options):
         "auto",
         "Precision of training on CUDA. published: that of the published programs (tokenizer: fp16 "
         "with a loss scaler, discriminator in float32, TF32 in convolutions only; generator: bf16 and "
-        "TF32); fast: bf16 and TF32; exact: float32 without TF32; auto: fast, or on GPUs without bf16 the tokenizer's published. The next two options overrule it.",
+        "TF32); fast: bf16 and TF32; exact: float32 without TF32; auto: fast, or on GPUs without bf16 the tokenizer's published. The next two options override it.",
         choices=NUMERICS,
     )
     mixed_precision: str = option(
@@ -157,7 +157,7 @@ class Training(Options):
     max_train_steps: int = option(500_000, "Optimizer steps of the run.", at_least=1)
     max_grad_norm: float = option(
         1.0,
-        "Largest norm of the gradient, which is clipped to it; 0 or null: no clipping.",
+        "Clip the gradient to this norm; 0 or null: no clipping.",
         at_least=0,
         null=0.0,
     )
@@ -179,12 +179,14 @@ class Experiment(Options):
     )
     init_weights: Optional[str] = for_training(
         None,
-        "Start a new run from the weights of a file or a run folder (its average, if it has one), which "
-        "bring their sizes: step 1, a new optimizer and average; null: from random weights.",
+        "Start a new run (step 1, new optimizer and average) with the weights and sizes of a file "
+        "or a run folder (its average, if it has one); null: start from random weights.",
         path=True,
         instead="experiment.generator_checkpoint",
     )
-    save_every: int = for_training(10_000, "Steps between checkpoints; 0: none.", at_least=0)
+    save_every: int = for_training(
+        10_000, "Steps between checkpoints; 0: only at the end or when stopped.", at_least=0
+    )
     keep_checkpoints: int = for_training(
         2,
         "Newest checkpoints to keep; at least 2, so that one is left if the newest is damaged.",
@@ -195,14 +197,19 @@ class Experiment(Options):
         "Never delete the checkpoints at multiples of this step; 0: delete all but the newest.",
         at_least=0,
     )
-    eval_every: int = for_training(10_000, "Steps between evaluations; 0: none.", at_least=0)
+    eval_every: int = for_training(
+        10_000, "Steps between evaluations; 0: only at the end.", at_least=0
+    )
     generate_every: int = for_training(
         10_000,
-        "Steps between grids of samples or reconstructions; 0: none.",
+        "Steps between grids of samples or reconstructions; 0: no samples, reconstructions only at "
+        "the end.",
         at_least=0,
         instead="experiment.grid for one picture of the images",
     )
-    log_every: int = for_training(100, "Steps between lines of the log; 0: none.", at_least=0)
+    log_every: int = for_training(
+        100, "Steps between lines of the log; 0: only at the end.", at_least=0
+    )
     log_grad_norm_every: int = for_training(
         100, "Steps between logged gradient norms; 0: none.", at_least=0
     )
@@ -215,8 +222,8 @@ class Experiment(Options):
     )
     fid_reference: Optional[str] = option(
         None,
-        "Reference of the scores, as for evaluate.py: training scores at every evaluation or grid of "
-        "samples, sampling at the end; null: no scores.",
+        "Reference set of the scores, as for evaluate.py. Scores are computed at every evaluation "
+        "or sample grid in training, and at the end of sampling; null: no scores.",
         path=True,
     )
 
@@ -241,7 +248,7 @@ class GeneratorExperiment(Experiment):
     num_fid_samples: int = option(50_000, "Images to sample.", at_least=1)
     per_proc_batch_size: Optional[int] = option(
         None,
-        "Images sampled together; null: as many as memory allows, at most 1024.",
+        "Images sampled together; null: as many as memory allows, at most 1024; in training 64.",
         at_least=1,
         at_most=2**31 - 1,
     )
@@ -283,8 +290,8 @@ class GeneratorExperiment(Experiment):
     )
     prefix: Optional[str] = for_sampling(
         None,
-        "Complete images from a beginning: an image, or an .npy or .npz file of codes, whose rows are "
-        "taken in turn; null: sample whole images.",
+        "Complete images from a given beginning: an image, or an .npy or .npz file of codes, one "
+        "image per row, taken in turn; null: sample whole images.",
         path=True,
     )
     prefix_rows: Optional[int] = for_sampling(
@@ -301,13 +308,13 @@ class GeneratorExperiment(Experiment):
     )
     edit: Optional[str] = for_sampling(
         None,
-        "Draw the part of this image that experiment.mask marks anew; null: sample whole images.",
+        "Redraw the part of this image that experiment.mask marks; null: sample whole images.",
         path=True,
     )
     mask: Optional[str] = for_sampling(
         None,
-        "What experiment.edit draws: x0,y0,x1,y1 in pixels of its image, x1 and y1 excluded, or an "
-        "image of the same size, white where codes are drawn.",
+        "The part that experiment.edit redraws: x0,y0,x1,y1 in pixels of its image, x1 and y1 "
+        "excluded, or an image of the same size, white where codes are drawn.",
         path=True,
     )
     grid: int = for_sampling(
@@ -329,8 +336,8 @@ class GeneratorExperiment(Experiment):
             given, other = ("edit", "mask") if self.mask is None else ("mask", "edit")
             self.refuse(
                 given,
-                f"it needs experiment.{other}; experiment.mask is the part of the image "
-                f"experiment.edit that is drawn",
+                f"it needs experiment.{other}: experiment.mask selects the part of the image "
+                f"experiment.edit to redraw",
             )
         sources = [name for name in ("codes", "prefix", "edit") if getattr(self, name) is not None]
         if len(sources) > 1:
@@ -478,12 +485,12 @@ class TokenizerModels(TokenizerModel):
     stage: int = option(1, "Stage of training.", choices=(1, 2))
     decoder_init: str = option(
         "stage1",
-        "Start of stage 2's decoder: stage 1's, as in the published code, or scratch, as in the paper.",
+        "Stage 2's decoder starts from: stage1, as in the published code; scratch, as in the paper.",
         choices=("stage1", "scratch"),
     )
     critic_init: str = option(
         "scratch",
-        "Start of the discriminator: scratch, or stage1: that of experiment.stage1_checkpoint, as "
+        "The discriminator starts from: scratch; stage1: that of experiment.stage1_checkpoint, as "
         "published, or the one beside experiment.init_weights.",
         choices=("stage1", "scratch"),
     )
@@ -501,7 +508,7 @@ class TokenizerModels(TokenizerModel):
         if self.cluster_in_critic_steps and not self.vq_model.clustering:
             self.refuse(
                 "cluster_in_critic_steps",
-                "it needs model.vq_model.clustering=true; set both or none",
+                "it needs model.vq_model.clustering=true; set both or neither",
             )
         for name in ("prefix_head", "clustering"):
             if self.stage == 2 and getattr(self.vq_model, name):
@@ -516,8 +523,8 @@ class TokenizerModels(TokenizerModel):
 class ImageDataParams(Options):
     train_dir: str = option(
         "imagenet/train",
-        "A folder or an uncompressed tar, of one folder per class (or one tar, as ImageNet's is "
-        "downloaded) or of images alone; or a text file with one image path per line.",
+        "A folder or an uncompressed tar of class folders (or of one tar per class, as ImageNet is "
+        "distributed) or of images alone; or a text file with one image path per line.",
         path=True,
         resumes=True,
     )
@@ -526,8 +533,8 @@ class ImageDataParams(Options):
     )
     train_root: Optional[str] = option(
         None,
-        "Folder of relative paths in those text files, searched after the folder of the file; null: "
-        "none.",
+        "Base folder for relative paths in text files of images, tried after the file's own "
+        "folder; null: none.",
         path=True,
         resumes=True,
     )
@@ -579,7 +586,7 @@ class Phase(Options):
     )
     reset_optimizer: bool = option(
         False,
-        "Start the phase with empty moments of Adam and another warm-up, as a published restart does.",
+        "Start the phase with zeroed Adam moments and a new warm-up, as a published restart does.",
     )
 
 
@@ -593,7 +600,7 @@ class Losses(Options):
         "and perceptual term of an image whose first row of patches is the strip.",
         choices=("strip", "stitched"),
     )
-    aux_weight: float = option(10.0, "Weight of this loss.", at_least=0, at_most=1e6)
+    aux_weight: float = option(10.0, "Weight of the prefix tokens' loss.", at_least=0, at_most=1e6)
     critic_weight: float = option(
         1.0, "Weight of the discriminator's hinge loss (published: 0.1).", above=0, at_most=1e6
     )
@@ -667,7 +674,7 @@ class TokenizerRun(Loaded):
             steps = " + ".join(str(p.steps) for p in self.phases)
             self.refuse(
                 "training.max_train_steps",
-                f"the phases have {steps} = {total} steps; correct one, or leave it out",
+                f"the phases have {steps} = {total} steps; correct one of them, or leave this option out",
             )
         model, losses = self.model.vq_model, self.losses
         if model.prefix_head and not losses.aux_weight:

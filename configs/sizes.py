@@ -1,4 +1,4 @@
-"""The sizes of the models that a program uses: what their weights are, and the options for the rest.
+"""The sizes of a program's models: those of their weights and, for the rest, the options.
 
 A size that was set, on the command line or in a file, must agree with the weights.
 """
@@ -29,8 +29,8 @@ def tokenizer_sizes(tokenizer: Opened, config: Optional[str], **flags: Any) -> T
 def with_weights(
     options: GeneratorRun, tokenizer: Optional[Opened], generator: Optional[Opened] = None
 ) -> GeneratorRun:
-    """These options with the sizes of the weights. A generator that is still to be trained makes the
-    codes of the tokenizer.
+    """These options with the sizes of the weights. An untrained generator takes the number of codes and
+    the codebook size from the tokenizer.
 
     Raises InputError if an option contradicts the weights.
     """

@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:  # reading a cache needs no images
     from data.images import ImagePath
 
-THREADS, CHUNK = 16, 1000  # a network's file system answers late
+THREADS, CHUNK = 16, 1000  # network file systems respond slowly
 
 
 def short_hash(content: bytes) -> str:

@@ -84,12 +84,12 @@ class NpzStore(TokenCache):
             with np.load(file, allow_pickle=False) as arrays:
                 codes = arrays["codes"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-            raise InputError(f"{file} is damaged ({e!r}); make it again") from e
+            raise InputError(f"{file} is damaged ({e!r}); make the cache again") from e
         fits = codes.ndim == 2 and codes.size and np.issubdtype(codes.dtype, np.integer)
         if not fits or (self.views and codes.shape != (self.views, self.tokens)):
             raise InputError(
                 f"{file} holds {codes.dtype} codes of shape {codes.shape} instead of integers (views, "
-                f"codes) as in the other files; make it again"
+                f"codes) as in the other files; make the cache again"
             )
         self.check_codes(codes, f"image {image}, {file},")
         return codes

@@ -13,7 +13,7 @@ class SampleOrder(Sampler):
     """Endless batches of (epoch, index) for one rank, from batch `start` on.
 
     All ranks share one endless sequence of samples; its epoch e is a permutation drawn from (seed, e).
-    Batch m of all ranks is the m-th run of world·batch samples, of which each takes a contiguous share.
+    Batch m of all ranks is the m-th run of world·batch samples, of which each rank takes a contiguous share.
     So the samples of a step depend only on the global batch size.
     """
 

@@ -53,7 +53,7 @@ class KeyedSubset(Dataset):
 
     @property
     def paths(self) -> list[ImagePath]:
-        """Of a dataset of images."""
+        """Paths of these images, if `dataset` has paths."""
         paths = self.dataset.paths  # once: it may be a property that lists all images
         return [paths[i] for i in self.indices]
 

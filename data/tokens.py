@@ -65,11 +65,11 @@ BLOCK = 4096  # images exported at a time
 
 
 class TokenStore(TokenCache):
-    """A packed store, for reading. Opening it takes as long for any size."""
+    """A packed store, for reading. Opening takes the same time for any size."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._changed: dict[str, Any] | None = None  # what the files do not say
+        self._changed: dict[str, Any] | None = None  # by `use_classes`; not in the files
         path = self.folder / MANIFEST
         if not path.is_file():
             raise InputError(f"no token cache at {folder}: make one with pretokenization.py")
@@ -116,7 +116,7 @@ class TokenStore(TokenCache):
         if not file.is_file() or file.stat().st_size != size:
             size_there = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
             raise InputError(
-                f"{file} is damaged: {size_there}, {size} bytes expected; make it again"
+                f"{file} is damaged: {size_there}, {size} bytes expected; make the cache again"
             )
 
     def codes(self, image: int, view: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from runtime.files import whole_file
 def class_nats(model: Generator, store: TokenCache, share: Share) -> Tensor:
     """-log p(codes | class), in nats, of every view under every class: (images, views, classes), float32.
 
-    Those of this process's share, on the model's device, and 0 elsewhere. Each of the
+    Computed for this process's share, 0 for other views; on the model's device. Each of the
     `share.batch` sequences is a view under one class.
     """
     device, classes = next(model.parameters()).device, model.config.condition_num_classes
@@ -44,7 +44,7 @@ def class_nats(model: Generator, store: TokenCache, share: Share) -> Tensor:
 def classify_cache(
     given: str, cache: str, answers: str | None, share: Share, precision: str = "auto"
 ) -> dict[str, Any]:
-    """How often the likeliest class of a cache's images is their own; empty but on the main process.
+    """How often the likeliest class of a cache's images is their own; empty except on the main process.
 
     The result has the top-1 accuracy of single views and that of images, whose class is the one with the highest
     product of their views' likelihoods. All answers are written to the .csv `answers`. Raises InputError for a
@@ -62,7 +62,7 @@ def classify_cache(
     nats = nats.double()
     of_images = nats.sum(1)
     if answers:
-        # A cache's labels are numbered as the generator's; names are known of those that the cache has.
+        # The cache's labels are the generator's; only the cache's own classes have known names.
         names = store.classes + [str(label) for label in range(len(store.classes), classes)]
         write_answers(answers, store.paths(store.images), labels, of_images, names)
     return {
@@ -106,6 +106,7 @@ def accuracy(result: dict[str, Any]) -> str:
         f"  {metrics['top1']:.2%} of {cache['images']} images",
     ]
     if cache["views"] > 1:
-        of_views = f"  {metrics['top1_of_views']:.2%} of their {cache['views']} views each"
-        lines.append(f"{of_views}, one at a time")
+        lines.append(
+            f"  {metrics['top1_of_views']:.2%} of single views ({cache['views']} per image)"
+        )
     return "\n".join(lines)

@@ -94,8 +94,8 @@ def build(state: dict[str, Tensor], path: Path) -> nn.Module:
     try:
         import timm
     except ImportError as e:
-        raise InputError("the features dinov2 need timm: pip install timm") from e
-    with torch.device("meta"):  # saves the time of a random start
+        raise InputError("the dinov2 features need timm: pip install timm") from e
+    with torch.device("meta"):  # skips the random initialisation
         network = timm.create_model(ARCHITECTURE, pretrained=False, img_size=SIZE, num_classes=0)
     grid = SIZE // 14
     state = {**state, "pos_embed": resample_positions(state["pos_embed"], grid)}

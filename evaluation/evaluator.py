@@ -64,7 +64,7 @@ class Evaluator:
     def evaluate(
         self, images: Images, expected: int, allow_partial: bool = False
     ) -> dict[str, Any]:
-        """The result for a set of `expected` samples; empty but on rank 0."""
+        """The result for a set of `expected` samples; empty except on rank 0."""
         check_count(images.shape[0], expected, images.name, allow_partial)
         if self.reference.size is not None:
             check_sizes(self.reference.name, self.reference.size, images.shape[1:3])
@@ -176,7 +176,7 @@ def warnings_of(network: Optional[FeatureNetwork], *sides: SetStatistics) -> lis
         if network is not None and side.images is None and "spatial" not in side.parts:
             warnings.append(
                 f"{side.name} does not say how its images were resized: pytorch-fid and clean-fid resize "
-                f"otherwise than ADM, which moves the FID; make it with --save_stats"
+                f"differently from ADM, which shifts the FID; make it with --save_stats"
             )
         if network is not None and side.images and side.images < network.widths[0]:
             warnings.append(
@@ -185,6 +185,6 @@ def warnings_of(network: Optional[FeatureNetwork], *sides: SetStatistics) -> lis
             )
     if network is not None and network.published is False:
         warnings.append(
-            f"{network.file} is not the published file: figures compare with its own only"
+            f"{network.file} is not the published file: compare its figures only with others made with it"
         )
     return warnings

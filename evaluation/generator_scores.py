@@ -52,8 +52,8 @@ def find_source(given: str, step: int | None = None) -> Source:
 
 
 def find_sources(given: str, others: list[str]) -> list[Source]:
-    """The sources of the generator and of the runs to compare it with, all at the same step: if the
-    generator is a run too, the newest step of which all hold a checkpoint."""
+    """The sources of the generator and of the runs to compare it with, all at the same step: that of
+    the generator or, if it is a run, the newest at which all hold a checkpoint."""
     if not others:
         return [find_source(given)]
     steps = {}
@@ -98,7 +98,7 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
 def score_generator(
     given: str, others: list[str], cache: str, picture: str, share: Share, precision: str = "auto"
 ) -> dict[str, Any]:
-    """The result of a generator on every view of a cache; empty but on the main process.
+    """The result of a generator on every view of a cache; empty except on the main process.
 
     `others` are run folders, scored at the same step. `picture` shows all of them by position.
     """
@@ -132,7 +132,7 @@ def measured(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The sum over all processes, on the CPU, of `measure(generator, store, share)`, and what it depends on.
 
-    The generator moves to its device; on CUDA it is compiled for many sequences: views, each under as many
+    The generator moves to its device; on CUDA it is compiled if there are many sequences, views times
     `classes`. Raises InputError if a sum is not finite.
     """
     device = torch.device(PartialState().device or "cpu")

@@ -36,7 +36,7 @@ def open_evaluator(
     if reference is None:
         return None
     if images <= NEIGHBOURS:  # of precision and recall
-        more = "" if images == 0 else f", of {NEIGHBOURS + 1} images or more"
+        more = "" if images == 0 else f" (at least {NEIGHBOURS + 1} images)"
         raise InputError(f"experiment.fid_reference={reference} needs {needed}{more}")
     return Evaluator(reference, PartialState(), weights, size=(image_size, image_size))
 
@@ -49,7 +49,7 @@ def job_in_training(options: GeneratorRun, device: torch.device) -> SamplingJob:
 
 
 def metrics_of(evaluator: Evaluator, collector: Collector, name: str) -> dict[str, float]:
-    """The known metrics, gFID called `name`; empty but on rank 0. All processes call this together."""
+    """The known metrics, gFID called `name`; empty except on rank 0. All processes call this together."""
     metrics = evaluator.result(collector.finish(), collector.images).get("metrics", {})
     known = {key: value for key, value in metrics.items() if value is not None}
     return {name if key == "gFID" else key: value for key, value in known.items()}

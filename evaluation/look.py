@@ -153,7 +153,7 @@ def strip_picture(look: Look, strip: Tensor, config: TokenizerConfig) -> np.ndar
     width = strip.shape[-1] * (shown(look.image).shape[1] // config.image_size)
     pair = picture_grid(enlarged(to_pixels(torch.stack([target, strip])), width), 1, MARGIN)
     parts = "corner patch and first row" if config.num_prefix_tokens > config.grid else "first row"
-    text = f"{parts}, above the picture of the {config.num_prefix_tokens} prefix tokens alone: "
+    text = f"top: {parts}; below: the {config.num_prefix_tokens} prefix tokens decoded alone, "
     return stacked([pair, title(f"{text}PSNR {figure:.2f} dB", 3 * width)])
 
 

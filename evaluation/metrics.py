@@ -13,7 +13,7 @@ from runtime.errors import InputError
 
 IS_SPLIT = 5000  # images per split of the Inception Score
 NEIGHBOURS = 3  # k of precision and recall
-MANIFOLD_IMAGES = 50_000  # of more, precision and recall use an even sample of this size
+MANIFOLD_IMAGES = 50_000  # of larger sets, precision and recall use this many, evenly spaced
 BLOCK = 4096  # rows and columns of a block of distances: 134 MB
 
 

@@ -117,7 +117,11 @@ def main(argv: list[str]) -> None:
     add("--config", type=path, help="YAML whose model.vq_model describes another tokenizer")
     folders = "folder of train/ and val/ with class folders"
     add("--data_path", type=path, required=True, help=folders)
-    add("--layer", type=number(1, 1024), help="block of the encoder, from 1 (the last)")
+    add(
+        "--layer",
+        type=number(1, 1024),
+        help="block of the encoder, counted from 1 (default: the last)",
+    )
     add("--batch_size", type=number(1, 65_536), default=64, help="images (64)")
     add("--num_workers", type=number(0, 1024), default=worker_count(), help="reading processes")
     add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
@@ -131,8 +135,8 @@ def main(argv: list[str]) -> None:
     train, val = (scan_images(Path(args.data_path) / split) for split in ("train", "val"))
     if len(train.classes) < 2 or len(train.paths) < HELD_OUT:
         raise InputError(
-            f"{printable(train.root)} holds {train.describe()}: a probe needs two classes and "
-            f"{HELD_OUT} images at least"
+            f"{printable(train.root)} holds {train.describe()}: a probe needs at least two classes "
+            f"and {HELD_OUT} images"
         )
     labels, val_labels = (np.array([i for _, i in listing.samples]) for listing in (train, val))
     val_labels = map_labels(val_labels, val.classes, train.classes, val.root)

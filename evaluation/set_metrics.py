@@ -1,4 +1,4 @@
-"""Metrics of sets of images as objects, each with its sums over one set and its figures of two.
+"""Metrics of sets of images, as objects that define sums over one set and figures from two sets.
 
 A new metric is a class here and an entry of `METRICS`; its figures then appear in the table, the JSON and the
 log of training.

@@ -77,8 +77,8 @@ class FolderImages:
             if (height, width) != (first_height, first_width):
                 raise InputError(
                     f"{path} is {width}x{height} pixels, not {first_width}x{first_height} like "
-                    f"{Path(str(self.paths[0])).name}: crop all images to one size, or pass --crop SIZE to "
-                    f"evaluate.py (for other programs with --save_stats FILE.npz, as their reference)"
+                    f"{Path(str(self.paths[0])).name}: crop all images to one size (for a reference, "
+                    f"evaluate.py --reference DIR --crop SIZE --save_stats FILE.npz does so)"
                 )
             images[i] = loaded
         return images

@@ -58,7 +58,7 @@ def numbers(highest: float) -> Callable[[str], list[float]]:
             values = []
         if not values or not all(0 <= x <= highest for x in values):
             raise argparse.ArgumentTypeError(
-                f"{text}: write numbers from 0 to {highest:g} with commas, for example 1,1.5,2"
+                f"{text}: write numbers from 0 to {highest:g}, separated by commas, for example 1,1.5,2"
             )
         return list(dict.fromkeys(values))
 

@@ -55,7 +55,7 @@ def score_tokenizer(
 ) -> tuple[dict[str, Any], SetStatistics, Preview]:
     """Reconstruct all images of a folder or tar (ADM's centre crop) once, in float32, and measure them.
 
-    `network` is needed for rFID, `lpips` for LPIPS. Returns the result, empty but on the main process,
+    `network` is needed for rFID, `lpips` for LPIPS. Returns the result, empty except on the main process,
     the statistics of the originals and the first images for `draw_preview`. `index_folder` keeps the
     index of a tar.
     """
@@ -87,7 +87,9 @@ def score_tokenizer(
         (rfid,) = FID.figures(ours, theirs, device, half=False)
         metrics = {"rFID": rfid, **metrics}
     result = describe_result(metrics, network, reconstructions, originals, count, batch, device)
-    unseen = {name: getattr(tokenizer.config, name) for name in UNSEEN}  # by any tensor's shape
+    unseen = {
+        name: getattr(tokenizer.config, name) for name in UNSEEN
+    }  # what no tensor's shape shows
     result["weights"] = {"tokenizer": weights_hash(tokenizer), **unseen}
     return result, originals, preview
 

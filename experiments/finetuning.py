@@ -1,9 +1,8 @@
 """How much sooner does fine-tuning arrive? `python -m experiments.finetuning`.
 
 By the real commands, on scikit-learn's digits: a tokenizer (stage 1) and a generator are trained on the
-digits 0–4, twice as long as others on the digits 5–9 from scratch. From their weights
-(`experiment.init_weights`) a third kind is trained on the digits 5–9, in a third of the steps of those
-from scratch. All generators learn the codes of the tokenizer of 0–4, as a generator that is fine-tuned
+digits 0–4, others on 5–9 from scratch in half as many steps, and a third kind on 5–9 from the weights
+for 0–4 (`experiment.init_weights`), in a third of the steps of those from scratch. All generators learn the codes of the tokenizer of 0–4, as a generator that is fine-tuned
 keeps the published tokenizer. The fine-tuned generators start their new classes in two ways: every row
 at the mean of the old ones, or drawn from the normal distribution of a new generator. Run it again to
 resume.
@@ -115,7 +114,7 @@ def train_tokenizers(out: Path, steps: int) -> None:
 
 
 def train_generators(out: Path, steps: int) -> None:
-    """Of the codes of the old tokenizer, as above, with either start of the new classes' rows."""
+    """Train generators on the old tokenizer's codes, with either start of the new classes' rows."""
     for cache, folder in (("old", "old/train"), ("new", "new/train"), ("val", "new/val")):
         execute(
             pretokenization.main, "--tokenizer_checkpoint", out / "tokenizer_old", "--five_crop",

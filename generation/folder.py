@@ -38,7 +38,7 @@ from runtime.parts import Parts, batches_of, check_settings, share_of
 from runtime.processes import check_same, on_main, progress, set_matmul_precision
 
 LARGEST_CHUNK = 1024  # images; every step reads the weights and starts its kernels once per chunk
-SHARES = 8  # chunks are a multiple of it, so that 1, 2, 4 or 8 processes have equally many
+SHARES = 8  # of which the number of chunks is a multiple, so that 1, 2, 4 or 8 processes have equally many
 # Not "remove the folder": the generator's training run may be in it.
 REMEDY = "use another experiment.output_dir, or remove what sampling left there"
 
@@ -108,9 +108,8 @@ class SampleFolder:
         # Of all processes: the chunk must fit where memory is smallest.
         most = min(gather_object([largest_batch(self.models, self.job)]))
         chunk, finished = on_main(lambda: self._claim(lock, most))
-        if (
-            finished
-        ):  # as the main process sees it: a network's file system may show others the past
+        # As the main process sees it: a network file system may show others an older state.
+        if finished:
             if self.processes.is_main_process:
                 shutil.rmtree(self.output / "chunks", ignore_errors=True)  # of a killed clean-up
             self.processes.print(f"{self.images_file} is complete: {self.count} images")
@@ -133,12 +132,15 @@ class SampleFolder:
     def _claim(self, lock: list[IO[str]], most: int) -> tuple[int, bool]:
         """Lock the folder, compare settings and return the chunk size and whether the images are complete.
 
-        An unfinished job is refused before anything is written if not even a chunk of `most` images, which
-        fit into memory, is enough.
+        An unfinished job is refused before anything is written if its chunk (one image, if the size is
+        open) has more than the `most` images that fit into memory.
         """
         finished = self.images_file.exists()
         if finished and not self.settings_file.exists():
-            raise InputError(f"{self.images_file} exists, but sampling did not write it: {REMEDY}")
+            raise InputError(
+                f"{self.images_file} exists, but sampling did not write it: move it away, or use another "
+                f"experiment.output_dir"
+            )
         chunk = self.job.chunk or self._earlier_chunk()
         if not finished:
             self._check_memory(chunk or 1, most)
@@ -250,7 +252,7 @@ def concatenate_parts(
 
 
 def even_chunk(count: int, most: int) -> int:
-    """The size of chunks of at most `most` images; several chunks are a multiple of `SHARES`.
+    """The size of chunks of at most `most` images; more than one come in multiples of `SHARES`.
 
     It must not depend on the number of processes, because another size rounds differently.
     """

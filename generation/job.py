@@ -80,7 +80,8 @@ def sampling_job(
     sampling, reference = generator.sampling, experiment.engine == "reference"
     if reference and experiment.cache != "auto":
         raise InputError(
-            f"experiment.engine=reference has no experiment.cache={experiment.cache}: leave one out"
+            f"experiment.engine=reference does not support experiment.cache={experiment.cache}: leave "
+            f"one of them out"
         )
     if set(classes) == {NO_CLASS}:  # guidance would double the work and change nothing
         sampling = replace(sampling, guidance_scale=1.0)

@@ -1,8 +1,8 @@
 """Codes that sampling is given: those that it only decodes, the beginning of images that it completes,
 the rest of one that it edits.
 
-The encoder is bidirectional: every code of a whole image may depend on all of its pixels, so that the
-given codes also tell something about the rest. `experiment.prefix_mask` replaces it before encoding.
+The encoder is bidirectional: every code of a whole image may depend on all of its pixels, so the
+given codes also carry information about the rest, which `experiment.prefix_mask` hides from the encoder.
 """
 
 import zipfile
@@ -180,7 +180,7 @@ def masked_patches(path: str, mask: str, config: TokenizerConfig) -> Tensor:
                 f"with 0 <= x0 < x1 <= {size[0]} and 0 <= y0 < y1 <= {size[1]}"
             )
         shown.paste(255, (x0, y0, x1, y1))
-    # In the photo's own pixels: a mark of a few of them would vanish in a crop of the mask.
+    # At the photo's resolution: a mark of a few pixels would vanish in a resized mask.
     marked = torch.from_numpy(np.array(shown)) >= 128  # (H, W)
     resized, begin = crop_geometry(*size, config.image_size)
     columns, rows = (pixels_of_patches(config, *along) for along in zip(begin, resized, size))
@@ -188,14 +188,14 @@ def masked_patches(path: str, mask: str, config: TokenizerConfig) -> Tensor:
     drawn = torch.stack([bands[:, column].any(1) for column in columns], 1)
     if shown.getbbox() is not None and not drawn.any():
         raise InputError(
-            f"experiment.mask={mask} touches nothing of the centre crop of experiment.edit={path}: "
+            f"experiment.mask={mask} does not touch the centre crop of experiment.edit={path}: "
             f"choose another part, or crop the image first"
         )
     return drawn
 
 
 def pixels_of_patches(config: TokenizerConfig, begin: int, resized: int, side: int) -> list[slice]:
-    """Along one side of a photo, the pixels that each patch of its crop shows a part of.
+    """Along one side of a photo, the pixels that each patch of its crop covers, if only in part.
 
     The crop begins at pixel `begin` of the photo resized from `side` to `resized` pixels.
     """

@@ -156,7 +156,7 @@ def head_parts(size: int) -> Optional[tuple[int, int]]:
 def choose_attention(
     engine: str, shape: Shape, types: Types, device: torch.device
 ) -> Optional[AttentionFunction]:
-    """The fused attention if it is usable and right on this device; None: the plain one.
+    """The fused attention if it is usable and correct on this device; None: the plain one.
 
     "auto" uses the fused form only on CUDA, and warns if it cannot. "fused" raises InputError instead.
     """
@@ -186,7 +186,7 @@ def find_fused(
         return None, f"head size {shape[2]} is not a sum of two powers of two"
     try:
         from .fused_attention import fused_attention  # Triton is loaded here and nowhere else
-    except Exception as e:  # a broken or old Triton raises anything
+    except Exception as e:  # a broken or old Triton can raise any exception
         return None, f"Triton cannot be used ({describe(e)})"
     return fused_attention, check_attention(fused_attention, shape, types, device)
 
@@ -234,7 +234,7 @@ def check_attention(
         for name, a, b in zip(
             names, dequantized(tested, all_positions), dequantized(expected, all_positions)
         ):
-            # Behind the position, NaN must still be there.
+            # After the position, NaN must still be there.
             pairs.append((name, a.nan_to_num(1e6), b.nan_to_num(1e6), stored))
         for name, a, b, kind in pairs:
             off = ((a.float() - b).abs() / (1 + b.abs())).max().item()

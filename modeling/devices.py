@@ -35,7 +35,7 @@ def unusable_gpu() -> str:
     if file is None:
         return ""
     if torch.version.cuda is None:
-        return f"{file} is a GPU, but torch {torch.__version__} was built without CUDA: install another"
+        return f"{file} is a GPU, but torch {torch.__version__} comes without CUDA: install a CUDA build"
     return (
         f"{file} is a GPU, but torch cannot use it; probably its driver is too old for CUDA "
         f"{torch.version.cuda}: update the driver or install an older torch (README.md)"

@@ -48,7 +48,7 @@ from .sampling import (
     guide,
 )
 
-# Positions of all rows together that `prefill` computes at once: more take memory, not less time.
+# Positions of all rows together that `prefill` computes at once; more need more memory and save no time.
 PREFILLED_AT_ONCE = 2**14
 
 
@@ -210,7 +210,8 @@ class Stream:
             for _ in range(config.num_hidden_layers)
         ]
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.rows = torch.zeros(rows, dtype=torch.int64, device=device)  # of the embedding, next
+        # Embedding rows of the next step.
+        self.rows = torch.zeros(rows, dtype=torch.int64, device=device)
         self.uniforms = torch.zeros(batch, T, dtype=torch.float32, device=device)
         self.given = torch.full((batch, T), DRAWN, dtype=torch.int64, device=device)
         self.codes = torch.zeros(batch, T, dtype=torch.int64, device=device)
@@ -239,11 +240,11 @@ class Engine:
     """Samples batches of `batch` images with the weights of a generator, on its device.
 
     `dtype` is the type of matrices and cache. `compiled` compiles the functions of a step. With the
-    fused attention, one step is captured as the CUDA graph of all positions. `engine` selects the
-    attention: "fused", "plain" or, with "auto", the fused one on CUDA if it is right there. `cache` "int8"
+    fused attention, one step is captured as a CUDA graph that serves all positions. `engine` selects the
+    attention: "fused", "plain" or, with "auto", the fused one on CUDA if it passes its check. `cache` "int8"
     stores keys and values in one byte each, with a scale per row and head. `streams` samples parts of
     the batch concurrently on CUDA, which overlaps products with attention, but reads the weights once
-    each (`benchmarks.sampling --streams`); codes differ by rounding at most.
+    per stream (`benchmarks.sampling --streams`); codes differ by rounding at most.
 
     The TF32 setting at construction holds, also for the output layer, where it adds less than a
     thousandth to the error of logits after bf16 blocks. Tensors of the engine's type are shared with the

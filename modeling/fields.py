@@ -80,7 +80,7 @@ class Rule:
         if any(0xD800 <= ord(c) < 0xE000 for c in value):
             return "the text is not UTF-8"
         if self.notes.get("path") and any(len(name.encode()) > 255 for name in value.split("/")):
-            return "the path holds a name of more than 255 bytes, which file systems do not have"
+            return "a name in the path has more than 255 bytes: shorten it"
         if self.notes.get("path") and value.lower() in ("true", "false", "none"):
             return f"set a path (./{value} for a file of this name), or null for none"
         return ""
@@ -247,7 +247,7 @@ class Options:
         check_options(self)
 
     def refuse(self, name: str, reason: str) -> NoReturn:
-        """Raise InputError for the value of option `name`, which may lie in a section of these."""
+        """Raise InputError for the value of option `name`, which may be in a nested section."""
         raise InputError(f"{name}={short(attrgetter(name)(self))}: {reason}", name)
 
 

@@ -35,7 +35,7 @@ class GeneratorConfig(Options):
     image_seq_len: int = option(273, "Codes per image, T.", at_least=1, at_most=2**20)
     condition_num_classes: int = option(
         1000,
-        "Classes. If they are not set, training counts those of its data.",
+        "Number of classes; if it is not set, training uses that of its data.",
         at_least=1,
         at_most=2**20,
     )
@@ -199,7 +199,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            # One product instead of two reads and writes x and its gradient once. Without gradients,
+            # A single product reads x once, and its backward writes x's gradient once. Without gradients,
             # joining the weights costs more.
             w13 = torch.cat([self.w1.weight, self.w3.weight])
             gate, up = F.linear(x, w13).chunk(2, -1)

@@ -1,6 +1,6 @@
 """Reads photos for the tokenizer: any image file as upright 8-bit RGB, cut to the middle square.
 
-The only module of this package that needs Pillow; it is imported when a photo is encoded.
+Needs Pillow, so other modules of this package import it only when a photo is encoded.
 """
 
 import io
@@ -51,13 +51,13 @@ def load_upright(photo: Photo | Image.Image) -> Image.Image:
     """A photo as 8-bit RGB, turned upright by its EXIF. Raises InputError."""
     if not (isinstance(photo, (str, os.PathLike, Image.Image)) or hasattr(photo, "read")):
         raise InputError(
-            f"a photo of type {type(photo).__name__}: pass a path or a PIL image, several as "
-            f"separate arguments"
+            f"a photo of type {type(photo).__name__}: pass each photo as a separate argument, a path "
+            f"or a PIL image"
         )
     if isinstance(photo, Image.Image):
         try:
             image, turn = to_rgb(photo), turn_of(photo)
-        except (OSError, SyntaxError, ValueError) as e:  # it may be read only now
+        except (OSError, SyntaxError, ValueError) as e:  # Pillow may read the file only now
             raise InputError(f"unreadable image: {e}") from e
     else:
         image, turn = load_photo(photo)
@@ -76,7 +76,7 @@ def read_image(path: Photo, read: Callable[[Image.Image], T]) -> T:
             return read(image)
     except UnidentifiedImageError as e:  # its text shows the file object
         raise InputError(
-            f"unreadable image {path}: of no known format ({', '.join(FORMATS)}); repair or remove it"
+            f"unreadable image {path}: not in a supported format ({', '.join(FORMATS)}); repair or remove it"
         ) from e
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"unreadable image {path}: {e}; repair or remove it") from e
@@ -85,7 +85,7 @@ def read_image(path: Photo, read: Callable[[Image.Image], T]) -> T:
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged metadata raise anything
+    except Exception:  # damaged metadata can raise any exception
         return None
 
 

@@ -39,8 +39,8 @@ class Pipeline:
     and whether its decoder is causal, comes from `tokenizer_config`, by default as published.
 
     `device` is by default CUDA if there is a GPU. `dtype`, of the generator's matrices, is by default
-    bfloat16 on GPUs from Ampere on and float32 elsewhere. `compiled` takes a minute first, which pays for
-    many images in batches of one size. Raises InputError for files or a device that do not fit.
+    bfloat16 on GPUs from Ampere on and float32 elsewhere. `compiled` takes a minute first, which pays off
+    for many images in batches of one size. Raises InputError for files or a device that do not fit.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Pipeline:
             texts[hub.CARD] = model_card(name or str(folder), generator, tokenizer)
         for file, text in texts.items():
             with whole_file(folder / file) as partial:
-                # The names of folders may be no UTF-8; so escaped, JSON reads the same name again.
+                # Folder names may not be valid UTF-8; JSON decodes these escapes to the same names.
                 partial.write_bytes(text.encode("utf-8", "backslashreplace"))
 
     def push_to_hub(
@@ -193,7 +193,7 @@ class Pipeline:
             settings = replace(settings, guidance_scale=1.0)
         with self.lock:
             codes = self.engine_of(len(labels), settings).sample(labels, uniforms, prefix)
-            images = self.decoder(codes).to("cpu", copy=True)  # on a CPU too no inference tensor
+            images = self.decoder(codes).to("cpu", copy=True)  # a copy is no inference tensor
         return to_pil(images) if output == "pil" else images
 
     def engine_of(self, batch: int, settings: Sampling) -> Engine:
@@ -231,10 +231,10 @@ def class_labels(classes: Sequence[int | str | None], names: ClassNames) -> Tens
         items = None
     if items is None or any(isinstance(item, float) for item in items):
         raise InputError(
-            f"classes {classes!r}: pass a list of class numbers, names or None, as [207]"
+            f"classes {classes!r}: pass a list of class numbers, names or None, such as [207]"
         )
     if not items:
-        raise InputError("no classes: pass at least one class number, as [207]")
+        raise InputError("no classes: pass at least one class number, such as [207]")
     doubt = sorted_as_text(names.folders)
     if doubt and any(isinstance(item, int) for item in items):
         warnings.warn(doubt, stacklevel=3)
@@ -245,5 +245,5 @@ def sampling_settings(values: dict[str, float | int | str]) -> Sampling:
     names = [field.name for field in fields(Sampling)]
     for name in values:
         if name not in names:
-            raise InputError(f"no sampling setting {name}: there are {', '.join(names)}")
+            raise InputError(f"unknown sampling setting {name}: choose from {', '.join(names)}")
     return Sampling(**values)  # type: ignore[arg-type] (their own checks refuse wrong values)

@@ -32,7 +32,7 @@ def full_float32(device_type: str) -> Iterator[None]:
     custom operator (`nearest_codes`) or excluded from compilation.
     """
     with ExitStack() as stack:
-        stack.enter_context(SETTINGS)  # they are the process's: threads would undo each other's
+        stack.enter_context(SETTINGS)  # process-wide: threads would undo each other's
         stack.enter_context(torch.autocast(device_type, enabled=False))
         # Torch has old names for these settings too, and kernels raise if the two disagree.
         matmul, cudnn = old_settings()

@@ -39,7 +39,7 @@ class Sampling(Options):
         1.0, "Power of the power-cosine schedule.", at_least=0, at_most=1000, resumes=True
     )
     guidance_schedule: str = option(
-        "power-cosine", "How the scale grows from token to token.", choices=SCHEDULES, resumes=True
+        "power-cosine", "How the scale depends on the token.", choices=SCHEDULES, resumes=True
     )
     randomize_temperature: float = option(
         1.0, "Softmax temperature; 1e-5 takes the most likely code.", at_least=1e-6, resumes=True
@@ -204,5 +204,5 @@ class ReferenceEngine:
         reduced = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
         )
-        with eval_mode(self.model), reduced:  # a model that trains would drop out units
+        with eval_mode(self.model), reduced:  # in training mode dropout would be on
             return sample_codes(self.model, labels, uniforms, self.sampling, prefix)

@@ -13,8 +13,9 @@ from .attention import attention
 class TokenizerAttention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D).
 
-    With `first`, only the tokens from there on attend, to all: (B, T, D) -> (B, T - first, D). It runs in
-    the autocast type, as in published training, where PyTorch casts the model's float32 q, k and v back.
+    With `first`, only tokens from that index on attend, and to all tokens: (B, T, D) -> (B, T - first, D).
+    The attention runs in the autocast type, as in published training, where PyTorch casts the model's
+    float32 q, k and v back.
     """
 
     def __init__(self, width: int, heads: int, causal: bool):
@@ -27,7 +28,7 @@ class TokenizerAttention(nn.Module):
     def forward(self, x: Tensor, first: int = 0) -> Tensor:
         B, T, D = x.shape
         if first:
-            assert not self.causal, "a mask would be of all tokens"
+            assert not self.causal, "a causal mask needs the queries of all tokens"
             q, k, v = self.project_from(x, first)
         else:
             qkv = self.in_proj(x).view(B, T, 3, self.heads, D // self.heads)

@@ -1,1 +1,1 @@
-"""What only the quickstart needs: the digits as image folders, and the report at its end."""
+"""The quickstart's own programs: digits, report, completion, edits, reference curves."""

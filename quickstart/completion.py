@@ -2,7 +2,7 @@
 
     python -m quickstart.completion output/quickstart docs/completion.png
 
-Left: the beginning is encoded with the whole image. Right: with the lower half masked before. Rows:
+Left: the beginning is encoded with the whole image. Right: the lower half is masked before encoding. Rows:
 the first validation digit of every class. Columns: the digit, what the encoder saw of it, and
 completions of the same codes with other random numbers.
 """
@@ -33,7 +33,7 @@ ENLARGED, MARGIN = 2, 2
 
 
 def places(argv: list[str], program: str, description: str) -> tuple[Path, Path]:
-    """The folder of the quickstart's models and the picture to write, as a program here is told them."""
+    """The folder of the quickstart's models and the picture to write, from the command line."""
     parser = Parser(prog=f"python -m quickstart.{program}", description=description)
     parser.add_argument("folder", type=as_path, help="the models' folder: output/quickstart")
     parser.add_argument("picture", type=as_path, help="the .png to write")
@@ -75,7 +75,7 @@ def block(
     return captioned(
         picture_grid(images, 2 + COMPLETIONS, MARGIN, background=127),
         "the lower half masked before encoding" if mask else "encoded with the whole image",
-        f"sampled lower half to the digit's own: {figure:.2f} dB",
+        f"PSNR of the sampled lower half: {figure:.2f} dB",
     )
 
 

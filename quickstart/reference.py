@@ -22,7 +22,7 @@ REFERENCE = Path(__file__).parent / "reference"  # a folder
 WINDOW = 5  # records in a mean of a training quantity
 DIGITS = 5
 LARGEST = 50_000  # bytes of all files
-# Beginnings of names of what no run learns.
+# Prefixes of the names of quantities that are not learnt.
 NOT_LEARNT = ("images/s", "data wait", "hours left", "mfu", "memory", "phase", "runs")
 
 
@@ -42,7 +42,7 @@ def smoothed(values: dict[float, float]) -> dict[float, float]:
 
 
 def smooth(records: Records) -> dict[str, dict[float, float]]:
-    """Every quantity's curve; validation, which no batch's luck moves, and the rate are kept as they are."""
+    """Every quantity's curve, smoothed except for validation, free of batch noise, and the learning rate."""
     curves = {}
     for name in quantities(records):
         values = curve(records, name)
@@ -53,7 +53,7 @@ def smooth(records: Records) -> dict[str, dict[float, float]]:
 def reference_of(runs: list[Records]) -> Records:
     """The smoothed first run and, at each of its steps, the range of all runs.
 
-    Raises InputError where the runs have not the same steps.
+    Raises InputError if the runs do not have the same steps.
     """
     first, *others = map(smooth, runs)
     by_step: dict[float, dict[str, float]] = {}
@@ -97,7 +97,12 @@ def outside(records: Records, reference: Records, name: str) -> list[float]:
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m quickstart.reference", description="Make the reference curves.")
     parser.add_argument("folders", nargs="+", type=as_path, help="output of a quickstart per seed")
-    parser.add_argument("--output", type=as_path, default=REFERENCE, help="(quickstart/reference)")
+    parser.add_argument(
+        "--output",
+        type=as_path,
+        default=REFERENCE,
+        help="folder of the curves (quickstart/reference)",
+    )
     args = parser.parse_args(argv)
     names = sorted(path.parent.name for path in args.folders[0].glob("*/metrics.jsonl"))
     if not names:

@@ -82,7 +82,7 @@ def best_validation(folder: Path) -> dict[str, float]:
 
 
 class Judge:
-    """A classifier that has seen the training images' crops, and the Fréchet distance to its features of them.
+    """A classifier trained on crops of the training images, and Fréchet distances to their features.
 
     `data` holds train/ and val/, one folder per class. The features are grey for grey images.
     """
@@ -95,7 +95,7 @@ class Judge:
         self.classifier = SVC(C=10.0).fit(self.real, classes)
 
     def of_samples(self, images: np.ndarray) -> dict[str, float]:
-        """Of (N, S, S, 3), uint8, of which image i was asked to be of class i mod the number of classes."""
+        """Scores of images (N, S, S, 3), uint8; image i was requested as class i mod their number."""
         found, asked = features(images, self.colour), np.arange(len(images)) % self.classes
         return {
             "fid": frechet_distance(found, self.real),

@@ -34,7 +34,7 @@ def path(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
     if "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r}: a path holds no NUL character")
+        raise argparse.ArgumentTypeError(f"{text!r}: a path cannot contain a NUL character")
     return os.path.expanduser(text)
 
 

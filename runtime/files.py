@@ -65,7 +65,7 @@ def lock_folder(folder: Path) -> IO[str]:
         file = open(folder / ".lock", "a")  # noqa: SIM115 - its lifetime is the lock's
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as e:  # POSIX leaves the choice
+    except (BlockingIOError, PermissionError) as e:  # POSIX allows either error
         file.close()
         raise InputError(
             f"{folder} is in use by another run: wait for it, or use another folder"

@@ -68,8 +68,8 @@ class Parts:
         return self.folder / f"{number:06d}.npz"
 
     def missing(self) -> list[int]:
-        """The parts that do not exist yet. The main process asks (`runtime.processes.on_main`): a network's
-        file system may show the others the past."""
+        """The parts that do not exist yet. The main process asks (`runtime.processes.on_main`): a network
+        file system may show the other processes an outdated listing."""
         return [i for i in range(self.count) if not self.path(i).exists()]
 
     def write(self, number: int, **arrays: Any) -> None:

@@ -29,7 +29,7 @@ TIMEOUT = timedelta(hours=24)
 def start_processes(device: str | None = None) -> PartialState:
     """Join the processes of a job, by NCCL on CUDA and by gloo on CPUs; one process without a launcher."""
     refuse_leftovers()
-    # Told to use the CPU, accelerate joins several processes with gloo; left alone it does not.
+    # accelerate joins several CPU processes (by gloo) only if told to use the CPU.
     return PartialState(cpu=find_device(device).type == "cpu", timeout=TIMEOUT)
 
 

@@ -68,7 +68,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
 
 
 def open_streams() -> None:
-    """Make printing safe: a closed stream discards its text, and any encoding takes any letter."""
+    """Make printing safe: a closed stream discards its text, and no character fails to encode."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

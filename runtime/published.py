@@ -23,6 +23,6 @@ def find_published(name: str, folder: Path, otherwise: str = "") -> Path:
         if path.is_file():
             return path
     raise MissingFile(
-        f"no {name} in {folder}/ or {cache}: put it there (weights/README.md says from "
-        f"where){otherwise}"
+        f"no {name} in {folder}/ or {cache}: put it in either (weights/README.md names its "
+        f"source){otherwise}"
     )

@@ -103,7 +103,7 @@ class StopSignal:
 
 
 def outlive_first_signal(worker: int) -> None:
-    """A DataLoader's `worker_init_fn`: keeps workers alive for the step that a signal lets finish.
+    """A DataLoader's `worker_init_fn`: keeps workers alive while their rank finishes its step after a signal.
 
     torchrun signals whole process groups, workers included. They end when their rank ends or stops them.
     """

@@ -252,7 +252,7 @@ def moved_bytes(graph: Any) -> dict[str, float]:
 
 
 def size_in_bytes(operand: Any) -> float:
-    """Of a tensor in Inductor's representation; 0 for what stands for several or for none."""
+    """Bytes of a tensor in Inductor's representation; 0 for what stands for several or for none."""
     from torch._inductor import ir
 
     if isinstance(getattr(operand, "layout", None), (ir.MultiOutputLayout, ir.NoneLayout)):

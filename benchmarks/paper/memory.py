@@ -26,7 +26,7 @@ GIB = 2**30
 
 
 def bytes_saved(forward: Callable[[], object], parameters: Iterable[Tensor]) -> float:
-    """Of the storages that autograd saves while `forward` runs, without the parameters'."""
+    """Bytes of the storages that autograd saves while `forward` runs, without the parameters'."""
     own = {p.untyped_storage()._cdata for p in parameters}
     saved: dict[int, Tensor] = {}
 

@@ -22,9 +22,8 @@ OVERLAPPED = 1.8e-6  # the same where a kernel starts while the one before it en
 # Seconds of a program of the fused attention: until its first tile is asked for, per tile of one warp
 # and of several (which wait for each other), and at its end.
 START, ONE_WARP, WARPS, END = 1.8e-6, 1.1e-6, 1.4e-6, 0.4e-6
-AROUND = (
-    7  # launches of a step outside the counted programs: the output layer, and what moves the state
-)
+# Launches of a step outside the counted programs: the output layer, and what moves the state.
+AROUND = 7
 OPTIMIZER = 40  # bytes per parameter: the norm reads 4, clipping moves 8, AdamW 28
 EMBEDDING = 8  # times that a training step reads or writes the embeddings' float32 output
 PEAK = 989e12  # bf16 FLOP/s on the data sheet, what MFU is of
@@ -90,7 +89,7 @@ def product(
 
 
 def cached_bytes(shape: Shapes, rows: int, filled: float, per_element: float) -> float:
-    """Of keys and values of one block up to a position."""
+    """Bytes of one block's keys and values up to a position."""
     return 2 * shape.hidden * rows * filled * per_element
 
 
@@ -111,7 +110,7 @@ def sampling_roofline(config: GeneratorConfig, batch: int, per_element: float = 
 def attention_seconds(
     shape: Shapes, rows: int, filled: int, per_element: float, attention: Attention
 ) -> float:
-    """Of one block's attention at a position: of reading, computing and waiting, what takes longest."""
+    """Seconds of one block's attention at a position: the longest of reading, computing and waiting."""
     read = cached_bytes(shape, rows, filled, per_element) / ATTENTION_BANDWIDTH
     computed = 2 * shape.hidden * rows * filled * attention.instructions / ISSUED
     tile = ONE_WARP if attention.warps == 1 else WARPS

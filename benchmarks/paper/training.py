@@ -138,7 +138,7 @@ def backend(record: list[Program], kept: list[float]) -> Callable:
 
 
 def bytes_kept(forward: torch.fx.GraphModule) -> float:
-    """Of what a forward graph computes for its backward, with its result, and without its inputs."""
+    """Bytes that a forward graph computes for its backward, with its result, without its inputs."""
     (output,) = (node for node in forward.graph.nodes if node.op == "output")
     computed = {n for n in output.args[0] if isinstance(n, torch.fx.Node) and n.op != "placeholder"}
     values = [node.meta.get("val") for node in computed]

@@ -54,16 +54,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     add = parser.add_argument
     names = [row.name for row in ROWS]
-    add("--rows", nargs="+", choices=names, metavar="ROW", help=f"of {', '.join(names)}")
+    add(
+        "--rows",
+        nargs="+",
+        choices=names,
+        metavar="ROW",
+        help=f"rows to train, of {', '.join(names)}",
+    )
     add("--seeds", nargs="+", type=number(0, 2**31 - 1), metavar="SEED",
-        help=f"({' '.join(map(str, SEEDS))})")  # fmt: skip
+        help=f"seeds to train ({' '.join(map(str, SEEDS))})")  # fmt: skip
     add("--vary", metavar="NAME=VALUE", help="vary one thing, or several separated by commas")
     add(
         "--fast", action="store_true", help="two rows, one seed, half the steps: a first impression"
     )
     add("--jobs", type=number(1, 256), default=cores, metavar="N",
         help=f"commands at once, each with its share of the cores ({cores})")  # fmt: skip
-    add("--output", type=as_path, default=Path("output/alignment"), help="(output/alignment)")
+    add(
+        "--output",
+        type=as_path,
+        default=Path("output/alignment"),
+        help="folder of the study (output/alignment)",
+    )
     return parser.parse_args(argv)
 
 

@@ -22,7 +22,7 @@ CURVES = (  # part of a run, quantity, title
 
 
 def need_matplotlib() -> None:
-    """Raise InputError where nothing could be drawn."""
+    """Raise InputError if nothing can be drawn."""
     if find_spec("matplotlib") is None:
         raise InputError("the figures need matplotlib: pip install matplotlib")
 

@@ -120,7 +120,7 @@ def replaced_changes(tokenizer: Tokenizer, codes: Tensor) -> Tensor:
     """Root mean square change of decoded row i when code j is replaced: (g, T), on the scale 0 … 1.
 
     Codes (B, T) of B ≥ 2 images; code j becomes that of the image before. The mean is over the images
-    whose code this changes; NaN where it is none's. A causal decoder changes no row before code j's.
+    whose code this changes; NaN if it changes none. A causal decoder changes no row before code j's.
     """
     grid = tokenizer.config.grid
     before, others = tokenizer.decode(codes), codes.roll(1, 0)

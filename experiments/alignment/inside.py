@@ -59,9 +59,8 @@ from runtime.processes import matmul_precision
 from runtime.program import run
 
 UNNAMED = "tokenizer"
-MASKED = (
-    256  # images at most for masking and cutting: each is encoded 2g - 1 times, decoded g + 2 times
-)
+# Images at most for masking and cutting: each is encoded 2g - 1 times, decoded g + 2 times.
+MASKED = 256
 REPLACED = 32  # images at most for replacing codes: each is decoded 1 + T times
 
 
@@ -154,7 +153,9 @@ def named_paths(given: list[str], option: str) -> dict[str, str]:
         if not name or not path:
             raise InputError(f"--{option} {text}: write NAME=PATH, or a path")
         if name in paths:
-            raise InputError(f"--{option} has two of the name {name}: write NAME=PATH for each")
+            raise InputError(
+                f"--{option} has two paths named {name}: write NAME=PATH, each with its own name"
+            )
         paths[name] = path
     return paths
 
@@ -188,7 +189,7 @@ def image_paths(folder: Path, at_least: int) -> list[ImagePath]:
 
 
 def open_tokenizer(path: str) -> Tokenizer:
-    """A tokenizer in eval mode. Raises InputError where the grid has one row only."""
+    """A tokenizer in eval mode. Raises InputError if the grid has only one row."""
     opened = open_weights(path, TOKENIZER)
     tokenizer = load_tokenizer(opened, tokenizer_sizes(opened, None))
     if tokenizer.config.grid < 2:
@@ -202,7 +203,7 @@ def open_tokenizer(path: str) -> Tokenizer:
 def measure(
     row: Row, tokenizer: Tokenizer, paths: list[ImagePath], counted: list[ImagePath]
 ) -> Measures:
-    """All measures of one row; `counted` are the images of the tables, none for --images' own."""
+    """All measures of one row; `counted` are the images that the tables count; if empty, folds of `paths`."""
     likelihood = generator_loss(row, tokenizer)  # first: it refuses files that do not fit
     codes = encode_files(tokenizer, paths).numpy()
     training = encode_files(tokenizer, counted).numpy() if counted else None

@@ -39,7 +39,7 @@ SIDE, BATCH = 128, 50  # pixels to which images are enlarged; 224 would take fou
 class Features:
     """uint8 images (N, S, S, 3) -> (N, 320), float32: means over space of the last block's output.
 
-    320 features and 1,050 images: covariances have full rank, which the 1,280 features of the head would not.
+    320 features and 1,050 images: covariances have full rank; those of the head's 1,280 features would not.
     """
 
     def __init__(self):

@@ -50,16 +50,15 @@ HELD_OUT = (
     f"{WALLPAPERS}/EveningGlow/{LARGEST}",
 )
 SIDE = 72  # pixels of a crop: crops of 64 are shifted by up to 8
-SHORTER = (
-    1440  # to which larger photographs are reduced first: the smallest crop still has 144 pixels
-)
+# Larger photographs are reduced to this side first: the smallest crop still has 144 pixels.
+SHORTER = 1440
 SHARES = (0.1, 0.9)  # of the photograph's shorter side
 CLASSES = ((0.3, "detail"), (0.6, "part"), (1.0, "view"))  # up to which share
 CROPS = {"train": 300, "val": 150}  # per photograph
 
 
 def unpack(folder: Path) -> Path:
-    """The files of all packages below `folder`. Raises InputError where a command fails or is missing."""
+    """The files of all packages below `folder`. Raises InputError if a command fails or is missing."""
     files = folder / "files"
     folder.mkdir(parents=True, exist_ok=True)
     commands = [
@@ -97,7 +96,7 @@ def write_crops(photograph: Path, folder: Path, number: int, rng: np.random.Gene
 
 
 def name_of(photograph: Path) -> str:
-    """`Path`, of usr/share/wallpapers/Path/contents/images/2560x1600.jpg too."""
+    """The file's name without suffix or, for usr/share/wallpapers/NAME/contents/images/…, NAME."""
     return photograph.parents[2].name if photograph.match(LARGEST) else photograph.stem
 
 

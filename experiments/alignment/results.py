@@ -45,7 +45,7 @@ METRICS = (
 
 
 def metrics_of(groups: list["Group"]) -> list[Metric]:
-    """The metrics that all of these runs have: digits are read, photographs are not."""
+    """The metrics that all of these runs have: only digits are classified."""
     return [m for m in METRICS if all(m.name in r.figures for g in groups for r in g.results)]
 
 
@@ -187,7 +187,7 @@ class Difference:
 
 
 def difference(metric: str, before: dict[int, float], after: dict[int, float]) -> Difference:
-    """After minus before. Raises InputError where the rows have no seed in common."""
+    """After minus before. Raises InputError if the rows have no seed in common."""
     seeds = sorted(before.keys() & after.keys())
     if not seeds:
         raise InputError(f"two rows have no seed in common: {sorted(before)} and {sorted(after)}")

@@ -100,7 +100,7 @@ PHOTOGRAPHS = Data(
         stage2=(RESIZE, BF16),
         generator=(BF16,),
         # At the digits' 1.5e-3 and their short warm-up, the latents forget the images within 200 steps.
-        # The highest rate until the tail, as lower ones stop at patches of one colour.
+        # The rate stays at its highest until the tail: lower ones get stuck at patches of one colour.
         phases={"learning_rate": 1e-3, "end_lr": 1e-3, "tail": 0.6, "tail_lr": 3e-5},
     ),
     views=(),
@@ -176,16 +176,16 @@ def phases(
 
 VARIATIONS = {
     "position_init": Variation(
-        "start of the encoder's positions", ("normal",), stage1("model.vq_model.position_init")
+        "initialisation of the encoder's positions", ("normal",), stage1("model.vq_model.position_init")
     ),
     "tokenizer_steps": Variation(
         "length of both stages, times the quickstart's", ("0.5", "3"), tokenizer_steps
     ),
     "generator_steps": Variation(
-        "length of the generator's training, likewise", ("0.5", "3"), generator_steps
+        "length of the generator's training, times the quickstart's", ("0.5", "3"), generator_steps
     ),
     "steps": Variation(
-        "all of these lengths", ("3",), lambda v: tokenizer_steps(v) + generator_steps(v)
+        "length of both stages and of the generator's training, times the quickstart's", ("3",), lambda v: tokenizer_steps(v) + generator_steps(v)
     ),
     "codebook_size": Variation("codes in the codebook", ("64", "1024"), size("codebook_size")),
     "patch_size": Variation("side of a patch in pixels", ("8",), size("patch_size")),

@@ -114,9 +114,8 @@ def write_tables(output: Path, variation: str = "") -> None:
     if not results:
         raise InputError(f"no finished run in {root}")
     seen = {result.row.name for result in results}
-    compares = (
-        variation and "data=" not in variation
-    )  # figures of other images say nothing about these
+    # Figures of other images say nothing about these.
+    compares = variation and "data=" not in variation
     plain = [r for r in collect(output) if r.row.name in seen] if compares else []
     groups = groups_of([*plain, *results])
     pairs = neighbours(groups)

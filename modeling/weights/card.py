@@ -30,13 +30,13 @@ pipeline([0], seed=0, output="pil")[0].save("image.png")
 | | |
 | --- | --- |
 | images | {size}×{size} pixels |
-| codes of an image | {tokens} of {codebook} |
+| codes per image | {tokens} of {codebook} |
 | tokenizer | {stage}{encoder} encoder and {decoder} decoder layers |
 | generator | {layers} layers of width {width} |
 | classes | {classes} |
 | fingerprint of the tokenizer's codes | `{fingerprint}` |
 
-Licence: none is stated yet. Name it here, and at `license` above.
+Licence: none is stated yet. State it here, and at `license` above.
 """
 
 

@@ -125,16 +125,16 @@ def folded(name: str) -> str:
 
 
 def sorted_as_text(folders: Mapping[int, str]) -> Optional[str]:
-    """A warning if all names {label: name} are numbers other than their labels, because folders are
-    sorted as text: 0, 1, 10, 11, …, 2. None otherwise."""
+    """A warning if all names {label: name} are numbers, but not all equal their labels, as when folders
+    are sorted as text: 0, 1, 10, 11, …, 2. None otherwise."""
     if not folders or not all(name.isdecimal() for name in folders.values()):
         return None
     first = next((label for label, name in folders.items() if int(name) != label), None)
     if first is None:
         return None
     return (
-        f"the class names are numbers sorted as text: class {first} is the one called "
-        f"{folders[first]}; a number selects a class by its label, or pad the names with zeros"
+        f"the class names are not labels: class {first} is the one called {folders[first]}. A "
+        f"number means a label: name the folders 0 to {len(folders) - 1}, zero-padded, to match"
     )
 
 

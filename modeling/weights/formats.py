@@ -76,7 +76,7 @@ def unwrap(content: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
             entry = only(
                 [e for e in ENTRIES if isinstance(content.get(e), dict) and content[e]], source
             )
-            if len(removed) == MOST_WRAPPERS:  # or one that holds itself
+            if len(removed) == MOST_WRAPPERS:  # also stops at a dict that contains itself
                 raise no_tensors(source)
             content = content[entry]
             removed.append(entry)

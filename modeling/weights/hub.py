@@ -81,7 +81,7 @@ def upload(
         )
     except Exception as e:  # of the network's library, too
         raise InputError(
-            f"cannot upload {name} ({first_line(e)}): check the name, the network and `hf auth login`"
+            f"cannot upload to {name} ({first_line(e)}): check the name, the network and `hf auth login`"
         ) from e
     return commit.oid
 

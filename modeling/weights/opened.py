@@ -98,7 +98,7 @@ def open_tokenizer(
 
 
 def check_same_codes(generator: Opened, tokenizer: Opened) -> None:
-    """Refuse a generator and a tokenizer of other codes; fields unknown on either side are skipped."""
+    """Refuse a generator and a tokenizer whose codes differ; fields unknown on either side are skipped."""
     stated, tokens = generator.about, tokenizer.about.config["num_latent_tokens"]
     sizes = stated.config.get("image_seq_len", tokens), stated.config["codebook_size"]
     made = tokens, tokenizer.about.config["codebook_size"]

@@ -35,7 +35,7 @@ def find_weights(path: str | Path, kind: str) -> Path:
     a run's folder, of its newest checkpoint.
 
     Only the file to use is read, and compared with the hash in the checkpoint's manifest. If it is
-    damaged in a run's newest checkpoint, a line in the log says so and the checkpoint before is used; a
+    damaged in a run's newest checkpoint, a line in the log says so and the previous checkpoint is used; a
     damaged file of a checkpoint named by `path` is refused. Raises InputError if no file is left.
     """
     path = expanded(path)
@@ -55,7 +55,7 @@ def find_weights(path: str | Path, kind: str) -> Path:
         if not file.is_file() and (folder / MANIFEST).is_file():
             raise InputError(f"{path} has no weights of a {kind}: pass a run of the right kind")
         if not named:
-            log.warning("%s was altered or cut short: trying the checkpoint before", file)
+            log.warning("%s was altered or cut short: trying the previous checkpoint", file)
     raise damaged(path)
 
 

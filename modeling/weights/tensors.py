@@ -35,7 +35,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], Optional[About]]:
-    """`read_state_dict`, and the file's metadata; None in files of others."""
+    """`read_state_dict`, and the file's metadata; None if the file has none."""
     content, entries = read_file(Path(path))
     state, removed = unwrap(content, str(path))
     say_unwrapped(path, removed)
@@ -65,8 +65,8 @@ def read_part(path: str | Path, name: str) -> dict[str, Tensor]:
     if len(found) != 1:
         many = " and ".join(f"{entry} {prefix}{name}".strip() for entry, prefix in found)
         raise InputError(
-            f"{path} holds {many or 'no ' + name}: pass a run folder or file with one "
-            f"{name.partition('.')[0]} model"
+            f"{path} holds {many or 'no ' + name}: pass a run folder or a file in which exactly one "
+            f"model has this tensor"
         )
     ((entry, prefix),) = found
     say_unwrapped(path, [part for part in (entry, prefix) if part])
@@ -124,8 +124,8 @@ def no_file(path: Path) -> InputError:
         beside = sorted(file.name for file in path.parent.glob("*.safetensors"))
     if beside:
         return InputError(
-            f"no weights at {path}, but {', '.join(beside)}: give a run of the right kind, or one "
-            f"of these files"
+            f"no weights at {path}, but there are {', '.join(beside)}: pass a run of the right kind, "
+            f"or one of these files"
         )
     return InputError(
         f"no weights at {path}: put the published file there (see weights/README.md) or pass the "
@@ -216,7 +216,7 @@ def describe(state: dict[str, Tensor]) -> str:
             f"{rows('output.weight')} codes)"
         )
     if "quantize.embedding.weight" in state and "latent_tokens" in state:
-        # Stage 1 may lack either: the head needs prefix tokens, the running mean clustering.
+        # Stage 1 may lack either: the head needs prefix tokens, embed_prob needs clustering.
         stage = 1 if {"decoder.ffn_aux.0.weight", "quantize.embed_prob"} & state.keys() else 2
         positions = "encoder.positional_embedding"
         patches = rows(positions) if positions in state else 0

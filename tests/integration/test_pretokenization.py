@@ -127,7 +127,7 @@ def test_root_without_a_split_means_its_train_folder_and_the_first_line_says_so(
     workspace, runs, tmp_path
 ):
     output = runs.ok(tmp_path / "root", data=workspace.root).splitlines()
-    said = f"--data_path {workspace.root} holds train/, --split is not set: reading "
+    said = f"--data_path {workspace.root} holds train/ and --split is not set: reading "
     classes = "14 images, 3 classes (class0, class1, class2)"
     assert f"{said}{workspace.root}/train: {classes}" == output[0]
     runs.ok(tmp_path / "direct", data=workspace.root / "train")

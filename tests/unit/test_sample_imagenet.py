@@ -51,4 +51,4 @@ def test_classes_never_trained_are_warned_of(said, classes, warned):
 @pytest.mark.parametrize("classes, warned", [("[2]", True), ("['10']", False), ("null", False)])
 def test_a_number_of_a_class_that_is_called_by_another_is_warned_of(said, classes, warned):
     text = said(["0", "1", "10", "2"], [], classes)
-    assert ("warning: the class names are numbers" in text) is warned
+    assert ("warning: the class names are not labels" in text) is warned

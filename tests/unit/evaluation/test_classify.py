@@ -126,7 +126,7 @@ def test_accuracy_is_of_images_by_all_their_views_and_of_single_views(
     write_votes(tmp_path / "votes", VOTES, [0, 1, 2, 0])
     result, said = classify("--answers=out/a.csv", cache="votes")
     assert result["metrics"] == {"top1": 0.75, "top1_of_views": 5 / 8}
-    assert "75.00% of 4 images" in said and "62.50% of their 2 views each" in said
+    assert "75.00% of 4 images" in said and "62.50% of single views (2 per image)" in said
     assert result["classes"] == 3 and result["cache"]["images"] == 4
     with open("out/a.csv", newline="") as lines:
         rows = list(csv.DictReader(lines))

@@ -95,13 +95,13 @@ def test_moments_of_an_unnamed_space_are_inceptions(score, nowhere):
 def test_features_without_weights_leave_the_others_and_fail(score, nowhere, monkeypatch, capsys):
     monkeypatch.setattr(evaluator, "DINOv2", DINOv2)
     # The program ends with it: status 2.
-    refusal(lambda: score("--features=inception,dinov2"), "features dinov2", DINOV2_FILE)
+    refusal(lambda: score("--features=inception,dinov2"), "dinov2 features", DINOV2_FILE)
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert result["metrics"]["gFID"] > 0
-    refusal(lambda: score("--features=dinov2"), "features dinov2", DINOV2_FILE)
+    refusal(lambda: score("--features=dinov2"), "dinov2 features", DINOV2_FILE)
     (nowhere / "weights").mkdir()
     write_random_dinov2(nowhere / "weights" / DINOV2_FILE, layers=1, width=384)
-    refusal(lambda: score("--features=dinov2,inception"), "features dinov2", "ViT-S/14")
+    refusal(lambda: score("--features=dinov2,inception"), "dinov2 features", "ViT-S/14")
 
 
 @pytest.mark.parametrize("features", ["clip", "inception,inception", ""])

@@ -271,7 +271,7 @@ def test_one_tokenizer_needs_no_name(study):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--tokenizer", "a", "b"], "two of the name tokenizer"),
+        (["--tokenizer", "a", "b"], "two paths named tokenizer"),
         (["--tokenizer", "a=b", "--cache", "a=c"], "go together"),
         (["--tokenizer", "a=b", "--generator", "c=d", "--cache", "c=e"], "has no tokenizer"),
         (["--tokenizer", "=b"], "NAME=PATH"),

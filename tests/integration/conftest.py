@@ -1,16 +1,19 @@
 """Runs the real commands, in subprocesses, on a miniature of everything."""
 
+import atexit
+import functools
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.integration.warm import Warm
+from tests.integration.warm import PROGRAMS, Warm
 from train_tokenizer import __main__ as trainer
 from train_tokenizer.losses import FrozenNetworks
 
@@ -91,13 +94,27 @@ def command(program, *arguments, ranks=1, launcher="plain"):
     return [*launch, *options, *target, *arguments]
 
 
+@functools.cache
+def server():
+    """Starts programs in milliseconds: `tests.integration.warm`."""
+    folder = tempfile.TemporaryDirectory()
+    started = Warm(ROOT, Path(folder.name))
+    atexit.register(folder.cleanup)
+    atexit.register(started.close)  # comes first
+    return started
+
+
 def execute(*args, check=True, env=None, timeout=300, **kwargs):
-    """Run a program to its end; its output comes back, and is shown where it fails."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-    done = subprocess.run(
-        command(*args, **kwargs), cwd=ROOT, env=variables, capture_output=True, text=True,
-        timeout=timeout,
-    )  # fmt: skip
+    """Run a program to its end; its output comes back, and is shown where it fails. The usual
+    programs run without launcher and variables of their own are started by `server`."""
+    if args[0] in PROGRAMS and not env and not kwargs:
+        done = server().completed(*args, timeout=timeout)
+    else:
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            command(*args, **kwargs), cwd=ROOT, env={**variables, **(env or {})},
+            capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
     if check and done.returncode:
         pytest.fail(f"{' '.join(map(str, args))} exited {done.returncode}:\n{done.stderr[-3000:]}")
     return done
@@ -186,12 +203,9 @@ def workspace(tmp_path_factory):
     return Workspace(tmp_path_factory.mktemp("workspace"))
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    """Starts programs in milliseconds: `tests.integration.warm`."""
-    started = Warm(ROOT, tmp_path_factory.mktemp("warm"))
-    yield started
-    started.close()
+@pytest.fixture(scope="session")
+def warm():
+    return server()
 
 
 @pytest.fixture

@@ -56,8 +56,9 @@ def obey_permissions():
 
 def child(request, rank, port):
     os.setsid()  # a process group of its own, as torchrun makes it
-    output = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1), os.dup2(output, 2)
+    for stream, log in ((1, request["log"]), (2, request["errors"])):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.argv = [request["program"], *request["argv"]]
     os.environ |= request["env"]
     if request["ranks"] > 1:
         os.environ |= {
@@ -86,7 +87,8 @@ def child(request, rank, port):
 
 
 def serve():
-    for module in PROGRAMS.values():
+    # Further modules are those that programs import on use.
+    for module in (*PROGRAMS.values(), "torch._dynamo", "torch_fidelity", "torchvision"):
         importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
@@ -133,16 +135,24 @@ class Warm:
         return json.loads(self.server.stdout.readline())
 
     def start(self, program, *argv, ranks=1, largest_file=0, die_before=0, obedient=False,
-              env=None):  # fmt: skip
+              env=None, errors=None):  # fmt: skip
         """A run in the background. It dies before its `die_before`-th sync, rename or removal of
         files; it may write files of up to `largest_file` bytes; `obedient`, even root's rights end
-        where those of a folder do."""
+        where those of a folder do; the file `errors` takes its standard error, by default the log."""
         log = self.folder / f"log-{next(self.logs)}"
         pids = self.ask(
             program=program, argv=[str(a) for a in argv], log=str(log), ranks=ranks,
             largest_file=largest_file, die_before=die_before, obedient=obedient, env=env or {},
+            errors=str(errors or log),
         )  # fmt: skip
         return Run(self, pids, log)
+
+    def completed(self, program, *argv, timeout):
+        """A run to its end, as `subprocess.run` returns it."""
+        errors = self.folder / f"errors-{next(self.logs)}"
+        run = self.start(program, *argv, errors=errors)
+        status = run.end(within=timeout)
+        return subprocess.CompletedProcess(argv, status, run.output(), errors.read_text())
 
     def __call__(self, program, *argv, **limits):
         """(exit status, output) of a run to its end."""

@@ -6,6 +6,7 @@ view, L side of the source crop that views are cut from (pixels).
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.classes import describe_classes, first_names
-from data.identity import hash_of_names, hash_of_sizes
+from data.identity import THREADS, hash_of_names, hash_of_sizes
 from data.labels import read_labels
 from data.order import EpochDraws
 from data.tars import is_tar
@@ -146,15 +147,19 @@ def list_paths(
             f"{source} is neither an image folder, a tar nor a text file of paths"
         ) from e
     folders = [source.parent, *([] if root is None else [Path(root)])]
-    paths: list[ImagePath] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            candidates = [folder / line.strip() for folder in folders]  # absolute ones stay so
-            path = next((path for path in candidates if path.is_file()), None)
-            if path is None:
-                places = " or ".join(dict.fromkeys(map(str, candidates)))
-                raise InputError(f"{source}, line {number}: there is no file {places}")
-            paths.append(str(path))
+
+    def find(numbered: tuple[int, str]) -> str:
+        number, line = numbered
+        candidates = [folder / line for folder in folders]  # absolute paths stay so
+        path = next((path for path in candidates if path.is_file()), None)
+        if path is None:
+            places = " or ".join(dict.fromkeys(map(str, candidates)))
+            raise InputError(f"{source}, line {number}: there is no file {places}")
+        return str(path)
+
+    given = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    with ThreadPoolExecutor(THREADS) as pool:
+        paths: list[ImagePath] = list(pool.map(find, given))
     if not paths:
         raise InputError(f"{source} lists no images: write one path per line")
     return paths

@@ -1,5 +1,6 @@
 """Codes to images, batch by batch, for samplers and scores."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Optional
 
@@ -53,6 +54,12 @@ def decode_stored(
     return images_of(read, ImageDecoder(tokenizer, job.dtype), batches)
 
 
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One per device: each stream on which products ran keeps their workspace until the process ends."""
+    return torch.cuda.Stream(device)
+
+
 def images_of(
     codes_of: Callable[[range], Tensor], decoder: ImageDecoder, batches: Iterable[range]
 ) -> Iterator[ImageBatch]:
@@ -60,7 +67,7 @@ def images_of(
 
     On CUDA a batch is decoded while the next is sampled, so it is yielded one batch later.
     """
-    stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
+    stream = side_stream(decoder.device) if decoder.device.type == "cuda" else None
     previous = None
     for indices in batches:
         pending = indices, start_decoding(decoder, codes_of(indices), stream)

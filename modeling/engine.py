@@ -313,10 +313,11 @@ class Engine:
 
         `layer` needs programs for the first position, the last one, whose cache is full, and all between.
         """
-        self.functions, self.compiled = StepFunctions(*map(compile_function, StepFunctions())), True
         last = self.config.image_seq_len - 1
         positions = {0, min(1, last)} | ({last} if self.layers_whole else set())
         try:
+            self.functions = StepFunctions(*map(compile_function, StepFunctions()))
+            self.compiled = True
             with compiling():
                 for t in sorted(positions):
                     self._set_position(t)

@@ -43,9 +43,9 @@ class ImageDecoder:
     def _compile(self, tokens: int) -> None:
         """Compile the blocks, which share one program, by decoding once."""
         eager, self.decoder = self.decoder, shallow_copy(self.decoder)
-        for block in self.decoder.transformer:
-            block.forward = compile_function(block.forward)  # type: ignore[method-assign]
         try:
+            for block in self.decoder.transformer:
+                block.forward = compile_function(block.forward)  # type: ignore[method-assign]
             with compiling():
                 self._decode(torch.zeros(self.part, tokens, dtype=torch.int64, device=self.device))
             self.compiled = True

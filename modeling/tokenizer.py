@@ -399,7 +399,7 @@ class Tokenizer(nn.Module):
         the decoder learns the codes that pretokenization writes.
         """
         if self.encoder_frozen:
-            return self.exact_latents(images)  # pyright: ignore - torch types disable as it is not
+            return self.exact_latents(images)
         return self.encoder(images, self.latent_tokens)
 
     # A compiled graph would keep the precision of its compilation. This is `torch.compiler.disable`, but

@@ -100,7 +100,7 @@ def compiles(setting: bool | str, option: str) -> bool:
 
 
 def missing_to_compile() -> str:
-    """What torch.compile needs but cannot find, with its Debian package; empty if nothing is missing.
+    """What torch.compile needs but cannot find, with a Debian package; empty if nothing is missing.
 
     Triton builds a C module for CUDA, Inductor C++ modules for a CPU; both include Python.h.
     """
@@ -109,6 +109,10 @@ def missing_to_compile() -> str:
     )
     if not any(shutil.which(os.environ.get(name, name)) for name in known):
         return f"a {language} compiler: install build-essential"
+    try:
+        torch.compile(lambda: None, backend="eager")
+    except RuntimeError as e:  # this Python is too new for this torch
+        return f"another Python or torch ({e})"
     header = Path(sysconfig.get_path("include"), "Python.h")
     return "" if header.is_file() else f"{header}: install python3-dev"
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import multiprocessing
 import os
 import re
 import select
@@ -30,6 +31,10 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
     A full disk or a missing permission does the same. A closed pipe (`| head`) ends it silently.
     """
     open_streams()
+    if sys.platform == "linux":
+        # From Python 3.14 on, data workers would come from a server, which a signal to the process group
+        # ends, and which keeps workers alive after their rank.
+        multiprocessing.set_start_method("fork", force=True)
     try:
         main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -74,7 +79,8 @@ def open_streams() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for good
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            # By line, so that a file shows what a run says at once, and a killed run loses nothing.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def stdout_fails(error: OSError) -> bool:

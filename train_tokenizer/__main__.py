@@ -167,7 +167,8 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
     stage1 = experiment.stage1_checkpoint
     if run.checkpoint.source is not None:
         option = "experiment.stage1_checkpoint"
-        check_same_start(option, values["stage1_checkpoint"], stage1, run.checkpoint.source)
+        # None in another kind of run, which `Checkpoint.register_model` refuses.
+        check_same_start(option, values.get("stage1_checkpoint"), stage1, run.checkpoint.source)
     else:
         values["stage1_checkpoint"] = stage1
     if model.stage == 1 or run.resumed or experiment.init_weights is not None:

@@ -213,7 +213,8 @@ def save(
     with writing(folder):
         for other in all_checkpoints(run_dir)[:-keep]:
             if not (keep_every and step_of(other) % keep_every == 0):
-                shutil.rmtree(other)
+                # NFS keeps a folder while another process has one of its files open; the next save tries again.
+                shutil.rmtree(other, ignore_errors=True)
     return final
 
 

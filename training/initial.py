@@ -38,7 +38,9 @@ def check_same_start(
     The paths are compared, not the weights, which may have changed since or be gone. A path of None fits
     any start.
     """
-    if given not in (None, recorded):
+    if given is not None and (
+        recorded is None or Path(given).resolve() != Path(recorded).resolve()
+    ):
         raise InputError(
             f"{source} belongs to a run that started with {option}={recorded or 'null'}, not {given}: "
             f"leave {option} out (null) to resume it, or set another experiment.output_dir to start a "

@@ -5,8 +5,9 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class RunLog:
         self.write = self.main and write
         self.folder = Path(experiment.output_dir)
         self._earlier: set[tuple[float, frozenset[str]]] = set()
+        self._tracks = True  # until wandb fails
         if accelerator.log_with and write:
             self._start_wandb(experiment, config)
         if self.write:
@@ -125,7 +127,7 @@ class RunLog:
                 self.file.flush()
                 # Durable before the checkpoints and marks that rely on it.
                 os.fsync(self.file.fileno())
-            self.accelerator.log(values, step=step)
+            self._track(lambda: self.accelerator.log(values, step=step))
 
     def lowest(self, name: str, since: int) -> float:
         """The lowest value of `name` from step `since` on; infinite if there is none."""
@@ -145,16 +147,26 @@ class RunLog:
             pixels = with_captions(pixels, captions)
         picture = picture_grid(pixels, per_row, margin=2)
         write_png(picture, self.folder / "previews" / f"{name}-{step:08d}.png")
+        shown = {name: [Image.fromarray(picture)]}
         for tracker in self.accelerator.trackers:
             if tracker.name == "wandb":
-                tracker.log_images({name: [Image.fromarray(picture)]}, step=step)  # type: ignore[attr-defined]
+                self._track(partial(tracker.log_images, shown, step=step))  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """End the run's trackers and the progress bar."""
         self.bar.close()
         if self.write:
             self.file.close()
-        self.accelerator.end_training()
+        self._track(self.accelerator.end_training)
+
+    def _track(self, send: Callable[[], None]) -> None:
+        """Send something to wandb. Its first failure is a warning, and nothing is sent after it."""
+        if self._tracks:
+            try:
+                send()
+            except Exception as e:  # wandb's errors share no base class
+                self._tracks = False
+                self.say(f"warning: wandb failed ({e!r}); training continues without it")
 
 
 class Window:

@@ -134,7 +134,7 @@ def sorted_as_text(folders: Mapping[int, str]) -> Optional[str]:
         return None
     return (
         f"the class names are not labels: class {first} is the one called {folders[first]}. A "
-        f"number means a label: name the folders 0 to {len(folders) - 1}, zero-padded, to match"
+        f"number means a label; in quotes, as '{folders[first]}', it is a name"
     )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Optional, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError
 from ..tokenizer import Tokenizer, TokenizerConfig
@@ -69,10 +70,21 @@ def config_of(opened: Opened, config: Optional[TokenizerConfig]) -> TokenizerCon
     return opened.config(config or TokenizerConfig(), chosen, "tokenizer config: {}={}".format)
 
 
+class Unfilled(TorchFunctionMode):
+    """Leaves out random initial weights. On the meta device, `normal_` would import TorchDynamo, which
+    takes as long as torch itself."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, nn.init.trunc_normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def load_tokenizer(opened: Opened, config: TokenizerConfig, with_decoder: bool = True) -> Tokenizer:
     """A tokenizer of either stage, in eval mode on the CPU. Raises InputError if the weights do not fit the
     config."""
-    with torch.device("meta"):  # random initial weights would cost seconds
+    with torch.device("meta"), Unfilled():  # random initial weights would cost seconds
         tokenizer = Tokenizer(config, with_decoder=with_decoder)
     tokenizer.to_empty(device="cpu").float()  # whatever torch's default type is
     spare, own = tokenizer.training_only, tokenizer.state_dict()

@@ -477,6 +477,8 @@ def test_a_resumed_stage2_needs_no_stage1(workspace, train, tmp_path):
     assert f"{given}, not {tmp_path}/other" in message and "experiment.output_dir" in message
     assert "no weights at" in refusal(train, 2, tmp_path / "new", given)
     assert "stage 2 needs the tokenizer" in refusal(train, 2, tmp_path / "new")
+    generators = f"experiment.resume={workspace.generator.parent}"
+    assert "pass a run of the right kind" in refusal(train, 2, tmp_path / "new", generators)
 
 
 def test_stage1_without_a_prefix_head_is_known_by_its_clustering(workspace, train, tmp_path):
@@ -581,7 +583,7 @@ def test_a_tokenizers_run_is_not_resumed_with_other_initial_weights(workspace, t
     shutil.copytree(workspace.stage1_run, tmp_path / "run")
     init = f"experiment.init_weights={workspace.stage1_run}"
     message = refusal(train, 1, tmp_path / "run", init)
-    assert "run that started from random weights, not from" in message
+    assert f"experiment.init_weights=null, not {workspace.stage1_run}" in message
     message = refusal(train, 1, tmp_path / "run", init, "experiment.resume=False")
     assert "already holds step-00000006" in message
 

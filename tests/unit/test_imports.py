@@ -108,7 +108,7 @@ SLOW = {"torch._dynamo", "sympy", "torchvision", "torch_fidelity", "timm", "wand
         ("train_ar, train_tokenizer.__main__", SLOW - {"sympy"}),  # for sharded weights
     ],
 )
-def test_a_reader_loads_no_trainer(module, unloaded):
+def test_an_import_loads_nothing_that_it_does_not_need(module, unloaded):
     script = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True

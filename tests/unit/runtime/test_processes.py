@@ -181,6 +181,16 @@ def test_compiling_needs_a_compiler_and_headers(machine, cuda, compilers, header
             assert processes.compiles("auto", "training.compile") is False
 
 
+def test_compiling_needs_a_python_that_torch_can_compile(machine, monkeypatch):
+    def refuse(*arguments, **options):
+        raise RuntimeError("torch.compile is not supported on Python 3.99")
+
+    machine(True, ["gcc"])
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.warns(UserWarning, match="another Python or torch .*3.99"):
+        assert processes.compiles("auto", "training.compile") is False
+
+
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refusal(lambda: start_processes("cuda"), "CUDA")

@@ -53,6 +53,19 @@ def test_a_full_output_is_called_by_its_name(program):
     assert program("print('x', file=sys.stderr, flush=True)", "2> /dev/full")[0] == 2
 
 
+def test_a_file_shows_every_line_at_once_also_of_a_killed_program(program, tmp_path):
+    program("print('a line'); os.kill(os.getpid(), 9)", f"> {tmp_path}/log")
+    assert (tmp_path / "log").read_text() == "a line\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they cannot be")
+def test_data_workers_are_forked_whatever_the_default(program, tmp_path):
+    spawn = "import multiprocessing; multiprocessing.set_start_method('spawn')"
+    (tmp_path / "sitecustomize.py").write_text(spawn)  # runs before the program
+    body = "import multiprocessing; print(multiprocessing.get_start_method())"
+    assert program(body, PYTHONPATH=f"{tmp_path}:{ROOT}")[1] == "fork\n"
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_output_without_a_letter_shows_its_number(program, encoding):
     status, out, error = program("print('17 … done')", PYTHONIOENCODING=encoding)

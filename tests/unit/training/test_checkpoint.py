@@ -109,6 +109,18 @@ def test_oldest_is_removed_only_after_the_new_one_is_whole(run_dir, monkeypatch)
     assert steps(run_dir) == [3, 4]
 
 
+def test_an_old_one_that_cannot_be_removed_stays_until_the_next_save(run_dir, monkeypatch):
+    def busy(path, **options):
+        raise OSError(39, "Directory not empty")  # as NFS says while a reader is there
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", busy)
+        save(run_dir, 4, keep=2)
+        assert checkpoint.problem(folder(run_dir, 4)) is None
+    save(run_dir, 5, keep=2)
+    assert steps(run_dir) == [4, 5]
+
+
 @pytest.mark.parametrize("broken", ["torch.save", "os.fsync", "os.rename"])
 def test_failed_save_leaves_the_earlier_checkpoints(run_dir, monkeypatch, broken):
     def fail(*_, **__):

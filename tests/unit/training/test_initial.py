@@ -91,5 +91,6 @@ def test_a_run_is_resumed_with_the_start_that_it_had_or_none(recorded):
     check = partial(check_same_start, "experiment.init_weights", recorded)
     check(None, "run/step-3")
     check(recorded, "run/step-3")
+    check(recorded and f"x/../{recorded}/", "run/step-3")  # in other words
     began = f"experiment.init_weights={recorded or 'null'}"
     refusal(lambda: check("b.pth", "run/step-3"), "run/step-3", f"{began}, not b.pth")

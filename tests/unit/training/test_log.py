@@ -1,5 +1,6 @@
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -231,6 +232,36 @@ def test_all_starts_of_a_run_have_one_page_at_wandb(accelerator, tmp_path, monke
     first, second, other = (start["wandb"] for start in starts)
     assert first["id"] == second["id"] != other["id"] and first["resume"] == "allow"
     assert first["id"] == (tmp_path / "run/wandb_id").read_text()
+
+
+@pytest.mark.parametrize("broken", ["log", "log_images", "end_training"])
+def test_a_failure_of_wandb_is_a_warning_and_nothing_is_sent_after_it(
+    accelerator, tmp_path, capsys, monkeypatch, broken
+):
+    sent = []
+
+    def send(name):
+        def call(*arguments, **options):
+            sent.append(name)
+            if name == broken:
+                raise BrokenPipeError("wandb is gone")
+
+        return call
+
+    tracker = SimpleNamespace(name="wandb", log_images=send("log_images"))
+    for name in ("log", "end_training"):
+        monkeypatch.setattr(accelerator, name, send(name))
+    monkeypatch.setattr(accelerator, "trackers", [tracker])
+    log = RunLog(accelerator, Experiment(output_dir=str(tmp_path)), {}, 1, 100)
+    log.metrics(1, {"loss": 2.0})
+    log.images(1, "samples", torch.rand(4, 3, 8, 8), 2)
+    log.metrics(2, {"loss": 1.0})
+    log.close()
+    calls = ["log", "log_images", "log", "end_training"]
+    assert sent == calls[: calls.index(broken) + 1]
+    assert [r["step"] for r in records(tmp_path)] == [1, 2]
+    said = capsys.readouterr().out
+    assert said.count("warning: wandb failed (BrokenPipeError('wandb is gone'))") == 1
 
 
 def test_without_writing_it_only_prints(accelerator, tmp_path, capsys, monkeypatch):

@@ -105,11 +105,13 @@ def main(argv: list[str]) -> None:
     store = TokenStore(args.run / "cache_val")
     codes = np.stack([store.codes(i, 0) for i in range(store.images)]).astype(np.int64)
     shown = features(reconstructions(args.run / args.decoder, codes))
+    decoded = {scale: frechet_distance(of, shown) for scale, of in generated.items()}
     print(json.dumps({
         "fid": distances[best], "guidance": float(best),
         **{f"fid_{scale}": value for scale, value in distances.items()},
         "fid_seen": min(frechet_distance(of, trained) for of in generated.values()),
-        "fid_decoded": min(frechet_distance(of, shown) for of in generated.values()),
+        "fid_decoded": min(decoded.values()),
+        **{f"fid_decoded_{scale}": value for scale, value in decoded.items()},
         "rfid": frechet_distance(shown, held_out),
         "fid_train": frechet_distance(trained, held_out),
         "entropy": entropy(codes),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import copy_rate, machine
+from benchmarks.common import copy_rate, explain_failures, machine
 from modeling.decode_attention import empty_cache, filled, plain_attention, quantize
 
 HEADS, CODES = 16, 273
@@ -93,6 +93,7 @@ def main() -> None:
         "--positions", type=int, nargs="+", default=[16, 64, 137, 272] if cuda else [17]
     )
     args = parser.parse_args()
+    explain_failures()
     if not cuda:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is loaded
     device = torch.device("cuda" if cuda else "cpu")

@@ -1,5 +1,6 @@
 """What benchmarks share: the machine by name, and what it does at best."""
 
+import logging
 import platform
 import statistics
 import time
@@ -16,6 +17,12 @@ def machine() -> str:
     else:
         device = f"{torch.get_num_threads()} cores of {processor()}"
     return f"{device}, torch {torch.__version__}"
+
+
+def explain_failures() -> None:
+    """Log why something is not compiled, with its traceback."""
+    logging.basicConfig()
+    logging.getLogger("modeling").setLevel(logging.DEBUG)
 
 
 def processor() -> str:

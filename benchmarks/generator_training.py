@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import machine, profile
+from benchmarks.common import explain_failures, machine, profile
 from benchmarks.sampling import SIZES
 from modeling.compiling import compile_training
 from modeling.generator import Attention, Generator, GeneratorConfig, SwiGLU
@@ -157,6 +157,7 @@ def main() -> None:
         "--cudnn", action="store_true", help="cuDNN's attention before PyTorch's, to try"
     )
     args = parser.parse_args()
+    explain_failures()
     if unknown := [name for name in args.models if name not in ("small", *SIZES)]:
         parser.error(f"model {unknown[0]}: choose from small, {', '.join(SIZES)}")
     print(machine())

@@ -128,6 +128,11 @@ def read_training(size: str, batches: tuple[int, ...]) -> Callable[[str], list[C
     return read
 
 
+def read_cudnn(output: str) -> list[Cell]:
+    (rate,) = find(r"batch 128 ours: ([\d.]+) images/s", output)
+    return [("## Generator training", "B, 128, cuDNN's attention first", 3, rate)]
+
+
 def read_plain_training(output: str) -> list[Cell]:
     (rate,) = find(r"plain: ([\d.]+) images/s", output)
     (ratio,) = find(r"ours is ([\d.]+) x as fast", output)
@@ -258,7 +263,7 @@ def steps() -> list[Step]:
             *more,
         )
         name = f"training {size}" + (" with cuDNN's attention" if "--cudnn" in more else "")
-        reader = read_training(size, batches) if "--cudnn" not in more else nothing
+        reader = read_cudnn if "--cudnn" in more else read_training(size, batches)
         return Step(name, limit, command, tiny_training, reader)
 
     def tokenizer(name: str, limit: int, reader: Callable, *more: object) -> Step:

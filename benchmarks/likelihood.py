@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import machine
+from benchmarks.common import explain_failures, machine
 from benchmarks.evaluation import seconds
 from benchmarks.generator_training import SMALL
 from benchmarks.sampling import SIZES
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--num_workers", type=int, default=8 if cuda else 0)
     args = parser.parse_args()
+    explain_failures()
     config = SMALL
     if args.model != "small":
         config, _ = SIZES[args.model]

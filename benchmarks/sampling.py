@@ -14,7 +14,6 @@ the wall clock, for a CPU that is shared with other work.
 
 import argparse
 import itertools
-import logging
 import statistics
 import tempfile
 import time
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 import modeling.engine
-from benchmarks.common import copy_rate, machine, product_rate, profile
+from benchmarks.common import copy_rate, explain_failures, machine, product_rate, profile
 from data.pictures import write_png
 from modeling.engine import Engine, cache_bytes
 from modeling.generator import Generator, GeneratorConfig, KVCache
@@ -333,8 +332,7 @@ def main() -> None:
     clock = CLOCKS[args.clock]
     if args.clock == "processor":
         torch.set_num_threads(1)
-    logging.basicConfig()
-    logging.getLogger("modeling").setLevel(logging.DEBUG)  # why something is not compiled
+    explain_failures()
     print(machine())
     if args.changes:
         return changes(args)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import machine, median_seconds
+from benchmarks.common import explain_failures, machine, median_seconds
 from configs.schema import Losses, Phase
 from data.images import TrainImages, list_paths, to_float
 from data.order import SampleOrder
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="per round (20 on CUDA, 3 on a CPU)")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    explain_failures()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     batch, steps = args.batch or (48 if cuda else 8), args.steps or (20 if cuda else 3)

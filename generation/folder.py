@@ -87,8 +87,7 @@ class SampleFolder:
         return {
             **settings,
             **asdict(job.sampling),
-            # Another engine rounds differently; "auto" is left out, so that its folders stay as they are.
-            **({} if job.engine == "auto" else {"engine": job.engine}),
+            "engine": job.engine,  # another one rounds differently
             "classes": known if job.classes == tuple(range(known)) else in_options(job.classes),
             "prefix": prefix,
             "seed": job.seed,

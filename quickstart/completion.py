@@ -22,9 +22,9 @@ from evaluation.reconstruction import psnr
 from generation.prefix import encode_beginning, masked_below
 from modeling.engine import Engine
 from modeling.generator import Generator
+from modeling.pipeline import Pipeline
 from modeling.randomness import image_uniforms
 from modeling.tokenizer import Tokenizer
-from modeling.weights.tensors import load_tensors, read_state_dict
 from runtime.arguments import Parser, as_path
 from runtime.program import run
 
@@ -44,13 +44,9 @@ def places(argv: list[str], program: str, description: str) -> tuple[Path, Path]
 def load_models(folder: Path) -> tuple[Tokenizer, Generator, GeneratorRun]:
     """The quickstart's tokenizer of stage 2 and its generator, with the options of the latter's run."""
     options = configs.load.load(GeneratorRun, [f"config={folder / 'generator/config.yaml'}"])
-    tokenizer, generator = Tokenizer(options.model.vq_model), Generator(options.model.generator)
-    for model, name in (
-        (tokenizer, "stage2/tokenizer.pth"),
-        (generator, "generator/generator_best.bin"),
-    ):
-        load_tensors(model, read_state_dict(folder / name), str(folder / name))
-    return tokenizer.eval(), generator.eval(), options
+    weights = folder / "generator/generator_best.bin", folder / "stage2/tokenizer.pth"
+    pipeline = Pipeline(*weights, device="cpu")
+    return pipeline.tokenizer, pipeline.generator, options
 
 
 @torch.inference_mode()

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 
-import configs.load
-from configs.schema import TokenizerRun
 from data.images import CenterImages, cut_views, scan_images, source_crop
 from data.pictures import picture_grid, to_pixels, write_png
 from data.tokens import TokenStore
@@ -25,7 +23,6 @@ from evaluation.reconstruction import (
     reconstruct,
 )
 from modeling.tokenizer import Tokenizer
-from modeling.weights.tensors import load_tensors, read_state_dict
 from runtime.arguments import Parser, as_path
 from runtime.program import run
 
@@ -37,10 +34,7 @@ GREY = 127  # between the images of a picture
 
 def validation_metrics(folder: Path, stage: int) -> tuple[dict[str, float], np.ndarray]:
     """Metrics on all validation images, and pixels before | after of the first ones."""
-    options = configs.load.load(TokenizerRun, [f"config={folder / f'stage{stage}/config.yaml'}"])
-    tokenizer = Tokenizer(options.model.vq_model)
-    file = folder / f"stage{stage}/tokenizer.pth"
-    load_tensors(tokenizer, read_state_dict(file), str(file))
+    tokenizer = Tokenizer.from_pretrained(folder / f"stage{stage}/tokenizer.pth", device="cpu")
     # Every tenth image first, so that all ten classes come into the picture.
     paths = scan_images(folder / "data/val").paths
     paths = [p for start in range(10) for p in paths[start::10]]

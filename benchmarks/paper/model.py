@@ -26,7 +26,7 @@ START, ONE_WARP, WARPS, END = 1.8e-6, 1.1e-6, 1.4e-6, 0.4e-6
 AROUND = 7
 OPTIMIZER = 40  # bytes per parameter: the norm reads 4, clipping moves 8, AdamW 28
 EMBEDDING = 8  # times that a training step reads or writes the embeddings' float32 output
-PEAK = 989e12  # bf16 FLOP/s on the data sheet, what MFU is of
+PEAK = 989e12  # bf16 FLOP/s on the data sheet, the reference of MFU
 
 
 class Part(NamedTuple):

@@ -47,7 +47,7 @@ def find_weights(path: str | Path, kind: str) -> Path:
     named = is_checkpoint(path)
     checkpoints = [path] if named else all_checkpoints(path)
     if not checkpoints:
-        return find_published(path)
+        return file_of_published_run(path)
     for folder in reversed(checkpoints):
         file = folder / f"{kind}.safetensors"
         if file.is_file() and is_whole(file):
@@ -59,7 +59,7 @@ def find_weights(path: str | Path, kind: str) -> Path:
     raise damaged(path)
 
 
-def find_published(path: Path) -> Path:
+def file_of_published_run(path: Path) -> Path:
     """The newest weights in a folder of the published generator trainer."""
     found = [p for p in path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
     found.sort(key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)

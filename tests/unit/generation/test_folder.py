@@ -54,6 +54,7 @@ def test_settings_keep_their_names(fill_folder):
         "guidance_schedule": "power-cosine", "randomize_temperature": 1.0, "top_k": 0, "top_p": 1.0,
         "seed": 5, "compile": False, "generator": "g" * 16, "chunk": 3,
         "encoder_heads": 2, "decoder_heads": 2, "causal": False, "cache": "auto", "prefix": None,
+        "engine": "auto",
     }  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def test_only_missing_chunks_are_made(fill_folder, monkeypatch, tmp_path):
 def test_other_settings_are_refused(fill_folder):
     fill_folder(chunk=3)
     refusal(lambda: fill_folder(chunk=3, seed=6), "seed (5 there, 6 now)")
-    refusal(lambda: fill_folder(chunk=3, engine="reference"), "engine (None there, reference now)")
+    refusal(lambda: fill_folder(chunk=3, engine="reference"), "engine (auto there, reference now)")
 
 
 def test_a_process_of_other_weights_or_settings_is_refused(fill_folder, monkeypatch, tmp_path):

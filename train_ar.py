@@ -125,13 +125,12 @@ def open_data(
     InputError if data and models do not fit.
     """
     params, experiment = options.dataset.params, options.experiment
-    tokenizer = tokenizer_hash = encoder = heads = None
+    tokenizer = encoder = None
+    known = heads = None  # fingerprint and heads of the encoder that a cache must be from, if known
     if weights is not None:
         tokenizer = load_tokenizer(weights, options.model.vq_model).requires_grad_(False)
         tokenizer.to(accelerator.device)
-        tokenizer_hash = fingerprint(weights.state)
-        heads = options.model.vq_model.encoder_heads
-    known = tokenizer_hash
+        known, heads = fingerprint(weights.state), options.model.vq_model.encoder_heads
     if params.train_dir is None:
         if index_folder is not None:
             refuse_inside(index_folder, params.pretokenization)
@@ -145,17 +144,17 @@ def open_data(
         assert encoder is not None, "images need a tokenizer (`open_tokenizer`)"
         encoder.freeze_encoder()  # then it computes in full float32, as pretokenization
         options = with_classes(options, params.train_dir, len(listing.classes))
+        tokenizer_hash = known
         train = train_on_images(listing, options)
-    train, validation = sampled(train, options), None
+    train, validation = limited(train, options), None
     if params.val_pretokenization is not None:
         validation = open_cache(params.val_pretokenization, options, known, heads)
         validation.use_classes(train.classes)
+    scored, needed = experiment.num_fid_samples, "experiment.num_fid_samples"
+    if not experiment.generate_every:
+        scored, needed = 0, "experiment.generate_every"
     evaluator = in_training.open_evaluator(
-        experiment.fid_reference,
-        experiment.num_fid_samples if experiment.generate_every else 0,
-        f"experiment.{'num_fid_samples' if experiment.generate_every else 'generate_every'}",
-        WEIGHTS,
-        options.model.vq_model.image_size,
+        experiment.fid_reference, scored, needed, WEIGHTS, options.model.vq_model.image_size
     )
     names = ClassNames(
         options.model.generator.condition_num_classes, dict(enumerate(train.classes))
@@ -210,7 +209,7 @@ def draws_of(options: GeneratorRun) -> tuple[int, float, int]:
     return options.training.seed, config.class_label_dropout, config.no_class
 
 
-def sampled(train: TrainingSet, options: GeneratorRun) -> TrainingSet:
+def limited(train: TrainingSet, options: GeneratorRun) -> TrainingSet:
     """At most `experiment.max_train_examples` images, spread over all classes."""
     limit = options.experiment.max_train_examples
     if limit is None or limit >= train.images:

@@ -41,22 +41,21 @@ def check_environment(
     name, steps = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", training.gradient_accumulation_steps
     if value_of(name) not in ("", "auto", str(steps)):
         raise contradiction(environment, name, f"training.gradient_accumulation_steps={steps}")
-    name = "ACCELERATE_MIXED_PRECISION"
+    name, asked = "ACCELERATE_MIXED_PRECISION", training.mixed_precision
     if value_of(name) not in (*OFF, precision):
-        said = f"training.mixed_precision={training.mixed_precision}"
-        raise contradiction(environment, name, said + f" ({precision})" * (precision not in said))
-    # Both override torch's switches, which the run sets.
+        shown = asked if asked == precision else f"{asked} ({precision})"
+        raise contradiction(environment, name, f"training.mixed_precision={shown}")
+    # Both override torch's switches, which the run sets; 0 in the second equals unset.
     numerics = resolve(training, cuda=True)
     tf32 = {numerics.tf32_products, numerics.tf32_convolutions}
-    for name in ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):
-        forces = {"0": False, "1": True}.get(value_of(name))
-        if name.startswith("TORCH") and not forces:
-            continue  # 0 equals unset
-        if forces is not None and {forces} != tf32:
-            said = f"training.numerics={training.numerics}"
-            if training.enable_tf32 != "auto":
-                said = f"training.enable_tf32={training.enable_tf32}"
-            raise contradiction(environment, name, said)
+    option = "numerics" if training.enable_tf32 == "auto" else "enable_tf32"
+    for name, value, forced in (
+        ("NVIDIA_TF32_OVERRIDE", "0", False),
+        ("NVIDIA_TF32_OVERRIDE", "1", True),
+        ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1", True),
+    ):
+        if value_of(name) == value and tf32 != {forced}:
+            raise contradiction(environment, name, f"training.{option}={getattr(training, option)}")
     if value_of("ACCELERATE_USE_FSDP") == "true" and value_of("FSDP_VERSION") != "2":
         raise InputError(
             f"the environment has ACCELERATE_USE_FSDP=true with FSDP_VERSION="

@@ -45,7 +45,8 @@ from runtime.processes import check_same, on_main, progress
 
 BATCHES_PER_PART = 16  # a killed run loses at most this many per process
 COMPARED_BATCHES = 2  # also encoded in float32, to report how often another precision agrees
-# Facts of an image are four int64: readable, rotated by EXIF, size in bytes, modification time in seconds.
+# An image's facts, int64: 0 or 1, 0 or 1 (by EXIF), bytes, time of the last change in seconds.
+READABLE, ROTATED, SIZE, TIME = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ class WorkFolder:
     def unreadable(self) -> list[int]:
         """Indices of the unreadable images in finished parts."""
         indices, facts = self.finished()
-        return indices[facts[:, 0] == 0].tolist()
+        return indices[facts[:, READABLE] == 0].tolist()
 
     def refuse_edited(self) -> None:
         """Raise InputError if images changed after they were encoded.
@@ -152,7 +153,7 @@ class WorkFolder:
         """
         indices, facts = self.finished()
         now = sizes_and_times([self.images.paths[i] for i in indices])
-        changed, readable = (facts[:, 2:] != now).any(1), facts[:, 0] == 1
+        changed, readable = (facts[:, [SIZE, TIME]] != now).any(1), facts[:, READABLE] == 1
         edited = indices[changed & readable]
         if len(edited):
             raise InputError(
@@ -237,18 +238,18 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
     indices, facts = work.finished()
     if len(indices) < len(paths):  # a part that a process made does not show yet, or was removed
         raise InputError(f"{work.folder} lacks parts: run the same command again")
-    skipped = indices[facts[:, 0] == 0].tolist()
+    skipped = indices[facts[:, READABLE] == 0].tolist()
     work.refuse_too_many(skipped)
     kept = sorted(set(range(len(paths))).difference(skipped))
     if not kept:
         raise InputError(f"none of the images under {images.root} is readable")
-    views, rotated = VIEWS[plan.crops], int(facts[:, 1].sum())
+    views, rotated = VIEWS[plan.crops], int(facts[:, ROTATED].sum())
     about = {
         **{key: value for key, value in work.settings.items() if key != "layout"},
         "preprocessing": preprocessing(plan.crops, plan.image_size),
         "skipped": [paths[i] for i in skipped],
         "rotated": rotated,
-        "image_sizes": short_hash(facts[:, 2].tobytes()),
+        "image_sizes": short_hash(facts[:, SIZE].tobytes()),
         "software": {name: version(name) for name in ("torch", "torchvision", "pillow", "numpy")},
     }
     with writing(work.folder):
@@ -319,7 +320,7 @@ class EncodedPart(NamedTuple):
 
     @property
     def readable(self) -> np.ndarray:
-        return self.facts[:, 0] == 1
+        return self.facts[:, READABLE] == 1
 
     @property
     def skipped(self) -> np.ndarray:

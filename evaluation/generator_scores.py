@@ -58,10 +58,10 @@ def find_sources(given: str, others: list[str]) -> list[Source]:
         return [find_source(given)]
     steps = {}
     for run in [given, *others]:
-        found = all_checkpoints(Path(run))
-        steps[run] = {step_of(path) for path in found}
-        if run == given and not Path(given).is_dir():
-            steps[run] = {find_source(given).step} - {None}
+        if run == given and not Path(run).is_dir():  # a file, which may lie in a checkpoint
+            steps[run] = {find_source(run).step} - {None}
+        else:
+            steps[run] = {step_of(path) for path in all_checkpoints(Path(run))}
         if not steps[run]:
             raise InputError(f"{run} is not a run folder with checkpoints, which --compare needs")
     common = set.intersection(*steps.values())

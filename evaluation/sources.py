@@ -86,31 +86,28 @@ class FolderImages:
 
 def map_npz(path: Path, key: str) -> np.ndarray:
     """An array of an .npz, memory-mapped; a compressed one from a temporary file (in TMPDIR)."""
-    with zipfile.ZipFile(path) as archive:
-        entry = archive.getinfo(f"{key}.npy")
-        with archive.open(entry) as file:
-            version = np.lib.format.read_magic(file)
-            if version not in ((1, 0), (2, 0)):
-                raise zipfile.BadZipFile(f"an array in format {version[0]}.{version[1]}")
-            read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-            source: Path | IO[bytes] = path
-            shape, fortran, dtype = read_header(file)
-            start = file.tell()
-            if dtype.hasobject:
-                raise InputError(f"{path}: {key} holds Python objects; save plain uint8 images")
-            needed = start + int(np.prod(shape)) * dtype.itemsize
-            if entry.file_size < needed:
-                raise zipfile.BadZipFile("an array is shorter than it says")
-            if entry.compress_type == zipfile.ZIP_STORED:
-                with open(path, "rb") as raw:
-                    raw.seek(entry.header_offset)
-                    # The lengths of name and extra field end the local header's 30 bytes.
-                    start += entry.header_offset + 30 + sum(struct.unpack("<26xHH", raw.read(30)))
-            else:
-                file.seek(0)
-                with writing(tempfile.gettempdir()):
-                    source = tempfile.TemporaryFile()  # noqa: SIM115 (the map keeps it)
-                    shutil.copyfileobj(file, source)
+    with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise zipfile.BadZipFile(f"an array in format {version[0]}.{version[1]}")
+        read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+        shape, fortran, dtype = read_header(file)
+        if dtype.hasobject:
+            raise InputError(f"{path}: {key} holds Python objects; save plain uint8 images")
+        entry, start = archive.getinfo(f"{key}.npy"), file.tell()  # values begin behind the header
+        if entry.file_size < start + int(np.prod(shape)) * dtype.itemsize:
+            raise zipfile.BadZipFile("an array is shorter than it says")
+        source: Path | IO[bytes] = path
+        if entry.compress_type == zipfile.ZIP_STORED:
+            with open(path, "rb") as raw:
+                raw.seek(entry.header_offset)
+                # The lengths of name and extra field end the local header's 30 bytes.
+                start += entry.header_offset + 30 + sum(struct.unpack("<26xHH", raw.read(30)))
+        else:
+            file.seek(0)
+            with writing(tempfile.gettempdir()):
+                source = tempfile.TemporaryFile()  # noqa: SIM115 (the map keeps it)
+                shutil.copyfileobj(file, source)
     return np.memmap(source, dtype, "r", start, shape, "F" if fortran else "C")  # type: ignore[call-overload] (a file is fine)
 
 

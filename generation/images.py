@@ -60,6 +60,9 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+Pending = Callable[[], ImageBatch]  # returns a batch once it is on the CPU
+
+
 def images_of(
     codes_of: Callable[[range], Tensor], decoder: ImageDecoder, batches: Iterable[range]
 ) -> Iterator[ImageBatch]:
@@ -70,25 +73,21 @@ def images_of(
     stream = side_stream(decoder.device) if decoder.device.type == "cuda" else None
     previous = None
     for indices in batches:
-        pending = indices, start_decoding(decoder, codes_of(indices), stream)
+        pending = start_decoding(decoder, indices, codes_of(indices), stream)
         if previous is not None:
-            yield ImageBatch(previous[0], *previous[1]())
+            yield previous()
         previous = pending
     if previous is not None:
-        yield ImageBatch(previous[0], *previous[1]())
-
-
-# Returns images (B, S, S, 3) and codes (B, T), once they are on the CPU.
-Pending = Callable[[], tuple[np.ndarray, np.ndarray]]
+        yield previous()
 
 
 def start_decoding(
-    decoder: ImageDecoder, codes: Tensor, stream: Optional[torch.cuda.Stream]
+    decoder: ImageDecoder, indices: range, codes: Tensor, stream: Optional[torch.cuda.Stream]
 ) -> Pending:
     """Decode on `stream`, concurrently with the current one; without it, at once."""
     if stream is None:
         images = decoder(codes)
-        return lambda: (images.numpy(), codes.numpy())
+        return lambda: ImageBatch(indices, images.numpy(), codes.numpy())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         codes.record_stream(stream)
@@ -100,8 +99,8 @@ def start_decoding(
         decoded = torch.cuda.Event()
         decoded.record()
 
-    def wait() -> tuple[np.ndarray, np.ndarray]:
+    def wait() -> ImageBatch:
         decoded.synchronize()
-        return on_host[0].numpy(), on_host[1].numpy()
+        return ImageBatch(indices, on_host[0].numpy(), on_host[1].numpy())
 
     return wait

@@ -229,14 +229,14 @@ def check_attention(
         # Read from the tested cache: a difference in the new row shows there, not here.
         K, V = dequantized(tested, slice(p + 1))
         y_plain = attend_one(q, K, V).reshape(rows, -1)
-        pairs = [("output", y, y_plain, dtype)]
-        names, all_positions = ("keys", "values"), slice(positions)
-        for name, a, b in zip(
-            names, dequantized(tested, all_positions), dequantized(expected, all_positions)
+        # After the position, NaN must still be there.
+        k, v = (x.nan_to_num(1e6) for x in dequantized(tested, slice(positions)))
+        k_plain, v_plain = (x.nan_to_num(1e6) for x in dequantized(expected, slice(positions)))
+        for name, a, b, kind in (
+            ("output", y, y_plain, dtype),
+            ("keys", k, k_plain, stored),
+            ("values", v, v_plain, stored),
         ):
-            # After the position, NaN must still be there.
-            pairs.append((name, a.nan_to_num(1e6), b.nan_to_num(1e6), stored))
-        for name, a, b, kind in pairs:
             off = ((a.float() - b).abs() / (1 + b.abs())).max().item()
             if not off <= ROUNDING[kind]:  # so that NaN does not pass
                 return (

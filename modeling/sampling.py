@@ -197,9 +197,9 @@ class ReferenceEngine:
 
     def sample(self, labels: Tensor, uniforms: Tensor, prefix: Optional[Tensor] = None) -> Tensor:
         """Labels (B,) and uniforms (B, T) -> codes (B, T), int64, as `engine.Engine.sample`."""
-        given = [x if x is None else x.to(self.device) for x in (labels, uniforms, prefix)]
-        labels, uniforms, prefix = given  # pyright: ignore[reportAssignmentType]
+        labels, uniforms = labels.to(self.device), uniforms.to(self.device)
         if prefix is not None:
+            prefix = prefix.to(self.device)
             check_prefix(prefix, len(labels), self.config)
         reduced = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16

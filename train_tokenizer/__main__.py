@@ -165,13 +165,13 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
     """
     experiment, model, values = run.options.experiment, run.options.model, run.checkpoint.values
     stage1 = experiment.stage1_checkpoint
-    if run.checkpoint.source is not None:
-        option = "experiment.stage1_checkpoint"
+    if run.checkpoint.source is not None:  # the run's own weights follow
         # None in another kind of run, which `Checkpoint.register_model` refuses.
-        check_same_start(option, values.get("stage1_checkpoint"), stage1, run.checkpoint.source)
-    else:
-        values["stage1_checkpoint"] = stage1
-    if model.stage == 1 or run.resumed or experiment.init_weights is not None:
+        recorded = values.get("stage1_checkpoint")
+        check_same_start("experiment.stage1_checkpoint", recorded, stage1, run.checkpoint.source)
+        return ""
+    values["stage1_checkpoint"] = stage1
+    if model.stage == 1 or experiment.init_weights is not None:
         return ""
     if stage1 is None:
         raise InputError(
@@ -180,22 +180,19 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
         )
     weights = open_on_all(stage1, TOKENIZER)
     from_stage1 = model.decoder_init == "stage1"
-    check_sizes(weights, model.vq_model, (*ENCODER, *(DECODER if from_stage1 else ())))
+    sizes, new = ENCODER, ("decoder.",)  # the sizes that must agree, the tensors that start anew
     if from_stage1:
-        ignore, keep = STAGE1_ONLY + BUFFERS_AND_POSITIONS, BUFFERS_AND_POSITIONS
-    else:
-        ignore, keep = (*STAGE1_ONLY, "decoder."), ("decoder.",)
-    load_tensors(tokenizer, weights.state, str(weights.file), ignore, keep)
+        sizes, new = ENCODER + DECODER, BUFFERS_AND_POSITIONS
+    check_sizes(weights, model.vq_model, sizes)
+    load_tensors(tokenizer, weights.state, str(weights.file), STAGE1_ONLY + new, new)
     if from_stage1 and weights.about.stage != 1:
         raise InputError(
             f"{weights.file} is not a checkpoint of stage 1 but {describe(weights.state)}: pass stage "
             f"1's run, or set model.decoder_init=scratch to take only encoder and codebook from it"
         )
     folder = Path(stage1)
-    if (
-        weights.file.is_relative_to(folder / "checkpoints")
-        and not (folder / "tokenizer.pth").is_file()
-    ):
+    unfinished = not (folder / "tokenizer.pth").is_file()
+    if unfinished and weights.file.is_relative_to(folder / "checkpoints"):
         run.checkpoint.warnings.append(
             f"{folder} has not finished: stage 2 keeps the encoder of {weights.file.parent.name} for good"
         )

@@ -66,15 +66,15 @@ class Checkpoint:
             named = None if isinstance(resume, bool) else str(Path(resume).resolve())
             source, warnings = choose(self.folder, resume)
             earlier = None if source is None else origin_of(source)
-            return named, source, earlier, warnings, all_checkpoints(self.folder)
+            # A resumed run keeps the checkpoint that it once branched off from.
+            return named or earlier, earlier, source, warnings, all_checkpoints(self.folder)
 
         self.source: Path | None
-        named, self.source, earlier, self.warnings, self._found = on_main(find)
+        self._origin, earlier, self.source, self.warnings, self._found = on_main(find)
         self.first_step = 1 if self.source is None else step_of(self.source) + 1
         # Whether this start branches off from a named checkpoint, rather than resumes what an earlier
         # start from it has saved since.
-        self.forks = named is not None and named != earlier
-        self._origin = named if self.forks else earlier
+        self.forks = self._origin != earlier
         self._saved = {} if self.source is None else load_state(self.source)
         self.values: dict[str, Any] = self._saved.pop("values", {})
         if accelerator.scaler is not None:
@@ -269,48 +269,18 @@ def origin_of(path: Path) -> str | None:
 def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
     """The checkpoint that a run starts from (None: a new run), and warnings to print.
 
-    `resume` is `experiment.resume`. True: the run's newest valid checkpoint. False: none. A path to a
-    checkpoint, or to a run for its newest one: that checkpoint or, so that the same command resumes, the
-    newest one that this run has saved since it started from there.
-
-    Raises InputError if a folder with checkpoints is not to be resumed, or holds some of another origin or
-    some after the named one, and if no checkpoint at the path is valid.
+    `resume` is `experiment.resume`. True: the run's newest valid checkpoint. False: none. A path: the last
+    valid one of `checkpoints_from`. Raises InputError if False meets checkpoints, and if all of them are
+    damaged.
     """
     candidates = all_checkpoints(run_dir)
-    if resume is False:
-        if candidates:
-            raise InputError(
-                f"{run_dir} already holds {candidates[-1].name} and experiment.resume=False: set "
-                f"experiment.resume=True to resume it, or another experiment.output_dir"
-            )
-        return None, []
+    if resume is False and candidates:
+        raise InputError(
+            f"{run_dir} already holds {candidates[-1].name} and experiment.resume=False: set "
+            f"experiment.resume=True to resume it, or another experiment.output_dir"
+        )
     if isinstance(resume, str):
-        named = Path(resume).resolve()
-        own = [path for path in candidates if origin_of(path) == str(named)]
-        inside = named.is_relative_to(run_dir.resolve())
-        if len(own) < len(candidates) and not inside:
-            raise InputError(
-                f"{run_dir} holds checkpoints that did not start from experiment.resume={resume}: set "
-                f"experiment.resume=True to resume them (for example after moving {resume}), or another "
-                f"experiment.output_dir"
-            )
-        later = [
-            path for path in candidates if is_checkpoint(named) and step_of(path) > step_of(named)
-        ]
-        if inside and later and not own:
-            raise InputError(
-                f"{run_dir} holds checkpoints after experiment.resume={resume}, up to {later[-1].name}, "
-                f"which the run would replace: remove them, or set another experiment.output_dir"
-            )
-        candidates = all_checkpoints(named) if (named / "checkpoints").is_dir() else [named]
-        candidates = [path for path in candidates if path.is_dir()] + own
-        if not candidates:
-            raise InputError(f"experiment.resume={resume}: no checkpoint there")
-        if named.name.startswith("checkpoint-") or list(named.glob("checkpoint-*")):
-            raise InputError(
-                f"experiment.resume={resume} is from the published trainer, whose optimizer state cannot "
-                f"be resumed: set experiment.init_weights={resume} to start from its weights"
-            )
+        candidates = checkpoints_from(resume, run_dir)
     warnings, reason = [], None
     for path in reversed(candidates):
         reason = problem(path)
@@ -328,6 +298,39 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
             f"every checkpoint of {run_dir if resume is True else resume} is damaged: {reason}"
         )
     return None, []
+
+
+def checkpoints_from(resume: str, run_dir: Path) -> list[Path]:
+    """The checkpoint at the path `resume`, or those of the run there, then, so that the same command resumes,
+    those that `run_dir` has saved since it started from there.
+
+    Raises InputError if there are none, or if `run_dir` holds some of another origin or after the named one.
+    """
+    named, saved = Path(resume).resolve(), all_checkpoints(run_dir)
+    own = [path for path in saved if origin_of(path) == str(named)]
+    if named.is_relative_to(run_dir.resolve()):
+        later = [p for p in saved if is_checkpoint(named) and step_of(p) > step_of(named)]
+        if later and not own:
+            raise InputError(
+                f"{run_dir} holds checkpoints after experiment.resume={resume}, up to {later[-1].name}, "
+                f"which the run would replace: remove them, or set another experiment.output_dir"
+            )
+    elif len(own) < len(saved):
+        raise InputError(
+            f"{run_dir} holds checkpoints that did not start from experiment.resume={resume}: set "
+            f"experiment.resume=True to resume them (for example after moving {resume}), or another "
+            f"experiment.output_dir"
+        )
+    there = all_checkpoints(named) if (named / "checkpoints").is_dir() else [named]
+    candidates = [path for path in there if path.is_dir()] + own
+    if not candidates:
+        raise InputError(f"experiment.resume={resume}: no checkpoint there")
+    if named.name.startswith("checkpoint-") or list(named.glob("checkpoint-*")):
+        raise InputError(
+            f"experiment.resume={resume} is from the published trainer, whose optimizer state cannot "
+            f"be resumed: set experiment.init_weights={resume} to start from its weights"
+        )
+    return candidates
 
 
 def load_state(path: Path) -> dict[str, Any]:

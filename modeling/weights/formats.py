@@ -69,32 +69,30 @@ def unwrap(content: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
     that wrappers insert (`INSERTED`). Raises InputError if there are several candidates, or none.
     """
     removed = []
-    while True:
+    while True:  # dicts around the tensors
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise no_tensors(source)
-        if not all(isinstance(value, Tensor) for value in content.values()):
-            entry = only(
-                [e for e in ENTRIES if isinstance(content.get(e), dict) and content[e]], source
-            )
-            if len(removed) == MOST_WRAPPERS:  # also stops at a dict that contains itself
-                raise no_tensors(source)
-            content = content[entry]
-            removed.append(entry)
-            continue
+        if all(isinstance(value, Tensor) for value in content.values()):
+            break
+        found = [e for e in ENTRIES if isinstance(content.get(e), dict) and content[e]]
+        entry = only(found, source)
+        if len(removed) == MOST_WRAPPERS:  # also stops at a dict that contains itself
+            raise no_tensors(source)
+        content = content[entry]
+        removed.append(entry)
+    while True:  # parts of the tensors' names
         names = [name for name in content if name != COUNTER]
         first = {name.partition(".")[0] for name in names if "." in name}
+        inserted = [part for part in INSERTED if any(part in name for name in content)]
         if names and first <= set(PREFIXES) and all("." in name for name in names):
-            prefix = only(sorted(first), source) + "."
-            content = {name.removeprefix(prefix): content[name] for name in names}
-            removed.append(prefix)
-            continue
-        for part in INSERTED:
-            if any(part in name for name in content):
-                content = renamed(content, part, source)
-                removed.append(part)
-                break
+            part = only(sorted(first), source) + "."
+            content = {name.removeprefix(part): content[name] for name in names}
+        elif inserted:
+            part = inserted[0]
+            content = renamed(content, part, source)
         else:
             return content, removed
+        removed.append(part)
 
 
 def only(candidates: list[str], source: str) -> str:

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,11 @@ from train_tokenizer import __main__ as trainer
 from train_tokenizer.losses import FrozenNetworks
 
 ROOT = Path(__file__).resolve().parents[2]
+# Programs find a network's file there before those that a test puts elsewhere.
+without_weights = pytest.mark.skipif(
+    any(file.suffix in (".pth", ".npz") for file in (ROOT / "weights").iterdir()),
+    reason="weights/ holds published files",
+)
 
 VQ_MODEL = """
     codebook_size: 32
@@ -75,20 +81,23 @@ training: {{per_gpu_batch_size: 4, max_train_steps: 6}}
 """
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def command(program, *arguments, ranks=1, launcher="plain"):
     """The command line of one of the project's programs under one of the three launchers."""
     target = [program] if program.endswith(".py") else ["-m", program]
     arguments = [str(a) for a in arguments]
     if launcher == "plain":
         return [sys.executable, *target, *arguments]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     if launcher == "torchrun":
-        options = [f"--nproc_per_node={ranks}", f"--master_port={port}"]
+        options = ["--standalone", f"--nproc_per_node={ranks}"]
         return [sys.executable, "-m", "torch.distributed.run", *options, *target, *arguments]
     # One process: on a CPU, accelerate's launcher starts more through MPI only.
-    options = ["--cpu", "--num_processes=1", f"--main_process_port={port}"]
+    options = ["--cpu", "--num_processes=1", f"--main_process_port={free_port()}"]
     options += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     return [*launch, *options, *target, *arguments]
@@ -104,7 +113,7 @@ def server():
     return started
 
 
-def execute(*args, check=True, env=None, timeout=300, **kwargs):
+def execute(*args, check=True, env=None, timeout=1200, **kwargs):
     """Run a program to its end; its output comes back, and is shown where it fails. The usual
     programs run without launcher and variables of their own are started by `server`."""
     if args[0] in PROGRAMS and not env and not kwargs:
@@ -194,7 +203,11 @@ class Workspace:
     def made(self, name, make):
         path = self.root / name
         if not path.exists():
-            make(path)
+            try:
+                make(path)
+            except BaseException:  # later tests would take what is half-made
+                shutil.rmtree(path, ignore_errors=True)
+                raise
         return path
 
 

@@ -83,7 +83,8 @@ def test_environment_that_overrules_the_config_stops_before_anything_is_written(
 
 PROGRAMS = (
     "train_ar.py", "sample_imagenet.py", "pretokenization.py", "evaluate.py", "-m train_tokenizer",
-    "-m evaluation.sweep",
+    "-m train_tokenizer.export", "-m data.tokens", "-m evaluation.sweep", "-m evaluation.report",
+    "-m evaluation.look", "-m evaluation.probe",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 import evaluation.evaluator
 from evaluation.features import INCEPTION_FILE
 from tests.inception import TinyFeatures, write_random_inception
-from tests.integration.conftest import execute
+from tests.integration.conftest import execute, without_weights
 from tests.integration.test_bad_input import refused
 from tests.integration.test_pipeline import records
 
@@ -25,6 +25,7 @@ def result_of(text):
 
 
 @pytest.mark.slow
+@without_weights
 def test_two_ranks_give_the_figures_of_one(tmp_path):
     # 7 and 9 images in batches of 3: neither divides evenly, and statistics stand for the images.
     checkpoints = tmp_path / "home/hub/checkpoints"
@@ -50,11 +51,13 @@ def test_two_ranks_give_the_figures_of_one(tmp_path):
 
 
 @pytest.mark.slow
+@without_weights
 def test_the_selfcheck_holds_on_two_ranks(tmp_path):
     done = execute("evaluate.py", "--selfcheck", "--device=cpu", ranks=2, launcher="torchrun")
     assert result_of(done.stdout)["passed"] and done.stdout.count("  passed") == 4
 
 
+@without_weights
 def test_missing_inception_weights_end_in_one_line(tmp_path):
     np.savez(tmp_path / "a.npz", pictures(4))
     done = execute(

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.integration.conftest import ROOT, command, execute
+from tests.integration.conftest import ROOT, command, execute, free_port
 from tests.integration.test_pipeline import equal_weights, losses, records
 
 TWO = dict(ranks=2, launcher="torchrun")
@@ -70,12 +70,11 @@ def test_two_nodes_train_as_two_ranks_of_one(workspace, ddp_run, tmp_path):
         f"experiment.output_dir={tmp_path}/run",
         f"experiment.tokenizer_checkpoint={workspace.tokenizer}",
         f"dataset.params.pretokenization={workspace.cache}",
-        f"dataset.params.val_pretokenization={workspace.cache}", *HALF, launcher="torchrun",
+        f"dataset.params.val_pretokenization={workspace.cache}", *HALF,
     )  # fmt: skip
-    port = next(word for word in base if word.startswith("--master_port=")).partition("=")[2]
     start = base.index("train_ar.py")
     options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test",
-               f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]  # fmt: skip
+               f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1"]  # fmt: skip
     agent = [sys.executable, "-m", "torch.distributed.run", *options, *base[start:]]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     nodes = []

@@ -104,7 +104,7 @@ def wait_for(condition, run, seconds=60):
 @pytest.mark.parametrize("name", ["stage1", "stage2", "generator"])
 def test_stopped_and_killed_it_ends_as_in_one_go(workspace, warm, tmp_path, name, ranks, workers):
     # 14 images in batches of 4, records of 3 steps, saved every 7: no two periods agree.
-    program, options = trainer(workspace, name, ranks, workers)
+    program, options = trainer(workspace, name, ranks, workers, steps=60)
     options += ["experiment.log_every=3", "experiment.save_every=7"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     warm.ok(program, *options, f"experiment.output_dir={whole}", ranks=ranks)

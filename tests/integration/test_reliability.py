@@ -98,9 +98,8 @@ def test_death_of_a_rank_ends_the_job_and_the_same_command_goes_on(workspace, tm
     process = launched(workspace, tmp_path / "run", "experiment.save_every=2")
     ranks = psutil.Process(process.pid).children()
     ranks[1].kill()
-    killed = time.monotonic()
-    assert end(process, within=60)[0] != 0
-    assert time.monotonic() - killed < 30
+    status, output = end(process, within=60)
+    assert status != 0 and "forcefully exiting" not in output  # torchrun did not have to kill it
     last = logged(tmp_path / "run")[-1]["step"]
     assert last - steps(tmp_path / "run")[-1] <= 2  # steps that are made again
     process = launched(workspace, tmp_path / "run", "experiment.save_every=2", until=last + 3)

@@ -10,6 +10,7 @@ import torch
 
 from evaluation.features import INCEPTION_FILE
 from evaluation.lpips import LPIPS_FILE
+from tests.integration.conftest import without_weights
 from tests.payload import Payload, forge
 from train_tokenizer.perceptual import CONVNEXT_FILE
 
@@ -118,6 +119,7 @@ def test_config_of_a_tokenizer_to_evaluate(workspace, warm, bomb):
 
 
 @pytest.mark.slow
+@without_weights
 @pytest.mark.parametrize(
     "program, option, name",
     [

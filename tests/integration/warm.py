@@ -173,6 +173,7 @@ class Warm:
 
     def close(self):
         self.server.stdin.close()
+        self.server.kill()  # others may hold the pipe open
         self.server.wait()
 
 
@@ -195,7 +196,7 @@ class Run:
     def signal(self, number, rank=0, group=False):
         (os.killpg if group else os.kill)(self.pids[rank], number)
 
-    def end(self, within=120):
+    def end(self, within=600):
         """The exit status of rank 0, once all have ended; what has not ended by then fails."""
         left = [pid for pid in self.pids if pid not in self.statuses]
         self.statuses |= dict(zip(left, self.warm.ask(wait=left, within=within)))

@@ -36,7 +36,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inception(weights):
-    return Inception(CPU, WEIGHTS)
+    return Inception(CPU, weights.parent)
 
 
 def pictures(count, seed, contrast, brightest):

@@ -313,11 +313,6 @@ def steps() -> list[Step]:
     ]  # fmt: skip
 
 
-def nothing(output: str) -> list[Cell]:
-    """For a step whose figures are read in the log."""
-    return []
-
-
 def evaluation_steps() -> list[Step]:
     """Pretokenization, and what scores images and generators."""
     return [

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.classes import describe_classes, first_names
-from data.identity import THREADS, hash_of_names, hash_of_sizes
+from data.identity import CHUNK, THREADS, hash_of_names, hash_of_sizes
 from data.labels import read_labels
 from data.order import EpochDraws
 from data.tars import is_tar
@@ -158,8 +159,10 @@ def list_paths(
         return str(path)
 
     given = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    chunks = [given[i : i + CHUNK] for i in range(0, len(given), CHUNK)]
     with ThreadPoolExecutor(THREADS) as pool:
-        paths: list[ImagePath] = list(pool.map(find, given))
+        found = pool.map(lambda chunk: list(map(find, chunk)), chunks)
+        paths: list[ImagePath] = list(chain.from_iterable(found))
     if not paths:
         raise InputError(f"{source} lists no images: write one path per line")
     return paths

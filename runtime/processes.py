@@ -86,7 +86,7 @@ def device_name(device: torch.device) -> str:
 def compiles(setting: bool | str, option: str) -> bool:
     """Whether to use torch.compile; "auto" means on CUDA.
 
-    If a C compiler or Python's headers are missing, "auto" warns and returns False, and True raises
+    If a compiler or Python's headers are missing, or this Python is too new for it, "auto" warns and returns False, and True raises
     InputError. Messages call the setting `option`.
     """
     if not (uses_cuda() if setting == "auto" else setting):

@@ -158,6 +158,8 @@ class RunLog:
         if self.write:
             self.file.close()
         self._track(self.accelerator.end_training)
+        # Its last act, which a failure of wandb leaves out: all ranks must take part in it.
+        self.accelerator.state.destroy_process_group()
 
     def _track(self, send: Callable[[], None]) -> None:
         """Send something to wandb. Its first failure is a warning, and nothing is sent after it."""

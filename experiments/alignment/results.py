@@ -156,6 +156,8 @@ class Group:
     def summary(self) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         for name in self.results[0].figures:
+            if any(name not in result.figures for result in self.results):
+                continue  # judged by an earlier version
             values = self.values(name)
             figures[name] = {**mean_and_deviation(list(values.values())), "seeds": values}
         return {

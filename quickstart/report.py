@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
         ("generator top-1 accuracy, validation", f"{generator['val/accuracy']:.1%}"),
         (f"{len(images)} generated digits read as the class asked for", f"{score['recognised']:.1%}"),
         ("real validation digits read right by the same classifier", f"{score['recognised_val']:.1%}"),
-        ("FID to training digits, of generated | validation ones", f"{score['fid']:.2f} | {score['fid_val']:.2f}"),
+        ("Fréchet distance to training digits (2×2 pixel means, not Inception), of generated | validation", f"{score['fid']:.2f} | {score['fid_val']:.2f}"),
         ("generated digits whose codes copy a training image's", f"{copied_share(folder):.1%}"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)

@@ -1,7 +1,10 @@
 """Shared pieces of the tests: the published figures and the weights that reach them."""
 
+import getpass
 import json
+import os
 import signal
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,13 @@ from tests.golden.fill import fill_value
 from tests.tiny import tiny_generator, tiny_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# Inductor takes graphs from its cache whatever the processor: with those of AVX-512, code compiled for AVX2 computes
+# nonsense.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    capability = os.environ["ATEN_CPU_CAPABILITY"]
+    folder = f"torchinductor_{getpass.getuser()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/{folder}")
 
 # A shell's background jobs ignore SIGINT, and those of nohup SIGHUP: so would the programs that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

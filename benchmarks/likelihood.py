@@ -20,7 +20,7 @@ from benchmarks.evaluation import seconds
 from benchmarks.generator_training import SMALL
 from benchmarks.sampling import SIZES
 from data.tokens import TokenStore
-from data.writer import TokenWriter
+from data.writer import write_packed_store
 from evaluation.likelihood import Share, measure_likelihood
 from modeling.compiling import compile_blocks
 from modeling.generator import Generator, GeneratorConfig
@@ -28,13 +28,13 @@ from modeling.generator import Generator, GeneratorConfig
 
 def random_cache(folder: Path, config: GeneratorConfig, images: int) -> TokenStore:
     """A cache of that many images of one view, of any codes."""
-    folder.mkdir()
-    writer = TokenWriter(folder, 1, config.image_seq_len, config.codebook_size)
+    sizes = {"views": 1, "tokens": config.image_seq_len, "codebook_size": config.codebook_size}
     shape = (images, 1, config.image_seq_len)
-    writer.append(np.random.default_rng(0).integers(0, config.codebook_size, shape))
+    codes = np.random.default_rng(0).integers(0, config.codebook_size, shape)
     labels = [i % config.condition_num_classes for i in range(images)]
     classes = [f"{i:04d}" for i in range(config.condition_num_classes)]
-    writer.finish(labels, [str(i) for i in range(images)], classes, {"tokenizer": "none"})
+    about = {**sizes, "tokenizer": "none", "classes": classes}
+    write_packed_store(folder, [codes], labels, [str(i) for i in range(images)], about)
     return TokenStore(folder)
 
 

@@ -56,14 +56,15 @@ def stores(folder: Path, images: int) -> None:
     codes = np.random.default_rng(0).integers(0, 4096, (images, *CODES), dtype=np.uint16)
     paths = [f"n{i // 1300:08d}/n{i // 1300:08d}_{i}.JPEG" for i in range(images)]
     labels, classes = [i // 1300 for i in range(images)], sorted({p.split("/")[0] for p in paths})
-    about = {"tokenizer": "0" * 16}
+    about = {"views": CODES[0], "tokens": CODES[1], "codebook_size": 4096, "classes": classes}
     packed, npz = folder / "packed", folder / "npz"
 
     def write_packed() -> None:
         parts = Parts(folder / "parts", -(-images // 512))
         for number in range(parts.count):
             parts.write(number, codes=codes[512 * number : 512 * (number + 1)])
-        write_packed_store(packed, parts, (*CODES, 4096), labels, paths, classes, about)
+        blocks = (parts.read(number, "codes") for number in range(parts.count))
+        write_packed_store(packed, blocks, labels, paths, about)
 
     writing = {
         "packed": seconds(write_packed),  # parts and shards, as pretokenization does

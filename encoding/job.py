@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from data.cache import MANIFEST
 from data.classes import first_names
@@ -245,23 +246,26 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
         raise InputError(f"none of the images under {images.root} is readable")
     views, rotated = VIEWS[plan.crops], int(facts[:, ROTATED].sum())
     about = {
+        "images": len(kept),
+        "views": views,
+        "tokens": config.num_tokens,
+        "codebook_size": config.codebook_size,
         **{key: value for key, value in work.settings.items() if key != "layout"},
         "preprocessing": preprocessing(plan.crops, plan.image_size),
         "skipped": [paths[i] for i in skipped],
         "rotated": rotated,
         "image_sizes": short_hash(facts[:, SIZE].tobytes()),
         "software": {name: version(name) for name in ("torch", "torchvision", "pillow", "numpy")},
+        "classes": images.classes,
     }
     with writing(work.folder):
         if plan.layout == "npz":
-            sizes = {"images": len(kept), "views": views, "tokens": config.num_tokens}
-            sizes["codebook_size"] = config.codebook_size
-            write_npz_manifest(work.store, {**sizes, **about, "classes": images.classes})
+            write_npz_manifest(work.store, about)
         else:
-            labels = [images.samples[i][1] for i in kept]
-            sizes = (views, config.num_tokens, config.codebook_size)
-            names = [paths[i] for i in kept]
-            write_packed_store(work.store, work.parts, sizes, labels, names, images.classes, about)
+            labels, names = [images.samples[i][1] for i in kept], [paths[i] for i in kept]
+            numbers = tqdm(range(work.parts.count), unit="part", desc="pack", disable=None)
+            blocks = (work.parts.read(number, "codes") for number in numbers)
+            write_packed_store(work.store, blocks, labels, names, about)
         os.rename(work.store, work.cache)
         sync_folder(work.cache.parent)
     work.release()

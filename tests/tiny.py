@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from data.writer import TokenWriter
+from data.writer import write_packed_store
 from modeling.generator import GeneratorConfig
 from modeling.tokenizer import TokenizerConfig
 
@@ -35,13 +35,12 @@ def tiny_generator(**changes) -> GeneratorConfig:
 
 def tiny_cache(folder, codes, labels, classes=("a", "b", "c"), codebook=32, paths=None, **about):
     """A packed cache of codes (images, views, codes of an image), in a new folder; returns it."""
-    folder.mkdir()
     codes = np.asarray(codes)
-    writer = TokenWriter(folder, *codes.shape[1:], codebook)
-    writer.append(codes)
+    sizes = {"views": codes.shape[1], "tokens": codes.shape[2], "codebook_size": codebook}
     about = {"image_size": 16, "crops": "center_flip", "tokenizer": "none", **about}
     paths = [str(i) for i in range(len(codes))] if paths is None else paths
-    writer.finish(list(labels), list(paths), list(classes), about)
+    entries = {**sizes, **about, "classes": list(classes)}
+    write_packed_store(folder, [codes], list(labels), list(paths), entries)
     return folder
 
 

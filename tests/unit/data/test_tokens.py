@@ -13,9 +13,10 @@ from data import writer
 from data.cache import write_manifest
 from data.npz import NpzStore, export_npz
 from data.tokens import AllTokens, TokenStore, TrainTokens, main, open_tokens
-from data.writer import TokenWriter
+from data.writer import write_packed_store
 from modeling.weights.tensors import fingerprint
 from tests.refusals import refusal
+from tests.tiny import tiny_cache
 
 IMAGES, VIEWS, TOKENS, CODEBOOK = 10, 3, 5, 4096
 LABELS = [i % 2 for i in range(IMAGES)]
@@ -29,13 +30,12 @@ def random_codes(images=IMAGES, codebook=CODEBOOK):
     return np.random.default_rng(0).integers(0, codebook, (images, VIEWS, TOKENS))
 
 
-def write(folder, codes, codebook=CODEBOOK, pieces=(3, 8)):
-    folder.mkdir()
-    writer = TokenWriter(folder, *codes.shape[1:], codebook)
-    for piece in np.split(codes, pieces):
-        writer.append(piece)
-    labels, paths = LABELS[: len(codes)], PATHS[: len(codes)]
-    writer.finish(labels, paths, CLASSES, ABOUT)
+def write(folder, codes, codebook=CODEBOOK, pieces=(3, 8), labels=LABELS, **changes):
+    """Write the store of the first images into `folder` and return it."""
+    sizes = {"views": codes.shape[1], "tokens": codes.shape[2], "codebook_size": codebook}
+    entries = {**sizes, **ABOUT, "classes": CLASSES, **changes}
+    labels, paths = labels[: len(codes)], PATHS[: len(codes)]
+    write_packed_store(folder, np.split(codes, pieces), labels, paths, entries)
     return folder
 
 
@@ -140,12 +140,12 @@ def test_a_last_full_shard_is_followed_by_no_empty_one(tmp_path):
 def test_store_is_at_most_one_percent_larger_than_two_bytes_a_code(tmp_path, monkeypatch):
     monkeypatch.undo()  # shards of their real size
     codes = np.zeros((2000, 10, 273), np.uint16)
-    writer = TokenWriter(tmp_path, 10, 273, CODEBOOK)
-    writer.append(codes)
     classes = [f"n{i:08d}" for i in range(1000)]
     paths = [f"{classes[i // 2]}/{classes[i // 2]}_{i:05d}.JPEG" for i in range(2000)]
-    writer.finish([i // 2 for i in range(2000)], paths, classes, ABOUT)
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1.01 * 2 * codes.size
+    entries = {"views": 10, "tokens": 273, "codebook_size": CODEBOOK, **ABOUT, "classes": classes}
+    cache = tmp_path / "cache"
+    write_packed_store(cache, [codes], [i // 2 for i in range(2000)], paths, entries)
+    assert sum(path.stat().st_size for path in cache.iterdir()) <= 1.01 * 2 * codes.size
 
 
 def test_largest_codebook_of_16_bits_reads_back(tmp_path):
@@ -155,12 +155,17 @@ def test_largest_codebook_of_16_bits_reads_back(tmp_path):
     assert (TokenStore(cache).codes(1, 1) == 65_535).all()
 
 
-def test_finishing_with_another_number_of_labels_fails_and_leaves_no_manifest(tmp_path):
-    writer = TokenWriter(tmp_path, VIEWS, TOKENS, CODEBOOK)
-    writer.append(random_codes())
-    with pytest.raises(ValueError, match="10 images written, but 9 labels"):
-        writer.finish(LABELS[:9], PATHS[:9], CLASSES, ABOUT)
-    assert not (tmp_path / "manifest.json").exists()
+def test_another_number_of_labels_fails_and_leaves_no_manifest(tmp_path):
+    with pytest.raises(ValueError, match="10 images, but 9 labels"):
+        write(tmp_path / "cache", random_codes(), labels=LABELS[:9])
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
+def test_writing_replaces_what_a_killed_call_left(cache):
+    (cache / "codes-00007.bin").write_bytes(b"left")
+    write(cache, random_codes(5))
+    TokenStore(cache).verify()
+    assert not (cache / "codes-00007.bin").exists()
 
 
 # ---------------------------------------------------------------------- damage
@@ -266,10 +271,8 @@ def test_writer_refuses_codes_beyond_the_codebook_or_of_another_shape(tmp_path):
     codes = random_codes(codebook=64)
     with pytest.raises(ValueError, match="do not fit"):
         write(tmp_path / "a", codes, codebook=int(codes.max()))
-    writer = TokenWriter(tmp_path, codes.shape[1], codes.shape[2] + 1, 64)
     with pytest.raises(ValueError, match="do not fit"):
-        writer.append(codes)
-    refusal(lambda: TokenWriter(tmp_path, VIEWS, TOKENS, 65_537), 65_537)
+        write(tmp_path / "b", codes, tokens=TOKENS + 1)
 
 
 def test_codes_beyond_the_codebook_are_refused_when_read(tmp_path):
@@ -472,11 +475,8 @@ def test_labels_are_numbered_by_another_sets_classes(layout, request):
 
 def test_validation_cache_that_lacks_a_class_is_scored_with_the_training_labels(tmp_path):
     training = write(tmp_path / "train", random_codes())
-    held_out = tmp_path / "val"
-    held_out.mkdir()
-    written = TokenWriter(held_out, VIEWS, TOKENS, CODEBOOK)
-    written.append(random_codes(2))
-    written.finish([0, 0], ["dög/a.png", "dög/b.png"], ["dög"], ABOUT)
+    codes, paths = random_codes(2), ["dög/a.png", "dög/b.png"]
+    held_out = tiny_cache(tmp_path / "val", codes, [0, 0], ["dög"], CODEBOOK, paths)
     store = TokenStore(held_out)
     store.use_classes(TokenStore(training).classes)
     assert store.labels.tolist() == [1, 1]

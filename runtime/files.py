@@ -7,21 +7,23 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 # Some are imported for callers of this module.
-from modeling.weights.files import file_sha256, sync_file, whole_file, write_torch, writing  # noqa: F401
+from modeling.weights.files import (  # noqa: F401
+    file_entry,
+    file_sha256,
+    sync_file,
+    whole_file,
+    write_torch,
+    writing,
+)
 from runtime.errors import InputError
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
     with whole_file(path) as partial:
         partial.write_bytes(data)
-
-
-def file_entry(file: Path) -> dict[str, Any]:
-    """A file as manifests list it: its name, size in bytes and hash."""
-    return {"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def try_to_write(path: str | Path) -> None:

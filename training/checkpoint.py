@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 import configs.load
 from configs.schema import Experiment
 from modeling.weights.metadata import About
-from modeling.weights.runs import MANIFEST, all_checkpoints, is_checkpoint, step_of
+from modeling.weights.runs import MANIFEST, all_checkpoints, damage, is_checkpoint, step_of
 from modeling.weights.tensors import load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
 from runtime.files import file_entry, lock_folder, sync_folder, write_torch, write_whole, writing
@@ -236,28 +236,6 @@ def total_bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def problem(path: Path) -> str | None:
-    """What is damaged in a checkpoint, or None. Raises InputError if permission to read it is missing,
-    in which case an older checkpoint does not help."""
-    try:
-        entries = json.loads((path / MANIFEST).read_text())["files"]
-        if not entries:
-            return "its manifest names no files"
-        for entry in entries:
-            name = entry["name"]
-            if Path(name).name != name:
-                return f"its manifest names {name}, outside its folder"
-            if file_entry(path / name) != entry:
-                return f"{name} was altered or cut short"
-    except PermissionError as e:
-        raise InputError(
-            f"no permission to read {e.filename}: make it readable (chmod), or run as its owner"
-        ) from e
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        return f"its manifest or one of its files is missing or unreadable ({type(e).__name__})"
-    return None
-
-
 def origin_of(path: Path) -> str | None:
     """The `origin` that `save` wrote."""
     try:
@@ -283,7 +261,7 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
         candidates = checkpoints_from(resume, run_dir)
     warnings, reason = [], None
     for path in reversed(candidates):
-        reason = problem(path)
+        reason = damage(path)
         if reason is None:
             found = json.loads((path / MANIFEST).read_text()).get("format")
             if found == FORMAT:

@@ -81,3 +81,8 @@ def sync_file(path: Path) -> None:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entry(file: Path) -> dict[str, Any]:
+    """A file as manifests list it: its name, size in bytes and hash."""
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}

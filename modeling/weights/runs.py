@@ -10,9 +10,10 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Optional
 
 from ..errors import InputError
-from .files import file_sha256
+from .files import file_entry
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def find_weights(path: str | Path, kind: str) -> Path:
     path = expanded(path)
     if not path.is_dir():
         in_checkpoint = is_checkpoint(path.parent) and (path.parent / MANIFEST).is_file()
-        if in_checkpoint and path.is_file() and not is_whole(path):
+        if in_checkpoint and path.is_file() and damage(path.parent, path.name):
             raise damaged(path)
         return path  # whoever reads it says what is wrong with it
     named = is_checkpoint(path)
@@ -50,7 +51,7 @@ def find_weights(path: str | Path, kind: str) -> Path:
         return file_of_published_run(path)
     for folder in reversed(checkpoints):
         file = folder / f"{kind}.safetensors"
-        if file.is_file() and is_whole(file):
+        if file.is_file() and damage(folder, file.name) is None:
             return file
         if not file.is_file() and (folder / MANIFEST).is_file():
             raise InputError(f"{path} has no weights of a {kind}: pass a run of the right kind")
@@ -91,18 +92,23 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
-def is_whole(file: Path) -> bool:
-    """Whether a file has the hash that its checkpoint's manifest states.
+def damage(checkpoint: Path, only: Optional[str] = None) -> Optional[str]:
+    """The damage of a checkpoint, or of its file `only`, by the hashes in its manifest; None if there is none.
 
-    Raises InputError if it may not be read, which is not damage.
+    Raises InputError if permission to read it is missing, in which case an older checkpoint does not help.
     """
     try:
-        entries = json.loads((file.parent / MANIFEST).read_text())["files"]
-        stated = {entry["name"]: entry["sha256"] for entry in entries}
-        return file_sha256(file) == stated[file.name]
+        entries = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        stated = {entry["name"]: entry for entry in entries}
+        for name in stated if only is None else [only]:
+            if Path(name).name != name:
+                return f"its manifest names {name}, outside its folder"
+            if file_entry(checkpoint / name) != stated[name]:
+                return f"{name} was altered or cut short"
+        return None if stated else "its manifest names no files"
     except PermissionError as e:
         raise InputError(
             f"no permission to read {e.filename}: make it readable (chmod), or run as its owner"
         ) from e
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return f"its manifest or one of its files is missing or unreadable ({type(e).__name__})"

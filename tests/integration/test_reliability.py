@@ -90,7 +90,7 @@ def test_torchrun_passes_the_signal_on_and_all_ranks_save_one_step(workspace, tm
     status, output = end(process, within=60)
     assert status != 0 and "asked to stop: saved step" in output
     (saved,) = checkpoint.all_checkpoints(tmp_path / "run")
-    assert checkpoint.problem(saved) is None
+    assert checkpoint.damage(saved) is None
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from modeling.weights import runs
 from modeling.weights.metadata import DISCRIMINATOR, about_model
 from modeling.weights.tensors import read_state_dict, read_weights
 from tests.payload import Payload, forge
@@ -100,7 +101,7 @@ def test_oldest_is_removed_only_after_the_new_one_is_whole(run_dir, monkeypatch)
     remove, found = checkpoint.shutil.rmtree, {}
 
     def watch(path, **options):
-        found[Path(path).name] = checkpoint.problem(folder(run_dir, 4))
+        found[Path(path).name] = checkpoint.damage(folder(run_dir, 4))
         remove(path, **options)
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", watch)
@@ -116,7 +117,7 @@ def test_an_old_one_that_cannot_be_removed_stays_until_the_next_save(run_dir, mo
     with monkeypatch.context() as patch:
         patch.setattr(os, "rmdir", busy)
         save(run_dir, 4, keep=2)
-        assert checkpoint.problem(folder(run_dir, 4)) is None
+        assert checkpoint.damage(folder(run_dir, 4)) is None
     save(run_dir, 5, keep=2)
     assert steps(run_dir) == [4, 5]
 
@@ -140,7 +141,7 @@ def test_save_after_a_failed_one_starts_afresh(run_dir):
     (partial / "left.safetensors").write_bytes(b"half")
     path = save(run_dir, 4)
     assert not partial.exists() and not (path / "left.safetensors").exists()
-    assert checkpoint.problem(path) is None
+    assert checkpoint.damage(path) is None
 
 
 def test_what_killed_saves_left_is_removed_whatever_their_step(run_dir):
@@ -259,7 +260,7 @@ def test_code_in_the_state_is_refused_and_not_run(run_dir, tmp_path, zipped):
         pickle.loads(content)  # it would work
         marker.rmdir()
     forge(path, "state.pt", content)
-    assert checkpoint.problem(path) is None
+    assert checkpoint.damage(path) is None
     refusal(lambda: checkpoint.load_state(path), path / "state.pt")
     assert not marker.exists()
 
@@ -282,7 +283,7 @@ def test_a_manifest_that_names_a_file_outside_does_not_hold(run_dir, absolute):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"].append({"name": name, "bytes": 6, "sha256": sha})
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert name in checkpoint.problem(path)
+    assert name in checkpoint.damage(path)
     assert checkpoint.choose(run_dir, True)[0] == folder(run_dir, 2)
 
 
@@ -292,7 +293,7 @@ def test_weights_say_what_they_are(tmp_path):
     path = checkpoint.save(tmp_path, 1, weights, {}, 2)
     assert read_weights(path / "a.safetensors")[1] == about
     assert read_weights(path / "b.safetensors")[1] is None
-    assert checkpoint.problem(path) is None
+    assert checkpoint.damage(path) is None
 
 
 # ---------------------------------------------------------------------- disks
@@ -340,6 +341,6 @@ def test_checkpoint_that_may_not_be_read_is_not_passed_over_as_damaged(run_dir, 
 
         return read
 
-    monkeypatch.setattr(checkpoint, "file_entry", guarded(checkpoint.file_entry))
+    monkeypatch.setattr(runs, "file_entry", guarded(runs.file_entry))
     monkeypatch.setattr(Path, "read_text", guarded(Path.read_text))
     refusal(lambda: checkpoint.choose(run_dir, True), closed, "permission")

@@ -30,7 +30,8 @@ def test_a_file_is_itself_and_a_run_is_its_newest_checkpoint(run):
 
 def test_only_the_file_that_is_used_is_read(run, monkeypatch):
     read = []
-    monkeypatch.setattr(runs, "is_whole", lambda file: read.append(file.name) or True)
+    entry = runs.file_entry
+    monkeypatch.setattr(runs, "file_entry", lambda file: read.append(file.name) or entry(file))
     find_weights(run, "ema")
     assert read == ["ema.safetensors"]
 
@@ -74,5 +75,5 @@ def test_what_cannot_be_used_is_refused(run, tmp_path, monkeypatch):
     def forbid(file):
         raise PermissionError(13, "Permission denied", str(file))
 
-    monkeypatch.setattr(runs, "file_sha256", forbid)  # root, who runs tests, may read anything
+    monkeypatch.setattr(runs, "file_entry", forbid)  # root, who runs tests, may read anything
     refusal(lambda: find_weights(run, "ema"), "permission", "ema")

@@ -37,7 +37,7 @@ OPTIMIZER: Any = SimpleNamespace(beta1=0.9, beta2=0.96, weight_decay=0.03)
 
 
 def plain_attention(self: Attention, x: Tensor, table: Tensor, cache: None = None) -> Tensor:
-    """`Attention.forward` with a dense float mask, q and k apart and their pairs rotated in halves."""
+    """`Attention.forward` with a dense float mask, and the pairs of q and k rotated in halves."""
     B, N, D = x.shape
     qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)

@@ -172,13 +172,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor, cache: Optional[KVCache] = None) -> Tensor:
         B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
-        v = qkv[:, :, 2].transpose(1, 2)  # (B, H, N, h)
-        # q and k in one operation, with half the memory traffic: (B, N, 2, H, h).
-        scale = torch.stack([self.q_norm.weight, self.k_norm.weight]).unsqueeze(1)
-        qk = rms_normalize(qkv[:, :, :2]) * scale
-        qk = rotate(qk, table[:, None, None]).type_as(v)
-        q, k = qk.permute(2, 0, 3, 1, 4)  # each (B, H, N, h)
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).unbind(2)
+        q = rotate(self.q_norm(q), table[:, None]).type_as(v)
+        k = rotate(self.k_norm(k), table[:, None]).type_as(v)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # each (B, H, N, h)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = attention(q, k, v, N > 1, self.attn_drop if self.training else 0.0)

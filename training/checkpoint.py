@@ -188,7 +188,7 @@ def save(
     folder = run_dir / "checkpoints"
     final = folder / f"step-{step:08d}"
     aside = folder / f"{final.name}.partial"
-    for leftover in folder.glob("*.partial"):  # from a killed save
+    for leftover in folder.glob("*.partial"):  # of a killed save, or of `remove`
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with writing(final):
@@ -204,7 +204,7 @@ def save(
             # obsolete. They go before the rename: the next start would resume from one that is left.
             for other in reversed(all_checkpoints(run_dir)):
                 if step_of(other) >= step:
-                    shutil.rmtree(other)
+                    remove(other)
             os.rename(aside, final)
             sync_folder(folder)
     except InputError:
@@ -213,9 +213,16 @@ def save(
     with writing(folder):
         for other in all_checkpoints(run_dir)[:-keep]:
             if not (keep_every and step_of(other) % keep_every == 0):
-                # NFS keeps a folder while another process has one of its files open; the next save tries again.
-                shutil.rmtree(other, ignore_errors=True)
+                remove(other)
     return final
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint. No part of it keeps its name: NFS keeps a folder while another process has one of
+    its files open, and a kill may leave some; the next save removes those."""
+    aside = path.with_name(f"{path.name}.old.partial")
+    os.rename(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_files(

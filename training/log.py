@@ -157,8 +157,9 @@ class RunLog:
         self.bar.close()
         if self.write:
             self.file.close()
-        self._track(self.accelerator.end_training)
-        # Its last act, which a failure of wandb leaves out: all ranks must take part in it.
+        self._tracks = True  # also what was queued before a failure
+        for tracker in self.accelerator.trackers:
+            self._track(tracker.finish)
         self.accelerator.state.destroy_process_group()
 
     def _track(self, send: Callable[[], None]) -> None:

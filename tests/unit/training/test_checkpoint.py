@@ -106,20 +106,26 @@ def test_oldest_is_removed_only_after_the_new_one_is_whole(run_dir, monkeypatch)
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", watch)
     save(run_dir, 4, keep=2)
-    assert found["step-00000001"] is None and found["step-00000002"] is None
+    removed = [f"step-0000000{step}.old.partial" for step in (1, 2)]
+    assert [found[name] for name in removed] == [None, None]
     assert steps(run_dir) == [3, 4]
 
 
-def test_an_old_one_that_cannot_be_removed_stays_until_the_next_save(run_dir, monkeypatch):
+def test_what_cannot_be_removed_of_an_old_one_is_no_checkpoint(run_dir, monkeypatch):
     def busy(path, **options):
         raise OSError(39, "Directory not empty")  # as NFS says while a reader is there
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rmdir", busy)
         save(run_dir, 4, keep=2)
+        assert steps(run_dir) == [3, 4]
         assert checkpoint.damage(folder(run_dir, 4)) is None
+        assert (run_dir / "checkpoints/step-00000001.old.partial").is_dir()
+        save(run_dir, 3, keep=2)  # after going back
+        assert steps(run_dir) == [3]
     save(run_dir, 5, keep=2)
-    assert steps(run_dir) == [4, 5]
+    assert steps(run_dir) == [3, 5]
+    assert not list((run_dir / "checkpoints").glob("*.partial"))
 
 
 @pytest.mark.parametrize("broken", ["torch.save", "os.fsync", "os.rename"])
@@ -154,12 +160,15 @@ def test_what_killed_saves_left_is_removed_whatever_their_step(run_dir):
 def test_later_steps_are_gone_before_the_new_one_is_there(run_dir, monkeypatch):
     # Else a kill in between would leave the newest to be one of a run that was left.
     rename, found = checkpoint.os.rename, []
-    monkeypatch.setattr(
-        checkpoint.os, "rename", lambda a, b: found.append(steps(run_dir)) or rename(a, b)
-    )
+
+    def watch(source, target):
+        found.append((Path(target).name, steps(run_dir)))
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "rename", watch)
     checkpoint.shutil.rmtree(folder(run_dir, 2))
     save(run_dir, 2)
-    assert found == [[1]] and steps(run_dir) == [1, 2]
+    assert found[-1] == ("step-00000002", [1]) and steps(run_dir) == [1, 2]
 
 
 def test_saving_a_damaged_step_again_makes_it_whole(run_dir):

@@ -3,7 +3,6 @@
 Shape suffixes: B images, T tokens, D width, H heads, h head size.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,8 +13,6 @@ class TokenizerAttention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D).
 
     With `first`, only tokens from that index on attend, and to all tokens: (B, T, D) -> (B, T - first, D).
-    The attention runs in the autocast type, as in published training, where PyTorch casts the model's
-    float32 q, k and v back.
     """
 
     def __init__(self, width: int, heads: int, causal: bool):
@@ -26,23 +23,12 @@ class TokenizerAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        assert not (first and self.causal), "a causal mask needs the queries of all tokens"
         B, T, D = x.shape
-        if first:
-            assert not self.causal, "a causal mask needs the queries of all tokens"
-            q, k, v = self.project_from(x, first)
-        else:
-            qkv = self.in_proj(x).view(B, T, 3, self.heads, D // self.heads)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, h)
-        with torch.autocast(x.device.type, enabled=False):
-            y = attention(q, k, v, causal=self.causal)
+        qkv = self.in_proj(x).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, H, T, h)
+        y = attention(q[:, :, first:], k, v, causal=self.causal)
         return self.out_proj(y.transpose(1, 2).reshape(B, T - first, D))
-
-    def project_from(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, H, T - first, h) of the tokens from `first` on; k and v (B, H, T, h) of all."""
-        D, weight, bias = x.shape[2], self.in_proj.weight, self.in_proj.bias
-        q = F.linear(x[:, first:], weight[:D], bias[:D])
-        k, v = F.linear(x, weight[D:], bias[D:]).chunk(2, -1)
-        return tuple(y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # type: ignore[return-value]
 
 
 class MLP(nn.Module):

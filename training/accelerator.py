@@ -18,10 +18,6 @@ from modeling.devices import has_bfloat16, uses_cuda
 from runtime.errors import InputError
 from runtime.processes import refuse_leftovers, set_tf32
 
-# Gradients per all-reduce. torch.compile also splits a model at every bucket and compiles each part:
-# with PyTorch's 25 MiB, B is compiled in 26 parts and XL in 66.
-BUCKET_MIB = 250
-
 
 def describe_precision(training: Training) -> str:
     """The autocast type for a run's header, with the reason if the GPU decided it."""
@@ -58,9 +54,7 @@ def start_training(training: Training) -> Accelerator:
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(minutes=training.timeout_minutes)),
             # No model has buffers that differ between ranks; a view spares a copy of all gradients.
-            DistributedDataParallelKwargs(
-                bucket_cap_mb=BUCKET_MIB, broadcast_buffers=False, gradient_as_bucket_view=True
-            ),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1:

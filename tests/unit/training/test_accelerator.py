@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from configs.schema import TokenizerTraining, Training
 from runtime.processes import set_tf32
 from training import accelerator
-from training.accelerator import BUCKET_MIB, describe_precision, tune_convolutions
+from training.accelerator import describe_precision, tune_convolutions
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = f"""
@@ -53,14 +53,14 @@ def test_tf32_is_that_of_the_numerics(mode, tf32):
         set_tf32(*before)
 
 
-def test_two_ranks_use_large_buckets_no_broadcasts_and_views(tmp_path):
+def test_two_ranks_use_no_broadcasts_and_views(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
-    expected = ["DistributedDataParallel", str(BUCKET_MIB), "False", "True"]
+    expected = ["DistributedDataParallel", "25", "False", "True"]
     assert lines == 2 * [[*expected, "[[1.0, 1.0], [1.0, 1.0]]"]]
 
 

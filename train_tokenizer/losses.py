@@ -1,6 +1,7 @@
 """The tokenizer's loss: named terms, each computed only if its weight is not 0."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, TypeVar
 
@@ -55,6 +56,10 @@ def tokenizer_terms(
     needed only for terms whose weight in this phase is not 0.
     """
     terms = {"mse": (1.0, F.mse_loss(out.images, images))}
+    perceptual = None  # distance of images to the targets, whose logits are computed once
+    if phase.perceptual_weight:
+        assert networks.convnext is not None
+        perceptual = partial(networks.convnext.distance, targets=networks.convnext.targets(images))
     if out.strip is not None and losses.aux == "strip":
         # The strip's mean counts in proportion to its K patches, the image's to its g².
         weight = losses.aux_weight * config.num_prefix_tokens / config.grid**2
@@ -62,16 +67,13 @@ def tokenizer_terms(
     elif out.strip is not None:
         stitched = stitch(out)
         terms["aux"] = (losses.aux_weight, F.mse_loss(stitched, images))
-        if phase.perceptual_weight:
-            assert networks.convnext is not None
-            value = networks.convnext.distance(stitched, images)
-            terms["aux_perceptual"] = (losses.aux_weight * phase.perceptual_weight, value)
+        if perceptual is not None:
+            weight = losses.aux_weight * phase.perceptual_weight
+            terms["aux_perceptual"] = (weight, perceptual(stitched))
     if stage == 1:
         terms["quantizer"] = (1.0, out.quantizer_loss)
-    if phase.perceptual_weight:
-        assert networks.convnext is not None
-        value = networks.convnext.distance(out.images, images)
-        terms["perceptual"] = (phase.perceptual_weight, value)
+    if perceptual is not None:
+        terms["perceptual"] = (phase.perceptual_weight, perceptual(out.images))
     if phase.lpips_weight:
         assert networks.lpips is not None
         value = networks.lpips.distance(out.images, images)

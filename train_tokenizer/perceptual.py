@@ -41,8 +41,11 @@ class ConvNeXtLogits(nn.Module):
         images = F.interpolate(images, (224, 224), mode="bilinear", antialias=True)
         return self.network((images - self.mean) / self.std)
 
+    @torch.no_grad()
+    def targets(self, images: Tensor) -> Tensor:
+        """The logits (B, 1000) that `distance` compares with, float32."""
+        return self(images).float()
+
     def distance(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared difference of the logits, a float32 scalar."""
-        with torch.no_grad():
-            target_logits = self(targets).float()
-        return F.mse_loss(self(images).float(), target_logits)
+        """Mean squared difference of the images' logits to `targets`, a float32 scalar."""
+        return F.mse_loss(self(images).float(), targets)

@@ -22,7 +22,11 @@ class Network:
     """Stands for a frozen network; remembers what it compared."""
 
     def __init__(self, value):
-        self.value, self.calls = value, []
+        self.value, self.calls, self.prepared = value, [], 0
+
+    def targets(self, images):
+        self.prepared += 1
+        return images
 
     def distance(self, images, targets):
         self.calls.append((images, targets))
@@ -182,6 +186,7 @@ def test_stitched_aux_is_mse_and_perceptual_term_of_that_image():
     assert set(terms) == {"mse", "aux", "aux_perceptual", "quantizer", "perceptual"}
     assert terms["aux"][0] == 0.5 and terms["aux_perceptual"] == (0.125, convnext.value)
     torch.testing.assert_close(terms["aux"][1], F.mse_loss(stitch(out), images))
+    assert convnext.prepared == 1  # for both distances
     stitched, target = convnext.calls[0]
     assert torch.equal(stitched, stitch(out)) and target is images
 

@@ -44,7 +44,7 @@ def plain_attention(self: Attention, x: Tensor, table: Tensor, cache: None = Non
 
     def rotated(y: Tensor) -> Tensor:
         a, b = y.float().unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = table.unbind(-1)
+        cos, sin = table[:, 0, ::2], table[:, 1, 1::2]
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(v)
 
     mask = torch.full((N, N), float("-inf"), device=x.device, dtype=q.dtype).triu(1)

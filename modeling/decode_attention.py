@@ -7,7 +7,7 @@ Both forms take qkv (N, 3·H·h), of one position p for N rows, and a `Cache`, a
 3. return softmax(q·kᵀ / √h)·v over positions 0…p, as (N, H·h) in the type of qkv.
 
 Positions after p are never read: the cache needs no initial value. `qk_norm` (2, 1, h) holds the norm
-weights of q and k; `turns` (positions, 2, h) holds the cosines and the signed sines of the rotation.
+weights of q and k; `turns` (positions, 2, h) is the rotary table.
 """
 
 import logging
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .generator import EPS
+from .rotary import rotate
 from .sampling import ENGINES
 
 log = logging.getLogger(__name__)
@@ -82,9 +83,8 @@ def write_positions(
     N, n, (H, h) = *qkv.shape[:2], cache.k.shape[1::2]
     x = qkv.view(N, n, 3, H, h)
     qk = F.rms_norm(x[:, :, :2].float(), (h,), None, EPS) * qk_norm  # (N, n, 2, H, h)
-    swapped = qk.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # within each rotated pair
-    cos, sin = turns[first : first + n, :, None, None].unbind(1)  # (n, 1, 1, h)
-    q, k = (qk * cos + swapped * sin).permute(2, 0, 3, 1, 4)  # (N, H, n, h)
+    qk = rotate(qk, turns[first : first + n, None, None])
+    q, k = qk.permute(2, 0, 3, 1, 4)  # each (N, H, n, h)
     v, at = x[:, :, 2].transpose(1, 2), slice(first, first + n)
     if cache.k_scale is not None and cache.v_scale is not None:
         cache.k[:, :, at], cache.k_scale[:, :, at] = quantize(k)

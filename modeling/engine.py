@@ -167,13 +167,6 @@ def block_weights(
     )
 
 
-def rotation_turns(model: Generator) -> Tensor:
-    """The rotary table as factors of x and of x with swapped pairs: (1 + T, 2, h), float32."""
-    cos, sin = model.rotary.float().unbind(-1)  # (1 + T, h / 2)
-    turns = [torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]
-    return torch.stack(turns, 1).flatten(2)
-
-
 class Weights:
     """All weights of a generator as the engine reads them, shared by its streams.
 
@@ -186,7 +179,7 @@ class Weights:
         self.norm = model.norm.weight.detach().float()
         self.output = lay_out(model.output.weight.detach().float())
         self.output_bias = model.output.bias.detach().float()
-        self.turns = rotation_turns(model)
+        self.turns = model.rotary.float()
 
 
 class Stream:

@@ -146,14 +146,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_normalize(x) * self.weight
-
-
-def rms_normalize(x: Tensor) -> Tensor:
-    """x divided by the root mean square of its last dimension, in x's type."""
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS)
-    return y.type_as(x)
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS)
+        return y.type_as(x) * self.weight
 
 
 class Attention(nn.Module):
@@ -223,7 +218,7 @@ class Block(nn.Module):
 class Generator(nn.Module):
     """Predicts code i from the class and codes 0…i-1."""
 
-    rotary: Tensor  # (1 + T, h / 2, 2), see rotary_table
+    rotary: Tensor  # (1 + T, 2, h), see rotary_table
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()

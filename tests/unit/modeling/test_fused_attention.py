@@ -26,7 +26,7 @@ from modeling.decode_attention import (
     random_cache,
     write_positions,
 )
-from modeling.engine import Engine, after_attention, block_weights, norm, rotation_turns
+from modeling.engine import Engine, after_attention, block_weights, norm
 from modeling.generator import Generator
 from modeling.sampling import Sampling, sample_codes
 from tests.refusals import refusal
@@ -142,7 +142,7 @@ def test_steps_of_a_block_are_the_block(fill, engine, size):
     x = torch.randn(2, 7, config.hidden_size, device=DEVICE)
     expected = model.blocks[0](x, model.rotary[:7])
     block = block_weights(model.blocks[0], torch.float32, lambda w: w)
-    turns = rotation_turns(model)
+    turns = model.rotary
     cache = empty_cache(2, 2, 7, size, torch.float32, DEVICE)
     types = (torch.float32, torch.float32)
     attend = choose_attention(engine, (2, 7, size), types, DEVICE) or plain_attention

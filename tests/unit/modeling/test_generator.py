@@ -56,15 +56,22 @@ def test_layout_is_unambiguous_for_every_grid():
             assert token_layout(grid**2 + prefix) == (grid, prefix)
 
 
+def pairs_of(table):
+    """(positions, 2, h) -> cosine and sine of every pair, which has both twice: (positions, h / 2, 2)."""
+    cos, sin = table.unbind(1)
+    assert (cos[:, ::2] == cos[:, 1::2]).all() and (sin[:, ::2] == -sin[:, 1::2]).all()
+    return torch.stack([cos[:, ::2], sin[:, 1::2]], -1)
+
+
 def test_class_position_is_all_zeros_cosine_and_sine_alike():
-    table = rotary_table(273, 48)
+    table = pairs_of(rotary_table(273, 48))
     assert table.shape == (274, 24, 2)
     assert not table[0].any()
     assert table[1:].square().sum(-1).allclose(torch.ones(273, 24))
 
 
 def test_prefix_tokens_rotate_by_their_place_with_all_frequencies():
-    table = rotary_table(21, 16)
+    table = pairs_of(rotary_table(21, 16))
     for place in range(5):
         for pair in range(8):
             angle = place * 10000 ** (-pair / 8)
@@ -73,7 +80,7 @@ def test_prefix_tokens_rotate_by_their_place_with_all_frequencies():
 
 
 def test_image_tokens_rotate_by_their_row_and_then_by_their_column():
-    table = rotary_table(21, 16)
+    table = pairs_of(rotary_table(21, 16))
     for row in range(4):
         for column in range(4):
             for pair in range(4):
@@ -85,7 +92,7 @@ def test_image_tokens_rotate_by_their_row_and_then_by_their_column():
 
 
 def test_without_prefix_tokens_the_positions_are_the_grid_alone():
-    table = rotary_table(16, 16)
+    table = pairs_of(rotary_table(16, 16))
     assert table.shape == (17, 8, 2) and not table[0].any()
     for row in range(4):
         for column in range(4):
@@ -99,7 +106,8 @@ def test_without_prefix_tokens_the_positions_are_the_grid_alone():
 
 def test_rotation_takes_neighbouring_channels_as_a_pair():
     angle = torch.tensor([0.3, 1.1])
-    table = torch.stack([angle.cos(), angle.sin()], -1)[None]  # (1, 2, 2)
+    sine = torch.stack([-angle.sin(), angle.sin()], -1).flatten()
+    table = torch.stack([angle.cos().repeat_interleave(2), sine])  # (2, 4)
     x = torch.tensor([[[[2.0, 0.0, 0.0, 1.0], [0.0, 3.0, 4.0, 0.0]]]])
     first = [2 * math.cos(0.3), 2 * math.sin(0.3), -math.sin(1.1), math.cos(1.1)]
     second = [-3 * math.sin(0.3), 3 * math.cos(0.3), 4 * math.cos(1.1), 4 * math.sin(1.1)]
@@ -233,7 +241,7 @@ def attention_by_parts(self, x, table, cache=None):
 
     def turn(y):
         a, b = y.float().unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = table.unbind(-1)
+        cos, sin = table[:, 0, ::2], table[:, 1, 1::2]
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(v)
 
     y = attention(turn(self.q_norm(q)), turn(self.k_norm(k)), v, causal=True)

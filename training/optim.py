@@ -67,41 +67,35 @@ class FiniteGuard:
     Until `raise_if_bad` reads the latch, once per log window, fused optimizers skip every step through
     loss scaling's flag `found_inf`, so the weights stay those of the last good step.
 
-    With fp16, loss scaling produces infinite gradients by design, so the guard judges the sum of the
-    step's terms over all ranks. The scaler skips that step, but not the following ones of the window;
-    nothing of them is saved.
+    With fp16, loss scaling produces infinite gradients by design, so the guard judges the sum of the terms
+    over all ranks. The scaler skips that step, but not the following ones of the window; nothing of them is
+    saved.
+
+    `terms` are the sums of the loss's terms since the last log (`log.Window.sums`): one that was not finite
+    stays so until they are logged.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.bad_step = torch.zeros((), dtype=torch.int64, device=accelerator.device)  # 0: none
-        self.bad_terms: dict[str, Tensor] = {}  # whether each term was non-finite at that step
-        self.terms: dict[str, Tensor] = {}  # of the current step, summed over micro-batches
 
-    def add(self, **terms: Tensor) -> None:
-        """Add the terms of one micro-batch."""
-        for name, value in terms.items():
-            self.terms[name] = self.terms.get(name, 0) + value.detach().float()
-
-    def watch(self, step: int, norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def watch(
+        self, step: int, norm: Tensor, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor]
+    ) -> None:
         """Call between backward and `optimizer.step()`; `optimizer` is the fused torch optimizer."""
         if self.accelerator.scaler is not None:
-            total = torch.stack(list(self.terms.values())).sum()
+            total = torch.stack(list(terms.values())).sum()
             norm = self.accelerator.reduce(total, "sum")  # type: ignore[assignment] - a tensor stays one
-        good_so_far = self.bad_step == 0
-        for name, value in self.terms.items():
-            bad = good_so_far & ~torch.isfinite(value)
-            self.bad_terms[name] = self.bad_terms.get(name, torch.zeros_like(bad)) | bad
-        self.terms = {}
-        self.bad_step += step * (good_so_far & ~torch.isfinite(norm.detach()))
+        bad = (self.bad_step == 0) & ~torch.isfinite(norm.detach())
+        self.bad_step += step * bad
         optimizer.found_inf = (self.bad_step > 0).float()  # type: ignore[attr-defined] - read by step()
 
-    def raise_if_bad(self) -> None:
+    def raise_if_bad(self, terms: dict[str, Tensor]) -> None:
         """Raise InputError on every rank if a step was non-finite; one host sync."""
         if not int(self.bad_step):
             return
-        names = sorted(self.bad_terms)
-        flags: Any = torch.stack([self.bad_terms[name].float() for name in names])
+        names = sorted(terms)
+        flags: Any = torch.stack([(~torch.isfinite(terms[name])).float() for name in names])
         flags = self.accelerator.reduce(flags, "sum").tolist()  # type: ignore[union-attr]
         culprits = [name for name, flag in zip(names, flags) if flag] or ["the gradient alone"]
         raise InputError(

@@ -39,6 +39,7 @@ from training.utilisation import peak_flops
 
 UNREADABLE = "unreadable.txt"  # in a run's folder: paths of replaced images, one per line
 PERIODS = ("save_every", "eval_every", "generate_every", "log_every", "log_grad_norm_every")
+GRAD_NORM = "grad_norm"  # of the window, beside the loss's terms
 REPORTED = ".reported"  # in a run's folder: the last checkpointed step with complete reports
 
 
@@ -251,15 +252,17 @@ class Run:
         return batch
 
     def add(self, **values: Tensor) -> None:
-        """Add a micro-batch's values to the log window and to the guard's terms of this step."""
+        """Add a micro-batch's values to the log window, which the guard watches too."""
         self.window.add(**values)
-        self.guard.add(**values)
 
     def watch(self, step: int, norm: Tensor, optimizer: Any) -> None:
         """Guard the weights against a non-finite step; `optimizer` is the prepared one."""
+        self.guard.watch(step, norm, optimizer.optimizer, self._terms())
         if due(step, self.experiment.log_grad_norm_every):
-            self.window.add(grad_norm=norm)
-        self.guard.watch(step, norm, optimizer.optimizer)
+            self.window.add(**{GRAD_NORM: norm})
+
+    def _terms(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.window.sums.items() if name != GRAD_NORM}
 
     def due(self, step: int) -> Due:
         """What is due after this step, the same on every rank.
@@ -272,7 +275,7 @@ class Run:
         self.log.bar.update()
         found = self.scheduled(step, self.stop.agreed())
         if found:
-            self.guard.raise_if_bad()
+            self.guard.raise_if_bad(self._terms())
         return found
 
     def scheduled(self, step: int, stop: bool = False) -> Due:
@@ -395,7 +398,7 @@ class Run:
     def report_dry_run(self, models: dict[str, nn.Module]) -> None:
         """Print the result of a dry run. Raises InputError if a step was non-finite."""
         assert self.dry_run is not None
-        self.guard.raise_if_bad()
+        self.guard.raise_if_bad(self._terms())
         for line in self.dry_run.report(models, self.global_batch):
             self.log.say(line)
         self._end(0)

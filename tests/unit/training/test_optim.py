@@ -4,64 +4,66 @@ from accelerate import Accelerator
 
 from configs.schema import OptimizerParams
 from tests.refusals import refusal
+from training.log import Window
 from training.optim import EMA, FiniteGuard, adamw, clip_gradients, set_learning_rate
 
 
-def take_step(guard, weight, optimizer, step, gradient, loss):
+@pytest.fixture
+def guarded():
+    """A guard, and the sums that it reads."""
+    accelerator = Accelerator(cpu=True)
+    return FiniteGuard(accelerator), Window(accelerator)
+
+
+def take_step(guarded, weight, optimizer, step, gradient, loss):
+    guard, window = guarded
     weight.grad = torch.tensor([gradient])
-    guard.add(mse=torch.tensor(loss))
-    guard.watch(step, weight.grad.norm(), optimizer)
+    window.add(mse=torch.tensor(loss), quantizer=torch.tensor(1.0))
+    guard.watch(step, weight.grad.norm(), optimizer, window.sums)
     optimizer.step()
 
 
-def test_weights_stay_those_of_the_last_good_step_and_the_first_bad_one_is_named():
+def test_weights_stay_those_of_the_last_good_step_and_the_first_bad_one_is_named(guarded):
+    guard, window = guarded
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    guard = FiniteGuard(Accelerator(cpu=True))
-    take_step(guard, weight, optimizer, 1, 1.0, 2.0)
+    take_step(guarded, weight, optimizer, 1, 1.0, 2.0)
     good = weight.item()
     assert good != 1.0
-    guard.raise_if_bad()
-    take_step(guard, weight, optimizer, 2, float("nan"), float("inf"))
-    take_step(guard, weight, optimizer, 3, 1.0, 2.0)
+    guard.raise_if_bad(window.sums)
+    take_step(guarded, weight, optimizer, 2, float("nan"), float("inf"))
+    take_step(guarded, weight, optimizer, 3, 1.0, 2.0)
     assert weight.item() == good
-    refusal(guard.raise_if_bad, "step 2: mse")
+    refusal(lambda: guard.raise_if_bad(window.sums), "step 2: mse; ")
 
 
-def test_infinite_gradient_of_finite_terms_is_named_so():
+def test_infinite_gradient_of_finite_terms_is_named_so(guarded):
+    guard, window = guarded
     weight = torch.nn.Parameter(torch.ones(1))
-    guard = FiniteGuard(Accelerator(cpu=True))
     optimizer = torch.optim.AdamW([weight], fused=True)
-    take_step(guard, weight, optimizer, 5, float("inf"), 2.0)
-    refusal(guard.raise_if_bad, "step 5", "gradient")
+    take_step(guarded, weight, optimizer, 5, float("inf"), 2.0)
+    refusal(lambda: guard.raise_if_bad(window.sums), "step 5", "gradient")
 
 
-def test_values_of_micro_batches_add_up_and_stay_not_finite():
-    guard = FiniteGuard(Accelerator(cpu=True))
-    for loss, mse in ((1.0, float("inf")), (2.0, -float("inf"))):
-        guard.add(loss=torch.tensor(loss, requires_grad=True), mse=torch.tensor(mse))
-    assert guard.terms["loss"].item() == 3.0 and not guard.terms["loss"].requires_grad
-    assert not guard.terms["mse"].isfinite()
-
-
-def scaled_step(guard, step, gradient, loss):
+def scaled_step(guarded, step, gradient, loss):
     """A step under fp16's loss scaling, of which the guard only judges the losses."""
-    weight = torch.nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.AdamW([weight], fused=True)
+    guard, window = guarded
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], fused=True)
     for value in loss:  # of its micro-batches
-        guard.add(loss=torch.tensor(value))
-    guard.watch(step, torch.tensor(gradient), optimizer)
+        window.add(loss=torch.tensor(value, requires_grad=True))
+    guard.watch(step, torch.tensor(gradient), optimizer, window.sums)
 
 
-def test_loss_scaling_may_meet_infinite_gradients_but_no_micro_batch_of_infinite_loss():
-    accelerator = Accelerator(cpu=True)
-    accelerator.scaler = torch.amp.GradScaler("cpu")
-    guard = FiniteGuard(accelerator)
-    scaled_step(guard, 1, float("inf"), [2.0, 2.0])
-    guard.raise_if_bad()
-    scaled_step(guard, 2, 1.0, [float("nan"), 2.0])
-    scaled_step(guard, 3, 1.0, [2.0, 2.0])
-    refusal(guard.raise_if_bad, "step 2: loss")
+@pytest.mark.parametrize("bad", [[float("nan"), 2.0], [float("inf"), -float("inf")]])
+def test_loss_scaling_may_meet_infinite_gradients_but_no_micro_batch_of_infinite_loss(guarded, bad):
+    guard, window = guarded
+    guard.accelerator.scaler = torch.amp.GradScaler("cpu")
+    scaled_step(guarded, 1, float("inf"), [2.0, 2.0])
+    guard.raise_if_bad(window.sums)
+    scaled_step(guarded, 2, 1.0, bad)
+    scaled_step(guarded, 3, 1.0, [2.0, 2.0])
+    assert not window.sums["loss"].requires_grad
+    refusal(lambda: guard.raise_if_bad(window.sums), "step 2: loss")
 
 
 # ---------------------------------------------------------------------- average of the weights

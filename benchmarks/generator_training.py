@@ -84,8 +84,7 @@ class Way:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not self.plain:
-            self.guard.add(loss=loss)
-            self.guard.watch(1, norm, self.optimizer)
+            self.guard.watch(1, norm, self.optimizer, {"loss": loss.detach()})
             set_learning_rate(self.optimizer, 1e-4)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -47,7 +47,7 @@ def test_memory_is_free_after_del_without_the_garbage_collector(model, traced, c
     engine.sample(*inputs())
     assert engine.compiled == compiled
     weights, cache = engine.weights, engine.streams[0].caches[0]
-    watched = (engine, cache.k, weights.turns, weights.blocks[0].qkv)
+    watched = (engine, cache.k, weights.blocks[0].w13, weights.blocks[0].qkv)
     alive = [weakref.ref(x) for x in watched]
     gc.disable()
     try:

@@ -18,7 +18,6 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from data.cache import MANIFEST
 from data.classes import first_names
@@ -263,7 +262,8 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
             write_npz_manifest(work.store, about)
         else:
             labels, names = [images.samples[i][1] for i in kept], [paths[i] for i in kept]
-            numbers = tqdm(range(work.parts.count), unit="part", desc="pack", disable=None)
+            count = work.parts.count
+            numbers = progress(count, "part", "pack", range(count))
             blocks = (work.parts.read(number, "codes") for number in numbers)
             write_packed_store(work.store, blocks, labels, names, about)
         os.rename(work.store, work.cache)

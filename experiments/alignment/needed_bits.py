@@ -1,8 +1,10 @@
-"""How much too small is a code for its patch? `python -m experiments.alignment.needed_bits FOLDER SIZE PATCH …`.
+"""How much too small is a code for its patch? `python -m experiments.alignment.needed_bits FOLDER SIZE PATCH … --codes K …`.
 
 Prints, per size of patches, the bits that a patch of a Gaussian source with the patches' covariance needs for 30 dB (the
-rate-distortion function by reverse water-filling: Cover and Thomas, Elements of Information Theory, section 10.3.3), and
-the PSNR of 256 patches of k-means, which is what codes of 8 bits reach without sharing anything.
+rate-distortion function by reverse water-filling: Cover and Thomas, Elements of Information Theory, section 10.3.3), and per
+size of the codebook their ratio to the bits of a code, the PSNR of K patches of k-means, which is what codes reach without
+sharing anything, and that of patches of one colour each, of K colours of k-means: the plateau on which a tokenizer's training
+may stop. The former is of the pooled error, the latter the mean over images, as validation reports a tokenizer's.
 """
 
 import numpy as np
@@ -14,7 +16,7 @@ from runtime.arguments import Parser, as_path, number
 from runtime.errors import InputError
 from runtime.program import run
 
-IMAGES, CODES = 1000, 256
+IMAGES = 1000
 
 
 def patches(images: np.ndarray, side: int) -> np.ndarray:
@@ -36,11 +38,22 @@ def needed_bits(vectors: np.ndarray, psnr: float = 30.0) -> float:
     return float(0.5 * np.log2(above / level).sum())
 
 
-def means_psnr(vectors: np.ndarray) -> float:
-    """PSNR in dB of every vector's nearest among CODES means of k-means."""
-    means = MiniBatchKMeans(CODES, random_state=0, n_init="auto", batch_size=4096, max_iter=20)
-    found = means.fit_predict(vectors)
-    return float(-10 * np.log10(np.square(vectors - means.cluster_centers_[found]).mean()))
+def means_of(vectors: np.ndarray, codes: int) -> np.ndarray:
+    """Every vector's nearest among `codes` means of k-means, (N, D)."""
+    means = MiniBatchKMeans(codes, random_state=0, n_init="auto", batch_size=4096, max_iter=20)
+    nearest = means.fit_predict(vectors)
+    return np.asarray(means.cluster_centers_)[nearest]
+
+
+def means_psnr(vectors: np.ndarray, codes: int) -> float:
+    return float(-10 * np.log10(np.square(vectors - means_of(vectors, codes)).mean()))
+
+
+def flat_psnr(vectors: np.ndarray, codes: int, images: int) -> float:
+    """PSNR in dB, the mean over images, if every patch (N, side² · 3) has one of `codes` colours."""
+    pixels = vectors.reshape(len(vectors), -1, 3)
+    errors = pixels - means_of(pixels.mean(1), codes)[:, None]
+    return float(-10 * np.log10(np.square(errors).reshape(images, -1).mean(1)).mean())
 
 
 def main(argv: list[str]) -> None:
@@ -49,15 +62,24 @@ def main(argv: list[str]) -> None:
     parser.add_argument("folder", type=as_path, help="images: one folder per class")
     parser.add_argument("size", type=number(8, 4096), help="side of the centre crops in pixels")
     parser.add_argument("patch", type=number(1, 512), nargs="+", help="sides of patches in pixels")
+    parser.add_argument("--codes", type=number(2, 1 << 16), nargs="+", default=[256],
+                        help="sizes of the codebook (256)")  # fmt: skip
     args = parser.parse_args(argv)
     for side in args.patch:
         if args.size % side:
             raise InputError(f"{side}: choose a patch whose side divides {args.size} pixels")
     images = crops(args.folder, args.size, IMAGES)
-    print("| patch | bits needed for 30 dB | PSNR of 256 means, dB |\n| --- | --- | --- |")
+    print("| patch | bits needed for 30 dB | codes | over a code's | PSNR of means | of colours |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for side in args.patch:
         vectors = patches(images, side)
-        print(f"| {side} × {side} | {needed_bits(vectors):.1f} | {means_psnr(vectors):.1f} |")
+        needed = needed_bits(vectors)
+        for codes in args.codes:
+            means, colours = means_psnr(vectors, codes), flat_psnr(vectors, codes, len(images))
+            print(
+                f"| {side} × {side} | {needed:.1f} | {codes} | {needed / np.log2(codes):.1f} "
+                f"| {means:.1f} | {colours:.1f} |"
+            )
 
 
 if __name__ == "__main__":

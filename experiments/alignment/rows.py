@@ -88,17 +88,27 @@ class Data:
     samples: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
 
 
+def image_size(value: str) -> Overrides:
+    """Images of this side, of crops an eighth larger, as all of the photographs are."""
+    resize = f"dataset.params.resize={round(int(value) * 9 / 8)}"
+    return Overrides({"image_size": int(value)}, stage1=(resize,), stage2=(resize,))
+
+
+def mixed_precision(value: str) -> Overrides:
+    option = (f"training.mixed_precision={value}",)
+    return Overrides(stage1=option, stage2=option, generator=option)
+
+
 # Scales of guidance at which the photographs are sampled; 1 is none.
 GUIDANCE = ("1", "2", "4")
-RESIZE, WARMUP = "dataset.params.resize=72", "optimizer.params.warmup_steps=1000"
-BF16 = "training.mixed_precision=bf16"  # half the time, where the processor has bf16 products
+WARMUP = "optimizer.params.warmup_steps=1000"
 PHOTOGRAPHS = Data(
     "experiments.alignment.photographs",
-    Overrides(
-        sizes={"image_size": 64, "patch_size": 8},
-        stage1=(RESIZE, WARMUP, BF16),
-        stage2=(RESIZE, BF16),
-        generator=(BF16,),
+    image_size("64")
+    + mixed_precision("bf16")  # half the time, where the processor has bf16 products
+    + Overrides(
+        sizes={"patch_size": 8},
+        stage1=(WARMUP,),
         # At the digits' 1.5e-3 and their short warm-up, the latents forget the images within 200 steps.
         # The rate stays at its highest until the tail: lower ones get stuck at patches of one colour.
         phases={"learning_rate": 1e-3, "end_lr": 1e-3, "tail": 0.6, "tail_lr": 3e-5},
@@ -189,6 +199,10 @@ VARIATIONS = {
     ),
     "codebook_size": Variation("codes in the codebook", ("64", "1024"), size("codebook_size")),
     "patch_size": Variation("side of a patch in pixels", ("8",), size("patch_size")),
+    "image_size": Variation("side of an image in pixels, of crops an eighth larger", ("32",), image_size),
+    "mixed_precision": Variation(
+        "precision of the training of both stages and of the generator", ("no", "bf16"), mixed_precision
+    ),
     "encoder_layers": Variation("depth of the encoder", ("1", "6"), size("encoder_layers")),
     "aux_weight": Variation(
         "weight of the aux loss", ("1", "10"), stage1("losses.aux_weight"), ("aux",)

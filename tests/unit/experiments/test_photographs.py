@@ -10,7 +10,7 @@ import configs.load
 from configs.schema import TokenizerRun
 from experiments.alignment import photographs
 from experiments.alignment.ablation import chains_of
-from experiments.alignment.needed_bits import needed_bits, patches
+from experiments.alignment.needed_bits import flat_psnr, means_psnr, needed_bits, patches
 from experiments.alignment.photo_score import crops, entropy
 from experiments.alignment.rows import ROWS, STAGE1, STAGE2, recipe, varied
 
@@ -73,6 +73,17 @@ def test_patches_are_row_major():
     cut = patches(image, 8)
     assert cut.shape == (4, 192)
     np.testing.assert_allclose(cut[1], image[0, :8, 8:].flatten() / 255, rtol=1e-6)
+
+
+def test_patches_of_one_colour_lose_what_varies_within_them():
+    stripes = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255  # grey on average, and half the range from it everywhere
+    assert flat_psnr(patches(stripes, 4), 2, 2) == pytest.approx(10 * np.log10(4))
+
+
+def test_means_show_the_nearest_of_theirs():
+    vectors = np.array([[0.0], [0.2], [1.0]] * 500)  # two means: about 0.1 and 1
+    assert means_psnr(vectors, 2) == pytest.approx(-10 * np.log10(0.02 / 3), abs=0.2)
 
 
 def test_entropy_counts_frequencies():

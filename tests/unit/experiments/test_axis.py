@@ -1,0 +1,71 @@
+"""The axis: places, effects, the plateau's rule and the line, from figures as the study writes them."""
+
+import math
+
+import pytest
+
+from experiments.alignment import axis
+from experiments.alignment.axis import Pair, pairs_of, table, trend
+from experiments.alignment.results import Result
+from experiments.alignment.rows import ROWS
+from tests.refusals import refusal
+
+FIGURES = {
+    "psnr": 20.0, "entropy": 7.0, "fid_decoded": 200.0, "fid_decoded_1": 200.0, "fid_decoded_2": 230.0,
+    "fid_decoded_4": 300.0, "top1": 0.1, "nats": 4.0, "changed": 0.3,
+}  # fmt: skip
+
+
+def pair(needed=64.0, codes=256, **after):
+    return Pair(64, 8, codes, 1, needed, 20.5, FIGURES, {**FIGURES, **after})
+
+
+def test_the_place_is_the_logarithm_of_how_much_too_small_a_code_is():
+    assert pair(needed=64, codes=256).place == 3
+    assert pair(needed=64, codes=16).place == 4
+
+
+def test_an_effect_is_causal_over_bidirectional():
+    found = pair(fid_decoded=100.0, top1=0.2, changed=0.25)
+    assert found.effect("fid_decoded") == pytest.approx(-math.log(2))
+    assert found.effect("top1") == pytest.approx(math.log(2))
+    assert found.effect("changed") == pytest.approx(-5)
+
+
+def test_a_run_below_patches_of_one_colour_is_on_a_plateau():
+    assert not pair(psnr=19.6).on_plateau
+    assert pair(psnr=19.4).on_plateau
+    assert "left out" in table([pair(psnr=19.4)]) and "left out" not in table([pair()])
+
+
+def test_the_line_has_its_slope_and_error():
+    exact = trend([1.0, 2.0, 3.0, 4.0], [-0.1, -0.2, -0.3, -0.4])
+    assert (exact.slope, exact.intercept) == pytest.approx((-0.1, 0), abs=1e-12)
+    assert exact.mean == pytest.approx(-0.25) and exact.mean_low < -0.25 < exact.mean_high
+    noisy = trend([1.0, 2.0, 3.0, 4.0], [-0.1, 0.2, -0.3, 0.1])
+    assert noisy.slope_low < 0 < noisy.slope_high and noisy.slope_p > 0.5
+    refusal(lambda: trend([1.0, 2.0], [0.0, 0.1]), "2 pairs")
+
+
+def test_pairs_are_gathered_from_the_variations_of_photographs(tmp_path, monkeypatch):
+    """A seed that lacks a row is no pair; the ablation itself, on digits, has no place."""
+    rows = {row.name: row for row in ROWS}
+    names = ["", "data=photographs,image_size=32", "data=photographs,codebook_size=1024"]
+
+    def collect(output, variation):
+        runs = [("bidirectional", 1), ("causal", 1), ("causal", 2)]
+        results = [Result(variation, rows[name], seed, tmp_path) for name, seed in runs]
+        for result in results:
+            result.__dict__["figures"] = {**FIGURES, "psnr": 20.0 + result.seed}
+        return results
+
+    monkeypatch.setattr(axis, "variations_of", lambda output: names)
+    monkeypatch.setattr(axis, "collect", collect)
+    monkeypatch.setattr(axis, "patch_figures", lambda data, *place: (80.0, 20.5))
+    found = pairs_of(tmp_path)
+    assert [(p.image_size, p.patch_size, p.codebook_size, p.seed) for p in found] == [
+        (64, 8, 1024, 1), (32, 8, 256, 1),
+    ]  # fmt: skip
+    assert found[0].place == 3 and found[0].before["psnr"] == 21.0
+    monkeypatch.setattr(axis, "variations_of", lambda output: names[:1])
+    refusal(lambda: pairs_of(tmp_path), tmp_path)

@@ -52,12 +52,6 @@ class Loaded(Options):
 class TokenizerModel(Options):
     vq_model: TokenizerConfig = option(TokenizerConfig, "The tokenizer's sizes.")
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("encoder_layers", "decoder_layers"):  # the model allows 0, but no run uses it
-            if getattr(self.vq_model, name) < 1:
-                self.refuse(f"vq_model.{name}", "set 1 or more")
-
 
 @dataclass
 class TokenizerSizes(Loaded):
@@ -350,7 +344,6 @@ class GeneratorExperiment(Experiment):
 class GeneratorOptions(GeneratorConfig, Sampling):
     """The generator's architecture, then how to sample from it."""
 
-    num_hidden_layers: int = option(24, "Blocks.", at_least=1, at_most=1024)
     codebook_size: int = again(GeneratorConfig, "codebook_size", "${model.vq_model.codebook_size}")
     guidance_scale: float = again(Sampling, "guidance_scale", 16.0)
     guidance_scale_pow: float = again(Sampling, "guidance_scale_pow", 1.8)

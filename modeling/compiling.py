@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .decode_attention import describe
+from .errors import describe
 
 # Programs per function in one process: three sizes, two types, several batches and samplings, and three
 # kinds of `layer`.

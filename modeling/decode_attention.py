@@ -10,7 +10,6 @@ Positions after p are never read: the cache needs no initial value. `qk_norm` (2
 weights of q and k; `turns` (positions, 2, h) is the rotary table.
 """
 
-import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -20,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, describe
 from .generator import EPS
 from .rotary import rotate
 from .sampling import ENGINES
 
-log = logging.getLogger(__name__)
 # The largest |fused - plain| / (1 + |plain|) that rounding explains, by type, for states of size 1.
 # float32: order of sums. bfloat16: the last place. int8: opposite rounding with a scale of 8 / 127.
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.int8: 2**-4}
@@ -189,13 +187,6 @@ def find_fused(
     except Exception as e:  # a broken or old Triton can raise any exception
         return None, f"Triton cannot be used ({describe(e)})"
     return fused_attention, check_attention(fused_attention, shape, types, device)
-
-
-def describe(error: Exception) -> str:
-    """The type and the first line of an exception; its traceback goes to the log, at debug level."""
-    log.debug("%s", error, exc_info=error)
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @torch.inference_mode()

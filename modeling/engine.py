@@ -28,14 +28,13 @@ from .decode_attention import (
     AttentionFunction,
     Cache,
     choose_attention,
-    describe,
     empty_cache,
     plain_attention,
     prefill_attention,
     write_positions,
 )
 from .devices import check_type
-from .errors import InputError
+from .errors import InputError, describe
 from .generator import EPS, NO_CLASS, Block, Generator, GeneratorConfig
 from .sampling import (
     CACHES,

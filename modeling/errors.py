@@ -1,4 +1,8 @@
-"""The one exception whose message is written for users."""
+"""The one exception whose message is written for users, and how to name any other in a line."""
+
+import logging
+
+log = logging.getLogger(__name__)
 
 
 class InputError(Exception):
@@ -14,3 +18,10 @@ class InputError(Exception):
     def __init__(self, message: str, option: str = ""):
         super().__init__(message)
         self.option = option
+
+
+def describe(error: Exception) -> str:
+    """The type and the first line of an exception; its traceback goes to the log, at debug level."""
+    log.debug("%s", error, exc_info=error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

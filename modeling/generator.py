@@ -27,7 +27,7 @@ class GeneratorConfig(Options):
     """Sizes and dropout of a generator; the defaults are AliTok-B."""
 
     hidden_size: int = option(768, "Channels.", at_least=1, at_most=65536)
-    num_hidden_layers: int = option(24, "Blocks.", at_least=0, at_most=1024)
+    num_hidden_layers: int = option(24, "Blocks.", at_least=1, at_most=1024)
     num_attention_heads: int = option(16, "Attention heads.", at_least=1, at_most=1024)
     codebook_size: int = option(
         4096, "Codes of the tokenizer's codebook.", at_least=1, at_most=65536

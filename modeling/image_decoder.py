@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .compiling import compile_function, compiling
-from .decode_attention import describe
+from .errors import describe
 from .pixels import to_uint8
-from .tokenizer import Decoder, Tokenizer
+from .tokenizer import Tokenizer
 
 DECODED_AT_ONCE = 64  # images; more do not fill a GPU better and take more memory
 
@@ -34,7 +34,7 @@ class ImageDecoder:
         assert tokenizer.decoder is not None, "a tokenizer without its decoder"
         self.lookup, self.decoder = tokenizer.quantize.lookup, tokenizer.decoder
         self.device = tokenizer.latent_tokens.device
-        self.autocast = dtype == torch.bfloat16 and decodes_in_bfloat16(self.device)
+        self.autocast = dtype == torch.bfloat16 and self.device.type == "cuda"
         self.part = min(batch, DECODED_AT_ONCE)
         self.compiled = False
         if compiled:
@@ -42,7 +42,9 @@ class ImageDecoder:
 
     def _compile(self, tokens: int) -> None:
         """Compile the blocks, which share one program, by decoding once."""
-        eager, self.decoder = self.decoder, shallow_copy(self.decoder)
+        eager = self.decoder
+        shared = {id(x): x for x in (*eager.parameters(), *eager.buffers())}
+        self.decoder = copy.deepcopy(eager, shared)
         try:
             for block in self.decoder.transformer:
                 block.forward = compile_function(block.forward)  # type: ignore[method-assign]
@@ -64,14 +66,3 @@ class ImageDecoder:
         with torch.autocast(self.device.type, torch.bfloat16, self.autocast):
             pixels = self.decoder(self.lookup(codes))[0][:count]
         return to_uint8(pixels).permute(0, 2, 3, 1)
-
-
-def decodes_in_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 makes decoding faster; on CPUs it does not."""
-    return device.type == "cuda"
-
-
-def shallow_copy(module: Decoder) -> Decoder:
-    """A copy of all modules that shares parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 EMBED_PROB_DECAY = 0.99  # of the running share of tokens that choose each code
 COMMITMENT = 0.25
@@ -28,8 +29,8 @@ SETTINGS = threading.RLock()
 def full_float32(device_type: str) -> Iterator[None]:
     """Products and convolutions of float32 tensors in full float32: no autocast, TF32 or bfloat16.
 
-    For eager code: a compiled graph keeps the setting of its compilation. Code that uses this must be a
-    custom operator (`nearest_codes`) or excluded from compilation.
+    For eager code: a compiled graph keeps the setting of its compilation. Code that uses this must be
+    excluded from compilation.
     """
     with ExitStack() as stack:
         stack.enter_context(SETTINGS)  # process-wide: threads would undo each other's
@@ -64,18 +65,6 @@ def squared_distances(z: Tensor, codebook: Tensor) -> Tensor:
     return z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T
 
 
-@torch.library.custom_op("alitok::nearest_codes", mutates_args=())
-def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest of K codes by L2, int64 (N,), of vectors (N, C); all in float32."""
-    with full_float32(z.device.type):
-        return squared_distances(z, codebook).argmin(1)
-
-
-@nearest_codes.register_fake
-def _(z: Tensor, codebook: Tensor) -> Tensor:
-    return z.new_empty(len(z), dtype=torch.int64)
-
-
 class VectorQuantizer(nn.Module):
     """Replaces each vector by the nearest of `codebook_size` codes by L2, without normalising them.
 
@@ -93,11 +82,15 @@ class VectorQuantizer(nn.Module):
         if clustering:
             self.register_buffer("embed_prob", torch.zeros(codebook_size))
 
+    # `torch.compiler.disable` would do the same, but imports TorchDynamo, which takes as long as torch
+    # itself, at the first call.
+    @_disable_dynamo
+    @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
         """Codes (B, T), int64, of vectors (B, T, token_size)."""
-        flat = z.detach().float().flatten(0, 1)
-        codes = nearest_codes(flat, self.embedding.weight.detach().float())
-        return codes.view(z.shape[:2])
+        with full_float32(z.device.type):
+            distances = squared_distances(z.float().flatten(0, 1), self.embedding.weight.float())
+            return distances.argmin(1).view(z.shape[:2])
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Vectors (…, token_size) of codes (…)."""

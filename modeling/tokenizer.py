@@ -48,10 +48,10 @@ class TokenizerConfig(Options):
     image_size: int = option(256, "Side of the square images in pixels.", at_least=1, at_most=8192)
     patch_size: int = option(16, "Side of a patch in pixels.", at_least=1, at_most=1024)
     encoder_width: int = option(768, "Channels of the encoder.", at_least=1, at_most=65536)
-    encoder_layers: int = option(12, "Blocks of the encoder.", at_least=0, at_most=1024)
+    encoder_layers: int = option(12, "Blocks of the encoder.", at_least=1, at_most=1024)
     encoder_heads: int = option(12, "Attention heads of the encoder.", at_least=1, at_most=1024)
     decoder_width: int = option(1024, "Channels of the decoder.", at_least=1, at_most=65536)
-    decoder_layers: int = option(24, "Blocks of the decoder.", at_least=0, at_most=1024)
+    decoder_layers: int = option(24, "Blocks of the decoder.", at_least=1, at_most=1024)
     decoder_heads: int = option(16, "Attention heads of the decoder.", at_least=1, at_most=1024)
     num_buffer_tokens: int = option(
         32, "Learned tokens before the codes in the decoder; stage 1: 1.", at_least=0, at_most=4096
@@ -292,10 +292,9 @@ class Tokenizer(nn.Module):
             own = torch.cat([patches[:1], own])  # … after the corner
         latents = nn.init.normal_(encoder.latent_token_positional_embedding, std=std / 4)
         latents.add_(own)
-        if len(encoder.transformer):
-            attention: Any = encoder.transformer[0].attn
-            for weight in (*attention.in_proj.weight.chunk(3), attention.out_proj.weight):
-                nn.init.eye_(weight)
+        attention: Any = encoder.transformer[0].attn
+        for weight in (*attention.in_proj.weight.chunk(3), attention.out_proj.weight):
+            nn.init.eye_(weight)
 
     def freeze_encoder(self) -> None:
         """For stage 2: only the decoder trains."""
@@ -402,9 +401,7 @@ class Tokenizer(nn.Module):
             return self.exact_latents(images)
         return self.encoder(images, self.latent_tokens)
 
-    # A compiled graph would keep the precision of its compilation. This is `torch.compiler.disable`, but
-    # imports TorchDynamo, which takes as long as torch itself, at the first call.
-    @_disable_dynamo
+    @_disable_dynamo  # a compiled graph would keep the precision of its compilation
     @torch.no_grad()
     def exact_latents(self, images: Tensor) -> Tensor:
         """`latents` in full float32, without gradients."""

@@ -89,7 +89,10 @@ def unwrap(content: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
             content = {name.removeprefix(part): content[name] for name in names}
         elif inserted:
             part = inserted[0]
-            content = renamed(content, part, source)
+            short = {name.replace(part, ""): tensor for name, tensor in content.items()}
+            if len(short) < len(content):  # two names become equal
+                raise no_tensors(source)
+            content = short
         else:
             return content, removed
         removed.append(part)
@@ -109,18 +112,3 @@ def only(candidates: list[str], source: str) -> str:
 
 def no_tensors(source: str) -> InputError:
     return InputError(f"{source} holds no flat dict of tensors; export the model's weights alone")
-
-
-def renamed(content: dict[str, Tensor], part: str, source: str) -> dict[str, Tensor]:
-    """The tensors with `part` removed from all names. Raises InputError if two names become equal."""
-    result: dict[str, Tensor] = {}
-    for name, tensor in content.items():
-        short = name.replace(part, "")
-        if short in result:
-            other = next(n for n in content if n.replace(part, "") == short)
-            raise InputError(
-                f"{source} holds {short} twice, as {other} and as {name}; save the one to use as a "
-                f"file of its own"
-            )
-        result[short] = tensor
-    return result

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Optional
 
-from ..errors import InputError
+from ..errors import InputError, describe
 from .runs import expanded
 
 CARD, CONFIG = "README.md", "config.json"  # of every repository
@@ -50,7 +50,7 @@ def download(name: str, revision: Optional[str], files: tuple[str, ...]) -> Path
     except Exception as e:  # of the network's library, too
         at = "" if revision is None else f" at revision {revision}"
         raise InputError(
-            f"cannot download {name}{at} ({first_line(e)}): check the name, the revision, the network "
+            f"cannot download {name}{at} ({describe(e)}): check the name, the revision, the network "
             f"and, for a private repository, `hf auth login`"
         ) from e
     missing = [file for file in files if not (folder / file).is_file()]
@@ -81,11 +81,6 @@ def upload(
         )
     except Exception as e:  # of the network's library, too
         raise InputError(
-            f"cannot upload to {name} ({first_line(e)}): check the name, the network and `hf auth login`"
+            f"cannot upload to {name} ({describe(e)}): check the name, the network and `hf auth login`"
         ) from e
     return commit.oid
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}".removesuffix(": ")

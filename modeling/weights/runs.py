@@ -49,12 +49,12 @@ def find_weights(path: str | Path, kind: str) -> Path:
     checkpoints = [path] if named else all_checkpoints(path)
     if not checkpoints:
         return file_of_published_run(path)
-    for folder in reversed(checkpoints):
-        file = folder / f"{kind}.safetensors"
-        if file.is_file() and damage(folder, file.name) is None:
+    files = [folder / f"{kind}.safetensors" for folder in checkpoints]
+    if not any(file.is_file() for file in files) and (checkpoints[-1] / MANIFEST).is_file():
+        raise InputError(f"{path} has no weights of a {kind}: pass a run of the right kind")
+    for file in reversed(files):
+        if file.is_file() and damage(file.parent, file.name) is None:
             return file
-        if not file.is_file() and (folder / MANIFEST).is_file():
-            raise InputError(f"{path} has no weights of a {kind}: pass a run of the right kind")
         if not named:
             log.warning("%s was altered or cut short: trying the previous checkpoint", file)
     raise damaged(path)

@@ -105,7 +105,7 @@ def test_aux_weight_is_ten_times_the_prefix_over_the_image_tokens(tokens, prefix
 
 
 def test_published_aux_weight_is_170_over_256():
-    config = TokenizerConfig(encoder_layers=0, decoder_layers=0, **STAGE1)
+    config = TokenizerConfig(**STAGE1)
     images = torch.zeros(1, 3, 256, 256)
     out = losses.TokenizerOutput(images, torch.zeros(1, 3, 16, 272), images, images, images.sum())
     terms = tokenizer_terms(out, images, config, 1, PLAIN, Losses(), Networks(), None)

@@ -40,13 +40,15 @@ def flip(file):
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
 
 
-@pytest.mark.parametrize("damage", ["flip", "manifest", "gone"])
+@pytest.mark.parametrize("damage", ["flip", "manifest", "weights", "gone"])
 def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(run, caplog, damage):
     step6 = run / "checkpoints/step-00000006"
     if damage == "flip":
         flip(step6 / "ema.safetensors")
     elif damage == "manifest":
         (step6 / "manifest.json").unlink()
+    elif damage == "weights":
+        (step6 / "ema.safetensors").unlink()
     else:
         shutil.rmtree(step6)
         shutil.copytree(

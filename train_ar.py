@@ -85,11 +85,6 @@ class TrainingSet:
         """How many are used for training."""
         return len(self.labels)
 
-    @property
-    def shown_classes(self) -> list[str]:
-        """The names of classes with images."""
-        return [self.classes[label] for label in np.unique(self.labels)]
-
 
 @dataclass
 class GeneratorData:
@@ -146,7 +141,11 @@ def open_data(
         options = with_classes(options, params.train_dir, len(listing.classes))
         tokenizer_hash = known
         train = train_on_images(listing, options)
-    train, validation = limited(train, options), None
+    limit, validation = experiment.max_train_examples or train.images, None
+    if limit < train.images:
+        chosen = spread_over_classes(train.labels, limit)
+        dataset = KeyedSubset(train.dataset, chosen)
+        train = replace(train, dataset=dataset, labels=train.labels[chosen])
     if params.val_pretokenization is not None:
         validation = open_cache(params.val_pretokenization, options, known, heads)
         validation.use_classes(train.classes)
@@ -159,21 +158,14 @@ def open_data(
     names = ClassNames(
         options.model.generator.condition_num_classes, dict(enumerate(train.classes))
     )
-    options = classes_by_number(options, names)
+    if experiment.classes is not None:  # by number from here on
+        labels = in_options(names.labels(experiment.classes))
+        options = options.changed(experiment=replace(experiment, classes=labels))
     if experiment.generate_every:  # refused now, not at the first samples
         in_training.job_in_training(options, accelerator.device)
     return GeneratorData(
         options, train, names, tokenizer_hash, tokenizer, encoder, validation, evaluator
     )
-
-
-def classes_by_number(options: GeneratorRun, names: ClassNames) -> GeneratorRun:
-    """The options with `experiment.classes` by number."""
-    experiment = options.experiment
-    if experiment.classes is None:
-        return options
-    labels = in_options(names.labels(experiment.classes))
-    return options.changed(experiment=replace(experiment, classes=labels))
 
 
 def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
@@ -207,15 +199,6 @@ def draws_of(options: GeneratorRun) -> tuple[int, float, int]:
     """Seed, share of dropped labels and the label that replaces them."""
     config = options.model.generator
     return options.training.seed, config.class_label_dropout, config.no_class
-
-
-def limited(train: TrainingSet, options: GeneratorRun) -> TrainingSet:
-    """At most `experiment.max_train_examples` images, spread over all classes."""
-    limit = options.experiment.max_train_examples
-    if limit is None or limit >= train.images:
-        return train
-    chosen = spread_over_classes(train.labels, limit)
-    return replace(train, dataset=KeyedSubset(train.dataset, chosen), labels=train.labels[chosen])
 
 
 def open_tokenizer(options: GeneratorRun) -> Optional[Opened]:
@@ -347,7 +330,8 @@ def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
 
 def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
     """Log images and classes, with warnings of missing or renumbered classes."""
-    configured, shown = state.config.condition_num_classes, train.shown_classes
+    configured = state.config.condition_num_classes
+    shown = [train.classes[label] for label in np.unique(train.labels)]
     sample = "" if train.images == train.listed else f"{train.images}, spread over all classes, of "
     run.log.say(
         f"{printable(train.source)}: {sample}{train.listed} images, "
@@ -500,7 +484,7 @@ def main(argv: list[str]) -> None:
                 with accelerator.autocast():
                     loss, accuracy = state.model(codes[:, :-1], labels, codes)
                 accelerator.backward(loss)
-            run.add(loss=loss, accuracy=accuracy)
+            run.window.add(loss=loss, accuracy=accuracy)
 
         # The update of the weights and of their average
         norm = clip_gradients(accelerator, state.model, training.max_grad_norm)

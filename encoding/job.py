@@ -40,7 +40,7 @@ from encoding.encoder import encode
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
 from runtime.files import lock_folder, sync_folder, writing
-from runtime.parts import Parts, batches_of, check_settings, differing, share_of
+from runtime.parts import Parts, batches_of, check_settings, differing
 from runtime.processes import check_same, on_main, progress
 
 BATCHES_PER_PART = 16  # a killed run loses at most this many per process
@@ -213,7 +213,7 @@ def encode_folder(
 
     # As the main process sees them: a network file system may show others an older state.
     left, skipped = on_main(lambda: (work.parts.missing(), work.unreadable()))
-    missing = share_of(left, processes.process_index, processes.num_processes)
+    missing = left[processes.process_index :: processes.num_processes]
     work.refuse_too_many(skipped)
     source = ReadableCrops(images.paths, plan)
     if plan.dtype != "fp32" and processes.is_main_process:

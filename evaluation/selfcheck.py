@@ -18,7 +18,6 @@ from evaluation.evaluator import Evaluator
 from evaluation.metrics import Moments
 from evaluation.report import table_of
 from evaluation.sources import open_images
-from runtime.parts import share_of
 from runtime.processes import on_main
 from runtime.published import MissingFile
 
@@ -48,7 +47,7 @@ def moment_check(processes: PartialState) -> Check:
     device = processes.device or "cpu"
     moments = Moments(width, device)
     parts = list(points.split(3))
-    for part in share_of(parts, processes.process_index, processes.num_processes):
+    for part in parts[processes.process_index :: processes.num_processes]:
         moments.add(part.to(device))
     mean, covariance = (moment.cpu() for moment in moments.reduced())
     error = (mean - 1000).abs().max() + (covariance - torch.eye(width).double()).abs().max()

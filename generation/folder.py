@@ -34,7 +34,7 @@ from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import UNSEEN
 from runtime.errors import InputError
 from runtime.files import lock_folder, whole_file, writing
-from runtime.parts import Parts, batches_of, check_settings, share_of
+from runtime.parts import Parts, batches_of, check_settings
 from runtime.processes import check_same, on_main, progress, set_matmul_precision
 
 LARGEST_CHUNK = 1024  # images; every step reads the weights and starts its kernels once per chunk
@@ -115,7 +115,7 @@ class SampleFolder:
             return self.images_file
         parts = Parts(self.output / "chunks", -(-self.count // chunk))
         rank, world = self.processes.process_index, self.processes.num_processes
-        numbers = share_of(on_main(parts.missing), rank, world)
+        numbers = on_main(parts.missing)[rank::world]
         if numbers:
             self._write_chunks(parts, chunk, numbers)
         self.processes.wait_for_everyone()

@@ -3,24 +3,17 @@
 import json
 import zipfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from runtime.errors import InputError
 from runtime.files import whole_file, write_whole
 
-S = TypeVar("S", range, list)
-
-
-def share_of(items: S, rank: int, world: int) -> S:
-    """The items of one of `world` ranks: every world-th, from the rank-th on."""
-    return items[rank::world]
-
 
 def batches_of(count: int, batch: int, rank: int = 0, world: int = 1) -> list[range]:
     """One rank's share of fixed batches of the indices below `count`; the last batch may be smaller."""
-    starts = share_of(range(0, count, batch), rank, world)
+    starts = range(0, count, batch)[rank::world]
     return [range(start, min(start + batch, count)) for start in starts]
 
 

@@ -25,10 +25,6 @@ class StopRequest:
     def __init__(self) -> None:
         self.at: float | None = None  # seconds on the monotonic clock
 
-    @property
-    def made(self) -> bool:
-        return self.at is not None
-
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.at is None:
             self.at = time.monotonic()
@@ -71,10 +67,10 @@ class StopSignal:
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; every rank gets the same answer."""
         if self.store is None:
-            return self.request.made
+            return self.request.at is not None
         self.rounds += 1
         answer = f"answer {self.rounds}"
-        if self.request.made:
+        if self.request.at is not None:
             self.store.set("asked", "")
         # No rank is a round ahead, so the last call of a round completes a multiple of the world size.
         if self.store.add("calls", 1) == self.rounds * dist.get_world_size():

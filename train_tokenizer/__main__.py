@@ -65,11 +65,11 @@ from runtime.program import run as run_program
 from runtime.published import WEIGHTS, MissingFile
 from runtime.randomness import seed_step
 from runtime.weights import open_on_all
-from train_tokenizer.discriminator import Discriminator, hinge_loss, weights_frozen
+from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
-from training.accelerator import describe_precision, numerics_of, start_training, tune_convolutions
+from training.accelerator import describe_precision, numerics_of, start_training
 from training.dry_run import split_dry_run
-from training.initial import check_same_start, open_initial
+from training.initial import open_initial
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run
 from training.schedule import is_critic_step, phase_at, phase_lr, phase_steps, tokenizer_lr
@@ -91,14 +91,10 @@ class TokenizerData:
     paths: list[ImagePath]
     source: str  # where they come from, in words
     whole: bool  # whether none of the listed images is left out
-    identity_of_all: dict[str, str]  # of all listed images
+    identity: dict[str, Any]  # must be the same when the run resumes
     dataset: TrainImages
     validation: list[ImagePath]  # paths of held-out images; may be empty
     evaluator: Optional[Evaluator]  # for rFID
-
-    def identity(self) -> dict[str, Any]:
-        """Must be the same when the run resumes."""
-        return {"images": len(self.paths), **self.identity_of_all}
 
 
 def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> TokenizerData:
@@ -130,7 +126,7 @@ def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> Tok
     )
     dataset = TrainImages(paths, size, resize, params.random_flip, options.training.seed)
     whole = len(paths) == len(listed)
-    identity = identity_for_all(listed)
+    identity = {"images": len(paths), **identity_for_all(listed)}
     return TokenizerData(paths, source, whole, identity, dataset, validation, evaluator)
 
 
@@ -161,17 +157,11 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
     """For a new run of stage 2 without initial weights: load encoder, codebook and, by default, decoder
     of stage 1; returns a line for the log.
 
-    Raises InputError if they are missing or do not fit, or if a resumed run has those of another stage 1.
+    Raises InputError if they are missing or do not fit.
     """
-    experiment, model, values = run.options.experiment, run.options.model, run.checkpoint.values
+    experiment, model = run.options.experiment, run.options.model
     stage1 = experiment.stage1_checkpoint
-    if run.checkpoint.source is not None:  # the run's own weights follow
-        # None in another kind of run, which `Checkpoint.register_model` refuses.
-        recorded = values.get("stage1_checkpoint")
-        check_same_start("experiment.stage1_checkpoint", recorded, stage1, run.checkpoint.source)
-        return ""
-    values["stage1_checkpoint"] = stage1
-    if model.stage == 1 or experiment.init_weights is not None:
+    if run.resumed or model.stage == 1 or experiment.init_weights is not None:
         return ""
     if stage1 is None:
         raise InputError(
@@ -183,7 +173,9 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
     sizes, new = ENCODER, ("decoder.",)  # the sizes that must agree, the tensors that start anew
     if from_stage1:
         sizes, new = ENCODER + DECODER, BUFFERS_AND_POSITIONS
-    check_sizes(weights, model.vq_model, sizes)
+    here = about_model(TOKENIZER, model.vq_model).config
+    chosen = {name: here[name] for name in sizes}
+    weights.about.sizes(chosen, weights.file, "model.vq_model.{}={}".format)
     load_tensors(tokenizer, weights.state, str(weights.file), STAGE1_ONLY + new, new)
     if from_stage1 and weights.about.stage != 1:
         raise InputError(
@@ -198,13 +190,6 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
         )
     taken = "encoder, codebook and decoder" if from_stage1 else "encoder and codebook"
     return f"{taken} from {weights.file}"
-
-
-def check_sizes(weights: Opened, config: TokenizerConfig, names: tuple[str, ...]) -> None:
-    """Refuse weights that differ from the config in one of the sizes `names`."""
-    here = about_model(TOKENIZER, config).config
-    chosen = {name: here[name] for name in names}
-    weights.about.sizes(chosen, weights.file, "model.vq_model.{}={}".format)
 
 
 def with_start(options: TokenizerRun, weights: Opened) -> TokenizerRun:
@@ -295,7 +280,8 @@ class CodebookUse:
         if not counts.any():  # all steps were the discriminator's
             return {}
         use, perplexity = codebook_use(counts)
-        if not self.warned and has_collapsed(counts):
+        enough = counts.sum() >= MIN_TOKENS_PER_CODE * len(counts)
+        if use < MIN_CODEBOOK_USE and enough and not self.warned:
             self.warned = True
             run.log.say(
                 f"warning: the codebook has collapsed: {use:.2%} of {len(counts)} codes are used, "
@@ -303,27 +289,17 @@ class CodebookUse:
                 f"clustering"
             )
         values = {"codes used": use, "perplexity": perplexity}
-        if at_positions[0].sum().item() < 2:
+        images = at_positions[0].sum()
+        if images < 2:
             return values
         agreement = code_agreement(at_positions)
-        if not self.warned_of_agreement and images_look_alike(at_positions):
+        if agreement > MAX_AGREEMENT and images >= MIN_IMAGES and not self.warned_of_agreement:
             self.warned_of_agreement = True
             run.log.say(
                 f"warning: the codes hardly depend on the image: two images have the same code at "
                 f"{agreement:.1%} of positions; lower the learning rate, and look at the previews"
             )
         return {**values, "code agreement": agreement}
-
-
-def images_look_alike(counts: Tensor) -> bool:
-    """Whether counts (T, codebook_size) of enough images show nearly the same codes for all."""
-    return counts[0].sum().item() >= MIN_IMAGES and code_agreement(counts) > MAX_AGREEMENT
-
-
-def has_collapsed(counts: Tensor) -> bool:
-    """Whether counts (codebook_size,) show too few codes in use to be chance."""
-    use, _ = codebook_use(counts)
-    return use < MIN_CODEBOOK_USE and counts.sum().item() >= MIN_TOKENS_PER_CODE * len(counts)
 
 
 class TrainState:
@@ -419,8 +395,11 @@ class TrainState:
         Its weights get no gradients. DDP would wait for them, so this calls the unwrapped module.
         """
         assert self.discriminator is not None
-        with weights_frozen(self.discriminator), self.accelerator.autocast():
-            return self.discriminator(images).float()
+        self.discriminator.requires_grad_(False)  # in this pass; the backward pass may come later
+        with self.accelerator.autocast():
+            logits = self.discriminator(images).float()
+        self.discriminator.requires_grad_(True)
+        return logits
 
 
 # ---------------------------------------------------------------------- reports
@@ -558,13 +537,13 @@ def main(argv: list[str]) -> None:
 
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
     accelerator = refuse_fsdp(start_training(training))
-    tune_convolutions(accelerator.device)
+    torch.backends.cudnn.benchmark = True  # times its algorithms once per shape; shapes are fixed
     kept = None if dry_run else Path(options.experiment.output_dir)
     initial = open_initial(options.experiment, TOKENIZER)
     if initial is not None:
         options = with_start(options, initial)
     data = open_data(options, index_folder=kept)
-    run = Run(accelerator, options, phases, data.identity(), dry_run, initial)
+    run = Run(accelerator, options, phases, data.identity, dry_run, initial)
     state = TrainState(run, run.options, evaluates=bool(data.validation))
     params = options.dataset.params
     run.start(data.dataset, len(data.paths), params.num_workers_per_gpu, params.skip_unreadable)
@@ -592,7 +571,7 @@ def main(argv: list[str]) -> None:
                     loss, values, out = tokenizer_loss(state, images, phase)
                     state.codes.add(out)
                 accelerator.backward(loss)
-            run.add(**values)
+            run.window.add(**values)
 
         # The update of the weights, after clustering, as published
         if state.codes.latents:

@@ -1,11 +1,9 @@
-"""The patch discriminator of the adversarial phase, and the losses of both sides.
+"""The patch discriminator of the adversarial phase, and its loss.
 
 Attribute names are the keys of the published state dict.
 """
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -78,25 +76,6 @@ class Discriminator(nn.Module):
         return self.to_logits(self.pool(x))
 
 
-@contextmanager
-def weights_frozen(module: nn.Module) -> Iterator[None]:
-    """Around a forward pass whose gradient reaches its input, but no parameter of `module`; the backward
-    pass may come later."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Discriminator's loss: ½·mean(relu(1 - real)) + ½·mean(relu(1 + fake))."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
-
-
-def adversarial_loss(fake_logits: Tensor) -> Tensor:
-    """The tokenizer's adversarial loss: -mean(D(fake))."""
-    return -fake_logits.mean()

@@ -3,25 +3,16 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.schema import Losses, Phase
 from evaluation.lpips import LPIPS
 from modeling.tokenizer import TokenizerConfig, TokenizerOutput, prefix_target
-from train_tokenizer.discriminator import adversarial_loss
 from train_tokenizer.perceptual import ConvNeXtLogits
-
-N = TypeVar("N", bound=nn.Module)
-
-
-def channels_last(network: N, device: torch.device) -> N:
-    """The network on `device`, its convolutions' weights and outputs in channels_last."""
-    to: Any = network.to  # none of its declared overloads has memory_format
-    return to(device, memory_format=torch.channels_last)
 
 
 class FrozenNetworks:
@@ -35,9 +26,9 @@ class FrozenNetworks:
         self.convnext: Optional[ConvNeXtLogits] = None
         self.lpips: Optional[LPIPS] = None
         if any(p.perceptual_weight for p in phases):
-            self.convnext = channels_last(ConvNeXtLogits(weights), device)
+            self.convnext = ConvNeXtLogits(weights).to(device).to(memory_format=torch.channels_last)
         if any(p.lpips_weight for p in phases):
-            self.lpips = channels_last(LPIPS(weights), device)
+            self.lpips = LPIPS(weights).to(device).to(memory_format=torch.channels_last)
 
 
 def tokenizer_terms(
@@ -81,7 +72,7 @@ def tokenizer_terms(
     # The published adversarial term is -mean(D(fake)) × 0.1 × 0.05; gan_weight is the product of both.
     if phase.gan_weight:
         assert discriminator is not None
-        terms["gan"] = (phase.gan_weight, adversarial_loss(discriminator(out.images)))
+        terms["gan"] = (phase.gan_weight, -discriminator(out.images).mean())
     return terms
 
 

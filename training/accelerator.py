@@ -63,11 +63,6 @@ def start_training(training: Training) -> Accelerator:
     return accelerator
 
 
-def tune_convolutions(device: torch.device) -> None:
-    """On CUDA, let cuDNN time its algorithms once per shape; the shapes of training are fixed."""
-    torch.backends.cudnn.benchmark = device.type == "cuda"
-
-
 def start_fsdp(accelerator: Accelerator) -> None:
     """Make accelerate's FSDP run on CPUs too, with the numerics of DDP."""
     state = accelerator.state

@@ -220,7 +220,8 @@ def save(
 def remove(path: Path) -> None:
     """Remove a checkpoint. No part of it keeps its name: NFS keeps a folder while another process has one of
     its files open, and a kill may leave some; the next save removes those."""
-    aside = path.with_name(f"{path.name}.old.partial")
+    # Named by its inode: what NFS keeps may be of an earlier checkpoint of this step.
+    aside = path.with_name(f"{path.name}.{path.stat().st_ino}.partial")
     os.rename(path, aside)
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -1,6 +1,6 @@
 """What both training loops share around their steps: `Run`."""
 
-import tempfile
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +38,7 @@ from training.schedule import phase_steps
 from training.utilisation import peak_flops
 
 UNREADABLE = "unreadable.txt"  # in a run's folder: paths of replaced images, one per line
+STARTS = ("init_weights", "stage1_checkpoint")  # options that name the weights of a new run
 PERIODS = ("save_every", "eval_every", "generate_every", "log_every", "log_grad_norm_every")
 GRAD_NORM = "grad_norm"  # of the window, beside the loss's terms
 REPORTED = ".reported"  # in a run's folder: the last checkpointed step with complete reports
@@ -99,11 +100,12 @@ class Run:
     `Run(…)` finds the checkpoint to resume from and compares its settings. The program then builds its
     models, starts them at `initial` if there is any, and registers them with `checkpoint`, which restores them.
     `start` builds the loader, locks the folder and opens the log; a command refused earlier writes
-    nothing. `for step in run.steps()` calls `next_batch`, `add`, `watch` and `due`; `finish` ends the run.
+    nothing. `for step in run.steps()` calls `next_batch`, `window.add`, `watch` and `due`; `finish` ends the run.
     """
 
     loader_iterator: Iterator[Any]
     log: RunLog
+    stop: StopSignal
 
     def __init__(
         self,
@@ -129,7 +131,6 @@ class Run:
         self.batch = self.training.per_gpu_batch_size * accelerator.num_processes
         self.global_batch = self.batch * self.training.gradient_accumulation_steps
         self.flops_per_image: float | None = None  # for the log's MFU
-        self.stop = StopSignal(timedelta(minutes=self.training.timeout_minutes))
         self.checkpoint = Checkpoint(accelerator, self.experiment)
         self.folder, self.first_step = self.checkpoint.folder, self.checkpoint.first_step
         device = accelerator.device
@@ -138,10 +139,12 @@ class Run:
         self._timed_from: float | None = None  # until the expected time is logged
         self._unreadable = 0  # images that were reported as replaced
         self._check_ranks()
+        starts = {n: getattr(self.experiment, n) for n in STARTS if hasattr(self.experiment, n)}
         if self.resumed:
-            self._check_resume()
-        else:
-            self.checkpoint.values["init_weights"] = self.experiment.init_weights
+            starts = self._check_resume(starts)
+            self.experiment = replace(self.experiment, **starts)
+            self.options = options.changed(experiment=self.experiment)
+        self.checkpoint.values |= starts
 
     # -------------------------------------------------- set-up
     def settings(self, step: int) -> dict[str, Any]:
@@ -161,18 +164,19 @@ class Run:
         facts["training.per_gpu_batch_size"] = self.training.per_gpu_batch_size
         check_same(facts, "other options or data")
 
-    def _check_resume(self) -> None:
-        state, source, named = self.checkpoint, self.checkpoint.source, self.experiment.init_weights
+    def _check_resume(self, starts: dict[str, Optional[str]]) -> dict[str, Optional[str]]:
+        """Compare the settings and `STARTS` with the checkpoint's; returns the latter as recorded."""
+        state, source = self.checkpoint, self.checkpoint.source
         assert source is not None
         state.warnings += check_same_run(
             state.values["run"], self.settings(self.first_step - 1), str(source),
             state.forks, self.accelerator.num_processes,
         )  # fmt: skip
-        initial = state.values["init_weights"]
-        check_same_start("experiment.init_weights", initial, named, source)
-        if initial is not None and named is None:
-            self.experiment = replace(self.experiment, init_weights=initial)
-            self.options = self.options.changed(experiment=self.experiment)  # for config.yaml
+        # A run of another kind records no stage 1; `Checkpoint.register_model` refuses it.
+        recorded = {name: state.values.get(name) for name in starts}
+        for name, given in starts.items():
+            check_same_start(f"experiment.{name}", recorded[name], given, source)
+        return recorded
 
     @property
     def resumed(self) -> bool:
@@ -187,11 +191,13 @@ class Run:
         """
         accelerator = self.accelerator
         if skip_unreadable is not None:
-            dataset = SkipUnreadable(dataset, images, skip_unreadable, self._unreadable_list())
+            report = self.folder / UNREADABLE if self.dry_run is None else Path(os.devnull)
+            dataset = SkipUnreadable(dataset, images, skip_unreadable, report)
         loader = training_loader(
             dataset, images, self.training, workers, accelerator, self.first_step
         )
         if self.dry_run is None:
+            self.stop = StopSignal(timedelta(minutes=self.training.timeout_minutes))
             self.checkpoint.open(self.options)
         self.loader_iterator = iter(loader)  # its workers start to read and list unreadable images
         self.log = RunLog(
@@ -211,13 +217,6 @@ class Run:
                 f"warning: {printable(path)}: the validation data equals the training data, so it "
                 f"shows no overfitting"
             )
-
-    def _unreadable_list(self) -> Path:
-        """The file that lists unreadable images; a temporary one for a dry run."""
-        if self.dry_run is None:
-            return self.folder / UNREADABLE
-        self._scratch = tempfile.TemporaryDirectory(prefix="alitok-")
-        return Path(self._scratch.name) / UNREADABLE
 
     def _report_unreadable(self) -> None:
         """Warn if more images were replaced since the last call."""
@@ -251,10 +250,6 @@ class Run:
         self.window.images += self.batch
         return batch
 
-    def add(self, **values: Tensor) -> None:
-        """Add a micro-batch's values to the log window, which the guard watches too."""
-        self.window.add(**values)
-
     def watch(self, step: int, norm: Tensor, optimizer: Any) -> None:
         """Guard the weights against a non-finite step; `optimizer` is the prepared one."""
         self.guard.watch(step, norm, optimizer.optimizer, self._terms())
@@ -262,6 +257,7 @@ class Run:
             self.window.add(**{GRAD_NORM: norm})
 
     def _terms(self) -> dict[str, Tensor]:
+        """The sums in the log window of a micro-batch's values, which the guard watches too."""
         return {name: value for name, value in self.window.sums.items() if name != GRAD_NORM}
 
     def due(self, step: int) -> Due:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 
 from configs.schema import Phase, Scheduler, TokenizerOptimizerParams
-from runtime.errors import InputError
 
 
 def half_cosine(start: float, end: float, progress: float) -> float:
@@ -36,10 +35,8 @@ def phase_steps(phases: Sequence[Phase]) -> list[range]:
 
 def phase_at(phases: Sequence[Phase], step: int) -> tuple[Phase, int]:
     """The phase of step 1…total and the number of the step within it, from 1."""
-    for phase, steps in zip(phases, phase_steps(phases)):
-        if step in steps:
-            return phase, step - steps.start + 1
-    raise InputError(f"step {step} lies beyond the last phase")
+    found = zip(phases, phase_steps(phases))
+    return next((phase, step - steps.start + 1) for phase, steps in found if step in steps)
 
 
 def is_critic_step(phase: Phase, within: int) -> bool:

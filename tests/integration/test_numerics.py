@@ -17,7 +17,6 @@ from torch.nn.modules.module import register_module_forward_hook
 import configs.numerics
 import train_tokenizer.__main__ as train_tokenizer
 from modeling import tokenizer_blocks
-from train_tokenizer import losses
 
 CONFIG = """
 model:
@@ -94,7 +93,6 @@ def run(tmp_path, monkeypatch, random_networks):
         wrap(tokenizer_blocks, "attention", "attention")
         wrap(F, "mse_loss", "losses")
         wrap(train_tokenizer, "hinge_loss", "losses")
-        wrap(losses, "adversarial_loss", "losses")
         handle = register_module_forward_hook(after)
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()  # of the tests before in this process

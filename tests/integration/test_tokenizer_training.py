@@ -460,7 +460,8 @@ def test_a_resumed_stage2_needs_no_stage1(workspace, train, tmp_path):
     shutil.copytree(workspace.stage1_run, tmp_path / "stage1")
     given = f"experiment.stage1_checkpoint={tmp_path}/stage1"
     (tmp_path / "stage1/tokenizer.pth").unlink()  # as if it had been stopped
-    said = train(2, tmp_path / "run", given)
+    critic = "model.critic_init=stage1"
+    said = train(2, tmp_path / "run", given, critic)
     assert (
         f"warning: {tmp_path}/stage1 has not finished: stage 2 keeps the encoder of step-" in said
     )
@@ -469,14 +470,17 @@ def test_a_resumed_stage2_needs_no_stage1(workspace, train, tmp_path):
     shutil.rmtree(tmp_path / "stage1")
     for again in ([given], []):
         shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
-        train(2, tmp_path / "run", *again)
+        train(2, tmp_path / "run", *again, critic)
         assert losses(tmp_path / "run") == whole
     train(1, tmp_path / "other", "phases=[{steps: 1}]")
     other = f"experiment.stage1_checkpoint={tmp_path}/other"
-    message = refusal(train, 2, tmp_path / "run", other)
+    message = refusal(train, 2, tmp_path / "run", other, critic)
     assert f"{given}, not {tmp_path}/other" in message and "experiment.output_dir" in message
     assert "no weights at" in refusal(train, 2, tmp_path / "new", given)
     assert "stage 2 needs the tokenizer" in refusal(train, 2, tmp_path / "new")
+    phases = "phases=[{name: mse, steps: 4, learning_rate: 1.0e-3}, {steps: 2, gan_weight: 0.005}]"
+    message = refusal(train, 2, tmp_path / "run", phases, critic)
+    assert f"no weights at {tmp_path}/stage1" in message and "critic_init=scratch" in message
     generators = f"experiment.resume={workspace.generator.parent}"
     assert "pass a run of the right kind" in refusal(train, 2, tmp_path / "new", generators)
 

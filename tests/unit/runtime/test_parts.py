@@ -5,7 +5,7 @@ import pytest
 
 from runtime import files
 from runtime import parts as module
-from runtime.parts import Parts, check_settings, share_of
+from runtime.parts import Parts, check_settings
 from tests.refusals import refusal
 
 SETTINGS = {"tokenizer": "abc", "images": 10, "crops": "ten_crop"}
@@ -53,7 +53,7 @@ def test_parts_hold_no_pickled_objects(tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_missing_parts_are_split_over_ranks_without_overlap(tmp_path, world):
     parts = Parts(tmp_path, 7)
-    shares = [share_of(parts.missing(), rank, world) for rank in range(world)]
+    shares = [parts.missing()[rank::world] for rank in range(world)]
     assert sorted(number for share in shares for number in share) == list(range(7))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -62,7 +62,7 @@ def test_finished_parts_are_skipped_and_the_rest_split_anew(tmp_path):
     parts = Parts(tmp_path, 6)
     for number in (0, 2, 4):  # all that the first of two ranks had
         parts.write(number, codes=np.zeros(1))
-    shares = [share_of(parts.missing(), rank, 2) for rank in range(2)]
+    shares = [parts.missing()[rank::2] for rank in range(2)]
     assert sorted(shares[0] + shares[1]) == [1, 3, 5] and all(shares)
 
 
@@ -101,11 +101,3 @@ def test_damaged_settings_are_refused(tmp_path, content):
     path = tmp_path / "settings.json"
     path.write_bytes(content)
     refusal(lambda: check_settings(path, SETTINGS, "remove it"), path, "remove it")
-
-
-@pytest.mark.parametrize("world", [1, 3, 8])
-def test_shares_of_all_ranks_are_everything_once(world):
-    items = range(5, 12)
-    shares = [share_of(items, rank, world) for rank in range(world)]
-    assert sorted(i for share in shares for i in share) == list(items)
-    assert [i for i in shares[0]][:2] == [5, 5 + world][: len(shares[0])]

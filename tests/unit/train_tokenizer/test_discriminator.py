@@ -5,7 +5,6 @@ from tests.golden.fill import images
 from train_tokenizer.discriminator import (
     BlurDownsample,
     Discriminator,
-    adversarial_loss,
     hinge_loss,
 )
 
@@ -32,4 +31,3 @@ def test_blur_of_an_odd_size_is_padded_by_two_at_its_end():
 def test_hinge_losses_on_known_logits():
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
     assert hinge_loss(real, fake).item() == 0.5 * (0.5 + 1.0)
-    assert adversarial_loss(fake).item() == 1.0

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from configs.schema import TokenizerTraining, Training
 from runtime.processes import set_tf32
 from training import accelerator
-from training.accelerator import describe_precision, tune_convolutions
+from training.accelerator import describe_precision
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = f"""
@@ -62,13 +62,6 @@ def test_two_ranks_use_no_broadcasts_and_views(tmp_path):
     lines = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
     expected = ["DistributedDataParallel", "25", "False", "True"]
     assert lines == 2 * [[*expected, "[[1.0, 1.0], [1.0, 1.0]]"]]
-
-
-@pytest.mark.parametrize("device, tunes", [("cuda", True), ("cpu", False)])
-def test_cudnn_times_its_algorithms_on_cuda(monkeypatch, device, tunes):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tunes)
-    tune_convolutions(torch.device(device))
-    assert torch.backends.cudnn.benchmark is tunes
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,12 @@ def test_oldest_is_removed_only_after_the_new_one_is_whole(run_dir, monkeypatch)
     remove, found = checkpoint.shutil.rmtree, {}
 
     def watch(path, **options):
-        found[Path(path).name] = checkpoint.damage(folder(run_dir, 4))
+        found[Path(path).name.partition(".")[0]] = checkpoint.damage(folder(run_dir, 4))
         remove(path, **options)
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", watch)
     save(run_dir, 4, keep=2)
-    removed = [f"step-0000000{step}.old.partial" for step in (1, 2)]
-    assert [found[name] for name in removed] == [None, None]
+    assert found == {"step-00000001": None, "step-00000002": None}
     assert steps(run_dir) == [3, 4]
 
 
@@ -117,14 +116,20 @@ def test_what_cannot_be_removed_of_an_old_one_is_no_checkpoint(run_dir, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rmdir", busy)
+        patch.setattr(os, "unlink", busy)
         save(run_dir, 4, keep=2)
         assert steps(run_dir) == [3, 4]
         assert checkpoint.damage(folder(run_dir, 4)) is None
-        assert (run_dir / "checkpoints/step-00000001.old.partial").is_dir()
-        save(run_dir, 3, keep=2)  # after going back
-        assert steps(run_dir) == [3]
-    save(run_dir, 5, keep=2)
-    assert steps(run_dir) == [3, 5]
+        assert list((run_dir / "checkpoints").glob("step-00000001.*.partial"))
+        for step, left in (
+            (3, [3]),
+            (4, [3, 4]),
+            (5, [4, 5]),
+        ):  # goes back, and removes step 3 again
+            save(run_dir, step, keep=2)
+            assert steps(run_dir) == left
+    save(run_dir, 6, keep=2)
+    assert steps(run_dir) == [5, 6]
     assert not list((run_dir / "checkpoints").glob("*.partial"))
 
 

@@ -1,7 +1,6 @@
 import pytest
 
 from configs.schema import Phase, Scheduler, SchedulerParams, TokenizerOptimizerParams
-from tests.refusals import refusal
 from training.schedule import (
     generator_lr,
     is_critic_step,
@@ -72,10 +71,6 @@ def test_generator_lr_of_a_run_that_is_all_warm_up():
 def test_phase_and_step_within_it(step, name, within):
     phase, number = phase_at(PHASES, step)
     assert (phase.name, number) == (name, within)
-
-
-def test_there_is_no_phase_beyond_the_last():
-    refusal(lambda: phase_at(PHASES, 351), 351)
 
 
 @pytest.mark.parametrize("step", [1, 25, 50])

@@ -29,12 +29,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         name, version = manifest["format"], manifest["version"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"{path} is damaged ({e!r}); make the cache again") from e
-    if name == FORMAT and version != VERSION:
+    if (name, version) != (FORMAT, VERSION):
         raise InputError(
-            f"{path} has format version {version}, not {VERSION}: read it with the program that wrote it"
+            f"{path} has format {name}, version {version}, not {FORMAT}, version {VERSION}: make the cache again"
         )
-    if name != FORMAT:
-        raise InputError(f"{path} has another format; make the cache again")
     return manifest
 
 

@@ -3,8 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,14 +30,8 @@ def identity_of_images(paths: Sequence["ImagePath"]) -> dict[str, str]:
 
     They stay the same if all images are moved together.
     """
-    return {
-        "image names": hash_of_names(paths),
-        "image sizes": hash_of_sizes(paths),
-    }
-
-
-def hash_of_sizes(paths: Sequence["ImagePath"]) -> str:
-    return short_hash(sizes_and_times(paths)[:, 0].tobytes())
+    sizes = sizes_and_times(paths)[:, 0].tobytes()
+    return {"image names": hash_of_names(paths), "image sizes": short_hash(sizes)}
 
 
 def hash_of_names(paths: Sequence["ImagePath"]) -> str:
@@ -49,9 +42,8 @@ def hash_of_names(paths: Sequence["ImagePath"]) -> str:
 
 def sizes_and_times(paths: Sequence["ImagePath"]) -> np.ndarray:
     """`size_and_time` of every image: (N, 2), int64."""
-    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(chain(*pool.map(lambda chunk: list(map(size_and_time, chunk)), chunks)))
+    with ThreadPool(THREADS) as pool:
+        found = pool.map(size_and_time, paths, CHUNK)
     return np.array(found, np.int64).reshape(-1, 2)
 
 

@@ -30,10 +30,7 @@ def unlike_imagenet(classes: Sequence[str]) -> str | None:
     synsets = sum(SYNSET.fullmatch(name) is not None for name in classes)
     if 2 * synsets <= len(classes):
         return None
-    try:
-        expected = imagenet_synsets()
-    except ImportError:  # needed only for a warning
-        return None
+    expected = imagenet_synsets()
     if list(classes) == expected:
         return None
     unequal = [i for i, (name, wanted) in enumerate(zip(classes, expected)) if name != wanted]

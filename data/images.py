@@ -6,12 +6,10 @@ view, L side of the source crop that views are cut from (pixels).
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.classes import describe_classes, first_names
-from data.identity import CHUNK, THREADS, hash_of_names, hash_of_sizes
+from data.identity import CHUNK, THREADS, hash_of_names, identity_of_images
 from data.labels import read_labels
 from data.order import EpochDraws
 from data.tars import is_tar
@@ -159,10 +157,8 @@ def list_paths(
         return str(path)
 
     given = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    chunks = [given[i : i + CHUNK] for i in range(0, len(given), CHUNK)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda chunk: list(map(find, chunk)), chunks)
-        paths: list[ImagePath] = list(chain.from_iterable(found))
+    with ThreadPool(THREADS) as pool:
+        paths: list[ImagePath] = [*pool.map(find, given, CHUNK)]
     if not paths:
         raise InputError(f"{source} lists no images: write one path per line")
     return paths
@@ -173,9 +169,8 @@ def identity_for_all(paths: Sequence[ImagePath]) -> dict[str, str]:
 
     Raises InputError on a process that lists other images, whose labels and order would be wrong.
     """
-    names = {"image names": hash_of_names(paths)}
-    check_same(names, "other images")
-    return names | on_main(lambda: {"image sizes": hash_of_sizes(paths)})
+    check_same({"image names": hash_of_names(paths)}, "other images")
+    return on_main(lambda: identity_of_images(paths))
 
 
 # ---------------------------------------------------------------------- crops
@@ -189,40 +184,24 @@ def source_crop(path: ImagePath, size: int, kind: str) -> Tensor:
     return to_uint8(center_crop(load_image(path), source_size(size, kind)))
 
 
-class ViewBox(NamedTuple):
-    """A view at (left, top) of the source crop, which is mirrored first if `mirrored`."""
-
-    left: int
-    top: int
-    mirrored: bool
-
-
-def view_boxes(size: int, kind: str) -> list[ViewBox]:
-    """The views of pretokenization, in the order of a token cache.
+def views_of(source: Tensor, size: int, kind: str) -> list[Tensor]:
+    """The views (…, S, S) of source crops (…, L, L), in the order of a token cache.
 
     center_flip: the centre crop and its mirror image. five_crop: four corners and centre of a centre
     crop to ⌊1.1·size⌋. ten_crop: these, then the same of the mirrored crop, in torchvision's order.
     """
-    far = source_size(size, kind) - size
+    far = source.shape[-1] - size
     middle = round(far / 2)  # halves to even, as torchvision rounds
+    corners = [(0, 0), (far, 0), (0, far), (far, far), (middle, middle)]  # (left, top)
     if kind == "center_flip":
-        corners = [(0, 0)]
-    else:
-        corners = [(0, 0), (far, 0), (0, far), (far, far), (middle, middle)]
-    mirrors = (False,) if kind == "five_crop" else (False, True)
-    return [ViewBox(left, top, mirrored) for mirrored in mirrors for left, top in corners]
-
-
-def cut_view(source: Tensor, size: int, box: ViewBox) -> Tensor:
-    """One view (…, S, S) of source crops (…, L, L)."""
-    left = source.shape[-1] - size - box.left if box.mirrored else box.left
-    view = source[..., box.top : box.top + size, left : left + size]
-    return view.flip(-1) if box.mirrored else view
+        corners = corners[:1]
+    sources = [source] if kind == "five_crop" else [source, source.flip(-1)]
+    return [s[..., top : top + size, left : left + size] for s in sources for left, top in corners]
 
 
 def cut_views(source: Tensor, size: int, kind: str) -> Tensor:
     """All views (B, V, 3, S, S) of source crops (B, 3, L, L)."""
-    return torch.stack([cut_view(source, size, box) for box in view_boxes(size, kind)], 1)
+    return torch.stack(views_of(source, size, kind), 1)
 
 
 def random_crop(
@@ -250,9 +229,6 @@ class TrainImages(Dataset):
     def __init__(self, paths: Sequence[ImagePath], size: int, resize: int, flip: bool, seed: int):
         self.paths, self.size, self.resize, self.flip, self.seed = paths, size, resize, flip, seed
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         epoch, index = key
         rng = generator_for(self.seed, Stream.CROP, epoch, index)
@@ -276,22 +252,17 @@ class TrainViews(Dataset):
         no_class: int,
     ):
         self.samples, self.size, self.no_class = samples, size, no_class
-        self.boxes = view_boxes(size, "ten_crop")
-        self.draws = EpochDraws(len(samples), len(self.boxes), seed, class_dropout)
+        self.draws = EpochDraws(len(samples), VIEWS["ten_crop"], seed, class_dropout)
 
     @property
     def paths(self) -> list[ImagePath]:
         return [path for path, _ in self.samples]
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         view, dropped = self.draws.of(*key)
         path, label = self.samples[key[1]]
-        source = source_crop(path, self.size, "ten_crop")
-        image = cut_view(source, self.size, self.boxes[view])
-        return image, self.no_class if dropped else label
+        views = views_of(source_crop(path, self.size, "ten_crop"), self.size, "ten_crop")
+        return views[view], self.no_class if dropped else label
 
 
 class CenterImages(Dataset):

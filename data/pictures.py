@@ -92,7 +92,7 @@ def write_png(image: np.ndarray, path: Path) -> None:
 
     Raises InputError if it cannot be written. A power cut may lose it, because it is not synced.
     """
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f"{path.name}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(partial, format="PNG")

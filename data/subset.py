@@ -57,9 +57,6 @@ class KeyedSubset(Dataset):
         paths = self.dataset.paths  # once: it may be a property that lists all images
         return [paths[i] for i in self.indices]
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, i = key
         return self.dataset[epoch, int(self.indices[i])]

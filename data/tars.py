@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from runtime.errors import InputError
 from runtime.files import shared_file
-from runtime.processes import on_main
+from runtime.processes import on_main, progress
 
 VERSION = 1
 SCANNERS = 8  # inner tars listed at once, because network file systems respond slowly
@@ -53,23 +52,19 @@ class TarPath(NamedTuple):
     def __str__(self) -> str:
         return f"{self.tar.path}/{self.tar.names[self.number]}"
 
-    @property
-    def name(self) -> str:
-        """The last part of the path, like `Path.name`."""
-        return os.path.basename(self.tar.names[self.number])
-
     def read(self) -> bytes:
         """Raises InputError if the tar has changed or was cut short."""
         return self.tar.read(self.number)
 
 
 class Tar:
-    """A tar whose members are known. Each process opens the file at its first read."""
+    """A tar whose members are known. The file is opened at the first read; forked processes share it, as
+    reads move no position."""
 
     def __init__(self, path: Path, members: "Members", stamp: tuple[int, int]):
         self.path, self.names, self.stamp = path, members.names, stamp
         self.offsets, self.sizes = members.offsets, members.sizes
-        self._opened: tuple[int, IO[bytes]] | None = None  # the process that opened it; the file
+        self._opened: IO[bytes] | None = None
 
     def paths(self) -> dict[str, TarPath]:
         """The members that are files, by name; the last of equal names, as unpacking would leave it."""
@@ -86,15 +81,14 @@ class Tar:
         return content
 
     def _file(self) -> IO[bytes]:
-        opened = self._opened
-        if opened is None or opened[0] != os.getpid():
-            opened = (os.getpid(), open(self.path, "rb", buffering=0))  # noqa: SIM115 - kept
-            if stamp_of(opened[1].fileno()) != self.stamp:
+        if self._opened is None:
+            opened = open(self.path, "rb", buffering=0)  # noqa: SIM115 - kept
+            if stamp_of(opened.fileno()) != self.stamp:
                 raise InputError(
                     f"{self.path} has changed since it was listed: run the same command again"
                 )
             self._opened = opened
-        return opened[1]
+        return self._opened
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_opened": None}  # another process opens the file itself
@@ -175,15 +169,7 @@ def list_members(path: Path) -> Members:
 
     with ThreadPoolExecutor(SCANNERS) as pool:
         contents = pool.map(look_into, inner)
-        bar = tqdm(
-            contents,
-            f"list {path.name}",
-            len(inner),
-            unit="tar",
-            delay=2,
-            leave=False,
-            disable=None,
-        )
+        bar = progress(len(inner), "tar", f"list {path.name}", contents)
         for member, content in zip(inner, bar):
             folder = f"{member.name[: -len('.tar')]}/"
             found.append(Member(folder))

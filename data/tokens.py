@@ -28,7 +28,7 @@ Shards hold `images_per_shard` images each, the last one the rest, so view v of 
     tokenizer           fingerprint of encoder and codebook (`modeling.weights.tensors.fingerprint`)
     encoder_heads       attention heads of the encoder, which no tensor's shape shows
     image_size, crops, preprocessing    pixels per side; the kind of views, in the order of
-                        `data.images.view_boxes`; how images were prepared, in words
+                        `data.images.views_of`; how images were prepared, in words
     dtype, batch_size   precision and images per batch of the encoder
     listed_images, listing    number of images in the folder, and a hash of their paths
     image_sizes         a hash of their sizes in bytes

@@ -81,18 +81,15 @@ def refuse_inside(output: Path, folder: str | Path) -> None:
 
 def read_tar(root: Path, index_folder: Path | None) -> FileTree:
     tar = open_tar(root, index_folder)
-    paths = tar.paths()
-    found: dict[str, list[str]] = {name[:-1]: [] for name in tar.names if name[-1] == "/"}
-    for name in paths:
-        folder, file = os.path.split(name)
-        found.setdefault(folder, []).append(file)
-    folders, hidden = {}, set()
-    for folder, files in found.items():
-        parts = folder.split("/") if folder else []
+    folders: dict[str, list[str]] = {}
+    hidden = set()
+    for name in dict.fromkeys(tar.names):  # a folder's ends with "/"
+        parts = name.split("/")
         first = next((i for i, part in enumerate(parts) if is_hidden(part)), None)
         if first is not None:
             hidden.add("/".join(parts[: first + 1]))
             continue
-        folders[folder] = [name for name in files if not is_hidden(name)]
-        hidden |= {os.path.join(folder, name) for name in files if is_hidden(name)}
-    return FileTree(root, folders, paths.__getitem__, +Counter({HIDDEN: len(hidden)}))
+        files = folders.setdefault("/".join(parts[:-1]), [])
+        if parts[-1]:
+            files.append(parts[-1])
+    return FileTree(root, folders, tar.paths().__getitem__, +Counter({HIDDEN: len(hidden)}))

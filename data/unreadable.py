@@ -2,32 +2,21 @@
 
 import contextlib
 import fcntl
-from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.data import Dataset
 
 from data.classes import first_names
-from data.images import ImagePath
 from runtime.errors import InputError
 from runtime.files import writing
 
 OPTION = "dataset.params.skip_unreadable"
 
 
-class KeyedImages(Protocol):
-    """A dataset by (epoch, index) that reads `paths[index]`: TrainImages, TrainViews."""
-
-    @property
-    def paths(self) -> Sequence[ImagePath]: ...
-
-    def __getitem__(self, key: tuple[int, int], /) -> Any: ...
-
-
 class SkipUnreadable(Dataset):
-    """`images` by (epoch, index), index < `items`, in which readable images replace unreadable ones.
+    """`images` (TrainImages, TrainViews or a part of them) by (epoch, index), index < `items`, in which readable images replace unreadable ones.
 
     The next readable image, wrapping around at `items`, takes the place of an unreadable one, with its
     own label and draws. So an item depends only on its key and the files, never on rank, worker or resume.
@@ -36,12 +25,9 @@ class SkipUnreadable(Dataset):
     them; a resumed run continues it. Raises InputError, naming the option, for more than `limit`.
     """
 
-    def __init__(self, images: KeyedImages, items: int, limit: int, report: Path):
+    def __init__(self, images: Any, items: int, limit: int, report: Path):
         self.images, self.items, self.limit, self.report = images, items, limit, report
         self._noted: set[int] = set()  # unreadable images that this worker has reported
-
-    def __len__(self) -> int:
-        return self.items
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, first = key

@@ -298,9 +298,6 @@ class ReadableCrops(Dataset):
         self.paths, self.side = paths, source_size(plan.image_size, plan.crops)
         self.skip = plan.skip_unreadable > 0
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         stat = size_and_time(self.paths[index])
         try:
@@ -347,7 +344,7 @@ def encode_parts(
 ) -> Iterator[EncodedPart]:
     """The parts `numbers`, one after the other; views are cut on the device."""
     device = encoder.latent_tokens.device
-    batches = part_batches(len(source), plan.batch_size)
+    batches = part_batches(len(source.paths), plan.batch_size)
     loader = DataLoader(
         source,
         batch_sampler=[list(batch) for n in numbers for batch in batches[n]],
@@ -382,7 +379,7 @@ def encode_views(encoder: Tokenizer, crops: Tensor, plan: EncodingPlan, dtype: s
 def print_agreement(encoder: Tokenizer, source: ReadableCrops, plan: EncodingPlan) -> None:
     """Print how many codes of the first batches equal those of float32."""
     equal = []
-    for batch in batches_of(len(source), plan.batch_size)[:COMPARED_BATCHES]:
+    for batch in batches_of(len(source.paths), plan.batch_size)[:COMPARED_BATCHES]:
         crops = torch.stack([source[i][0] for i in batch]).to(encoder.latent_tokens.device)
         exact = encode_views(encoder, crops, plan, "fp32")
         equal.append(encode_views(encoder, crops, plan, plan.dtype) == exact)

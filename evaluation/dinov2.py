@@ -23,15 +23,15 @@ ARCHITECTURE = "vit_large_patch14_dinov2"  # timm's name
 SIZE = 224  # pixels: 16x16 patches of 14
 WIDTH = 1024
 OFFSET = 0.1  # of DINOv2's position embedding, see `resample_positions`
-NAMES = {384: "ViT-S/14", 768: "ViT-B/14", 1024: "ViT-L/14", 1536: "ViT-g/14"}
+PRETRAINED = 37  # patches per side, of 518 pixels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class DINOv2:
     """uint8 images -> normalised class tokens, float32; neither spatial features nor logits.
 
-    `weights` is the folder of the authors' file (`find_published`). Raises InputError if it or timm is
-    missing, or if it holds another network.
+    `weights` is the folder of the authors' file (`find_published`). Raises InputError if it is
+    missing or holds another network.
     """
 
     name, file, package = "dinov2", DINOV2_FILE, "timm"
@@ -81,8 +81,6 @@ def resample_positions(positions: Tensor, grid: int) -> Tensor:
     embedding's norm. The class token keeps its entry.
     """
     side = math.isqrt(positions.shape[1] - 1)
-    if side == grid:
-        return positions
     square = positions[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
     scale = (grid + OFFSET) / side
     square = F.interpolate(square, scale_factor=(scale, scale), mode="bicubic")
@@ -91,10 +89,8 @@ def resample_positions(positions: Tensor, grid: int) -> Tensor:
 
 def build(state: dict[str, Tensor], path: Path) -> nn.Module:
     """The network with the weights `state`, for 224 pixels, in eval mode on the CPU."""
-    try:
-        import timm
-    except ImportError as e:
-        raise InputError("the dinov2 features need timm: pip install timm") from e
+    import timm  # takes a second, so imported on use
+
     with torch.device("meta"):  # skips the random initialisation
         network = timm.create_model(ARCHITECTURE, pretrained=False, img_size=SIZE, num_classes=0)
     grid = SIZE // 14
@@ -105,19 +101,11 @@ def build(state: dict[str, Tensor], path: Path) -> nn.Module:
 
 
 def check_kind(state: dict[str, Tensor], path: Path) -> None:
-    """Refuse weights of another network, naming it if known."""
-    known = {"cls_token", "pos_embed", "blocks.0.ls1.gamma"} <= state.keys()
-    if not known or state["cls_token"].ndim != 3 or state["pos_embed"].ndim != 3:
+    """Refuse weights of another network; `load_tensors` compares all other names and shapes."""
+    expected = {"cls_token": (1, 1, WIDTH), "pos_embed": (1, 1 + PRETRAINED**2, WIDTH)}
+    found = {name: tuple(state[name].shape) for name in expected if name in state}
+    if found != expected or "register_tokens" in state:
         raise InputError(
-            f"{path} is not DINOv2's ViT-L/14 but {describe(state)}; see weights/README.md"
-        )
-    width, places = state["cls_token"].shape[-1], state["pos_embed"].shape[1]
-    layers = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    registers = " with registers" if "register_tokens" in state else ""
-    square = places > 1 and math.isqrt(places - 1) ** 2 == places - 1
-    if width != WIDTH or registers or not square:
-        raise InputError(
-            f"{path} seems to be DINOv2's {NAMES.get(width, 'network')}{registers} (width {width}, "
-            f"{layers} layers, {places} positions), not ViT-L/14 without registers: fetch "
+            f"{path} is not DINOv2's ViT-L/14 without registers ({found or describe(state)}): fetch "
             f"{DINOV2_FILE} (weights/README.md)"
         )

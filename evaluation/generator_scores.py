@@ -39,7 +39,7 @@ class Source:
     @property
     def step(self) -> int | None:
         """The step of its checkpoint, if it lies in one."""
-        folder = self.file.parent
+        folder = self.file.parent.resolve()  # it may be a link, or the current folder
         return step_of(folder) if is_checkpoint(folder) else None
 
 

@@ -101,7 +101,7 @@ def frechet_distance(features_a: Tensor | np.ndarray, features_b: Tensor | np.nd
 class InceptionScore:
     """exp of the mean KL(p(y|x) ‖ p(y)) in splits of consecutive images (Salimans et al. 2016)."""
 
-    def __init__(self, images: int, classes: int, device: torch.device | str = "cpu"):
+    def __init__(self, classes: int, images: int, device: torch.device | str = "cpu"):
         splits = -(-images // IS_SPLIT)
         # A split's row: Σ p (classes), Σ p log p, images.
         self.sums = torch.zeros(splits, classes + 2, dtype=torch.float64, device=device)

@@ -1,7 +1,6 @@
 """`evaluate.py --selfcheck`: the evaluator's figures in cases with known results.
 
-Moments summed up on this machine's devices and processes, and Inception's resize of a fixed picture, need no
-files. With ADM's reference and a sample batch, figures are compared with those that the authors published.
+Moments summed up on this machine's devices and processes need no files. With ADM's reference and a sample batch, figures are compared with those that the authors published.
 """
 
 import json
@@ -10,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -20,8 +18,6 @@ from evaluation.report import table_of
 from evaluation.sources import open_images
 from runtime.processes import on_main
 from runtime.published import MissingFile
-
-INCEPTION_SIZE = 299  # pixels
 
 
 @dataclass
@@ -52,36 +48,6 @@ def moment_check(processes: PartialState) -> Check:
     mean, covariance = (moment.cpu() for moment in moments.reduced())
     error = (mean - 1000).abs().max() + (covariance - torch.eye(width).double()).abs().max()
     return Check("streamed mean and covariance, largest error", error.item(), 0.0, 1e-9)
-
-
-def resize_checks() -> Iterator[Check]:
-    """Inception's resize against its definition in TensorFlow 1: bilinear, without antialiasing, with
-    pixels (0, 0) aligned."""
-    # Takes half a second, so imported on use.
-    from torch_fidelity import interpolate_compat_tensorflow as package
-
-    for size in (64, 256, 512):
-        rows, columns = np.indices((size, size))
-        picture = (rows * rows + 3 * columns + 41 * rows * columns) % 256
-        pixels = torch.from_numpy(picture).float().expand(1, 3, size, size)
-        shape = (INCEPTION_SIZE, INCEPTION_SIZE)
-        resize = package.interpolate_bilinear_2d_like_tensorflow1x
-        found = resize(pixels, shape, align_corners=False)
-        by_rows = bilinear_matrix(size)
-        expected = by_rows @ picture @ by_rows.T
-        error = float(np.abs(found[0, 0].double().numpy() - expected).max())
-        yield Check(f"resize of {size} px to {INCEPTION_SIZE}, largest error", error, 0.0, 0.02)
-
-
-def bilinear_matrix(size: int) -> np.ndarray:
-    """Weights (299, size) of the input's pixels in every output pixel, along one side."""
-    matrix = np.zeros((INCEPTION_SIZE, size))
-    for i in range(INCEPTION_SIZE):
-        place = i * size / INCEPTION_SIZE
-        low = math.floor(place)
-        matrix[i, low] += 1 - (place - low)
-        matrix[i, min(low + 1, size - 1)] += place - low
-    return matrix
 
 
 # ---------------------------------------------------------------------- ADM's published batches
@@ -127,7 +93,7 @@ def selfcheck(folder: Path, processes: PartialState, batch: int, workers: int) -
 
     `folder` may hold ADM's batches and Inception's weights. All processes call this.
     """
-    checks = [moment_check(processes), *resize_checks()]
+    checks = [moment_check(processes)]
     missing = f"put {ADM_REFERENCE} and {' or '.join(ADM_BATCHES)} into {folder}/"
     try:
         published = list(published_checks(folder, processes, batch, workers))

@@ -1,10 +1,11 @@
-"""Metrics of sets of images, as objects that define sums over one set and figures from two sets.
+"""Metrics of sets of images: sums over one set, and figures from those of two sets.
 
-A new metric is a class here and an entry of `METRICS`; its figures then appear in the table, the JSON and the
+A new metric is an entry of `METRICS`; its figures then appear in the table, the JSON and the
 log of training.
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,65 +36,43 @@ class Sums(Protocol):
         ...
 
 
-class SetMetric(Protocol):
+class SetMetric(NamedTuple):
+    """How the features of one set are summed up, and the figures of the sums of two sets."""
+
     names: tuple[str, ...]  # of its figures
     part: str  # the name of its sums; metrics with the same name share them
     feature: int  # POOL, SPATIAL or LOGITS
-    terms: str  # what else its figures depend on
-    compares: bool  # with a reference; if that lacks the part, the figures are None
-
-    def sums(self, width: int, images: int, device: torch.device) -> Sums: ...
-
-    def figures(self, ours: Part, theirs: Part, device: torch.device, half: bool) -> Part: ...
+    sums: Callable[[int, int, torch.device], Sums]  # of width, images, device
+    figures: Callable[[Part, Part, torch.device, bool], Part]  # of ours, theirs, device, half
+    terms: str = ""  # what else its figures depend on
+    compares: bool = True  # with a reference; if that lacks the part, the figures are None
 
 
-class FrechetDistance:
-    compares, terms = True, ""
-
-    def __init__(self, name: str, part: str, feature: int):
-        self.names, self.part, self.feature = (name,), part, feature
-
-    def sums(self, width: int, images: int, device: torch.device) -> Moments:
-        return Moments(width, device)
-
-    def figures(self, ours: Part, theirs: Part, device: torch.device, half: bool) -> Part:
-        moments = [m.to(device) for m in (*ours, *theirs)]
-        return (frechet_distance_of_moments(*moments),)
+def moments(width: int, images: int, device: torch.device) -> Moments:
+    return Moments(width, device)
 
 
-class Score:
-    """The Inception Score and its deviation over splits."""
-
-    names, part, feature, compares = ("IS", "IS_std"), "score", LOGITS, False
-    terms = f", splits of {IS_SPLIT} in file order"
-
-    def sums(self, width: int, images: int, device: torch.device) -> InceptionScore:
-        return InceptionScore(images, width, device)
-
-    def figures(self, ours: Part, theirs: Part, device: torch.device, half: bool) -> Part:
-        return ours
+def distance(ours: Part, theirs: Part, device: torch.device, half: bool) -> Part:
+    return (frechet_distance_of_moments(*(m.to(device) for m in (*ours, *theirs))),)
 
 
-class Manifolds:
+def manifolds(ours: Part, theirs: Part, device: torch.device, half: bool) -> Part:
     """Precision and recall; `half` computes their distances in float16."""
-
-    names, part, feature, compares = ("precision", "recall"), "manifold", POOL, True
-    terms = f", k = {NEIGHBOURS}"
-
-    def sums(self, width: int, images: int, device: torch.device) -> FeatureSample:
-        return FeatureSample(width, images, device)
-
-    def figures(self, ours: Part, theirs: Part, device: torch.device, half: bool) -> Part:
-        return precision_recall(theirs[0], ours[0], device, half=half)
+    return precision_recall(theirs[0], ours[0], device, half=half)
 
 
-FID = FrechetDistance("FID", "pool", POOL)
+FID = SetMetric(("FID",), "pool", POOL, moments, distance)
 METRICS: list[SetMetric] = [
     FID,
-    FrechetDistance("sFID", "spatial", SPATIAL),
-    Score(),
-    Manifolds(),
-]
+    SetMetric(("sFID",), "spatial", SPATIAL, moments, distance),
+    SetMetric(
+        ("IS", "IS_std"), "score", LOGITS, InceptionScore, lambda ours, *_: ours,
+        f", splits of {IS_SPLIT} in file order", compares=False,
+    ),
+    SetMetric(
+        ("precision", "recall"), "manifold", POOL, FeatureSample, manifolds, f", k = {NEIGHBOURS}"
+    ),
+]  # fmt: skip
 LABELS = {"dinov2": "DINOv2"}  # of feature spaces, in the names of their figures
 
 

@@ -123,9 +123,7 @@ def npz_keys(path: Path) -> list[str]:
 
 
 def damaged(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{path} is not an .npz, or was cut short ({str(error).splitlines()[0]}); make or copy it again"
-    )
+    return InputError(f"{path} is not an .npz, or was cut short ({error!r}); make or copy it again")
 
 
 def npz_images(path: Path) -> ArrayImages:

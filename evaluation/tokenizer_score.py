@@ -84,7 +84,7 @@ def score_tokenizer(
         return {}, originals, preview
     if network is not None:
         ours, theirs = (side.parts[FID.part] for side in (reconstructions, originals))
-        (rfid,) = FID.figures(ours, theirs, device, half=False)
+        (rfid,) = FID.figures(ours, theirs, device, False)
         metrics = {"rFID": rfid, **metrics}
     result = describe_result(metrics, network, reconstructions, originals, count, batch, device)
     unseen = {

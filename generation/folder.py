@@ -141,8 +141,15 @@ class SampleFolder:
                 f"experiment.output_dir"
             )
         chunk = self.job.chunk or self._earlier_chunk()
-        if not finished:
-            self._check_memory(chunk or 1, most)
+        if not finished and (chunk or 1) > most:
+            smaller = (
+                f", or set experiment.per_proc_batch_size={most}, with another experiment.output_dir if this "
+                f"one holds images"
+            )
+            raise InputError(
+                f"too little free memory on {self.models.device} for {chunk or 1} images at once: {most} "
+                f"fit; free some{smaller * bool(most)}"
+            )
         lock.append(lock_folder(self.output))
         chunk = chunk or self._earlier_chunk()
         if chunk is None:
@@ -156,23 +163,6 @@ class SampleFolder:
             return int(json.loads(self.settings_file.read_text())["chunk"])
         except (OSError, ValueError, KeyError, TypeError):
             return None  # check_settings reports damage
-
-    def _check_memory(self, chunk: int, most: int) -> None:
-        if chunk <= most:
-            return
-        if not most:
-            remedy = "free some memory"
-        elif self._earlier_chunk() is not None:  # existing chunks fix the size
-            remedy = (
-                f"free some memory, or use another experiment.output_dir with "
-                f"experiment.per_proc_batch_size={most}"
-            )
-        else:
-            remedy = f"set experiment.per_proc_batch_size={most}"
-        raise InputError(
-            f"too little free memory on {self.models.device} for {chunk} images at once: {most} "
-            f"fit; {remedy}"
-        )
 
     # ------------------------------------------------------------------ writing
     def _write_chunks(self, parts: Parts, chunk: int, numbers: list[int]) -> None:

@@ -23,7 +23,7 @@ import train_ar
 from evaluation import set_metrics
 from evaluation.likelihood import Share
 from evaluation.metrics import FeatureSample
-from evaluation.set_metrics import POOL
+from evaluation.set_metrics import POOL, SetMetric
 from modeling.generator import next_code_loss
 from modeling.image_decoder import ImageDecoder
 from modeling.sampling import Sampling, sample_codes
@@ -202,27 +202,23 @@ def test_a_quantizer_trains_encodes_decodes_and_is_opened(monkeypatch, tmp_path)
 
 
 # ---------------------------------------------------------------------- a metric
-class KernelDistance:
+def kernel_distance(samples, reference, device, half):
     """KID (Bińkowski et al. 2018): the squared MMD with the kernel (x·y / D + 1)³, of all images at once."""
+    x, y = samples[0].double(), reference[0].double()
 
-    names, part, feature, terms, compares = ("KID",), "manifold", POOL, "", True
+    def mean(a, b, distinct):
+        kernel = (a @ b.T / a.shape[1] + 1) ** 3
+        return (kernel.sum() - kernel.trace() * distinct) / (len(a) * (len(b) - distinct))
 
-    def sums(self, width, images, device):
-        return FeatureSample(width, images, device)
+    return ((mean(x, x, 1) + mean(y, y, 1) - 2 * mean(x, y, 0)).item(),)
 
-    def figures(self, samples, reference, device, half):
-        x, y = samples[0].double(), reference[0].double()
 
-        def mean(a, b, distinct):
-            kernel = (a @ b.T / a.shape[1] + 1) ** 3
-            return (kernel.sum() - kernel.trace() * distinct) / (len(a) * (len(b) - distinct))
-
-        return ((mean(x, x, 1) + mean(y, y, 1) - 2 * mean(x, y, 0)).item(),)
+KID = SetMetric(("KID",), "manifold", POOL, FeatureSample, kernel_distance)
 
 
 def test_a_metric_stands_in_table_json_and_saved_statistics(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(set_metrics, "METRICS", [*set_metrics.METRICS, KernelDistance()])
+    monkeypatch.setattr(set_metrics, "METRICS", [*set_metrics.METRICS, KID])
     monkeypatch.setattr(evaluation.statistics, "METRICS", set_metrics.METRICS)
     monkeypatch.setattr(evaluation.evaluator, "METRICS", set_metrics.METRICS)
     monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)

@@ -1,7 +1,5 @@
 """Sets whose classes look like ImageNet's but are numbered otherwise are warned of."""
 
-import sys
-
 import pytest
 
 from data.imagenet import imagenet_synsets, misnumbered, unlike_imagenet
@@ -51,8 +49,3 @@ def test_other_numbers_and_orders_are_warned_of(classes, count, first):
 def test_numbers_that_are_sorted_as_text_are_warned_of(classes, said):
     doubt = misnumbered(classes)
     assert (doubt is None) if said is None else (said in doubt and "\n" not in doubt)
-
-
-def test_without_timm_there_is_no_warning(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm.data.imagenet_info", None)
-    assert unlike_imagenet(SYNSETS[:10]) is None

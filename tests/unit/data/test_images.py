@@ -137,18 +137,6 @@ def test_one_crop_holds_all_views_of_an_image(tmp_path, kind, side):
         assert (view.permute(1, 2, 0).numpy() == np.asarray(crop)).all()
 
 
-def test_a_drawn_view_is_the_only_one_that_is_cut(tmp_path, monkeypatch):
-    noise(40, 30).save(tmp_path / "a.png")
-    calls = []
-    for name in ("center_crop", "cut_view"):
-        original = getattr(module, name)
-        monkeypatch.setattr(
-            module, name, lambda *a, n=name, f=original: (calls.append(n), f(*a))[1]
-        )
-    TrainViews([(str(tmp_path / "a.png"), 0)], 16, 1, 0.0, 1)[0, 0]
-    assert calls == ["center_crop", "cut_view"]
-
-
 def test_center_flip_is_the_centre_crop_and_its_mirror():
     image = noise(50, 40)
     view, mirrored = crops(image, 32, "center_flip")

@@ -110,15 +110,6 @@ def test_workers_threads_and_other_processes_read_the_same(root, archive):
     assert pickle.loads(pickle.dumps(paths[3])).read() == paths[3].read()
 
 
-def test_no_process_uses_the_file_position_of_another(archive, monkeypatch):
-    paths = scan_images(archive).paths
-    first = paths[0].read()
-    opened = paths[0].tar._opened
-    monkeypatch.setattr(os, "getpid", lambda: -1)
-    assert paths[0].read() == first
-    assert paths[0].tar._opened[1] is not opened[1]
-
-
 # ---------------------------------------------------------------------- the index
 def no_listing(monkeypatch):
     def fail(path):

@@ -222,7 +222,7 @@ STORED = [*SHARDS, "labels.bin", "paths.txt"]
         ("manifest.json", stating(files=[{"name": 5, "bytes": 0, "sha256": ""}]), "damaged"),
         *(("manifest.json", listing(name), name) for name in ("../x", "/etc/hostname", "sub/x")),
         ("manifest.json", stating(version=2), "version 2"),
-        ("manifest.json", stating(format="other"), "another format"),
+        ("manifest.json", stating(format="other"), "format other"),
     ],
 )
 def test_a_damaged_store_is_refused_when_it_is_opened(cache, file, damage, word):

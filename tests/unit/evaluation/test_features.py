@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from torch_fidelity import calculate_metrics
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from evaluation.evaluator import compare
@@ -127,6 +128,26 @@ def test_all_five_are_those_of_the_definitions_in_numpy(metrics, features):
     assert metrics["precision"] != metrics["recall"]
 
 
+def bilinear(size, to=299):
+    """Weights (to, size) along one side in TensorFlow 1: pixels (0, 0) aligned, no antialiasing."""
+    matrix = np.zeros((to, size))
+    for i in range(to):
+        low, rest = divmod(i * size / to, 1)
+        matrix[i, int(low)] += 1 - rest
+        matrix[i, min(int(low) + 1, size - 1)] += rest
+    return matrix
+
+
+@pytest.mark.parametrize("size", [64, 256, 512])
+def test_images_are_resized_as_inceptions_authors_do(size):
+    rows, columns = np.indices((size, size))
+    picture = (rows * rows + 3 * columns + 41 * rows * columns) % 256
+    pixels = torch.from_numpy(picture).float().expand(1, 3, size, size)
+    found = interpolate_bilinear_2d_like_tensorflow1x(pixels, (299, 299), align_corners=False)
+    expected = bilinear(size) @ picture @ bilinear(size).T
+    np.testing.assert_allclose(found[0, 0].numpy(), expected, atol=0.02)
+
+
 @pytest.mark.slow
 def test_fid_and_score_are_those_of_torch_fidelity(metrics, weights):
     class Tensors(torch.utils.data.Dataset):
@@ -153,7 +174,7 @@ def test_score_is_torch_fidelitys_over_several_splits(monkeypatch):
 
     monkeypatch.setattr(module, "IS_SPLIT", 5)
     logits = torch.randn(15, 8)
-    score = module.InceptionScore(15, 8)
+    score = module.InceptionScore(8, 15)
     score.add(logits, torch.arange(15))
     expected = isc_features_to_metric(logits, splits=3, shuffle=False)
     assert score.reduced() == pytest.approx(tuple(expected.values()), rel=1e-6)

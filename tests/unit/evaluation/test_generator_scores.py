@@ -124,6 +124,10 @@ def test_a_checkpoint_is_scored(score, runs):
     folder, _ = score("--generator", step, "--cache", runs / "val")
     file, _ = score("--generator", step / "generator.safetensors", "--cache", runs / "val")
     assert folder["metrics"] == file["metrics"] and folder["generator"]["step"] == 3
+    (runs / "latest").symlink_to(step)
+    assert (
+        score("--generator", runs / "latest", "--cache", runs / "val")[0]["generator"]["step"] == 3
+    )
 
 
 def test_precision_is_the_one_asked_for(score, runs):

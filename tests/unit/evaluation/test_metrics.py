@@ -122,13 +122,13 @@ def test_moments_of_two_processes_are_those_of_all(monkeypatch):
 
 # ---------------------------------------------------------------------- Inception Score
 def test_score_of_sure_and_evenly_spread_classes_is_their_number():
-    score = InceptionScore(12, 4)
+    score = InceptionScore(4, 12)
     score.add(torch.eye(4).repeat(3, 1) * 1e3, torch.arange(12))
     assert score.reduced() == pytest.approx((4.0, 0.0))
 
 
 def test_score_of_one_answer_for_all_is_one():
-    score = InceptionScore(12, 4)
+    score = InceptionScore(4, 12)
     score.add(random(1, 4).repeat(12, 1), torch.arange(12))
     assert score.reduced()[0] == pytest.approx(1.0)
 
@@ -136,7 +136,7 @@ def test_score_of_one_answer_for_all_is_one():
 def test_splits_are_of_consecutive_images_whatever_the_order_of_batches(monkeypatch):
     monkeypatch.setattr(metrics, "IS_SPLIT", 5)
     logits = random(13, 4) * 2
-    score = InceptionScore(13, 4)
+    score = InceptionScore(4, 13)
     for start in (8, 0, 4, 12):
         score.add(logits[start : start + 4], torch.arange(start, min(start + 4, 13)))
     scores = []

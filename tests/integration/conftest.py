@@ -113,15 +113,15 @@ def server():
     return started
 
 
-def execute(*args, check=True, env=None, timeout=1200, **kwargs):
-    """Run a program to its end; its output comes back, and is shown where it fails. The usual
-    programs run without launcher and variables of their own are started by `server`."""
-    if args[0] in PROGRAMS and not env and not kwargs:
-        done = server().completed(*args, timeout=timeout)
+def execute(*args, check=True, env=None, timeout=1200, ranks=1, launcher=None):
+    """Run a program to its end; its output comes back, and is shown where it fails. Without a
+    launcher, `server` starts the ranks of the usual programs; each launcher is met in a few tests."""
+    if args[0] in PROGRAMS and launcher is None and (ranks > 1 or not env):
+        done = server().completed(*args, ranks=ranks, env=env, timeout=timeout)
     else:
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            command(*args, **kwargs), cwd=ROOT, env={**variables, **(env or {})},
+            command(*args, ranks=ranks, launcher=launcher or "plain"), cwd=ROOT, env={**variables, **(env or {})},
             capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
     if check and done.returncode:

@@ -27,7 +27,7 @@ def scored(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_give_the_figures_of_one(scored):
     one = json.loads(execute(*scored).stdout.splitlines()[-1])
-    two = execute(*scored, ranks=2, launcher="torchrun").stdout
+    two = execute(*scored, ranks=2).stdout
     assert two.count("bits per image") == 1
     two = json.loads(two.strip().splitlines()[-1])
     # 18 views in batches of 5: ranks of unequal share.

@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 
+from modeling.weights.tensors import read_state_dict
 from tests.integration.conftest import ROOT, command, execute, free_port
 from tests.integration.test_pipeline import equal_weights, losses, records
 
-TWO = dict(ranks=2, launcher="torchrun")
+TWO = dict(ranks=2)
 DRY = [f"model.generator.{d}=0" for d in ("dropout", "attn_drop", "tok_dropout")]
 HALF = ["training.per_gpu_batch_size=2", "training.use_ema=True", *DRY]
 
@@ -20,7 +21,7 @@ HALF = ["training.per_gpu_batch_size=2", "training.use_ema=True", *DRY]
 def fsdp():
     """The environment that accelerate's own launcher makes of configs/accelerate_fsdp.yaml.
 
-    The launcher itself starts several processes on GPUs only; here torchrun does.
+    The launcher itself starts several processes on GPUs only.
     """
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
@@ -117,17 +118,12 @@ def test_non_finite_loss_stops_two_ranks_in_one_line(workspace, tmp_path):
 @pytest.mark.parametrize("kind", ["one", "ddp", "fsdp"])
 def test_compiled_training_is_the_same_training(workspace, ddp_run, fsdp, tmp_path, kind):
     launch = {"one": {}, "ddp": TWO, "fsdp": {**TWO, "env": fsdp}}[kind]
-    batch = ["training.per_gpu_batch_size=4"] * (kind == "one")
-    recompute = ["model.generator.use_checkpoint=True"] * (kind == "ddp")
-    options = [*HALF, *batch, *recompute, "training.compile=True"]
+    halves = ["training.gradient_accumulation_steps=2"] * (kind == "one")
+    options = [*HALF, *halves, "training.compile=True"]
     workspace.train_ar(tmp_path / "run", *options, **launch)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(ddp_run), rtol=1e-5)
     weights = tmp_path / "run/generator.bin"
-    done = workspace.sample(
-        tmp_path / "samples", f"experiment.generator_checkpoint={weights}",
-        "experiment.num_fid_samples=3",
-    )  # fmt: skip
-    assert done.returncode == 0
+    assert read_state_dict(weights).keys() == read_state_dict(ddp_run / "generator.bin").keys()
 
 
 @pytest.mark.slow
@@ -137,6 +133,7 @@ def test_compiled_training_in_bfloat16_stays_near_float32(workspace, ddp_run, tm
         "training.per_gpu_batch_size=4",
         "training.compile=True",
         "training.mixed_precision=bf16",
+        "model.generator.use_checkpoint=True",
     ]
     workspace.train_ar(tmp_path / "run", *HALF, *options)
     found, exact = losses(tmp_path / "run"), losses(ddp_run)

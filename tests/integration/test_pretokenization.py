@@ -330,7 +330,7 @@ def test_skipping_is_the_same_on_two_ranks(damaged, workspace, runs, tmp_path, l
     options = ["--format", layout, "--skip_unreadable", 3, "--data_path", damaged]
     options += ["--batch_size", 1, "--tokenizer_checkpoint", runs.tokenizer]
     runs.ok(tmp_path / "one", *options, "--ten_crop")
-    workspace.pretokenize(tmp_path / "two", *options, ranks=2, launcher="torchrun")
+    workspace.pretokenize(tmp_path / "two", *options, ranks=2)
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 

@@ -56,7 +56,7 @@ def test_images_are_completed_from_a_photo_and_from_codes(workspace, tmp_path):
     options = ["experiment.num_fid_samples=5", "experiment.save_png=False"]
     photo = f"experiment.prefix={workspace.root}/val/class0/00.png"
     rows = "experiment.prefix_rows=1"  # after 5 prefix tokens, so 9 codes
-    workspace.sample(tmp_path / "a", *options, photo, rows, ranks=2, launcher="torchrun")
+    workspace.sample(tmp_path / "a", *options, photo, rows, ranks=2)
     codes = array(tmp_path / "a_codes.npz")
     assert (codes[:, :9] == codes[0, :9]).all() and len(np.unique(codes[:, 9:], axis=0)) > 1
     assert "prefix" in json.loads((tmp_path / "a/sampling.json").read_text())
@@ -93,7 +93,7 @@ def test_chunk_is_chosen_from_memory_once_and_kept(workspace, tmp_path):
     # Another chunk there, as if chosen on a smaller machine: the run goes on with it.
     settings.write_text(settings.read_text().replace('"chunk": 5', '"chunk": 2'))
     (tmp_path / "a.npz").unlink()
-    execute(*run, ranks=2, launcher="torchrun")
+    execute(*run, ranks=2)
     assert json.loads(settings.read_text())["chunk"] == 2
     assert array(tmp_path / "a.npz").shape == (5, 16, 16, 3)
 

@@ -612,8 +612,7 @@ def test_a_report_that_fails_on_one_rank_fails_on_both(workspace, tmp_path):
     sorted((tmp_path / "val").rglob("*.png"))[3].write_bytes(b"no image")  # of the second batch
     done = workspace.stage1(
         tmp_path / "run", f"dataset.params.val_dir={tmp_path}/val",
-        "training.per_gpu_batch_size=2", "training.gradient_accumulation_steps=1",
-        ranks=2, launcher="torchrun",
+        "training.per_gpu_batch_size=2", "training.gradient_accumulation_steps=1", ranks=2,
     )  # fmt: skip
     assert "warning: evaluation failed" in done.stdout
     assert not any("val/psnr" in r for r in records(tmp_path / "run"))
@@ -733,7 +732,7 @@ def test_two_ranks_train_the_adversarial_phase_as_one(workspace, train, tmp_path
     train(1, tmp_path / "one", phases, "training.use_ema=True")
     workspace.stage1(
         tmp_path / "two", phases, "training.per_gpu_batch_size=1", "training.use_ema=True",
-        "training.gradient_accumulation_steps=2", ranks=2, launcher="torchrun",
+        "training.gradient_accumulation_steps=2", ranks=2,
     )  # fmt: skip
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3)
     for r in records(tmp_path / "two"):

@@ -147,10 +147,10 @@ class Warm:
         )  # fmt: skip
         return Run(self, pids, log)
 
-    def completed(self, program, *argv, timeout):
+    def completed(self, program, *argv, timeout, **limits):
         """A run to its end, as `subprocess.run` returns it."""
         errors = self.folder / f"errors-{next(self.logs)}"
-        run = self.start(program, *argv, errors=errors)
+        run = self.start(program, *argv, errors=errors, **limits)
         status = run.end(within=timeout)
         return subprocess.CompletedProcess(argv, status, run.output(), errors.read_text())
 

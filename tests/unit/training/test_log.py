@@ -142,7 +142,7 @@ def test_window_starts_anew_once_closed(accelerator):
     assert values["loss"] == 5.0 and values["images/s"] == 0
 
 
-def test_window_keeps_no_graph():
+def test_window_keeps_no_graph(accelerator):
     window = Window(accelerator)
     window.add(loss=torch.ones((), requires_grad=True) * 2)
     assert not window.sums["loss"].requires_grad

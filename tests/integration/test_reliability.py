@@ -28,7 +28,21 @@ def files(folder):
 
 
 # ---------------------------------------------------------------------- signals and locks
+@pytest.fixture(scope="module")
+def hanging(workspace, warm, tmp_path_factory):
+    """A run of two ranks of which one hangs, and the time since when."""
+    folder = tmp_path_factory.mktemp("hanging") / "run"
+    program, options = trainer(workspace, "generator", ranks=2, steps=100_000)
+    options += ["experiment.log_every=1", "training.timeout_minutes=1"]
+    run = warm.start(program, *options, f"experiment.output_dir={folder}", ranks=2)
+    assert wait_for(lambda: len(logged(folder)) >= 5, run), run.output()
+    run.signal(signal.SIGSTOP, rank=1)
+    yield run, time.time()
+    run.kill()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("hanging")  # the minute that it hangs passes meanwhile
 @pytest.mark.parametrize(
     "name, number",
     [("stage1", signal.SIGUSR1), ("generator", signal.SIGINT), ("generator", signal.SIGHUP)],
@@ -108,21 +122,7 @@ def test_death_of_a_rank_ends_the_job_and_the_same_command_goes_on(workspace, tm
     assert first_steps(output)[0] > last - 2 and steps(tmp_path / "run")[-1] > last
 
 
-@pytest.fixture(scope="module")
-def hanging(workspace, warm, tmp_path_factory):
-    """A run of two ranks of which one hangs, and the time since when."""
-    folder = tmp_path_factory.mktemp("hanging") / "run"
-    program, options = trainer(workspace, "generator", ranks=2, steps=100_000)
-    options += ["experiment.log_every=1", "training.timeout_minutes=1"]
-    run = warm.start(program, *options, f"experiment.output_dir={folder}", ranks=2)
-    assert wait_for(lambda: len(logged(folder)) >= 5, run), run.output()
-    run.signal(signal.SIGSTOP, rank=1)
-    yield run, time.time()
-    run.kill()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("hanging")  # the minute that it hangs passes meanwhile
 def test_torchrun_restarts_the_ranks_after_a_death_and_the_result_is_the_same(
     workspace, warm, tmp_path
 ):
@@ -138,14 +138,6 @@ def test_torchrun_restarts_the_ranks_after_a_death_and_the_result_is_the_same(
     first, second = first_steps(output)
     assert first == 1 and second > 10
     same_run(tmp_path / "whole", tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_a_rank_that_hangs_is_waited_for_no_longer_than_configured(hanging):
-    run, since = hanging
-    wait_for(lambda: run.pids[0] in run.statuses, run, seconds=110)
-    assert run.statuses[run.pids[0]] != 0
-    assert 50 < run.log.stat().st_mtime - since < 90  # its last words
 
 
 @pytest.mark.slow
@@ -260,3 +252,12 @@ def test_killed_before_any_sync_rename_or_removal_the_result_is_the_same(
             break
         assert status == -signal.SIGKILL
     assert call > 6
+
+
+# ---------------------------------------------------------------------- a rank that hangs
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_waited_for_no_longer_than_configured(hanging):
+    run, since = hanging
+    wait_for(lambda: run.pids[0] in run.statuses, run, seconds=110)
+    assert run.statuses[run.pids[0]] != 0
+    assert 50 < run.log.stat().st_mtime - since < 90  # its last words

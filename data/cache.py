@@ -31,7 +31,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged ({e!r}); make the cache again") from e
     if (name, version) != (FORMAT, VERSION):
         raise InputError(
-            f"{path} has format {name}, version {version}, not {FORMAT}, version {VERSION}: make the cache again"
+            f"{path} has format {name}, version {version}, not {FORMAT}, version {VERSION}: read it with the "
+            f"program that wrote it, or make the cache again"
         )
     return manifest
 

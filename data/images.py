@@ -158,7 +158,7 @@ def list_paths(
 
     given = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     with ThreadPool(THREADS) as pool:
-        paths: list[ImagePath] = [*pool.map(find, given, CHUNK)]
+        paths: list[ImagePath] = [*pool.imap(find, given, CHUNK)]
     if not paths:
         raise InputError(f"{source} lists no images: write one path per line")
     return paths

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from runtime.errors import InputError
 from runtime.files import shared_file
-from runtime.processes import on_main, progress
+from runtime.processes import on_main
 
 VERSION = 1
 SCANNERS = 8  # inner tars listed at once, because network file systems respond slowly
@@ -169,7 +170,9 @@ def list_members(path: Path) -> Members:
 
     with ThreadPoolExecutor(SCANNERS) as pool:
         contents = pool.map(look_into, inner)
-        bar = progress(len(inner), "tar", f"list {path.name}", contents)
+        bar = tqdm(
+            contents, f"list {path.name}", len(inner), False, unit="tar", delay=2, disable=None
+        )
         for member, content in zip(inner, bar):
             folder = f"{member.name[: -len('.tar')]}/"
             found.append(Member(folder))

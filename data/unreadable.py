@@ -16,16 +16,18 @@ OPTION = "dataset.params.skip_unreadable"
 
 
 class SkipUnreadable(Dataset):
-    """`images` (TrainImages, TrainViews or a part of them) by (epoch, index), index < `items`, in which readable images replace unreadable ones.
+    """`images` by (epoch, index), index < `items`, in which readable ones replace unreadable ones.
 
+    `images` are TrainImages, TrainViews or a part of them, with their `paths`.
     The next readable image, wrapping around at `items`, takes the place of an unreadable one, with its
     own label and draws. So an item depends only on its key and the files, never on rank, worker or resume.
 
     All ranks and workers list unreadable images in the file `report`, one path per line, which also counts
-    them; a resumed run continues it. Raises InputError, naming the option, for more than `limit`.
+    them; a resumed run continues it. Without `report`, as in a dry run, every worker counts its own. Raises
+    InputError, naming the option, for more than `limit`.
     """
 
-    def __init__(self, images: Any, items: int, limit: int, report: Path):
+    def __init__(self, images: Any, items: int, limit: int, report: Path | None):
         self.images, self.items, self.limit, self.report = images, items, limit, report
         self._noted: set[int] = set()  # unreadable images that this worker has reported
 
@@ -44,11 +46,16 @@ class SkipUnreadable(Dataset):
         """Report an unreadable image. Raises InputError beyond the limit."""
         if self.limit == 0:
             raise InputError(f"{error}, or set {OPTION}=N to replace at most N images") from error
-        others = report_once(self.report, str(self.images.paths[index]), self.limit)
+        path, others = str(self.images.paths[index]), None
+        if self.report is not None:
+            others = report_once(self.report, path, self.limit)
+        elif len(self._noted) >= self.limit:
+            others = [str(self.images.paths[i]) for i in self._noted]
         if others is not None:
+            place = f", listed in {self.report}" if self.report is not None else ""
             raise InputError(
-                f"more than {OPTION}={self.limit}: {error}. {self.report} lists the others "
-                f"({first_names(others)}); repair or remove them, or allow more"
+                f"more than {OPTION}={self.limit}: {error}. Others are {first_names(others)}{place}; "
+                f"repair or remove them, or allow more"
             ) from error
         self._noted.add(index)
 

@@ -103,8 +103,9 @@ def build(state: dict[str, Tensor], path: Path) -> nn.Module:
 def check_kind(state: dict[str, Tensor], path: Path) -> None:
     """Refuse weights of another network; `load_tensors` compares all other names and shapes."""
     expected = {"cls_token": (1, 1, WIDTH), "pos_embed": (1, 1 + PRETRAINED**2, WIDTH)}
-    found = {name: tuple(state[name].shape) for name in expected if name in state}
-    if found != expected or "register_tokens" in state:
+    telling = [name for name in (*expected, "register_tokens") if name in state]
+    found = {name: tuple(state[name].shape) for name in telling}
+    if found != expected:
         raise InputError(
             f"{path} is not DINOv2's ViT-L/14 without registers ({found or describe(state)}): fetch "
             f"{DINOV2_FILE} (weights/README.md)"

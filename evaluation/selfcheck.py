@@ -1,6 +1,7 @@
 """`evaluate.py --selfcheck`: the evaluator's figures in cases with known results.
 
-Moments summed up on this machine's devices and processes need no files. With ADM's reference and a sample batch, figures are compared with those that the authors published.
+Moments summed up on this machine's devices and processes need no files. With ADM's reference and a sample
+batch, figures are compared with those that the authors published.
 """
 
 import json

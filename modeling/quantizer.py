@@ -82,8 +82,8 @@ class VectorQuantizer(nn.Module):
         if clustering:
             self.register_buffer("embed_prob", torch.zeros(codebook_size))
 
-    # `torch.compiler.disable` would do the same, but imports TorchDynamo, which takes as long as torch
-    # itself, at the first call.
+    # `torch.compiler.disable` would import TorchDynamo, as slow as torch itself, together with this module;
+    # this imports it at the first call.
     @_disable_dynamo
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:

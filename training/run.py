@@ -1,12 +1,10 @@
 """What both training loops share around their steps: `Run`."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 import torch
@@ -38,7 +36,10 @@ from training.schedule import phase_steps
 from training.utilisation import peak_flops
 
 UNREADABLE = "unreadable.txt"  # in a run's folder: paths of replaced images, one per line
-STARTS = ("init_weights", "stage1_checkpoint")  # options that name the weights of a new run
+STARTS = (
+    "init_weights",
+    "stage1_checkpoint",
+)  # name a new run's weights; the second only in stage 2
 PERIODS = ("save_every", "eval_every", "generate_every", "log_every", "log_grad_norm_every")
 GRAD_NORM = "grad_norm"  # of the window, beside the loss's terms
 REPORTED = ".reported"  # in a run's folder: the last checkpointed step with complete reports
@@ -120,8 +121,8 @@ class Run:
         (`training.initial.open_initial`). If the run resumes, the data must match, and so must all options
         but those declared with `resumes=True`.
 
-        Raises InputError otherwise, and if the run of the checkpoint did not start from the weights of
-        `experiment.init_weights`.
+        Raises InputError otherwise, and if the run of the checkpoint did not start from the weights that the
+        options name (`STARTS`).
         """
         self.accelerator, self.options, self.phases, self.data = accelerator, options, phases, data
         self.initial = initial
@@ -131,6 +132,8 @@ class Run:
         self.batch = self.training.per_gpu_batch_size * accelerator.num_processes
         self.global_batch = self.batch * self.training.gradient_accumulation_steps
         self.flops_per_image: float | None = None  # for the log's MFU
+        if not dry_run:  # which a signal may end at once
+            self.stop = StopSignal(timedelta(minutes=self.training.timeout_minutes))
         self.checkpoint = Checkpoint(accelerator, self.experiment)
         self.folder, self.first_step = self.checkpoint.folder, self.checkpoint.first_step
         device = accelerator.device
@@ -139,7 +142,8 @@ class Run:
         self._timed_from: float | None = None  # until the expected time is logged
         self._unreadable = 0  # images that were reported as replaced
         self._check_ranks()
-        starts = {n: getattr(self.experiment, n) for n in STARTS if hasattr(self.experiment, n)}
+        names = STARTS if getattr(options.model, "stage", 1) == 2 else STARTS[:1]
+        starts = {name: getattr(self.experiment, name) for name in names}
         if self.resumed:
             starts = self._check_resume(starts)
             self.experiment = replace(self.experiment, **starts)
@@ -191,13 +195,12 @@ class Run:
         """
         accelerator = self.accelerator
         if skip_unreadable is not None:
-            report = self.folder / UNREADABLE if self.dry_run is None else Path(os.devnull)
+            report = self.folder / UNREADABLE if self.dry_run is None else None
             dataset = SkipUnreadable(dataset, images, skip_unreadable, report)
         loader = training_loader(
             dataset, images, self.training, workers, accelerator, self.first_step
         )
         if self.dry_run is None:
-            self.stop = StopSignal(timedelta(minutes=self.training.timeout_minutes))
             self.checkpoint.open(self.options)
         self.loader_iterator = iter(loader)  # its workers start to read and list unreadable images
         self.log = RunLog(

@@ -20,7 +20,7 @@ from experiments.alignment.charts import draw
 from experiments.alignment.needed_bits import IMAGES, flat_psnr, needed_bits, patches
 from experiments.alignment.photo_score import crops
 from experiments.alignment.results import Result, collect
-from experiments.alignment.rows import GUIDANCE, STAGE1, varied
+from experiments.alignment.rows import DATA, GUIDANCE, STAGE1, Overrides, varied
 from experiments.alignment.table import line_of, variations_of
 from runtime.arguments import Parser, as_path
 from runtime.errors import InputError
@@ -74,8 +74,8 @@ def pairs_of(output: Path) -> list[Pair]:
     """The finished pairs of all variations. Raises InputError if there is none."""
     found = []
     for variation in variations_of(output):
-        overrides = varied(variation)[0] if variation else None
-        if overrides is None or overrides.data is None:
+        overrides = varied(variation)[0] if variation else Overrides()
+        if overrides.data not in DATA:
             continue
         sizes = load_sizes(STAGE1, **overrides.sizes).model.vq_model
         rows: dict[int, dict[str, Result]] = {}
@@ -87,6 +87,8 @@ def pairs_of(output: Path) -> list[Pair]:
             place = sizes.image_size, sizes.patch_size, sizes.codebook_size
             needed, flat = patch_figures(output / "data" / overrides.data, *place)
             before, after = runs["bidirectional"].figures, runs["causal"].figures
+            if not before.keys() & after.keys() >= EFFECTS.keys():
+                continue  # of other data, or not looked into yet
             found.append(Pair(*place, seed, needed, flat, before, after))
     if not found:
         raise InputError(f"no finished pair in {output}: run experiments.alignment.ablation first")

@@ -216,7 +216,7 @@ VARIATIONS = {
 
 def varied(text: str) -> tuple[Overrides, tuple[str, ...]]:
     """Overrides of NAME=VALUE[,NAME=VALUE…] and the rows that they are tried on."""
-    overrides, rows = Overrides(), ()
+    overrides, rows, base = Overrides(), (), Overrides()
     for part in text.split(","):
         name, equals, value = part.partition("=")
         variation = VARIATIONS.get(name)
@@ -226,14 +226,18 @@ def varied(text: str) -> tuple[Overrides, tuple[str, ...]]:
                 f"separate several by commas"
             )
         try:
-            overrides += variation.overrides(value)
+            found = variation.overrides(value)
         except ValueError as e:
             tried = " or ".join(f"{name}={example}" for example in variation.examples)
             raise InputError(
                 f"--vary {part}: {variation.meaning}; pass a value such as {tried}"
             ) from e
         rows = rows or variation.rows
-    return overrides, rows
+        if name == "data":  # a data set's own options come before those that vary them
+            base = found
+        else:
+            overrides += found
+    return base + overrides, rows
 
 
 # ---------------------------------------------------------------------- a row as options of the programs

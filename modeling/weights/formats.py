@@ -90,8 +90,10 @@ def unwrap(content: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
         elif inserted:
             part = inserted[0]
             short = {name.replace(part, ""): tensor for name, tensor in content.items()}
-            if len(short) < len(content):  # two names become equal
-                raise no_tensors(source)
+            if len(short) < len(content):
+                raise InputError(
+                    f"{source} holds a tensor twice, with and without {part} in its name"
+                )
             content = short
         else:
             return content, removed

@@ -36,7 +36,7 @@ def find_weights(path: str | Path, kind: str) -> Path:
     a run's folder, of its newest checkpoint.
 
     Only the file to use is read, and compared with the hash in the checkpoint's manifest. If it is
-    damaged in a run's newest checkpoint, a line in the log says so and the previous checkpoint is used; a
+    missing or damaged in a run's newest checkpoint, a line in the log says so and the previous checkpoint is used; a
     damaged file of a checkpoint named by `path` is refused. Raises InputError if no file is left.
     """
     path = expanded(path)
@@ -56,7 +56,7 @@ def find_weights(path: str | Path, kind: str) -> Path:
         if file.is_file() and damage(file.parent, file.name) is None:
             return file
         if not named:
-            log.warning("%s was altered or cut short: trying the previous checkpoint", file)
+            log.warning("%s is missing or damaged: trying the previous checkpoint", file)
     raise damaged(path)
 
 

@@ -119,7 +119,8 @@ def test_non_finite_loss_stops_two_ranks_in_one_line(workspace, tmp_path):
 def test_compiled_training_is_the_same_training(workspace, ddp_run, fsdp, tmp_path, kind):
     launch = {"one": {}, "ddp": TWO, "fsdp": {**TWO, "env": fsdp}}[kind]
     halves = ["training.gradient_accumulation_steps=2"] * (kind == "one")
-    options = [*HALF, *halves, "training.compile=True"]
+    recompute = ["model.generator.use_checkpoint=True"] * (kind == "ddp")
+    options = [*HALF, *halves, *recompute, "training.compile=True"]
     workspace.train_ar(tmp_path / "run", *options, **launch)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(ddp_run), rtol=1e-5)
     weights = tmp_path / "run/generator.bin"
@@ -133,7 +134,6 @@ def test_compiled_training_in_bfloat16_stays_near_float32(workspace, ddp_run, tm
         "training.per_gpu_batch_size=4",
         "training.compile=True",
         "training.mixed_precision=bf16",
-        "model.generator.use_checkpoint=True",
     ]
     workspace.train_ar(tmp_path / "run", *HALF, *options)
     found, exact = losses(tmp_path / "run"), losses(ddp_run)

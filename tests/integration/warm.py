@@ -151,13 +151,13 @@ class Warm:
         """A run to its end, as `subprocess.run` returns it."""
         errors = self.folder / f"errors-{next(self.logs)}"
         run = self.start(program, *argv, errors=errors, **limits)
-        status = run.end(within=timeout)
+        status = run.end(within=timeout) or run.failed()
         return subprocess.CompletedProcess(argv, status, run.output(), errors.read_text())
 
     def __call__(self, program, *argv, **limits):
         """(exit status, output) of a run to its end."""
         run = self.start(program, *argv, **limits)
-        return run.end(), run.output()
+        return run.end() or run.failed(), run.output()
 
     def ok(self, program, *argv, **limits):
         status, output = self(program, *argv, **limits)
@@ -205,6 +205,10 @@ class Run:
             os.kill(pid, signal.SIGKILL)
         assert not late, f"not ended in {within} s: {self.output()[-3000:]}"
         return self.statuses[self.pids[0]]
+
+    def failed(self):
+        """The first exit status of an ended rank that is not 0; 0 without one."""
+        return next((status for status in self.statuses.values() if status), 0)
 
     def kill(self):
         """SIGKILL to all ranks; True where it came before the end of any."""

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -374,8 +375,11 @@ def test_images_are_encoded_in_float32(train, folder, tokenizer):
     assert StandIn.seen == torch.float32 and StandIn.exact
 
 
-def test_dry_run_lists_unreadable_images_outside_of_the_folder(cache, tmp_path, folder, tokenizer):
+def test_dry_run_counts_unreadable_images_and_leaves_nothing(
+    cache, tmp_path, folder, tokenizer, monkeypatch
+):
     (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = sorted(tmp_path.rglob("*"))
     train_ar.main([
         f"config={tmp_path}/tiny.yaml", f"experiment.output_dir={tmp_path}/run", "--dry-run",

@@ -94,6 +94,12 @@ def test_one_more_than_the_limit_is_refused_by_name_whoever_met_the_others(paths
     assert shown(skipping(paths, 3, report)[0, 8]) == 0
 
 
+def test_without_a_list_a_worker_counts_its_own(paths):
+    dataset = skipping(paths, 2, None)
+    assert shown(dataset[0, 3]) == shown(dataset[0, 3]) == 5  # 3 and 4, twice
+    refusal(lambda: dataset[0, 8], "dataset.params.skip_unreadable=2", paths[8], paths[3], paths[4])
+
+
 def test_without_a_limit_the_first_one_ends_it_and_the_option_is_named(paths, tmp_path):
     dataset = skipping(paths, 0, tmp_path / "skipped.txt")
     refusal(lambda: dataset[0, 3], paths[3], "dataset.params.skip_unreadable=N")

@@ -87,6 +87,7 @@ def test_every_variation_loads_for_its_rows(text):
 
 
 def test_lengths_are_scaled_and_sizes_follow():
+    assert varied("image_size=32,data=photographs") == varied("data=photographs,image_size=32")
     overrides, _ = varied("steps=0.5,patch_size=8")
     made = recipe(ROWS[0], overrides)
     stage1 = configs.load.load(TokenizerRun, [f"config={STAGE1}", *made.stage1])

@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from modeling.attention import attention
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
@@ -461,10 +462,12 @@ def test_training_pass_compiles_and_computes_the_same(recompute):
     model = small(causal=True)
     expected = loss_and_gradients(model, model)
     model.encoder.recompute = model.decoder.recompute = recompute
-    compiled = torch.compile(model, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
         found = loss_and_gradients(model, compiled)
     torch.testing.assert_close(found, expected)
+    assert counter.frame_count >= 2  # at least one before the codes are chosen and one after
 
 
 def test_recomputing_gives_the_same_gradients_from_fewer_kept_tensors():

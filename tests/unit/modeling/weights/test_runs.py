@@ -56,7 +56,7 @@ def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(run, caplog, dam
         )
     assert find_weights(run, "ema") == run / "checkpoints/step-00000003/ema.safetensors"
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == (damage != "gone") and all("altered or cut short" in line for line in said)
+    assert len(said) == (damage != "gone") and all("missing or damaged" in line for line in said)
 
 
 def test_damage_is_refused_where_no_other_is_meant_or_there(run):

@@ -273,7 +273,7 @@ def test_unwrapping_is_said_by_one_process_and_never_of_plain_files(tmp_path, ca
                 {"model": {1: torch.ones(2)}},
             )
         ),
-        ({"a.b": torch.ones(1), "a._orig_mod.b": torch.ones(1)}, "flat dict"),
+        ({"a.b": torch.ones(1), "a._orig_mod.b": torch.ones(1)}, "_orig_mod."),
         ({"model": NAMES, "ema": NAMES, "step": 3}, "model, ema"),
         ({"state_dict": NAMES, "model_ema": NAMES}, "state_dict, model_ema"),
         ({"state_dict": {**prefixed("model."), **prefixed("ema.")}}, "ema, model"),

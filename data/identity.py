@@ -30,8 +30,11 @@ def identity_of_images(paths: Sequence["ImagePath"]) -> dict[str, str]:
 
     They stay the same if all images are moved together.
     """
-    sizes = sizes_and_times(paths)[:, 0].tobytes()
-    return {"image names": hash_of_names(paths), "image sizes": short_hash(sizes)}
+    return {"image names": hash_of_names(paths), "image sizes": hash_of_sizes(paths)}
+
+
+def hash_of_sizes(paths: Sequence["ImagePath"]) -> str:
+    return short_hash(sizes_and_times(paths)[:, 0].tobytes())
 
 
 def hash_of_names(paths: Sequence["ImagePath"]) -> str:

@@ -5,9 +5,10 @@ view, L side of the source crop that views are cut from (pixels).
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.classes import describe_classes, first_names
-from data.identity import CHUNK, THREADS, hash_of_names, identity_of_images
+from data.identity import CHUNK, THREADS, hash_of_names, hash_of_sizes
 from data.labels import read_labels
 from data.order import EpochDraws
 from data.tars import is_tar
@@ -169,8 +170,9 @@ def identity_for_all(paths: Sequence[ImagePath]) -> dict[str, str]:
 
     Raises InputError on a process that lists other images, whose labels and order would be wrong.
     """
-    check_same({"image names": hash_of_names(paths)}, "other images")
-    return on_main(lambda: identity_of_images(paths))
+    names = {"image names": hash_of_names(paths)}
+    check_same(names, "other images")
+    return names | on_main(lambda: {"image sizes": hash_of_sizes(paths)})
 
 
 # ---------------------------------------------------------------------- crops
@@ -184,7 +186,7 @@ def source_crop(path: ImagePath, size: int, kind: str) -> Tensor:
     return to_uint8(center_crop(load_image(path), source_size(size, kind)))
 
 
-def views_of(source: Tensor, size: int, kind: str) -> list[Tensor]:
+def views_of(source: Tensor, size: int, kind: str) -> Iterator[Tensor]:
     """The views (…, S, S) of source crops (…, L, L), in the order of a token cache.
 
     center_flip: the centre crop and its mirror image. five_crop: four corners and centre of a centre
@@ -195,13 +197,15 @@ def views_of(source: Tensor, size: int, kind: str) -> list[Tensor]:
     corners = [(0, 0), (far, 0), (0, far), (far, far), (middle, middle)]  # (left, top)
     if kind == "center_flip":
         corners = corners[:1]
-    sources = [source] if kind == "five_crop" else [source, source.flip(-1)]
-    return [s[..., top : top + size, left : left + size] for s in sources for left, top in corners]
+    for mirrored in (False,) if kind == "five_crop" else (False, True):
+        shown = source.flip(-1) if mirrored else source
+        for left, top in corners:
+            yield shown[..., top : top + size, left : left + size]
 
 
 def cut_views(source: Tensor, size: int, kind: str) -> Tensor:
     """All views (B, V, 3, S, S) of source crops (B, 3, L, L)."""
-    return torch.stack(views_of(source, size, kind), 1)
+    return torch.stack([*views_of(source, size, kind)], 1)
 
 
 def random_crop(
@@ -262,7 +266,7 @@ class TrainViews(Dataset):
         view, dropped = self.draws.of(*key)
         path, label = self.samples[key[1]]
         views = views_of(source_crop(path, self.size, "ten_crop"), self.size, "ten_crop")
-        return views[view], self.no_class if dropped else label
+        return next(islice(views, view, None)), self.no_class if dropped else label
 
 
 class CenterImages(Dataset):

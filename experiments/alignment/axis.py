@@ -28,7 +28,7 @@ from runtime.files import write_whole
 from runtime.program import run
 
 PLATEAU = 1.0  # dB below patches of one colour: a pair with such a run is left out
-# Name of an effect -> (title, of the causal and of the bidirectional row's figure).
+# A figure of a run -> the effect's title, and how it compares the causal row with the bidirectional one.
 EFFECTS = {
     "fid_decoded": ("distance of generated crops to reconstructions, ln of the ratio", "ratio"),
     "top1": ("top-1, ln of the ratio", "ratio"),

@@ -115,14 +115,15 @@ def server():
 
 def execute(*args, check=True, env=None, timeout=1200, ranks=1, launcher=None):
     """Run a program to its end; its output comes back, and is shown where it fails. Without a
-    launcher, `server` starts the ranks of the usual programs; each launcher is met in a few tests."""
+    launcher, `server` starts the ranks of the usual programs; each launcher is met in a few tests.
+    One rank with variables of its own starts afresh, because imports may read them."""
     if args[0] in PROGRAMS and launcher is None and (ranks > 1 or not env):
         done = server().completed(*args, ranks=ranks, env=env, timeout=timeout)
     else:
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            command(*args, ranks=ranks, launcher=launcher or "plain"), cwd=ROOT, env={**variables, **(env or {})},
-            capture_output=True, text=True, timeout=timeout,
+            command(*args, ranks=ranks, launcher=launcher or "plain"), cwd=ROOT,
+            env={**variables, **(env or {})}, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
     if check and done.returncode:
         pytest.fail(f"{' '.join(map(str, args))} exited {done.returncode}:\n{done.stderr[-3000:]}")

@@ -93,6 +93,14 @@ def run(tmp_path, monkeypatch, random_networks):
         wrap(tokenizer_blocks, "attention", "attention")
         wrap(F, "mse_loss", "losses")
         wrap(train_tokenizer, "hinge_loss", "losses")
+        judge = train_tokenizer.TrainState.judge
+
+        def judged(*args):
+            logits = judge(*args)  # whose mean is the adversarial loss
+            seen("losses", logits)
+            return logits
+
+        monkeypatch.setattr(train_tokenizer.TrainState, "judge", judged)
         handle = register_module_forward_hook(after)
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()  # of the tests before in this process

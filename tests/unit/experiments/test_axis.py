@@ -48,7 +48,7 @@ def test_the_line_has_its_slope_and_error():
 
 
 def test_pairs_are_gathered_from_the_variations_of_photographs(tmp_path, monkeypatch):
-    """A seed that lacks a row is no pair; the ablation itself, on digits, has no place."""
+    """A seed that lacks a row is not a pair; the ablation itself, on digits, is not on the axis."""
     rows = {row.name: row for row in ROWS}
     names = ["", "data=photographs,image_size=32", "data=photographs,codebook_size=1024"]
 

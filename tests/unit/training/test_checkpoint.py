@@ -121,11 +121,8 @@ def test_what_cannot_be_removed_of_an_old_one_is_no_checkpoint(run_dir, monkeypa
         assert steps(run_dir) == [3, 4]
         assert checkpoint.damage(folder(run_dir, 4)) is None
         assert list((run_dir / "checkpoints").glob("step-00000001.*.partial"))
-        for step, left in (
-            (3, [3]),
-            (4, [3, 4]),
-            (5, [4, 5]),
-        ):  # goes back, and removes step 3 again
+        # The run goes back to step 3, and removes it a second time.
+        for step, left in ((3, [3]), (4, [3, 4]), (5, [4, 5])):
             save(run_dir, step, keep=2)
             assert steps(run_dir) == left
     save(run_dir, 6, keep=2)

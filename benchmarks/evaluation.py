@@ -60,10 +60,10 @@ def peak_mb(restart: bool = False) -> float:
     return int(line.split()[1]) / 2**10
 
 
-def open_random(name: str, device: torch.device, folder: Path) -> FeatureNetwork:
+def open_random(name: str, layers: int, device: torch.device, folder: Path) -> FeatureNetwork:
     """A feature network with random weights, which are as fast as the real ones."""
     if name == "dinov2":
-        write_random_dinov2(folder / DINOV2_FILE, layers=24)
+        write_random_dinov2(folder / DINOV2_FILE, layers=layers)
     else:
         write_random_inception(folder / INCEPTION_FILE)
     return open_network(name, device, folder)
@@ -73,7 +73,7 @@ def feature_rates(args: argparse.Namespace, processes: PartialState, folder: Pat
     """Print the rate of features from an .npz, and its share of the network's own."""
     device = processes.device
     assert device is not None  # accelerate's type hint allows it
-    features_of = open_random(args.features, device, folder)
+    features_of = open_random(args.features, args.layers, device, folder)
     shape = (args.images, args.size, args.size, 3)
     np.savez(
         folder / "images.npz", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -117,6 +117,7 @@ def distances(args: argparse.Namespace, device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--features", default="inception", choices=list(WIDTHS))
+    parser.add_argument("--layers", type=int, default=24, help="of DINOv2 (24)")
     parser.add_argument("--images", type=int, default=64, help="in the .npz (64); 0: none")
     parser.add_argument("--size", type=int, default=256, help="height and width in pixels (256)")
     parser.add_argument("--batch_size", type=int, default=64)

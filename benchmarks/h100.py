@@ -336,8 +336,8 @@ def evaluation_steps() -> list[Step]:
                 "evaluation", "--features", "dinov2", "--images", 1000, "--rounds", 2, "--manifold", 0
             ),
             module(
-                "evaluation", "--features", "dinov2", "--images", 2, "--batch_size", 2, "--rounds", 1,
-                "--manifold", 0,
+                "evaluation", "--features", "dinov2", "--layers", 1, "--images", 2, "--batch_size", 2,
+                "--rounds", 1, "--manifold", 0,
             ),
             read_dinov2,
         ),

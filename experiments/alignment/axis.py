@@ -2,7 +2,7 @@
 
 Gathers the pairs bidirectional/causal of every variation of OUTPUT by their place on the axis, the base-2 logarithm of (bits that
 a patch needs for 30 dB) / (bits of a code), and fits a line to the effect over the place. Writes OUTPUT/axis.json, axis.md and
-axis.png.
+axis.png. `--known axis.json` adds the pairs of an earlier call.
 """
 
 import json
@@ -95,6 +95,63 @@ def pairs_of(output: Path) -> list[Pair]:
     return sorted(found, key=lambda pair: (pair.place, pair.seed))
 
 
+def known_pairs(file: Path) -> list[Pair]:
+    """The pairs of an axis.json. Raises InputError if it is none."""
+    try:
+        return [Pair(**pair) for pair in json.loads(file.read_text())["pairs"]]
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise InputError(
+            f"--known {file}: pass an axis.json of experiments.alignment.axis ({e})"
+        ) from e
+
+
+def joined(found: list[Pair], known: list[Pair]) -> list[Pair]:
+    """Both, in the order of the axis. Raises InputError for a pair that is in both."""
+
+    def name(pair: Pair) -> tuple[int, int, int, int]:
+        return pair.image_size, pair.patch_size, pair.codebook_size, pair.seed
+
+    if twice := set(map(name, found)) & set(map(name, known)):
+        size, patch, codes, seed = twice.pop()
+        raise InputError(
+            f"--known has {size} px, {patch}x{patch}, {codes} codes, seed {seed} too: drop it there"
+        )
+    return sorted([*found, *known], key=lambda pair: (pair.place, pair.seed))
+
+
+def bits_at_equal_psnr(pairs: list[Pair]) -> tuple[float, float, float]:
+    """Bits per image that the causal row needs more at equal PSNR, and their 95 % interval.
+
+    Least squares over all runs of: bits per image, by the generator of the row, as a line over PSNR per patch size, and
+    a constant for the causal row. Raises InputError if the runs are too few for it.
+    """
+    patches_of = sorted({pair.patch_size for pair in pairs})
+    runs = [
+        (p.patch_size, row, figures)
+        for p in pairs
+        for row, figures in enumerate((p.before, p.after))
+    ]
+    lines = [
+        [
+            value
+            for size in patches_of
+            for value in (patch == size, (patch == size) * figures["psnr"])
+        ]
+        for patch, _, figures in runs
+    ]
+    design = np.array([[*line, row] for line, (_, row, _) in zip(lines, runs)], np.float64)
+    bits = np.array([figures["bits"] for *_, figures in runs])
+    free = len(runs) - design.shape[1]
+    if free < 1 or np.linalg.matrix_rank(design) < design.shape[1]:
+        raise InputError(
+            f"{len(pairs)} pairs: a line per patch needs at least two codebooks of each"
+        )
+    found, residuals, *_ = np.linalg.lstsq(design, bits)
+    variance = float(residuals[0]) / free * np.linalg.inv(design.T @ design)[-1, -1]
+    half = float(stats.t.ppf(0.975, free)) * math.sqrt(variance)
+    return float(found[-1]), float(found[-1]) - half, float(found[-1]) + half
+
+
 @dataclass(frozen=True)
 class Trend:
     """The line through the effects of all pairs, and their mean."""
@@ -182,15 +239,23 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m experiments.alignment.axis",
                     description="Fit the effect over the axis by codebook and patch.")  # fmt: skip
     parser.add_argument("output", type=as_path, help="the --output of the study")
-    output = parser.parse_args(argv).output
-    pairs = pairs_of(output)
+    parser.add_argument("--known", type=as_path, metavar="FILE",
+                        help="axis.json with pairs that were run elsewhere")  # fmt: skip
+    args = parser.parse_args(argv)
+    output = args.output
+    pairs = joined(pairs_of(output), known_pairs(args.known) if args.known else [])
     kept = [pair for pair in pairs if not pair.on_plateau]
     places = [pair.place for pair in kept]
     trends = {name: trend(places, [pair.effect(name) for pair in kept]) for name in EFFECTS}
-    text = f"{table(pairs)}\n\n{trend_table(trends)}\n"
+    more, low, high = bits_at_equal_psnr(kept)
+    text = (
+        f"{table(pairs)}\n\n{trend_table(trends)}\n\nbits per image of the causal row at equal PSNR: "
+        f"{more:+.1f} ({low:+.1f} to {high:+.1f})\n"
+    )
     content = {
         "pairs": [asdict(pair) for pair in pairs],
         "trends": {name: asdict(of) for name, of in trends.items()},
+        "bits at equal PSNR": {"mean": more, "low": low, "high": high},
     }
     write_whole(output / "axis.json", json.dumps(content, indent=1).encode())
     write_whole(output / "axis.md", text.encode())

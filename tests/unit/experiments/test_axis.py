@@ -1,11 +1,21 @@
 """The axis: places, effects, the plateau's rule and the line, from figures as the study writes them."""
 
+import json
 import math
+from dataclasses import asdict, replace
 
 import pytest
 
 from experiments.alignment import axis
-from experiments.alignment.axis import Pair, pairs_of, table, trend
+from experiments.alignment.axis import (
+    Pair,
+    bits_at_equal_psnr,
+    joined,
+    known_pairs,
+    pairs_of,
+    table,
+    trend,
+)
 from experiments.alignment.results import Result
 from experiments.alignment.rows import ROWS
 from tests.refusals import refusal
@@ -69,3 +79,30 @@ def test_pairs_are_gathered_from_the_variations_of_photographs(tmp_path, monkeyp
     assert found[0].place == 3 and found[0].before["psnr"] == 21.0
     monkeypatch.setattr(axis, "variations_of", lambda output: names[:1])
     refusal(lambda: pairs_of(tmp_path), tmp_path)
+
+
+def test_pairs_of_an_earlier_call_are_added_once(tmp_path):
+    file = tmp_path / "axis.json"
+    file.write_text(
+        json.dumps({"pairs": [asdict(pair(needed=64)), asdict(pair(needed=32, codes=16))]})
+    )
+    known = known_pairs(file)
+    assert joined([pair(codes=1024)], known) == [pair(codes=1024), known[0], known[1]]
+    refusal(lambda: joined([pair(codes=16)], known), "16 codes, seed 1")
+    file.write_text("[]")
+    refusal(lambda: known_pairs(file), file)
+    refusal(lambda: known_pairs(tmp_path / "none.json"), "none.json")
+
+
+def test_bits_at_equal_psnr_are_the_distance_of_two_lines():
+    """Per patch, 60 and 90 bits per dB; the causal row has 0.3 dB less, and 5 bits more at equal PSNR."""
+    pairs = []
+    for patch, slope in ((4, 60.0), (8, 90.0)):
+        for n, codes in enumerate((64, 256, 1024)):
+            psnr, noise = 20.0 + 0.2 * n, (0.5, -0.9, 0.4)[n]
+            before = {"psnr": psnr, "bits": slope * (psnr - 19) + noise}
+            after = {"psnr": psnr - 0.3, "bits": slope * (psnr - 0.3 - 19) + 5 - noise}
+            pairs.append(replace(pair(codes=codes), patch_size=patch, before=before, after=after))
+    more, low, high = bits_at_equal_psnr(pairs)
+    assert more == pytest.approx(5, abs=0.5) and low < 5 < high and high - low < 5
+    refusal(lambda: bits_at_equal_psnr(pairs[:1]), "1 pairs")

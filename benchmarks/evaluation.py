@@ -5,14 +5,17 @@ their ratio holds; then precision and recall, and the Fréchet distance, with th
 """
 
 import argparse
+import functools
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import timm
 import torch
 from accelerate import PartialState
 
@@ -66,7 +69,11 @@ def open_random(name: str, layers: int, device: torch.device, folder: Path) -> F
         write_random_dinov2(folder / DINOV2_FILE, layers=layers)
     else:
         write_random_inception(folder / INCEPTION_FILE)
-    return open_network(name, device, folder)
+    shallow = functools.partial(timm.create_model, depth=layers)
+    with mock.patch.object(
+        timm, "create_model", shallow
+    ):  # used by DINOv2 alone, whose depth is fixed
+        return open_network(name, device, folder)
 
 
 def feature_rates(args: argparse.Namespace, processes: PartialState, folder: Path) -> None:

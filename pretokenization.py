@@ -135,7 +135,8 @@ def image_folder(data_path: str, split: str | None) -> tuple[Path, str]:
     """The folder of classes or the tar and, if the program chose it, words for the log.
 
     Like the published program, this one reads DATA_PATH/train if it exists and no split is set, unless
-    `train` is itself a class: it holds images and has other classes beside it.
+    `train` is itself a class: it holds images and has other classes beside it. Raises InputError if it
+    also has other splits beside it.
     """
     root = Path(data_path)
     if split is not None:
@@ -147,8 +148,14 @@ def image_folder(data_path: str, split: str | None) -> tuple[Path, str]:
     train = root / "train"
     if not train.is_dir():
         return root, ""
-    beside = {e.name for e in os.scandir(root) if e.is_dir() and not is_hidden(e.name)} - SPLITS
-    if beside and any(is_image(e.name) and not is_hidden(e.name) for e in os.scandir(train)):
+    folders = {e.name for e in os.scandir(root) if e.is_dir() and not is_hidden(e.name)}
+    splits, classes = sorted(folders & SPLITS - {"train"}), sorted(folders - SPLITS)
+    if classes and any(is_image(e.name) and not is_hidden(e.name) for e in os.scandir(train)):
+        if splits:
+            raise InputError(
+                f"{root} holds images in train/ beside {splits[0]}/ and {classes[0]}/, so train may be a split or "
+                f"a class: pass --split train, or a folder of classes alone"
+            )
         return root, ""
     return train, f"--data_path {root} holds train/ and --split is not set: reading "
 

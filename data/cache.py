@@ -79,11 +79,7 @@ class TokenCache(ABC):
 
         Afterwards codes beyond `codebook_size` are refused even if the manifest does not state it.
         """
-        if self.views == 1 and self.tokens == 2 * tokens and self.manifest["tokenizer"] is None:
-            raise InputError(
-                f"{self.folder} holds (1, {self.tokens}) codes per image: a defect of the published "
-                f"program joins its two views; make the cache with pretokenization.py"
-            )
+        self.refuse_joined_views(tokens)
         for name, there, here in (
             ("codebook size", self.manifest["codebook_size"], codebook_size),
             ("codes per image", self.tokens, tokens),
@@ -96,6 +92,14 @@ class TokenCache(ABC):
                     f"pretokenize with this tokenizer or use its cache"
                 )
         self.codebook_size = codebook_size
+
+    def refuse_joined_views(self, tokens: int) -> None:
+        """Raise InputError if the published program's defect made one view of two with `tokens` codes."""
+        if self.views == 1 and self.tokens == 2 * tokens and self.manifest["tokenizer"] is None:
+            raise InputError(
+                f"{self.folder} holds (1, {self.tokens}) codes per image: a defect of the published "
+                f"program joins its two views; make the cache with pretokenization.py"
+            )
 
     def use_classes(self, classes: list[str]) -> None:
         """Replace labels by indices of the same names in `classes`.

@@ -11,6 +11,7 @@ and saves the result as TAR.index.npz in a folder of the caller, because the tar
 An index with another version, or of a tar that has changed since, is made anew.
 """
 
+import contextlib
 import os
 import re
 import tarfile
@@ -24,6 +25,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data.walk import is_hidden
 from runtime.errors import InputError
 from runtime.files import shared_file
 from runtime.processes import on_main
@@ -138,7 +140,9 @@ def open_tar(path: str | Path, index_folder: Path | None) -> Tar:
 
     def update() -> None:
         if read_index(index, stamp) is None:
-            write_index(index, list_members(path), stamp)
+            members = list_members(path)
+            with contextlib.suppress(InputError):  # the index only saves time
+                write_index(index, members, stamp)
 
     on_main(update)
     # A machine without access to the main process's folder lists the tar itself.
@@ -162,7 +166,9 @@ def list_members(path: Path) -> Members:
     """All members; inner tars are replaced by theirs. Raises InputError, as `walk` does."""
     found, inner = [], []
     for member in walk(path, 0, path.stat().st_size, str(path)):
-        (inner if member.name.lower().endswith(".tar") else found).append(member)
+        hidden = any(map(is_hidden, member.name.split("/")))  # as macOS adds ._NAME.tar
+        is_inner = member.name.lower().endswith(".tar") and not hidden
+        (inner if is_inner else found).append(member)
 
     def look_into(member: Member) -> list[Member]:
         where = f"{path}/{member.name}"

@@ -112,10 +112,16 @@ class WorkFolder:
         """Lock the folder until `release`, and check that its settings are the same."""
         self._lock = lock_folder(self.folder)
         with writing(self.folder):
-            remedy = "remove it, or choose another --cached_path"
-            check_settings(self.folder / "settings.json", self.settings, remedy)
+            settings, remedy = (
+                self.folder / "settings.json",
+                "remove it, or choose another --cached_path",
+            )
+            if not settings.exists():  # of no known settings
+                for folder in (self.parts.folder, self.store):
+                    shutil.rmtree(folder, ignore_errors=True)
+            check_settings(settings, self.settings, remedy)
             if self.plan.layout == "npz" and not self.store.exists():
-                shutil.rmtree(self.folder / "parts", ignore_errors=True)  # their files are gone
+                shutil.rmtree(self.parts.folder, ignore_errors=True)  # their files are gone
                 self.store.mkdir()
 
     def release(self) -> None:
@@ -149,7 +155,8 @@ class WorkFolder:
     def refuse_edited(self) -> None:
         """Raise InputError if images changed after they were encoded.
 
-        Parts with unreadable images that changed, so may have been repaired, are removed, to be made again.
+        Parts with unreadable images are removed, to be made again: the images may have been repaired, or
+        their file system may have failed for a moment.
         """
         indices, facts = self.finished()
         now = sizes_and_times([self.images.paths[i] for i in indices])
@@ -161,7 +168,7 @@ class WorkFolder:
                 f"({first_names([self.paths[i] for i in edited])}): restore them with their times "
                 f"(cp -p, rsync -t), or remove {self.folder} and start anew"
             )
-        for number in {i // (BATCHES_PER_PART * self.plan.batch_size) for i in indices[changed]}:
+        for number in {i // (BATCHES_PER_PART * self.plan.batch_size) for i in indices[~readable]}:
             self.parts.path(number).unlink()
 
     def describe_skipped(self, skipped: list[int]) -> str:
@@ -204,6 +211,8 @@ def encode_folder(
         "listing": hash_of_texts(paths),
     }
     check_same(settings, "other images or weights")
+    if cache.is_symlink():  # a folder cannot be renamed to a link, even if nothing is there yet
+        cache = cache.resolve()
     work = WorkFolder(images, plan, settings, cache)
     if on_main(work.is_complete):
         processes.print(f"{cache} is complete: {len(paths)} images are listed")

@@ -80,6 +80,7 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
     Raises InputError if the cache is another tokenizer's, is damaged, or has more or other classes.
     """
     opened = open_file(source.file, GENERATOR)
+    store.refuse_joined_views(GeneratorConfig().image_seq_len)  # no config has their length
     config = opened.config(GeneratorConfig(image_seq_len=store.tokens))
     store.check(config.codebook_size, config.image_seq_len, opened.about.tokenizer)
     if len(store.classes) > config.condition_num_classes:

@@ -117,9 +117,10 @@ def npz_keys(path: Path) -> list[str]:
         raise InputError(f"no {path}: pass an .npz, or a folder or tar of images")
     try:
         with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
+            names = archive.namelist()
     except (zipfile.BadZipFile, OSError) as e:
         raise damaged(path, e) from e
+    return [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
 
 
 def damaged(path: Path, error: Exception) -> InputError:
@@ -132,7 +133,7 @@ def npz_images(path: Path) -> ArrayImages:
     key = "arr_0" if "arr_0" in keys else keys[0] if len(keys) == 1 else None
     if key is None:
         raise InputError(
-            f"{path} holds no arr_0 of images but {', '.join(keys[:5])}: save the images as arr_0"
+            f"{path} holds no arr_0 of images ({', '.join(keys[:5]) or 'no arrays'}): save the images as arr_0"
         )
     try:
         return ArrayImages(str(path), map_npz(path, key))

@@ -154,6 +154,8 @@ class SampleFolder:
         chunk = chunk or self._earlier_chunk()
         if chunk is None:
             chunk = even_chunk(self.count, max(min(most, LARGEST_CHUNK), 1))
+        if not self.settings_file.exists():  # of no known settings
+            shutil.rmtree(self.output / "chunks", ignore_errors=True)
         check_settings(self.settings_file, {**self.settings(), "chunk": chunk}, REMEDY)
         return chunk, finished
 

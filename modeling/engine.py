@@ -41,7 +41,7 @@ from .sampling import (
     DRAWN,
     Sampling,
     check_labels,
-    check_prefix,
+    checked_prefix,
     draw_codes,
     guidance_schedule,
     guide,
@@ -417,8 +417,8 @@ class Engine:
         check_labels(labels, config.condition_num_classes)
         if prefix is None:
             prefix = torch.empty(B, 0, dtype=torch.int64, device=labels.device)
-        check_prefix(prefix, B, config)
-        given = prefix.new_full((self.batch, T), DRAWN, dtype=torch.int64)
+        prefix = checked_prefix(prefix, B, config)
+        given = prefix.new_full((self.batch, T), DRAWN)
         given[:B, : prefix.shape[1]] = prefix
         n = int((prefix != DRAWN).all(0).cumprod(0).sum()) if prefix.numel() else 0
         # Shapes are fixed: a smaller batch is padded with images of "no class".

@@ -126,8 +126,11 @@ def check_classes(lowest: int, highest: int, classes: int) -> None:
         )
 
 
-def check_prefix(prefix: Tensor, images: int, config: GeneratorConfig) -> None:
-    """Refuse given codes (images, n) that do not fit the model."""
+def checked_prefix(prefix: Tensor, images: int, config: GeneratorConfig) -> Tensor:
+    """Given codes (images, n) of any type of integers as int64. Raises InputError if they do not fit the model."""
+    if prefix.is_floating_point() or prefix.dtype is torch.bool:
+        raise InputError(f"a prefix of {prefix.dtype}: pass codes as integers")
+    prefix = prefix.to(torch.int64)
     count, n = prefix.shape
     if count != images:
         raise ValueError(f"prefixes of {count} images for {images} images")
@@ -140,6 +143,7 @@ def check_prefix(prefix: Tensor, images: int, config: GeneratorConfig) -> None:
         raise InputError(
             f"the prefix holds code {other}: this model has codes 0…{config.codebook_size - 1}"
         )
+    return prefix
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -199,8 +203,7 @@ class ReferenceEngine:
         """Labels (B,) and uniforms (B, T) -> codes (B, T), int64, as `engine.Engine.sample`."""
         labels, uniforms = labels.to(self.device), uniforms.to(self.device)
         if prefix is not None:
-            prefix = prefix.to(self.device)
-            check_prefix(prefix, len(labels), self.config)
+            prefix = checked_prefix(prefix.to(self.device), len(labels), self.config)
         reduced = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
         )

@@ -45,6 +45,13 @@ def test_a_class_named_train_is_no_split(tmp_path):
     assert image_folder(str(tmp_path), None) == (tmp_path, "")
 
 
+def test_train_that_may_be_a_split_or_a_class_is_refused(tmp_path):
+    for name in ("train", "val", "raw"):
+        image(tmp_path / name / "a.png")
+    refusal(lambda: image_folder(str(tmp_path), None), "beside val/ and raw/", "--split train")
+    assert image_folder(str(tmp_path), "train")[0] == tmp_path / "train"
+
+
 def test_images_right_in_train_are_not_taken_for_a_class(tmp_path):
     for name in ("train", "val"):
         image(tmp_path / name / "a.png")

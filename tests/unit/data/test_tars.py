@@ -188,9 +188,19 @@ def test_code_in_an_index_does_not_run(archive, tmp_path):
     assert not marker.exists()
 
 
-def test_index_that_cannot_be_written_is_one_line(archive, tmp_path):
+def test_an_index_that_cannot_be_written_is_done_without(archive, tmp_path):
     (tmp_path / "file").write_text("")
-    refusal(lambda: scan_images(archive, index_folder=tmp_path / "file"), tmp_path / "file")
+    found = scan_images(archive, index_folder=tmp_path / "file")
+    assert content(found) == content(scan_images(archive))
+
+
+def test_a_hidden_tar_in_a_tar_is_left_out(root, tmp_path):
+    """As macOS packs the attributes of a class's tar, ._n01.tar, beside it."""
+    archive = tar_of_tars(root, tmp_path / "train.tar")
+    expected = scan_images(archive).names
+    with tarfile.open(archive, "a") as tar:
+        add(tar, "._n01.tar", b"attributes")
+    assert scan_images(archive).names == expected
 
 
 def test_tar_that_changes_after_it_was_listed_is_refused(archive):

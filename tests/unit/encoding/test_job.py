@@ -14,6 +14,7 @@ from encoding import job
 from encoding.job import EncodingPlan, ReadableCrops, encode_folder, part_batches
 from modeling.tokenizer import Tokenizer
 from runtime import processes
+from runtime.errors import InputError
 from tests.refusals import refusal
 from tests.tiny import tiny_tokenizer
 
@@ -51,7 +52,7 @@ def encode(tmp_path):
         save(tmp_path / "photos" / name)
 
     def run(**options):
-        plan = EncodingPlan(16, "center_flip", batch_size=1, num_workers=0, **options)
+        plan = EncodingPlan(16, "center_flip", num_workers=0, **{"batch_size": 1, **options})
         listing = scan_images(tmp_path / "photos")
         encode_folder(listing, encoder, "hash", plan, tmp_path / "cache", PartialState(cpu=True))
         return json.loads((tmp_path / "cache/manifest.json").read_text())
@@ -119,6 +120,47 @@ def test_an_image_that_was_left_out_may_be_repaired_before_the_resume(
     save(tmp_path / "photos/cat/b.jpg", seconds=100)
     found = encode(skip_unreadable=1)
     assert (found["images"], found["skipped"]) == (2, ["d\udcff/c.jpg"])
+
+
+def test_an_image_that_failed_for_a_moment_is_read_again_on_the_resume(
+    encode, tmp_path, monkeypatch
+):
+    read = job.load_photo
+
+    def fail(path):
+        if str(path).endswith("b.jpg"):
+            raise InputError(f"cannot read {path}: Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(job, "load_photo", fail)
+    monkeypatch.setattr(job, "publish", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode(skip_unreadable=1)
+    monkeypatch.undo()
+    found = encode(skip_unreadable=1)
+    assert (found["images"], found["skipped"]) == (3, [])
+
+
+@pytest.mark.parametrize("layout", ["packed", "npz"])
+def test_parts_of_unknown_settings_are_made_again(encode, tmp_path, monkeypatch, layout):
+    monkeypatch.setattr(job, "publish", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode(layout=layout, batch_size=2)
+    monkeypatch.undo()
+    parts = tmp_path / "cache.partial/parts"
+    left = {part.name: part.stat().st_mtime_ns for part in parts.iterdir()}
+    (parts.parent / "settings.json").unlink()
+    monkeypatch.setattr(job, "publish", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode(layout=layout, batch_size=2)
+    assert all(left[part.name] < part.stat().st_mtime_ns for part in parts.iterdir())
+
+
+def test_a_link_to_a_place_that_is_not_there_yet_is_followed(encode, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "scratch/mine")
+    assert encode()["images"] == 3
+    assert (tmp_path / "scratch/mine/manifest.json").is_file()
 
 
 @pytest.mark.parametrize("layout", ["packed", "npz"])

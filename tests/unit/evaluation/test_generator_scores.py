@@ -235,6 +235,13 @@ def test_a_cache_that_is_one_view_short_is_refused(score, runs, tmp_path):
     refusal(call, "1.JPEG.npz", "(1, 21)")
 
 
+def test_a_published_cache_that_joins_its_views_is_refused_with_its_defect(score, runs, tmp_path):
+    (tmp_path / "files/class0").mkdir(parents=True)
+    np.savez(tmp_path / "files/class0/a.JPEG.npz", codes=np.zeros((1, 2 * 273), np.int64))
+    call = partial(score, "--generator", runs / "a/generator.bin", "--cache", tmp_path / "files")
+    refusal(call, "joins its two views")
+
+
 def test_files_that_are_no_generator_are_refused(score, runs, tmp_path):
     torch.save({"a": torch.zeros(3)}, tmp_path / "x.bin")
     (tmp_path / "empty").mkdir()

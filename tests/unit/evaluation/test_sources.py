@@ -131,7 +131,13 @@ def test_pickled_objects_are_never_loaded(tmp_path):
 
 def test_npz_of_other_things_is_named(tmp_path):
     np.savez(tmp_path / "a.npz", x=PIXELS, y=PIXELS)
-    refusal(lambda: open_images(tmp_path / "a.npz"), "no arr_0 of images but x, y")
+    refusal(lambda: open_images(tmp_path / "a.npz"), "no arr_0 of images (x, y)")
+
+
+def test_a_zip_without_arrays_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("samples.npz", b"")
+    refusal(lambda: open_images(tmp_path / "a.zip"), "a.zip holds no arr_0", "no arrays")
 
 
 def test_nothing_there_is_said(tmp_path):

@@ -110,6 +110,17 @@ def test_other_settings_are_refused(fill_folder):
     refusal(lambda: fill_folder(chunk=3, engine="reference"), "engine (auto there, reference now)")
 
 
+def test_chunks_of_unknown_settings_are_made_again(fill_folder, monkeypatch, tmp_path):
+    """The message of other settings invites to remove sampling.json, without which chunks say nothing."""
+    whole = fill_folder("whole", chunk=3, seed=6)
+    monkeypatch.setattr(module.SampleFolder, "_assemble", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fill_folder(chunk=3)
+    monkeypatch.undo()
+    (tmp_path / "a/sampling.json").unlink()
+    assert fill_folder(chunk=3, seed=6).images_file.read_bytes() == whole.images_file.read_bytes()
+
+
 def test_a_process_of_other_weights_or_settings_is_refused(fill_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "on_main", lambda work: {**work(), "generator": "other"})
     refusal(fill_folder, "generator (other on the main process")

@@ -450,6 +450,15 @@ def test_classes_that_had_no_image_are_warned_of(made, fill, tmp_path):
 def test_what_is_no_tensor_of_codes_is_refused_as_a_prefix(made):
     pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
     refusal(lambda: pipeline([2], prefix=[[1, 2]]), "list")
+    refusal(lambda: pipeline([2], prefix=torch.zeros(1, 2)), "torch.float32", "integers")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
+def test_codes_of_any_type_of_integers_are_a_prefix(made, dtype):
+    """Sampling writes uint16."""
+    pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
+    prefix = torch.tensor([[3, 1]])
+    assert torch.equal(pipeline([2], prefix=prefix.to(dtype)), pipeline([2], prefix=prefix))
 
 
 def test_several_photos_in_one_list_are_refused(made):

@@ -294,7 +294,13 @@ def build(schema: type[T], written: dict[str, Written]) -> T:
     for name, (value, place) in written.items():
         try:
             OmegaConf.update(config, name, meant(schema, name, value, place))
-        except (OmegaConfBaseException, RecursionError, ArithmeticError, TypeError) as e:
+        except (
+            OmegaConfBaseException,
+            RecursionError,
+            ArithmeticError,
+            TypeError,
+            ValueError,
+        ) as e:
             option, failed = option_at(schema, name), getattr(e, "full_key", name)
             if option is None or name.startswith(f"{failed}."):
                 raise unknown(e, name, place) from e
@@ -355,6 +361,8 @@ def unknown(error: Exception, name: str, place: str) -> InputError:
         hint = f"; there are {', '.join(names)}"
         if near:
             hint = f"; did you mean {section}{near[0]}?"
+    elif type(error) is ValueError:  # of a list without an index
+        hint = f"; did you mean {name.replace('.', '[0].', 1)}?"
     return InputError(f"{place}: there is no option {name}{hint}", name)
 
 

@@ -3,8 +3,10 @@
 Needs Pillow, so other modules of this package import it only when a photo is encoded.
 """
 
+import errno
 import io
 import os
+import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -20,6 +22,8 @@ T = TypeVar("T")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 # Larger ratios are refused: an image of 1 x 40,000 pixels, cropped to 512, would first fill 30 GB.
 MOST_ELONGATED = 500
+# Errors of a network's file system that may pass, and the seconds before each further try.
+PASSING, PAUSES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT), (1.0, 5.0, 15.0)
 TURNS = dict(enumerate([
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
@@ -65,21 +69,28 @@ def load_upright(photo: Photo | Image.Image) -> Image.Image:
 
 
 def read_image(path: Photo, read: Callable[[Image.Image], T]) -> T:
-    """`read(image)` of an opened image. Raises InputError if it is unreadable."""
-    try:
-        file = path if isinstance(path, (str, os.PathLike)) else io.BytesIO(path.read())
-        with Image.open(file, formats=FORMATS) as image:
-            if max(image.size) > MOST_ELONGATED * min(image.size):
-                raise ValueError(
-                    f"{image.width}x{image.height} pixels: one side is over {MOST_ELONGATED} times the other"
-                )
-            return read(image)
-    except UnidentifiedImageError as e:  # its text shows the file object
-        raise InputError(
-            f"unreadable image {path}: not in a supported format ({', '.join(FORMATS)}); repair or remove it"
-        ) from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"unreadable image {path}: {e}; repair or remove it") from e
+    """`read(image)` of an opened image. Raises InputError if it is unreadable.
+
+    A failure of the file system is followed by further tries, because a days-long run meets one that passes.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            file = path if isinstance(path, (str, os.PathLike)) else io.BytesIO(path.read())
+            with Image.open(file, formats=FORMATS) as image:
+                if max(image.size) > MOST_ELONGATED * min(image.size):
+                    raise ValueError(
+                        f"{image.width}x{image.height} pixels: one side is over {MOST_ELONGATED} times the other"
+                    )
+                return read(image)
+        except UnidentifiedImageError as e:  # its text shows the file object
+            raise InputError(
+                f"unreadable image {path}: not in a supported format ({', '.join(FORMATS)}); repair or remove it"
+            ) from e
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            if pause is None or getattr(e, "errno", None) not in PASSING:
+                raise InputError(f"unreadable image {path}: {e}; repair or remove it") from e
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,9 @@ def lock_folder(folder: Path) -> IO[str]:
         raise InputError(
             f"{folder} is in use by another run: wait for it, or use another folder"
         ) from e
-    except OSError:
-        pass  # a file system without locks
+    except OSError as e:
+        print(
+            f"warning: {folder} cannot be locked ({e.strerror}): run a single command there at a time",
+            file=sys.stderr,
+        )
     return file

@@ -38,8 +38,8 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
     try:
         main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
-    except SystemExit:
-        if reader_is_gone():
+    except SystemExit as e:
+        if not e.code and reader_is_gone():  # another status says more
             leave(READER_GONE)
         raise
     except Exception as e:

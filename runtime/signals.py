@@ -64,13 +64,17 @@ class StopSignal:
         self.rounds = 0
         listen(self.request)
 
+    def asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.request.at is not None
+
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; every rank gets the same answer."""
         if self.store is None:
-            return self.request.at is not None
+            return self.asked()
         self.rounds += 1
         answer = f"answer {self.rounds}"
-        if self.request.at is not None:
+        if self.asked():
             self.store.set("asked", "")
         # No rank is a round ahead, so the last call of a round completes a multiple of the world size.
         if self.store.add("calls", 1) == self.rounds * dist.get_world_size():

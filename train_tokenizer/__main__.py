@@ -577,7 +577,8 @@ def main(argv: list[str]) -> None:
         if state.codes.latents:
             state.tokenizer.quantize.before_update(state.codes.take_latents())
         norm = clip_gradients(accelerator, model, training.max_grad_norm)
-        run.watch(step, norm, optimizer)
+        adversarial = bool(phase.gan_weight)
+        run.watch(step, norm, optimizer, "critic " if train_critic else "", alternates=adversarial)
         set_learning_rate(optimizer, lr)
         optimizer.step()
         optimizer.zero_grad()
@@ -587,7 +588,10 @@ def main(argv: list[str]) -> None:
         # What is due: the log, a checkpoint and, after it, reports
         due = run.due(step)
         if due.log:
-            run.log_window(step, {"lr": lr, "phase": number, **state.codes.report(run)})
+            rates = {"lr": learning_rate(options, step, False)}
+            if adversarial:
+                rates["critic lr"] = learning_rate(options, step, True)
+            run.log_window(step, {**rates, "phase": number, **state.codes.report(run)})
         if due.save:
             run.save(step)
         if due.stop:

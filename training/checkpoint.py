@@ -293,6 +293,8 @@ def checkpoints_from(resume: str, run_dir: Path) -> list[Path]:
     Raises InputError if there are none, or if `run_dir` holds some of another origin or after the named one.
     """
     named, saved = Path(resume).resolve(), all_checkpoints(run_dir)
+    if named.name == "checkpoints":
+        named = named.parent  # the run's folder
     own = [path for path in saved if origin_of(path) == str(named)]
     if named.is_relative_to(run_dir.resolve()):
         later = [p for p in saved if is_checkpoint(named) and step_of(p) > step_of(named)]
@@ -316,6 +318,11 @@ def checkpoints_from(resume: str, run_dir: Path) -> list[Path]:
             f"experiment.resume={resume} is from the published trainer, whose optimizer state cannot "
             f"be resumed: set experiment.init_weights={resume} to start from its weights"
         )
+    if there == [named] and not is_checkpoint(named):
+        raise InputError(
+            f"experiment.resume={resume} is neither a run's folder nor a checkpoint: pass one of them; a copied "
+            f"checkpoint keeps its name (step-00001000)"
+        )
     return candidates
 
 
@@ -324,6 +331,11 @@ def load_state(path: Path) -> dict[str, Any]:
     file = path / "state.pt"
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError) as e:
+        raise InputError(
+            f"cannot read {file} ({e or type(e).__name__}): every machine must see the run's folder and have "
+            f"memory for it; then run the same command again"
+        ) from e
     except Exception as e:  # a forged pickle raises almost anything
         raise InputError(
             f"{file} is not a file of tensors and plain values: remove {path}, or set another "

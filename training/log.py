@@ -44,6 +44,11 @@ def wandb_id(folder: Path) -> str:
     return path.read_text().strip()
 
 
+def forget_wandb_id(folder: Path) -> None:
+    """Give a run that goes back to an earlier step a new page: wandb ignores steps before a page's last."""
+    (folder / "wandb_id").unlink(missing_ok=True)
+
+
 class RunLog:
     """Reports of one run by the main process; calls on other processes do nothing.
 
@@ -65,6 +70,7 @@ class RunLog:
         self.folder = Path(experiment.output_dir)
         self._earlier: set[tuple[float, frozenset[str]]] = set()
         self._tracks = True  # until wandb fails
+        self.asked_to_stop: Callable[[], bool] = lambda: False
         if accelerator.log_with and write:
             self._start_wandb(experiment, config)
         if self.write:
@@ -87,7 +93,7 @@ class RunLog:
                 experiment.project, config=config, init_kwargs={"wandb": init}
             )
         except Exception as e:  # wandb's errors share no base class
-            reason = str(e).strip().splitlines()[0]
+            reason = (str(e).strip() or repr(e)).splitlines()[0]
             raise InputError(
                 f"wandb did not start ({reason}); run `wandb login`, set WANDB_MODE=offline or "
                 f"training.enable_wandb=False"
@@ -108,9 +114,25 @@ class RunLog:
                     record = json.loads(line)
                     self._earlier.add((record.pop("step"), frozenset(record)))
 
+    @contextmanager
+    def _printing(self) -> Iterator[None]:
+        """Ignores errors of the terminal or pipe once the run is asked to stop: what ended them, such as Ctrl-C
+        in a pipeline, may have sent the signal, and the step must still be saved."""
+        try:
+            yield
+        except OSError:
+            if not self.asked_to_stop():
+                raise
+
     def say(self, text: str) -> None:
         if self.main:
-            tqdm.write(f"{time.strftime('%H:%M:%S')} {text}")
+            with self._printing():
+                tqdm.write(f"{time.strftime('%H:%M:%S')} {text}")
+
+    def advance(self) -> None:
+        """Move the progress bar by a step."""
+        with self._printing():
+            self.bar.update()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Print a record and add it to metrics.jsonl and wandb.
@@ -119,8 +141,6 @@ class RunLog:
         """
         if not self.main or (step, frozenset(values)) in self._earlier:
             return
-        line = " ".join(f"{k} {v:.4g}" for k, v in values.items())
-        self.say(f"step {step} {line}")
         if self.write:
             with writing(self.file.name):
                 self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -128,6 +148,8 @@ class RunLog:
                 # Durable before the checkpoints and marks that rely on it.
                 os.fsync(self.file.fileno())
             self._track(lambda: self.accelerator.log(values, step=step))
+        line = " ".join(f"{k} {v:.4g}" for k, v in values.items())
+        self.say(f"step {step} {line}")
 
     def lowest(self, name: str, since: int) -> float:
         """The lowest value of `name` from step `since` on; infinite if there is none."""
@@ -154,7 +176,8 @@ class RunLog:
 
     def close(self) -> None:
         """End the run's trackers and the progress bar."""
-        self.bar.close()
+        with self._printing():
+            self.bar.close()
         if self.write:
             self.file.close()
         self._tracks = True  # also what was queued before a failure

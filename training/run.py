@@ -30,7 +30,7 @@ from training.accelerator import numerics_of
 from training.checkpoint import Checkpoint, whole_tensors
 from training.dry_run import DryRun
 from training.initial import check_same_start
-from training.log import RunLog, Window, due
+from training.log import RunLog, Window, due, forget_wandb_id
 from training.optim import FiniteGuard
 from training.schedule import phase_steps
 from training.utilisation import peak_flops
@@ -148,7 +148,7 @@ class Run:
             starts = self._check_resume(starts)
             self.experiment = replace(self.experiment, **starts)
             self.options = options.changed(experiment=self.experiment)
-        self.checkpoint.values |= starts
+        self.checkpoint.values |= {**starts, "autocast": numerics_of(self.training).autocast}
 
     # -------------------------------------------------- set-up
     def settings(self, step: int) -> dict[str, Any]:
@@ -176,6 +176,16 @@ class Run:
             state.values["run"], self.settings(self.first_step - 1), str(source),
             state.forks, self.accelerator.num_processes,
         )  # fmt: skip
+        if state.forks and self.first_step > self.total_steps:
+            raise InputError(
+                f"{source} is at step {self.first_step - 1} of {self.total_steps}, so no step is left to train: "
+                f"set more steps, or experiment.init_weights={source} to start anew from its weights"
+            )
+        trained, now = state.values.get("autocast"), numerics_of(self.training).autocast
+        if "autocast" in state.values and trained != now:
+            state.warnings.append(
+                f"{source} was trained with autocast {trained}; this device continues with {now}"
+            )
         # A run of another kind records no stage 1; `Checkpoint.register_model` refuses it.
         recorded = {name: state.values.get(name) for name in starts}
         for name, given in starts.items():
@@ -203,10 +213,14 @@ class Run:
         if self.dry_run is None:
             self.checkpoint.open(self.options)
         self.loader_iterator = iter(loader)  # its workers start to read and list unreadable images
+        if self.checkpoint.forks and self.dry_run is None and accelerator.is_main_process:
+            forget_wandb_id(self.folder)
         self.log = RunLog(
             accelerator, self.experiment, asdict(self.options), self.first_step,
             self.total_steps, write=self.dry_run is None,
         )  # fmt: skip
+        if self.dry_run is None:
+            self.log.asked_to_stop = self.stop.asked
         for warning in self.checkpoint.warnings:
             self.log.say(f"warning: {warning}")
         self.window.reset()
@@ -253,15 +267,23 @@ class Run:
         self.window.images += self.batch
         return batch
 
-    def watch(self, step: int, norm: Tensor, optimizer: Any) -> None:
-        """Guard the weights against a non-finite step; `optimizer` is the prepared one."""
+    def watch(
+        self, step: int, norm: Tensor, optimizer: Any, model: str = "", alternates: bool = False
+    ) -> None:
+        """Guard the weights against a non-finite step; `optimizer` is the prepared one.
+
+        `model` begins the norm's name in the log. If steps alternate between two models, the norm of the step
+        before a due one, which trains the other model, is logged too.
+        """
         self.guard.watch(step, norm, optimizer.optimizer, self._terms())
-        if due(step, self.experiment.log_grad_norm_every):
-            self.window.add(**{GRAD_NORM: norm})
+        every = self.experiment.log_grad_norm_every
+        if due(step, every) or (alternates and due(step + 1, every)):
+            self.window.add(**{model + GRAD_NORM: norm})
 
     def _terms(self) -> dict[str, Tensor]:
         """The sums in the log window of a micro-batch's values, which the guard watches too."""
-        return {name: value for name, value in self.window.sums.items() if name != GRAD_NORM}
+        sums = self.window.sums.items()
+        return {name: value for name, value in sums if not name.endswith(GRAD_NORM)}
 
     def due(self, step: int) -> Due:
         """What is due after this step, the same on every rank.
@@ -271,7 +293,7 @@ class Run:
         """
         if self.dry_run is not None:
             return Due()
-        self.log.bar.update()
+        self.log.advance()
         found = self.scheduled(step, self.stop.agreed())
         if found:
             self.guard.raise_if_bad(self._terms())

@@ -737,6 +737,7 @@ def test_two_ranks_train_the_adversarial_phase_as_one(workspace, train, tmp_path
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3)
     for r in records(tmp_path / "two"):
         assert "lr" not in r or ("critic" in r) == (r["step"] in (3, 5))
+        assert "lr" not in r or ("critic lr" in r) == (r["step"] > 1)
 
 
 def test_benchmark_reports_every_mode_and_part(monkeypatch, capsys):

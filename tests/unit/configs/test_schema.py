@@ -359,6 +359,11 @@ def test_misspelt_option_of_a_phase_is_answered_with_the_nearest(tmp_path):
     assert "no option phases[1].lpips_wieght; did you mean phases[1].lpips_weight?" in message
 
 
+def test_an_option_of_a_phase_without_its_number_is_refused():
+    message = refusal(TokenizerRun, "config=configs/tokenizer_stage1.yaml", "phases.steps=3")
+    assert message.endswith("no option phases.steps; did you mean phases[0].steps?")
+
+
 # ---------------------------------------------------------------------- values
 @pytest.mark.parametrize("schema", [GeneratorRun, TokenizerRun])
 def test_help_lists_all_options_with_their_defaults(schema, capsys):

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import io
 import os
@@ -552,3 +553,21 @@ def test_a_photo_to_look_at_stands_upright_and_a_cache_ignores_its_rotation(tmp_
 def test_damaged_exif_makes_no_image_unreadable(tmp_path):
     noise(40, 30).save(tmp_path / "a.png", exif=b"Exif\0\0not a TIFF")
     assert load_photo(tmp_path / "a.png")[1] is None
+
+
+def test_an_error_that_passes_does_not_make_an_image_unreadable(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    original, left = Image.open, [OSError(errno.EIO, "I/O error"), OSError(errno.ESTALE, "stale")]
+
+    def failing(*args, **options):
+        if left:
+            raise left.pop()
+        return original(*args, **options)
+
+    monkeypatch.setattr("modeling.photos.PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(Image, "open", failing)
+    assert load_image(tmp_path / "a.png").size == (4, 4)
+    left += [OSError(errno.EIO, "I/O error")] * 3
+    refusal(lambda: load_image(tmp_path / "a.png"), "I/O error")
+    left.append(OSError(errno.EACCES, "denied"))  # does not pass: not tried again
+    refusal(lambda: load_image(tmp_path / "a.png"), "denied")

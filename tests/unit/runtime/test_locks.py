@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import multiprocessing
 import time
 
@@ -22,3 +24,12 @@ def test_a_folder_is_locked_by_the_living_and_free_after_the_dead(tmp_path):
     holder.kill()
     holder.join()
     lock_folder(tmp_path / "run").close()
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def without(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", without)
+    lock_folder(tmp_path / "run").close()
+    assert "run cannot be locked (No locks available)" in capsys.readouterr().err

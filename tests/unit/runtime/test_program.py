@@ -53,6 +53,16 @@ def test_a_full_output_is_called_by_its_name(program):
     assert program("print('x', file=sys.stderr, flush=True)", "2> /dev/full")[0] == 2
 
 
+def test_a_status_of_its_own_counts_more_than_a_reader_that_is_gone(program, tmp_path):
+    program("import time; time.sleep(1); raise SystemExit(75)", "--dry")  # writes the program
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.wait(60) == 75
+
+
 def test_a_file_shows_every_line_at_once_also_of_a_killed_program(program, tmp_path):
     program("print('a line'); os.kill(os.getpid(), 9)", f"> {tmp_path}/log")
     assert (tmp_path / "log").read_text() == "a line\n"

@@ -245,6 +245,7 @@ def test_going_back_does_not_replace_later_checkpoints(run_dir):
         ((), "empty", "empty"),
         ((2,), "run/checkpoints/step-00000002", "step-00000002"),  # takes no other one
         ((1, 2, 3), True, "run"),
+        ((), "copied", "keeps its name"),
     ],
 )
 def test_what_cannot_be_resumed_is_named(run_dir, monkeypatch, damaged, resume, named):
@@ -255,8 +256,21 @@ def test_what_cannot_be_resumed_is_named(run_dir, monkeypatch, damaged, resume, 
         manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
     for step in damaged or ():
         altered(folder(run_dir, step) / "state.pt")
-    output = Path("new") if "checkpoints" in str(resume) else run_dir
+    shutil.copytree(folder(run_dir, 2), "copied")
+    output = Path("new") if resume == "copied" or "checkpoints" in str(resume) else run_dir
     refusal(lambda: checkpoint.choose(output, resume), named)
+
+
+def test_the_folder_of_a_runs_checkpoints_stands_for_the_run(run_dir, tmp_path):
+    found, _ = checkpoint.choose(tmp_path / "new", str(run_dir / "checkpoints"))
+    assert found == folder(run_dir, 3)
+
+
+def test_a_state_that_cannot_be_read_is_not_called_damaged(run_dir):
+    path = folder(run_dir, 3)
+    (path / "state.pt").unlink()  # as on a machine that does not see the folder
+    said = refusal(lambda: checkpoint.load_state(path), "cannot read", "every machine")
+    assert "remove" not in said
 
 
 # ---------------------------------------------------------------------- untrusted files

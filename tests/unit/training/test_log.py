@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from configs.schema import Experiment
-from training.log import RunLog, Window, due
+from training.log import RunLog, Window, due, forget_wandb_id, wandb_id
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,23 @@ def test_metrics_are_one_record_a_call_and_on_disk_at_once(open_log, tmp_path):
         {"step": 1, "loss": 2.5, "lr": 1e-4},
         {"step": 1, "val/loss": 3.0},
     ]
+
+
+def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving_when_it_is_asked_to_stop(
+    open_log, tmp_path, monkeypatch
+):
+    """Ctrl-C in `… | tee log` ends tee too."""
+    log = open_log()
+
+    def gone(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("training.log.tqdm.write", gone)
+    with pytest.raises(BrokenPipeError):
+        log.say("a line")
+    log.asked_to_stop = lambda: True
+    log.metrics(1, {"loss": 2.0})
+    assert records(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
 def write_steps(log, steps):
@@ -232,6 +249,8 @@ def test_all_starts_of_a_run_have_one_page_at_wandb(accelerator, tmp_path, monke
     first, second, other = (start["wandb"] for start in starts)
     assert first["id"] == second["id"] != other["id"] and first["resume"] == "allow"
     assert first["id"] == (tmp_path / "run/wandb_id").read_text()
+    forget_wandb_id(tmp_path / "run")
+    assert wandb_id(tmp_path / "run") != first["id"]
 
 
 @pytest.mark.parametrize("broken", ["log", "log_images", "finish"])

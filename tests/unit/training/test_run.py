@@ -1,7 +1,9 @@
 """The state of a run: what registers with its checkpoint is saved, restored, and compared."""
 
 import shutil
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +216,34 @@ def test_a_run_resumes_with_its_settings_and_a_fork_is_told_what_differs(
     fork = run_of(accelerator, tmp_path / "new", str(tmp_path / "run"), **now)
     (warning,) = fork.checkpoint.warnings
     assert "with other options" in warning and fork.first_step == 31
+
+
+def test_a_fork_without_steps_left_is_refused(accelerator, tmp_path):
+    save_run(run_of(accelerator, tmp_path / "run", phases=PHASES), 31)
+    assert run_of(accelerator, tmp_path / "run", phases=PHASES).first_step == 32  # exports again
+    fork = partial(run_of, accelerator, tmp_path / "new", str(tmp_path / "run"))
+    refusal(lambda: fork(phases=PHASES), "step 31 of 31", "init_weights")
+    assert fork(phases=[*PHASES, Phase("d", 5)]).first_step == 32
+
+
+def test_another_precision_of_the_device_is_warned_of(accelerator, tmp_path):
+    run = run_of(accelerator, tmp_path, phases=PHASES)
+    run.checkpoint.values["autocast"] = "bf16"
+    save_run(run, 1)
+    (warning,) = run_of(accelerator, tmp_path, phases=PHASES).checkpoint.warnings
+    assert "was trained with autocast bf16" in warning
+
+
+def test_norms_of_both_models_of_alternating_steps_are_logged(accelerator, tmp_path):
+    run = run_of(accelerator, tmp_path, phases=PHASES)
+    run.experiment = replace(run.experiment, log_grad_norm_every=4)
+    run.guard = SimpleNamespace(watch=lambda *_: None)
+    prepared = SimpleNamespace(optimizer=None)
+    for step in range(1, 5):
+        model = "" if step % 2 else "critic "
+        run.watch(step, torch.tensor(float(step)), prepared, model, alternates=True)
+    assert run.window.sums == {"grad_norm": 3.0, "critic grad_norm": 4.0}
+    assert run._terms() == {}
 
 
 @pytest.mark.parametrize("step, names", [(0, ""), (1, "a"), (10, "a"), (11, "ab"), (30, "ab")])

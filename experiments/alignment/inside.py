@@ -30,7 +30,7 @@ from configs.sizes import tokenizer_sizes
 from data.images import ImagePath, scan_images
 from data.tokens import open_tokens
 from evaluation.generator_scores import find_source, open_generator, plot_positions
-from evaluation.likelihood import Likelihood, Share, measure_likelihood
+from evaluation.likelihood import Likelihood, Share, likelihood_sums
 from experiments.alignment import figures
 from experiments.alignment.dependence import (
     BATCH,
@@ -234,7 +234,8 @@ def generator_loss(row: Row, tokenizer: Tokenizer) -> Likelihood | None:
     )  # fmt: skip
     generator = open_generator(find_source(row.generator), store)
     device = tokenizer.latent_tokens.device
-    return measure_likelihood(generator.to(device), store, Share(BATCH)).reduced()
+    sums = likelihood_sums(generator.to(device), store, Share(BATCH))
+    return Likelihood(sums.cpu(), store.images * store.views)
 
 
 def table(results: list[dict[str, Any]]) -> str:

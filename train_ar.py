@@ -31,12 +31,14 @@ from data.images import (
     scan_images,
     to_float,
 )
+from data.order import EpochDraws
 from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
 from data.tokens import TokenCache, TrainTokens, open_tokens
 from data.tree import describe_left_out, refuse_inside
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
-from evaluation.likelihood import Likelihood, Share, measure_likelihood
+from evaluation.likelihood import Likelihood, Share, likelihood_sums
+from evaluation.metrics import summed
 from generation.job import in_options
 from modeling.compiling import compile_training
 from modeling.generator import Generator, build_generator
@@ -179,26 +181,26 @@ def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
     files = store.manifest.get("files", [])  # none in the published layout
     check_same({"codes": hash_of_texts(file["sha256"] for file in files)}, "another cache")
     return TrainingSet(
-        str(store.folder), TrainTokens(store, *draws_of(options)), store.images, store.views,
-        store.labels, store.classes, skip_unreadable=None, identity=on_main(store.identity),
+        str(store.folder), TrainTokens(store, draws_of(options, store.images, store.views)),
+        store.images, store.views, store.labels, store.classes, skip_unreadable=None, identity=on_main(store.identity),
     )  # fmt: skip
 
 
 def train_on_images(listing: ImageListing, options: GeneratorRun) -> TrainingSet:
     """The ten crops of the images of a folder or tar."""
-    dataset = TrainViews(listing.samples, options.model.vq_model.image_size, *draws_of(options))
-    labels = np.array([label for _, label in listing.samples])
+    paths, labels, views = listing.paths, listing.labels, VIEWS["ten_crop"]
+    draws = draws_of(options, len(paths), views)
     return TrainingSet(
-        str(listing.root), dataset, len(labels), VIEWS["ten_crop"], labels, listing.classes,
+        str(listing.root), TrainViews(paths, labels, options.model.vq_model.image_size, draws),
+        len(paths), views, labels, listing.classes,
         options.dataset.params.skip_unreadable, identity_for_all(listing.paths),
         describe_left_out(listing.left_out),
     )  # fmt: skip
 
 
-def draws_of(options: GeneratorRun) -> tuple[int, float, int]:
-    """Seed, share of dropped labels and the label that replaces them."""
-    config = options.model.generator
-    return options.training.seed, config.class_label_dropout, config.no_class
+def draws_of(options: GeneratorRun, images: int, views: int) -> EpochDraws:
+    config, seed = options.model.generator, options.training.seed
+    return EpochDraws(images, views, seed, config.class_label_dropout, config.no_class)
 
 
 def open_tokenizer(options: GeneratorRun) -> Optional[Opened]:
@@ -372,11 +374,10 @@ def report_validation(
     run: Run, step: int, generator: Generator, store: TokenCache, about: About
 ) -> None:
     """Log the loss of held-out codes, and export the weights with the lowest one."""
-    found = run.attempt(
-        "validation", lambda: validate(run, generator, store), lambda share: share.reduced()
-    )
-    if found is None:
+    sums = run.attempt("validation", lambda: validate(run, generator, store), summed)
+    if sums is None:
         return
+    found = Likelihood(sums.cpu(), store.images * store.views)
     figures, values = found.figures(), run.checkpoint.values
     logged = on_main(lambda: run.log.lowest("val/loss", values.get("best since", 1)))
     if figures["nats"] < min(values.get("best", float("inf")), logged):
@@ -418,11 +419,11 @@ def report_samples(run: Run, step: int, generator: Generator, data: GeneratorDat
             run.log.metrics(step, {f"val/{name}": value for name, value in values.items()})
 
 
-def validate(run: Run, model: nn.Module, store: TokenCache) -> Likelihood:
+def validate(run: Run, model: nn.Module, store: TokenCache) -> Tensor:
     """This rank's share of the likelihood of the held-out views, in the precision of training."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     with run.accelerator.autocast():
-        return measure_likelihood(model, store, Share(run.training.per_gpu_batch_size, rank, world))
+        return likelihood_sums(model, store, Share(run.training.per_gpu_batch_size, rank, world))
 
 
 @torch.no_grad()

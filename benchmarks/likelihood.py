@@ -21,7 +21,8 @@ from benchmarks.generator_training import SMALL
 from benchmarks.sampling import SIZES
 from data.tokens import TokenStore
 from data.writer import write_packed_store
-from evaluation.likelihood import Share, measure_likelihood
+from evaluation.likelihood import Share, likelihood_sums
+from evaluation.metrics import summed
 from modeling.compiling import compile_blocks
 from modeling.generator import Generator, GeneratorConfig
 
@@ -71,7 +72,7 @@ def main() -> None:
 
         def score() -> None:
             share = Share(args.batch_size, workers=args.num_workers, compiled=cuda)
-            measure_likelihood(model, store, share).reduced()
+            summed(likelihood_sums(model, store, share)).cpu()
 
         def bare() -> None:
             forward(model, codes, labels, args.batches)

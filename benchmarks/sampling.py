@@ -39,7 +39,6 @@ from modeling.sampling import (
     ENGINES,
     Sampling,
     draw_codes,
-    guidance_schedule,
     guide,
     sample_codes,
 )
@@ -72,7 +71,7 @@ class GrownCache(KVCache):
 @torch.inference_mode()
 def plain_codes(model: Generator, sampling: Sampling, labels: Tensor, uniforms: Tensor) -> Tensor:
     config = model.config
-    scales = guidance_schedule(sampling.guidance_scale, sampling.guidance_scale_pow, 273)
+    scales = sampling.scales(273)
     labels = torch.cat([labels, torch.full_like(labels, config.no_class)])
     cache, codes = GrownCache(config.num_hidden_layers), []
     rows = config.condition_rows(labels)

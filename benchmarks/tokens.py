@@ -25,6 +25,7 @@ from benchmarks.common import machine
 from data.cache import write_manifest
 from data.images import VIEWS
 from data.npz import NpzStore, write_npz_files
+from data.order import EpochDraws
 from data.tokens import TokenStore, TrainTokens
 from data.writer import IMAGES_PER_SHARD, write_packed_store
 from encoding.encoder import encode
@@ -77,7 +78,8 @@ def stores(folder: Path, images: int) -> None:
             started = time.perf_counter()
             store = kind(path)
             opening[name].append(time.perf_counter() - started)
-            samples = TrainTokens(store, 0, 0.1, 1000)
+            draws = EpochDraws(store.images, store.views, 0, 0.1, 1000)
+            samples = TrainTokens(store, draws)
             samples[turn, 0]  # the epoch's draw
             order = np.random.default_rng(turn).permutation(images).tolist()
             took = seconds(lambda s=samples, o=order, t=turn: [s[t, i] for i in o])
@@ -111,7 +113,8 @@ def imagenet_open(folder: Path) -> None:
     write_manifest(folder, {**shape, **about})
     took = [seconds(lambda: TokenStore(folder).codes(IMAGENET - 1, 9)) for _ in range(TURNS)]
     print(f"{IMAGENET} images: {1e3 * median(took):.1f} ms to open and read one sample")
-    samples = TrainTokens(TokenStore(folder), 0, 0.1, 1000)
+    draws = EpochDraws(IMAGENET, CODES[0], 0, 0.1, 1000)
+    samples = TrainTokens(TokenStore(folder), draws)
     print(f"  {1e3 * seconds(lambda: samples[0, 0]):.1f} ms to draw the views of an epoch")
 
 

@@ -57,7 +57,7 @@ DRY_RUN = (
 
 def used_by(option: Declared, program: str) -> bool:
     """Whether a program uses an option; the empty name stands for any."""
-    return not program or program.startswith(option.notes.get("only", ""))
+    return not program or program.startswith(option.rule.only)
 
 
 def options_of(schema: type, program: str = "") -> list[Declared]:
@@ -87,7 +87,7 @@ def values_of(option: Declared) -> str:
     kind, rule = type_name(option.kind), option.rule
     if rule.choices:
         kind = "choice"
-    elif rule.notes.get("path"):
+    elif rule.path:
         kind = kind.replace("text", "path")
     if option.optional or rule.null is not TYPED:
         kind += " or null"

@@ -139,7 +139,7 @@ def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def lasting(options: Any) -> dict[str, Any]:
     """The options that must be the same when a run resumes, by their names."""
-    kept = {n for n, option in declared(type(options)).items() if not option.notes.get("resumes")}
+    kept = {n for n, option in declared(type(options)).items() if not option.rule.resumes}
     flat = flatten(asdict(options))
     return {name: flat[name] for name in flat if re.sub(r"\[\d+\]", "[i]", name) in kept}
 
@@ -282,7 +282,7 @@ def refuse_unused(schema: type, name: str, program: str) -> None:
     """Refuse an option of the command line that the program would ignore."""
     option = option_at(schema, name)
     if option is not None and not used_by(option, program):
-        instead = option.notes.get("instead")
+        instead = option.rule.instead
         remedy = f"set {instead}" if instead else "leave it out"
         raise InputError(f"{program} does not use {name}: {remedy}", name)
 
@@ -332,7 +332,7 @@ def meant(schema: type, name: str, value: Any, place: str) -> Any:
             return FLAGS[lower]
         if lower in rule.choices:
             return lower
-        if rule.notes.get("path") and value.startswith("~"):
+        if rule.path and value.startswith("~"):
             return str(home(value, name, f" ({place})"))
     if get_origin(kind) is list and isinstance(value, (int, str)):
         return [value]

@@ -7,7 +7,6 @@ view, L side of the source crop that views are cut from (pixels).
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -40,21 +39,18 @@ class ImageListing:
     """The images of a folder or tar, from `scan_images`."""
 
     root: Path
-    samples: list[tuple[ImagePath, int]]  # (path, label), by class, then by path
-    names: list[str]  # CLASS/FILE of every sample, its name in a cache
+    paths: list[ImagePath]  # by class, then by path
+    labels: np.ndarray  # (N,), int64
+    names: list[str]  # CLASS/FILE of every image, its name in a cache
     classes: list[str]  # sorted; a label is an index into them
     left_out: dict[str, int]  # numbers of other files, by suffix, and of hidden ones
     flat: bool = False  # whether the images lie in no folders, which makes them one class
-
-    @cached_property
-    def paths(self) -> list[ImagePath]:
-        return [path for path, _ in self.samples]
 
     def describe(self, configured: int | None = None) -> str:
         """For a program's header: numbers of images and classes, first names, files left out."""
         classes = describe_classes(self.classes, configured)
         classes = f"no class folders: one class ({ONE_CLASS})" if self.flat else classes
-        return f"{len(self.samples)} images, {classes}{describe_left_out(self.left_out)}"
+        return f"{len(self.paths)} images, {classes}{describe_left_out(self.left_out)}"
 
 
 def scan_images(
@@ -90,9 +86,12 @@ def scan_images(
     images.sort(key=lambda image: (class_of[image], *os.path.split(image)))
     classes = sorted(set(class_of.values()))
     ranks = {name: label for label, name in enumerate(classes)}
-    samples = [(tree.path_of(image), ranks[class_of[image]]) for image in images]
+    labels_of = np.array([ranks[class_of[image]] for image in images])
     names = images if in_folders else [os.path.join(class_of[image], image) for image in images]
-    return ImageListing(tree.root, samples, names, classes, dict(tree.count_others()), flat)
+    return ImageListing(
+        tree.root, [*map(tree.path_of, images)], labels_of, names, classes,
+        dict(tree.count_others()), flat,
+    )  # fmt: skip
 
 
 def check_class_folders(tree: FileTree, images: list[str], at_top: list[str]) -> None:
@@ -214,9 +213,8 @@ def random_crop(
     """Augmentation: resize the shorter side to `resize` (bilinear), crop and mirror at random."""
     shorter = min(image.size)
     if shorter != resize:
-        resized = [
-            int(resize * side / shorter) for side in image.size
-        ]  # truncated, as in torchvision
+        # Truncated, as in torchvision.
+        resized = [int(resize * side / shorter) for side in image.size]
         image = image.resize((resized[0], resized[1]), Image.Resampling.BILINEAR)
     left = int(rng.integers(image.width - size + 1))
     top = int(rng.integers(image.height - size + 1))
@@ -248,25 +246,14 @@ class TrainViews(Dataset):
     """
 
     def __init__(
-        self,
-        samples: Sequence[tuple[ImagePath, int]],
-        size: int,
-        seed: int,
-        class_dropout: float,
-        no_class: int,
+        self, paths: Sequence[ImagePath], labels: np.ndarray, size: int, draws: EpochDraws
     ):
-        self.samples, self.size, self.no_class = samples, size, no_class
-        self.draws = EpochDraws(len(samples), VIEWS["ten_crop"], seed, class_dropout)
-
-    @property
-    def paths(self) -> list[ImagePath]:
-        return [path for path, _ in self.samples]
+        self.paths, self.labels, self.size, self.draws = paths, labels, size, draws
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        view, dropped = self.draws.of(*key)
-        path, label = self.samples[key[1]]
-        views = views_of(source_crop(path, self.size, "ten_crop"), self.size, "ten_crop")
-        return next(islice(views, view, None)), self.no_class if dropped else label
+        view, label = self.draws.of(*key, self.labels)
+        source = source_crop(self.paths[key[1]], self.size, "ten_crop")
+        return next(islice(views_of(source, self.size, "ten_crop"), view, None)), label
 
 
 class CenterImages(Dataset):

@@ -1,7 +1,9 @@
 """The endless loader of both trainers, and how many workers read data."""
 
 import os
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
@@ -42,10 +44,12 @@ def training_loader(
         accelerator.num_processes,
         start=(first_step - 1) * training.gradient_accumulation_steps,
     )
+    return batch_loader(dataset, order, worker_count(workers), accelerator.device)
+
+
+def batch_loader(dataset: Dataset, batches: Any, workers: int, device: torch.device) -> DataLoader:
+    """Batches of these indices for a device, read by workers that outlive their rank's first signal."""
     return DataLoader(
-        dataset,
-        batch_sampler=order,
-        num_workers=worker_count(workers),
-        pin_memory=accelerator.device.type == "cuda",
+        dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
         worker_init_fn=outlive_first_signal,
-    )
+    )  # fmt: skip

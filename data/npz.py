@@ -6,8 +6,6 @@ published code writes nothing else; this one adds a manifest.json beside the fol
 
 import os
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from data.cache import MANIFEST, TokenCache, read_manifest, write_manifest
 from data.identity import identity_of_images
 from data.walk import walk
 from runtime.errors import InputError
-from runtime.files import sync_file, sync_folder, writing
+from runtime.files import read_npz, sync_file, sync_folder, writing
 
 PACKED_ONLY = (
     "format", "version", "layout", "codes_dtype", "images_per_shard", "files",
@@ -80,11 +78,7 @@ class NpzStore(TokenCache):
     def _read(self, image: int) -> np.ndarray:
         """All codes of an image: (V, T)."""
         file = self._files[image]
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                codes = arrays["codes"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-            raise InputError(f"{file} is damaged ({e!r}); make the cache again") from e
+        (codes,) = read_npz(file, "make the cache again", "codes")
         fits = codes.ndim == 2 and codes.size and np.issubdtype(codes.dtype, np.integer)
         if not fits or (self.views and codes.shape != (self.views, self.tokens)):
             raise InputError(

@@ -55,17 +55,18 @@ class EpochDraws:
     stream per item would take several times as long as reading the item's codes.
     """
 
-    def __init__(self, items: int, views: int, seed: int, class_dropout: float):
+    def __init__(self, items: int, views: int, seed: int, class_dropout: float, no_class: int):
         self.items, self.views, self.seed = items, views, seed
-        self.class_dropout = class_dropout
+        self.class_dropout, self.no_class = class_dropout, no_class
         self._epoch = -1
 
-    def of(self, epoch: int, index: int) -> tuple[int, bool]:
-        """(view, whether the class is dropped)."""
+    def of(self, epoch: int, index: int, labels: np.ndarray) -> tuple[int, int]:
+        """(view, label); a dropped class has the label `no_class`."""
         if epoch != self._epoch:
             rng = generator_for(self.seed, Stream.VIEW, epoch)
             uniforms = rng.random((self.items, 2), np.float32)
             self._view = (uniforms[:, 0] * self.views).astype(np.int32)
             self._dropped = uniforms[:, 1] < self.class_dropout
             self._epoch = epoch
-        return int(self._view[index]), bool(self._dropped[index])
+        label = self.no_class if self._dropped[index] else labels[index]
+        return int(self._view[index]), int(label)

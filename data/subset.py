@@ -54,8 +54,7 @@ class KeyedSubset(Dataset):
     @property
     def paths(self) -> list[ImagePath]:
         """Paths of these images, if `dataset` has paths."""
-        paths = self.dataset.paths  # once: it may be a property that lists all images
-        return [paths[i] for i in self.indices]
+        return [self.dataset.paths[i] for i in self.indices]
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, i = key

@@ -15,8 +15,6 @@ import contextlib
 import os
 import re
 import tarfile
-import zipfile
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +25,7 @@ from tqdm import tqdm
 
 from data.walk import is_hidden
 from runtime.errors import InputError
-from runtime.files import shared_file
+from runtime.files import read_npz, shared_file
 from runtime.processes import on_main
 
 VERSION = 1
@@ -248,11 +246,9 @@ def write_index(index: Path, members: Members, stamp: tuple[int, int]) -> None:
 def read_index(index: Path, stamp: tuple[int, int]) -> Members | None:
     """None if the index is missing or damaged, or describes another state of the tar."""
     try:
-        with np.load(index, allow_pickle=False) as arrays:
-            if arrays["about"].tolist() != [VERSION, *stamp]:
-                return None
-            names = arrays["names"].tobytes().decode(errors="surrogateescape").split("\0")
-            members = Members(names, arrays["offsets"], arrays["sizes"])
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        about, text, offsets, sizes = read_npz(index, "", "about", "names", "offsets", "sizes")
+    except InputError:
         return None
-    return members if len(names) == len(members.offsets) == len(members.sizes) else None
+    names = text.tobytes().decode(errors="surrogateescape").split("\0")
+    sound = about.tolist() == [VERSION, *stamp] and len(names) == offsets.size == sizes.size
+    return Members(names, offsets, sizes) if sound else None

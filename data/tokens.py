@@ -167,15 +167,12 @@ class TrainTokens(Dataset):
     The label is `no_class` with probability `class_dropout`. `data.order.EpochDraws` draws both.
     """
 
-    def __init__(self, store: TokenCache, seed: int, class_dropout: float, no_class: int):
-        self.store, self.no_class = store, no_class
-        self.draws = EpochDraws(store.images, store.views, seed, class_dropout)
+    def __init__(self, store: TokenCache, draws: EpochDraws):
+        self.store, self.draws = store, draws
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        view, dropped = self.draws.of(*key)
-        index = key[1]
-        label = self.no_class if dropped else int(self.store.labels[index])
-        return torch.from_numpy(self.store.codes(index, view)), label
+        view, label = self.draws.of(*key, self.store.labels)
+        return torch.from_numpy(self.store.codes(key[1], view)), label
 
 
 class AllTokens(Dataset):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data.cache import MANIFEST
 from data.classes import first_names
@@ -33,6 +33,7 @@ from data.images import (
     to_float,
     to_uint8,
 )
+from data.loader import batch_loader
 from data.npz import write_npz_files, write_npz_manifest
 from data.tokens import open_tokens
 from data.writer import write_packed_store
@@ -270,7 +271,7 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
         if plan.layout == "npz":
             write_npz_manifest(work.store, about)
         else:
-            labels, names = [images.samples[i][1] for i in kept], [paths[i] for i in kept]
+            labels, names = images.labels[kept].tolist(), [paths[i] for i in kept]
             count = work.parts.count
             numbers = progress(count, "part", "pack", range(count))
             blocks = (work.parts.read(number, "codes") for number in numbers)
@@ -354,14 +355,9 @@ def encode_parts(
     """The parts `numbers`, one after the other; views are cut on the device."""
     device = encoder.latent_tokens.device
     batches = part_batches(len(source.paths), plan.batch_size)
-    loader = DataLoader(
-        source,
-        batch_sampler=[list(batch) for n in numbers for batch in batches[n]],
-        num_workers=plan.num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    arriving = iter(loader)
-    total = sum(len(batch) for n in numbers for batch in batches[n])
+    chosen = [batch for n in numbers for batch in batches[n]]
+    arriving = iter(batch_loader(source, chosen, plan.num_workers, device))
+    total = sum(map(len, chosen))
     share = f" (1 of {processes.num_processes})" if processes.num_processes > 1 else ""
     with progress(total, "img", f"encode{share}") as bar:
         for number in numbers:

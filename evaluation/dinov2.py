@@ -36,8 +36,8 @@ class DINOv2:
 
     name, file, package = "dinov2", DINOV2_FILE, "timm"
     resize = "bicubic to 224x224 in float32, antialiased, not rounded"
-    features: tuple[str, str, str] = ("normalised class token", "", "")
-    widths: tuple[int, int, int] = (WIDTH, 0, 0)
+    features = "normalised class token", "", ""
+    widths = WIDTH, 0, 0
     published: Optional[bool] = None  # unknown: the authors publish no checksum
 
     def __init__(self, device: torch.device | str, weights: Path):

@@ -1,11 +1,12 @@
 """Inception features as the ADM evaluator computes them: torch-fidelity's port of the 2015 network."""
 
 from pathlib import Path
-from typing import Optional, Protocol
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+from evaluation.dinov2 import DINOv2
 from modeling.weights.tensors import describe, read_state_dict
 from runtime.errors import InputError
 from runtime.files import file_sha256
@@ -16,23 +17,6 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # ends with the st
 SPATIAL_CHANNELS = 7
 
 
-class FeatureNetwork(Protocol):
-    """The interface of a feature network: `Inception`, or `dinov2.DINOv2`."""
-
-    name: str  # of the feature space, as --features has it
-    file: str  # of the weights
-    package: str  # that holds the network
-    resize: str  # how the images are resized, in words
-    # Pooled features, spatial features and logits: names, and widths (0: none).
-    features: tuple[str, str, str]
-    widths: tuple[int, int, int]
-    identity: str  # of network and weights
-    published: Optional[bool]  # whether the weights are the published ones; None: unknown
-    device: torch.device
-
-    def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
 class Inception:
     """uint8 images -> pool_3, spatial features and logits without bias, all float32.
 
@@ -40,14 +24,12 @@ class Inception:
     or holds another network.
     """
 
+    # The feature space as --features has it, the file of the weights, the package that holds the network.
     name, file, package = "inception", INCEPTION_FILE, "torch-fidelity"
     resize = "TensorFlow's bilinear to 299x299, not antialiased, within the network"
-    features: tuple[str, str, str] = (
-        "pool_3",
-        "first 7 channels of mixed_6/conv",
-        "logits without bias",
-    )
-    widths: tuple[int, int, int] = (2048, 17 * 17 * SPATIAL_CHANNELS, 1008)
+    # Pooled features, spatial features and logits: names, and widths (0: none).
+    features = "pool_3", "first 7 channels of mixed_6/conv", "logits without bias"
+    widths = 2048, 17 * 17 * SPATIAL_CHANNELS, 1008
 
     def __init__(self, device: torch.device | str, weights: Path):
         path = find_published(INCEPTION_FILE, weights)
@@ -59,6 +41,7 @@ class Inception:
                 f"weights/README.md"
             )
         digest = file_sha256(path)
+        # Of network and weights; and whether these are the published ones, None if that is unknown.
         self.identity = f"inception-v3-compat {digest[:16]}"
         self.published: Optional[bool] = digest.startswith("6726825d")
         self.device = torch.device(device)
@@ -91,3 +74,6 @@ class Inception:
         with matmul_precision("fp32"), torch.autocast(self.device.type, enabled=False):
             pool, logits = self.network(images.to(self.device, non_blocking=True))
         return pool, self.spatial.permute(0, 2, 3, 1).flatten(1), logits
+
+
+FeatureNetwork = Inception | DINOv2

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.imagenet import misnumbered
 from data.tokens import TokenCache, open_tokens
-from evaluation.likelihood import COMPILED_VIEWS, Likelihood, Share, measure_likelihood
+from evaluation.likelihood import COMPILED_VIEWS, Likelihood, Share, likelihood_sums
 from evaluation.metrics import summed
 from evaluation.report import table_of
 from generation.job import sampling_precision
@@ -23,7 +23,7 @@ from modeling.weights.opened import open_file
 from modeling.weights.runs import all_checkpoints, find_weights, is_checkpoint, step_of
 from modeling.weights.tensors import load_tensors
 from runtime.errors import InputError
-from runtime.files import file_sha256, writing
+from runtime.files import file_sha256, whole_file
 from runtime.processes import compiles, device_name, matmul_precision, on_main
 
 PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 on GPUs from Ampere on, else fp32
@@ -108,9 +108,7 @@ def score_generator(
     for source in sources:
         store = open_tokens(cache)  # anew: a generator may number its classes in another way
         generator = open_generator(source, store)
-        sums, conditions = measured(
-            source, generator, store, share, precision, lambda *of: measure_likelihood(*of).sums
-        )
+        sums, conditions = measured(source, generator, store, share, precision, likelihood_sums)
         scored.append(Likelihood(sums, store.images * store.views))
         warnings = warnings or conditions["warnings"]
     if share.rank:
@@ -236,7 +234,6 @@ def plot_positions(scored: dict[str, Likelihood], path: str) -> bool:
         axis.set_xlabel("position of the code")
         axis.grid(alpha=0.3)
     left.legend()
-    with writing(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110, format="png")
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     return True

@@ -13,14 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from data.loader import batch_loader
 from data.tokens import AllTokens, TokenCache
-from evaluation.metrics import summed
 from modeling.modes import eval_mode
 from modeling.rotary import token_layout
 from runtime.parts import batches_of
-from runtime.signals import outlive_first_signal
 
 TOP = 5  # of top-5 accuracy
 COMPILED_VIEWS = 50_000  # for fewer, compiling takes longer than it saves
@@ -43,10 +41,6 @@ class Likelihood:
 
     sums: Tensor
     views: int  # of the cache
-
-    def reduced(self) -> "Likelihood":
-        """The sum over all processes, which call this together, on the CPU."""
-        return Likelihood(summed(self.sums).cpu(), self.views)
 
     @property
     def positions(self) -> Tensor:
@@ -87,8 +81,8 @@ class Likelihood:
 
 
 @torch.no_grad()
-def measure_likelihood(model: nn.Module, store: TokenCache, share: Share) -> Likelihood:
-    """The likelihood of a cache's views under a generator: this process's share, on the model's device.
+def likelihood_sums(model: nn.Module, store: TokenCache, share: Share) -> Tensor:
+    """`Likelihood.sums` of a cache's views under a generator: this process's share, on the model's device.
 
     `model` maps codes (B, T - 1) and labels (B,) to logits (B, T, V). Batches are consecutive views, so
     the number of processes changes only the order of float64 sums. Within autocast it computes like the
@@ -101,7 +95,7 @@ def measure_likelihood(model: nn.Module, store: TokenCache, share: Share) -> Lik
         for _, codes, labels in view_batches(store, share, device):
             with eager(share.compiled and len(codes) < share.batch):
                 sums += sums_of(model(codes[:, :-1], labels), codes)
-    return Likelihood(sums, store.images * store.views)
+    return sums
 
 
 def view_batches(
@@ -111,13 +105,7 @@ def view_batches(
     codes (B, T) and labels (B,) on the device."""
     dataset = AllTokens(store)
     batches = batches_of(len(dataset), share.batch, share.rank, share.world)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,  # pyright: ignore[reportArgumentType] - any sequence of indices does
-        num_workers=share.workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=outlive_first_signal,
-    )
+    loader = batch_loader(dataset, batches, share.workers, device)
     for places, (codes, labels) in zip(batches, loader):
         yield places, codes.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 

@@ -13,7 +13,6 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -138,8 +137,8 @@ def main(argv: list[str]) -> None:
             f"{printable(train.root)} holds {train.describe()}: a probe needs at least two classes "
             f"and {HELD_OUT} images"
         )
-    labels, val_labels = (np.array([i for _, i in listing.samples]) for listing in (train, val))
-    val_labels = map_labels(val_labels, val.classes, train.classes, val.root)
+    labels = train.labels
+    val_labels = map_labels(val.labels, val.classes, train.classes, val.root)
 
     device = find_device(args.device)
     tokenizer = tokenizer.to(device)

@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data.images import CenterImages, ImagePath
+from data.loader import batch_loader
 from evaluation.metrics import summed
 from evaluation.statistics import Collector
 from modeling.modes import eval_mode
@@ -21,7 +21,6 @@ from modeling.pixels import to_float, to_uint8
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.parts import batches_of
 from runtime.processes import matmul_precision
-from runtime.signals import outlive_first_signal
 
 SSIM_WINDOW = 11  # pixels, height and width
 
@@ -69,12 +68,7 @@ def image_batches(
 ) -> Iterator[tuple[int, Tensor]]:
     """This rank's share of fixed batches of ADM's centre crops, for `reconstruct`."""
     batches = batches_of(len(paths), batch, rank, world)
-    loader = DataLoader(
-        CenterImages(paths, size),
-        batch_sampler=[list(indices) for indices in batches],
-        num_workers=workers,
-        worker_init_fn=outlive_first_signal,
-    )
+    loader = batch_loader(CenterImages(paths, size), batches, workers, torch.device("cpu"))
     yield from zip((indices.start for indices in batches), loader)
 
 

@@ -10,10 +10,10 @@ from accelerate import PartialState
 from data.identity import short_hash
 from data.tars import is_tar
 from evaluation.features import FeatureNetwork
-from evaluation.sources import npz_images, npz_keys, npz_values, open_images
+from evaluation.sources import npz_images, npz_keys, open_images
 from evaluation.statistics import SetStatistics, measure
 from runtime.errors import InputError
-from runtime.files import shared_file
+from runtime.files import read_npz, shared_file
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names; other projects have the first two
 # The parts of `SetStatistics` by their names in files.
@@ -69,7 +69,9 @@ def check_sizes(name: str, size: tuple[int, int], samples: Optional[tuple[int, i
 
 def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
     """The statistics in an .npz of `save_statistics`, ADM or pytorch-fid (mu and sigma alone)."""
-    values = npz_values(path, [*MOMENTS, "features", "images", "size", "hash", "pool_3"])
+    known = (*MOMENTS, "features", "images", "size", "hash", "pool_3")
+    names = [name for name in npz_keys(path) if name in known]
+    values = dict(zip(names, read_npz(path, "make or copy it again", *names)))
     keys = MOMENTS if {"mu_s", "sigma_s"} & values.keys() else MOMENTS[:2]
     missing = [key for key in keys if key not in values]
     if missing:

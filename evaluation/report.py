@@ -7,7 +7,6 @@ Results of different protocols are refused.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -139,4 +138,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    run(main)

@@ -4,9 +4,8 @@ import shutil
 import struct
 import tempfile
 import zipfile
-import zlib
 from pathlib import Path
-from typing import IO, Optional, Protocol, cast
+from typing import IO, Optional, cast
 
 import numpy as np
 from accelerate import PartialState
@@ -15,20 +14,9 @@ from data.images import ImagePath, center_crop, load_image
 from data.tars import is_tar
 from data.tree import describe_left_out, read_tree
 from runtime.errors import InputError
-from runtime.files import writing
+from runtime.files import NPZ_ERRORS, writing
 
 INDEX_FOLDER = Path("output")  # of the indexes of tars
-
-
-class Images(Protocol):
-    """A set of images in a fixed order, all of one size."""
-
-    name: str
-    shape: tuple[int, int, int, int]  # N, H, W, 3
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Images start … stop - 1: (n, H, W, 3), uint8. Thread-safe."""
-        ...
 
 
 class ArrayImages:
@@ -45,6 +33,7 @@ class ArrayImages:
         self.shape = cast(tuple[int, int, int, int], array.shape)
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """Images start … stop - 1: (n, H, W, 3), uint8. Thread-safe."""
         return np.array(self.array[start:stop], order="C")
 
 
@@ -82,6 +71,9 @@ class FolderImages:
                 )
             images[i] = loaded
         return images
+
+
+Images = ArrayImages | FolderImages  # in a fixed order, all of one size
 
 
 def map_npz(path: Path, key: str) -> np.ndarray:
@@ -137,16 +129,7 @@ def npz_images(path: Path) -> ArrayImages:
         )
     try:
         return ArrayImages(str(path), map_npz(path, key))
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, struct.error) as e:
-        raise damaged(path, e) from e
-
-
-def npz_values(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
-    """The named arrays that an .npz holds, without pickles."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in keys if key in arrays}
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError) as e:
+    except (*NPZ_ERRORS, struct.error) as e:
         raise damaged(path, e) from e
 
 

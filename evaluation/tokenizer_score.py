@@ -87,9 +87,8 @@ def score_tokenizer(
         (rfid,) = FID.figures(ours, theirs, device, False)
         metrics = {"rFID": rfid, **metrics}
     result = describe_result(metrics, network, reconstructions, originals, count, batch, device)
-    unseen = {
-        name: getattr(tokenizer.config, name) for name in UNSEEN
-    }  # what no tensor's shape shows
+    # What no tensor's shape shows.
+    unseen = {name: getattr(tokenizer.config, name) for name in UNSEEN}
     result["weights"] = {"tokenizer": weights_hash(tokenizer), **unseen}
     return result, originals, preview
 

@@ -129,8 +129,7 @@ def largest_batch(models: Models, job: SamplingJob) -> int:
         dtype = torch.float32 if job.engine == "reference" else job.dtype
         image += cache_bytes(sizes, job.sampling, dtype, job.cache)
         image += 64 * sizes.codebook_size
-        if (
-            job.prefix is not None
-        ):  # activations of one part: residual, qkv, its float32 copy, the MLP
+        # Activations of one part: residual, qkv, its float32 copy, the MLP.
+        if job.prefix is not None:
             shared += PREFILLED_AT_ONCE * 4 * 24 * sizes.hidden_size
     return max(int(0.9 * free - shared) // image, 0)

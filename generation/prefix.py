@@ -5,8 +5,6 @@ The encoder is bidirectional: every code of a whole image may depend on all of i
 given codes also carry information about the rest, which `experiment.prefix_mask` hides from the encoder.
 """
 
-import zipfile
-import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Optional
@@ -23,6 +21,7 @@ from modeling.photos import crop_geometry
 from modeling.sampling import DRAWN
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
+from runtime.files import NPZ_ERRORS
 
 FILES_OF_CODES = (".npy", ".npz")
 KEYS = ("arr_0", "codes")  # in an .npz: of OUTPUT_DIR_codes.npz; of a cache's published layout
@@ -68,7 +67,7 @@ def load_codes(option: str, path: str, config: TokenizerConfig) -> np.ndarray:
             if not isinstance(loaded, np.ndarray):
                 loaded = next(loaded[key] for key in KEYS if key in loaded)
         codes = np.atleast_2d(loaded)
-    except (OSError, ValueError, EOFError, StopIteration, zipfile.BadZipFile, zlib.error) as e:
+    except (*NPZ_ERRORS, StopIteration) as e:
         raise InputError(
             f"{source} is not a file of codes ({type(e).__name__}): use an OUTPUT_DIR_codes.npz or an .npy"
         ) from e

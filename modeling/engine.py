@@ -43,7 +43,6 @@ from .sampling import (
     check_labels,
     checked_prefix,
     draw_codes,
-    guidance_schedule,
     guide,
 )
 
@@ -275,12 +274,7 @@ class Engine:
             lay_out = cpu_layout(rows, compiled) if on_cpu else lambda weight: weight
             self.weights = Weights(model, dtype, lay_out)
             self.streams = [Stream(config, part, branches, stored, self.device) for part in parts]
-            self.scales = guidance_schedule(
-                sampling.guidance_scale,
-                sampling.guidance_scale_pow,
-                config.image_seq_len,
-                sampling.guidance_schedule,
-            ).to(self.device)
+            self.scales = sampling.scales(config.image_seq_len).to(self.device)
             # On CUDA no compiled function may see the cache: Inductor would copy it whole.
             self.layers_whole = self.device.type == "cpu" and not self.fused
             self.functions, self.compiled = StepFunctions(), False

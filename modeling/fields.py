@@ -27,7 +27,7 @@ TYPED = object()  # as `null`: the type decides whether null is allowed
 
 @dataclass(frozen=True)
 class Rule:
-    """The declaration of one option; `notes` are for other packages (`configs.schema`)."""
+    """The declaration of one option, or of a section, whose `resumes` and `only` hold for its options."""
 
     sentence: str
     at_least: Optional[float] = None
@@ -36,7 +36,10 @@ class Rule:
     below: Optional[float] = None
     choices: tuple = ()
     null: Any = TYPED  # the meaning of null in a config
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    path: bool = False  # a text in which `~` is the home folder
+    resumes: bool = False  # may change when a run resumes: changes weights by rounding at most
+    only: str = ""  # the prefix of the programs that use it; others refuse it on the command line
+    instead: str = ""  # what another program offers instead
 
     def limits(self) -> str:
         """The allowed values in words; empty if every value of the type is allowed."""
@@ -79,9 +82,9 @@ class Rule:
             return "the text holds a control character: leave it out"
         if any(0xD800 <= ord(c) < 0xE000 for c in value):
             return "the text is not UTF-8"
-        if self.notes.get("path") and any(len(name.encode()) > 255 for name in value.split("/")):
+        if self.path and any(len(name.encode()) > 255 for name in value.split("/")):
             return "a name in the path has more than 255 bytes: shorten it"
-        if self.notes.get("path") and value.lower() in ("true", "false", "none"):
+        if self.path and value.lower() in ("true", "false", "none"):
             return f"set a path (./{value} for a file of this name), or null for none"
         return ""
 
@@ -98,36 +101,21 @@ def words(choices: tuple) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def option(
-    default: Any,
-    sentence: str,
-    *,
-    at_least: Optional[float] = None,
-    at_most: Optional[float] = None,
-    above: Optional[float] = None,
-    below: Optional[float] = None,
-    choices: tuple = (),
-    null: Any = TYPED,
-    **notes: Any,
-) -> Any:
-    """A dataclass field with its meaning and its allowed values.
-
-    `at_least` and `at_most` are inclusive, `above` and `below` exclusive. A callable `default` (a section's
-    class, or `list`) makes the default.
-    """
-    rule = Rule(sentence, at_least, at_most, above, below, choices, null, notes)
+def option(default: Any, sentence: str, **rule: Any) -> Any:
+    """A dataclass field with its `Rule`. A callable `default` (a section's class, `list`) makes the default."""
+    metadata = {"rule": Rule(sentence, **rule)}
     if callable(default):
-        return dataclasses.field(default_factory=default, metadata={"rule": rule})
-    return dataclasses.field(default=default, metadata={"rule": rule})
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-for_training = functools.partial(option, only="train")  # a note that `configs.schema` explains
+for_training = functools.partial(option, only="train")
 
 
-def again(schema: type, name: str, default: Any, **notes: Any) -> Any:
-    """An option of another class, with this default and more notes."""
+def again(schema: type, name: str, default: Any, **changed: Any) -> Any:
+    """An option of another class, with this default."""
     rule = next(f.metadata["rule"] for f in dataclasses.fields(schema) if f.name == name)
-    rule = dataclasses.replace(rule, notes=rule.notes | notes)
+    rule = dataclasses.replace(rule, **changed)
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
@@ -140,8 +128,7 @@ class Declared:
     kind: Any  # the type without Optional
     optional: bool  # whether None is allowed
     default: Any
-    rule: Rule
-    notes: dict[str, Any]  # the rule's and those of the enclosing sections
+    rule: Rule  # with `resumes` and `only` of the enclosing sections
 
     @property
     def section(self) -> Optional[type]:
@@ -152,19 +139,21 @@ class Declared:
 @functools.cache
 def declared(schema: type) -> dict[str, Declared]:
     """All options and sections by name; the options of a section come before its sections."""
-    return {found.name: found for found in _declared(schema, "", {})}
+    return {found.name: found for found in _declared(schema, "", Rule(""))}
 
 
-def _declared(schema: type, path: str, above: dict[str, Any]) -> Iterator[Declared]:
+def _declared(schema: type, path: str, above: Rule) -> Iterator[Declared]:
     sections = []
     for field in dataclasses.fields(schema):
         rule, (kind, optional) = field.metadata["rule"], types_of(schema)[field.name]
-        name, notes, default = path + field.name, above | rule.notes, field.default
+        resumes, only = rule.resumes or above.resumes, rule.only or above.only
+        rule = dataclasses.replace(rule, resumes=resumes, only=only)
+        name, default = path + field.name, field.default
         if default is dataclasses.MISSING:
             default = field.default_factory()  # type: ignore[misc]  # it has one of the two
         if section_of(kind) and get_origin(kind) is list:
             name += "[i]"
-        found = Declared(name, kind, optional, default, rule, notes)
+        found = Declared(name, kind, optional, default, rule)
         if found.section:
             sections.append(found)
         else:
@@ -172,7 +161,7 @@ def _declared(schema: type, path: str, above: dict[str, Any]) -> Iterator[Declar
     for section in sections:
         yield section
         assert section.section is not None
-        yield from _declared(section.section, f"{section.name}.", section.notes)
+        yield from _declared(section.section, f"{section.name}.", section.rule)
 
 
 def section_of(kind: Any) -> Optional[type]:

@@ -22,6 +22,7 @@ NO_CLASS = -(2**31)
 EPS = 1e-5  # of the norms
 
 
+# fmt: off
 @dataclass
 class GeneratorConfig(Options):
     """Sizes and dropout of a generator; the defaults are AliTok-B."""
@@ -30,26 +31,20 @@ class GeneratorConfig(Options):
     num_hidden_layers: int = option(24, "Blocks.", at_least=1, at_most=1024)
     num_attention_heads: int = option(16, "Attention heads.", at_least=1, at_most=1024)
     codebook_size: int = option(
-        4096, "Codes of the tokenizer's codebook.", at_least=1, at_most=65536
-    )
+        4096, "Codes of the tokenizer's codebook.", at_least=1, at_most=65536)
     image_seq_len: int = option(273, "Codes per image, T.", at_least=1, at_most=2**20)
     condition_num_classes: int = option(
-        1000,
-        "Number of classes; if it is not set, training uses that of its data.",
-        at_least=1,
-        at_most=2**20,
-    )
+        1000, "Number of classes; if it is not set, training uses that of its data.", at_least=1,
+        at_most=2**20)
     dropout: float = for_training(
-        0.1, "Dropout after the attention's projection and after the MLP.", at_least=0, below=1
-    )
+        0.1, "Dropout after the attention's projection and after the MLP.", at_least=0, below=1)
     attn_drop: float = for_training(0.1, "Dropout of attention weights.", at_least=0, below=1)
     tok_dropout: float = for_training(0.1, "Dropout of input embeddings.", at_least=0, below=1)
     class_label_dropout: float = for_training(
-        0.1, "Share of training images shown without their class.", at_least=0, at_most=1
-    )
+        0.1, "Share of training images shown without their class.", at_least=0, at_most=1)
     use_checkpoint: bool = for_training(
-        False, "Recompute activations in the backward pass: less memory, more time.", resumes=True
-    )
+        False, "Recompute activations in the backward pass: less memory, more time.", resumes=True)
+    # fmt: on
 
     def __post_init__(self):
         super().__post_init__()
@@ -266,13 +261,7 @@ class Generator(nn.Module):
 
     def decayed(self) -> list[Tensor]:
         """The parameters with weight decay: the matrices of attention, MLP and output."""
-        decayed = [self.output.weight]
-        for module in self.modules():
-            if isinstance(module, Attention):
-                decayed += [module.qkv.weight, module.proj.weight]
-            if isinstance(module, SwiGLU):
-                decayed += [module.w1.weight, module.w2.weight, module.w3.weight]
-        return decayed
+        return [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
 
     def new_cache(self, batch: int) -> KVCache:
         """The state of `step` for `batch` images."""

@@ -24,58 +24,43 @@ CACHES = ("auto", "int8")
 DRAWN = -1  # marks codes to draw among given ones
 
 
+# fmt: off
 @dataclass
 class Sampling(Options):
     """How codes are drawn from logits; the names are those of the published configs."""
 
     guidance_scale: float = option(
-        1.0,
-        "Scale of classifier-free guidance; 0 or 1: none.",
-        at_least=0,
-        at_most=10_000,
-        resumes=True,
-    )
+        1.0, "Scale of classifier-free guidance; 0 or 1: none.", at_least=0, at_most=10_000,
+        resumes=True)
     guidance_scale_pow: float = option(
-        1.0, "Power of the power-cosine schedule.", at_least=0, at_most=1000, resumes=True
-    )
+        1.0, "Power of the power-cosine schedule.", at_least=0, at_most=1000, resumes=True)
     guidance_schedule: str = option(
-        "power-cosine", "How the scale depends on the token.", choices=SCHEDULES, resumes=True
-    )
+        "power-cosine", "How the scale depends on the token.", choices=SCHEDULES, resumes=True)
     randomize_temperature: float = option(
-        1.0, "Softmax temperature; 1e-5 takes the most likely code.", at_least=1e-6, resumes=True
-    )
+        1.0, "Softmax temperature; 1e-5 takes the most likely code.", at_least=1e-6, resumes=True)
     top_k: int = option(
-        0, "Draw among this many most likely codes; 0: all.", at_least=0, resumes=True
-    )
+        0, "Draw among this many most likely codes; 0: all.", at_least=0, resumes=True)
     top_p: float = option(
-        1.0,
-        "Draw among the fewest codes that hold this probability; 1: all.",
-        above=0,
-        at_most=1,
-        resumes=True,
-    )
+        1.0, "Draw among the fewest codes that hold this probability; 1: all.", above=0, at_most=1,
+        resumes=True)
+    # fmt: on
 
     @property
     def guided(self) -> bool:
         return self.guidance_scale not in (0.0, 1.0)
 
+    def scales(self, steps: int) -> Tensor:
+        """Guidance scale of every step, (steps,), float32.
 
-def guidance_schedule(
-    scale: float, power: float, steps: int, schedule: str = "power-cosine"
-) -> Tensor:
-    """Guidance scale of every step, (steps,), float32.
-
-    power-cosine, as published: s_t = 1 + (S-1)·½·(1 - cos(π·(t/T)^P)); linear: 1 + (S-1)·t/T;
-    constant: S.
-    """
-    t = torch.arange(steps, dtype=torch.float64) / steps
-    if schedule == "power-cosine":
-        progress = 0.5 * (1 - torch.cos(math.pi * t**power))
-    elif schedule == "linear":
-        progress = t
-    else:
-        progress = torch.ones_like(t)
-    return (1 + (scale - 1) * progress).float()
+        power-cosine, as published: s_t = 1 + (S-1)·½·(1 - cos(π·(t/T)^P)); linear: 1 + (S-1)·t/T;
+        constant: S.
+        """
+        t = torch.arange(steps, dtype=torch.float64) / steps
+        if self.guidance_schedule == "power-cosine":
+            t = 0.5 * (1 - torch.cos(math.pi * t**self.guidance_scale_pow))
+        elif self.guidance_schedule == "constant":
+            t = torch.ones_like(t)
+        return (1 + (self.guidance_scale - 1) * t).float()
 
 
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -170,8 +155,7 @@ def sample_codes(
     config, s = model.config, sampling
     T = config.image_seq_len
     check_labels(labels, config.condition_num_classes)
-    scales = guidance_schedule(s.guidance_scale, s.guidance_scale_pow, T, s.guidance_schedule)
-    scales = scales.to(labels.device)
+    scales = sampling.scales(T).to(labels.device)
     branches = 2 if s.guided else 1
     rows = config.condition_rows(labels)
     if s.guided:

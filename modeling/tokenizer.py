@@ -30,6 +30,7 @@ WEIGHT_STD = 0.02  # of all weights at the start, as published
 PHOTOS_AT_ONCE = 64  # of `encode_photos` and `decode_photos`, which limits their memory
 
 
+# fmt: off
 @dataclass
 class TokenizerConfig(Options):
     """Sizes of a tokenizer; the defaults are the published inference model.
@@ -40,11 +41,8 @@ class TokenizerConfig(Options):
     codebook_size: int = option(4096, "Codes in the codebook.", at_least=1, at_most=65536)
     token_size: int = option(32, "Channels of a code vector.", at_least=1, at_most=4096)
     num_latent_tokens: Optional[int] = option(
-        None,
-        "Codes per image, T; null: g² + g + 1, so K = g + 1; g²: no prefix tokens.",
-        at_least=1,
-        at_most=2**20,
-    )
+        None, "Codes per image, T; null: g² + g + 1, so K = g + 1; g²: no prefix tokens.",
+        at_least=1, at_most=2**20)
     image_size: int = option(256, "Side of the square images in pixels.", at_least=1, at_most=8192)
     patch_size: int = option(16, "Side of a patch in pixels.", at_least=1, at_most=1024)
     encoder_width: int = option(768, "Channels of the encoder.", at_least=1, at_most=65536)
@@ -54,19 +52,16 @@ class TokenizerConfig(Options):
     decoder_layers: int = option(24, "Blocks of the decoder.", at_least=1, at_most=1024)
     decoder_heads: int = option(16, "Attention heads of the decoder.", at_least=1, at_most=1024)
     num_buffer_tokens: int = option(
-        32, "Learned tokens before the codes in the decoder; stage 1: 1.", at_least=0, at_most=4096
-    )
+        32, "Learned tokens before the codes in the decoder; stage 1: 1.", at_least=0, at_most=4096)
     causal: bool = option(False, "Causal attention in the decoder; stage 1: true.")
     prefix_head: bool = option(
-        False, "The auxiliary head that reads the prefix tokens; stage 1: true."
-    )
+        False, "The auxiliary head that reads the prefix tokens; stage 1: true.")
     clustering: bool = option(False, "Codebook clustering in training; stage 1: true.")
     position_init: str = option(
-        "normal",
-        "Initial positions of the encoder: normal, as published, or own_patch: every latent "
-        "attends to its own patch from the first step (it also sets the first block's attention).",
-        choices=("normal", "own_patch"),
-    )
+        "normal", "Initial positions of the encoder: normal, as published, or own_patch: every "
+        "latent attends to its own patch from the first step (it also sets the first block's "
+        "attention).", choices=("normal", "own_patch"))
+    # fmt: on
 
     def __post_init__(self):
         super().__post_init__()

@@ -78,7 +78,8 @@ def block(
 def main(argv: list[str]) -> None:
     folder, picture = places(argv, "completion", "Complete the quickstart's digits: a picture.")
     tokenizer, generator, options = load_models(folder)
-    first = {label: path for path, label in reversed(scan_images(folder / "data/val").samples)}
+    listing = scan_images(folder / "data/val")
+    first = dict(zip(listing.labels[::-1].tolist(), reversed(listing.paths)))
     classes = sorted(first)
     pixels = [photo_crop(first[label], tokenizer.config.image_size) for label in classes]
     engine = Engine(generator, COMPLETIONS * len(pixels), options.model.generator.sampling)

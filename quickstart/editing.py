@@ -67,12 +67,12 @@ def main(argv: list[str]) -> None:
     folder, picture = places(argv, "editing", description)
     stage2, generator, options = load_models(folder)
     stage1 = Tokenizer.from_pretrained(folder / "stage1", device="cpu")
-    config, samples = stage2.config, scan_images(folder / "data/val").samples
-    labels = torch.tensor([label for _, label in samples])
+    config, listing = stage2.config, scan_images(folder / "data/val")
+    paths, labels = listing.paths, torch.from_numpy(listing.labels)
     start, stop = config.image_size // 4, config.image_size - config.image_size // 4
     region = f"{start},{start},{stop},{stop}"
-    given = torch.cat([edited_codes(stage2, str(path), region) for path, _ in samples])
-    codes = stage2.encode_photos(*(path for path, _ in samples))
+    given = torch.cat([edited_codes(stage2, str(path), region) for path in paths])
+    codes = stage2.encode_photos(*paths)
     drawn = (given[0, config.num_prefix_tokens :] == DRAWN).view(config.grid, config.grid)
 
     def edit(which: Tensor, classes: Tensor) -> Tensor:
@@ -81,11 +81,11 @@ def main(argv: list[str]) -> None:
         uniforms = image_uniforms(SEED, range(len(which)), config.num_tokens)
         return engine.sample(classes, uniforms, given[which])
 
-    edited = edit(torch.arange(len(samples)), labels)
+    edited = edit(torch.arange(len(paths)), labels)
     rows = rows_of("stage 1, causal", change(stage1, codes, edited), drawn)
     rows += rows_of("stage 2", change(stage2, codes, edited), drawn)
     headers = ["decoder", "kept patches", "number", *(f"within {t}/255" for t in TOLERANCES)]
-    print(f"{len(samples)} digits, {int(drawn.sum())} of {drawn.numel()} patches drawn")
+    print(f"{len(paths)} digits, {int(drawn.sum())} of {drawn.numel()} patches drawn")
     print(table_of(rows, headers))
 
     classes = labels.unique()
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
         kept = stage2.decode(codes[first])
         kept[:, :, start:stop, start:stop] = GREY / 255
         made = stage2.decode(edit(which, asked)).unflatten(0, (len(first), 2 * EDITS))
-    digits = [photo_crop(samples[i][0], config.image_size) for i in first.tolist()]
+    digits = [photo_crop(paths[i], config.image_size) for i in first.tolist()]
     panels = torch.cat([to_float(torch.stack(digits))[:, None], kept[:, None], made], 1)
     images = enlarged(to_pixels(panels.flatten(0, 1)), ENLARGED * config.image_size)
     grid = picture_grid(images, 2 + 2 * EDITS, MARGIN, background=GREY)

@@ -55,8 +55,8 @@ def features(images: np.ndarray, colour: bool = False) -> np.ndarray:
 
 def real_images(folder: Path, size: int, kind: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (N, S, S, 3) and classes of real images: their centre crops, or all views of a kind."""
-    samples = scan_images(folder).samples
-    paths, labels = [path for path, _ in samples], np.array([label for _, label in samples])
+    listing = scan_images(folder)
+    paths, labels = listing.paths, listing.labels
     if kind is None:
         views = torch.stack([CenterImages(paths, size)[i] for i in range(len(paths))])
         return views.permute(0, 2, 3, 1).numpy(), labels

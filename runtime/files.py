@@ -5,10 +5,14 @@ import os
 import secrets
 import sys
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+import numpy as np
 
 # Some are imported for callers of this module.
 from modeling.weights.files import (  # noqa: F401
@@ -20,6 +24,18 @@ from modeling.weights.files import (  # noqa: F401
     writing,
 )
 from runtime.errors import InputError
+
+# What NumPy raises for a missing or damaged .npz, and Python for an .npy in its place (TypeError).
+NPZ_ERRORS = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def read_npz(path: str | Path, remedy: str, *names: str) -> list[np.ndarray]:
+    """These arrays of an .npz, without pickles. Raises InputError, with the remedy, if one is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names]
+    except NPZ_ERRORS as e:
+        raise InputError(f"{path} is damaged ({e!r}): {remedy}") from e
 
 
 def write_whole(path: str | Path, data: bytes) -> None:

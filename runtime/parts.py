@@ -1,14 +1,13 @@
 """Work cut into numbered parts. Any rank may write a part; it is written whole or not at all."""
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runtime.errors import InputError
-from runtime.files import whole_file, write_whole
+from runtime.files import read_npz, whole_file, write_whole
 
 
 def batches_of(count: int, batch: int, rank: int = 0, world: int = 1) -> list[range]:
@@ -71,10 +70,4 @@ class Parts:
             np.savez(file, **arrays)
 
     def read(self, number: int, name: str) -> np.ndarray:
-        try:
-            with np.load(self.path(number), allow_pickle=False) as arrays:
-                return arrays[name]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-            raise InputError(
-                f"{self.path(number)} is damaged ({e}); remove it and run the same command again"
-            ) from e
+        return read_npz(self.path(number), "remove it and run the same command again", name)[0]

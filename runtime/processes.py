@@ -132,11 +132,10 @@ def set_tf32(products: bool, convolutions: bool) -> None:
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """`set_matmul_precision` within a block; the earlier setting is restored after it."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
-    before = [backend.allow_tf32 for backend in backends]
+    backends: Any = torch.backends
+    before = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
     set_matmul_precision(precision)
     try:
         yield
     finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
+        set_tf32(*before)

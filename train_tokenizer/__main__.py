@@ -138,8 +138,7 @@ def list_training(
         paths = on_main(lambda: list_paths(params.train_dir, params.train_root))
         return paths, np.zeros(len(paths), np.int64), f"a list of {len(paths)} images"
     listing = scan_images(params.train_dir, index_folder=index_folder)
-    labels = np.array([label for _, label in listing.samples])
-    return listing.paths, labels, listing.describe()
+    return listing.paths, listing.labels, listing.describe()
 
 
 # ---------------------------------------------------------------------- what is trained
@@ -334,10 +333,9 @@ class TrainState:
         if training.use_ema:
             self.ema = EMA(self.tokenizer, training.ema_decay, training.ema_warmup)
         saved.register_model("tokenizer", self.tokenizer, self.about, self.ema)
-        if (
-            self.discriminator is not None
-        ):  # optional: a resumed run may add its first adversarial phase
+        if self.discriminator is not None:
             about = about_model(DISCRIMINATOR)
+            # Optional, because a resumed run may add its first adversarial phase.
             saved.register_model("discriminator", self.discriminator, about, optional=True)
 
         params = options.optimizer.params

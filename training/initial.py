@@ -4,7 +4,6 @@ The run starts at step 1 with a new optimizer and average.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Optional
 from unicodedata import normalize
 
@@ -17,7 +16,6 @@ from data.classes import first_names
 from modeling.generator import GeneratorConfig
 from modeling.weights.metadata import GENERATOR, about_model
 from modeling.weights.opened import Opened
-from runtime.errors import InputError
 from runtime.processes import on_main
 from runtime.weights import open_on_all
 
@@ -28,24 +26,6 @@ def open_initial(experiment: Experiment, kind: str) -> Optional[Opened]:
     if experiment.init_weights is None or on_main(lambda: resumed_run(experiment)) is not None:
         return None
     return open_on_all(experiment.init_weights, kind)
-
-
-def check_same_start(
-    option: str, recorded: Optional[str], given: Optional[str], source: Path
-) -> None:
-    """Raise InputError if `option` names another start than the run of checkpoint `source` had.
-
-    The paths are compared, not the weights, which may have changed since or be gone. A path of None fits
-    any start.
-    """
-    if given is not None and (
-        recorded is None or Path(given).resolve() != Path(recorded).resolve()
-    ):
-        raise InputError(
-            f"{source} belongs to a run that started with {option}={recorded or 'null'}, not {given}: "
-            f"leave {option} out (null) to resume it, or set another experiment.output_dir to start a "
-            f"run from these weights"
-        )
 
 
 def fit_classes(

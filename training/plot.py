@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.arguments import Parser, as_path, new_file
 from runtime.errors import InputError
-from runtime.files import writing
+from runtime.files import whole_file
 from runtime.program import run
 from training.log import step_of
 
@@ -65,10 +65,8 @@ def main(argv: list[str]) -> None:
         figure = plot_curves(runs, reference)
     except ImportError as e:
         raise InputError("plots need matplotlib: pip install matplotlib") from e
-    output = Path(args.output)
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=110)
+    with whole_file(args.output) as partial:
+        figure.savefig(partial, dpi=110, format=Path(args.output).suffix[1:])
     print(f"wrote {args.output}")
 
 

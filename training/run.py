@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 import torch
@@ -29,17 +30,13 @@ from runtime.signals import SAVED_AND_STOPPED, StopSignal
 from training.accelerator import numerics_of
 from training.checkpoint import Checkpoint, whole_tensors
 from training.dry_run import DryRun
-from training.initial import check_same_start
 from training.log import RunLog, Window, due, forget_wandb_id
 from training.optim import FiniteGuard
 from training.schedule import phase_steps
 from training.utilisation import peak_flops
 
 UNREADABLE = "unreadable.txt"  # in a run's folder: paths of replaced images, one per line
-STARTS = (
-    "init_weights",
-    "stage1_checkpoint",
-)  # name a new run's weights; the second only in stage 2
+STARTS = ("init_weights", "stage1_checkpoint")  # a new run's weights; the second only in stage 2
 PERIODS = ("save_every", "eval_every", "generate_every", "log_every", "log_grad_norm_every")
 GRAD_NORM = "grad_norm"  # of the window, beside the loss's terms
 REPORTED = ".reported"  # in a run's folder: the last checkpointed step with complete reports
@@ -188,8 +185,14 @@ class Run:
             )
         # A run of another kind records no stage 1; `Checkpoint.register_model` refuses it.
         recorded = {name: state.values.get(name) for name in starts}
-        for name, given in starts.items():
-            check_same_start(f"experiment.{name}", recorded[name], given, source)
+        for name, given in starts.items():  # paths: the weights may be gone; None fits any start
+            began = recorded[name]
+            if given and (began is None or Path(given).resolve() != Path(began).resolve()):
+                raise InputError(
+                    f"{source} belongs to a run that started with experiment.{name}={began or 'null'}, "
+                    f"not {given}: leave it out (null) to resume, or set another "
+                    f"experiment.output_dir to start a run from these weights"
+                )
         return recorded
 
     @property

@@ -722,7 +722,8 @@ def test_resume_on_other_data_of_the_same_size_is_refused_and_a_fork_is_warned(
         refusal(partial(train, *other), f"{name} (")
         assert (tmp_path / "run/generator.bin").read_bytes() == before
         capsys.readouterr()
-        train(*other, f"experiment.resume={tmp_path}/run", run=f"fork_{name}")
+        longer = [*other[:2], "training.max_train_steps=3"]
+        train(*longer, f"experiment.resume={tmp_path}/run", run=f"fork_{name}")
         said = capsys.readouterr().out
         assert re.search(rf"warning: resumes from .* or data: .*{name} \(", said)
         assert "equals the training data" not in said

@@ -24,7 +24,7 @@ CONFIG_OF = {
 # One option of every kind: of a type, its limits and its notes; with a program that uses it.
 NAMES = list(
     {
-        (str(option.kind), option.optional, option.rule.limits(), option.rule.notes.get("path")): (
+        (str(option.kind), option.optional, option.rule.limits(), option.rule.path): (
             program,
             option.name,
         )

@@ -115,7 +115,7 @@ def test_every_option_that_is_a_path_expands_home():
         name.split(".")[-1]
         for schema in (GeneratorRun, TokenizerRun)
         for name, option in declared(schema).items()
-        if option.notes.get("path")
+        if option.rule.path
     }
     assert found == names
 

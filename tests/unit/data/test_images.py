@@ -174,11 +174,9 @@ def test_classes_and_paths_are_sorted(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         noise(4, 4).save(tmp_path / name)
     listing = scan_images(tmp_path)
-    samples, classes = listing.samples, listing.classes
-    assert classes == ["C", "a", "b"]
-    found = [(Path(path).relative_to(tmp_path).as_posix(), label) for path, label in samples]
-    assert found == [("C/4.png", 0), ("a/3.png", 1), ("b/1.png", 2), ("b/2.png", 2)]
-    assert listing.paths is listing.paths  # not a new list of all images whenever one is read
+    assert listing.classes == ["C", "a", "b"] and listing.labels.tolist() == [0, 1, 2, 2]
+    found = [Path(path).relative_to(tmp_path).as_posix() for path in listing.paths]
+    assert found == ["C/4.png", "a/3.png", "b/1.png", "b/2.png"]
 
 
 def tree(root, *names):
@@ -194,7 +192,8 @@ def test_listing_is_that_of_torchvisions_image_folder(tmp_path):
     tree(tmp_path, "b/2.png", "b/x/1.png", "a/Z.png", "a/a.JPEG", "C/x.png", "a/n.txt")
     expected = ImageFolder(str(tmp_path))
     listing = scan_images(tmp_path)
-    assert (listing.samples, listing.classes) == (expected.samples, expected.classes)
+    assert [*zip(listing.paths, listing.labels.tolist())] == expected.samples
+    assert listing.classes == expected.classes
 
 
 @pytest.mark.parametrize(
@@ -233,7 +232,7 @@ def test_a_folder_above_the_classes_is_refused(tmp_path, names, nested, remedy):
 
 def test_class_with_images_and_folders_of_images_is_a_class(tmp_path):
     tree(tmp_path, "cat/a.png", "cat/more/b.png")
-    assert len(scan_images(tmp_path).samples) == 2
+    assert len(scan_images(tmp_path).paths) == 2
 
 
 def test_header_says_how_many_classes_their_first_names_and_what_is_left_out(tmp_path):
@@ -254,7 +253,8 @@ def test_images_in_no_folders_are_one_class(tmp_path):
     flat, inside = scan_images(tmp_path / "flat"), scan_images(tmp_path / "folder")
     assert flat.flat and not inside.flat
     assert (flat.names, flat.classes) == (inside.names, inside.classes)
-    assert flat.samples == [(str(tmp_path / "flat" / name), 0) for name in ("a.JPEG", "b.png")]
+    assert flat.paths == [str(tmp_path / "flat" / name) for name in ("a.JPEG", "b.png")]
+    assert not flat.labels.any()
     assert flat.describe().startswith("2 images, no class folders: one class (images); left out: ")
     tree(tmp_path / "flat", "cat/notes")  # a folder without images is no class here
     assert scan_images(tmp_path / "flat").names == flat.names
@@ -413,11 +413,15 @@ def test_no_stream_of_augmentation_is_one_of_the_orders_or_the_views(photos, mon
         monkeypatch.setattr(
             room, "generator_for", lambda *key, n=noted: (n.append(key), generator_for(*key))[1]
         )
-    dataset, draws = TrainImages(photos, 8, 12, True, 5), order.EpochDraws(3, 10, 5, 0.1)
+    dataset, draws = TrainImages(photos, 8, 12, True, 5), order.EpochDraws(3, 10, 5, 0.1, 99)
     samples = order.SampleOrder(3, 1, 5)
     for epoch in range(4):
         for index in range(3):
-            dataset[epoch, index], draws.of(epoch, index), samples.sample(3 * epoch + index)
+            (
+                dataset[epoch, index],
+                draws.of(epoch, index, np.arange(3)),
+                samples.sample(3 * epoch + index),
+            )
     assert len(set(keys[module])) == 12 and len(set(keys[order])) == 8
     assert not set(keys[module]) & set(keys[order])
 
@@ -517,22 +521,22 @@ def test_views_and_labels_are_drawn_as_from_a_ten_crop_cache(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for path, size in zip(paths, ((40, 30), (30, 40), (33, 33))):
         noise(*size).save(path)
-    samples = [(str(path), label) for path, label in zip(paths, (2, 0, 1))]
-    images = TrainViews(samples, 16, seed=5, class_dropout=0.3, no_class=3)
+    labels, draws = np.array([2, 0, 1]), order.EpochDraws(3, 10, 5, 0.3, 3)
+    images = TrainViews(paths, labels, 16, draws)
     # The codes of a view are its number, so that the cache's draws can be read off.
     store = SimpleNamespace(
-        images=3, views=10, labels=np.array([2, 0, 1]), codes=lambda image, view: np.array([view])
+        images=3, views=10, labels=labels, codes=lambda image, view: np.array([view])
     )
-    tokens = TrainTokens(store, 5, 0.3, 3)
-    labels, views = set(), set()
+    tokens = TrainTokens(store, draws)
+    found, views = set(), set()
     for key in [(epoch, index) for epoch in range(8) for index in range(3)]:
         (pixels, label), ((view,), expected) = images[key], tokens[key]
         assert label == expected
         cut = crops(load_image(paths[key[1]]), 16, "ten_crop")[view]
         assert torch.equal(pixels, to_uint8(cut))
-        labels.add(label)
+        found.add(label)
         views.add(int(view))
-    assert labels == {0, 1, 2, 3} and len(views) > 5
+    assert found == {0, 1, 2, 3} and len(views) > 5
 
 
 # ---------------------------------------------------------------------- odd photos

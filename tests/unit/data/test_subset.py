@@ -47,12 +47,7 @@ def test_evenly_spaced_indices_differ_and_lie_within(items, count):
 
 
 class Items:
-    listed = 0
-
-    @property
-    def paths(self):
-        self.listed += 1  # a list of all images may be made anew
-        return ["a", "b", "c", "d"]
+    paths = ["a", "b", "c", "d"]
 
     def __getitem__(self, key):
         return key
@@ -60,5 +55,5 @@ class Items:
 
 def test_subset_shows_the_items_of_the_whole_dataset():
     subset = KeyedSubset(Items(), np.array([1, 3]))
-    assert subset.paths == ["b", "d"] and subset.dataset.listed == 1
+    assert subset.paths == ["b", "d"]
     assert [subset[5, i] for i in range(2)] == [(5, 1), (5, 3)]

@@ -12,6 +12,7 @@ import torch
 from data import writer
 from data.cache import write_manifest
 from data.npz import NpzStore, export_npz
+from data.order import EpochDraws
 from data.tokens import AllTokens, TokenStore, TrainTokens, main, open_tokens
 from data.writer import write_packed_store
 from modeling.weights.tensors import fingerprint
@@ -347,9 +348,17 @@ def test_class_index_is_the_rank_among_all_folders(published):
     assert NpzStore(published).labels.tolist() == [1 + label for label in sorted(LABELS)]
 
 
+NO_CLASS = 99
+
+
+def drawing(store, seed, class_dropout):
+    draws = EpochDraws(store.images, store.views, seed, class_dropout, NO_CLASS)
+    return TrainTokens(store, draws)
+
+
 def test_training_draws_the_same_views_from_either_layout(published, tmp_path):
     store = TokenStore(write(tmp_path / "packed", random_codes()[BY_CLASS]))
-    one, other = (TrainTokens(s, 3, 0.0, NO_CLASS) for s in (store, NpzStore(published)))
+    one, other = (drawing(s, 3, 0.0) for s in (store, NpzStore(published)))
     for key in [(0, 2), (1, 2), (5, 9)]:
         assert torch.equal(one[key][0], other[key][0])
 
@@ -558,9 +567,6 @@ def test_fingerprint_ignores_the_order_of_entries():
 
 
 # ---------------------------------------------------------------------- training
-NO_CLASS = 99
-
-
 @pytest.fixture
 def numbered(tmp_path):
     """A store whose codes tell image and view: all codes of a view are VIEWS·image + view."""
@@ -570,7 +576,7 @@ def numbered(tmp_path):
 
 def test_draws_are_a_function_of_seed_epoch_and_index(numbered):
     keys = [(epoch, index) for epoch in range(5) for index in range(IMAGES)]
-    one, other = (TrainTokens(numbered, 7, 0.5, NO_CLASS) for _ in range(2))
+    one, other = (drawing(numbered, 7, 0.5) for _ in range(2))
     forwards = {key: one[key] for key in keys}
     for key in reversed(keys):
         codes, label = other[key]
@@ -579,14 +585,13 @@ def test_draws_are_a_function_of_seed_epoch_and_index(numbered):
 
 def test_seeds_draw_other_views(numbered):
     drawn = [
-        [TrainTokens(numbered, seed, 0.0, NO_CLASS)[0, i][0][0].item() for i in range(IMAGES)]
-        for seed in (1, 2)
+        [drawing(numbered, seed, 0.0)[0, i][0][0].item() for i in range(IMAGES)] for seed in (1, 2)
     ]
     assert drawn[0] != drawn[1]
 
 
 def test_codes_are_one_whole_view_of_the_image_asked_for(numbered):
-    dataset = TrainTokens(numbered, 7, 0.0, NO_CLASS)
+    dataset = drawing(numbered, 7, 0.0)
     for index in range(IMAGES):
         codes, label = dataset[0, index]
         assert codes.shape == (TOKENS,) and codes.dtype == torch.int64
@@ -595,7 +600,7 @@ def test_codes_are_one_whole_view_of_the_image_asked_for(numbered):
 
 
 def test_every_view_is_drawn_over_the_epochs(numbered):
-    dataset = TrainTokens(numbered, 7, 0.0, NO_CLASS)
+    dataset = drawing(numbered, 7, 0.0)
     for index in range(IMAGES):
         views = {dataset[epoch, index][0][0].item() % VIEWS for epoch in range(40)}
         assert views == set(range(VIEWS))
@@ -604,7 +609,7 @@ def test_every_view_is_drawn_over_the_epochs(numbered):
 def test_draws_do_not_depend_on_how_many_images_there_are(numbered, tmp_path):
     rows = np.arange(4 * VIEWS).reshape(4, VIEWS, 1)
     fewer = TokenStore(write(tmp_path / "fewer", np.repeat(rows, TOKENS, 2), pieces=()))
-    one, other = TrainTokens(numbered, 7, 0.5, NO_CLASS), TrainTokens(fewer, 7, 0.5, NO_CLASS)
+    one, other = drawing(numbered, 7, 0.5), drawing(fewer, 7, 0.5)
     for epoch in range(20):
         for index in range(4):
             assert torch.equal(one[epoch, index][0], other[epoch, index][0])
@@ -612,7 +617,7 @@ def test_draws_do_not_depend_on_how_many_images_there_are(numbered, tmp_path):
 
 
 def test_views_are_drawn_evenly(numbered):
-    dataset = TrainTokens(numbered, 7, 0.5, NO_CLASS)
+    dataset = drawing(numbered, 7, 0.5)
     drawn = [dataset[e, i][0][0].item() % VIEWS for e in range(300) for i in range(IMAGES)]
     for view in range(VIEWS):
         share = drawn.count(view) / len(drawn)
@@ -620,7 +625,7 @@ def test_views_are_drawn_evenly(numbered):
 
 
 def test_class_is_dropped_at_the_given_rate(numbered):
-    dataset = TrainTokens(numbered, 7, 0.1, NO_CLASS)
+    dataset = drawing(numbered, 7, 0.1)
     labels = [dataset[epoch, i][1] for epoch in range(300) for i in range(IMAGES)]
     share = labels.count(NO_CLASS) / len(labels)
     assert abs(share - 0.1) < 3 * (0.1 * 0.9 / len(labels)) ** 0.5
@@ -628,7 +633,7 @@ def test_class_is_dropped_at_the_given_rate(numbered):
 
 
 def test_class_is_never_dropped_at_rate_0(numbered):
-    dataset = TrainTokens(numbered, 7, 0.0, NO_CLASS)
+    dataset = drawing(numbered, 7, 0.0)
     assert all(dataset[e, i][1] == LABELS[i] for e in range(30) for i in range(IMAGES))
 
 

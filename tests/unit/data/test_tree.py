@@ -94,7 +94,7 @@ def test_a_link_to_a_folder_that_is_listed_anyway_lists_nothing_again(photos, li
     before = scan_images(photos)
     os.symlink(target, photos / link)
     listing = scan_images(photos)
-    assert (listing.samples, listing.classes) == (before.samples, before.classes)
+    assert (listing.paths, listing.classes) == (before.paths, before.classes)
     assert listing.left_out == {LINKED: 1}
     assert all(len(paths) == 3 for paths in listings(photos).values())
 

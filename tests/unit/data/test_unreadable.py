@@ -3,13 +3,14 @@
 import multiprocessing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from data.images import TrainImages, TrainViews
-from data.order import SampleOrder
+from data.order import EpochDraws, SampleOrder
 from data.unreadable import SkipUnreadable, lines_of
 from tests.refusals import refusal
 
@@ -44,8 +45,8 @@ def test_next_readable_image_takes_the_place_and_all_others_keep_theirs(paths, t
 
 
 def test_replacement_comes_with_its_own_label_and_draw(paths):
-    samples = [(path, i) for i, path in enumerate(paths)]
-    views = TrainViews(samples, 4, seed=2, class_dropout=0.3, no_class=99)
+    draws = EpochDraws(len(paths), 10, seed=2, class_dropout=0.3, no_class=99)
+    views = TrainViews(paths, np.arange(len(paths)), 4, draws)
     dataset = SkipUnreadable(views, ITEMS, 3, Path(paths[0]).parent / "skipped.txt")
     labels = set()
     for epoch in range(12):

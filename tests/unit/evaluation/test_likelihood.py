@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 from data.tokens import open_tokens
-from evaluation.likelihood import Likelihood, Share, measure_likelihood, position_sums
+from evaluation.likelihood import Likelihood, Share, likelihood_sums, position_sums
 from modeling.compiling import compile_blocks
 from modeling.generator import Generator, next_code_loss
 from tests.tiny import tiny_cache, tiny_generator
@@ -31,7 +31,7 @@ def model():
 
 
 def test_figures_are_those_of_the_models_own_loss(store, model):
-    found = measure_likelihood(model, store, Share(4))
+    found = Likelihood(likelihood_sums(model, store, Share(4)), 14)
     codes = torch.stack([torch.from_numpy(store.codes(i, v)) for i in range(7) for v in (0, 1)])
     labels = torch.from_numpy(store.labels.copy()).long().repeat_interleave(2)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_figures_are_those_of_the_models_own_loss(store, model):
 
 
 def test_positions_and_groups_add_up_to_the_whole(store, model):
-    found = measure_likelihood(model, store, Share(4))
+    found = Likelihood(likelihood_sums(model, store, Share(4)), 14)
     result, whole = found.result(), found.figures()
     names = ["prefix", "row 1", "row 2", "row 3", "row 4"]
     assert [group["name"] for group in result["by_group"]] == names
@@ -62,15 +62,15 @@ def test_positions_and_groups_add_up_to_the_whole(store, model):
 
 
 def test_processes_share_every_view_once(store, model):
-    whole = measure_likelihood(model, store, Share(4))
-    parts = [measure_likelihood(model, store, Share(4, i, 3)).sums for i in range(3)]
-    torch.testing.assert_close(sum(parts), whole.sums, rtol=1e-14, atol=0)
+    whole = likelihood_sums(model, store, Share(4))
+    parts = [likelihood_sums(model, store, Share(4, i, 3)) for i in range(3)]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-14, atol=0)
     assert all(part.any() for part in parts)
 
 
 def test_compiled_score_is_the_eager_one_and_compiles_two_programs(store, model, monkeypatch):
     """The blocks share one; the smaller last batch has none."""
-    expected = measure_likelihood(model, store, Share(4))
+    expected = likelihood_sums(model, store, Share(4))
     counter, compile_function = CompileCounter(), torch.compile
     torch._dynamo.reset()
     monkeypatch.setattr(
@@ -79,8 +79,8 @@ def test_compiled_score_is_the_eager_one_and_compiles_two_programs(store, model,
         lambda f, **options: compile_function(f, **{**options, "backend": counter}),
     )
     compile_blocks(model.blocks)
-    found = measure_likelihood(model, store, Share(4, compiled=True))
-    torch.testing.assert_close(found.sums, expected.sums)
+    found = likelihood_sums(model, store, Share(4, compiled=True))
+    torch.testing.assert_close(found, expected)
     assert counter.frame_count == 2
     torch._dynamo.reset()
 
@@ -93,10 +93,10 @@ def test_a_tie_is_no_hit_but_for_the_first_code():
 
 def test_training_mode_is_left_as_it_was(store, model):
     model.train()
-    dropped = measure_likelihood(model, store, Share(4))
+    dropped = likelihood_sums(model, store, Share(4))
     assert model.training
     model.eval()
-    assert torch.equal(measure_likelihood(model, store, Share(4)).sums, dropped.sums)  # fmt: skip
+    assert torch.equal(likelihood_sums(model, store, Share(4)), dropped)  # fmt: skip
     assert not model.training
 
 
@@ -105,7 +105,7 @@ def test_training_mode_is_left_as_it_was_by_a_failure_too(store, model, monkeypa
     monkeypatch.setattr(type(store), "codes", lambda *_: 1 / 0)
     model.train()
     with pytest.raises(ZeroDivisionError):
-        measure_likelihood(model, store, Share(4))
+        likelihood_sums(model, store, Share(4))
     assert model.training
 
 

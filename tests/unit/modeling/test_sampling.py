@@ -14,7 +14,6 @@ from modeling.sampling import (
     ReferenceEngine,
     Sampling,
     draw_codes,
-    guidance_schedule,
     sample_codes,
 )
 from tests.refusals import refusal
@@ -29,22 +28,22 @@ def test_guidance_schedule_by_hand():
     # (t/4)² = 0, 1/16, 1/4, 9/16
     cosines = [1, math.cos(math.pi / 16), math.cos(math.pi / 4), math.cos(9 * math.pi / 16)]
     expected = torch.tensor([1 + 2 * 0.5 * (1 - c) for c in cosines])
-    torch.testing.assert_close(guidance_schedule(3.0, 2.0, 4), expected)
+    torch.testing.assert_close(Sampling(3.0, 2.0).scales(4), expected)
 
 
 def test_guidance_starts_at_one_and_rises_towards_the_scale():
-    scales = guidance_schedule(16.0, 1.8, 273)
+    scales = Sampling(16.0, 1.8).scales(273)
     assert scales.shape == (273,) and scales.dtype == torch.float32
     assert scales[0] == 1 and (scales.diff() > 0).all()
     assert 15.9 < scales[-1] < 16
 
 
 def test_guidance_at_half_way_is_the_mean_for_power_one():
-    assert guidance_schedule(6.0, 1.0, 10)[5].item() == pytest.approx(3.5)
+    assert Sampling(6.0, 1.0).scales(10)[5].item() == pytest.approx(3.5)
 
 
 def test_guidance_of_scale_one_is_constant():
-    assert torch.equal(guidance_schedule(1.0, 0.7, 50), torch.ones(50))
+    assert torch.equal(Sampling(1.0, 0.7).scales(50), torch.ones(50))
 
 
 # ---------------------------------------------------------------------- drawing
@@ -206,7 +205,7 @@ def test_draws_follow_the_exact_probabilities(knobs, kept):
 
 @pytest.mark.parametrize("schedule, expected", [("constant", [5] * 4), ("linear", [1, 2, 3, 4])])
 def test_other_guidance_schedules_by_hand(schedule, expected):
-    assert guidance_schedule(5.0, 1.8, 4, schedule).tolist() == expected
+    assert Sampling(5.0, 1.8, guidance_schedule=schedule).scales(4).tolist() == expected
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from modeling.weights.metadata import GENERATOR, about_model, about_shapes
 from modeling.weights.opened import Opened
 from tests.refusals import refusal
 from tests.tiny import tiny_generator
-from training.initial import check_same_start, fit_classes
+from training.initial import fit_classes
 
 
 def config(classes, **changes):
@@ -84,13 +84,3 @@ def test_other_sizes_than_those_of_the_classes_are_refused(name, value, names):
     old = generator(3).state_dict()
     call = partial(fit_classes, opened(old, names), config(3, **{name: value}), [])
     refusal(call, f"model.generator.{name}={value}", "x.bin")
-
-
-@pytest.mark.parametrize("recorded", ["a.pth", None])
-def test_a_run_is_resumed_with_the_start_that_it_had_or_none(recorded):
-    check = partial(check_same_start, "experiment.init_weights", recorded)
-    check(None, "run/step-3")
-    check(recorded, "run/step-3")
-    check(recorded and f"x/../{recorded}/", "run/step-3")  # in other words
-    began = f"experiment.init_weights={recorded or 'null'}"
-    refusal(lambda: check("b.pth", "run/step-3"), "run/step-3", f"{began}, not b.pth")

@@ -169,9 +169,9 @@ def test_a_checkpoint_by_name_of_a_run_without_loss_scaling_starts_it_anew(accel
 
 
 # ---------------------------------------------------------------------- the same run
-def run_of(accelerator, path, resume=True, *, phases, data=None, seed=0):
+def run_of(accelerator, path, resume=True, *, phases, data=None, seed=0, **more):
     options = TokenizerRun(
-        experiment=TokenizerExperiment(output_dir=str(path), resume=resume),
+        experiment=TokenizerExperiment(output_dir=str(path), resume=resume, **more),
         phases=list(phases),
         training=TokenizerTraining(seed=seed),
     )
@@ -216,6 +216,18 @@ def test_a_run_resumes_with_its_settings_and_a_fork_is_told_what_differs(
     fork = run_of(accelerator, tmp_path / "new", str(tmp_path / "run"), **now)
     (warning,) = fork.checkpoint.warnings
     assert "with other options" in warning and fork.first_step == 31
+
+
+@pytest.mark.parametrize("recorded", ["a.pth", None])
+def test_a_run_is_resumed_with_the_start_that_it_had_or_none(accelerator, tmp_path, recorded):
+    run = run_of(accelerator, tmp_path, phases=PHASES)
+    run.checkpoint.values["init_weights"] = recorded
+    save_run(run, 1)
+    for same in (None, recorded, recorded and f"x/../{recorded}/"):
+        found = run_of(accelerator, tmp_path, phases=PHASES, init_weights=same)
+        assert found.experiment.init_weights == recorded
+    began = f"experiment.init_weights={recorded or 'null'}, not b.pth"
+    refusal(partial(run_of, accelerator, tmp_path, phases=PHASES, init_weights="b.pth"), began)
 
 
 def test_a_fork_without_steps_left_is_refused(accelerator, tmp_path):

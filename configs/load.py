@@ -80,8 +80,8 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
                 written = {n: w for n, w in written.items() if not n.startswith(f"{name}[")}
                 written[name] = value
     options: Any = build(schema, written)
-    if program.startswith("train"):
-        options = build(schema, sizes_of_resumed(schema, options.experiment) | written)
+    if program.startswith("train") and (sizes := sizes_of_resumed(schema, options.experiment)):
+        options = build(schema, sizes | written)
     if os.environ.get("RANK", "0") == "0":
         for warning in warnings_of(options, program):
             print(f"warning: {path}: {warning}", file=sys.stderr)

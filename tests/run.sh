@@ -15,4 +15,4 @@ if [ "$(df --output=avail /dev/shm 2> /dev/null | tail -n 1)" -gt 8000000 ] 2> /
     folder=(--basetemp="$memory/tests")
 fi
 # Two workers with a thread each: most tests wait for small programs to start.
-OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile ${folder[@]+"${folder[@]}"} "$@"
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${folder[@]+"${folder[@]}"} "$@"

@@ -113,11 +113,11 @@ def server():
     return started
 
 
-def execute(*args, check=True, env=None, timeout=1200, ranks=1, launcher=None):
+def execute(*args, check=True, env=None, timeout=1200, ranks=1, launcher=None, fresh=False):
     """Run a program to its end; its output comes back, and is shown where it fails. Without a
     launcher, `server` starts the ranks of the usual programs; each launcher is met in a few tests.
-    One rank with variables of its own starts afresh, because imports may read them."""
-    if args[0] in PROGRAMS and launcher is None and (ranks > 1 or not env):
+    A `fresh` one starts an interpreter, for variables that are read before the programs."""
+    if args[0] in PROGRAMS and launcher is None and not fresh:
         done = server().completed(*args, ranks=ranks, env=env, timeout=timeout)
     else:
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

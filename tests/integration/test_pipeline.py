@@ -73,7 +73,7 @@ def test_export_writes_the_newest_checkpoint(workspace, tmp_path):
 
 
 def test_token_cache_is_the_same_bytes_from_one_and_two_ranks(workspace, tmp_path):
-    workspace.pretokenize(tmp_path / "two", ranks=2, launcher="torchrun")
+    workspace.pretokenize(tmp_path / "two", ranks=2)
     assert files(tmp_path / "two") == files(workspace.cache)
     assert not (tmp_path / "two.partial").exists()
 
@@ -106,7 +106,7 @@ def test_generator_resumed_is_generator_uninterrupted(workspace, tmp_path):
     shutil.rmtree(halves / "checkpoints/step-00000006")
     (halves / "generator.bin").unlink()
     # Another seed of hashes, and so another order of sets.
-    workspace.train_ar(halves, *options, env={"PYTHONHASHSEED": "1"})
+    workspace.train_ar(halves, *options, env={"PYTHONHASHSEED": "1"}, fresh=True)
     assert losses(halves) == losses(whole)
     assert equal_weights(halves / "generator.bin", whole / "generator.bin")
     raw = "checkpoints/step-00000006/generator_raw.safetensors"
@@ -131,12 +131,11 @@ def test_accelerate_launch_trains_as_the_plain_command(workspace, tmp_path):
 
 
 def test_two_ranks_train_as_one_at_the_same_global_batch(workspace, tmp_path):
-    two = dict(ranks=2, launcher="torchrun")
-    workspace.stage1(tmp_path / "t", "training.per_gpu_batch_size=2", **two)
+    workspace.stage1(tmp_path / "t", "training.per_gpu_batch_size=2", ranks=2)
     np.testing.assert_allclose(losses(tmp_path / "t"), losses(workspace.stage1_run), rtol=1e-4)
     dry = [f"model.generator.{d}=0" for d in ("dropout", "attn_drop", "tok_dropout")]
     workspace.train_ar(tmp_path / "one", *dry)
-    workspace.train_ar(tmp_path / "two", "training.per_gpu_batch_size=2", *dry, **two)
+    workspace.train_ar(tmp_path / "two", "training.per_gpu_batch_size=2", *dry, ranks=2)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
 
 

@@ -120,7 +120,7 @@ def test_accumulation_clusters_by_the_whole_batch(train, tmp_path):
 )
 def test_cuda_modes_train_through_an_adversarial_phase(workspace, tmp_path, options):
     phases = "phases=[{steps: 4, learning_rate: 1e-3}, {steps: 4, gan_weight: 0.005}]"
-    workspace.stage1(tmp_path, phases, *options, env={"CUDA_VISIBLE_DEVICES": "0"})
+    workspace.stage1(tmp_path, phases, *options, env={"CUDA_VISIBLE_DEVICES": "0"}, fresh=True)
     assert len(losses(tmp_path)) == 8 and np.isfinite(losses(tmp_path)).all()
 
 

@@ -72,6 +72,11 @@ def child(request, rank, port):
         obey_permissions()
     if request["die_before"] and rank == 0:
         die_before(request["die_before"])
+    if request["narrow"]:
+        # The published discriminator takes most of a miniature's adversarial step and of its checkpoints.
+        from train_tokenizer.discriminator import Discriminator
+
+        Discriminator.__init__.__defaults__ = (32, True)
     from runtime.program import run
 
     status = 0
@@ -135,22 +140,23 @@ class Warm:
         return json.loads(self.server.stdout.readline())
 
     def start(self, program, *argv, ranks=1, largest_file=0, die_before=0, obedient=False,
-              env=None, errors=None):  # fmt: skip
+              env=None, errors=None, narrow=True):  # fmt: skip
         """A run in the background. It dies before its `die_before`-th sync, rename or removal of
         files; it may write files of up to `largest_file` bytes; `obedient`, even root's rights end
-        where those of a folder do; the file `errors` takes its standard error, by default the log."""
+        where those of a folder do; the file `errors` takes its standard error, by default the log. The
+        discriminator of a `narrow` one has a quarter of the published width."""
         log = self.folder / f"log-{next(self.logs)}"
         pids = self.ask(
             program=program, argv=[str(a) for a in argv], log=str(log), ranks=ranks,
             largest_file=largest_file, die_before=die_before, obedient=obedient, env=env or {},
-            errors=str(errors or log),
+            errors=str(errors or log), narrow=narrow,
         )  # fmt: skip
         return Run(self, pids, log)
 
     def completed(self, program, *argv, timeout, **limits):
         """A run to its end, as `subprocess.run` returns it."""
         errors = self.folder / f"errors-{next(self.logs)}"
-        run = self.start(program, *argv, errors=errors, **limits)
+        run = self.start(program, *argv, errors=errors, narrow=False, **limits)
         status = run.end(within=timeout) or run.failed()
         return subprocess.CompletedProcess(argv, status, run.output(), errors.read_text())
 

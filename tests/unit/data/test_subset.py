@@ -47,7 +47,7 @@ def test_evenly_spaced_indices_differ_and_lie_within(items, count):
 
 
 class Items:
-    paths = ["a", "b", "c", "d"]
+    paths = ("a", "b", "c", "d")
 
     def __getitem__(self, key):
         return key

@@ -69,10 +69,9 @@ def open_random(name: str, layers: int, device: torch.device, folder: Path) -> F
         write_random_dinov2(folder / DINOV2_FILE, layers=layers)
     else:
         write_random_inception(folder / INCEPTION_FILE)
+    # Used by DINOv2 alone, whose depth is fixed.
     shallow = functools.partial(timm.create_model, depth=layers)
-    with mock.patch.object(
-        timm, "create_model", shallow
-    ):  # used by DINOv2 alone, whose depth is fixed
+    with mock.patch.object(timm, "create_model", shallow):
         return open_network(name, device, folder)
 
 

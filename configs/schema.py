@@ -218,11 +218,14 @@ class GeneratorExperiment(Experiment):
         super().__post_init__()
         if self.classes is not None and not self.classes:
             self.refuse("classes", "set at least one class, for example [207]")
-        needs = {"prefix_rows": "prefix", "prefix_mask": "prefix", "edit": "mask", "mask": "edit"}
+        prefix = "prefix, an image or a file of codes"
+        needs = {"prefix_rows": prefix, "prefix_mask": prefix,
+                 "edit": "mask, the part to redraw", "mask": "edit, the image to redraw"}
         for name, other in needs.items():
             given = getattr(self, name)
-            if given is not None and given is not False and getattr(self, other) is None:
-                self.refuse(name, f"it needs experiment.{other}=FILE too")
+            absent = getattr(self, other.partition(",")[0]) is None
+            if given is not None and given is not False and absent:
+                self.refuse(name, f"it needs experiment.{other}")
         sources = [name for name in ("codes", "prefix", "edit") if getattr(self, name) is not None]
         if len(sources) > 1:
             first, second = sources[:2]

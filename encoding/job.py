@@ -212,7 +212,7 @@ def encode_folder(
         "listing": hash_of_texts(paths),
     }
     check_same(settings, "other images or weights")
-    if cache.is_symlink():  # a folder cannot be renamed to a link, even if nothing is there yet
+    if cache.is_symlink() and not cache.exists():  # a folder cannot be renamed to a link
         cache = cache.resolve()
     work = WorkFolder(images, plan, settings, cache)
     if on_main(work.is_complete):

@@ -154,8 +154,9 @@ class SampleFolder:
         chunk = chunk or self._earlier_chunk()
         if chunk is None:
             chunk = even_chunk(self.count, max(min(most, LARGEST_CHUNK), 1))
-        if not self.settings_file.exists():  # of no known settings
-            shutil.rmtree(self.output / "chunks", ignore_errors=True)
+        if not self.settings_file.exists():
+            for left in (self.output / "chunks").glob("[0-9]" * 6 + ".npz"):  # of no known settings
+                left.unlink()
         check_settings(self.settings_file, {**self.settings(), "chunk": chunk}, REMEDY)
         return chunk, finished
 

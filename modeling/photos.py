@@ -24,6 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 MOST_ELONGATED = 500
 # Errors of a network's file system that may pass, and the seconds before each further try.
 PASSING, PAUSES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT), (1.0, 5.0, 15.0)
+persists = False  # whether the last of them did not pass
 TURNS = dict(enumerate([
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
@@ -71,9 +72,11 @@ def load_upright(photo: Photo | Image.Image) -> Image.Image:
 def read_image(path: Photo, read: Callable[[Image.Image], T]) -> T:
     """`read(image)` of an opened image. Raises InputError if it is unreadable.
 
-    A failure of the file system is followed by further tries, because a days-long run meets one that passes.
+    A failure of the file system is followed by further tries, because a days-long run meets one that passes;
+    not while it persists, which a process learns once.
     """
-    for pause in (*PAUSES, None):
+    global persists
+    for pause in (None,) if persists else (*PAUSES, None):
         try:
             file = path if isinstance(path, (str, os.PathLike)) else io.BytesIO(path.read())
             with Image.open(file, formats=FORMATS) as image:
@@ -81,13 +84,17 @@ def read_image(path: Photo, read: Callable[[Image.Image], T]) -> T:
                     raise ValueError(
                         f"{image.width}x{image.height} pixels: one side is over {MOST_ELONGATED} times the other"
                     )
-                return read(image)
+                result = read(image)
+            persists = False
+            return result
         except UnidentifiedImageError as e:  # its text shows the file object
             raise InputError(
                 f"unreadable image {path}: not in a supported format ({', '.join(FORMATS)}); repair or remove it"
             ) from e
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            if pause is None or getattr(e, "errno", None) not in PASSING:
+            passing = getattr(e, "errno", None) in PASSING
+            if pause is None or not passing:
+                persists = persists or passing
                 raise InputError(f"unreadable image {path}: {e}; repair or remove it") from e
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")

@@ -46,7 +46,9 @@ def smooth(records: Records) -> dict[str, dict[float, float]]:
     curves = {}
     for name in quantities(records):
         values = curve(records, name)
-        curves[name] = values if name.startswith("val/") or name == "lr" else smoothed(values)
+        curves[name] = (
+            values if name.startswith("val/") or name.endswith("lr") else smoothed(values)
+        )
     return curves
 
 
@@ -65,7 +67,7 @@ def reference_of(runs: list[Records]) -> Records:
                 raise InputError(f"not all runs have {name} at step {step:g}: pass finished runs")
             record = by_step.setdefault(step, {"step": step, "runs": len(runs)})
             record[name] = shortened(value)
-            if others and name != "lr":
+            if others and not name.endswith("lr"):
                 record[f"low/{name}"] = shortened(min(known))
                 record[f"high/{name}"] = shortened(max(known))
     return [by_step[step] for step in sorted(by_step)]

@@ -25,8 +25,11 @@ from modeling.weights.files import (  # noqa: F401
 )
 from runtime.errors import InputError
 
-# What NumPy raises for a missing or damaged .npz, and Python for an .npy in its place (TypeError).
-NPZ_ERRORS = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+# What NumPy raises for a missing or damaged .npz: TypeError for an .npy in its place, RuntimeError for a flag or
+# compression that it does not know.
+NPZ_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def read_npz(path: str | Path, remedy: str, *names: str) -> list[np.ndarray]:

@@ -63,7 +63,7 @@ class Checkpoint:
         resume = experiment.resume
 
         def find() -> tuple:
-            named = None if isinstance(resume, bool) else str(Path(resume).resolve())
+            named = None if isinstance(resume, bool) else str(named_by(resume))
             source, warnings = choose(self.folder, resume)
             earlier = None if source is None else origin_of(source)
             # A resumed run keeps the checkpoint that it once branched off from.
@@ -286,15 +286,20 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+def named_by(resume: str) -> Path:
+    """The run or checkpoint that the path `resume` names; RUN/checkpoints names the run."""
+    path = Path(resume).resolve()
+    is_part = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
+    return path.parent if is_part else path
+
+
 def checkpoints_from(resume: str, run_dir: Path) -> list[Path]:
     """The checkpoint at the path `resume`, or those of the run there, then, so that the same command resumes,
     those that `run_dir` has saved since it started from there.
 
     Raises InputError if there are none, or if `run_dir` holds some of another origin or after the named one.
     """
-    named, saved = Path(resume).resolve(), all_checkpoints(run_dir)
-    if named.name == "checkpoints":
-        named = named.parent  # the run's folder
+    named, saved = named_by(resume), all_checkpoints(run_dir)
     own = [path for path in saved if origin_of(path) == str(named)]
     if named.is_relative_to(run_dir.resolve()):
         later = [p for p in saved if is_checkpoint(named) and step_of(p) > step_of(named)]
@@ -331,12 +336,12 @@ def load_state(path: Path) -> dict[str, Any]:
     file = path / "state.pt"
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError) as e:
-        raise InputError(
-            f"cannot read {file} ({e or type(e).__name__}): every machine must see the run's folder and have "
-            f"memory for it; then run the same command again"
-        ) from e
     except Exception as e:  # a forged pickle raises almost anything
+        if isinstance(e, (OSError, MemoryError)) or "allocate memory" in str(e):
+            raise InputError(
+                f"cannot read {file} ({str(e) or type(e).__name__}): every machine must see the run's folder and "
+                f"have memory for it; then run the same command again"
+            ) from e
         raise InputError(
             f"{file} is not a file of tensors and plain values: remove {path}, or set another "
             f"experiment.resume"

@@ -44,9 +44,11 @@ def wandb_id(folder: Path) -> str:
     return path.read_text().strip()
 
 
-def forget_wandb_id(folder: Path) -> None:
-    """Give a run that goes back to an earlier step a new page: wandb ignores steps before a page's last."""
-    (folder / "wandb_id").unlink(missing_ok=True)
+def forget_wandb_id(folder: Path, first_step: int) -> None:
+    """Give a run that has been beyond `first_step` a new page: wandb ignores steps before a page's last."""
+    path = folder / "metrics.jsonl"
+    if path.exists() and any(step_of(line) >= first_step for line in path.read_text().splitlines()):
+        (folder / "wandb_id").unlink(missing_ok=True)
 
 
 class RunLog:

@@ -173,7 +173,8 @@ class Run:
             state.values["run"], self.settings(self.first_step - 1), str(source),
             state.forks, self.accelerator.num_processes,
         )  # fmt: skip
-        if state.forks and self.first_step > self.total_steps:
+        own = source.resolve().is_relative_to(self.folder.resolve())
+        if state.forks and not own and self.first_step > self.total_steps:
             raise InputError(
                 f"{source} is at step {self.first_step - 1} of {self.total_steps}, so no step is left to train: "
                 f"set more steps, or experiment.init_weights={source} to start anew from its weights"
@@ -181,7 +182,7 @@ class Run:
         trained, now = state.values.get("autocast"), numerics_of(self.training).autocast
         if "autocast" in state.values and trained != now:
             state.warnings.append(
-                f"{source} was trained with autocast {trained}; this device continues with {now}"
+                f"{source} was trained with autocast {trained}; this run continues with {now}"
             )
         # A run of another kind records no stage 1; `Checkpoint.register_model` refuses it.
         recorded = {name: state.values.get(name) for name in starts}
@@ -217,7 +218,7 @@ class Run:
             self.checkpoint.open(self.options)
         self.loader_iterator = iter(loader)  # its workers start to read and list unreadable images
         if self.checkpoint.forks and self.dry_run is None and accelerator.is_main_process:
-            forget_wandb_id(self.folder)
+            forget_wandb_id(self.folder, self.first_step)
         self.log = RunLog(
             accelerator, self.experiment, asdict(self.options), self.first_step,
             self.total_steps, write=self.dry_run is None,

@@ -247,16 +247,17 @@ def main(argv: list[str]) -> None:
     kept = [pair for pair in pairs if not pair.on_plateau]
     places = [pair.place for pair in kept]
     trends = {name: trend(places, [pair.effect(name) for pair in kept]) for name in EFFECTS}
-    more, low, high = bits_at_equal_psnr(kept)
-    text = (
-        f"{table(pairs)}\n\n{trend_table(trends)}\n\nbits per image of the causal row at equal PSNR: "
-        f"{more:+.1f} ({low:+.1f} to {high:+.1f})\n"
-    )
-    content = {
+    text = f"{table(pairs)}\n\n{trend_table(trends)}\n\nbits per image of the causal row at equal PSNR: "
+    content: dict[str, Any] = {
         "pairs": [asdict(pair) for pair in pairs],
         "trends": {name: asdict(of) for name, of in trends.items()},
-        "bits at equal PSNR": {"mean": more, "low": low, "high": high},
     }
+    try:
+        more, low, high = bits_at_equal_psnr(kept)
+        content["bits at equal PSNR"] = {"mean": more, "low": low, "high": high}
+        text += f"{more:+.1f} ({low:+.1f} to {high:+.1f})\n"
+    except InputError as e:
+        text += f"not computed ({e})\n"
     write_whole(output / "axis.json", json.dumps(content, indent=1).encode())
     write_whole(output / "axis.md", text.encode())
     draw(output / "axis.png", lambda figure: panels(figure, kept, trends), (14, 4.5))

@@ -21,7 +21,7 @@ CONFIG_OF = {
     "sample_imagenet": f"config={CONFIGS}/digits_generator.yaml",
     "train_tokenizer": f"config={CONFIGS}/digits_stage1.yaml",
 }
-# One option of every kind: of a type, its limits and its notes; with a program that uses it.
+# One option of every kind: of a type, its limits and whether it is a path; with a program that uses it.
 NAMES = list(
     {
         (str(option.kind), option.optional, option.rule.limits(), option.rule.path): (

@@ -573,5 +573,10 @@ def test_an_error_that_passes_does_not_make_an_image_unreadable(tmp_path, monkey
     assert load_image(tmp_path / "a.png").size == (4, 4)
     left += [OSError(errno.EIO, "I/O error")] * 3
     refusal(lambda: load_image(tmp_path / "a.png"), "I/O error")
+    left += [OSError(errno.EIO, "I/O error")] * 2  # it persists: a single try until one succeeds
+    refusal(lambda: load_image(tmp_path / "a.png"), "I/O error")
+    assert len(left) == 1
+    refusal(lambda: load_image(tmp_path / "a.png"), "I/O error")
+    assert load_image(tmp_path / "a.png") and not left
     left.append(OSError(errno.EACCES, "denied"))  # does not pass: not tried again
     refusal(lambda: load_image(tmp_path / "a.png"), "denied")

@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import stat
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -262,15 +263,27 @@ def test_what_cannot_be_resumed_is_named(run_dir, monkeypatch, damaged, resume, 
 
 
 def test_the_folder_of_a_runs_checkpoints_stands_for_the_run(run_dir, tmp_path):
-    found, _ = checkpoint.choose(tmp_path / "new", str(run_dir / "checkpoints"))
-    assert found == folder(run_dir, 3)
+    for name in (str(run_dir), str(run_dir / "checkpoints")):
+        found, _ = checkpoint.choose(tmp_path / "new", name)
+        assert found == folder(run_dir, 3) and checkpoint.named_by(name) == run_dir
+    run_dir.rename(tmp_path / "checkpoints")  # a run of that name is a run
+    found, _ = checkpoint.choose(tmp_path / "new", str(tmp_path / "checkpoints"))
+    assert found == folder(tmp_path / "checkpoints", 3)
 
 
-def test_a_state_that_cannot_be_read_is_not_called_damaged(run_dir):
+def fail_with(error, *_, **__):
+    raise error
+
+
+def test_a_state_that_cannot_be_read_is_not_called_damaged(run_dir, monkeypatch):
     path = folder(run_dir, 3)
     (path / "state.pt").unlink()  # as on a machine that does not see the folder
     said = refusal(lambda: checkpoint.load_state(path), "cannot read", "every machine")
     assert "remove" not in said
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr(torch, "load", partial(fail_with, error))
+        said = refusal(lambda: checkpoint.load_state(path), "cannot read", "memory")
+        assert "remove" not in said and "()" not in said
 
 
 # ---------------------------------------------------------------------- untrusted files

@@ -249,7 +249,10 @@ def test_all_starts_of_a_run_have_one_page_at_wandb(accelerator, tmp_path, monke
     first, second, other = (start["wandb"] for start in starts)
     assert first["id"] == second["id"] != other["id"] and first["resume"] == "allow"
     assert first["id"] == (tmp_path / "run/wandb_id").read_text()
-    forget_wandb_id(tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 4}\n')
+    forget_wandb_id(tmp_path / "run", 5)
+    assert wandb_id(tmp_path / "run") == first["id"]
+    forget_wandb_id(tmp_path / "run", 4)  # the run goes back
     assert wandb_id(tmp_path / "run") != first["id"]
 
 

@@ -173,12 +173,6 @@ class Run:
             state.values["run"], self.settings(self.first_step - 1), str(source),
             state.forks, self.accelerator.num_processes,
         )  # fmt: skip
-        own = source.resolve().is_relative_to(self.folder.resolve())
-        if state.forks and not own and self.first_step > self.total_steps:
-            raise InputError(
-                f"{source} is at step {self.first_step - 1} of {self.total_steps}, so no step is left to train: "
-                f"set more steps, or experiment.init_weights={source} to start anew from its weights"
-            )
         trained, now = state.values.get("autocast"), numerics_of(self.training).autocast
         if "autocast" in state.values and trained != now:
             state.warnings.append(
@@ -196,6 +190,17 @@ class Run:
                 )
         return recorded
 
+    def _refuse_ended_fork(self) -> None:
+        """Raise InputError if another run, which this one starts from, has made all of its steps."""
+        source, last = self.checkpoint.source, self.first_step - 1
+        if source is None or not self.checkpoint.forks or last < self.total_steps:
+            return
+        if not source.resolve().is_relative_to(self.folder.resolve()):
+            raise InputError(
+                f"{source} is at step {last} of {self.total_steps}, so no step is left to train: set more "
+                f"steps, or experiment.init_weights={source} to start anew from its weights"
+            )
+
     @property
     def resumed(self) -> bool:
         return self.checkpoint.source is not None
@@ -208,6 +213,7 @@ class Run:
         `skip_unreadable` is the number of images that `SkipUnreadable` may replace; None for codes.
         """
         accelerator = self.accelerator
+        self._refuse_ended_fork()
         if skip_unreadable is not None:
             report = self.folder / UNREADABLE if self.dry_run is None else None
             dataset = SkipUnreadable(dataset, images, skip_unreadable, report)

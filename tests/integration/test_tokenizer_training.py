@@ -270,7 +270,8 @@ def test_other_images_of_the_same_number_are_refused_and_equal_held_out_ones_war
     other = f"dataset.params.train_dir={tmp_path}/train"
     message = refusal(train, 1, tmp_path / "run", *short, other)
     assert "with other options or data: image sizes (" in message and "names" not in message
-    said = train(1, tmp_path / "fork", *short, other, f"experiment.resume={tmp_path}/run")
+    longer = ["phases=[{steps: 1, learning_rate: 1e-3}, {steps: 1}]", short[1], other]
+    said = train(1, tmp_path / "fork", *longer, f"experiment.resume={tmp_path}/run")
     assert "warning: resumes from" in said and "image sizes (" in said
 
 

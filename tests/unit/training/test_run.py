@@ -234,10 +234,10 @@ def test_a_fork_without_steps_left_is_refused(accelerator, tmp_path):
     save_run(run_of(accelerator, tmp_path / "run", phases=PHASES), 31)
     assert run_of(accelerator, tmp_path / "run", phases=PHASES).first_step == 32  # exports again
     fork = partial(run_of, accelerator, tmp_path / "new", str(tmp_path / "run"))
-    refusal(lambda: fork(phases=PHASES), "step 31 of 31", "init_weights")
-    assert fork(phases=[*PHASES, Phase("d", 5)]).first_step == 32
+    refusal(lambda: fork(phases=PHASES).start([], 0, 0), "step 31 of 31", "init_weights")
+    fork(phases=[*PHASES, Phase("d", 5)])._refuse_ended_fork()
     own = run_of(accelerator, tmp_path / "run", str(tmp_path / "run"), phases=PHASES)
-    assert own.first_step == 32  # not another run, though named
+    own._refuse_ended_fork()  # not another run, though named
 
 
 def test_another_precision_of_the_device_is_warned_of(accelerator, tmp_path):

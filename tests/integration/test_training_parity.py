@@ -226,7 +226,8 @@ def check_tokenizer(golden, recorder, run, stage, warm):
         noise = 1e-4 * critic_steps[s] + 1e-5  # of the discriminator's loose bias
         loose_logits = LOGITS_LOOSE if critic_steps[s] else 0.0
         loose_gradients = 3e-3 if kinds[s] == "D" else 2e-4 if critic_steps[s] else 1e-4
-        near(record["grad_norm"], figure["grad_norm"][s], loose_gradients)
+        norm = record["grad_norm" if kinds[s] == "G" else "critic grad_norm"]
+        near(norm, figure["grad_norm"][s], loose_gradients)
         if kinds[s] == "G":
             near(record["mse"], figure["mse"][s], 1e-5)
             gan = 0.005 * record.get("gan", 0.0)

@@ -294,13 +294,7 @@ def build(schema: type[T], written: dict[str, Written]) -> T:
     for name, (value, place) in written.items():
         try:
             OmegaConf.update(config, name, meant(schema, name, value, place))
-        except (
-            OmegaConfBaseException,
-            RecursionError,
-            ArithmeticError,
-            TypeError,
-            ValueError,
-        ) as e:
+        except (OmegaConfBaseException, RecursionError, ArithmeticError, TypeError, ValueError) as e:  # fmt: skip
             option, failed = option_at(schema, name), getattr(e, "full_key", name)
             if option is None or name.startswith(f"{failed}."):
                 raise unknown(e, name, place) from e

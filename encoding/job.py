@@ -113,10 +113,8 @@ class WorkFolder:
         """Lock the folder until `release`, and check that its settings are the same."""
         self._lock = lock_folder(self.folder)
         with writing(self.folder):
-            settings, remedy = (
-                self.folder / "settings.json",
-                "remove it, or choose another --cached_path",
-            )
+            settings = self.folder / "settings.json"
+            remedy = "remove it, or choose another --cached_path"
             if not settings.exists():  # of no known settings
                 for folder in (self.parts.folder, self.store):
                     shutil.rmtree(folder, ignore_errors=True)

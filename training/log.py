@@ -65,6 +65,7 @@ class RunLog:
         first_step: int,
         total_steps: int,
         write: bool = True,
+        asked_to_stop: Callable[[], bool] = lambda: False,
     ):
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
@@ -72,7 +73,7 @@ class RunLog:
         self.folder = Path(experiment.output_dir)
         self._earlier: set[tuple[float, frozenset[str]]] = set()
         self._tracks = True  # until wandb fails
-        self.asked_to_stop: Callable[[], bool] = lambda: False
+        self.asked_to_stop = asked_to_stop
         if accelerator.log_with and write:
             self._start_wandb(experiment, config)
         if self.write:
@@ -132,7 +133,7 @@ class RunLog:
                 tqdm.write(f"{time.strftime('%H:%M:%S')} {text}")
 
     def advance(self) -> None:
-        """Move the progress bar by a step."""
+        """Advance the progress bar by one step."""
         with self._printing():
             self.bar.update()
 

@@ -225,12 +225,11 @@ class Run:
         self.loader_iterator = iter(loader)  # its workers start to read and list unreadable images
         if self.checkpoint.forks and self.dry_run is None and accelerator.is_main_process:
             forget_wandb_id(self.folder, self.first_step)
+        asked = self.stop.asked if self.dry_run is None else lambda: False
         self.log = RunLog(
             accelerator, self.experiment, asdict(self.options), self.first_step,
-            self.total_steps, write=self.dry_run is None,
+            self.total_steps, write=self.dry_run is None, asked_to_stop=asked,
         )  # fmt: skip
-        if self.dry_run is None:
-            self.log.asked_to_stop = self.stop.asked
         for warning in self.checkpoint.warnings:
             self.log.say(f"warning: {warning}")
         self.window.reset()

@@ -20,14 +20,14 @@ from accelerate import PartialState
 
 from configs.sizes import tokenizer_sizes
 from data.loader import worker_count
-from evaluation.classify import accuracy, classify_cache
-from evaluation.evaluator import FEATURES, STANDARD_COUNT, Evaluator, check_count, open_network
+from evaluation.classify import classify_cache
+from evaluation.evaluator import FEATURES, STANDARD_COUNT, Evaluator, open_network
 from evaluation.features import FeatureNetwork, Inception
-from evaluation.generator_scores import PRECISIONS, score_generator, show, table
+from evaluation.generator_scores import PRECISIONS, score_generator
 from evaluation.likelihood import Share
 from evaluation.lpips import LPIPS
 from evaluation.references import save_statistics
-from evaluation.report import print_result
+from evaluation.report import print_result, show
 from evaluation.selfcheck import selfcheck
 from evaluation.sources import open_images
 from evaluation.tokenizer_score import draw_preview, score_tokenizer
@@ -51,12 +51,7 @@ def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
     add("--reference", type=path, help=".npz of images or statistics, or folder or tar of images")
     add("--crop", type=number(1, 8192), help="ADM centre crop of reference images, in pixels")
     add("--save_stats", type=new_file(".npz"), help="write the reference's statistics to this .npz")
-    add(
-        "--num_samples",
-        type=number(1, 10**9),
-        default=STANDARD_COUNT,
-        help="images in --samples (50000)",
-    )
+    add("--num_samples", type=number(1, 10**9), default=STANDARD_COUNT, help="images (50000)")
     add("--allow_partial", action="store_true", help="score fewer, and mark the result as partial")
     add("--half_manifold", action="store_true", help="precision and recall in float16, like ADM")
     spaces = "feature spaces, for example inception,dinov2 (inception)"
@@ -122,8 +117,8 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
     networks, missing = open_networks(args.features, processes)
     evaluators = [  # of all spaces first, so that an unfit reference is refused at once
         Evaluator(
-            args.reference, processes, WEIGHTS, args.batch_size, args.num_workers, size, args.crop,
-            args.half_manifold, network,
+            args.reference, args.batch_size, args.num_workers, size, args.crop, args.half_manifold,
+            network,
         )
         for network in networks
     ]  # fmt: skip
@@ -133,12 +128,25 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
             save_statistics(evaluator.reference, args.save_stats, network.identity)
             processes.print(f"wrote {args.save_stats}: {evaluator.reference.images} images")
         if images is not None:
-            results.append(evaluator.evaluate(images, args.num_samples, args.allow_partial))
+            results.append(evaluator.evaluate(images, args.num_samples))
     if images is not None:
         print_result(*results)
     processes.wait_for_everyone()  # if one fails, a launcher ends all: not before rank 0 is done
     if missing:
         raise InputError("; ".join(missing))
+
+
+def check_count(count: int, expected: int, name: str, allow_partial: bool) -> None:
+    """Refuse a set with more or fewer images than expected."""
+    if count > expected:
+        raise InputError(
+            f"{name} holds {count} images, {expected} are expected: pass --num_samples {count}"
+        )
+    if count < expected and not allow_partial:
+        raise InputError(
+            f"{name} is incomplete: {count} of {expected} images; complete it, pass --num_samples "
+            f"{count} if these are all, or --allow_partial"
+        )
 
 
 def open_networks(
@@ -172,8 +180,8 @@ def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> Non
     picture = Path(args.picture or "output/reconstruction.png")
     on_main(lambda: [try_to_write(file) for file in (picture, args.save_stats) if file])
     result, originals, preview = score_tokenizer(
-        tokenizer, Path(args.data_path) / args.split, network, lpips, processes, args.batch_size,
-        args.num_workers, picture.parent,
+        tokenizer, Path(args.data_path) / args.split, network, lpips, args.batch_size, args.num_workers,
+        picture.parent,
     )  # fmt: skip
     if not result:
         return
@@ -202,20 +210,14 @@ def evaluate_generator(args: argparse.Namespace, processes: PartialState) -> Non
     picture = args.picture or "output/generator.png"
     on_main(lambda: try_to_write(picture))
     share = share_of(args, processes)
-    result = score_generator(
-        args.generator, args.compare, args.cache, picture, share, args.precision
-    )
-    if result:
-        show(result, *(table(scored) for scored in (result, *result["compared"])))
+    show(*score_generator(args.generator, args.compare, args.cache, picture, share, args.precision))
 
 
 def classify(args: argparse.Namespace, processes: PartialState) -> None:
     if args.answers:
         on_main(lambda: try_to_write(args.answers))
     share = share_of(args, processes)
-    result = classify_cache(args.generator, args.cache, args.answers, share, args.precision)
-    if result:
-        show(result, accuracy(result))
+    show(*classify_cache(args.generator, args.cache, args.answers, share, args.precision))
 
 
 def share_of(args: argparse.Namespace, processes: PartialState) -> Share:
@@ -224,7 +226,7 @@ def share_of(args: argparse.Namespace, processes: PartialState) -> Share:
 
 
 def check_evaluator(args: argparse.Namespace, processes: PartialState) -> None:
-    if not selfcheck(WEIGHTS, processes, args.batch_size, args.num_workers):
+    if not selfcheck(args.batch_size, args.num_workers):
         raise SystemExit(1)
 
 

@@ -32,11 +32,10 @@ from runtime.weights import open_on_all
 
 # Folders beside train/ in common data sets that are not classes.
 SPLITS = {"train", "val", "valid", "validation", "test", "devkit", "ILSVRC2012_devkit_t12"}
-# Flags of the published program that have no effect here, with their types; None: a flag alone.
-WITHOUT_EFFECT = {
-    "--seed": int, "--pin_mem": None, "--no_pin_mem": None, "--world_size": int,
-    "--local_rank": int, "--dist_url": str, "--dist_on_itp": None,
-}  # fmt: skip
+# Flags of the published program that have no effect here, with a value or without.
+WITHOUT_EFFECT = (
+    "--seed", "--pin_mem", "--no_pin_mem", "--world_size", "--local_rank", "--dist_url", "--dist_on_itp",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -69,14 +68,6 @@ def cache_path(text: str) -> str:
     if Path(path(text)).name in ("", ".."):
         raise argparse.ArgumentTypeError(f"{text} is not the name of a new folder")
     return path(text)
-
-
-def device(text: str) -> str:
-    if text not in ("cpu", "cuda", "cuda:0"):
-        raise argparse.ArgumentTypeError(
-            f"{text}: choose cpu or cuda; CUDA_VISIBLE_DEVICES selects another GPU"
-        )
-    return text.split(":")[0]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -113,13 +104,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="leave out at most N unreadable images, listed in the manifest (default: 0)")
     add("--num_workers", type=number(0, 1024), default=worker_count(), metavar="N",
         help="decoding processes per GPU (default: 8, at most one per core)")
-    add("--device", type=device, metavar="{cpu,cuda}", help="default: CUDA if there is a GPU")
-    for flag, kind in WITHOUT_EFFECT.items():
-        absent, words = argparse.SUPPRESS, "published flag, without effect here"
-        if kind is None:
-            add(flag, action="store_true", default=absent, help=words)
-        else:
-            add(flag, type=kind, default=absent, help=words, metavar="X")
+    add("--device", choices=["cpu", "cuda", "cuda:0"],
+        help="default: CUDA if there is a GPU; CUDA_VISIBLE_DEVICES selects which")
+    for flag in WITHOUT_EFFECT:
+        add(flag, nargs="?", default=argparse.SUPPRESS, metavar="X",
+            help="published flag, without effect here")
     # fmt: on
     return parser.parse_args(argv)
 

@@ -11,33 +11,27 @@ from pathlib import Path
 
 import configs.load
 from configs.schema import GeneratorRun
-from evaluation.evaluator import Evaluator
+from evaluation.in_training import open_evaluator
 from evaluation.report import print_result
 from evaluation.sources import open_images
 from generation.folder import SampleFolder
 from generation.models import open_job
 from runtime.processes import start_processes
 from runtime.program import run
-from runtime.published import WEIGHTS
 
 
 def main(argv: list[str]) -> None:
     options = configs.load.load(GeneratorRun, argv, "sample_imagenet")
     experiment, processes = options.experiment, start_processes()
-    job, models, codes, names = open_job(options, processes)
-    folder = SampleFolder(
-        Path(experiment.output_dir), job, models, processes, codes, experiment.save_png,
-        experiment.grid, names,
-    )  # fmt: skip
-    evaluator = None
-    if experiment.fid_reference:
-        # A mistake in the reference shows now, not after hours of sampling.
-        side = models.tokenizer.config.image_size
-        reference = experiment.fid_reference
-        evaluator = Evaluator(reference, processes, WEIGHTS, size=(side, side))
+    job, models = open_job(options, processes)
+    output, png, grid = Path(experiment.output_dir), experiment.save_png, experiment.grid
+    folder = SampleFolder(output, job, models, processes, png, grid)
+    # A mistake in the reference shows now, not after hours of sampling.
+    side, scored = models.tokenizer.config.image_size, "experiment.num_fid_samples"
+    evaluator = open_evaluator(experiment.fid_reference, job.count, scored, side)
     images = folder.fill()
     if evaluator is not None:
-        print_result(evaluator.evaluate(open_images(images), folder.count))
+        print_result(evaluator.evaluate(open_images(images), job.count))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ needs, and writes nothing.
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,7 +27,6 @@ from data.identity import hash_of_texts
 from data.imagenet import misnumbered
 from data.images import (
     VIEWS,
-    ImageListing,
     TrainViews,
     identity_for_all,
     scan_images,
@@ -45,13 +46,12 @@ from modeling.generator import Generator, build_generator
 from modeling.randomness import image_uniforms
 from modeling.tokenizer import Tokenizer
 from modeling.weights.class_names import ClassNames
-from modeling.weights.metadata import GENERATOR, TOKENIZER, About, about_model
+from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.opened import Opened, load_tokenizer
 from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
 from runtime.processes import check_same, compiles, device_name, on_main
 from runtime.program import run as run_program
-from runtime.published import WEIGHTS
 from runtime.randomness import seed_step
 from runtime.weights import open_on_all
 from training.accelerator import describe_precision, start_training
@@ -69,45 +69,29 @@ PROBED = 16  # images whose codes are checked when a cache is opened
 
 # ---------------------------------------------------------------------- data
 @dataclass
-class TrainingSet:
-    """The training data: a token cache or image folder, or a part of it."""
-
-    source: str
-    dataset: Dataset  # (codes or image, label) by (epoch, index)
-    listed: int  # images in the source
-    views: int  # per image
-    labels: np.ndarray  # (images,), of those that are used for training
-    classes: list[str]  # names; a label is an index into them
-    skip_unreadable: Optional[int]  # None for codes
-    identity: dict[str, str]  # of the source's images or codes
-    left_out: str = ""  # a description of other files in the source
-
-    @property
-    def images(self) -> int:
-        """How many are used for training."""
-        return len(self.labels)
-
-
-@dataclass
 class GeneratorData:
     """The data of training and validation, and what scores need."""
 
     options: GeneratorRun  # the run's, with the data's number of classes and `experiment.classes` as labels
-    train: TrainingSet
-    names: ClassNames  # of its classes
+    source: str  # the token cache, image folder or tar
+    listed: int  # images in it
+    left_out: str  # a description of its other files
+    views: int  # per image
+    dataset: Dataset  # (codes or image, label) by (epoch, index), of the images used for training
+    labels: np.ndarray  # (images,), of these
+    classes: list[str]  # names; a label is an index into them
+    names: ClassNames  # of the same classes
+    identity: dict[str, Any]  # must be the same when the run resumes
     tokenizer_hash: Optional[str]  # of the codes' tokenizer; a published cache states none
     tokenizer: Optional[Tokenizer]  # for samples and to encode images; on the device, frozen
     encoder: Optional[Tokenizer]  # the tokenizer, if the dataset yields images to encode
     validation: Optional[TokenCache]  # its labels are the training set's
     evaluator: Optional[Evaluator]  # for gFID
 
-    def identity(self) -> dict[str, Any]:
-        """Must be the same when the run resumes."""
-        train = self.train
-        return {
-            "images": train.images, "views": train.views, "tokenizer": str(self.tokenizer_hash),
-            "classes": hash_of_texts(train.classes), **train.identity,
-        }  # fmt: skip
+    @property
+    def images(self) -> int:
+        """How many are used for training."""
+        return len(self.labels)
 
 
 def open_data(
@@ -121,86 +105,70 @@ def open_data(
     `weights` are the tokenizer's (`open_tokenizer`); `index_folder` keeps the index of a tar. Raises
     InputError if data and models do not fit.
     """
-    params, experiment = options.dataset.params, options.experiment
-    tokenizer = encoder = None
+    params, experiment, sizes = options.dataset.params, options.experiment, options.model.vq_model
+    tokenizer = encoder = validation = None
     known = heads = None  # fingerprint and heads of the encoder that a cache must be from, if known
     if weights is not None:
-        tokenizer = load_tokenizer(weights, options.model.vq_model).requires_grad_(False)
-        tokenizer.to(accelerator.device)
-        known, heads = fingerprint(weights.state), options.model.vq_model.encoder_heads
+        tokenizer = load_tokenizer(weights, sizes).requires_grad_(False).to(accelerator.device)
+        known, heads = fingerprint(weights.state), sizes.encoder_heads
     if params.train_dir is None:
+        if params.skip_unreadable:
+            raise InputError(
+                f"dataset.params.skip_unreadable={params.skip_unreadable}: a token cache holds no images; "
+                f"leave it out, or set dataset.params.train_dir to train on images (pretokenization.py has "
+                f"--skip_unreadable)"
+            )
         if index_folder is not None:
             refuse_inside(index_folder, params.pretokenization)
         store = open_cache(params.pretokenization, options, known, heads)
-        options = with_classes(options, params.pretokenization, len(store.classes))
+        files = store.manifest.get("files", [])  # none in the published layout
+        check_same({"codes": hash_of_texts(file["sha256"] for file in files)}, "another cache")
+        source, left_out, views = store.folder, "", store.views
+        labels, classes, identity = store.labels, store.classes, on_main(store.identity)
+        dataset_of: Callable[[EpochDraws], Dataset] = partial(TrainTokens, store)
         tokenizer_hash = store.manifest["tokenizer"]
         known, heads = known or tokenizer_hash, heads or store.manifest.get("encoder_heads")
-        train = train_on_codes(store, options)
     else:
-        listing, encoder = scan_images(params.train_dir, index_folder=index_folder), tokenizer
+        listing = scan_images(params.train_dir, index_folder=index_folder)
+        source, left_out = listing.root, describe_left_out(listing.left_out)
+        labels, classes, views = listing.labels, listing.classes, VIEWS["ten_crop"]
+        identity = identity_for_all(listing.paths)
+        dataset_of = partial(TrainViews, listing.paths, labels, sizes.image_size)
+        encoder, tokenizer_hash = tokenizer, known
         assert encoder is not None, "images need a tokenizer (`open_tokenizer`)"
         encoder.freeze_encoder()  # then it computes in full float32, as pretokenization
-        options = with_classes(options, params.train_dir, len(listing.classes))
-        tokenizer_hash = known
-        train = train_on_images(listing, options)
-    limit, validation = experiment.max_train_examples or train.images, None
-    if limit < train.images:
-        chosen = spread_over_classes(train.labels, limit)
-        dataset = KeyedSubset(train.dataset, chosen)
-        train = replace(train, dataset=dataset, labels=train.labels[chosen])
+    options = with_classes(options, str(source), len(classes))
+    config, listed = options.model.generator, len(labels)
+    draws = EpochDraws(
+        listed, views, options.training.seed, config.class_label_dropout, config.no_class
+    )
+    dataset, limit = dataset_of(draws), experiment.max_train_examples or listed
+    if limit < listed:
+        used = spread_over_classes(labels, limit)
+        dataset, labels = KeyedSubset(dataset, used), labels[used]
+    identity = {
+        "images": len(labels), "views": views, "tokenizer": str(tokenizer_hash),
+        "classes": hash_of_texts(classes), **identity,
+    }  # fmt: skip
     if params.val_pretokenization is not None:
         validation = open_cache(params.val_pretokenization, options, known, heads)
-        validation.use_classes(train.classes)
+        validation.use_classes(classes)
     scored, needed = experiment.num_fid_samples, "experiment.num_fid_samples"
     if not experiment.generate_every:
         scored, needed = 0, "experiment.generate_every"
     evaluator = in_training.open_evaluator(
-        experiment.fid_reference, scored, needed, WEIGHTS, options.model.vq_model.image_size
+        experiment.fid_reference, scored, needed, sizes.image_size
     )
-    names = ClassNames(
-        options.model.generator.condition_num_classes, dict(enumerate(train.classes))
-    )
+    names = ClassNames(config.condition_num_classes, dict(enumerate(classes)))
     if experiment.classes is not None:  # by number from here on
-        labels = in_options(names.labels(experiment.classes))
-        options = options.changed(experiment=replace(experiment, classes=labels))
+        chosen = in_options(names.labels(experiment.classes))
+        options = options.changed(experiment=replace(experiment, classes=chosen))
     if experiment.generate_every:  # refused now, not at the first samples
         in_training.job_in_training(options, accelerator.device)
     return GeneratorData(
-        options, train, names, tokenizer_hash, tokenizer, encoder, validation, evaluator
-    )
-
-
-def train_on_codes(store: TokenCache, options: GeneratorRun) -> TrainingSet:
-    """The images of a token cache."""
-    if options.dataset.params.skip_unreadable:
-        raise InputError(
-            f"dataset.params.skip_unreadable={options.dataset.params.skip_unreadable}: a token cache "
-            f"holds no images; leave it out, or set dataset.params.train_dir to train on images "
-            f"(pretokenization.py has --skip_unreadable)"
-        )
-    files = store.manifest.get("files", [])  # none in the published layout
-    check_same({"codes": hash_of_texts(file["sha256"] for file in files)}, "another cache")
-    return TrainingSet(
-        str(store.folder), TrainTokens(store, draws_of(options, store.images, store.views)),
-        store.images, store.views, store.labels, store.classes, skip_unreadable=None, identity=on_main(store.identity),
+        options, str(source), listed, left_out, views, dataset, labels, classes, names, identity,
+        tokenizer_hash, tokenizer, encoder, validation, evaluator,
     )  # fmt: skip
-
-
-def train_on_images(listing: ImageListing, options: GeneratorRun) -> TrainingSet:
-    """The ten crops of the images of a folder or tar."""
-    paths, labels, views = listing.paths, listing.labels, VIEWS["ten_crop"]
-    draws = draws_of(options, len(paths), views)
-    return TrainingSet(
-        str(listing.root), TrainViews(paths, labels, options.model.vq_model.image_size, draws),
-        len(paths), views, labels, listing.classes,
-        options.dataset.params.skip_unreadable, identity_for_all(listing.paths),
-        describe_left_out(listing.left_out),
-    )  # fmt: skip
-
-
-def draws_of(options: GeneratorRun, images: int, views: int) -> EpochDraws:
-    config, seed = options.model.generator, options.training.seed
-    return EpochDraws(images, views, seed, config.class_label_dropout, config.no_class)
 
 
 def open_tokenizer(options: GeneratorRun) -> Optional[Opened]:
@@ -235,20 +203,17 @@ def parameter_groups(model: Generator, weight_decay: float) -> list[dict]:
     ]
 
 
-def load_initial(run: Run, generator: Generator, data: GeneratorData) -> str:
+def load_initial(run: Run, generator: Generator, data: GeneratorData, weights: Opened) -> str:
     """Load `experiment.init_weights` into the generator of a new run; returns a line for the log.
 
     Raises InputError if the weights do not fit; classes may differ (`fit_classes`), and so may the tokenizer,
     with a warning.
     """
-    weights = run.initial
-    if weights is None:
-        return ""
     if data.tokenizer_hash not in (None, weights.about.tokenizer or data.tokenizer_hash):
         run.checkpoint.warnings.append(
             f"{weights.file} was trained on the codes of another tokenizer, whose meaning it has learnt"
         )
-    state, words = fit_classes(weights, generator.config, data.train.classes)
+    state, words = fit_classes(weights, generator.config, data.classes)
     load_tensors(generator, state, str(weights.file))
     return f"starts from {weights.file}: {describe(state)}{words}"
 
@@ -256,21 +221,25 @@ def load_initial(run: Run, generator: Generator, data: GeneratorData) -> str:
 class TrainState:
     """The generator, its optimizer and its average, from the checkpoint that `run` resumes, if any.
 
-    `start` describes initial weights from a file; `about` is the metadata of the weights.
+    `initial` are the weights that a new run starts from; `start` describes them.
     """
 
-    def __init__(self, run: Run, options: GeneratorRun, data: GeneratorData):
-        training, accelerator = options.training, run.accelerator
+    def __init__(self, run: Run, data: GeneratorData, initial: Optional[Opened] = None):
+        options, accelerator = run.options, run.accelerator
+        training, classes = options.training, data.classes
         self.accelerator, self.config = accelerator, options.model.generator
-        self.about = about_generator(options, data)
+        untrained = np.setdiff1d(np.arange(len(classes)), data.labels).tolist()
+        about = about_model(
+            GENERATOR, self.config, data.tokenizer_hash, classes=classes, untrained=untrained
+        )
         # The same initial weights on every rank, whatever was built before.
         torch.manual_seed(training.seed)
         self.generator = build_generator(self.config)
-        self.start = load_initial(run, self.generator, data)
+        self.start = "" if initial is None else load_initial(run, self.generator, data, initial)
         self.ema = None
         if training.use_ema:
             self.ema = EMA(self.generator, training.ema_decay, training.ema_warmup)
-        run.checkpoint.register_model("generator", self.generator, self.about, self.ema)
+        run.checkpoint.register_model("generator", self.generator, about, self.ema)
 
         groups = parameter_groups(self.generator, options.optimizer.params.weight_decay)
         optimizer = adamw(groups, options.optimizer.params)
@@ -283,14 +252,10 @@ class TrainState:
         run.checkpoint.register("optimizer", WholeOptimizer(self.generator, self.optimizer))
         self.model.train()
 
-    @property
-    def averaged(self) -> nn.Module:
-        """The generator to evaluate, sample and export: the average, if there is one."""
-        return self.generator if self.ema is None else self.ema.model
-
     def to_evaluate(self) -> Generator:
-        """`averaged`; under FSDP a whole copy, because no rank can run its shards alone."""
-        part: Any = self.averaged
+        """The average, if there is one, or the generator; under FSDP a whole copy, because no rank can run
+        its shards alone."""
+        part: Any = self.generator if self.ema is None else self.ema.model
         if not self.accelerator.is_fsdp2:
             return part
         whole = build_generator(self.config).to(self.accelerator.device)
@@ -299,53 +264,47 @@ class TrainState:
 
 
 # ---------------------------------------------------------------------- reports
-def about_generator(options: GeneratorRun, data: GeneratorData) -> About:
-    """The metadata of the run's weights."""
-    config, classes = options.model.generator, data.train.classes
-    untrained = sorted(set(range(len(classes))) - set(np.unique(data.train.labels).tolist()))
-    return about_model(GENERATOR, config, data.tokenizer_hash, classes=classes, untrained=untrained)
-
-
 def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
     """Log the header of a run: data, size, hardware, batch and length."""
     training, world = run.training, run.accelerator.num_processes
     parameters = sum(p.numel() for p in state.generator.parameters())
     samples = run.total_steps * run.global_batch
-    epochs = samples / data.train.images
-    describe_data(run, state, data.train)
+    epochs = samples / data.images
+    describe_data(run, state, data)
     if data.validation is not None:
         held_out = run.checkpoint.values["held out"]
         run.warn_of_same_data(data.validation.folder, lambda: held_out)
     if state.start:
         run.log.say(state.start)
     run.log.say(
-        f"{parameters / 1e6:.1f}M parameters on {world} x {device_name(run.accelerator.device)}, "
+        f"{parameters / 1e6:.1f}M parameters{' sharded' * run.accelerator.is_fsdp2} on {world} x "
+        f"{device_name(run.accelerator.device)}, "
         f"autocast {describe_precision(training)}{', compiled' * state.compiled}"
     )
     run.log.say(
-        f"{data.train.images} images x {data.train.views} views; {run.global_batch} images per step = "
+        f"{data.images} images x {data.views} views; {run.global_batch} images per step = "
         f"{training.per_gpu_batch_size} x {world} ranks x {training.gradient_accumulation_steps}; "
         f"steps {run.first_step} to {run.total_steps}, {epochs:.1f} epochs of the images or "
-        f"{epochs / data.train.views:.1f} of all views, {samples * state.config.image_seq_len / 1e9:.3g}G codes"
+        f"{epochs / data.views:.1f} of all views, {samples * state.config.image_seq_len / 1e9:.3g}G codes"
     )
 
 
-def describe_data(run: Run, state: TrainState, train: TrainingSet) -> None:
+def describe_data(run: Run, state: TrainState, data: GeneratorData) -> None:
     """Log images and classes, with warnings of missing or renumbered classes."""
     configured = state.config.condition_num_classes
-    shown = [train.classes[label] for label in np.unique(train.labels)]
-    sample = "" if train.images == train.listed else f"{train.images}, spread over all classes, of "
+    shown = [data.classes[label] for label in np.unique(data.labels)]
+    sample = "" if data.images == data.listed else f"{data.images}, spread over all classes, of "
     run.log.say(
-        f"{printable(train.source)}: {sample}{train.listed} images, "
-        f"{describe_classes(shown, configured)}{train.left_out}"
+        f"{printable(data.source)}: {sample}{data.listed} images, "
+        f"{describe_classes(shown, configured)}{data.left_out}"
     )
     if sample:
-        run.log.say(f"warning: experiment.max_train_examples={train.images} leaves images out")
-    unlike = misnumbered(train.classes)
+        run.log.say(f"warning: experiment.max_train_examples={data.images} leaves images out")
+    unlike = misnumbered(data.classes)
     if unlike is not None:
-        run.log.say(f"warning: {printable(train.source)}: {unlike}")
+        run.log.say(f"warning: {printable(data.source)}: {unlike}")
     if len(shown) < configured:
-        known = len(train.classes)
+        known = len(data.classes)
         fewer = known < configured and not run.resumed  # a resumed run keeps its number
         remedy = f"; set it to {known} for a model of the data's classes" * fewer
         run.log.say(
@@ -361,40 +320,32 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: GeneratorData
     with run.reporting(step, due):
         if validation is None and not generates:
             return
-        # Eager: odd batch sizes are not worth compiling for.
-        with torch.compiler.set_stance("force_eager"):
-            generator = state.to_evaluate()
-            if validation is not None:
-                report_validation(run, step, generator, validation, state.about)
-            if generates:
-                report_samples(run, step, generator, data)
+        generator = state.to_evaluate()
+        if validation is not None:
+            report_validation(run, step, generator, validation)
+        if generates:
+            report_samples(run, step, generator, data)
 
 
-def report_validation(
-    run: Run, step: int, generator: Generator, store: TokenCache, about: About
-) -> None:
+def report_validation(run: Run, step: int, generator: Generator, store: TokenCache) -> None:
     """Log the loss of held-out codes, and export the weights with the lowest one."""
     sums = run.attempt("validation", lambda: validate(run, generator, store), summed)
     if sums is None:
         return
     found = Likelihood(sums.cpu(), store.images * store.views)
-    figures, values = found.figures(), run.checkpoint.values
-    logged = on_main(lambda: run.log.lowest("val/loss", values.get("best since", 1)))
-    if figures["nats"] < min(values.get("best", float("inf")), logged):
-        values["best"] = figures["nats"]
-        run.export(generator, "generator_best", ".bin", about)
+    figures, since = found.figures(), run.checkpoint.values.get("best since", 1)
+    if figures["nats"] < on_main(lambda: run.log.lowest("val/loss", since)):
+        run.export("generator", "generator_best", ".bin")
     # The record comes last, because it says that the export is done.
     run.log.metrics(step, {"val/loss": figures["nats"], "val/accuracy": figures["top1"]})
 
 
 def forget_other_best(run: Run, validation: Optional[TokenCache]) -> None:
-    """Note the identity of the held-out codes, and forget the lowest loss of other ones, or of weights that a
-    fork left in another folder."""
+    """Note the identity of the held-out codes, and from which step on the log has losses of them."""
     if validation is None:
         return
     values, held_out = run.checkpoint.values, on_main(validation.identity)
-    if run.checkpoint.forks or values.get("held out", held_out) != held_out:
-        values.pop("best", None)
+    if values.get("held out", held_out) != held_out:
         values["best since"] = run.first_step
     values["held out"] = held_out
 
@@ -403,9 +354,7 @@ def report_samples(run: Run, step: int, generator: Generator, data: GeneratorDat
     """Log a grid of samples and, with a reference, their gFID."""
     assert data.tokenizer is not None, "generate_every loads the tokenizer"
     tokenizer, evaluator, options = data.tokenizer, data.evaluator, run.options
-    grid = run.attempt(
-        "sampling", lambda: sample_grid(run.accelerator, generator, tokenizer, options)
-    )
+    grid = run.attempt("sampling", lambda: sample_grid(run, generator, tokenizer))
     if grid is not None:
         captions = [data.names.caption(label) for label in grid_labels(options).tolist()]
         run.log.images(step, "samples", grid, GRID_CLASSES, captions)
@@ -427,15 +376,14 @@ def validate(run: Run, model: nn.Module, store: TokenCache) -> Tensor:
 
 
 @torch.no_grad()
-def sample_grid(
-    accelerator: Accelerator, model: Generator, tokenizer: Tokenizer, options: GeneratorRun
-) -> Tensor:
+def sample_grid(run: Run, model: Generator, tokenizer: Tokenizer) -> Tensor:
     """Images in [0, 1], each row with the same classes; empty except on the main process."""
-    if not accelerator.is_main_process:
+    if not run.accelerator.is_main_process:
         return torch.empty(0)
-    generator, labels = options.model.generator, grid_labels(options)
+    generator, labels = run.options.model.generator, grid_labels(run.options)
     uniforms = image_uniforms(generator.seed, range(len(labels)), generator.image_seq_len)
-    engine = in_training.job_in_training(options, accelerator.device).sampler(model, len(labels))
+    job = in_training.job_in_training(run.options, run.accelerator.device)
+    engine = job.sampler(model, len(labels))
     return tokenizer.decode(engine.sample(labels, uniforms))
 
 
@@ -462,10 +410,9 @@ def main(argv: list[str]) -> None:
     data = open_data(options, accelerator, weights, index_folder=kept)
     phases = [Phase("training", total_steps)]
     options = data.options
-    run = Run(accelerator, options, phases, data.identity(), dry_run, initial)
-    state = TrainState(run, options, data)
-    workers = options.dataset.params.num_workers_per_gpu
-    run.start(data.train.dataset, data.train.images, workers, data.train.skip_unreadable)
+    run = Run(accelerator, options, phases, data.identity, dry_run)
+    state = TrainState(run, data, initial)
+    run.start(data.dataset, data.images)
     if isinstance(state.generator, Generator):  # of another backbone, the FLOPs are unknown
         run.flops_per_image = training_flops(state.config)
     forget_other_best(run, data.validation)
@@ -506,10 +453,7 @@ def main(argv: list[str]) -> None:
             run.exit_stopped(step)
         report(run, step, due, state, data)
 
-    if run.dry_run is not None:
-        return run.report_dry_run({"generator": state.generator})
-    run.export(state.averaged, "generator", ".bin", state.about)
-    run.finish(f"weights in {run.folder / 'generator.bin'} and .safetensors")
+    run.finish("generator", ".bin", {"generator": state.generator})
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def measure(size: int, int8: bool, positions: list[int], rows: int, device: torc
 
     torch.manual_seed(0)
     stored = torch.int8 if int8 else torch.bfloat16
-    cache = empty_cache(rows, HEADS, CODES, size, stored, device)
+    cache = empty_cache((rows, HEADS, CODES, size), stored, device)
     for values, scales in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
         if scales is None:
             values.normal_()

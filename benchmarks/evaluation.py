@@ -97,7 +97,7 @@ def feature_rates(args: argparse.Namespace, processes: PartialState, folder: Pat
     ratios, rates = [], []
     for _ in range(args.rounds):
         alone = seconds(network) / (batches * args.batch_size)
-        whole = seconds(lambda: measure(images, features_of, processes, args.batch_size, 8))
+        whole = seconds(lambda: measure(images, features_of, args.batch_size, 8))
         rates.append(args.images / whole)
         ratios.append(alone * args.images / whole)
     print(f"features from .npz: {statistics.median(rates):.2f} images/s")

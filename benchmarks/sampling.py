@@ -32,19 +32,12 @@ import modeling.engine
 from benchmarks.common import copy_rate, explain_failures, machine, product_rate, profile
 from data.pictures import write_png
 from modeling.engine import Engine, cache_bytes
-from modeling.generator import Generator, GeneratorConfig, KVCache
+from modeling.generator import Generator, GeneratorConfig
 from modeling.image_decoder import ImageDecoder
-from modeling.sampling import (
-    CACHES,
-    ENGINES,
-    Sampling,
-    draw_codes,
-    guide,
-    sample_codes,
-)
+from modeling.sampling import CACHES, ENGINES, ReferenceEngine, Sampling
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.parts import Parts
-from runtime.processes import set_matmul_precision
+from runtime.processes import set_tf32
 
 SIZES = {
     "b": (GeneratorConfig(hidden_size=768, num_hidden_layers=24), Sampling(16.0, 1.8)),
@@ -53,33 +46,9 @@ SIZES = {
 }
 
 
-class GrownCache(KVCache):
-    """The plain way's cache: every step copies all of it into a longer one."""
-
-    def __init__(self, layers: int):
-        self.grown: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        self.filled = 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        before = self.grown[layer]
-        if before is not None:
-            k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
-        self.grown[layer] = k, v
-        return k, v
-
-
-@torch.inference_mode()
 def plain_codes(model: Generator, sampling: Sampling, labels: Tensor, uniforms: Tensor) -> Tensor:
-    config = model.config
-    scales = sampling.scales(273)
-    labels = torch.cat([labels, torch.full_like(labels, config.no_class)])
-    cache, codes = GrownCache(config.num_hidden_layers), []
-    rows = config.condition_rows(labels)
-    for t in range(config.image_seq_len):
-        logits = guide(model.step(rows, cache), scales[t])
-        codes.append(draw_codes(logits, uniforms[:, t], 1.0))
-        rows = codes[-1].repeat(2)
-    return torch.stack(codes, 1)
+    """The plain way: every step copies the cache into a longer one."""
+    return ReferenceEngine(model, len(labels), sampling).sample(labels, uniforms)
 
 
 def synchronize() -> None:
@@ -170,7 +139,7 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
     for batch, streams in itertools.product(args.batches, args.streams):
         last = engine = None  # frees its cache for the next
         began = time.perf_counter()
-        set_matmul_precision(precision)  # before the engine captures its graph
+        set_tf32(precision != "fp32", precision != "fp32")  # before the engine captures its graph
         engine = Engine(model, batch, sampling, dtype, compiled, args.engine, args.cache, streams)
         decoder = ImageDecoder(tokenizer, dtype, compiled, batch)
         ours = inputs(batch)
@@ -230,10 +199,10 @@ def against_plain(
     plain_ids = torch.randint(config.codebook_size, (plain_batch, 273), device=device)
     times: dict[str, list[float]] = {k: [] for k in ("codes", "images", "plain", "plain images")}
     for _ in range(args.rounds):
-        set_matmul_precision(precision)
+        set_tf32(precision != "fp32", precision != "fp32")
         times["codes"].append(seconds(engine.sample, *ours))
         times["images"].append(seconds(decoder, codes))
-        set_matmul_precision("tf32" if device.type == "cuda" else "fp32")
+        set_tf32(True, True)  # without effect on a CPU
         times["plain"].append(seconds(plain_codes, model, sampling, *plain))
         times["plain images"].append(seconds(ImageDecoder(tokenizer, torch.float32), plain_ids))
     ratios = [
@@ -271,9 +240,6 @@ def changes(args: argparse.Namespace) -> None:
     batch = args.batches[0]
     labels, uniforms = torch.arange(batch), torch.rand(batch, config.image_seq_len)
 
-    def preallocated() -> Tensor:
-        return sample_codes(model, labels, uniforms, Sampling(16.0, 1.8))
-
     def engine(
         dtype: torch.dtype, arranged: bool = True, compiled: bool = False
     ) -> Callable[[], Tensor]:
@@ -288,8 +254,7 @@ def changes(args: argparse.Namespace) -> None:
         "plain: cache grown by concatenation": lambda: plain_codes(
             model, sampling, labels, uniforms
         ),
-        "cache preallocated": preallocated,
-        "engine: w1 and w3 fused, fused norms": engine(torch.float32, False),
+        "engine: cache preallocated, w1 and w3 fused, fused norms": engine(torch.float32, False),
         "weights in panels and huge pages": engine(torch.float32),
         "compiled": engine(torch.float32, compiled=True),
         "eager, bf16 weights and cache": engine(torch.bfloat16),

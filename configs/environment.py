@@ -19,8 +19,6 @@ UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "launch without Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "launch without a parallelism config",
     "ACCELERATE_DYNAMO_BACKEND": "set training.compile=True instead of a dynamo backend",
-    "XLA_USE_BF16": "set training.mixed_precision=bf16 instead",
-    "XLA_DOWNCAST_BF16": "set training.mixed_precision=bf16 instead",
 }
 
 

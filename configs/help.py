@@ -61,15 +61,8 @@ def used_by(option: Declared, program: str) -> bool:
 
 
 def options_of(schema: type, program: str = "") -> list[Declared]:
-    """The options that a program uses, and their sections."""
-    found = list(declared(schema).values())
-    used = [o.name for o in found if not o.section and used_by(o, program)]
-    return [
-        option
-        for option in found
-        if option.name in used
-        or (option.section and any(name.startswith(f"{option.name}.") for name in used))
-    ]
+    """The options that a program uses, and their sections, whose `only` they inherit."""
+    return [option for option in declared(schema).values() if used_by(option, program)]
 
 
 def default_of(option: Declared) -> str:

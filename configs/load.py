@@ -23,7 +23,7 @@ from configs.help import describe, used_by
 from configs.schema import COMMAND_LINE, Experiment, GeneratorRun, Loaded, TokenizerSizes
 from modeling.fields import TYPED, Declared, declared, expectation, section_of, short, types_of
 from modeling.weights.metadata import SIZES, TOKENIZER
-from modeling.weights.runs import all_checkpoints
+from modeling.weights.runs import all_checkpoints, is_checkpoint, named_by
 from runtime.errors import InputError
 from runtime.files import write_whole
 
@@ -100,7 +100,8 @@ def resumed_run(experiment: Experiment) -> Optional[Path]:
         return own
     if not isinstance(named, str):
         return None
-    return Path(named) if (Path(named) / "checkpoints").is_dir() else Path(named).parent.parent
+    path = named_by(named)
+    return path.parent.parent if is_checkpoint(path) else path
 
 
 def sizes_of_resumed(schema: type, experiment: Experiment) -> dict[str, Written]:
@@ -144,29 +145,18 @@ def lasting(options: Any) -> dict[str, Any]:
     return {name: flat[name] for name in flat if re.sub(r"\[\d+\]", "[i]", name) in kept}
 
 
-def entry(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """The section of nested options that holds `section.option`, and the option's own name."""
-    *sections, last = name.split(".")
-    return reduce(dict.__getitem__, sections, values), last
-
-
 def save(options: Any, path: str | Path) -> None:
-    """Write the options of a run, but for those that nothing read, as YAML that `load` reads again.
-
-    An option whose default refers to another (`${…}`), and that equals it, is saved as that reference.
-    """
-    values = asdict(options)
+    """Write the options of a run as YAML that `load` reads again, but for those that nothing read, and those
+    whose default refers to another option (`${…}`) that they equal."""
+    values, left_out = asdict(options), set(options.unread)
     flat = flatten(values)
     for name, option in declared(type(options)).items():
-        default = option.default
-        if isinstance(default, str) and default.startswith("${") and name in flat:
-            followed = default[2:-1]
-            if followed not in options.unread and flat[name] == flat[followed]:
-                section, last = entry(values, name)
-                section[last] = default
-    for name in options.unread:
-        section, last = entry(values, name)
-        del section[last]
+        followed = str(option.default).removeprefix("${").removesuffix("}")
+        if followed in flat.keys() - options.unread and flat.get(name) == flat[followed]:
+            left_out.add(name)
+    for name in left_out:
+        *sections, last = name.split(".")
+        del reduce(dict.__getitem__, sections, values)[last]
     text = yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
     write_whole(path, text.encode())
 
@@ -224,12 +214,9 @@ def read_yaml(
         else:
             yield name, Written(loader.construct_object(node, deep=True), place)
 
-    try:
-        node = loader.get_single_node()
-        if node is not None:
-            yield from walk(node, schema, name)
-    finally:
-        loader.dispose()
+    node = loader.get_single_node()
+    if node is not None:
+        yield from walk(node, schema, name)
 
 
 def read_file(schema: type, path: str | Path) -> tuple[Path, dict[str, Written]]:

@@ -5,9 +5,8 @@ view, L side of the source crop that views are cut from (pixels).
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from data.tree import IMG_EXTENSIONS, FileTree, ImagePath, describe_left_out, re
 from modeling.photos import center_crop, load_image, load_photo, load_upright, photo_crop, to_uint8  # noqa: F401
 from modeling.pixels import to_float  # noqa: F401 - for callers of this module, like some of the above
 from runtime.errors import InputError
-from runtime.processes import check_same, on_main
+from runtime.processes import on_main
 from runtime.randomness import Stream, generator_for
 
 VIEWS = {"center_flip": 2, "five_crop": 5, "ten_crop": 10}  # views per image, by kind
@@ -140,7 +139,7 @@ def list_paths(
     if not is_path_list(source):
         return scan_images(source, index_folder=index_folder).paths
     try:
-        lines = source.read_text("utf-8-sig").splitlines()
+        lines = source.read_text("utf-8-sig").split("\n")  # names may hold other line separators
     except UnicodeDecodeError as e:
         raise InputError(
             f"{source} is neither an image folder, a tar nor a text file of paths"
@@ -165,13 +164,11 @@ def list_paths(
 
 
 def identity_for_all(paths: Sequence[ImagePath]) -> dict[str, str]:
-    """`identity_of_images` by the main process, for all processes, which call this together.
-
-    Raises InputError on a process that lists other images, whose labels and order would be wrong.
-    """
-    names = {"image names": hash_of_names(paths)}
-    check_same(names, "other images")
-    return names | on_main(lambda: {"image sizes": hash_of_sizes(paths)})
+    """`identity_of_images` with this process's names, which `training.run.Run` compares with those of the
+    main process, and the sizes that the main process reads. All processes call this together."""
+    return {"image names": hash_of_names(paths)} | on_main(
+        lambda: {"image sizes": hash_of_sizes(paths)}
+    )
 
 
 # ---------------------------------------------------------------------- crops
@@ -185,26 +182,22 @@ def source_crop(path: ImagePath, size: int, kind: str) -> Tensor:
     return to_uint8(center_crop(load_image(path), source_size(size, kind)))
 
 
-def views_of(source: Tensor, size: int, kind: str) -> Iterator[Tensor]:
+def views_of(source: Tensor, size: int, kind: str) -> tuple[Tensor, ...]:
     """The views (…, S, S) of source crops (…, L, L), in the order of a token cache.
 
     center_flip: the centre crop and its mirror image. five_crop: four corners and centre of a centre
-    crop to ⌊1.1·size⌋. ten_crop: these, then the same of the mirrored crop, in torchvision's order.
+    crop to ⌊1.1·size⌋. ten_crop: these, then the same of the mirrored crop.
     """
-    far = source.shape[-1] - size
-    middle = round(far / 2)  # halves to even, as torchvision rounds
-    corners = [(0, 0), (far, 0), (0, far), (far, far), (middle, middle)]  # (left, top)
+    from torchvision.transforms.functional import five_crop, ten_crop  # a third of a second
+
     if kind == "center_flip":
-        corners = corners[:1]
-    for mirrored in (False,) if kind == "five_crop" else (False, True):
-        shown = source.flip(-1) if mirrored else source
-        for left, top in corners:
-            yield shown[..., top : top + size, left : left + size]
+        return source, source.flip(-1)
+    return (five_crop if kind == "five_crop" else ten_crop)(source, size)  # type: ignore[arg-type]
 
 
 def cut_views(source: Tensor, size: int, kind: str) -> Tensor:
     """All views (B, V, 3, S, S) of source crops (B, 3, L, L)."""
-    return torch.stack([*views_of(source, size, kind)], 1)
+    return torch.stack(views_of(source, size, kind), 1)
 
 
 def random_crop(
@@ -253,7 +246,7 @@ class TrainViews(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         view, label = self.draws.of(*key, self.labels)
         source = source_crop(self.paths[key[1]], self.size, "ten_crop")
-        return next(islice(views_of(source, self.size, "ten_crop"), view, None)), label
+        return views_of(source, self.size, "ten_crop")[view], label
 
 
 class CenterImages(Dataset):

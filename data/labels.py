@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data.classes import first_names, printable
 from data.tree import is_image
+from data.walk import is_hidden
 from runtime.errors import InputError
 
 HEADERS = ("file", "filename", "file_name", "path", "image", "imageid", "image_id", "name")
@@ -27,7 +28,7 @@ def read_labels(file: str | Path, names: Sequence[str], source: object) -> dict[
     """
     file = Path(file)
     try:
-        lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
+        lines = file.read_text("utf-8-sig", "surrogateescape").split("\n")  # not at U+2028 in names
     except OSError as e:
         raise InputError(f"cannot read the labels in {file}: {e.strerror}") from e
     while lines and not lines[-1].strip():
@@ -106,6 +107,6 @@ def labels_by_name(
 
 def checked(label: str, file: Path, number: int) -> str:
     """The label. Raises InputError if it cannot name a folder, as the published cache layout needs."""
-    if label in ("", ".", "..") or "/" in label or "\0" in label:
+    if not label or is_hidden(label) or "/" in label or "\0" in label:
         raise InputError(f"{file}, line {number}: {printable(label)!r} cannot be a class name")
     return label

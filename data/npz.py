@@ -6,7 +6,6 @@ published code writes nothing else; this one adds a manifest.json beside the fol
 
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,9 @@ class NpzStore(TokenCache):
         self.manifest = {**unknown, **(read_manifest(path) if path.exists() else {})}
         self.codebook_size = self.manifest["codebook_size"]
         folders = walk(str(self.folder))[0]
-        self.classes = self._class_names(folders)
+        # Of the manifest, so that a stray folder shifts no labels; without one, the folders.
+        top = {folder.split(os.sep)[0] for folder in folders} - {""}
+        self.classes: list[str] = self.manifest.get("classes", sorted(top))
         ranks = {name: label for label, name in enumerate(self.classes)}
         self._files: list[str] = []
         labels: list[int] = []
@@ -55,22 +56,6 @@ class NpzStore(TokenCache):
             )
         self.views, self.tokens = 0, 0  # the first file may have any shape, the others must match
         self.views, self.tokens = self._read(0).shape
-
-    def _class_names(self, folders: Iterable[str]) -> list[str]:
-        """The manifest's classes, so that a stray folder shifts no labels; without one, the folders."""
-        names = self.manifest.get("classes")
-        if names is None:
-            return sorted({folder.split(os.sep)[0] for folder in folders} - {""})
-        plain = isinstance(names, list) and all(
-            isinstance(n, str) and n not in ("", ".", "..") and os.path.basename(n) == n
-            for n in names
-        )
-        if not plain:
-            raise InputError(
-                f"{self.folder / MANIFEST} is damaged: its classes are not folder names; make the cache "
-                f"again"
-            )
-        return names
 
     def identity(self) -> dict[str, str]:
         return identity_of_images(self._files)
@@ -110,10 +95,10 @@ def write_npz_files(store: Path, paths: list[str], codes: np.ndarray) -> None:
     os.sync()  # once for all of them: one fsync per file takes ten times as long
 
 
-def export_npz(store: TokenCache, blocks: Iterable[np.ndarray], folder: Path) -> None:
+def export_npz(store: TokenCache, shards: list[np.ndarray], folder: Path) -> None:
     """Write a packed store as pretokenization's `--format npz` would have written it.
 
-    `blocks` are its codes (n, V, T) in order. The folder is whole or absent. Raises InputError if
+    `shards` are its codes (n, V, T) in order. The folder is whole or absent. Raises InputError if
     it exists, or if an image does not lie in the folder of its class.
     """
     if folder.exists():
@@ -129,7 +114,7 @@ def export_npz(store: TokenCache, blocks: Iterable[np.ndarray], folder: Path) ->
         shutil.rmtree(partial, ignore_errors=True)  # of a killed call
         partial.mkdir(parents=True)
         first = 0
-        for codes in tqdm(blocks, unit="block", desc=folder.name, disable=None):
+        for codes in tqdm(shards, unit="shard", desc=folder.name, disable=None):
             write_npz_files(partial, paths[first : first + len(codes)], codes)
             first += len(codes)
         about = {name: value for name, value in store.manifest.items() if name not in PACKED_ONLY}

@@ -1,5 +1,6 @@
 """A part of the training images that covers all classes (`experiment.max_train_examples`)."""
 
+from bisect import bisect_right
 from typing import Any
 
 import numpy as np
@@ -33,15 +34,12 @@ def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
 
 def equal_shares(sizes: np.ndarray, count: int) -> np.ndarray:
     """Numbers of images per class (C,) with sum `count`, at most `sizes` (C,) each."""
-    shares = np.zeros_like(sizes)
-    while count:
-        growing = np.flatnonzero(shares < sizes)
-        if count < len(growing):  # a remainder: one more image of evenly spaced classes
-            shares[growing[evenly_spaced(len(growing), count)]] += 1
-            break
-        step = min(count // len(growing), (sizes - shares)[growing].min())
-        shares[growing] += step
-        count -= step * len(growing)
+    levels = range(
+        sizes.max() + 1
+    )  # the highest that all classes together can reach, as far as they have
+    level = bisect_right(levels, count, key=lambda level: np.minimum(sizes, level).sum()) - 1
+    shares, larger = np.minimum(sizes, level), np.flatnonzero(sizes > level)
+    shares[larger[evenly_spaced(len(larger), count - shares.sum())]] += 1
     return shares
 
 

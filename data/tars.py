@@ -17,6 +17,8 @@ import re
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -31,8 +33,10 @@ from runtime.processes import on_main
 VERSION = 1
 SCANNERS = 8  # inner tars listed at once, because network file systems respond slowly
 END = bytes(tarfile.BLOCKSIZE)  # the block after the last member
-COMPRESSED = {
-    "gzip": rb"\x1f\x8b", "bzip2": rb"BZh[1-9]1AY&SY", "xz": rb"\xfd7zXZ\0", "zstd": rb"\x28\xb5\x2f\xfd"
+TAR = "tar"
+MAGIC = {  # patterns of the first bytes: of a tar, and of compressed files, which may hold one
+    TAR: rb"(?s:.{257})ustar", "gzip": rb"\x1f\x8b", "bzip2": rb"BZh[1-9]1AY&SY", "xz": rb"\xfd7zXZ\0",
+    "zstd": rb"\x28\xb5\x2f\xfd",
 }  # fmt: skip
 
 
@@ -55,68 +59,51 @@ class TarPath(NamedTuple):
 
     def read(self) -> bytes:
         """Raises InputError if the tar has changed or was cut short."""
-        return self.tar.read(self.number)
-
-
-class Tar:
-    """A tar whose members are known. The file is opened at the first read; forked processes share it, as
-    reads move no position."""
-
-    def __init__(self, path: Path, members: "Members", stamp: tuple[int, int]):
-        self.path, self.names, self.stamp = path, members.names, stamp
-        self.offsets, self.sizes = members.offsets, members.sizes
-        self._opened: IO[bytes] | None = None
-
-    def paths(self) -> dict[str, TarPath]:
-        """The members that are files, by name; the last of equal names, as unpacking would leave it."""
-        return {name: TarPath(self, i) for i, name in enumerate(self.names) if name[-1] != "/"}
-
-    def read(self, number: int) -> bytes:
-        offset, size = int(self.offsets[number]), int(self.sizes[number])
+        path, size = self.tar.path, int(self.tar.sizes[self.number])
         try:
-            content = os.pread(self._file().fileno(), size, offset)  # moves no shared position
+            file = opened(path, self.tar.stamp)
+            content = os.pread(file.fileno(), size, int(self.tar.offsets[self.number]))
         except OSError as e:
-            raise InputError(f"cannot read {self.path}: {e.strerror}") from e
+            raise InputError(f"cannot read {path}: {e.strerror}") from e
         if len(content) < size:
-            raise cut_short(self.path)
+            raise cut_short(path)
         return content
 
-    def _file(self) -> IO[bytes]:
-        if self._opened is None:
-            opened = open(self.path, "rb", buffering=0)  # noqa: SIM115 - kept
-            if stamp_of(opened.fileno()) != self.stamp:
-                raise InputError(
-                    f"{self.path} has changed since it was listed: run the same command again"
-                )
-            self._opened = opened
-        return self._opened
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_opened": None}  # another process opens the file itself
+@dataclass(eq=False)
+class Tar:
+    """A tar whose members are known."""
+
+    path: Path
+    stamp: tuple[int, int]  # `stamp_of` the listed file
+    names: list[str]  # of the members, N
+    offsets: np.ndarray  # of their content in the file, in bytes: (N,), int64
+    sizes: np.ndarray  # in bytes: (N,), int64
+
+
+@cache
+def opened(path: Path, stamp: tuple[int, int]) -> IO[bytes]:
+    """A tar, kept open. Forked processes and threads share it, as `os.pread` moves no position."""
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - kept
+    if stamp_of(file.fileno()) != stamp:
+        raise InputError(f"{path} has changed since it was listed: run the same command again")
+    return file
 
 
 def is_tar(path: str | Path) -> bool:
     """Whether a file is a tar, compressed or not, by its name or its first bytes."""
     path = Path(path)
-    return path.is_file() and (
-        path.suffix.lower() == ".tar"
-        or head_of(path)[257:262] == b"ustar"
-        or bool(compression(path))
-    )
+    return path.is_file() and (path.suffix.lower() == ".tar" or kind_of(path) is not None)
 
 
-def compression(path: Path) -> str | None:
-    """The name of a file's compression, by its first bytes."""
-    head = head_of(path)
-    return next((name for name, magic in COMPRESSED.items() if re.match(magic, head)), None)
-
-
-def head_of(path: Path) -> bytes:
+def kind_of(path: Path) -> str | None:
+    """A key of `MAGIC`, by a file's first bytes."""
     try:
         with open(path, "rb") as file:
-            return file.read(tarfile.BLOCKSIZE)
+            head = file.read(tarfile.BLOCKSIZE)
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror}; make it readable") from e
+    return next((name for name, magic in MAGIC.items() if re.match(magic, head)), None)
 
 
 def open_tar(path: str | Path, index_folder: Path | None) -> Tar:
@@ -126,14 +113,14 @@ def open_tar(path: str | Path, index_folder: Path | None) -> Tar:
     file is compressed, empty, cut short or not a tar.
     """
     path = Path(path)
-    kind = compression(path)
-    if kind is not None:
+    kind = kind_of(path)
+    if kind not in (TAR, None):
         raise InputError(
             f"{path} is compressed ({kind}), so images cannot be read in place: decompress or unpack it"
         )
     stamp = stamp_of(path)
     if index_folder is None:
-        return Tar(path, list_members(path), stamp)
+        return Tar(path, stamp, *list_members(path))
     index = index_folder / f"{path.name}.index.npz"
 
     def update() -> None:
@@ -144,7 +131,7 @@ def open_tar(path: str | Path, index_folder: Path | None) -> Tar:
 
     on_main(update)
     # A machine without access to the main process's folder lists the tar itself.
-    return Tar(path, read_index(index, stamp) or list_members(path), stamp)
+    return Tar(path, stamp, *(read_index(index, stamp) or list_members(path)))
 
 
 def stamp_of(file: Path | int) -> tuple[int, int]:
@@ -154,10 +141,7 @@ def stamp_of(file: Path | int) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------- listing
-class Members(NamedTuple):
-    names: list[str]
-    offsets: np.ndarray  # (N,), int64
-    sizes: np.ndarray  # (N,), int64
+Members = tuple[list[str], np.ndarray, np.ndarray]  # names, offsets and sizes of `Tar`
 
 
 def list_members(path: Path) -> Members:
@@ -184,7 +168,7 @@ def list_members(path: Path) -> Members:
     if not any(m.name[-1] != "/" for m in found):
         raise InputError(f"{path} is empty: it holds no files")
     names, offsets, sizes = zip(*found)
-    return Members(list(names), np.array(offsets, np.int64), np.array(sizes, np.int64))
+    return list(names), np.array(offsets, np.int64), np.array(sizes, np.int64)
 
 
 def walk(path: Path, start: int, end: int, where: str) -> Iterator[Member]:
@@ -235,11 +219,12 @@ def cut_short(where: str | Path) -> InputError:
 
 # ---------------------------------------------------------------------- the index
 def write_index(index: Path, members: Members, stamp: tuple[int, int]) -> None:
-    names = "\0".join(members.names).encode(errors="surrogateescape")
+    names, offsets, sizes = members
+    text = "\0".join(names).encode(errors="surrogateescape")
     with shared_file(index) as partial, open(partial, "wb") as file:
         np.savez(
-            file, names=np.frombuffer(names, np.uint8), offsets=members.offsets,
-            sizes=members.sizes, about=np.array([VERSION, *stamp], np.int64),
+            file, names=np.frombuffer(text, np.uint8), offsets=offsets, sizes=sizes,
+            about=np.array([VERSION, *stamp], np.int64),
         )  # fmt: skip
 
 
@@ -251,4 +236,4 @@ def read_index(index: Path, stamp: tuple[int, int]) -> Members | None:
         return None
     names = text.tobytes().decode(errors="surrogateescape").split("\0")
     sound = about.tolist() == [VERSION, *stamp] and len(names) == offsets.size == sizes.size
-    return Members(names, offsets, sizes) if sound else None
+    return (names, offsets, sizes) if sound else None

@@ -40,7 +40,6 @@ Shards hold `images_per_shard` images each, the last one the rest, so view v of 
 with layout "npz" and without images_per_shard, codes_dtype and files.
 """
 
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,15 +60,12 @@ from runtime.errors import InputError
 from runtime.files import file_sha256
 from runtime.program import run
 
-BLOCK = 4096  # images exported at a time
-
 
 class TokenStore(TokenCache):
     """A packed store, for reading. Opening takes the same time for any size."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._changed: dict[str, Any] | None = None  # by `use_classes`; not in the files
         path = self.folder / MANIFEST
         if not path.is_file():
             raise InputError(f"no token cache at {folder}: make one with pretokenization.py")
@@ -77,7 +73,7 @@ class TokenStore(TokenCache):
             self._open(read_manifest(path))
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(f"{path} is damaged ({e!r}); make the cache again") from e
-        if sum(map(len, self._shards)) != self.images or len(self.labels) != self.images:
+        if sum(map(len, self.shards)) != self.images or len(self.labels) != self.images:
             raise InputError(
                 f"the files of {path} do not add up to {self.images} images; make the cache again"
             )
@@ -92,18 +88,14 @@ class TokenStore(TokenCache):
         for name, size in files:
             self._check_file(name, size)
         self.labels = self._map("labels.bin", "<i4")
-        self._shards = [
+        self.shards = [  # all codes in order: (n, V, T), uint16
             self._map(name, "<u2").reshape(-1, self.views, self.tokens)
             for name, _ in files
             if name.startswith("codes-")
         ]
 
     def __reduce__(self):  # a worker process maps the files itself
-        return TokenStore, (self.folder,), self._changed
-
-    def use_classes(self, classes: list[str]) -> None:
-        super().use_classes(classes)
-        self._changed = {"labels": self.labels, "classes": self.classes}
+        return TokenStore, (self.folder,), {"labels": self.labels, "classes": self.classes}
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
         # As a plain array: indexing np.memmap costs several times as much.
@@ -122,18 +114,12 @@ class TokenStore(TokenCache):
     def codes(self, image: int, view: int) -> np.ndarray:
         """Codes (T,), int64, of one view. Reads nothing else."""
         shard, row = divmod(image, self.per_shard)
-        codes = self._shards[shard][row, view]
+        codes = self.shards[shard][row, view]
         self.check_codes(codes, f"image {image}")
         return codes.astype(np.int64)
 
     def identity(self) -> dict[str, str]:
         return {"codes": hash_of_texts(file["sha256"] for file in self.manifest["files"])}
-
-    def blocks(self) -> Iterator[np.ndarray]:
-        """All codes in order, in blocks of up to `BLOCK` images: (n, V, T), uint16."""
-        for shard in self._shards:
-            for first in range(0, len(shard), BLOCK):
-                yield shard[first : first + BLOCK]
 
     def paths(self, count: int) -> list[str]:
         # Names that are not UTF-8 keep their bytes; only \n ends a line.
@@ -146,7 +132,7 @@ class TokenStore(TokenCache):
         for entry in self.manifest["files"]:
             if file_sha256(self.folder / entry["name"]) != entry["sha256"]:
                 raise InputError(f"{self.folder / entry['name']} was altered; make the cache again")
-        for place, shard in enumerate(self._shards):
+        for place, shard in enumerate(self.shards):
             self.check_codes(shard, f"shard {place}")
         self.check_labels()
 
@@ -211,7 +197,7 @@ def main(argv: list[str]) -> None:
         if not isinstance(cache, TokenStore):
             raise InputError(f"{args.folder} has the published layout already")
         cache.verify()
-        export_npz(cache, cache.blocks(), args.output)
+        export_npz(cache, cache.shards, args.output)
         print(f"wrote {args.output}: {cache.images} images x {cache.views} views")
         return
     if args.action == "show":

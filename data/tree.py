@@ -81,9 +81,11 @@ def refuse_inside(output: Path, folder: str | Path) -> None:
 
 def read_tar(root: Path, index_folder: Path | None) -> FileTree:
     tar = open_tar(root, index_folder)
+    # The last of equal names counts, as unpacking would leave it.
+    numbers = {name: number for number, name in enumerate(tar.names)}
     folders: dict[str, list[str]] = {}
     hidden = set()
-    for name in dict.fromkeys(tar.names):  # a folder's ends with "/"
+    for name in numbers:  # a folder's ends with "/"
         parts = name.split("/")
         first = next((i for i, part in enumerate(parts) if is_hidden(part)), None)
         if first is not None:
@@ -92,4 +94,5 @@ def read_tar(root: Path, index_folder: Path | None) -> FileTree:
         files = folders.setdefault("/".join(parts[:-1]), [])
         if parts[-1]:
             files.append(parts[-1])
-    return FileTree(root, folders, tar.paths().__getitem__, +Counter({HIDDEN: len(hidden)}))
+    left_out = +Counter({HIDDEN: len(hidden)})
+    return FileTree(root, folders, lambda name: TarPath(tar, numbers[name]), left_out)

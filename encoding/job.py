@@ -109,8 +109,9 @@ class WorkFolder:
         shutil.rmtree(self.folder, ignore_errors=True)  # of a run killed while it cleaned up
         return True
 
-    def claim(self) -> None:
-        """Lock the folder until `release`, and check that its settings are the same."""
+    def claim(self) -> list[int]:
+        """Lock the folder until `release`, check that its settings and images are the same, and return the
+        numbers of the parts that are missing."""
         self._lock = lock_folder(self.folder)
         with writing(self.folder):
             settings = self.folder / "settings.json"
@@ -122,6 +123,8 @@ class WorkFolder:
             if self.plan.layout == "npz" and not self.store.exists():
                 shutil.rmtree(self.parts.folder, ignore_errors=True)  # their files are gone
                 self.store.mkdir()
+        self.refuse_edited()
+        return self.parts.missing()
 
     def release(self) -> None:
         """Remove the folder and its lock."""
@@ -131,11 +134,12 @@ class WorkFolder:
         shutil.rmtree(self.folder, ignore_errors=True)  # NFS keeps a folder with an open file
 
     def write_part(self, part: "EncodedPart") -> None:
-        codes = part.codes[part.readable]
+        codes = part.codes
         with writing(self.folder):
             if self.plan.layout == "npz":
-                names = [self.paths[i] for i in part.indices[part.readable]]
-                write_npz_files(self.store, names, codes)
+                for i in part.skipped:  # an earlier run may have been able to read them
+                    (self.store / f"{self.paths[i]}.npz").unlink(missing_ok=True)
+                write_npz_files(self.store, [self.paths[i] for i in part.readable], codes)
                 codes = codes[:0]  # the part records only that these files are whole
             self.parts.write(part.number, codes=codes, facts=part.facts)
 
@@ -145,11 +149,6 @@ class WorkFolder:
         indices = [i for n in numbers for batch in self.batches[n] for i in batch]
         facts = [self.parts.read(n, "facts") for n in numbers]
         return np.array(indices, np.int64), np.concatenate([np.empty((0, 4), np.int64), *facts])
-
-    def unreadable(self) -> list[int]:
-        """Indices of the unreadable images in finished parts."""
-        indices, facts = self.finished()
-        return indices[facts[:, READABLE] == 0].tolist()
 
     def refuse_edited(self) -> None:
         """Raise InputError if images changed after they were encoded.
@@ -216,13 +215,9 @@ def encode_folder(
     if on_main(work.is_complete):
         processes.print(f"{cache} is complete: {len(paths)} images are listed")
         return
-    on_main(work.claim)
-    on_main(work.refuse_edited)
-
     # As the main process sees them: a network file system may show others an older state.
-    left, skipped = on_main(lambda: (work.parts.missing(), work.unreadable()))
-    missing = left[processes.process_index :: processes.num_processes]
-    work.refuse_too_many(skipped)
+    missing = on_main(work.claim)[processes.process_index :: processes.num_processes]
+    skipped: list[int] = []
     source = ReadableCrops(images.paths, plan)
     if plan.dtype != "fp32" and processes.is_main_process:
         print_agreement(encoder, source, plan)
@@ -230,14 +225,13 @@ def encode_folder(
         written = writer.submit(lambda: None)
         for part in encode_parts(encoder, source, plan, missing, processes):
             written.result()
-            skipped += part.skipped.tolist()
+            skipped += part.skipped
             work.refuse_too_many(skipped)
             written = writer.submit(work.write_part, part)
         written.result()
     processes.wait_for_everyone()
 
     on_main(lambda: publish(work, encoder.config))
-    processes.wait_for_everyone()
 
 
 def publish(work: WorkFolder, config: TokenizerConfig) -> None:
@@ -258,7 +252,11 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
         "tokens": config.num_tokens,
         "codebook_size": config.codebook_size,
         **{key: value for key, value in work.settings.items() if key != "layout"},
-        "preprocessing": preprocessing(plan.crops, plan.image_size),
+        "preprocessing": (
+            f"8-bit RGB (16-bit grey scaled, transparent pixels on white), EXIF rotation ignored; ADM "
+            f"centre crop to {source_size(plan.image_size, plan.crops)} px (BOX halvings, then BICUBIC); "
+            f"{plan.crops} of {plan.image_size} px; values / 255"
+        ),
         "skipped": [paths[i] for i in skipped],
         "rotated": rotated,
         "image_sizes": short_hash(facts[:, SIZE].tobytes()),
@@ -287,14 +285,6 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
     print(f"wrote {work.cache}: {len(kept)} images x {views} views, {plan.crops}, {plan.dtype}")
 
 
-def preprocessing(kind: str, size: int) -> str:
-    return (
-        f"8-bit RGB (16-bit grey scaled, transparent pixels on white), EXIF rotation ignored; ADM "
-        f"centre crop to {source_size(size, kind)} px (BOX halvings, then BICUBIC); {kind} of "
-        f"{size} px; values / 255"
-    )
-
-
 # ---------------------------------------------------------------------- encoding
 class ReadableCrops(Dataset):
     """(source crop (3, L, L), facts (4,), int64) of image i.
@@ -320,21 +310,13 @@ class ReadableCrops(Dataset):
 
 
 class EncodedPart(NamedTuple):
-    """The codes of the n images of one part; those of unreadable images are meaningless."""
+    """The codes of one part of the images."""
 
     number: int
-    indices: np.ndarray  # (n,), of the images
-    codes: np.ndarray  # (n, V, T) uint16
-    facts: np.ndarray  # (n, 4) int64
-
-    @property
-    def readable(self) -> np.ndarray:
-        return self.facts[:, READABLE] == 1
-
-    @property
-    def skipped(self) -> np.ndarray:
-        """Indices of the unreadable images."""
-        return self.indices[~self.readable]
+    readable: list[int]  # indices of its readable images
+    skipped: list[int]  # and of the others
+    codes: np.ndarray  # of the readable ones, (n, V, T), uint16
+    facts: np.ndarray  # of all, (N, 4), int64
 
 
 def part_batches(images: int, batch_size: int) -> list[list[range]]:
@@ -368,8 +350,10 @@ def encode_parts(
                 bar.update(len(crops))
             # The only place that waits for the device, once per part.
             part = torch.cat(codes).cpu().numpy().astype(np.uint16)
-            indices = np.concatenate([np.array(batch) for batch in batches[number]])
-            yield EncodedPart(number, indices, part, torch.cat(facts).numpy())
+            known = torch.cat(facts).numpy()
+            indices, readable = np.concatenate(batches[number]), known[:, READABLE] == 1
+            there, lost = indices[readable].tolist(), indices[~readable].tolist()
+            yield EncodedPart(number, there, lost, part[readable], known)
 
 
 def encode_views(encoder: Tokenizer, crops: Tensor, plan: EncodingPlan, dtype: str) -> Tensor:

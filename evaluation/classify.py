@@ -43,8 +43,9 @@ def class_nats(model: Generator, store: TokenCache, share: Share) -> Tensor:
 
 def classify_cache(
     given: str, cache: str, answers: str | None, share: Share, precision: str = "auto"
-) -> dict[str, Any]:
-    """How often the likeliest class of a cache's images is their own; empty except on the main process.
+) -> tuple[dict[str, Any], str]:
+    """How often the likeliest class of a cache's images is their own, as a result and as text; empty except
+    on the main process.
 
     The result has the top-1 accuracy of single views and that of images, whose class is the one with the highest
     product of their views' likelihoods. All answers are written to the .csv `answers`. Raises InputError for a
@@ -57,7 +58,7 @@ def classify_cache(
         raise InputError(f"{given} has one class: --classify needs a generator of two or more")
     nats, conditions = measured(source, generator, store, share, precision, class_nats, classes)
     if share.rank:
-        return {}
+        return {}, ""
     labels = torch.tensor(store.labels, dtype=torch.int64)
     nats = nats.double()
     of_images = nats.sum(1)
@@ -65,7 +66,7 @@ def classify_cache(
         # The cache's labels are the generator's; only the cache's own classes have known names.
         names = store.classes + [str(label) for label in range(len(store.classes), classes)]
         write_answers(answers, store.paths(store.images), labels, of_images, names)
-    return {
+    result = {
         "generator": about(source),
         "metrics": {
             "top1": hits(of_images, labels),
@@ -75,6 +76,7 @@ def classify_cache(
         **({"answers": answers} if answers else {}),
         **conditions,
     }
+    return result, accuracy(result)
 
 
 def hits(nats: Tensor, labels: Tensor) -> float:

@@ -43,10 +43,18 @@ class DINOv2:
     def __init__(self, device: torch.device | str, weights: Path):
         path = find_published(DINOV2_FILE, weights)
         state = read_state_dict(path)
-        check_kind(state, path)
+        wrong = state.get("pos_embed", torch.empty(0)).shape != (1, 1 + PRETRAINED**2, WIDTH)
+        if (
+            wrong or "register_tokens" in state
+        ):  # `load_tensors` compares all other names and shapes
+            raise InputError(
+                f"{path} is not DINOv2's ViT-L/14 without registers but {describe(state)}: fetch "
+                f"{DINOV2_FILE} (weights/README.md)"
+            )
         self.device = torch.device(device)
         self.network = build(state, path).to(self.device)
-        self.colours = colours(self.device)
+        # ImageNet's mean and standard deviation of each channel.
+        self.colours = torch.tensor([MEAN, STD], device=self.device).view(2, 3, 1, 1)
         self.identity = f"dinov2-vitl14 {file_sha256(path)[:16]}"
 
     @torch.inference_mode()
@@ -57,13 +65,9 @@ class DINOv2:
         return tokens, tokens[:, :0], tokens[:, :0]
 
 
-def colours(device: torch.device | str) -> Tensor:
-    """ImageNet's mean and standard deviation of each channel: (2, 3, 1, 1), float32, on the device."""
-    return torch.tensor([MEAN, STD], device=device).view(2, 3, 1, 1)
-
-
 def prepare(images: Tensor, colours: Tensor) -> Tensor:
-    """Images (B, 3, H, W), uint8, and `colours` -> the network's input (B, 3, 224, 224), float32.
+    """Images (B, 3, H, W), uint8, and mean and deviation of the colours (2, 3, 1, 1) -> the network's input
+    (B, 3, 224, 224), float32.
 
     The resize is EDM2's: bicubic with antialiasing, in float32 without rounding, so slightly unlike
     Pillow's resize of uint8 pixels. It ignores the aspect ratio.
@@ -98,15 +102,3 @@ def build(state: dict[str, Tensor], path: Path) -> nn.Module:
     network.to_empty(device="cpu")
     load_tensors(network, state, str(path), ignore=("mask_token",))
     return network.eval().requires_grad_(False)
-
-
-def check_kind(state: dict[str, Tensor], path: Path) -> None:
-    """Refuse weights of another network; `load_tensors` compares all other names and shapes."""
-    expected = {"cls_token": (1, 1, WIDTH), "pos_embed": (1, 1 + PRETRAINED**2, WIDTH)}
-    telling = [name for name in (*expected, "register_tokens") if name in state]
-    found = {name: tuple(state[name].shape) for name in telling}
-    if found != expected:
-        raise InputError(
-            f"{path} is not DINOv2's ViT-L/14 without registers ({found or describe(state)}): fetch "
-            f"{DINOV2_FILE} (weights/README.md)"
-        )

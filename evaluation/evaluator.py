@@ -10,12 +10,13 @@ from accelerate import PartialState
 from evaluation.dinov2 import DINOv2
 from evaluation.features import FeatureNetwork, Inception
 from evaluation.metrics import NEIGHBOURS
-from evaluation.references import check_sizes, open_reference
+from evaluation.references import open_reference
 from evaluation.set_metrics import METRICS, named
 from evaluation.sources import Images
 from evaluation.statistics import SetStatistics, measure
 from runtime.errors import InputError
 from runtime.processes import device_name
+from runtime.published import WEIGHTS
 
 FEATURES = ("inception", "dinov2")  # names of the feature spaces
 STANDARD_COUNT = 50_000  # images of a published figure
@@ -32,8 +33,6 @@ class Evaluator:
     def __init__(
         self,
         reference: str | Path,
-        processes: PartialState,
-        weights: Path,
         batch: int = 64,
         workers: int = 8,
         size: Optional[tuple[int, int]] = None,
@@ -41,39 +40,29 @@ class Evaluator:
         half_manifold: bool = False,
         network: Optional[FeatureNetwork] = None,
     ):
-        """Read or measure the reference.
+        """Read or measure the reference; all processes call this together.
 
-        `weights` is the folder of Inception's file, which is used without a `network`. `size` is the
-        (height, width) of the samples, if known; `crop` the side of the centre crops of the reference's
-        images (`references.open_reference`). `half_manifold` computes precision and recall in float16,
-        like ADM's script.
+        `size` is the (height, width) of the samples, if known; `crop` the side of the centre crops of the
+        reference's images (`references.open_reference`). `half_manifold` computes precision and recall in
+        float16, like ADM's script. Without a `network`, Inception's published weights are used.
         """
-        if network is None:
-            assert processes.device is not None  # accelerate's type hint allows it
-            network = Inception(processes.device, weights)
-        self.network, self.processes, self.half_manifold = network, processes, half_manifold
-        self.batch, self.workers = batch, workers
-        self.reference = open_reference(reference, network, processes, batch, workers, size, crop)
+        self.network = network or Inception(PartialState().device or "cpu", WEIGHTS)
+        self.half_manifold, self.batch, self.workers = half_manifold, batch, workers
+        self.reference = open_reference(reference, self.network, batch, workers, size, crop)
         manifold = self.reference.parts.get("manifold")
-        if manifold and 0 < len(manifold[0]) <= NEIGHBOURS:  # now, not after sampling
+        if manifold and len(manifold[0]) <= NEIGHBOURS:  # now, not after sampling
             raise InputError(
                 f"{self.reference.name} holds {len(manifold[0])} images: precision and recall need more than "
                 f"{NEIGHBOURS}; use a larger reference"
             )
 
-    def evaluate(
-        self, images: Images, expected: int, allow_partial: bool = False
-    ) -> dict[str, Any]:
-        """The result for a set of `expected` samples; empty except on rank 0."""
-        check_count(images.shape[0], expected, images.name, allow_partial)
-        if self.reference.size is not None:
-            check_sizes(self.reference.name, self.reference.size, images.shape[1:3])
-        samples = measure(images, self.network, self.processes, self.batch, self.workers)
-        return self.result(samples, expected)
+    def evaluate(self, images: Images, expected: int) -> dict[str, Any]:
+        """The result for a set of samples, `expected` if it is whole; empty except on rank 0."""
+        return self.result(measure(images, self.network, self.batch, self.workers), expected)
 
     def result(self, samples: SetStatistics, expected: int) -> dict[str, Any]:
         """Metrics, and everything that defines them, on the main process; empty elsewhere."""
-        if not self.processes.is_main_process:
+        if not PartialState().is_main_process:
             return {}
         network, reference, half = self.network, self.reference, self.half_manifold
         figures = compare(samples, reference, network.device, half)
@@ -86,19 +75,6 @@ class Evaluator:
                 f"{samples.name} and {reference.name} are the same images: is this the reference itself?"
             )
         return result
-
-
-def check_count(count: int, expected: int, name: str, allow_partial: bool) -> None:
-    """Refuse a set with more or fewer images than expected."""
-    if count > expected:
-        raise InputError(
-            f"{name} holds {count} images, {expected} are expected: pass --num_samples {count}"
-        )
-    if count < expected and not allow_partial:
-        raise InputError(
-            f"{name} is incomplete: {count} of {expected} images; complete it, pass --num_samples "
-            f"{count} if these are all, or --allow_partial"
-        )
 
 
 def compare(

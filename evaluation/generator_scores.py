@@ -1,6 +1,5 @@
 """`evaluate.py --generator`: the likelihood of a cache's codes under one or several generators."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,8 +45,8 @@ class Source:
 def find_source(given: str, step: int | None = None) -> Source:
     """The weights of a file, a checkpoint or a run (its newest checkpoint, or that of `step`)."""
     path = Path(given)
-    if step is not None and path.is_dir():
-        path = {step_of(p): p for p in all_checkpoints(path)}[step]
+    if step is not None:
+        path = {step_of(p): p for p in all_checkpoints(path)}.get(step, path)
     return Source(given, on_main(lambda: find_weights(path, GENERATOR)))
 
 
@@ -58,10 +57,9 @@ def find_sources(given: str, others: list[str]) -> list[Source]:
         return [find_source(given)]
     steps = {}
     for run in [given, *others]:
-        if run == given and not Path(run).is_dir():  # a file, which may lie in a checkpoint
+        steps[run] = {step_of(path) for path in all_checkpoints(Path(run))}
+        if run == given and not steps[run]:  # a checkpoint, or a file, which may lie in one
             steps[run] = {find_source(run).step} - {None}
-        else:
-            steps[run] = {step_of(path) for path in all_checkpoints(Path(run))}
         if not steps[run]:
             raise InputError(f"{run} is not a run folder with checkpoints, which --compare needs")
     common = set.intersection(*steps.values())
@@ -81,7 +79,10 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
     """
     opened = open_file(source.file, GENERATOR)
     store.refuse_joined_views(GeneratorConfig().image_seq_len)  # no config has their length
-    config = opened.config(GeneratorConfig(image_seq_len=store.tokens))
+    try:
+        config = opened.config(GeneratorConfig(image_seq_len=store.tokens))
+    except InputError as e:
+        raise InputError(f"{store.folder} holds {store.tokens} codes per image: {e}") from e
     store.check(config.codebook_size, config.image_seq_len, opened.about.tokenizer)
     if len(store.classes) > config.condition_num_classes:
         raise InputError(
@@ -98,26 +99,27 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
 
 def score_generator(
     given: str, others: list[str], cache: str, picture: str, share: Share, precision: str = "auto"
-) -> dict[str, Any]:
-    """The result of a generator on every view of a cache; empty except on the main process.
+) -> tuple[dict[str, Any], str]:
+    """The result of a generator on every view of a cache, and its tables; empty except on the main process.
 
     `others` are run folders, scored at the same step. `picture` shows all of them by position.
     """
     sources = find_sources(given, others)
-    scored, warnings, conditions = [], [], {}
+    scored: dict[str, Likelihood] = {}
+    warnings, conditions = [], {}
     for source in sources:
         store = open_tokens(cache)  # anew: a generator may number its classes in another way
         generator = open_generator(source, store)
         sums, conditions = measured(source, generator, store, share, precision, likelihood_sums)
-        scored.append(Likelihood(sums, store.images * store.views))
+        scored[source.name] = Likelihood(sums, store.images * store.views)
         warnings = warnings or conditions["warnings"]
     if share.rank:
-        return {}
-    results = [{"generator": about(s), **found.result()} for s, found in zip(sources, scored)]
-    if not plot_positions({s.name: found for s, found in zip(sources, scored)}, picture):
-        warnings.append(f"{picture} was not drawn: curves need matplotlib (pip install matplotlib)")
+        return {}, ""
+    plot_positions(scored, picture)
+    results = [{"generator": about(s), **scored[s.name].result()} for s in sources]
     compared = {"compared": results[1:], "picture": picture}
-    return {**results[0], **compared, **conditions, "warnings": warnings}
+    text = "\n".join(table(source, scored[source.name]) for source in sources)
+    return {**results[0], **compared, **conditions, "warnings": warnings}, text
 
 
 def measured(
@@ -181,40 +183,27 @@ def warnings_of(store: TokenCache, generator: Generator) -> list[str]:
 
 
 # ---------------------------------------------------------------------- output
-def show(result: dict[str, Any], *paragraphs: str) -> None:
-    """Print warnings, the paragraphs and, as the last line, JSON."""
-    for warning in result["warnings"]:
-        print(f"warning: {warning}")
-    print(*paragraphs, json.dumps(result, ensure_ascii=False), sep="\n")
-
-
-def table(scored: dict[str, Any]) -> str:
+def table(source: Source, found: Likelihood) -> str:
     """A line per group of positions, one for all and the bits per image."""
-    generator, metrics = scored["generator"], scored["metrics"]
-    step = "" if generator["step"] is None else f", step {generator['step']}"
-    whole = {
-        "name": "all", "codes": sum(group["codes"] for group in scored["by_group"]),
-        "nats": metrics["nats_per_code"], "bits": metrics["bits_per_code"],
-        "top1": metrics["top1"], "top5": metrics["top5"],
-    }  # fmt: skip
+    step = "" if source.step is None else f", step {source.step}"
+    whole, tokens = found.figures(), found.sums.shape[1]
     rows = [
-        [row["name"], str(row["codes"]), f"{row['nats']:.4f}", f"{row['bits']:.4f}",
-         f"{row['top1']:.2%}", f"{row['top5']:.2%}"]
-        for row in [*scored["by_group"], whole]
+        [name, str(codes), f"{x['nats']:.4f}", f"{x['bits']:.4f}", f"{x['top1']:.2%}", f"{x['top5']:.2%}"]
+        for name, codes, x in [*found.groups(), ("all", tokens, whole)]
     ]  # fmt: skip
     headers = ["position", "codes", "nats/code", "bits/code", "top-1", "top-5"]
     return (
-        f"{generator['path']}{step}: {scored['views']} views\n{table_of(rows, headers)}\n"
-        f"bits per image: {metrics['bits_per_image']:.2f}"
+        f"{source.name}{step}: {found.views} views\n{table_of(rows, headers)}\n"
+        f"bits per image: {whole['bits'] * tokens:.2f}"
     )
 
 
-def plot_positions(scored: dict[str, Likelihood], path: str) -> bool:
-    """Nats per code and accuracy by position, a colour per generator; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure  # draws without a display
-    except ImportError:
-        return False
+def plot_positions(scored: dict[str, Likelihood], path: str) -> None:
+    """Nats per code and accuracy by position, a colour per generator."""
+    from matplotlib.figure import (
+        Figure,
+    )  # draws without a display; takes a second, so imported on use
+
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (name, likelihood) in enumerate(scored.items()):
@@ -236,4 +225,3 @@ def plot_positions(scored: dict[str, Likelihood], path: str) -> bool:
     left.legend()
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
-    return True

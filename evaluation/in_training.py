@@ -1,7 +1,6 @@
 """Scores during training: reconstructions of held-out images, and images against a reference."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Optional
 
 import torch
@@ -25,20 +24,19 @@ CHUNK = 64  # images sampled together by default, which leaves memory for traini
 
 
 def open_evaluator(
-    reference: Optional[str], images: int, needed: str, weights: Path, image_size: int
+    reference: Optional[str], images: int, needed: str, image_size: int
 ) -> Optional[Evaluator]:
     """The evaluator of `experiment.fid_reference`, if that is set.
 
-    `images` is the number of images to score, 0 if the option `needed` is missing; `weights` is the
-    folder of Inception's file. Raises InputError for too few images, and for a reference that cannot be
-    read or is not of image_size x image_size pixels.
+    `images` is the number of images to score, 0 if the option `needed` is missing. Raises InputError for
+    too few images, and for a reference that cannot be read or is not of image_size x image_size pixels.
     """
     if reference is None:
         return None
     if images <= NEIGHBOURS:  # of precision and recall
         more = "" if images == 0 else f" (at least {NEIGHBOURS + 1} images)"
         raise InputError(f"experiment.fid_reference={reference} needs {needed}{more}")
-    return Evaluator(reference, PartialState(), weights, size=(image_size, image_size))
+    return Evaluator(reference, size=(image_size, image_size))
 
 
 def job_in_training(options: GeneratorRun, device: torch.device) -> SamplingJob:
@@ -63,7 +61,7 @@ def collect_samples(
 
     It talks to no other rank, so that none waits for one that fails.
     """
-    processes, size = evaluator.processes, options.model.vq_model.image_size
+    processes, size = PartialState(), options.model.vq_model.image_size
     job = job_in_training(options, tokenizer.latent_tokens.device)
     chunk = job.chunk or CHUNK
     collector = Collector("generated images", job.count, (size, size), evaluator.network)

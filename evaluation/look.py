@@ -30,7 +30,7 @@ from data.images import photo_crop, to_float
 from data.pictures import WHITE, captioned, enlarged, picture_grid, stacked, to_pixels, write_png
 from data.tree import describe_left_out, read_tree
 from evaluation.reconstruction import psnr, ssim
-from evaluation.tokenizer_score import MAGNIFICATION, check_window
+from evaluation.tokenizer_score import MAGNIFICATION
 from modeling.devices import find_device
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from modeling.weights.metadata import TOKENIZER
@@ -194,7 +194,6 @@ def main(argv: list[str]) -> None:
     sizes = tokenizer_sizes(opened, args.config)
     tokenizer = load_tokenizer(opened, sizes).to(find_device(args.device))
     config = tokenizer.config
-    check_window(config.image_size)
     # All of them first, so that an unusable photo is refused before any picture is written.
     crops = {name: photo_crop(file, config.image_size) for name, file in photos.items()}
     for name, pixels in crops.items():

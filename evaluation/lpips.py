@@ -16,15 +16,6 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 NOT_AS_A_LOSS = ", or (in training) set the weight of its loss to 0"
 
 
-class Head(nn.Module):
-    """Weights the squared differences of one tap's channels."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        # Published keys: lin0.model.1.weight … (index 0 was a dropout).
-        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
-
-
 class LPIPS(nn.Module):
     """Learned perceptual distance on VGG16 (Zhang et al. 2018, version 0.1), mean over the batch.
 
@@ -55,7 +46,11 @@ class LPIPS(nn.Module):
         self.stages = nn.ModuleList(
             nn.Sequential(*layers[a:b]) for a, b in itertools.pairwise(bounds)
         )
-        heads = [Head(channels) for _, channels in self.TAPS]
+        # Weights of each tap's channels. Published keys: lin0.model.1.weight … (index 0 was a dropout).
+        heads = [
+            nn.ModuleDict({"model": nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))})
+            for _, channels in self.TAPS
+        ]  # fmt: skip
         self.lin0, self.lin1, self.lin2, self.lin3, self.lin4 = heads
         if files:
             load_tensors(self, read_state_dict(files[1]), str(files[1]), keep=("stages.",))
@@ -86,5 +81,5 @@ class LPIPS(nn.Module):
         pairs = list(zip(heads, self.features(images * 2 - 1), target_features))
         with torch.autocast(images.device.type, enabled=False):
             for head, a, b in pairs:
-                total = total + head.model((a - b).square()).mean()
+                total = total + head["model"]((a - b).square()).mean()
         return total

@@ -9,6 +9,7 @@ fifth training image is held out to choose the weight of the L2 penalty. The fin
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
+import copy
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -89,20 +90,16 @@ def probe_features(
     train, val = ((x - mean) / deviation.clamp(min=1e-6) for x in (train, val))
     held_out = torch.arange(len(train), device=train.device) % HELD_OUT == HELD_OUT - 1
 
-    def new_probe() -> nn.Linear:
-        probe = nn.Linear(train.shape[1], classes, device=train.device)
-        nn.init.zeros_(probe.weight)
-        nn.init.zeros_(probe.bias)
-        return probe
-
-    probe, scores = new_probe(), {}
+    final = nn.Linear(train.shape[1], classes, device=train.device)
+    nn.init.zeros_(final.weight)
+    nn.init.zeros_(final.bias)
+    probe, scores = copy.deepcopy(final), {}
     for penalty in PENALTIES:
         fit(probe, train[~held_out], train_labels[~held_out], penalty)
         scores[penalty] = top1(probe, train[held_out], train_labels[held_out])
     best = max(PENALTIES, key=lambda penalty: scores[penalty])  # of equals the strongest
-    probe = new_probe()
-    fit(probe, train, train_labels, best)
-    return {"top1": top1(probe, val, val_labels), "penalty": best, "held_out_top1": scores[best]}
+    fit(final, train, train_labels, best)
+    return {"top1": top1(final, val, val_labels), "penalty": best, "held_out_top1": scores[best]}
 
 
 # ---------------------------------------------------------------------- the program
@@ -116,21 +113,14 @@ def main(argv: list[str]) -> None:
     add("--config", type=path, help="YAML whose model.vq_model describes another tokenizer")
     folders = "folder of train/ and val/ with class folders"
     add("--data_path", type=path, required=True, help=folders)
-    add(
-        "--layer",
-        type=number(1, 1024),
-        help="block of the encoder, counted from 1 (default: the last)",
-    )
+    add("--layer", type=number(1, 1024), help="block of the encoder, from 1 (the last)")
     add("--batch_size", type=number(1, 65_536), default=64, help="images (64)")
     add("--num_workers", type=number(0, 1024), default=worker_count(), help="reading processes")
     add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
     args = parser.parse_args(argv)
     opened = open_weights(args.tokenizer, TOKENIZER)
     tokenizer = load_tokenizer(opened, tokenizer_sizes(opened, args.config))
-    layers = tokenizer.config.encoder_layers
-    layer = args.layer or layers
-    if layer not in range(1, layers + 1):
-        raise InputError(f"--layer {layer}: the blocks of {args.tokenizer} are 1 to {layers}")
+    layer = args.layer or tokenizer.config.encoder_layers
     train, val = (scan_images(Path(args.data_path) / split) for split in ("train", "val"))
     if len(train.classes) < 2 or len(train.paths) < HELD_OUT:
         raise InputError(

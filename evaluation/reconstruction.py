@@ -19,6 +19,7 @@ from evaluation.statistics import Collector
 from modeling.modes import eval_mode
 from modeling.pixels import to_float, to_uint8
 from modeling.tokenizer import Tokenizer, TokenizerConfig
+from runtime.errors import InputError
 from runtime.parts import batches_of
 from runtime.processes import matmul_precision
 
@@ -147,8 +148,15 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
 def ssim(images: Tensor, others: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of images (B, 3, H, W) in [0, 1]: (B,), float64.
 
-    Gaussian window of 11 pixels and σ = 1.5, per channel, at all positions where it fits.
+    Gaussian window of 11 pixels and σ = 1.5, per channel, at all positions where it fits. Raises InputError for
+    images smaller than the window.
     """
+    side = min(images.shape[2:])
+    if side < SSIM_WINDOW:
+        raise InputError(
+            f"images of {side} px are smaller than SSIM's window of {SSIM_WINDOW} px: use a tokenizer of "
+            f"larger images"
+        )
     window = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=images.device).sub(5).div(1.5)
     window = window.square().mul(-0.5).softmax(0)  # exp(-d²/2σ²), normalised
     a, b = images.double(), others.double()

@@ -5,7 +5,6 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from data.identity import short_hash
 from data.tars import is_tar
@@ -23,7 +22,6 @@ STORED = {"pool": MOMENTS[:2], "spatial": MOMENTS[2:], "manifold": ("pool_3",)}
 def open_reference(
     path: str | Path,
     network: FeatureNetwork,
-    processes: PartialState,
     batch: int,
     workers: int,
     size: Optional[tuple[int, int]] = None,
@@ -39,19 +37,19 @@ def open_reference(
     keys = [] if path.is_dir() or is_tar(path) else npz_keys(path)
     # Without a name the moments are Inception's; another network can use only the images.
     unnamed = "features" not in keys and network.name != "inception"
+    if crop is not None and keys:
+        raise InputError(f"{path} is not a folder: --crop takes the images of a folder or tar")
     if "mu" not in keys or ("arr_0" in keys and unnamed):
         images = open_images(path, crop)
         check_sizes(images.name, images.shape[1:3], size)
-        return measure(images, network, processes, batch, workers)
-    if crop is not None:
-        raise InputError(f"{path} holds statistics: --crop takes the images of a folder or tar")
+        return measure(images, network, batch, workers)
     stored = load_statistics(path, network)
     if stored.size is not None:
         check_sizes(stored.name, stored.size, size)
     if "arr_0" in keys:
         images = npz_images(path)
         check_sizes(images.name, images.shape[1:3], size)
-        side = measure(images, network, processes, batch, workers)
+        side = measure(images, network, batch, workers)
         stored.parts["manifold"], stored.size = side.parts["manifold"], side.size
         stored.hash, stored.duplicates = f"{stored.hash} + {side.hash}", side.duplicates
     return stored
@@ -85,11 +83,18 @@ def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
             f"make them again with --save_stats"
         )
     pool, spatial, _ = network.widths
-    for key, width in zip(keys, (pool, pool, spatial, spatial)):
-        check_moment(path, key, values[key], width)
-    manifold = values.get("pool_3")
-    if manifold is not None and (manifold.shape[1:] != (pool,) or manifold.dtype.kind != "f"):
-        raise InputError(f"{path} is damaged (pool_3): make it again with --save_stats")
+    shapes = {
+        "mu": (pool,), "sigma": (pool, pool), "mu_s": (spatial,), "sigma_s": (spatial, spatial)
+    }  # fmt: skip
+    if "pool_3" in values:
+        shapes["pool_3"] = (*values["pool_3"].shape[:1], pool)
+    for key in shapes.keys() & values.keys():
+        value, shape = values[key], shapes[key]
+        if value.shape != shape or value.dtype.kind != "f" or not np.isfinite(value).all():
+            raise InputError(
+                f"{path}: {key} does not hold finite floats of shape {shape}, so these are statistics of other "
+                f"features, or damaged: make them again with --save_stats"
+            )
     digest = short_hash(b"".join(values[key].tobytes() for key in keys))
     try:
         size = values.get("size")
@@ -106,18 +111,6 @@ def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
         )
     except (TypeError, ValueError, IndexError) as e:
         raise InputError(f"{path} is damaged ({e}): make it again with --save_stats") from e
-
-
-def check_moment(path: Path, key: str, values: np.ndarray, width: int) -> None:
-    """Refuse a mean or covariance of another width, or with non-finite values."""
-    expected = (width, width) if "sigma" in key else (width,)
-    if values.shape != expected:
-        raise InputError(
-            f"{path}: {key} has shape {values.shape}, not {expected}: these are statistics of "
-            f"other features; make them with --save_stats"
-        )
-    if values.dtype.kind != "f" or not np.isfinite(values).all():
-        raise InputError(f"{path}: {key} does not hold finite floats; make it again")
 
 
 def save_statistics(side: SetStatistics, path: str | Path, identity: str) -> None:

@@ -20,23 +20,22 @@ from runtime.parts import differing
 from runtime.program import run
 
 
-def print_result(result: dict[str, Any], *others: dict[str, Any]) -> None:
-    """Print warnings, a table and, as the last line, JSON; nothing for an empty result.
-
-    `others` are results of the same images in other feature spaces.
-    """
+def show(result: dict[str, Any], *paragraphs: str) -> None:
+    """Print the warnings, the paragraphs and, as the last line, JSON; nothing for an empty result."""
     if not result:
         return
-    for one in (result, *others):
-        print_table(one)
-    if others:
-        result = {**result, "other_features": list(others)}
-    tqdm.write(json.dumps(result, ensure_ascii=False))
+    spaces = (result, *result.get("other_features", []))
+    warnings = [f"warning: {warning}" for one in spaces for warning in one["warnings"]]
+    tqdm.write("\n".join([*warnings, *paragraphs, json.dumps(result, ensure_ascii=False)]))
 
 
-def print_table(result: dict[str, Any]) -> None:
-    for warning in result["warnings"]:
-        tqdm.write(f"warning: {warning}")
+def print_result(result: dict[str, Any], *others: dict[str, Any]) -> None:
+    """`show` the figures of a set of images; `others` are those in other feature spaces."""
+    tables = [figures_table(one) for one in (result, *others) if one]
+    show({**result, "other_features": list(others)} if result and others else result, *tables)
+
+
+def figures_table(result: dict[str, Any]) -> str:
     samples, reference = result["samples"], result["reference"]
     unknown = "unknown: the reference lacks its statistics"
     rows = [
@@ -46,7 +45,7 @@ def print_table(result: dict[str, Any]) -> None:
     ]
     if result["partial"]:
         rows.insert(0, ("PARTIAL", f"{samples['images']} of {result['images_asked']} images"))
-    tqdm.write(table_of(rows, align="left"))
+    return table_of(rows, align="left")
 
 
 def table_of(

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -18,7 +17,7 @@ from evaluation.metrics import Moments
 from evaluation.report import table_of
 from evaluation.sources import open_images
 from runtime.processes import on_main
-from runtime.published import MissingFile
+from runtime.published import WEIGHTS, MissingFile
 
 
 @dataclass
@@ -35,12 +34,13 @@ class Check:
         return abs(self.found - self.expected) <= self.tolerance  # False for NaN
 
 
-def moment_check(processes: PartialState) -> Check:
+def moment_check() -> Check:
     """Streamed moments on this device over all processes, which call this together."""
     # Points at ±√(D - ½) along each of D axes, far from the origin: the covariance is the identity.
     width = 8
     points = torch.eye(width).double() * math.sqrt(width - 0.5)
     points = torch.cat([points, -points]) + 1000
+    processes = PartialState()
     device = processes.device or "cpu"
     moments = Moments(width, device)
     parts = list(points.split(3))
@@ -66,22 +66,19 @@ ADM_BATCHES = {
 ADM_TOLERANCES = {"gFID": 0.03, "sFID": 0.05, "IS": 0.5, "precision": 0.01, "recall": 0.01}
 
 
-def published_checks(
-    folder: Path, processes: PartialState, batch: int, workers: int
-) -> Iterator[Check]:
-    """The figures of ADM's sample batches in `folder`, if their reference is there too.
+def published_checks(batch: int, workers: int) -> Iterator[Check]:
+    """The figures of ADM's sample batches in `WEIGHTS`, if their reference is there too.
 
     All processes call this; only the main process yields checks.
     """
     files = (ADM_REFERENCE, *ADM_BATCHES)
-    there = on_main(lambda: [name for name in files if (folder / name).is_file()])
+    there = on_main(lambda: [name for name in files if (WEIGHTS / name).is_file()])
     batches = [name for name in ADM_BATCHES if name in there]
     if not batches or ADM_REFERENCE not in there:
         return
-    reference = folder / ADM_REFERENCE
-    evaluator = Evaluator(reference, processes, folder, batch, workers, half_manifold=True)
+    evaluator = Evaluator(WEIGHTS / ADM_REFERENCE, batch, workers, half_manifold=True)
     for name in batches:
-        images = open_images(folder / name)
+        images = open_images(WEIGHTS / name)
         metrics = evaluator.evaluate(images, images.shape[0]).get("metrics", {})
         for metric, expected in ADM_BATCHES[name].items():
             if metric in metrics:
@@ -89,20 +86,18 @@ def published_checks(
                 yield Check(f"{name}: {metric}", found, expected, ADM_TOLERANCES[metric])
 
 
-def selfcheck(folder: Path, processes: PartialState, batch: int, workers: int) -> bool:
-    """Print all checks and, as the last line, JSON; returns whether all passed, on the main process.
-
-    `folder` may hold ADM's batches and Inception's weights. All processes call this.
-    """
-    checks = [moment_check(processes)]
-    missing = f"put {ADM_REFERENCE} and {' or '.join(ADM_BATCHES)} into {folder}/"
+def selfcheck(batch: int, workers: int) -> bool:
+    """Print all checks and, as the last line, JSON; returns whether all passed, on the main process. All
+    processes call this."""
+    checks = [moment_check()]
+    missing = f"put {ADM_REFERENCE} and {' or '.join(ADM_BATCHES)} into {WEIGHTS}/"
     try:
-        published = list(published_checks(folder, processes, batch, workers))
+        published = list(published_checks(batch, workers))
     except MissingFile as e:
         published, missing = [], str(e)
     checks += published
     passed = all(check.passed for check in checks)
-    if processes.is_main_process:
+    if PartialState().is_main_process:
         rows = [
             [check.name, f"{check.found:.6g}", f"expected {check.expected:.6g} ± {check.tolerance:g}",
              "passed" if check.passed else "FAILED"]

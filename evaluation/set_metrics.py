@@ -5,10 +5,9 @@ log of training.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from evaluation.metrics import (
     IS_SPLIT,
@@ -24,16 +23,9 @@ POOL, SPATIAL, LOGITS = range(3)  # what a `FeatureNetwork` returns
 Part = tuple[Any, ...]
 
 
-class Sums(Protocol):
-    """A metric's sums over one set; their size must not grow with the number of images."""
-
-    def add(self, features: Tensor, indices: Tensor, /) -> None:
-        """Add features (B, width) of the images at `indices` (B,), on the CPU."""
-        ...
-
-    def reduced(self) -> Part:
-        """The sums over all processes, which call this together."""
-        ...
+# A metric's sums over one set, by `add(features (B, width), indices (B,) of the images, on the CPU)`; all
+# processes together call `reduced()`. Their size must not grow with the number of images.
+Sums = Moments | InceptionScore | FeatureSample
 
 
 class SetMetric(NamedTuple):

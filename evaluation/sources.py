@@ -139,8 +139,4 @@ def open_images(path: str | Path, crop: Optional[int] = None) -> Images:
     All processes call this together.
     """
     path = Path(path)
-    if path.is_dir() or is_tar(path):
-        return FolderImages(path, crop)
-    if crop is not None:
-        raise InputError(f"{path} is not a folder: --crop takes the images of a folder or tar")
-    return npz_images(path)
+    return FolderImages(path, crop) if path.is_dir() or is_tar(path) else npz_images(path)

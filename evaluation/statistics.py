@@ -51,18 +51,13 @@ class SetStatistics:
 
 class Collector:
     """Collects a set of `images` images on this process: hashes of their pixels and, with a `network`, the
-    metrics' sums over its features. `device` is the network's by default."""
+    metrics' sums over its features."""
 
     def __init__(
-        self,
-        name: str,
-        images: int,
-        size: tuple[int, int],
-        network: Optional[FeatureNetwork],
-        device: torch.device | str = "cpu",
+        self, name: str, images: int, size: tuple[int, int], network: Optional[FeatureNetwork]
     ):
         self.name, self.images, self.size, self.network = name, images, size, network
-        self.device = torch.device(device if network is None else network.device)
+        self.device = torch.device((network or PartialState()).device or "cpu")
         # An empty first entry lets a process without images gather too.
         self.digests = [torch.empty(0, 16, dtype=torch.uint8)]
         self.places = [torch.empty(0).long()]
@@ -117,11 +112,9 @@ def digests_of(images: np.ndarray) -> np.ndarray:
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16).copy()
 
 
-def measure(
-    images: Images, network: FeatureNetwork, processes: PartialState, batch: int, workers: int
-) -> SetStatistics:
+def measure(images: Images, network: FeatureNetwork, batch: int, workers: int) -> SetStatistics:
     """Statistics of a whole set; `workers` threads per process read ahead."""
-    count, height, width, _ = images.shape
+    (count, height, width, _), processes = images.shape, PartialState()
     collector = Collector(images.name, count, (height, width), network)
     batches = batches_of(count, batch, processes.process_index, processes.num_processes)
     with progress(sum(map(len, batches)), "img", Path(images.name).name) as bar:

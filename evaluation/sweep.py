@@ -13,7 +13,6 @@ import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 import argparse
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
@@ -36,7 +35,6 @@ from runtime.files import write_whole
 from runtime.parts import check_settings
 from runtime.processes import on_main, start_processes
 from runtime.program import run
-from runtime.published import WEIGHTS
 
 CELL = (60, 160)  # height and width, in pixels, of the colour of a cell in the heat map
 BEST, WORST = (38, 130, 142), (253, 231, 200)
@@ -48,21 +46,10 @@ PER_CELL = (
 )  # fmt: skip
 
 
-def numbers(highest: float) -> Callable[[str], list[float]]:
-    """An argparse type: a list of numbers from 0 to `highest`, without repetitions."""
-
-    def read(text: str) -> list[float]:
-        try:
-            values = [float(x) for x in text.split(",")]
-        except ValueError:
-            values = []
-        if not values or not all(0 <= x <= highest for x in values):
-            raise argparse.ArgumentTypeError(
-                f"{text}: write numbers from 0 to {highest:g}, separated by commas, for example 1,1.5,2"
-            )
-        return list(dict.fromkeys(values))
-
-    return read
+def numbers(text: str) -> list[float]:
+    """An argparse type: different numbers, to six digits as in the names of cells, separated by commas;
+    `modeling.sampling.Sampling` declares their range."""
+    return list(dict.fromkeys(float(f"{float(number):g}") for number in text.split(",")))
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -70,14 +57,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(prog="python -m evaluation.sweep", description=__doc__)
     add = parser.add_argument
     add("--reference", type=path, required=True, help="as for evaluate.py")
-    add("--scales", type=numbers(10_000), required=True, help="guidance scales, such as 8,12,16")
-    add("--powers", type=numbers(1000), required=True, help="guidance powers, such as 1.0,1.4,1.8")
-    add(
-        "--num_samples",
-        type=number(NEIGHBOURS + 1, 10**9),
-        default=10_000,
-        help="images per cell (10000)",
-    )
+    add("--scales", type=numbers, required=True, help="guidance scales, such as 8,12,16")
+    add("--powers", type=numbers, required=True, help="guidance powers, such as 1.0,1.4,1.8")
+    count = "images per cell (10000)"
+    add("--num_samples", type=number(NEIGHBOURS + 1, 10**9), default=10_000, help=count)
     add("--output", type=path, default="output/sweep", help="folder of the results")
     args, options = parser.parse_known_args(argv)
     for option in options:
@@ -96,18 +79,20 @@ def main(argv: list[str]) -> None:
                 f"experiment.{name}={getattr(experiment, name)}: the sweep samples new codes; leave "
                 f"it out"
             )
+    cells = list(product(args.scales, args.powers))
+    sampling = options.model.generator.sampling
+    for scale, power in cells:  # refuses a number out of range now
+        replace(sampling, guidance_scale=scale, guidance_scale_pow=power)
     processes, output = start_processes(), Path(args.output)
-    job, models, _, names = open_job(options, processes)
-    job = replace(job, count=args.num_samples)
+    job, models = open_job(options, processes)
     side = models.tokenizer.config.image_size
-    evaluator = Evaluator(args.reference, processes, WEIGHTS, size=(side, side))
+    evaluator = Evaluator(args.reference, size=(side, side))
     folders = {}
-    for scale, power in product(args.scales, args.powers):
+    for scale, power in cells:
         sampling = replace(job.sampling, guidance_scale=scale, guidance_scale_pow=power)
-        folders[scale, power] = SampleFolder(
-            cell_file(output, scale, power).with_suffix(""), replace(job, sampling=sampling), models,
-            processes, grid=experiment.grid, names=names,
-        )  # fmt: skip
+        cell = replace(job, count=args.num_samples, sampling=sampling)
+        folder = cell_file(output, scale, power).with_suffix("")
+        folders[scale, power] = SampleFolder(folder, cell, models, processes, grid=experiment.grid)
     shared = next(iter(folders.values())).settings()
     settings = {
         "reference": evaluator.reference.hash,
@@ -118,12 +103,12 @@ def main(argv: list[str]) -> None:
     on_main(lambda: check_settings(output / "sweep.json", settings, REMEDY))
     done = on_main(lambda: {cell for cell in folders if cell_file(output, *cell).exists()})
     for (scale, power), folder in folders.items():
-        result = cell_file(output, scale, power)
         if (scale, power) not in done:
             processes.print(f"guidance scale {scale:g}, power {power:g}")
-            score_cell(folder, evaluator, result)
-        elif processes.is_main_process:
-            remove_images(folder)  # of a killed run
+            score_cell(folder, evaluator, cell_file(output, scale, power))
+        if processes.is_main_process:  # a killed run may have left images; their codes stay
+            folder.images_file.unlink(missing_ok=True)
+            shutil.rmtree(folder.output, ignore_errors=True)
     if processes.is_main_process:
         report(output, args.scales, args.powers)
 
@@ -133,20 +118,12 @@ def cell_file(output: Path, scale: float, power: float) -> Path:
 
 
 def score_cell(folder: SampleFolder, evaluator: Evaluator, path: Path) -> None:
-    """Sample a cell, write its result and remove its images; all processes call this together."""
+    """Sample a cell and write its result; all processes call this together."""
     images = folder.fill()
-    result = evaluator.evaluate(open_images(images), folder.count)
-    if evaluator.processes.is_main_process:
+    result = evaluator.evaluate(open_images(images), folder.job.count)
+    if result:
         result["weights"] = folder.models.hashes
         write_whole(path, json.dumps(result, indent=1, ensure_ascii=False).encode())
-        remove_images(folder)
-    evaluator.processes.wait_for_everyone()  # for the result
-
-
-def remove_images(folder: SampleFolder) -> None:
-    """Remove a cell's images; its codes stay."""
-    folder.images_file.unlink(missing_ok=True)
-    shutil.rmtree(folder.output, ignore_errors=True)
 
 
 def report(output: Path, scales: list[float], powers: list[float]) -> None:

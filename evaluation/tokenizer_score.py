@@ -13,7 +13,6 @@ from evaluation.evaluator import describe_result
 from evaluation.features import FeatureNetwork
 from evaluation.lpips import LPIPS
 from evaluation.reconstruction import (
-    SSIM_WINDOW,
     CodeUse,
     Features,
     ImageMean,
@@ -29,7 +28,6 @@ from evaluation.statistics import Collector, SetStatistics
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import UNSEEN
 from modeling.weights.tensors import tensors_hash
-from runtime.errors import InputError
 from runtime.processes import progress
 
 PREVIEW_IMAGES = 8
@@ -48,7 +46,6 @@ def score_tokenizer(
     folder: Path,
     network: Optional[FeatureNetwork],
     lpips: Optional[LPIPS],
-    processes: PartialState,
     batch: int,
     workers: int,
     index_folder: Path,
@@ -60,14 +57,14 @@ def score_tokenizer(
     index of a tar.
     """
     size, device = tokenizer.config.image_size, tokenizer.latent_tokens.device
-    check_window(size)
+    processes = PartialState()
     listing = scan_images(folder, index_folder=index_folder)
     processes.print(f"{printable(folder)}: {listing.describe()}")
     count = len(listing.paths)
     if count < 2:
         network = None  # a covariance needs two
     before, after = (
-        Collector(name, count, (size, size), network, device)
+        Collector(name, count, (size, size), network)
         for name in (str(folder), "its reconstructions")
     )
     figures = FIGURES if lpips is None else {**FIGURES, "LPIPS": lpips.distance}
@@ -91,15 +88,6 @@ def score_tokenizer(
     unseen = {name: getattr(tokenizer.config, name) for name in UNSEEN}
     result["weights"] = {"tokenizer": weights_hash(tokenizer), **unseen}
     return result, originals, preview
-
-
-def check_window(size: int) -> None:
-    """Refuse images of size x size pixels that are smaller than SSIM's window."""
-    if size < SSIM_WINDOW:
-        raise InputError(
-            f"images of {size} px are smaller than SSIM's window of {SSIM_WINDOW} px: use a tokenizer "
-            f"of larger images"
-        )
 
 
 def draw_preview(preview: Preview, path: Path) -> None:

@@ -30,12 +30,11 @@ from data.pictures import picture_grid, with_captions, write_png
 from generation.images import ImageBatch, decode_stored, sample_images
 from generation.job import SamplingJob, in_options
 from generation.models import Models, largest_batch
-from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import UNSEEN
 from runtime.errors import InputError
 from runtime.files import lock_folder, whole_file, writing
 from runtime.parts import Parts, batches_of, check_settings
-from runtime.processes import check_same, on_main, progress, set_matmul_precision
+from runtime.processes import check_same, matmul_precision, on_main, progress
 
 LARGEST_CHUNK = 1024  # images; every step reads the weights and starts its kernels once per chunk
 SHARES = 8  # of which the number of chunks is a multiple, so that 1, 2, 4 or 8 processes have equally many
@@ -46,8 +45,8 @@ REMEDY = "use another experiment.output_dir, or remove what sampling left there"
 class SampleFolder:
     """The output of one sampling job, written by all processes together.
 
-    Decodes `codes` (N, T) or, without them, samples. `png` also writes every image as a file, `grid` the
-    first grid x grid images as one picture with class names.
+    Without a generator the codes of `job.prefix` are decoded. `png` also writes every image as a file, `grid`
+    the first grid x grid images as one picture with class names.
     """
 
     def __init__(
@@ -56,15 +55,11 @@ class SampleFolder:
         job: SamplingJob,
         models: Models,
         processes: PartialState,
-        codes: Optional[np.ndarray] = None,
         png: bool = False,
         grid: int = 0,
-        names: Optional[ClassNames] = None,
     ):
-        self.names = names
         self.output, self.job, self.models, self.processes = output, job, models, processes
-        self.codes, self.png, self.grid = codes, png, grid
-        self.count = job.count if codes is None else len(codes)
+        self.png, self.grid, self.count = png, grid, job.count
         self.images_file = output.with_name(output.name + ".npz")
         self.codes_file = output.with_name(output.name + "_codes.npz")
         self.settings_file = output / "sampling.json"
@@ -77,13 +72,13 @@ class SampleFolder:
             "images": self.count, "png": self.png, "grid": self.grid, "precision": job.precision,
             **models.hashes, **unseen,
         }  # fmt: skip
-        if self.codes is not None:
-            return {**settings, "codes": short_hash(np.ascontiguousarray(self.codes).tobytes())}
-        assert models.generator is not None
+        codes = None if job.prefix is None else job.prefix.numpy()
+        if models.generator is None:
+            assert codes is not None, "without a generator there are codes to decode"
+            return {**settings, "codes": short_hash(codes.astype("<u2").tobytes())}
         known, prefix = models.generator.config.condition_num_classes, None
-        if job.prefix is not None:
-            codes = job.prefix.numpy().astype("<i8")
-            prefix = short_hash(f"{codes.shape[1]} ".encode() + codes.tobytes())
+        if codes is not None:
+            prefix = short_hash(f"{codes.shape[1]} ".encode() + codes.astype("<i8").tobytes())
         return {
             **settings,
             **asdict(job.sampling),
@@ -101,7 +96,6 @@ class SampleFolder:
         Raises InputError if the folder is in use or has other settings, or if memory or disk space is
         too small; finished chunks stay.
         """
-        set_matmul_precision(self.job.precision)
         check_same(self.settings(), "other weights or options")
         lock: list[IO[str]] = []  # held until all is written, or this process ends
         # Of all processes: the chunk must fit where memory is smallest.
@@ -173,6 +167,7 @@ class SampleFolder:
         chunks = batches_of(self.count, chunk)
         ranges = [chunks[number] for number in numbers]
         with (
+            matmul_precision(self.job.precision),
             progress(sum(map(len, ranges)), "img", "sample") as bar,
             ThreadPoolExecutor() as painters,
             ThreadPoolExecutor(1) as writer,
@@ -187,12 +182,12 @@ class SampleFolder:
 
     def _batches(self, chunk: int, ranges: list[range]) -> Iterator[ImageBatch]:
         job, models = self.job, self.models
-        if self.codes is not None:
-            return decode_stored(self.codes, models.tokenizer, job, ranges)
+        if models.generator is None:
+            assert job.prefix is not None, "without a generator there are codes to decode"
+            return decode_stored(job.prefix, models.tokenizer, job, ranges)
         self.processes.print(
             f"sampling {chunk} images at once, {job.precision}, compile={job.compiled}"
         )
-        assert models.generator is not None
         engine = job.sampler(models.generator, chunk)
         return sample_images(engine, models.tokenizer, job, ranges)
 
@@ -218,9 +213,10 @@ class SampleFolder:
                 stored = (parts.read(number, "images") for number in range(parts.count))
                 images = np.stack(list(islice(chain.from_iterable(stored), self.grid**2)))
                 path = self.output.with_name(self.output.name + "_grid.png")
-                if self.codes is None and self.names is not None:
+                names = self.models.names
+                if names is not None:
                     labels = self.job.labels(range(len(images))).tolist()
-                    images = with_captions(images, [self.names.caption(label) for label in labels])
+                    images = with_captions(images, [names.caption(label) for label in labels])
                 write_png(picture_grid(images, self.grid), path)
             shape = (self.count, config.image_size, config.image_size, 3)
             concatenate_parts(parts, self.images_file, "images", shape, np.uint8)
@@ -230,11 +226,7 @@ def concatenate_parts(
     parts: Parts, path: Path, name: str, shape: tuple[int, ...], dtype: type
 ) -> None:
     """Stream one array of all parts into an .npz (key `arr_0`), part by part."""
-    header = {
-        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-        "fortran_order": False,
-        "shape": shape,
-    }
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     with whole_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         entry = zipfile.ZipInfo("arr_0.npy")  # a fixed date: the same images, the same bytes
         with archive.open(entry, "w", force_zip64=True) as file:

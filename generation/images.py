@@ -42,16 +42,11 @@ def sample_images(
 
 
 def decode_stored(
-    codes: np.ndarray, tokenizer: Tokenizer, job: SamplingJob, batches: Iterable[range]
+    codes: Tensor, tokenizer: Tokenizer, job: SamplingJob, batches: Iterable[range]
 ) -> Iterator[ImageBatch]:
-    """The images of stored codes (N, T) at the given indices."""
-    device = tokenizer.latent_tokens.device
-
-    def read(indices: range) -> Tensor:
-        part = codes[indices.start : indices.stop].astype(np.int64)
-        return torch.from_numpy(part).to(device)
-
-    return images_of(read, ImageDecoder(tokenizer, job.dtype), batches)
+    """The images of stored codes (N, T), int64, at the given indices."""
+    decoder = ImageDecoder(tokenizer, job.dtype)
+    return images_of(lambda i: codes[i.start : i.stop].to(decoder.device), decoder, batches)
 
 
 @functools.cache

@@ -30,7 +30,8 @@ class SamplingJob:
     chunk: Optional[int]  # images sampled together; None: as many as memory allows
     engine: str = "auto"  # see modeling.engine.Engine; reference: ReferenceEngine
     cache: str = "auto"
-    # Codes (M, n) that image i begins with: row i mod M; None: all codes are sampled.
+    # Codes (M, n) that image i begins with: row i mod M; None: all codes are sampled. Without a generator
+    # they are all codes of the images, which are only decoded.
     prefix: Optional[torch.Tensor] = field(default=None, compare=False)
 
     @property

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Optional
 
-import numpy as np
 import psutil
 import torch
 from accelerate import PartialState
@@ -36,13 +35,11 @@ class Models:
     generator: Optional[Generator]
     hashes: dict[str, str]  # of the weights, by "tokenizer" and "generator"
     device: torch.device
+    names: Optional[ClassNames] = None  # of the generator's classes
 
 
-def open_job(
-    options: GeneratorRun, processes: PartialState
-) -> tuple[SamplingJob, Models, Optional[np.ndarray], Optional[ClassNames]]:
-    """The job of these options, its models, and the stored codes to decode or the class names; all
-    processes call this together.
+def open_job(options: GeneratorRun, processes: PartialState) -> tuple[SamplingJob, Models]:
+    """The job of these options and its models; all processes call this together.
 
     Raises InputError if a file or option is missing or does not fit.
     """
@@ -51,8 +48,8 @@ def open_job(
     experiment = options.experiment
     if generator is None:
         codes = read_codes(str(experiment.codes), options.model.vq_model)
-        job = sampling_job(options, processes.device)
-        return job, load_models(options.model, tokenizer, None, processes.device), codes, None
+        job = replace(sampling_job(options, processes.device), count=len(codes), prefix=codes)
+        return job, load_models(options.model, tokenizer, None, processes.device)
     names = class_names(generator.about)
     job = sampling_job(options, processes.device, names)
     warn_of_untrained(generator, job, processes)
@@ -61,7 +58,7 @@ def open_job(
         processes.print(f"warning: {doubt}")
     models = load_models(options.model, tokenizer, generator, processes.device)
     prefix = on_main(lambda: prefix_codes(experiment, models.tokenizer))
-    return replace(job, prefix=prefix), models, None, names
+    return replace(job, prefix=prefix), replace(models, names=names)
 
 
 def warn_of_untrained(generator: Opened, job: SamplingJob, processes: PartialState) -> None:

@@ -72,13 +72,11 @@ def load_codes(option: str, path: str, config: TokenizerConfig) -> np.ndarray:
             f"{source} is not a file of codes ({type(e).__name__}): use an OUTPUT_DIR_codes.npz or an .npy"
         ) from e
     tokens, known = config.num_tokens, config.codebook_size
-    if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
+    integers = codes.dtype.kind in "iu"
+    if not integers or codes.ndim != 2 or not codes.size or codes.shape[1] > tokens:
         raise InputError(
-            f"{source} holds {codes.dtype} {codes.shape} instead of integers (images, codes): {remedy}"
-        )
-    if codes.shape[1] > tokens:
-        raise InputError(
-            f"{source} holds {codes.shape[1]} codes per image, more than {tokens}: {remedy}"
+            f"{source} holds {codes.dtype} {codes.shape} instead of integers (images, up to {tokens} codes): "
+            f"{remedy}"
         )
     if codes.min() < 0 or codes.max() >= known:
         raise InputError(
@@ -88,15 +86,15 @@ def load_codes(option: str, path: str, config: TokenizerConfig) -> np.ndarray:
     return codes
 
 
-def read_codes(path: str, config: TokenizerConfig) -> np.ndarray:
-    """Codes (N, T), uint16, of whole images, as in `OUTPUT_codes.npz`."""
+def read_codes(path: str, config: TokenizerConfig) -> Tensor:
+    """Codes (N, T), int64, of whole images, as in `OUTPUT_codes.npz`."""
     codes = load_codes("codes", path, config)
     if codes.shape[1] < config.num_tokens:
         raise InputError(
             f"experiment.codes={path} holds {codes.shape[1]} codes per image, not {config.num_tokens}: "
             f"use experiment.prefix to complete images"
         )
-    return codes.astype(np.uint16)
+    return torch.from_numpy(codes.astype(np.int64))
 
 
 def cut_codes(codes: Tensor, path: str, rows: Optional[int], config: TokenizerConfig) -> Tensor:

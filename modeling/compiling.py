@@ -1,9 +1,8 @@
 """torch.compile for the trainers, the sampler and the decoder of images."""
 
-import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,25 +21,19 @@ def compile_function(function: Callable) -> Callable:
     `fullgraph` makes Dynamo raise instead of falling back to eager code. Deterministic, so that Inductor
     selects no kernel by timing, and images are the same on every GPU of a kind.
     """
+    import torch._dynamo.config as dynamo
     from torch._inductor import config
 
+    # For all sizes, types and samplings of one process.
+    dynamo.recompile_limit = max(RECOMPILE_LIMIT, dynamo.recompile_limit)
+    dynamo.accumulated_recompile_limit = max(
+        8 * RECOMPILE_LIMIT, dynamo.accumulated_recompile_limit
+    )
     # torch 2.9 has only the older option, which leaves one configuration per kernel.
     name, value = "deterministic", True
     if not hasattr(config, name):
         name, value = "triton.autotune_pointwise", False
     return torch.compile(function, dynamic=False, fullgraph=True, options={name: value})
-
-
-@contextlib.contextmanager
-def compiling() -> Iterator[None]:
-    """Raises Dynamo's limits for all sizes, types and samplings of one process."""
-    import torch._dynamo.config as dynamo
-
-    with dynamo.patch(
-        recompile_limit=max(RECOMPILE_LIMIT, dynamo.recompile_limit),
-        accumulated_recompile_limit=max(8 * RECOMPILE_LIMIT, dynamo.accumulated_recompile_limit),
-    ):
-        yield
 
 
 def compile_blocks(*stacks: Iterable[nn.Module]) -> None:

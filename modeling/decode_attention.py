@@ -22,7 +22,6 @@ from torch import Tensor
 from .errors import InputError, describe
 from .generator import EPS
 from .rotary import rotate
-from .sampling import ENGINES
 
 # The largest |fused - plain| / (1 + |plain|) that rounding explains, by type, for states of size 1.
 # float32: order of sums. bfloat16: the last place. int8: opposite rounding with a scale of 8 / 127.
@@ -55,10 +54,9 @@ Types = tuple[torch.dtype, torch.dtype]  # of qkv, and of the cache
 
 
 def empty_cache(
-    rows: int, heads: int, positions: int, size: int, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Cache:
-    """An uninitialised cache; `dtype` int8 adds the scales."""
-    shape = (rows, heads, positions, size)
+    """An uninitialised cache of this shape (N, H, S, h); `dtype` int8 adds the scales."""
     k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
     if dtype != torch.int8:
         return Cache(k, v)
@@ -127,19 +125,12 @@ def prefill_attention(qkv: Tensor, qk_norm: Tensor, turns: Tensor, cache: Cache)
 
 def filled(cache: Cache, count: int) -> list[Tensor]:
     """Keys and values (N, H, count, h) of the first positions; those of an int8 cache as float32."""
-    if cache.k_scale is None:
-        return [cache.k[:, :, :count], cache.v[:, :, :count]]
-    return dequantized(cache, slice(count))
-
-
-def dequantized(cache: Cache, positions: slice) -> list[Tensor]:
-    """Keys and values (N, H, …, h) of these positions, float32."""
-    k, v = cache.k[:, :, positions].float(), cache.v[:, :, positions].float()
+    k, v = cache.k[:, :, :count], cache.v[:, :, :count]
     if cache.k_scale is None or cache.v_scale is None:
         return [k, v]
-    # Not a comprehension: Dynamo would compile one program per value of `positions` in it.
-    k_scale, v_scale = cache.k_scale[:, :, positions], cache.v_scale[:, :, positions]
-    return [k * k_scale.float().unsqueeze(-1), v * v_scale.float().unsqueeze(-1)]
+    # Not a comprehension: Dynamo would compile one program per value of `count` in it.
+    k_scale, v_scale = cache.k_scale[:, :, :count], cache.v_scale[:, :, :count]
+    return [k.float() * k_scale.float().unsqueeze(-1), v.float() * v_scale.float().unsqueeze(-1)]
 
 
 def head_parts(size: int) -> Optional[tuple[int, int]]:
@@ -158,8 +149,6 @@ def choose_attention(
 
     "auto" uses the fused form only on CUDA, and warns if it cannot. "fused" raises InputError instead.
     """
-    if engine not in ENGINES:
-        raise InputError(f"engine={engine}: choose one of {', '.join(ENGINES)}")
     if engine == "plain" or (engine == "auto" and device.type != "cuda"):
         return None
     fused, fault = find_fused(shape, types, device)
@@ -218,11 +207,12 @@ def check_attention(
             return f"the fused kernel does not run ({describe(e)})"
         q = write_positions(qkv.unsqueeze(1), qk_norm, turns, p, expected).float()
         # Read from the tested cache: a difference in the new row shows there, not here.
-        K, V = dequantized(tested, slice(p + 1))
-        y_plain = attend_one(q, K, V).reshape(rows, -1)
+        y_plain = attend_one(q, *(x.float() for x in filled(tested, p + 1))).reshape(rows, -1)
         # After the position, NaN must still be there.
-        k, v = (x.nan_to_num(1e6) for x in dequantized(tested, slice(positions)))
-        k_plain, v_plain = (x.nan_to_num(1e6) for x in dequantized(expected, slice(positions)))
+        (k, v), (k_plain, v_plain) = (
+            [x.float().nan_to_num(1e6) for x in filled(cache, positions)]
+            for cache in (tested, expected)
+        )
         for name, a, b, kind in (
             ("output", y, y_plain, dtype),
             ("keys", k, k_plain, stored),

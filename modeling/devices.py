@@ -21,7 +21,7 @@ def uses_cuda() -> bool:
     Raises InputError if there is a GPU, but CUDA does not work: a silent fallback to the CPU would be a
     hundred times slower.
     """
-    if any(os.environ.get(name, "?").lower() in values for name, values in CPU_ASKED.items()):
+    if cpu_asked():
         return False
     problem = "" if torch.cuda.is_available() else unusable_gpu()
     if problem:
@@ -29,11 +29,19 @@ def uses_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def cpu_asked() -> str:
+    """The variable of the environment that asks for the CPU, as NAME=value; empty if there is none."""
+    asked = (name for name, on in CPU_ASKED.items() if os.environ.get(name, "?").lower() in on)
+    return "".join(f"{name}={os.environ[name]}" for name in [*asked][:1])
+
+
 def unusable_gpu() -> str:
     """Why torch cannot use a GPU of this machine; empty if there is none."""
     file = next((file for pattern in GPU_FILES for file in glob(pattern)), None)
     if file is None:
         return ""
+    if cpu_asked():
+        return f"the environment hides {file} ({cpu_asked()})"
     if torch.version.cuda is None:
         return f"{file} is a GPU, but torch {torch.__version__} comes without CUDA: install a CUDA build"
     return (

@@ -1,6 +1,6 @@
 """The fast sampler: cached autoregressive sampling with weights laid out for the device.
 
-`sampling.sample_codes` is its short, readable twin and draws the same codes. Shape suffixes: B images,
+`sampling.ReferenceEngine` is its short, readable twin and draws the same codes. Shape suffixes: B images,
 N rows (B, or 2B with guidance), D hidden size, H heads, h head size, T codes per image, V codebook
 size.
 
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiling import compile_function, compiling
+from .compiling import compile_function
 from .cpu_layout import cpu_layout, linear
 from .decode_attention import (
     AttentionFunction,
@@ -34,14 +34,11 @@ from .decode_attention import (
     write_positions,
 )
 from .devices import check_type
-from .errors import InputError, describe
+from .errors import describe
 from .generator import EPS, NO_CLASS, Block, Generator, GeneratorConfig
 from .sampling import (
-    CACHES,
     DRAWN,
     Sampling,
-    check_labels,
-    checked_prefix,
     draw_codes,
     guide,
 )
@@ -197,7 +194,7 @@ class Stream:
         batch = images.stop - images.start
         rows, T = branches * batch, config.image_seq_len
         self.caches = [
-            empty_cache(rows, config.num_attention_heads, T, config.head_size, stored, device)
+            empty_cache((rows, config.num_attention_heads, T, config.head_size), stored, device)
             for _ in range(config.num_hidden_layers)
         ]
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -255,8 +252,6 @@ class Engine:
         cache: str = "auto",
         streams: int = 1,
     ):
-        if cache not in CACHES:
-            raise InputError(f"cache={cache}: choose one of {', '.join(CACHES)}")
         self.config, self.batch, self.sampling = model.config, batch, sampling
         self.dtype, self.device = dtype, model.output.weight.device
         check_type(dtype, self.device)
@@ -304,10 +299,9 @@ class Engine:
         try:
             self.functions = StepFunctions(*map(compile_function, StepFunctions()))
             self.compiled = True
-            with compiling():
-                for t in sorted(positions):
-                    self._set_position(t)
-                    self._step(t)
+            for t in sorted(positions):
+                self._set_position(t)
+                self._step(t)
         except Exception as e:
             self.functions, self.compiled = StepFunctions(), False
             warnings.warn(f"sampling is not compiled, which is slower: {describe(e)}", stacklevel=3)
@@ -403,15 +397,13 @@ class Engine:
 
         Guidance does not change images with the label `NO_CLASS`. `prefix` (B, n), n <= T, gives the first
         n codes, except those that are `DRAWN`; the others are drawn as if n steps had drawn the prefix, up
-        to rounding. Raises InputError for invalid labels or prefixes. Asynchronous on CUDA.
+        to rounding. Asynchronous on CUDA.
         """
         B, T, config = len(labels), self.config.image_seq_len, self.config
         if self.batch < B:
             raise ValueError(f"{B} images for an engine of batch {self.batch}")
-        check_labels(labels, config.condition_num_classes)
         if prefix is None:
             prefix = torch.empty(B, 0, dtype=torch.int64, device=labels.device)
-        prefix = checked_prefix(prefix, B, config)
         given = prefix.new_full((self.batch, T), DRAWN)
         given[:B, : prefix.shape[1]] = prefix
         n = int((prefix != DRAWN).all(0).cumprod(0).sum()) if prefix.numel() else 0
@@ -436,9 +428,8 @@ class Engine:
                 for _ in range(n, T):
                     self.graph.replay()
             else:
-                with compiling() if self.compiled else contextlib.nullcontext():
-                    for t in range(n, T):
-                        self._step(t)
+                for t in range(n, T):
+                    self._step(t)
             return torch.cat([stream.codes for stream in self.streams])[:B]
 
 

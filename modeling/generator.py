@@ -83,30 +83,7 @@ class GeneratorConfig(Options):
         return labels.masked_fill(labels == NO_CLASS, self.no_class) + self.codebook_size + 1
 
 
-class KVCache:
-    """Keys and values of the positions seen so far, preallocated: (layers, B, H, T, h)."""
-
-    def __init__(self, model: "Generator", batch: int):
-        config = model.config
-        self.filled = 0
-        # The last code is never an input, so 1 + T - 1 positions are ever written.
-        shape = (
-            config.num_hidden_layers,
-            batch,
-            config.num_attention_heads,
-            config.image_seq_len,
-            config.head_size,
-        )
-        weight = model.output.weight
-        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.empty_like(self.keys)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, H, N, h); return all keys and values so far."""
-        end = self.filled + k.shape[2]
-        self.keys[layer, :, :, self.filled : end] = k
-        self.values[layer, :, :, self.filled : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+Cache = dict[Any, Any]  # what `step` keeps of earlier positions; empty at the first
 
 
 class Backbone(Protocol):
@@ -122,10 +99,8 @@ class Backbone(Protocol):
 
     def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: ...  # compiled likewise
 
-    def new_cache(self, batch: int) -> Any: ...
-
-    def step(self, rows: Tensor, cache: Any) -> Tensor:
-        """Rows (B,) of the next position -> logits (B, V), computed in float32, as `Generator.step`."""
+    def step(self, rows: Tensor, position: int, cache: Cache) -> Tensor:
+        """Rows (B,) at a position -> logits (B, V), computed in float32, as `Generator.step`."""
         ...
 
     def decayed(self) -> list[Tensor]: ...
@@ -149,9 +124,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal attention with per-head RMSNorm of q and k and rotary positions."""
 
-    def __init__(self, config: GeneratorConfig, layer: int):
+    def __init__(self, config: GeneratorConfig):
         super().__init__()
-        self.layer = layer  # its place in the cache
         self.heads = config.num_attention_heads
         self.attn_drop = config.attn_drop
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
@@ -160,14 +134,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.proj_drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, table: Tensor, cache: Optional[KVCache] = None) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, cache: Optional[Cache] = None) -> Tensor:
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).unbind(2)
         q = rotate(self.q_norm(q), table[:, None]).type_as(v)
         k = rotate(self.k_norm(k), table[:, None]).type_as(v)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # each (B, H, N, h)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+            if self in cache:
+                k, v = (torch.cat([old, new], 2) for old, new in zip(cache[self], (k, v)))
+            cache[self] = k, v
         y = attention(q, k, v, N > 1, self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(y.transpose(1, 2).reshape(B, N, D)))
 
@@ -198,14 +174,14 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + attention(norm1(x)), then x + MLP(norm2(x)); (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, config: GeneratorConfig, layer: int):
+    def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.norm1 = RMSNorm(config.hidden_size)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.norm2 = RMSNorm(config.hidden_size)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, table: Tensor, cache: Optional[KVCache] = None) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, cache: Optional[Cache] = None) -> Tensor:
         x = x + self.attn(self.norm1(x), table, cache)
         return x + self.mlp(self.norm2(x))
 
@@ -220,7 +196,7 @@ class Generator(nn.Module):
         self.config = config
         self.embeddings = nn.Embedding(config.rows, config.hidden_size)
         self.tok_drop = nn.Dropout(config.tok_dropout)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.codebook_size)
         table = rotary_table(config.image_seq_len, config.head_size)
@@ -263,20 +239,14 @@ class Generator(nn.Module):
         """The parameters with weight decay: the matrices of attention, MLP and output."""
         return [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
 
-    def new_cache(self, batch: int) -> KVCache:
-        """The state of `step` for `batch` images."""
-        return KVCache(self, batch)
+    def step(self, rows: Tensor, position: int, cache: Cache) -> Tensor:
+        """Rows (B,) of the embedding at a position -> logits (B, V), float32; the cache grows.
 
-    def step(self, rows: Tensor, cache: KVCache) -> Tensor:
-        """Rows (B,) of the embedding at the next position -> logits (B, V), float32; the cache grows.
-
-        The rows are `condition_rows` at the first position, then the codes.
+        The rows are `condition_rows` at position 0, then the codes.
         """
         x = self.embeddings(rows).unsqueeze(1)  # (B, 1, D)
-        table = self.rotary[cache.filled : cache.filled + 1]
         for block in self.blocks:
-            x = block(x, table, cache)
-        cache.filled += 1
+            x = block(x, self.rotary[position : position + 1], cache)
         # In float32 under autocast too: guidance amplifies errors of logits.
         with torch.autocast(x.device.type, enabled=False):
             return self.logits(x.float())[:, 0]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiling import compile_function, compiling
+from .compiling import compile_function
 from .errors import describe
 from .pixels import to_uint8
 from .tokenizer import Tokenizer
@@ -48,8 +48,7 @@ class ImageDecoder:
         try:
             for block in self.decoder.transformer:
                 block.forward = compile_function(block.forward)  # type: ignore[method-assign]
-            with compiling():
-                self._decode(torch.zeros(self.part, tokens, dtype=torch.int64, device=self.device))
+            self._decode(torch.zeros(self.part, tokens, dtype=torch.int64, device=self.device))
             self.compiled = True
         except Exception as e:
             self.decoder = eager

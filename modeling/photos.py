@@ -7,8 +7,7 @@ import errno
 import io
 import os
 import time
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from .errors import InputError
 
-T = TypeVar("T")
 # Pillow reads more; one of them (EPS) starts another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 # Larger ratios are refused: an image of 1 x 40,000 pixels, cropped to 512, would first fill 30 GB.
@@ -44,12 +42,7 @@ Photo = str | os.PathLike[str] | Readable
 # ---------------------------------------------------------------------- loading
 def load_image(path: Photo) -> Image.Image:
     """Any image as 8-bit RGB (`to_rgb`); EXIF rotation is ignored. Raises InputError."""
-    return read_image(path, to_rgb)
-
-
-def load_photo(path: Photo) -> tuple[Image.Image, Image.Transpose | None]:
-    """`load_image`, and the turn that its EXIF asks for; None: none."""
-    return read_image(path, lambda image: (to_rgb(image), turn_of(image)))
+    return load_photo(path)[0]
 
 
 def load_upright(photo: Photo | Image.Image) -> Image.Image:
@@ -69,8 +62,8 @@ def load_upright(photo: Photo | Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def read_image(path: Photo, read: Callable[[Image.Image], T]) -> T:
-    """`read(image)` of an opened image. Raises InputError if it is unreadable.
+def load_photo(path: Photo) -> tuple[Image.Image, Image.Transpose | None]:
+    """`load_image`, and the turn that its EXIF asks for; None: none.
 
     A failure of the file system is followed by further tries, because a days-long run meets one that passes;
     not while it persists, which a process learns once.
@@ -84,7 +77,7 @@ def read_image(path: Photo, read: Callable[[Image.Image], T]) -> T:
                     raise ValueError(
                         f"{image.width}x{image.height} pixels: one side is over {MOST_ELONGATED} times the other"
                     )
-                result = read(image)
+                result = to_rgb(image), turn_of(image)
             persists = False
             return result
         except UnidentifiedImageError as e:  # its text shows the file object

@@ -12,14 +12,14 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from .devices import default_dtype, find_device
+from .devices import check_type, default_dtype, find_device
 from .engine import Engine
 from .errors import InputError
 from .generator import GeneratorConfig, build_generator
 from .image_decoder import ImageDecoder
 from .pixels import to_pil
 from .randomness import image_uniforms
-from .sampling import NO_CLASS, Sampling
+from .sampling import DRAWN, NO_CLASS, Sampling
 from .tokenizer import TokenizerConfig
 from .weights import hub
 from .weights.card import config_json, model_card
@@ -77,6 +77,7 @@ class Pipeline:
         """Move both models; a default `dtype` becomes that of the device."""
         self.device = find_device(device)
         self.dtype = self.asked_dtype or default_dtype(self.device)
+        check_type(self.dtype, self.device)
         self.tokenizer.to(self.device)
         self.generator.to(self.device)
         self.decoder = ImageDecoder(self.tokenizer, self.dtype)
@@ -107,11 +108,16 @@ class Pipeline:
         folder = expanded(folder)
         state = self.tokenizer.state_dict()
         known, stage = fingerprint(state), self.about[TOKENIZER].stage
-        tokenizer = about_model(TOKENIZER, self.tokenizer.config, known, stage)
+        tokenizer = about_model(TOKENIZER, self.tokenizer.config, known, stage=stage)
         write_state_dict(state, folder / hub.TOKENIZER_FILE, tokenizer)
-        generator = about_model(GENERATOR, self.generator.config, known)
-        classes, untrained = self.about[GENERATOR].classes, self.about[GENERATOR].untrained
-        generator = replace(generator, classes=classes, untrained=untrained)
+        about = self.about[GENERATOR]
+        generator = about_model(
+            GENERATOR,
+            self.generator.config,
+            known,
+            classes=about.classes,
+            untrained=about.untrained,
+        )
         write_state_dict(self.generator.state_dict(), folder / hub.GENERATOR_FILE, generator)
         texts = {hub.CONFIG: config_json(generator, tokenizer)}
         if not (folder / hub.CARD).exists():
@@ -178,16 +184,7 @@ class Pipeline:
             )
         uniforms = self.uniforms(seed, len(labels))
         if prefix is not None:
-            if not isinstance(prefix, Tensor):
-                raise InputError(
-                    f"a prefix of type {type(prefix).__name__}: pass a tensor of codes"
-                )
-            if prefix.ndim != 2 or len(prefix) not in (1, len(labels)):
-                raise InputError(
-                    f"a prefix of shape {tuple(prefix.shape)} for {len(labels)} images: pass codes "
-                    f"(1, n) for all, or ({len(labels)}, n)"
-                )
-            prefix = prefix.expand(len(labels), -1)
+            prefix = self.beginnings(prefix, len(labels))
         settings = sampling_settings(sampling)
         if (labels == NO_CLASS).all():  # guidance would double the work and change nothing
             settings = replace(settings, guidance_scale=1.0)
@@ -196,10 +193,30 @@ class Pipeline:
             images = self.decoder(codes).to("cpu", copy=True)  # a copy is no inference tensor
         return to_pil(images) if output == "pil" else images
 
+    def beginnings(self, prefix: Any, images: int) -> Tensor:
+        """The first codes (images, n), int64, of a call's `prefix`. Raises InputError if they do not fit the model."""
+        config = self.generator.config
+        kind = prefix.dtype if isinstance(prefix, Tensor) else type(prefix).__name__
+        if not isinstance(kind, torch.dtype) or kind.is_floating_point or kind is torch.bool:
+            raise InputError(f"a prefix of type {kind}: pass a tensor of integers, the codes")
+        shape = tuple(prefix.shape)
+        if len(shape) != 2 or shape[0] not in (1, images) or shape[1] > config.image_seq_len:
+            raise InputError(
+                f"a prefix of shape {shape} for {images} images: pass codes (1, n) for all, or ({images}, n), with "
+                f"n at most {config.image_seq_len}"
+            )
+        codes = prefix.to(torch.int64)
+        if ((codes < DRAWN) | (codes >= config.codebook_size)).any():
+            raise InputError(
+                f"the prefix holds codes {codes.min()}…{codes.max()}: this model has codes "
+                f"0…{config.codebook_size - 1}, and {DRAWN} stands for one to draw"
+            )
+        return codes.expand(images, -1)
+
     def engine_of(self, batch: int, settings: Sampling) -> Engine:
         """The engine of the last call, if it is one of these settings and of the generator's present weights."""
         parameters = [p for p in self.generator.parameters() if not p.is_inference()]
-        wanted = batch, settings, sum(p._version for p in parameters)
+        wanted = batch, settings, id(self.generator), sum(p._version for p in parameters)
         if self.engine is None or self.made_for != wanted:
             self.engine = None  # frees its memory for the next
             self.engine = Engine(self.generator, batch, settings, self.dtype, self.compiled)
@@ -226,15 +243,13 @@ class Pipeline:
 def class_labels(classes: Sequence[int | str | None], names: ClassNames) -> Tensor:
     """The labels (N,), int64, of classes by number, name or None. Raises InputError."""
     try:
-        items = None if isinstance(classes, str) else list(classes)
+        items = [] if isinstance(classes, str) else list(classes)
     except TypeError:
-        items = None
-    if items is None or any(isinstance(item, float) for item in items):
+        items = []
+    if not items:
         raise InputError(
             f"classes {classes!r}: pass a list of class numbers, names or None, such as [207]"
         )
-    if not items:
-        raise InputError("no classes: pass at least one class number, such as [207]")
     doubt = sorted_as_text(names.folders)
     if doubt and any(isinstance(item, int) for item in items):
         warnings.warn(doubt, stacklevel=3)

@@ -1,6 +1,6 @@
 """The rules of sampling: guidance, the draw of a code, and the plain loop that applies them.
 
-`sample_codes` is the slower, readable twin of `engine.Engine` and draws the same codes. Shape suffixes are
+`ReferenceEngine` is the slow, readable twin of `engine.Engine` and draws the same codes. Shape suffixes are
 those of `modeling.generator`; N is B, or 2B with guidance (the images with their classes, then with "no
 class").
 """
@@ -12,9 +12,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .errors import InputError
 from .fields import Options, option
-from .generator import NO_CLASS, Backbone, GeneratorConfig
+from .generator import NO_CLASS, Backbone
 from .modes import eval_mode
 
 SCHEDULES = ("power-cosine", "constant", "linear")
@@ -104,78 +103,11 @@ def guide(logits: Tensor, scale: Tensor) -> Tensor:
     return uncond + scale * (cond - uncond)
 
 
-def check_classes(lowest: int, highest: int, classes: int) -> None:
-    if lowest < 0 or highest >= classes:
-        raise InputError(
-            f"class {lowest if lowest < 0 else highest} is unknown: this model has classes 0…{classes - 1}"
-        )
-
-
-def checked_prefix(prefix: Tensor, images: int, config: GeneratorConfig) -> Tensor:
-    """Given codes (images, n) of any type of integers as int64. Raises InputError if they do not fit the model."""
-    if prefix.is_floating_point() or prefix.dtype is torch.bool:
-        raise InputError(f"a prefix of {prefix.dtype}: pass codes as integers")
-    prefix = prefix.to(torch.int64)
-    count, n = prefix.shape
-    if count != images:
-        raise ValueError(f"prefixes of {count} images for {images} images")
-    if n > config.image_seq_len:
-        raise InputError(
-            f"a prefix of {n} codes is too long: images of this model have {config.image_seq_len}"
-        )
-    if n and (prefix.min() < DRAWN or prefix.max() >= config.codebook_size):
-        other = int(prefix.min() if prefix.min() < DRAWN else prefix.max())
-        raise InputError(
-            f"the prefix holds code {other}: this model has codes 0…{config.codebook_size - 1}"
-        )
-    return prefix
-
-
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Refuse labels (B,) that are neither a class nor `NO_CLASS`."""
-    asked = labels[labels != NO_CLASS]
-    if len(asked):
-        check_classes(int(asked.min()), int(asked.max()), classes)
-
-
-@torch.inference_mode()
-def sample_codes(
-    model: Backbone,
-    labels: Tensor,
-    uniforms: Tensor,
-    sampling: Sampling,
-    prefix: Optional[Tensor] = None,
-) -> Tensor:
-    """Draw the codes of one image per label: labels (B,), uniforms (B, T) -> codes (B, T), int64.
-
-    The readable twin of `engine.Engine`; tests compare their codes. With guidance both branches run in one
-    batch: logits = u + s_t·(c - u), where u is the "no class" branch. `prefix` (B, n) gives the first n
-    codes, except those that are `DRAWN`. The model must be in eval mode.
-    """
-    config, s = model.config, sampling
-    T = config.image_seq_len
-    check_labels(labels, config.condition_num_classes)
-    scales = sampling.scales(T).to(labels.device)
-    branches = 2 if s.guided else 1
-    rows = config.condition_rows(labels)
-    if s.guided:
-        rows = torch.cat([rows, config.condition_rows(torch.full_like(labels, NO_CLASS))])
-    cache = model.new_cache(len(rows))
-    codes = torch.empty(len(labels), T, dtype=torch.int64, device=labels.device)
-    for t in range(T):
-        logits = model.step(rows, cache)  # (N, V)
-        if s.guided:
-            logits = guide(logits, scales[t])
-        codes[:, t] = draw_codes(logits, uniforms[:, t], s.randomize_temperature, s.top_k, s.top_p)
-        if prefix is not None and t < prefix.shape[1]:
-            given = prefix[:, t]
-            codes[:, t] = torch.where(given == DRAWN, codes[:, t], given)
-        rows = codes[:, t].repeat(branches)
-    return codes
-
-
 class ReferenceEngine:
-    """`sample_codes` with the interface of `engine.Engine`, for any backbone; bfloat16 by autocast."""
+    """The slow, readable twin of `engine.Engine`, for any backbone; bfloat16 by autocast.
+
+    With guidance both branches run in one batch: logits = u + s_t·(c - u), where u is the "no class" branch.
+    """
 
     def __init__(
         self, model: Backbone, batch: int, sampling: Sampling, dtype: torch.dtype = torch.float32
@@ -183,13 +115,27 @@ class ReferenceEngine:
         self.model, self.batch, self.sampling, self.dtype = model, batch, sampling, dtype
         self.config, self.device = model.config, next(model.parameters()).device
 
+    @torch.inference_mode()
     def sample(self, labels: Tensor, uniforms: Tensor, prefix: Optional[Tensor] = None) -> Tensor:
         """Labels (B,) and uniforms (B, T) -> codes (B, T), int64, as `engine.Engine.sample`."""
+        config, s, T = self.config, self.sampling, self.config.image_seq_len
         labels, uniforms = labels.to(self.device), uniforms.to(self.device)
+        codes = torch.full_like(uniforms, DRAWN, dtype=torch.int64)
         if prefix is not None:
-            prefix = checked_prefix(prefix.to(self.device), len(labels), self.config)
-        reduced = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
-        )
-        with eval_mode(self.model), reduced:  # in training mode dropout would be on
-            return sample_codes(self.model, labels, uniforms, self.sampling, prefix)
+            codes[:, : prefix.shape[1]] = prefix
+        scales, rows, cache = s.scales(T).to(self.device), config.condition_rows(labels), {}
+        if s.guided:
+            rows = torch.cat([rows, config.condition_rows(torch.full_like(labels, NO_CLASS))])
+        branches, bf16 = len(rows) // len(labels), self.dtype == torch.bfloat16
+        # In training mode dropout would be on.
+        with eval_mode(self.model), torch.autocast(self.device.type, torch.bfloat16, bf16):
+            for t in range(T):
+                logits = self.model.step(rows, t, cache)  # (N, V)
+                if s.guided:
+                    logits = guide(logits, scales[t])
+                drawn = draw_codes(
+                    logits, uniforms[:, t], s.randomize_temperature, s.top_k, s.top_p
+                )
+                codes[:, t] = torch.where(codes[:, t] == DRAWN, drawn, codes[:, t])
+                rows = codes[:, t].repeat(branches)
+        return codes

@@ -330,12 +330,9 @@ class Tokenizer(nn.Module):
         if not photos:
             raise InputError("no photos: pass at least one path or PIL image")
         images = torch.stack([photo_crop(photo, self.config.image_size) for photo in photos])
-        return torch.cat([self._encode_exactly(part) for part in images.split(PHOTOS_AT_ONCE)])
-
-    def _encode_exactly(self, images: Tensor) -> Tensor:
-        images = to_float(images.to(self.latent_tokens.device))
-        latents: Any = self.exact_latents(images)  # pyright: ignore - as in `latents`
-        return self.quantize.encode(latents)
+        parts = [to_float(part.to(self.latent_tokens.device)) for part in images.split(PHOTOS_AT_ONCE)]
+        latents: list[Any] = [self.exact_latents(part) for part in parts]  # pyright: ignore - as in `latents`
+        return torch.cat([self.quantize.encode(part) for part in latents])
 
     def decode_photos(self, codes: Tensor) -> list[Any]:
         """Codes (B, T), int64 -> B PIL images, without gradients. Raises InputError for invalid codes."""

@@ -117,11 +117,6 @@ def missing_to_compile() -> str:
     return "" if header.is_file() else f"{header}: install python3-dev"
 
 
-def set_matmul_precision(precision: str) -> None:
-    """Float32 products in full (fp32) or by TensorFloat-32 on CUDA (tf32, bf16)."""
-    set_tf32(precision != "fp32", precision != "fp32")
-
-
 def set_tf32(products: bool, convolutions: bool) -> None:
     """Whether float32 products and convolutions use TensorFloat-32 on CUDA."""
     backends: Any = torch.backends  # the attributes exist, but no declaration of them
@@ -131,10 +126,11 @@ def set_tf32(products: bool, convolutions: bool) -> None:
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """`set_matmul_precision` within a block; the earlier setting is restored after it."""
+    """Float32 products and convolutions within a block: in full (fp32), or by TensorFloat-32 on CUDA (tf32,
+    bf16). The earlier setting is restored after it."""
     backends: Any = torch.backends
     before = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
-    set_matmul_precision(precision)
+    set_tf32(precision != "fp32", precision != "fp32")
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ import yaml
 
 from data.writer import write_packed_store
 from modeling.generator import GeneratorConfig
+from modeling.sampling import ReferenceEngine
 from modeling.tokenizer import TokenizerConfig
 
 # What stage 1 has that stage 2 has not.
@@ -31,6 +32,11 @@ def tiny_generator(**changes) -> GeneratorConfig:
         codebook_size=16, image_seq_len=7, condition_num_classes=3,
     )  # fmt: skip
     return GeneratorConfig(**{**sizes, **changes})
+
+
+def sample_codes(model, labels, uniforms, sampling, prefix=None):
+    """The codes of the plain loop."""
+    return ReferenceEngine(model, len(labels), sampling).sample(labels, uniforms, prefix)
 
 
 def tiny_cache(folder, codes, labels, classes=("a", "b", "c"), codebook=32, paths=None, **about):

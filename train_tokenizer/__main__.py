@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 import configs.load
 from configs.schema import ImageDataParams, Phase, TokenizerRun
@@ -122,7 +122,7 @@ def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> Tok
     for path in validation[:1]:  # a mistake shows now, not at the first evaluation
         load_image(path)
     evaluator = in_training.open_evaluator(
-        options.experiment.fid_reference, len(validation), "dataset.params.val_dir", WEIGHTS, size
+        options.experiment.fid_reference, len(validation), "dataset.params.val_dir", size
     )
     dataset = TrainImages(paths, size, resize, params.random_flip, options.training.seed)
     whole = len(paths) == len(listed)
@@ -205,15 +205,12 @@ def with_start(options: TokenizerRun, weights: Opened) -> TokenizerRun:
     return options.changed(model=replace(options.model, vq_model=vq_model))
 
 
-def load_initial(run: Run, tokenizer: Tokenizer) -> str:
+def load_initial(run: Run, tokenizer: Tokenizer, weights: Opened) -> str:
     """Load `experiment.init_weights` into the tokenizer of a new run; returns a line for the log.
 
     Raises InputError if they differ in encoder or codebook from `experiment.stage1_checkpoint`.
     """
-    weights, stage1 = run.initial, run.options.experiment.stage1_checkpoint
-    if weights is None:
-        return ""
-    source = weights.file
+    stage1, source = run.options.experiment.stage1_checkpoint, weights.file
     load_tensors(tokenizer, weights.state, str(source))
     if stage1 is not None:
         first = open_on_all(stage1, TOKENIZER)
@@ -258,11 +255,6 @@ class CodebookUse:
             self.latents.append(out.latents.detach().flatten(0, 1))
         count_codes(self.counts, out.codes)
 
-    def take_latents(self) -> Tensor:
-        """The latents (N, d) of this rank since the last call."""
-        latents, self.latents = torch.cat(self.latents), []
-        return latents
-
     def state_dict(self) -> dict[str, Tensor]:
         """Counts (T, codebook_size) of all ranks."""
         return {"positions": self.accelerator.reduce(self.counts, "sum").cpu()}  # type: ignore[union-attr]
@@ -304,20 +296,23 @@ class CodebookUse:
 class TrainState:
     """Tokenizer, discriminator, their optimizers, the average and the frozen networks of the losses.
 
-    Their state comes from the checkpoint that `run` resumes, if any. `start` describes initial weights
-    from a file; `about` is the metadata of the tokenizer's files. `critic` is the discriminator as
-    wrapped by the accelerator, None without an adversarial phase.
+    Their state comes from the checkpoint that `run` resumes, if any, or from the weights `initial` of a new
+    run; `start` describes those. `critic` is the discriminator as wrapped by the accelerator, None without an
+    adversarial phase.
     """
 
-    def __init__(self, run: Run, options: TokenizerRun, evaluates: bool):
+    def __init__(self, run: Run, evaluates: bool, initial: Optional[Opened] = None):
+        options: TokenizerRun = run.options
         training, accelerator = options.training, run.accelerator
         self.options, self.accelerator, saved = options, accelerator, run.checkpoint
         self.config = options.model.vq_model
-        self.about = about_model(TOKENIZER, self.config, stage=options.model.stage)
+        about = about_model(TOKENIZER, self.config, stage=options.model.stage)
         # The same initial weights on every rank, whatever was built before.
         torch.manual_seed(training.seed)
         self.tokenizer = build_tokenizer(options)
-        self.start = load_stage1(run, self.tokenizer) or load_initial(run, self.tokenizer)
+        self.start = load_stage1(run, self.tokenizer)
+        if initial is not None:
+            self.start = load_initial(run, self.tokenizer, initial)
         adversarial = any(phase.gan_weight for phase in options.phases)
         self.discriminator = build_discriminator(run) if adversarial else None
         # One rank reads the disk, the others its cache.
@@ -332,7 +327,7 @@ class TrainState:
         self.ema = None
         if training.use_ema:
             self.ema = EMA(self.tokenizer, training.ema_decay, training.ema_warmup)
-        saved.register_model("tokenizer", self.tokenizer, self.about, self.ema)
+        saved.register_model("tokenizer", self.tokenizer, about, self.ema)
         if self.discriminator is not None:
             about = about_model(DISCRIMINATOR)
             # Optional, because a resumed run may add its first adversarial phase.
@@ -372,7 +367,7 @@ class TrainState:
 
     @property
     def averaged(self) -> Tokenizer:
-        """The tokenizer to evaluate, preview and export: the average, if there is one."""
+        """The tokenizer to evaluate and preview: the average, if there is one."""
         part: Any = self.tokenizer if self.ema is None else self.ema.model
         return part
 
@@ -381,11 +376,6 @@ class TrainState:
         for optimizer in (self.optimizer, self.critic_optimizer):
             if optimizer is not None:
                 optimizer.optimizer.state.clear()
-
-    def models(self) -> dict[str, nn.Module]:
-        """The trained models, by name."""
-        models = {"tokenizer": self.tokenizer, "discriminator": self.discriminator}
-        return {name: model for name, model in models.items() if model is not None}
 
     def judge(self, images: Tensor) -> Tensor:
         """The discriminator's logits for the tokenizer's loss, float32.
@@ -450,8 +440,7 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
 def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData) -> None:
     """The validation metrics, rFID and previews that are due after a step."""
     tokenizer = state.averaged
-    # Eager: odd batch sizes are not worth compiling for.
-    with run.reporting(step, due), torch.compiler.set_stance("force_eager"):
+    with run.reporting(step, due):
         if due.evaluate and data.validation:
             values = evaluate(run, state, data)
             if values is not None:
@@ -541,10 +530,9 @@ def main(argv: list[str]) -> None:
     if initial is not None:
         options = with_start(options, initial)
     data = open_data(options, index_folder=kept)
-    run = Run(accelerator, options, phases, data.identity, dry_run, initial)
-    state = TrainState(run, run.options, evaluates=bool(data.validation))
-    params = options.dataset.params
-    run.start(data.dataset, len(data.paths), params.num_workers_per_gpu, params.skip_unreadable)
+    run = Run(accelerator, options, phases, data.identity, dry_run)
+    state = TrainState(run, bool(data.validation), initial)
+    run.start(data.dataset, len(data.paths))
     describe_run(run, state, data)
     report(run, run.first_step - 1, run.missing_reports(), state, data)
 
@@ -573,7 +561,8 @@ def main(argv: list[str]) -> None:
 
         # The update of the weights, after clustering, as published
         if state.codes.latents:
-            state.tokenizer.quantize.before_update(state.codes.take_latents())
+            state.tokenizer.quantize.before_update(torch.cat(state.codes.latents))
+            state.codes.latents.clear()
         norm = clip_gradients(accelerator, model, training.max_grad_norm)
         adversarial = bool(phase.gan_weight)
         run.watch(step, norm, optimizer, "critic " if train_critic else "", alternates=adversarial)
@@ -596,10 +585,8 @@ def main(argv: list[str]) -> None:
             run.exit_stopped(step)
         report(run, step, due, state, data)
 
-    if run.dry_run is not None:
-        return run.report_dry_run(state.models())
-    run.export(state.averaged, "tokenizer", ".pth", state.about)
-    run.finish(f"weights in {run.folder / 'tokenizer.pth'} and .safetensors")
+    models = {"tokenizer": state.tokenizer, "discriminator": state.discriminator}
+    run.finish("tokenizer", ".pth", models)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def same_conv(before: int, after: int, kernel: int) -> nn.Conv2d:
-    """A convolution with stride 1 and an odd kernel that keeps the image size."""
-    return nn.Conv2d(before, after, kernel, padding=kernel // 2)
-
-
 class BlurDownsample(nn.Module):
     """Halve the image through the binomial kernel (1, 3, 3, 1): sizes ⌈H / 2⌉, ⌈W / 2⌉.
 
@@ -45,11 +40,11 @@ class Discriminator(nn.Module):
     def __init__(self, channels: int = 128, exact: bool = True):
         super().__init__()
         self.exact = exact
-        self.block_in = nn.Sequential(same_conv(3, channels, 5), nn.LeakyReLU(0.1))
+        self.block_in = nn.Sequential(nn.Conv2d(3, channels, 5, padding="same"), nn.LeakyReLU(0.1))
         widths = [channels, channels, 2 * channels, 4 * channels]
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                same_conv(before, after, 3),
+                nn.Conv2d(before, after, 3, padding="same"),
                 BlurDownsample(),
                 nn.GroupNorm(32, after),
                 nn.LeakyReLU(0.1),
@@ -58,7 +53,9 @@ class Discriminator(nn.Module):
         )
         self.pool = nn.AdaptiveMaxPool2d(16)
         self.to_logits = nn.Sequential(
-            same_conv(widths[-1], widths[-1], 1), nn.LeakyReLU(0.1), same_conv(widths[-1], 1, 5)
+            nn.Conv2d(widths[-1], widths[-1], 1),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(widths[-1], 1, 5, padding="same"),
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -57,7 +57,10 @@ def start_training(training: Training) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1:
+    if (
+        os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        and accelerator.num_processes > 1
+    ):
         start_fsdp(accelerator)
     set_tf32(numerics.tf32_products, numerics.tf32_convolutions)
     return accelerator

@@ -29,7 +29,14 @@ from torch.utils._pytree import tree_leaves
 import configs.load
 from configs.schema import Experiment
 from modeling.weights.metadata import About
-from modeling.weights.runs import MANIFEST, all_checkpoints, damage, is_checkpoint, step_of
+from modeling.weights.runs import (
+    MANIFEST,
+    all_checkpoints,
+    damage,
+    is_checkpoint,
+    named_by,
+    step_of,
+)
 from modeling.weights.tensors import load_tensors, read_state_dict, write_state_dict
 from runtime.errors import InputError
 from runtime.files import file_entry, lock_folder, sync_folder, write_torch, write_whole, writing
@@ -57,7 +64,9 @@ class Checkpoint:
 
     def __init__(self, accelerator: Accelerator, experiment: Experiment):
         self.experiment, self.folder = experiment, Path(experiment.output_dir)
-        self._weights: dict[str, tuple[nn.Module, About | None]] = {}
+        self.weights: dict[
+            str, tuple[nn.Module, About | None]
+        ] = {}  # with the metadata of their files
         self._objects: dict[str, Stateful] = {}
         self._lock: IO[str] | None = None
         resume = experiment.resume
@@ -109,7 +118,7 @@ class Checkpoint:
         `about` is the metadata of their files. If `source` has no average, it starts at the weights.
         """
         parts = {name: model} if average is None else {name: average.model, f"{name}_raw": model}
-        self._weights |= {name: (part, about) for name, part in parts.items()}
+        self.weights |= {name: (part, about) for name, part in parts.items()}
         if self.source is not None and (self.holds(name) or not optional):
             file, raw = (self.source / f"{n}.safetensors" for n in (name, f"{name}_raw"))
             state = read_state_dict(raw if raw.is_file() else file)
@@ -140,7 +149,7 @@ class Checkpoint:
     def save(self, step: int) -> None:
         """Write a checkpoint."""
         weights = {
-            name: (whole_tensors(model), about) for name, (model, about) in self._weights.items()
+            name: (whole_tensors(model), about) for name, (model, about) in self.weights.items()
         }
         state = {name: stateful.state_dict() for name, stateful in self._objects.items()}
         state["values"] = self.values
@@ -284,13 +293,6 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
             f"every checkpoint of {run_dir if resume is True else resume} is damaged: {reason}"
         )
     return None, []
-
-
-def named_by(resume: str) -> Path:
-    """The run or checkpoint that the path `resume` names; RUN/checkpoints names the run."""
-    path = Path(resume).resolve()
-    is_part = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
-    return path.parent if is_part else path
 
 
 def checkpoints_from(resume: str, run_dir: Path) -> list[Path]:

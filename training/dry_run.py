@@ -1,8 +1,10 @@
 """`--dry-run`: a few real steps of every phase, and the memory and time of the whole run."""
 
 import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Optional
 
 import torch
 from torch import nn
@@ -45,10 +47,12 @@ class DryRun:
                     start = time.perf_counter()
             self.seconds.append((time.perf_counter() - start) / max(len(chosen) - 1, 1))
 
-    def report(self, models: dict[str, nn.Module], global_batch: int) -> list[str]:
+    def report(self, models: dict[str, Optional[nn.Module]], global_batch: int) -> list[str]:
         """Lines to print: parameters, memory of this process, images/s, expected hours."""
         lines = []
         for name, model in models.items():
+            if model is None:
+                continue
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             frozen = sum(p.numel() for p in model.parameters()) - trained
             lines.append(f"parameters of the {name}: {trained:,} trained, {frozen:,} frozen")
@@ -71,5 +75,6 @@ def memory(device: torch.device) -> str:
         used = torch.cuda.max_memory_allocated(device)
         total = torch.cuda.get_device_properties(device).total_memory
         return f"{used / 2**30:.2f} of {total / 2**30:.1f} GiB on {device_name(device)}"
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return f"{used / 2**30:.2f} GiB of host memory"

@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,16 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def step_of(record: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a truncated line."""
-    try:
-        return float(json.loads(record)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+Records = list[dict[str, float]]
+
+
+def read_records(path: Path) -> Records:
+    """The records of a metrics.jsonl, without lines that a kill cut short; none without a file."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict) and "step" in record]
 
 
 def wandb_id(folder: Path) -> str:
@@ -46,8 +50,7 @@ def wandb_id(folder: Path) -> str:
 
 def forget_wandb_id(folder: Path, first_step: int) -> None:
     """Give a run that has been beyond `first_step` a new page: wandb ignores steps before a page's last."""
-    path = folder / "metrics.jsonl"
-    if path.exists() and any(step_of(line) >= first_step for line in path.read_text().splitlines()):
+    if any(record["step"] >= first_step for record in read_records(folder / "metrics.jsonl")):
         (folder / "wandb_id").unlink(missing_ok=True)
 
 
@@ -105,17 +108,12 @@ class RunLog:
     def _cut(self, first_step: int) -> None:
         """Drop records of steps that a resumed run will repeat; remember those of the step before."""
         path = self.folder / "metrics.jsonl"
-        if path.exists():
-            text = path.read_text()
-            lines = text.splitlines()
-            kept = [line for line in lines if step_of(line) < first_step]
-            whole = text.endswith("\n")  # else the next record would join the last line
-            if kept != lines or not whole:
-                write_whole(path, "".join(line + "\n" for line in kept).encode())
-            for line in kept:
-                if step_of(line) == first_step - 1:
-                    record = json.loads(line)
-                    self._earlier.add((record.pop("step"), frozenset(record)))
+        kept = [record for record in read_records(path) if record["step"] < first_step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        if path.exists() and path.read_text(errors="replace") != text:
+            write_whole(path, text.encode())
+        last = [record for record in kept if record["step"] == first_step - 1]
+        self._earlier = {(record["step"], frozenset(record) - {"step"}) for record in last}
 
     @contextmanager
     def _printing(self) -> Iterator[None]:
@@ -156,10 +154,9 @@ class RunLog:
 
     def lowest(self, name: str, since: int) -> float:
         """The lowest value of `name` from step `since` on; infinite if there is none."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if self.write else []
-        records = [json.loads(line) for line in lines if step_of(line) >= since]
-        return min((record.get(name, math.inf) for record in records), default=math.inf)
+        records = read_records(self.folder / "metrics.jsonl") if self.write else []
+        found = [record[name] for record in records if name in record and record["step"] >= since]
+        return min(found, default=math.inf)
 
     def images(
         self, step: int, name: str, images: Tensor, per_row: int, captions: Sequence[str] = ()
@@ -173,9 +170,8 @@ class RunLog:
         picture = picture_grid(pixels, per_row, margin=2)
         write_png(picture, self.folder / "previews" / f"{name}-{step:08d}.png")
         shown = {name: [Image.fromarray(picture)]}
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "wandb":
-                self._track(partial(tracker.log_images, shown, step=step))  # type: ignore[attr-defined]
+        for tracker in self.accelerator.trackers:  # wandb, if any
+            self._track(partial(tracker.log_images, shown, step=step))  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """End the run's trackers and the progress bar."""

@@ -1,6 +1,5 @@
 """Draw the curves of one or several runs: `python -m training.plot RUN_DIR… [--reference FILE]`."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,23 +7,13 @@ from runtime.arguments import Parser, as_path, new_file
 from runtime.errors import InputError
 from runtime.files import whole_file
 from runtime.program import run
-from training.log import step_of
+from training.log import Records, read_records
 
 if TYPE_CHECKING:  # not needed by anything but plots
     from matplotlib.figure import Figure
 
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
-Records = list[dict[str, float]]
-
-
-def read_records(path: Path) -> Records:
-    """The records of a metrics.jsonl or a reference, without truncated lines."""
-    return [
-        json.loads(line)
-        for line in path.read_text(errors="replace").splitlines()
-        if step_of(line) < 1e18
-    ]
 
 
 def run_records(folder: Path) -> Records:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import configs.load
 from configs.schema import Experiment, Phase, Training
 from data.classes import printable
-from data.loader import training_loader
+from data.loader import batch_loader, worker_count
+from data.order import SampleOrder
 from data.unreadable import SkipUnreadable, lines_of
-from modeling.weights.metadata import About
-from modeling.weights.opened import Opened
+from modeling.errors import describe
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 from runtime.files import write_whole
@@ -96,7 +96,7 @@ class Run:
     """Everything around a training step that does not depend on the model.
 
     `Run(…)` finds the checkpoint to resume from and compares its settings. The program then builds its
-    models, starts them at `initial` if there is any, and registers them with `checkpoint`, which restores them.
+    models and registers them with `checkpoint`, which restores them.
     `start` builds the loader, locks the folder and opens the log; a command refused earlier writes
     nothing. `for step in run.steps()` calls `next_batch`, `window.add`, `watch` and `due`; `finish` ends the run.
     """
@@ -112,17 +112,14 @@ class Run:
         phases: Sequence[Phase],
         data: dict[str, Any],
         dry_run: bool,
-        initial: Optional[Opened] = None,
     ):
-        """`data` identifies the training data; `initial` are the weights of a new run
-        (`training.initial.open_initial`). If the run resumes, the data must match, and so must all options
-        but those declared with `resumes=True`.
+        """`data` identifies the training data. If the run resumes, it must match, and so must all options but
+        those declared with `resumes=True`.
 
         Raises InputError otherwise, and if the run of the checkpoint did not start from the weights that the
         options name (`STARTS`).
         """
         self.accelerator, self.options, self.phases, self.data = accelerator, options, phases, data
-        self.initial = initial
         self.experiment: Experiment = options.experiment
         self.training: Training = options.training
         self.total_steps = sum(phase.steps for phase in phases)
@@ -205,21 +202,23 @@ class Run:
     def resumed(self) -> bool:
         return self.checkpoint.source is not None
 
-    def start(
-        self, dataset: Any, images: int, workers: int | None, skip_unreadable: int | None = None
-    ) -> None:
+    def start(self, dataset: Any, images: int) -> None:
         """Build the loader over (epoch, index < `images`), lock the folder, open the log.
 
-        `skip_unreadable` is the number of images that `SkipUnreadable` may replace; None for codes.
+        Raises InputError if a micro-batch of all ranks has more than `images`.
         """
-        accelerator = self.accelerator
+        accelerator, params = self.accelerator, self.options.dataset.params
         self._refuse_ended_fork()
-        if skip_unreadable is not None:
+        if params.train_dir is not None:  # a token cache holds no images
             report = self.folder / UNREADABLE if self.dry_run is None else None
-            dataset = SkipUnreadable(dataset, images, skip_unreadable, report)
-        loader = training_loader(
-            dataset, images, self.training, workers, accelerator, self.first_step
-        )
+            dataset = SkipUnreadable(dataset, images, params.skip_unreadable, report)
+        order = SampleOrder(  # of the micro-batches of this rank; it never ends
+            images, self.training.per_gpu_batch_size, self.training.seed,
+            accelerator.process_index, accelerator.num_processes,
+            start=(self.first_step - 1) * self.training.gradient_accumulation_steps,
+        )  # fmt: skip
+        workers = worker_count(params.num_workers_per_gpu)
+        loader = batch_loader(dataset, order, workers, accelerator.device)
         if self.dry_run is None:
             self.checkpoint.open(self.options)
         self.loader_iterator = iter(loader)  # its workers start to read and list unreadable images
@@ -345,7 +344,8 @@ class Run:
     def reporting(self, step: int, due: Due) -> Iterator[None]:
         """Around the reports of a step: excludes their time from training time, and records that those of
         a checkpointed step are complete (`missing_reports`)."""
-        with self.window.paused():
+        # Eager: odd batch sizes are not worth compiling for.
+        with self.window.paused(), torch.compiler.set_stance("force_eager"):
             yield
         if due.save or (due and step < self.first_step):
             on_main(lambda: write_whole(self.folder / REPORTED, str(step).encode()))
@@ -356,10 +356,11 @@ class Run:
             self.checkpoint.values["run"] = self.settings(step)
             self.checkpoint.save(step)
 
-    def export(self, model: nn.Module, name: str, suffix: str, about: About) -> None:
-        """Write a model's weights into the run's folder as NAME + `suffix`, the published format, and as
-        NAME.safetensors. All ranks call this."""
-        weights = whole_tensors(model)
+    def export(self, model: str, name: str, suffix: str) -> None:
+        """Write the weights that `checkpoint` has under the name `model`, the average if there is one, into the
+        run's folder as NAME + `suffix`, the published format, and as NAME.safetensors. All ranks call this."""
+        module, about = self.checkpoint.weights[model]
+        weights = whole_tensors(module)
 
         def write() -> None:
             for ending in (suffix, ".safetensors"):
@@ -381,8 +382,7 @@ class Run:
         except torch.AcceleratorError:
             raise  # the device is unusable now
         except Exception as e:
-            text = str(e).rsplit("InputError: ")[-1].strip().splitlines() or [type(e).__name__]
-            problem = text[0] if isinstance(e, InputError) else f"{type(e).__name__}: {text[0]}"
+            problem = describe(e).removeprefix("InputError: ")
         problems = [p for p in gather_object([problem]) if p is not None]
         if problems:
             self.log.say(f"warning: {name} failed: {problems[0]}; training continues without it")
@@ -413,9 +413,16 @@ class Run:
         self._end(SAVED_AND_STOPPED)
         raise SystemExit(SAVED_AND_STOPPED)
 
-    def finish(self, message: str) -> None:
-        """End the run, and with several ranks the process."""
-        self.log.say(f"done; {message}")
+    def finish(self, name: str, suffix: str, models: dict[str, Optional[nn.Module]]) -> None:
+        """End the run, and with several ranks the process: `export` the model `name` or, of a dry run, say
+        what `models` and steps need. Raises InputError if a step of a dry run was non-finite."""
+        if self.dry_run is None:
+            self.export(name, name, suffix)
+            self.log.say(f"done; weights in {self.folder / (name + suffix)} and .safetensors")
+        else:
+            self.guard.raise_if_bad(self._terms())
+            for line in self.dry_run.report(models, self.global_batch):
+                self.log.say(line)
         self._end(0)
 
     def _end(self, status: int) -> None:
@@ -424,11 +431,3 @@ class Run:
         self.log.close()
         if self.accelerator.num_processes > 1:
             leave(status)
-
-    def report_dry_run(self, models: dict[str, nn.Module]) -> None:
-        """Print the result of a dry run. Raises InputError if a step was non-finite."""
-        assert self.dry_run is not None
-        self.guard.raise_if_bad(self._terms())
-        for line in self.dry_run.report(models, self.global_batch):
-            self.log.say(line)
-        self._end(0)

@@ -10,7 +10,7 @@ from typing import Optional
 
 from ..errors import InputError
 from ..fields import short
-from ..sampling import NO_CLASS, check_classes
+from ..sampling import NO_CLASS
 from .metadata import About
 
 NONE = "none"  # the name of images without a class
@@ -70,7 +70,10 @@ class ClassNames:
             number = operator.index(item)
         except TypeError as e:
             raise InputError(f"class {short(item)} is neither a number nor a name") from e
-        check_classes(number, number, self.count)
+        if number not in range(self.count):
+            raise InputError(
+                f"class {number} is unknown: this model has classes 0…{self.count - 1}"
+            )
         return number
 
     def label_of_name(self, name: str) -> int:

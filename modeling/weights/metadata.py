@@ -17,13 +17,14 @@ Sizes of other files come from tensor shapes and the published head size.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Optional, get_type_hints
 
 from torch import Tensor
 
 from ..errors import InputError
+from ..fields import is_a
 
 KEY, VERSION = "alitok", 1
 GENERATOR, TOKENIZER, DISCRIMINATOR = "generator", "tokenizer", "discriminator"
@@ -64,8 +65,8 @@ class About:
     config: dict[str, Any]
     tokenizer: Optional[str] = None
     stage: Optional[int] = None
-    classes: Optional[tuple[str, ...]] = None
-    untrained: tuple[int, ...] = ()
+    classes: Optional[list[str]] = None
+    untrained: list[int] = field(default_factory=list)
     assumed: dict[str, Any] = field(default_factory=dict)
 
     def entry(self) -> dict[str, Any]:
@@ -76,8 +77,7 @@ class About:
         if self.kind != DISCRIMINATOR:
             content["tokenizer"] = self.tokenizer
         if self.kind == GENERATOR:
-            content["classes"] = None if self.classes is None else list(self.classes)
-            content["untrained"] = list(self.untrained)
+            content |= {"classes": self.classes, "untrained": self.untrained}
         return content
 
     def without_images(self, labels: Iterable[int]) -> list[int]:
@@ -122,19 +122,13 @@ class About:
 
 
 def about_model(
-    kind: str,
-    config: Any = None,
-    tokenizer: Optional[str] = None,
-    stage: Optional[int] = None,
-    classes: Optional[Sequence[str]] = None,
-    untrained: Iterable[int] = (),
+    kind: str, config: Any = None, tokenizer: Optional[str] = None, **known: Any
 ) -> About:
-    """The metadata for weights of a model with this config; see `About`."""
+    """The metadata for weights of a model with this config; `known` are further fields of `About`."""
     sizes = {name: getattr(config, name) for name in SIZES[kind]}
     if kind == TOKENIZER:
         sizes["num_latent_tokens"] = config.num_tokens  # null stands for it in a config
-    names = None if classes is None else tuple(classes)
-    return About(kind, sizes, tokenizer, stage, names, tuple(untrained))
+    return About(kind, sizes, tokenizer, **known)
 
 
 def parse(entry: Any, source: object) -> About:
@@ -158,19 +152,14 @@ def parse(entry: Any, source: object) -> About:
     for name, value in config.items():
         if type(value) is not (bool if name in FLAGS else int):
             raise damaged(source, f"{name}={value!r:.40} is of the wrong type")
-    tokenizer, stage, classes = (content.get(name) for name in ("tokenizer", "stage", "classes"))
-    if not isinstance(tokenizer, (str, type(None))) or stage not in (None, 1, 2):
-        raise damaged(source, "its tokenizer or stage is of the wrong type")
-    if classes is not None:
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise damaged(source, "its classes are not a list of names")
-        if len(classes) > config.get("condition_num_classes", 0):
-            raise damaged(source, f"it names {len(classes)} classes, more than the model has")
-        classes = tuple(classes)
-    untrained = content.get("untrained", [])
-    if not isinstance(untrained, list) or not all(type(label) is int for label in untrained):
-        raise damaged(source, "its untrained classes are not a list of labels")
-    return About(kind, config, tokenizer, stage, classes, tuple(untrained))
+    types = get_type_hints(About)
+    known = {n: content[n] for n in ("tokenizer", "stage", "classes", "untrained") if n in content}
+    for name, value in known.items():
+        if not is_a(value, types[name]) or (name == "stage" and value not in (None, 1, 2)):
+            raise damaged(source, f"{name}={value!r:.40} is of the wrong type")
+    if len(known.get("classes") or ()) > config.get("condition_num_classes", 0):
+        raise damaged(source, f"it names {len(known['classes'])} classes, more than the model has")
+    return About(kind, config, **known)
 
 
 def damaged(source: object, reason: str) -> InputError:

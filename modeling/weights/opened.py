@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 from ..errors import InputError
 from ..tokenizer import Tokenizer, TokenizerConfig
 from . import hub
-from .metadata import DISCRIMINATOR, TOKENIZER, About, Named, about_model, about_shapes
+from .metadata import TOKENIZER, About, Named, about_model, about_shapes
 from .runs import all_checkpoints, find_weights
-from .tensors import describe, fingerprint, load_tensors, read_part, read_weights
+from .tensors import describe, fingerprint, load_tensors, read_model
 
 T = TypeVar("T", bound=Any)  # a config
 
@@ -53,11 +53,9 @@ def open_weights(path: str | Path, kind: str) -> Opened:
 
 def open_file(file: Path, kind: str) -> Opened:
     """`open_weights` of a file that `find_weights` returned."""
-    if kind == DISCRIMINATOR:  # also one beside a tokenizer, as in the published last.pth
-        return Opened(file, read_part(file, "block_in.0.weight"), About(kind, {}))
-    state, about = read_weights(file)
+    state, about = read_model(file, kind)
     about = about or about_shapes(kind, state)
-    if about is None or about.kind != kind:
+    if about is None:
         raise InputError(
             f"{file} is not a {kind} but {describe(state)}: pass the path of a {kind}'s weights"
         )
@@ -119,8 +117,7 @@ def check_same_codes(generator: Opened, tokenizer: Opened) -> None:
             f"{generator.file} makes {sizes[0]} codes of {sizes[1]} per image, but {tokenizer.file} "
             f"{made[0]} of {made[1]}: pass the tokenizer that it was trained with"
         )
-    here = fingerprint(tokenizer.state)
-    if stated.tokenizer not in (None, here):
+    if stated.tokenizer is not None and stated.tokenizer != (here := fingerprint(tokenizer.state)):
         raise InputError(
             f"{generator.file} models the codes of another tokenizer (fingerprint "
             f"{stated.tokenizer:.40}) than {tokenizer.file} ({here}): pass the tokenizer that it was "

@@ -81,6 +81,13 @@ def is_checkpoint(folder: Path) -> bool:
     return NAME.fullmatch(folder.resolve().name) is not None
 
 
+def named_by(resume: str) -> Path:
+    """The run or checkpoint that a path names; RUN/checkpoints names the run."""
+    path = Path(resume).resolve()
+    is_part = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
+    return path.parent if is_part else path
+
+
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .files import write_safetensors, write_torch
-from .formats import PYTORCH, SAFETENSORS, kind_by_content, unwrap
+from .formats import MARKS, PYTORCH, SAFETENSORS, find_models, kind_by_content
 from .metadata import KEY, TOKENIZER, About, layers, parse
 
 log = logging.getLogger(__name__)
@@ -26,62 +26,41 @@ log = logging.getLogger(__name__)
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a .pth, .pt, .bin or .safetensors file, on the CPU, memory-mapped.
 
-    Wrapped tensors, as in the published trainer's `last.pth`, are unwrapped (`formats.unwrap`), and a line in
-    the log names the wrappers. No code in the file is run (`weights_only`). Raises InputError for a file
-    that is missing, unreadable, damaged or of another kind, that holds no tensors or several candidates,
-    or whose metadata contradicts its tensors.
-    """
-    return read_weights(path)[0]
-
-
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], Optional[About]]:
-    """`read_state_dict`, and the file's metadata; None if the file has none."""
-    content, entries = read_file(Path(path))
-    state, removed = unwrap(content, str(path))
-    say_unwrapped(path, removed)
-    if KEY not in entries:
-        return state, None
-    about = parse(entries[KEY], path)
-    about.check_tensors(state, path)
-    return state, about
-
-
-def read_part(path: str | Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one model in a file of several: those with the prefix of tensor `name`.
-
-    The published trainer's `last.pth` has the discriminator in `criterion_state`. Raises InputError as
-    `read_state_dict` does, and unless exactly one tensor has this name.
+    No code in the file is run (`weights_only`). Raises InputError for a file that is missing, unreadable,
+    damaged or of another kind, or that holds anything but tensors by name.
     """
     content, _ = read_file(Path(path))
-    entries = {"": content}
-    if isinstance(content, dict):
-        entries |= {key: value for key, value in content.items() if isinstance(value, dict)}
-    found = [
-        (entry, key.removesuffix(name))
-        for entry, tensors in entries.items()
-        for key in tensors
-        if isinstance(key, str) and (key == name or key.endswith(f".{name}"))
-    ]
-    if len(found) != 1:
-        many = " and ".join(f"{entry} {prefix}{name}".strip() for entry, prefix in found)
+    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+        raise InputError(f"{path} holds no flat dict of tensors; export the model's weights alone")
+    return content
+
+
+def read_model(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Optional[About]]:
+    """The tensors of the only model of a kind in a file, and its metadata; None if the file has none.
+
+    Other content may be around the model, as in the published trainer's `last.pth`; a line in the log then
+    says where it was (`formats.find_models`). Raises InputError as `read_state_dict`, if there is no such model or
+    more than one, and for metadata that contradict the tensors.
+    """
+    content, entries = read_file(Path(path))
+    about = parse(entries[KEY], path) if KEY in entries else None
+    found = list(find_models(content, kind))
+    if len(found) > 1:
+        places = " and ".join(" -> ".join(around) or "the file itself" for _, around in found)
         raise InputError(
-            f"{path} holds {many or 'no ' + name}: pass a run folder or a file in which exactly one "
-            f"model has this tensor"
+            f"{path} holds more than one {kind} ({places}): save the one to use as a file of its own"
         )
-    ((entry, prefix),) = found
-    say_unwrapped(path, [part for part in (entry, prefix) if part])
-    tensors = entries[entry]
-    return {
-        key.removeprefix(prefix): value
-        for key, value in tensors.items()
-        if isinstance(value, Tensor) and key.startswith(prefix)
-    }
-
-
-def say_unwrapped(path: str | Path, removed: list[str]) -> None:
+    if not found or (about is not None and about.kind != kind):
+        others = [state for other in MARKS for state, _ in find_models(content, other)]
+        shown = describe(others[0]) if others else "something else"
+        raise InputError(f"{path} is not a {kind} but {shown}: pass the path of a {kind}'s weights")
+    ((state, around),) = found
     # torchrun and accelerate number their processes in RANK: one of them says it.
-    if removed and os.environ.get("RANK", "0") == "0":
-        log.warning("%s: took the weights from %s", path, " -> ".join(removed))
+    if around and os.environ.get("RANK", "0") == "0":
+        log.warning("%s: took the weights from %s", path, " -> ".join(around))
+    if about is not None:
+        about.check_tensors(state, path)
+    return state, about
 
 
 def read_file(path: Path) -> tuple[Any, dict]:

@@ -31,7 +31,7 @@ def test_images_without_classes_are_encoded_trained_on_scored_and_sampled(
     )  # fmt: skip
     assert "1 class of 1 configured (images)" in said and "1 instead of 3 classes" in said
     about = open_weights(tmp_path / "generator", GENERATOR).about
-    assert about.classes == ("images",) and about.config["hidden_size"] == 32
+    assert about.classes == ["images"] and about.config["hidden_size"] == 32
     best = tmp_path / "generator/generator_best.bin"
     warm.ok("evaluate.py", "--generator", best, "--cache", tmp_path / "val")
     decoder = f"experiment.output_dir={tmp_path}/decoder"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modeling.weights.tensors import read_state_dict, read_weights
+from modeling.weights.tensors import read_model, read_state_dict
 
 
 def records(run):
@@ -59,6 +59,10 @@ def test_stage2_decoder_starts_from_stage1_or_from_scratch(workspace, tmp_path):
     assert not torch.equal(starts["scratch"], first)
 
 
+def about(path):
+    return read_model(path, "tokenizer")[1]
+
+
 def test_export_writes_the_newest_checkpoint(workspace, tmp_path):
     from tests.integration.conftest import execute
 
@@ -66,7 +70,7 @@ def test_export_writes_the_newest_checkpoint(workspace, tmp_path):
     for name in ("a.pth", "a.safetensors"):
         execute("train_tokenizer.export", run, tmp_path / name)
         assert equal_weights(tmp_path / name, workspace.tokenizer)
-        assert read_weights(tmp_path / name)[1] == read_weights(workspace.tokenizer)[1] is not None
+        assert about(tmp_path / name) == about(workspace.tokenizer) is not None
     step = run / "checkpoints/step-00000003"
     execute("train_tokenizer.export", step, tmp_path / "b.pth")
     assert equal_weights(tmp_path / "b.pth", step / "tokenizer.safetensors")

@@ -7,7 +7,7 @@ import pytest
 
 from modeling.pipeline import Pipeline
 from modeling.weights.metadata import TOKENIZER
-from modeling.weights.tensors import read_weights
+from modeling.weights.tensors import read_model
 from tests.integration.conftest import execute
 from tests.integration.test_bad_input import refused
 
@@ -85,7 +85,7 @@ def test_pretokenization_and_stage_2_read_what_the_file_states(workspace, tmp_pa
 
 def test_tokenizers_of_both_stages_state_the_same_codes(workspace):
     first, second = (
-        read_weights(run / "tokenizer.pth")[1]
+        read_model(run / "tokenizer.pth", "tokenizer")[1]
         for run in (workspace.stage1_run, workspace.tokenizer.parent)
     )
     assert (first.kind, first.stage, second.stage) == (TOKENIZER, 1, 2)

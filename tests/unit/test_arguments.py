@@ -132,9 +132,20 @@ def test_the_flag_is_named(program, argv, named):
     assert status == 2 and named in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "-1", "", "x", "1,,2", HUGE])
+@pytest.mark.parametrize("text", ["", "x", "1,,2"])
 @pytest.mark.parametrize("flag", ["--scales", "--powers"])
-def test_a_sweep_refuses_guidance_without_sense(flag, text):
+def test_a_sweep_refuses_what_is_no_list_of_numbers(flag, text):
     from evaluation.sweep import parse
 
     refusal(lambda: parse([*NEEDED["evaluation.sweep"], f"{flag}={text}"]), flag)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1,-1", HUGE])
+@pytest.mark.parametrize(
+    "flag, named", [("--scales", "guidance_scale="), ("--powers", "guidance_scale_pow=")]
+)
+def test_a_sweep_refuses_guidance_out_of_range_before_it_opens_anything(flag, text, named):
+    from evaluation.sweep import main
+
+    given = [*NEEDED["evaluation.sweep"], f"{flag}={text}", "config=configs/alitok_b.yaml"]
+    refusal(lambda: main(given), named)

@@ -26,14 +26,14 @@ from evaluation.metrics import FeatureSample
 from evaluation.set_metrics import POOL, SetMetric
 from modeling.generator import next_code_loss
 from modeling.image_decoder import ImageDecoder
-from modeling.sampling import Sampling, sample_codes
+from modeling.sampling import Sampling
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.metadata import TOKENIZER, about_model, tokenizer_sizes
 from modeling.weights.opened import load_tokenizer, open_weights
 from modeling.weights.tensors import fingerprint, write_state_dict
 from runtime.errors import InputError
 from tests.inception import TinyFeatures
-from tests.tiny import tiny_cache, tiny_generator, tiny_tokenizer
+from tests.tiny import sample_codes, tiny_cache, tiny_generator, tiny_tokenizer
 
 SIZES = """
 model:
@@ -70,11 +70,8 @@ class Recurrent(nn.Module):
     def decayed(self):
         return [self.output.weight]
 
-    def new_cache(self, batch):
-        return {"state": torch.zeros(1, batch, self.config.hidden_size)}
-
-    def step(self, rows, cache):
-        x, cache["state"] = self.gru(self.embeddings(rows).unsqueeze(1), cache["state"])
+    def step(self, rows, position, cache):
+        x, cache["state"] = self.gru(self.embeddings(rows).unsqueeze(1), cache.get("state"))
         return self.output(x)[:, 0].float()
 
 
@@ -124,7 +121,7 @@ def test_a_backbone_is_trained_sampled_and_scored(tmp_path, monkeypatch, fill):
     assert np.load(tmp_path / "samples_codes.npz")["arr_0"].shape == (3, 21)
 
     score = evaluation.generator_scores.score_generator
-    result = score(str(weights), [], str(tmp_path / "cache"), str(tmp_path / "p.png"), Share(8))
+    result, _ = score(str(weights), [], str(tmp_path / "cache"), str(tmp_path / "p.png"), Share(8))
     assert result["metrics"]["nats_per_code"] > 0
 
 

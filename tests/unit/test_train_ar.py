@@ -21,7 +21,7 @@ from configs.sizes import with_weights
 from modeling.generator import Generator
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.opened import Opened, open_file
-from modeling.weights.tensors import read_state_dict, read_weights, write_state_dict
+from modeling.weights.tensors import read_model, read_state_dict, write_state_dict
 from runtime import processes
 from runtime.errors import InputError
 from tests.compilations import count_by_step
@@ -153,7 +153,7 @@ def test_every_weights_file_of_a_run_says_what_it_is(train, tmp_path):
     names = {path.name.removesuffix(".safetensors") for path in found}
     assert names == {"generator", "generator_raw", "generator_best"} and len(found) == 4
     found += run.glob("*.bin")
-    assert len(found) == 6 and all(read_weights(path)[1] == expected for path in found)
+    assert len(found) == 6 and all(read_model(path, "generator")[1] == expected for path in found)
 
 
 def test_classes_of_samples_go_by_the_names_of_the_training_set(train, tmp_path, tokenizer):
@@ -219,7 +219,7 @@ def test_header_names_the_classes_and_warns_of_missing_ones(
     train("training.max_train_steps=1", run="ten")
     said = capsys.readouterr().out
     assert "3 classes of 10 configured" in said
-    about = read_weights(tmp_path / "ten/generator.bin")[1]
+    about = read_model(tmp_path / "ten/generator.bin", "generator")[1]
     assert about.without_images(range(10)) == list(range(3, 10))
     assert "warning: 7 of model.generator.condition_num_classes=10 classes have no image" in said
     assert "meaningless; set it to 3 for a model of the data's classes" in said
@@ -230,7 +230,10 @@ def test_classes_are_counted_in_the_data(train, tmp_path, state_classes):
     name, steps = "model.generator.condition_num_classes", "training.max_train_steps=2"
     five = f"dataset.params.pretokenization={write_cache(tmp_path / 'five', list('abcde'))}"
     whole = train(five, steps, "experiment.save_every=1")
-    assert read_weights(tmp_path / "run/generator.bin")[1].config["condition_num_classes"] == 5
+    assert (
+        read_model(tmp_path / "run/generator.bin", "generator")[1].config["condition_num_classes"]
+        == 5
+    )
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert saved["model"]["generator"]["condition_num_classes"] == 5
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000002")
@@ -242,7 +245,10 @@ def test_classes_are_counted_in_the_data(train, tmp_path, state_classes):
     refusal(lambda: train(five, run="other"), *named, "tiny.yaml, line")
     assert not (tmp_path / "other").exists()
     train(five, f"{name}=6", steps, run="six")  # as a file may, with a warning
-    assert read_weights(tmp_path / "six/generator.bin")[1].config["condition_num_classes"] == 6
+    assert (
+        read_model(tmp_path / "six/generator.bin", "generator")[1].config["condition_num_classes"]
+        == 6
+    )
 
 
 def test_a_resumed_run_keeps_its_number_of_classes(train, tmp_path, state_classes, capsys):
@@ -257,7 +263,10 @@ def test_a_resumed_run_keeps_its_number_of_classes(train, tmp_path, state_classe
         assert without_clock(again) == without_clock(whole)
         said = capsys.readouterr().out
         assert "samples of them will be meaningless" in said and "set it to 3" not in said
-    assert read_weights(tmp_path / "run/generator.bin")[1].config["condition_num_classes"] == 10
+    assert (
+        read_model(tmp_path / "run/generator.bin", "generator")[1].config["condition_num_classes"]
+        == 10
+    )
 
 
 def test_more_classes_than_a_resumed_run_has_need_a_run_from_its_weights(
@@ -359,8 +368,8 @@ def test_images_in_no_folders_train_as_one_class(
         "dataset.params.val_pretokenization=null", "dataset.params.skip_unreadable=2",
     )  # fmt: skip
     assert "flat: 12 images, 1 class of 1 configured (images)" in capsys.readouterr().out
-    about = read_weights(tmp_path / "run/generator.bin")[1]
-    assert about.classes == ("images",) and about.config["condition_num_classes"] == 1
+    about = read_model(tmp_path / "run/generator.bin", "generator")[1]
+    assert about.classes == ["images"] and about.config["condition_num_classes"] == 1
 
 
 def test_images_are_encoded_in_float32(train, folder, tokenizer):
@@ -624,6 +633,11 @@ def test_a_report_that_a_second_kill_prevents_is_made_though_an_earlier_start_ma
     assert without_clock(train(*options)) == without_clock(whole)
 
 
+def test_a_run_that_names_itself_keeps_its_best(train, tmp_path, out_of_reach):
+    train(*out_of_reach, f"experiment.resume={tmp_path}/run")
+    assert (tmp_path / "run/generator_best.bin").read_bytes() == b"the best"
+
+
 def test_a_fork_exports_a_best_of_its_own(train, tmp_path, out_of_reach):
     train(*out_of_reach, f"experiment.resume={tmp_path}/run", run="fork")
     assert exported(tmp_path / "fork", "generator_best")
@@ -877,7 +891,7 @@ def test_initial_weights_bring_the_sizes_and_may_be_gone_when_the_run_resumes(
     given = [f"experiment.init_weights={first}", "training.max_train_steps=3"]
     given += ["experiment.save_every=1"]
     whole = train(*given, run="b")
-    assert read_weights(tmp_path / "b/generator.bin")[1].config["hidden_size"] == 32
+    assert read_model(tmp_path / "b/generator.bin", "generator")[1].config["hidden_size"] == 32
     shutil.rmtree(first)
     for again in (given, given[1:]):
         shutil.rmtree(tmp_path / "b/checkpoints/step-00000003")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.load import lasting, load, load_sizes, save
-from configs.schema import GeneratorRun, TokenizerRun
+from configs.load import lasting, load, load_sizes, resumed_run, save
+from configs.schema import Experiment, GeneratorRun, TokenizerRun
 from modeling.fields import declared
 from tests.refusals import refusal as refused
 from tests.unit.configs.test_schema import STAGE1, B, option, refusal, written
@@ -334,6 +334,14 @@ def test_a_run_folder_brings_its_own_config(tmp_path):
     options = load(GeneratorRun, [B, "experiment.name=mine"])
     save(options, tmp_path / "config.yaml")
     assert load(GeneratorRun, [f"config={tmp_path}"]) == options
+
+
+@pytest.mark.parametrize("named", ["run", "run/checkpoints", "run/checkpoints/step-00000010"])
+def test_a_run_is_resumed_by_any_of_its_folders(tmp_path, named):
+    (tmp_path / "run/checkpoints/step-00000010").mkdir(parents=True)
+    for resume in (f"{tmp_path}/{named}", f"{tmp_path}/{named}/"):
+        experiment = Experiment(output_dir=str(tmp_path / "new"), resume=resume)
+        assert resumed_run(experiment) == tmp_path / "run"
 
 
 @pytest.mark.parametrize(

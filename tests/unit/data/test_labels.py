@@ -90,6 +90,9 @@ LINES = FILES["csv"].splitlines(keepends=True)
         ("n01\n" * 3 + "\n" + "n01\n" * 3, ["line 4"]),
         ("n01\n" * 6 + "../n02\n", ["line 7", "../n02"]),
         ("n01\n" * 6 + "..\n", ["line 7"]),
+        ("n01\n" * 6 + ".n02\n", ["line 7"]),  # which no walk through the published layout finds
+        ("n01\n" * 6 + "lost+found\n", ["line 7"]),
+        ("n0\u2028\n" * 6, ["6 lines", "7 images"]),
         ("n01\n" * 6 + "490\n", ["line 7", "490", "synsets"]),
         ("", ["is empty"]),
         ("\n \n", ["is empty"]),

@@ -310,8 +310,8 @@ def test_store_of_imagenets_size_opens_in_a_fifth_of_a_second(tmp_path, monkeypa
         return time.perf_counter() - started
 
     assert min(opening() for _ in range(3)) <= 0.2
-    # A worker process maps the files itself; it is not sent 7 GB.
-    assert len(pickle.dumps(TokenStore(tmp_path))) < 1000
+    # A worker process maps the codes itself; it is sent 5 MB of labels, not 7 GB.
+    assert len(pickle.dumps(TokenStore(tmp_path))) < 6e6
 
 
 # ---------------------------------------------------------------------- the published layout
@@ -428,10 +428,13 @@ def test_class_of_the_manifest_whose_folder_is_gone_keeps_its_rank(published):
     assert open_tokens(published).labels.tolist() == [1 + label for label in sorted(LABELS)]
 
 
-@pytest.mark.parametrize("classes", [["../x"], "cat", [3], ["/etc"], [""], [".."]], ids=str)
-def test_manifest_cannot_name_classes_outside_its_folder(published, classes):
-    write_manifest(published, {"layout": "npz", "classes": classes})
-    refusal(lambda: open_tokens(published), published / "manifest.json", "damaged")
+@pytest.mark.parametrize("classes", [["../x"], "cat", [3], ["/etc"]], ids=str)
+@pytest.mark.parametrize("layout", ["cache", "published"])
+def test_manifest_cannot_name_classes_outside_its_folder(layout, classes, request):
+    folder = request.getfixturevalue(layout)
+    manifest = {"layout": "npz", **open_tokens(folder).manifest, "classes": classes}
+    write_manifest(folder, manifest)
+    refusal(lambda: open_tokens(folder), folder / "manifest.json", "damaged")
 
 
 def test_the_published_programs_centre_crops_are_refused_with_their_defect(tmp_path):
@@ -447,7 +450,7 @@ def test_the_published_programs_centre_crops_are_refused_with_their_defect(tmp_p
 def test_a_path_outside_the_folder_of_its_class_is_not_exported(cache, tmp_path, paths, label):
     store = TokenStore(cache)
     store.paths = lambda count: paths
-    refusal(lambda: export_npz(store, store.blocks(), tmp_path / "exported"), paths[0])
+    refusal(lambda: export_npz(store, store.shards, tmp_path / "exported"), paths[0])
     assert not list(tmp_path.glob("exported*"))
 
 
@@ -457,14 +460,14 @@ def test_exporting_leaves_unfinished_work_of_that_name_alone(cache, tmp_path):
     work.parent.mkdir(parents=True)
     work.write_bytes(b"hours")
     store = TokenStore(cache)
-    export_npz(store, store.blocks(), tmp_path / "exported")
+    export_npz(store, store.shards, tmp_path / "exported")
     assert work.read_bytes() == b"hours" and (tmp_path / "exported/manifest.json").exists()
 
 
 @pytest.mark.parametrize("folder", [".", "/"])
 def test_a_folder_that_exists_is_not_exported_to(cache, folder):
     store = TokenStore(cache)
-    refusal(lambda: export_npz(store, store.blocks(), Path(folder)), "--output")
+    refusal(lambda: export_npz(store, store.shards, Path(folder)), "--output")
 
 
 # ---------------------------------------------------------------------- classes of another set

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from data.images import VIEWS, cut_views, scan_images
+from data.tokens import open_tokens
 from encoding import job
 from encoding.job import EncodingPlan, ReadableCrops, encode_folder, part_batches
 from modeling.tokenizer import Tokenizer
@@ -139,6 +140,18 @@ def test_an_image_that_failed_for_a_moment_is_read_again_on_the_resume(
     monkeypatch.undo()
     found = encode(skip_unreadable=1)
     assert (found["images"], found["skipped"]) == (3, [])
+
+
+def test_a_file_of_an_image_that_has_become_unreadable_goes(encode, tmp_path, monkeypatch):
+    """In the published layout a killed run leaves files without the part that vouches for them."""
+    monkeypatch.setattr(job.Parts, "write", lambda *args, **arrays: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode(layout="npz", skip_unreadable=1)
+    monkeypatch.undo()
+    (tmp_path / "photos/cat/b.jpg").write_bytes(b"no image")
+    found = encode(layout="npz", skip_unreadable=1)
+    assert (found["images"], found["skipped"]) == (2, ["cat/b.jpg"])
+    assert open_tokens(tmp_path / "cache").images == 2
 
 
 @pytest.mark.parametrize("layout", ["packed", "npz"])

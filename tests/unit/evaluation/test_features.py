@@ -56,9 +56,9 @@ SAMPLES, REFERENCE = pictures(14, 0, 40, 255), pictures(18, 1, 60, 90)
 
 @pytest.fixture(scope="module")
 def sides(inception):
-    processes = PartialState(cpu=True)
+    PartialState(cpu=True)
     sets = (ArrayImages("samples", SAMPLES), ArrayImages("reference", REFERENCE))
-    return [measure(images, inception, processes, 4, 2) for images in sets]
+    return [measure(images, inception, 4, 2) for images in sets]
 
 
 @pytest.fixture(scope="module")

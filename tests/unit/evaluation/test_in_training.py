@@ -1,6 +1,5 @@
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ from tests.inception import TinyFeatures
 from tests.refusals import refusal
 from tests.tiny import tiny_tokenizer
 
-CPU, WEIGHTS = torch.device("cpu"), Path("weights")
+CPU = torch.device("cpu")
 SIZES = tiny_tokenizer()
 GENERATOR = GeneratorOptions(
     hidden_size=32,
@@ -59,7 +58,7 @@ def evaluator(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "r.npz", rng.integers(0, 256, (15, 16, 16, 3), dtype=np.uint8))
-    return Evaluator(tmp_path / "r.npz", PartialState(cpu=True), WEIGHTS)
+    return Evaluator(tmp_path / "r.npz")
 
 
 @pytest.fixture
@@ -129,7 +128,7 @@ def test_measuring_generated_images_waits_for_no_other_rank(
     for function in functions:
         monkeypatch.setattr(torch.distributed, function, collective)
     # Of one process, accelerate would not call them.
-    monkeypatch.setattr(evaluator.processes, "distributed_type", DistributedType.MULTI_CPU)
+    monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.MULTI_CPU)
     monkeypatch.setattr(in_training.Collector, "finish", collective)
     collected = collect_samples(evaluator, *models, options)
     with pytest.raises(AssertionError, match="a collective"):
@@ -177,7 +176,7 @@ def test_one_pass_gives_all_metrics(evaluator, models, tmp_path, monkeypatch):
 
 def test_a_reference_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
-    assert open_evaluator(None, 0, "x", WEIGHTS, 16) is None
+    assert open_evaluator(None, 0, "x", 16) is None
     file = str(tmp_path / "r.npz")
     np.savez(file, np.zeros((5, 8, 8, 3), np.uint8))
     for images, named in (
@@ -185,5 +184,5 @@ def test_a_reference_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
         (3, ["experiment.fid_reference", "experiment.eval_every", "4 images"]),
         (4, ["16x16", "8x8"]),
     ):
-        call = partial(open_evaluator, file, images, "experiment.eval_every", WEIGHTS, 16)
+        call = partial(open_evaluator, file, images, "experiment.eval_every", 16)
         refusal(call, file, *named)

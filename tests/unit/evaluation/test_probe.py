@@ -112,7 +112,7 @@ def test_the_layer_is_the_one_asked_for(start, monkeypatch):
         Tokenizer, "features", lambda *args: asked.append(args[2]) or features(*args)
     )
     assert "tokens after block 1, mean" in start("--layer=1") and set(asked) == {1}
-    refusal(lambda: start("--layer=3"), "--layer 3", "t.safetensors", "1 to 2")
+    refusal(lambda: start("--layer=3"), "layer=3", "1…2")
 
 
 def test_what_cannot_be_probed_is_refused(start, tmp_path):

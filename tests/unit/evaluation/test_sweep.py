@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluation.evaluator
@@ -45,10 +46,11 @@ def jobs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep, "SampleFolder", Folder)
     sampled_from = {"tokenizer": "t", "generator": "g"}
-    models = SimpleNamespace(
+    models = generation.models.Models(
         hashes=sampled_from,
         tokenizer=SimpleNamespace(config=TokenizerConfig(image_size=8, patch_size=4)),
         generator=SimpleNamespace(config=GeneratorConfig()),
+        device=torch.device("cpu"),
     )
     monkeypatch.setattr(generation.models, "load_models", lambda *_: models)
     about = about_model(GENERATOR, GeneratorConfig())

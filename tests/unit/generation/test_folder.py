@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from accelerate import PartialState
 
 from generation import folder as module
@@ -22,10 +23,12 @@ def fill_folder(models, job, tmp_path):
     """Run a job in a folder; returns the folder's object."""
 
     def start(name="a", codes=None, png=False, grid=0, names=None, **changed):
-        made = SampleFolder(
-            tmp_path / name, replace(job, **changed), models, PartialState(cpu=True), codes, png, grid,
-            names,
-        )  # fmt: skip
+        used = replace(models, names=names)
+        if codes is not None:
+            changed |= dict(prefix=torch.from_numpy(codes.astype(np.int64)), count=len(codes))
+            used = replace(models, generator=None)
+        cpu = PartialState(cpu=True)
+        made = SampleFolder(tmp_path / name, replace(job, **changed), used, cpu, png, grid)
         made.fill()
         return made
 

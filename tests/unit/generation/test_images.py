@@ -7,7 +7,8 @@ import torch
 from generation.images import decode_stored, sample_images
 from modeling.image_decoder import ImageDecoder
 from modeling.randomness import image_uniforms
-from modeling.sampling import Sampling, sample_codes
+from modeling.sampling import Sampling
+from tests.tiny import sample_codes
 
 
 def joined(batches):
@@ -47,7 +48,7 @@ def test_a_job_starts_at_any_index(models, job):
 def test_stored_codes_are_decoded_to_the_images_they_came_with(models, job):
     engine = job.sampler(models.generator, 3)
     _, images, codes = joined(sample_images(engine, models.tokenizer, job, chunks(8, 3)))
-    stored = decode_stored(codes.astype(np.uint16), models.tokenizer, job, chunks(8, 5))
+    stored = decode_stored(torch.from_numpy(codes), models.tokenizer, job, chunks(8, 5))
     np.testing.assert_array_equal(joined(stored)[1], images)
 
 

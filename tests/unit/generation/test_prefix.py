@@ -18,10 +18,10 @@ from generation.models import largest_batch
 from generation.prefix import masked_below, masked_patches, prefix_codes
 from modeling.image_decoder import ImageDecoder
 from modeling.randomness import image_uniforms
-from modeling.sampling import DRAWN, Sampling, sample_codes
+from modeling.sampling import DRAWN, Sampling
 from modeling.tokenizer import Tokenizer
 from tests.refusals import refusal
-from tests.tiny import tiny_tokenizer
+from tests.tiny import sample_codes, tiny_tokenizer
 
 # 4x4 codes of 16 after 5 prefix tokens: T = 21.
 SIZES = tiny_tokenizer(image_size=32, encoder_layers=2)
@@ -108,7 +108,7 @@ def test_a_file_of_a_cache_in_the_published_layout_serves(tokenizer, tmp_path):
     [
         (CODES + 1, {}, "1…16"),
         (CODES - 1, {}, "-1…14"),
-        (np.zeros((1, 22), int), {}, "22 codes"),
+        (np.zeros((1, 22), int), {}, "(1, 22)"),
         (CODES, {"prefix_rows": None}, "experiment.prefix_rows"),
         (CODES[:, :7], {"prefix_rows": None}, "7 codes"),
         (CODES[:, :4], {"prefix_rows": None}, "4 codes"),

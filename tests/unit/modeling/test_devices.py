@@ -57,6 +57,12 @@ def test_other_values_of_these_variables_ask_for_nothing(machine, monkeypatch, n
     refusal(find_device, "CUDA_VISIBLE_DEVICES=-1")
 
 
+def test_a_gpu_that_the_environment_hides_is_not_blamed(machine, monkeypatch):
+    machine.touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    refusal(lambda: find_device("cuda"), "device=cuda", "CUDA_VISIBLE_DEVICES=-1", "nvidia0")
+
+
 def test_bfloat16_is_refused_before_ampere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     gpu = torch.device("cuda")

@@ -19,8 +19,8 @@ from modeling.decode_attention import (
     Cache,
     check_attention,
     choose_attention,
-    dequantized,
     empty_cache,
+    filled,
     head_parts,
     plain_attention,
     random_cache,
@@ -28,9 +28,9 @@ from modeling.decode_attention import (
 )
 from modeling.engine import Engine, after_attention, block_weights, norm
 from modeling.generator import Generator
-from modeling.sampling import Sampling, sample_codes
+from modeling.sampling import Sampling
 from tests.refusals import refusal
-from tests.tiny import tiny_generator
+from tests.tiny import sample_codes, tiny_generator
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -76,7 +76,7 @@ def tiny(size, layers=2):
 def in_float32(qkv, qk_norm, turns, p, cache):
     """The plain form, whose products and sums a CPU does not round to bfloat16."""
     q = write_positions(qkv.unsqueeze(1), qk_norm, turns, p, cache).float()  # (N, H, 1, h)
-    k, v = dequantized(cache, slice(p + 1))
+    k, v = filled(cache, p + 1)
     weights = torch.softmax((q * k).sum(-1) * q.shape[-1] ** -0.5, -1)
     return (weights.unsqueeze(-1) * v).sum(2).flatten(1)
 
@@ -90,7 +90,7 @@ def test_fused_equals_plain_at_every_edge_of_its_tiles(size, dtype):
     heads, rows, positions = 2, 2, 140
     qk_norm, angles = torch.rand(2, 1, size) + 0.5, torch.randn(positions, size)
     turns = torch.stack([angles.cos(), angles.sin()], 1).to(DEVICE)
-    fused, plain = (empty_cache(rows, heads, positions, size, dtype, DEVICE) for _ in range(2))
+    fused, plain = (empty_cache((rows, heads, positions, size), dtype, DEVICE) for _ in range(2))
     for tensor in (*fused[:2], *plain[:2]):
         tensor.fill_(torch.nan)
     filled = 0
@@ -124,7 +124,7 @@ def test_int8_keeps_a_row_within_half_a_step_of_its_scale():
     torch.manual_seed(1)
     values = torch.randn(2, 3, 2, 9, 48) * torch.logspace(-6, 6, 9)[:, None]
     cache = random_cache(values.clone(), 9, torch.int8)
-    for ours, exact in zip(dequantized(cache, slice(9)), values):
+    for ours, exact in zip(filled(cache, 9), values):
         step = exact.abs().amax(-1, keepdim=True) / 127
         # Half a step, and the rounding of the scale to bfloat16 where the code is largest.
         assert ((ours - exact).abs() <= (0.5 + 127 * 2**-9) * step).all()
@@ -143,7 +143,7 @@ def test_steps_of_a_block_are_the_block(fill, engine, size):
     expected = model.blocks[0](x, model.rotary[:7])
     block = block_weights(model.blocks[0], torch.float32, lambda w: w)
     turns = model.rotary
-    cache = empty_cache(2, 2, 7, size, torch.float32, DEVICE)
+    cache = empty_cache((2, 2, 7, size), torch.float32, DEVICE)
     types = (torch.float32, torch.float32)
     attend = choose_attention(engine, (2, 7, size), types, DEVICE) or plain_attention
     for p in range(7):
@@ -283,8 +283,6 @@ def test_plain_is_chosen_on_a_cpu_and_where_asked_without_a_look_at_the_kernel(
     assert choose_attention("auto", (2, 21, 48), types, torch.device("cpu")) is None
     assert choose_attention("plain", (2, 21, 48), types, torch.device("cuda")) is None
     assert not recwarn
-    best = partial(choose_attention, "best", (2, 21, 48), types, torch.device("cpu"))
-    refusal(best, "engine=best", "auto, fused, plain")
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="a CPU without the interpreter")

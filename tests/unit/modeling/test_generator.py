@@ -210,12 +210,12 @@ def test_bfloat16_autocast_stays_near_float32(fill):
 def test_cached_step_under_bfloat16_autocast_stays_near_float32(fill):
     model = fill(Generator(TINY))
     codes, labels = inputs()
-    cache = model.new_cache(2)
+    cache = {}
     with torch.inference_mode():
         exact = model(codes[:, :2], labels)
         with torch.autocast("cpu", torch.bfloat16):
             for t, rows in enumerate([model.config.condition_rows(labels), codes[:, 0]]):
-                logits = model.step(rows, cache)
+                logits = model.step(rows, t, cache)
                 torch.testing.assert_close(logits, exact[:, t], atol=0.1, rtol=0.1)
 
 
@@ -223,12 +223,14 @@ def test_cached_step_under_bfloat16_autocast_stays_near_float32(fill):
 def test_cached_steps_equal_one_pass_in_all_layouts(fill, tokens):
     model = fill(Generator(config(image_seq_len=tokens)))
     codes, labels = inputs(length=tokens)
-    cache = model.new_cache(2)
+    cache = {}
     with torch.inference_mode():
         whole = model(codes, labels)
         rows = model.config.condition_rows(labels)
         for t in range(tokens):
-            torch.testing.assert_close(model.step(rows, cache), whole[:, t], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                model.step(rows, t, cache), whole[:, t], atol=1e-5, rtol=1e-4
+            )
             rows = codes[:, t]
 
 

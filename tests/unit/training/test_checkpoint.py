@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from modeling.weights import runs
-from modeling.weights.metadata import DISCRIMINATOR, about_model
-from modeling.weights.tensors import read_state_dict, read_weights
+from modeling.weights.metadata import DISCRIMINATOR, about_model, parse
+from modeling.weights.tensors import read_file, read_state_dict
 from tests.payload import Payload, forge
 from tests.refusals import refusal
 from training import checkpoint
@@ -329,8 +329,8 @@ def test_weights_say_what_they_are(tmp_path):
     about = about_model(DISCRIMINATOR)
     weights = {name: ({"w": torch.ones(2)}, x) for name, x in (("a", about), ("b", None))}
     path = checkpoint.save(tmp_path, 1, weights, {}, 2)
-    assert read_weights(path / "a.safetensors")[1] == about
-    assert read_weights(path / "b.safetensors")[1] is None
+    (_, said), (_, nothing) = (read_file(path / f"{name}.safetensors") for name in "ab")
+    assert parse(said["alitok"], path) == about and "alitok" not in nothing
     assert checkpoint.damage(path) is None
 
 

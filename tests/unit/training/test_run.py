@@ -234,7 +234,7 @@ def test_a_fork_without_steps_left_is_refused(accelerator, tmp_path):
     save_run(run_of(accelerator, tmp_path / "run", phases=PHASES), 31)
     assert run_of(accelerator, tmp_path / "run", phases=PHASES).first_step == 32  # exports again
     fork = partial(run_of, accelerator, tmp_path / "new", str(tmp_path / "run"))
-    refusal(lambda: fork(phases=PHASES).start([], 0, 0), "step 31 of 31", "init_weights")
+    refusal(lambda: fork(phases=PHASES).start([], 0), "step 31 of 31", "init_weights")
     fork(phases=[*PHASES, Phase("d", 5)])._refuse_ended_fork()
     own = run_of(accelerator, tmp_path / "run", str(tmp_path / "run"), phases=PHASES)
     own._refuse_ended_fork()  # not another run, though named

@@ -17,12 +17,14 @@ from modeling.weights.metadata import (
     SIZES,
     TOKENIZER,
     about_model,
+    parse,
     shown_sizes,
 )
 from modeling.weights.opened import open_weights
 from modeling.weights.tensors import (
+    read_file,
+    read_model,
     read_state_dict,
-    read_weights,
     write_state_dict,
 )
 from tests.refusals import refusal
@@ -40,7 +42,8 @@ def generator(tmp_path):
 
 
 def about_file(path):
-    return read_weights(path)[1]
+    _, entries = read_file(path)
+    return parse(entries[KEY], path) if KEY in entries else None
 
 
 def edited(path, **changes):
@@ -52,8 +55,8 @@ def edited(path, **changes):
     return path
 
 
-def refused(path, *named):
-    refusal(lambda: read_state_dict(path), path, *named)
+def refused(path, *named, kind=GENERATOR):
+    refusal(lambda: read_model(path, kind), path, *named)
 
 
 # ---------------------------------------------------------------------- written and read
@@ -67,7 +70,7 @@ def test_sizes_are_those_that_decide_what_a_model_computes():
 def test_a_generators_file_says_its_sizes_codes_and_classes(generator):
     about = about_file(generator)
     assert about.sizes({}, generator).items() <= vars(TINY).items()
-    assert about.tokenizer == "f" * 16 and about.classes == ("ant", "bee")
+    assert about.tokenizer == "f" * 16 and about.classes == ["ant", "bee"]
 
 
 def test_a_discriminators_file_says_what_it_is(tmp_path):
@@ -85,7 +88,7 @@ def test_the_same_weights_are_the_same_bytes(generator, tmp_path):
 def test_names_that_are_not_utf8_come_back(tmp_path):
     about = about_model(GENERATOR, TINY, classes=["a\udce9", "犬"])
     write_state_dict(Generator(TINY).state_dict(), tmp_path / "g.safetensors", about)
-    assert about_file(tmp_path / "g.safetensors").classes == ("a\udce9", "犬")
+    assert about_file(tmp_path / "g.safetensors").classes == ["a\udce9", "犬"]
 
 
 def test_other_peoples_files_say_nothing(tmp_path):
@@ -118,7 +121,7 @@ def test_every_size_of_a_tokenizer_that_shows_is_compared(tmp_path, config, name
     value = about.config[name]
     about.config[name] = not value if isinstance(value, bool) else value + 1
     write_state_dict(state, path, about)
-    refused(path, f"{name}={about.config[name]}", value)
+    refused(path, f"{name}={about.config[name]}", value, kind=TOKENIZER)
 
 
 def test_another_kind_than_the_tensors_is_refused(tmp_path, generator):
@@ -127,7 +130,7 @@ def test_another_kind_than_the_tensors_is_refused(tmp_path, generator):
     refused(generator, "a generator")
     about = about_model(TOKENIZER, SMALL)
     write_state_dict(state, tmp_path / "t.safetensors", about)
-    refused(tmp_path / "t.safetensors", "a tokenizer")
+    refused(tmp_path / "t.safetensors", "a tokenizer", kind=TOKENIZER)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +141,7 @@ def test_another_kind_than_the_tensors_is_refused(tmp_path, generator):
         (dict(config={"hidden_size": "32"}), "hidden_size='32'"),
         (dict(config={"hidden_size": True}), "hidden_size=True"),
         (dict(config={"experts": 4}), "experts"), (dict(tokenizer=5), "tokenizer"),
-        (dict(classes="ab"), "names"), (dict(classes=[1]), "names"),
+        (dict(classes="ab"), "classes"), (dict(classes=[1]), "classes"),
         (dict(classes=list("abcd")), "4 classes"),
     ],
 )  # fmt: skip

@@ -110,7 +110,9 @@ def test_another_kind_is_named(tmp_path, tokenizer, stated):
     write_state_dict(tokenizer, tmp_path / "t.pth", about)
     file = tmp_path / "t.pth"
     refusal(lambda: open_weights(file, GENERATOR), file, "a generator", "a stage-2 tokenizer")
-    refusal(lambda: open_weights(file, DISCRIMINATOR), file, "block_in.0.weight")
+    refusal(
+        lambda: open_weights(file, DISCRIMINATOR), file, "a discriminator", "a stage-2 tokenizer"
+    )
 
 
 def test_a_generator_of_other_codes_is_refused(tmp_path, tokenizer):

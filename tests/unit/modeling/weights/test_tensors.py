@@ -12,11 +12,12 @@ from torch import nn
 
 from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights.formats import unwrap
+from modeling.weights.formats import find_models
+from modeling.weights.metadata import DISCRIMINATOR, TOKENIZER
 from modeling.weights.tensors import (
     describe,
     load_tensors,
-    read_part,
+    read_model,
     read_state_dict,
     tensors_hash,
     write_state_dict,
@@ -206,7 +207,11 @@ def prefixed(prefix):
     return {prefix + name: tensor for name, tensor in NAMES.items()}
 
 
-NAMES = {"encoder.weight": torch.ones(2), "encoder.module.bias": torch.zeros(2)}
+NAMES = {"latent_tokens": torch.ones(2), "encoder.module.bias": torch.zeros(2)}
+GENERATOR = {
+    "blocks.0.attn.qkv.weight": torch.ones(3, 1), "embeddings.weight": torch.ones(4, 1),
+    "output.weight": torch.ones(2, 1),
+}  # fmt: skip
 OPTIMIZER = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4}]}
 PUBLISHED = {
     "model_state": NAMES,
@@ -222,14 +227,14 @@ WRAPPED = {
     "state_dict -> model.": {"state_dict": prefixed("model."), "epoch": 1},
     "model": {"model": NAMES, "step": 3},
     "ema": {"ema": NAMES, "step": 3},
-    "module.": prefixed("module."),
     "ema -> module.": {"ema": {**prefixed("module."), "n_averaged": torch.tensor(5)}},
-    "_orig_mod.": prefixed("_orig_mod."),
-    "module. -> _orig_mod.": prefixed("module._orig_mod."),
-    "_orig_mod. -> module.": prefixed("_orig_mod.module."),
-    "_checkpoint_wrapped_module.": {
-        f"encoder._checkpoint_wrapped_module.{name.removeprefix('encoder.')}": tensor
-        for name, tensor in NAMES.items()
+    "module.": prefixed("module._orig_mod."),
+    "any -> name -> of.one.": {
+        "any": {"name": prefixed("of._orig_mod.one.")},
+        "generator": GENERATOR,
+    },
+    "": {
+        name.replace("module.", "module._checkpoint_wrapped_module."): NAMES[name] for name in NAMES
     },
 }
 
@@ -237,25 +242,24 @@ WRAPPED = {
 @pytest.mark.parametrize("removed", WRAPPED)
 def test_wrapped_tensors_are_read_and_said(tmp_path, caplog, removed):
     torch.save(WRAPPED[removed], tmp_path / "last.pth")
-    state = read_state_dict(tmp_path / "last.pth")
+    state, _ = read_model(tmp_path / "last.pth", TOKENIZER)
     assert state.keys() == NAMES.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in NAMES.items())
-    assert [r.getMessage() for r in caplog.records] == [
-        f"{tmp_path / 'last.pth'}: took the weights from {removed}"
-    ]
+    said = f"{tmp_path / 'last.pth'}: took the weights from {removed}"
+    assert [r.getMessage() for r in caplog.records] == ([said] if removed else [])
 
 
 def test_prefixed_safetensors_are_read(tmp_path):
     write_state_dict(prefixed("module."), tmp_path / "w.safetensors")
-    assert read_state_dict(tmp_path / "w.safetensors").keys() == NAMES.keys()
+    assert read_model(tmp_path / "w.safetensors", TOKENIZER)[0].keys() == NAMES.keys()
 
 
 def test_unwrapping_is_said_by_one_process_and_never_of_plain_files(tmp_path, caplog, monkeypatch):
     write_state_dict(NAMES, tmp_path / "plain.pth")
-    read_state_dict(tmp_path / "plain.pth")
+    read_model(tmp_path / "plain.pth", TOKENIZER)
     torch.save(PUBLISHED, tmp_path / "last.pth")
     monkeypatch.setenv("RANK", "1")
-    read_state_dict(tmp_path / "last.pth")
+    read_model(tmp_path / "last.pth", TOKENIZER)
     assert not caplog.records
 
 
@@ -263,32 +267,39 @@ def test_unwrapping_is_said_by_one_process_and_never_of_plain_files(tmp_path, ca
     "content, named",
     [
         *(
-            (content, "flat dict")
+            (content, "not a tokenizer but something else")
             for content in (
                 {"a": torch.ones(2), "epoch": 3},
                 [torch.ones(2)],
                 {"model": {}},
-                {"criterion_state": {"a": torch.ones(2)}, "epoch": 3},
-                {"model": {"a": [torch.ones(2)]}},
+                {"model": {"latent_tokens": [torch.ones(2)]}},
                 {"model": {1: torch.ones(2)}},
             )
         ),
-        ({"a.b": torch.ones(1), "a._orig_mod.b": torch.ones(1)}, "_orig_mod."),
-        ({"model": NAMES, "ema": NAMES, "step": 3}, "model, ema"),
-        ({"state_dict": NAMES, "model_ema": NAMES}, "state_dict, model_ema"),
-        ({"state_dict": {**prefixed("model."), **prefixed("ema.")}}, "ema, model"),
-        ({**prefixed("module."), **prefixed("generator.")}, "generator, module"),
+        (GENERATOR, "not a tokenizer but a generator"),
+        ({"model": {"generator": GENERATOR}}, "not a tokenizer but a generator"),
+        ({"model": NAMES, "ema": NAMES, "step": 3}, "(model and ema)"),
+        ({"state_dict": {**prefixed("model."), **prefixed("ema.")}}, "model. and state_dict -> ema."),
+        ({**NAMES, **prefixed("module.")}, "(the file itself and module.)"),
     ],
-)
+)  # fmt: skip
 def test_what_holds_no_one_set_of_weights_is_refused(tmp_path, content, named):
     torch.save(content, tmp_path / "w.pth")
-    refused(tmp_path / "w.pth", named)
+    refusal(lambda: read_model(tmp_path / "w.pth", TOKENIZER), tmp_path / "w.pth", named)
 
 
-def test_a_dict_that_holds_itself_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "content", [{"a": torch.ones(2), "epoch": 3}, [torch.ones(2)], {"model": NAMES}]
+)
+def test_what_is_no_flat_dict_of_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    refused(tmp_path / "w.pth", "flat dict")
+
+
+def test_a_dict_that_holds_itself_has_an_end():
     content = {"step": 3}
     content["model"] = content
-    refusal(lambda: unwrap(content, "w.pth"), "w.pth")
+    assert list(find_models(content, TOKENIZER)) == []
 
 
 CRITIC = {"block_in.0.weight": torch.ones(2), "to_logits.0.bias": torch.zeros(1)}
@@ -306,19 +317,19 @@ IN_CRITERION = {f"discriminator.{name}": tensor for name, tensor in CRITIC.items
 )
 def test_one_model_is_read_out_of_a_file_of_several(tmp_path, content):
     torch.save(content, tmp_path / "last.pth")
-    state = read_part(tmp_path / "last.pth", "block_in.0.weight")
+    state, _ = read_model(tmp_path / "last.pth", DISCRIMINATOR)
     assert state.keys() == CRITIC.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in CRITIC.items())
 
 
 @pytest.mark.parametrize(
     "content, named",
-    [(NAMES, []), ({"a": CRITIC, "b": IN_CRITERION}, ["b discriminator.block_in.0.weight"])],
+    [(NAMES, []), ({"a": CRITIC, "b": IN_CRITERION}, ["a and b -> discriminator."])],
 )
 def test_a_model_that_is_not_there_or_there_twice_is_refused(tmp_path, content, named):
     torch.save(content, tmp_path / "w.pth")
-    name = "block_in.0.weight"
-    refusal(lambda: read_part(tmp_path / "w.pth", name), tmp_path / "w.pth", name, *named)
+    file = tmp_path / "w.pth"
+    refusal(lambda: read_model(file, DISCRIMINATOR), file, DISCRIMINATOR, *named)
 
 
 def test_names_of_a_wrapper_among_others_are_the_models_own(tmp_path, caplog):

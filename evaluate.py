@@ -18,7 +18,7 @@ from typing import NamedTuple, Optional, TypeVar
 
 from accelerate import PartialState
 
-from configs.sizes import tokenizer_sizes
+from configs.sizes import tokenizer_of
 from data.loader import worker_count
 from evaluation.classify import classify_cache
 from evaluation.evaluator import FEATURES, STANDARD_COUNT, Evaluator, open_network
@@ -31,15 +31,12 @@ from evaluation.report import print_result, show
 from evaluation.selfcheck import selfcheck
 from evaluation.sources import open_images
 from evaluation.tokenizer_score import draw_preview, score_tokenizer
-from modeling.weights.metadata import TOKENIZER
-from modeling.weights.opened import load_tokenizer
 from runtime.arguments import Parser, new_file, number, path
 from runtime.errors import InputError
 from runtime.files import try_to_write
 from runtime.processes import check_same, on_main, start_processes
 from runtime.program import run
 from runtime.published import WEIGHTS, MissingFile
-from runtime.weights import open_on_all
 
 T = TypeVar("T")
 
@@ -47,11 +44,12 @@ T = TypeVar("T")
 def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     add, picture = parser.add_argument, "output/reconstruction.png or output/generator.png"
+    count = "images in --samples (50000)"
     add("--samples", type=path, help="what to score: .npz (arr_0, uint8), or folder or tar of PNGs")
     add("--reference", type=path, help=".npz of images or statistics, or folder or tar of images")
     add("--crop", type=number(1, 8192), help="ADM centre crop of reference images, in pixels")
     add("--save_stats", type=new_file(".npz"), help="write the reference's statistics to this .npz")
-    add("--num_samples", type=number(1, 10**9), default=STANDARD_COUNT, help="images (50000)")
+    add("--num_samples", type=number(1, 10**9), default=STANDARD_COUNT, help=count)
     add("--allow_partial", action="store_true", help="score fewer, and mark the result as partial")
     add("--half_manifold", action="store_true", help="precision and recall in float16, like ADM")
     spaces = "feature spaces, for example inception,dinov2 (inception)"
@@ -168,9 +166,8 @@ def open_networks(
 
 def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> None:
     assert processes.device is not None  # accelerate's type hint allows it
-    opened = open_on_all(args.tokenizer or "weights/AliTok.pth", TOKENIZER)
-    tokenizer = load_tokenizer(opened, tokenizer_sizes(opened, args.config)).to(processes.device)
     device, missing = processes.device, []
+    tokenizer = tokenizer_of(args.tokenizer or "weights/AliTok.pth", args.config).to(device)
     network = if_there("rFID", lambda: Inception(device, WEIGHTS), missing)
     lpips = if_there("LPIPS", lambda: LPIPS(WEIGHTS).to(device), missing)
     there = {"rFID": network and network.identity, "LPIPS": lpips is not None}
@@ -188,7 +185,10 @@ def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> Non
     result["picture"] = str(picture)
     alone = network is not None and originals.images == 1
     if alone:
-        missing.append("rFID is left out: a covariance needs 2 images or more")
+        left_out = (
+            "rFID is left out" if not args.save_stats else "rFID and --save_stats are left out"
+        )
+        missing.append(f"{left_out}: a covariance needs 2 images or more")
     result["warnings"] = [*missing, *result["warnings"]]
     print_result(result)
     if network is not None and args.save_stats and not alone:

@@ -13,7 +13,7 @@ import argparse
 import os
 from pathlib import Path
 
-from configs.sizes import tokenizer_sizes
+from configs.sizes import tokenizer_of
 from data.classes import printable
 from data.imagenet import misnumbered
 from data.images import scan_images
@@ -21,14 +21,10 @@ from data.loader import worker_count
 from data.tree import is_image
 from data.walk import is_hidden
 from encoding.job import EncodingPlan, encode_folder
-from modeling.weights.metadata import TOKENIZER
-from modeling.weights.opened import load_tokenizer
-from modeling.weights.tensors import fingerprint
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
 from runtime.processes import start_processes
 from runtime.program import run
-from runtime.weights import open_on_all
 
 # Folders beside train/ in common data sets that are not classes.
 SPLITS = {"train", "val", "valid", "validation", "test", "devkit", "ILSVRC2012_devkit_t12"}
@@ -46,9 +42,8 @@ def main(argv: list[str]) -> None:
     assert processes.device is not None  # accelerate's type hint allows it
     if args.dtype == "tf32" and processes.device.type != "cuda":
         raise InputError("--dtype tf32 exists only on CUDA: choose fp32 or bf16 on a CPU")
-    opened = open_on_all(args.tokenizer_checkpoint, TOKENIZER)
-    config = tokenizer_sizes(opened, args.config, **size)
-    encoder = load_tokenizer(opened, config, with_decoder=False).to(processes.device)
+    checkpoint = args.tokenizer_checkpoint
+    encoder = tokenizer_of(checkpoint, args.config, with_decoder=False, **size).to(processes.device)
     cache = Path(args.cached_path)
     images = scan_images(folder, args.labels, index_folder=cache.parent)  # takes minutes for a tar
     processes.print(printable(f"{choice}{folder}: {images.describe()}"))
@@ -58,10 +53,10 @@ def main(argv: list[str]) -> None:
     if ignored:
         processes.print(f"without effect here: {', '.join(ignored)}")
     plan = EncodingPlan(
-        config.image_size, kind_of_crops(args), args.dtype, args.batch_size, args.format,
+        encoder.config.image_size, kind_of_crops(args), args.dtype, args.batch_size, args.format,
         args.skip_unreadable, args.num_workers,
     )  # fmt: skip
-    encode_folder(images, encoder, fingerprint(opened.state), plan, cache, processes)
+    encode_folder(images, encoder, plan, cache)
 
 
 def cache_path(text: str) -> str:

@@ -25,9 +25,10 @@ def main(argv: list[str]) -> None:
     experiment, processes = options.experiment, start_processes()
     job, models = open_job(options, processes)
     output, png, grid = Path(experiment.output_dir), experiment.save_png, experiment.grid
-    folder = SampleFolder(output, job, models, processes, png, grid)
+    folder = SampleFolder(output, job, models, png, grid)
     # A mistake in the reference shows now, not after hours of sampling.
-    side, scored = models.tokenizer.config.image_size, "experiment.num_fid_samples"
+    side = models.tokenizer.config.image_size
+    scored = "experiment.codes" if experiment.codes else "experiment.num_fid_samples"
     evaluator = open_evaluator(experiment.fid_reference, job.count, scored, side)
     images = folder.fill()
     if evaluator is not None:

@@ -25,13 +25,7 @@ from configs.sizes import with_classes, with_start, with_weights
 from data.classes import describe_classes, printable
 from data.identity import hash_of_texts
 from data.imagenet import misnumbered
-from data.images import (
-    VIEWS,
-    TrainViews,
-    identity_for_all,
-    scan_images,
-    to_float,
-)
+from data.images import VIEWS, TrainViews, identity_for_all, scan_images, to_float
 from data.order import EpochDraws
 from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
 from data.tokens import TokenCache, TrainTokens, open_tokens
@@ -50,10 +44,9 @@ from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.opened import Opened, load_tokenizer
 from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
-from runtime.processes import check_same, compiles, device_name, on_main
+from runtime.processes import check_same, compiles, device_name, on_main, open_on_all
 from runtime.program import run as run_program
 from runtime.randomness import seed_step
-from runtime.weights import open_on_all
 from training.accelerator import describe_precision, start_training
 from training.checkpoint import WHOLE, WholeOptimizer
 from training.dry_run import split_dry_run
@@ -340,12 +333,14 @@ def report_validation(run: Run, step: int, generator: Generator, store: TokenCac
     run.log.metrics(step, {"val/loss": figures["nats"], "val/accuracy": figures["top1"]})
 
 
-def forget_other_best(run: Run, validation: Optional[TokenCache]) -> None:
+def note_held_out(run: Run, validation: Optional[TokenCache]) -> None:
     """Note the identity of the held-out codes, and from which step on the log has losses of them."""
     if validation is None:
         return
     values, held_out = run.checkpoint.values, on_main(validation.identity)
-    if values.get("held out", held_out) != held_out:
+    source = run.checkpoint.source
+    own = source is None or source.resolve().is_relative_to(run.folder.resolve())
+    if not own or values.get("held out", held_out) != held_out:
         values["best since"] = run.first_step
     values["held out"] = held_out
 
@@ -415,7 +410,7 @@ def main(argv: list[str]) -> None:
     run.start(data.dataset, data.images)
     if isinstance(state.generator, Generator):  # of another backbone, the FLOPs are unknown
         run.flops_per_image = training_flops(state.config)
-    forget_other_best(run, data.validation)
+    note_held_out(run, data.validation)
     describe_run(run, state, data)
     report(run, run.first_step - 1, run.missing_reports(), state, data)
 
@@ -448,9 +443,7 @@ def main(argv: list[str]) -> None:
         if due.log:
             run.log_window(step, {"lr": lr})
         if due.save:
-            run.save(step)
-        if due.stop:
-            run.exit_stopped(step)
+            run.save(step, due.stop)
         report(run, step, due, state, data)
 
     run.finish("generator", ".bin", {"generator": state.generator})

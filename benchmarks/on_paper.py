@@ -161,13 +161,13 @@ def show_changes(
     print(f"    modelled, images/s (codes alone): {'; '.join(found)}")
 
 
-def training(size: str) -> dict[str, Any]:
-    """Print the modelled training of one size; return what was counted per layer."""
+def training(size: str, larger: bool = True) -> dict[str, Any]:
+    """Print the modelled training of one size, of a `larger` batch too; return what was counted per layer."""
     config, published = SIZES[size]
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Generator(config).parameters())
     counted: dict[str, Any] = {}
-    for batch in (published, LARGER[size]):
+    for batch in (published, LARGER[size])[: 1 + larger]:
         block, loss = (compiled.counted for compiled in programs_of_step(config, batch))
         parts = training_step(config, batch, block, loss, parameters)
         seconds = total(parts)
@@ -209,6 +209,10 @@ def main() -> None:
         "--batches", type=int, nargs="+", default=[256, 512, 1024], help="images sampled at once"
     )
     parser.add_argument("--json", help="write what was counted to this file")
+    larger = "also model training with a larger batch"
+    parser.add_argument(
+        "--larger", action=argparse.BooleanOptionalAction, default=True, help=larger
+    )
     args = parser.parse_args()
     if unknown := [size for size in args.sizes if size not in SIZES]:
         parser.error(f"size {unknown[0]}: choose from {', '.join(SIZES)}")
@@ -219,7 +223,7 @@ def main() -> None:
     counted: dict[str, Any] = {"torch": torch.__version__, "sampling": {}, "training": {}}
     works: list[tuple[str, Callable[[str], dict]]] = [
         ("sampling", lambda size: sampling(size, args.batches)),
-        ("training", training),
+        ("training", lambda size: training(size, args.larger)),
     ]
     for size in args.sizes:
         for name, work in works:

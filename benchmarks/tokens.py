@@ -191,8 +191,8 @@ def end_to_end(folder: Path, options: argparse.Namespace, processes: PartialStat
             256, options.views, dtype, options.batch_size, num_workers=options.num_workers
         )
         source = ReadableCrops(files, plan)
-        for part in encode_parts(tokenizer, source, plan, numbers, processes):
-            parts.write(part.number, codes=part.codes)
+        for number, codes, _ in encode_parts(tokenizer, source, plan, numbers):
+            parts.write(number, codes=codes)
         return time.perf_counter() - started
 
     print(

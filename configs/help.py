@@ -61,7 +61,7 @@ def used_by(option: Declared, program: str) -> bool:
 
 
 def options_of(schema: type, program: str = "") -> list[Declared]:
-    """The options that a program uses, and their sections, whose `only` they inherit."""
+    """The options and sections that a program uses; options inherit the `only` of their section."""
     return [option for option in declared(schema).values() if used_by(option, program)]
 
 

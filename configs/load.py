@@ -151,9 +151,10 @@ def save(options: Any, path: str | Path) -> None:
     values, left_out = asdict(options), set(options.unread)
     flat = flatten(values)
     for name, option in declared(type(options)).items():
-        followed = str(option.default).removeprefix("${").removesuffix("}")
-        if followed in flat.keys() - options.unread and flat.get(name) == flat[followed]:
-            left_out.add(name)
+        default = str(option.default)
+        followed = default[2:-1]
+        if default.startswith("${") and followed in flat.keys() - options.unread and name in flat:
+            left_out |= {name} if flat[name] == flat[followed] else set()
     for name in left_out:
         *sections, last = name.split(".")
         del reduce(dict.__getitem__, sections, values)[last]

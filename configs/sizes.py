@@ -9,21 +9,27 @@ from typing import Any, Optional, TypeVar
 
 from configs.load import BROUGHT, CLASSES, load_sizes, resumed_run
 from configs.schema import GeneratorRun
-from modeling.tokenizer import TokenizerConfig
-from modeling.weights.opened import Opened
+from modeling.tokenizer import Tokenizer
+from modeling.weights.metadata import TOKENIZER
+from modeling.weights.opened import Opened, load_tokenizer
 from runtime.errors import InputError
+from runtime.processes import open_on_all
 
 T = TypeVar("T", bound=Any)  # a config
 VQ_MODEL, GENERATOR = "model.vq_model.", "model.generator."  # the sections of their options
 
 
-def tokenizer_sizes(tokenizer: Opened, config: Optional[str], **flags: Any) -> TokenizerConfig:
-    """The tokenizer of a program with flags; `config` is the YAML of its --config.
+def tokenizer_of(
+    path: str, config: Optional[str] = None, with_decoder: bool = True, **flags: Any
+) -> Tokenizer:
+    """The tokenizer of a program with flags, in eval mode on the CPU; all processes call this together.
 
-    Raises InputError if either contradicts the weights.
+    `path` is that of its weights, `config` the YAML of its --config. Raises InputError if that or a flag
+    contradicts the weights.
     """
-    options = load_sizes(config, **flags)
-    return agreed(tokenizer, options.model.vq_model, options.places, VQ_MODEL)
+    opened, options = open_on_all(path, TOKENIZER), load_sizes(config, **flags)
+    sizes = agreed(opened, options.model.vq_model, options.places, VQ_MODEL)
+    return load_tokenizer(opened, sizes, with_decoder)
 
 
 def with_weights(

@@ -28,7 +28,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         name, version = manifest["format"], manifest["version"]
         classes = manifest.get("classes", [])
-        if (name, version) == (FORMAT, VERSION) and [Path(c).name for c in classes] != classes:
+        if (name, version) == (FORMAT, VERSION) and (
+            [Path(c).name for c in classes] != classes or {"", ".."} & {*classes}
+        ):
             raise ValueError("its classes are not names of folders")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"{path} is damaged ({e!r}); make the cache again") from e

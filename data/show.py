@@ -7,13 +7,11 @@ from typing import Optional
 import numpy as np
 import torch
 
-from configs.sizes import tokenizer_sizes
+from configs.sizes import tokenizer_of
 from data.cache import TokenCache
 from data.pictures import captioned, enlarged, picture_grid, write_png
 from modeling.devices import find_device
 from modeling.image_decoder import ImageDecoder
-from modeling.weights.metadata import TOKENIZER
-from modeling.weights.opened import load_tokenizer, open_weights
 from modeling.weights.tensors import fingerprint
 
 COLUMNS, MARGIN = 8, 6  # images side by side at most, and pixels between them
@@ -27,12 +25,9 @@ def show_cache(
     `weights` is a file or run of the tokenizer that wrote the cache, `config` a YAML file with sizes that
     the weights do not show. Raises InputError for another tokenizer.
     """
-    opened = open_weights(weights, TOKENIZER)
-    tokenizer = load_tokenizer(opened, tokenizer_sizes(opened, config))
-    sizes = tokenizer.config
-    cache.check(
-        sizes.codebook_size, sizes.num_tokens, fingerprint(opened.state), sizes.encoder_heads
-    )  # fmt: skip
+    tokenizer = tokenizer_of(weights, config)
+    sizes, mark = tokenizer.config, fingerprint(tokenizer.state_dict())
+    cache.check(sizes.codebook_size, sizes.num_tokens, mark, sizes.encoder_heads)
     cache.check_labels()
     count = min(count, cache.images)
     codes = torch.from_numpy(np.stack([cache.codes(image, 0) for image in range(count)]))

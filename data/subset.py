@@ -34,9 +34,8 @@ def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
 
 def equal_shares(sizes: np.ndarray, count: int) -> np.ndarray:
     """Numbers of images per class (C,) with sum `count`, at most `sizes` (C,) each."""
-    levels = range(
-        sizes.max() + 1
-    )  # the highest that all classes together can reach, as far as they have
+    # The highest level that all classes together can reach, as far as they have images.
+    levels = range(sizes.max() + 1)
     level = bisect_right(levels, count, key=lambda level: np.minimum(sizes, level).sum()) - 1
     shares, larger = np.minimum(sizes, level), np.flatnonzero(sizes > level)
     shares[larger[evenly_spaced(len(larger), count - shares.sum())]] += 1

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from data.tokens import open_tokens
 from data.writer import write_packed_store
 from encoding.encoder import encode
 from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights.tensors import fingerprint
 from runtime.errors import InputError
 from runtime.files import lock_folder, sync_folder, writing
 from runtime.parts import Parts, batches_of, check_settings, differing
@@ -133,15 +134,21 @@ class WorkFolder:
             self._lock.close()
         shutil.rmtree(self.folder, ignore_errors=True)  # NFS keeps a folder with an open file
 
-    def write_part(self, part: "EncodedPart") -> None:
-        codes = part.codes
+    def images_of(self, number: int) -> np.ndarray:
+        """The indices (N,) of a part's images."""
+        return np.concatenate(self.batches[number])
+
+    def write_part(self, number: int, codes: np.ndarray, facts: np.ndarray) -> None:
+        """Write the codes (N, V, T) of a part's readable images, and the facts (N, 4) of all."""
+        indices, readable = self.images_of(number), facts[:, READABLE] == 1
+        codes = codes[readable]
         with writing(self.folder):
             if self.plan.layout == "npz":
-                for i in part.skipped:  # an earlier run may have been able to read them
+                for i in indices[~readable]:  # an earlier run may have been able to read them
                     (self.store / f"{self.paths[i]}.npz").unlink(missing_ok=True)
-                write_npz_files(self.store, [self.paths[i] for i in part.readable], codes)
+                write_npz_files(self.store, [self.paths[i] for i in indices[readable]], codes)
                 codes = codes[:0]  # the part records only that these files are whole
-            self.parts.write(part.number, codes=codes, facts=part.facts)
+            self.parts.write(number, codes=codes, facts=facts)
 
     def finished(self) -> tuple[np.ndarray, np.ndarray]:
         """Sorted indices (n,) and facts (n, 4) of the images in finished parts."""
@@ -183,23 +190,17 @@ class WorkFolder:
 
 
 def encode_folder(
-    images: ImageListing,
-    encoder: Tokenizer,
-    tokenizer_hash: str,
-    plan: EncodingPlan,
-    cache: Path,
-    processes: PartialState,
+    images: ImageListing, encoder: Tokenizer, plan: EncodingPlan, cache: Path
 ) -> None:
     """Encode the images of a folder or tar into the token cache `cache`; all processes call this.
 
-    `encoder` is in eval mode and may lack its decoder; `tokenizer_hash` is its
-    `modeling.weights.tensors.fingerprint`. Parts that an interrupted call finished are reused. Raises
-    InputError for a cache with other settings, or more than `plan.skip_unreadable` unreadable images.
+    `encoder` is in eval mode and may lack its decoder. Parts that an interrupted call finished are reused.
+    Raises InputError for a cache with other settings, or more than `plan.skip_unreadable` unreadable images.
     """
-    paths = images.names
+    paths, processes = images.names, PartialState()
     settings = {
         "layout": plan.layout,
-        "tokenizer": tokenizer_hash,
+        "tokenizer": fingerprint(encoder.state_dict()),
         "encoder_heads": encoder.config.encoder_heads,
         "image_size": plan.image_size,
         "crops": plan.crops,
@@ -223,11 +224,11 @@ def encode_folder(
         print_agreement(encoder, source, plan)
     with ThreadPoolExecutor(1) as writer:  # writes a part while the next is encoded
         written = writer.submit(lambda: None)
-        for part in encode_parts(encoder, source, plan, missing, processes):
+        for number, codes, facts in encode_parts(encoder, source, plan, missing):
             written.result()
-            skipped += part.skipped
+            skipped += work.images_of(number)[facts[:, READABLE] == 0].tolist()
             work.refuse_too_many(skipped)
-            written = writer.submit(work.write_part, part)
+            written = writer.submit(work.write_part, number, codes, facts)
         written.result()
     processes.wait_for_everyone()
 
@@ -309,16 +310,6 @@ class ReadableCrops(Dataset):
         return crop, torch.tensor([1, turn is not None, *stat])
 
 
-class EncodedPart(NamedTuple):
-    """The codes of one part of the images."""
-
-    number: int
-    readable: list[int]  # indices of its readable images
-    skipped: list[int]  # and of the others
-    codes: np.ndarray  # of the readable ones, (n, V, T), uint16
-    facts: np.ndarray  # of all, (N, 4), int64
-
-
 def part_batches(images: int, batch_size: int) -> list[list[range]]:
     """The indices of every batch of every part; no batch spans two parts."""
     batches = batches_of(images, batch_size)
@@ -330,10 +321,10 @@ def encode_parts(
     source: ReadableCrops,
     plan: EncodingPlan,
     numbers: list[int],
-    processes: PartialState,
-) -> Iterator[EncodedPart]:
-    """The parts `numbers`, one after the other; views are cut on the device."""
-    device = encoder.latent_tokens.device
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The parts `numbers`, one after the other: number, codes (N, V, T), uint16, which are meaningless for
+    unreadable images, and facts (N, 4). Views are cut on the device."""
+    device, processes = encoder.latent_tokens.device, PartialState()
     batches = part_batches(len(source.paths), plan.batch_size)
     chosen = [batch for n in numbers for batch in batches[n]]
     arriving = iter(batch_loader(source, chosen, plan.num_workers, device))
@@ -350,10 +341,7 @@ def encode_parts(
                 bar.update(len(crops))
             # The only place that waits for the device, once per part.
             part = torch.cat(codes).cpu().numpy().astype(np.uint16)
-            known = torch.cat(facts).numpy()
-            indices, readable = np.concatenate(batches[number]), known[:, READABLE] == 1
-            there, lost = indices[readable].tolist(), indices[~readable].tolist()
-            yield EncodedPart(number, there, lost, part[readable], known)
+            yield number, part, torch.cat(facts).numpy()
 
 
 def encode_views(encoder: Tokenizer, crops: Tensor, plan: EncodingPlan, dtype: str) -> Tensor:

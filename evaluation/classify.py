@@ -66,17 +66,24 @@ def classify_cache(
         # The cache's labels are the generator's; only the cache's own classes have known names.
         names = store.classes + [str(label) for label in range(len(store.classes), classes)]
         write_answers(answers, store.paths(store.images), labels, of_images, names)
+    metrics = {
+        "top1": hits(of_images, labels),
+        "top1_of_views": hits(nats.flatten(0, 1), labels.repeat_interleave(store.views)),
+    }
+    lines = [
+        f"{given}: the likeliest of {classes} classes is right for",
+        f"  {metrics['top1']:.2%} of {store.images} images",
+    ]
+    if store.views > 1:
+        lines.append(f"  {metrics['top1_of_views']:.2%} of single views ({store.views} per image)")
     result = {
         "generator": about(source),
-        "metrics": {
-            "top1": hits(of_images, labels),
-            "top1_of_views": hits(nats.flatten(0, 1), labels.repeat_interleave(store.views)),
-        },
+        "metrics": metrics,
         "classes": classes,
         **({"answers": answers} if answers else {}),
         **conditions,
     }
-    return result, accuracy(result)
+    return result, "\n".join(lines)
 
 
 def hits(nats: Tensor, labels: Tensor) -> float:
@@ -98,17 +105,3 @@ def write_answers(
             least = min(row)
             answer = names[row.index(least)]
             table.writerow([path, names[label], answer, f"{row[label]:.4f}", f"{least:.4f}"])
-
-
-def accuracy(result: dict[str, Any]) -> str:
-    """The figures of a result as text."""
-    metrics, cache = result["metrics"], result["cache"]
-    lines = [
-        f"{result['generator']['path']}: the likeliest of {result['classes']} classes is right for",
-        f"  {metrics['top1']:.2%} of {cache['images']} images",
-    ]
-    if cache["views"] > 1:
-        lines.append(
-            f"  {metrics['top1_of_views']:.2%} of single views ({cache['views']} per image)"
-        )
-    return "\n".join(lines)

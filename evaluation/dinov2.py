@@ -43,10 +43,9 @@ class DINOv2:
     def __init__(self, device: torch.device | str, weights: Path):
         path = find_published(DINOV2_FILE, weights)
         state = read_state_dict(path)
+        # `load_tensors` compares all other names and shapes.
         wrong = state.get("pos_embed", torch.empty(0)).shape != (1, 1 + PRETRAINED**2, WIDTH)
-        if (
-            wrong or "register_tokens" in state
-        ):  # `load_tensors` compares all other names and shapes
+        if wrong or "register_tokens" in state:
             raise InputError(
                 f"{path} is not DINOv2's ViT-L/14 without registers but {describe(state)}: fetch "
                 f"{DINOV2_FILE} (weights/README.md)"

@@ -67,9 +67,7 @@ class Evaluator:
         network, reference, half = self.network, self.reference, self.half_manifold
         figures = compare(samples, reference, network.device, half)
         metrics = {named(name, network.name): x for name, x in figures.items()}
-        result = describe_result(
-            metrics, network, samples, reference, expected, self.batch, network.device, half
-        )
+        result = describe_result(metrics, network, samples, reference, expected, self.batch, half)
         if samples.hash is not None and samples.hash == reference.hash:
             result["warnings"].append(
                 f"{samples.name} and {reference.name} are the same images: is this the reference itself?"
@@ -103,7 +101,6 @@ def describe_result(
     reference: SetStatistics,
     expected: int,
     batch: int,
-    device: torch.device,
     half_manifold: bool = False,
 ) -> dict[str, Any]:
     """Metrics with everything that they depend on; results of one "protocol" are comparable."""
@@ -125,7 +122,7 @@ def describe_result(
         "features": None if network is None else features_of(network),
         "precision": {"network": "float32 without TF32", "statistics": "float64"},
         "batch_size": batch,
-        "device": device_name(device),
+        "device": device_name(torch.device(PartialState().device or "cpu")),
         "versions": {name: version(name) for name in ("torch", *packages, "numpy", "pillow")},
         "warnings": warnings_of(network, reference, samples),
     }

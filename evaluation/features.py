@@ -66,10 +66,7 @@ class Inception:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, H, W), uint8 -> (B, 2048), (B, 2023) in TensorFlow's order, (B, 1008).
-
-        The resize to 299x299 is TensorFlow's, without antialiasing, and part of the network.
-        """
+        """Images (B, 3, H, W), uint8 -> (B, 2048), (B, 2023) in TensorFlow's order, (B, 1008)."""
         # With TF32, features would have only three correct digits.
         with matmul_precision("fp32"), torch.autocast(self.device.type, enabled=False):
             pool, logits = self.network(images.to(self.device, non_blocking=True))

@@ -106,20 +106,21 @@ def score_generator(
     """
     sources = find_sources(given, others)
     scored: dict[str, Likelihood] = {}
-    warnings, conditions = [], {}
+    conditions: dict[str, Any] = {}
     for source in sources:
         store = open_tokens(cache)  # anew: a generator may number its classes in another way
         generator = open_generator(source, store)
-        sums, conditions = measured(source, generator, store, share, precision, likelihood_sums)
+        sums, found = measured(source, generator, store, share, precision, likelihood_sums)
         scored[source.name] = Likelihood(sums, store.images * store.views)
-        warnings = warnings or conditions["warnings"]
+        warnings = conditions.get("warnings") or found["warnings"]
+        conditions = {**(conditions or found), "warnings": warnings}
     if share.rank:
         return {}, ""
     plot_positions(scored, picture)
     results = [{"generator": about(s), **scored[s.name].result()} for s in sources]
     compared = {"compared": results[1:], "picture": picture}
     text = "\n".join(table(source, scored[source.name]) for source in sources)
-    return {**results[0], **compared, **conditions, "warnings": warnings}, text
+    return {**results[0], **compared, **conditions}, text
 
 
 def measured(
@@ -200,9 +201,8 @@ def table(source: Source, found: Likelihood) -> str:
 
 def plot_positions(scored: dict[str, Likelihood], path: str) -> None:
     """Nats per code and accuracy by position, a colour per generator."""
-    from matplotlib.figure import (
-        Figure,
-    )  # draws without a display; takes a second, so imported on use
+    # Draws without a display; takes a second, so imported on use.
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -15,7 +15,6 @@ needs the others.
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
-import argparse
 import os
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.sizes import tokenizer_sizes
+from configs.sizes import tokenizer_of
 from data.classes import printable
 from data.images import photo_crop, to_float
 from data.pictures import WHITE, captioned, enlarged, picture_grid, stacked, to_pixels, write_png
@@ -33,8 +32,6 @@ from evaluation.reconstruction import psnr, ssim
 from evaluation.tokenizer_score import MAGNIFICATION
 from modeling.devices import find_device
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
-from modeling.weights.metadata import TOKENIZER
-from modeling.weights.opened import load_tokenizer, open_weights
 from runtime.arguments import Parser, path
 from runtime.errors import InputError
 from runtime.processes import matmul_precision
@@ -173,7 +170,7 @@ def first_codes(look: Look, n: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------- the program
-def parse(argv: list[str]) -> argparse.Namespace:
+def main(argv: list[str]) -> None:
     parser = Parser(
         prog="python -m evaluation.look",
         description="Draw what a tokenizer makes of photos, one picture per photo.",
@@ -184,15 +181,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--config", type=path, help="YAML whose model.vq_model describes another tokenizer")
     add("--output", type=path, default=output, help=f"folder of the pictures ({output})")
     add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> None:
-    args = parse(argv)
+    args = parser.parse_args(argv)
     photos = list_photos(args.images, Path(args.output))
-    opened = open_weights(args.tokenizer, TOKENIZER)
-    sizes = tokenizer_sizes(opened, args.config)
-    tokenizer = load_tokenizer(opened, sizes).to(find_device(args.device))
+    device = find_device(args.device)
+    tokenizer = tokenizer_of(args.tokenizer, args.config).to(device)
     config = tokenizer.config
     # All of them first, so that an unusable photo is refused before any picture is written.
     crops = {name: photo_crop(file, config.image_size) for name, file in photos.items()}

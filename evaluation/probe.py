@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from configs.sizes import tokenizer_sizes
+from configs.sizes import tokenizer_of
 from data.classes import map_labels, printable
 from data.images import scan_images
 from data.loader import worker_count
@@ -30,8 +30,6 @@ from evaluation.tokenizer_score import weights_hash
 from modeling.devices import find_device
 from modeling.pixels import to_float
 from modeling.tokenizer import Tokenizer
-from modeling.weights.metadata import TOKENIZER
-from modeling.weights.opened import load_tokenizer, open_weights
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
 from runtime.program import run
@@ -118,8 +116,8 @@ def main(argv: list[str]) -> None:
     add("--num_workers", type=number(0, 1024), default=worker_count(), help="reading processes")
     add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
     args = parser.parse_args(argv)
-    opened = open_weights(args.tokenizer, TOKENIZER)
-    tokenizer = load_tokenizer(opened, tokenizer_sizes(opened, args.config))
+    device = find_device(args.device)
+    tokenizer = tokenizer_of(args.tokenizer, args.config).to(device)
     layer = args.layer or tokenizer.config.encoder_layers
     train, val = (scan_images(Path(args.data_path) / split) for split in ("train", "val"))
     if len(train.classes) < 2 or len(train.paths) < HELD_OUT:
@@ -130,8 +128,6 @@ def main(argv: list[str]) -> None:
     labels = train.labels
     val_labels = map_labels(val.labels, val.classes, train.classes, val.root)
 
-    device = find_device(args.device)
-    tokenizer = tokenizer.to(device)
     y, val_y = (torch.from_numpy(x).long().to(device) for x in (labels, val_labels))
     x, val_x = (
         features_of(tokenizer, listing.paths, layer, args.batch_size, args.num_workers)

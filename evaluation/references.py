@@ -88,12 +88,12 @@ def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
     }  # fmt: skip
     if "pool_3" in values:
         shapes["pool_3"] = (*values["pool_3"].shape[:1], pool)
-    for key in shapes.keys() & values.keys():
-        value, shape = values[key], shapes[key]
+    for key, shape in shapes.items():
+        value = values.get(key, np.zeros(shape))
         if value.shape != shape or value.dtype.kind != "f" or not np.isfinite(value).all():
             raise InputError(
-                f"{path}: {key} does not hold finite floats of shape {shape}, so these are statistics of other "
-                f"features, or damaged: make them again with --save_stats"
+                f"{path}: {key} holds {value.dtype} {value.shape}, not finite floats {shape}, so these are statistics "
+                f"of other features, or damaged: make them again with --save_stats"
             )
     digest = short_hash(b"".join(values[key].tobytes() for key in keys))
     try:

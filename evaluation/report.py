@@ -116,12 +116,9 @@ def results_table(files: list[Path], columns: Columns) -> str:
     for path in files:
         values = (cells.get(path, (None,))[0] for cells in columns.values())
         rows.append([str(path), *("-" if v is None else f"{v:.4f}" for v in values)])
-    protocols = []
-    for cells in columns.values():
-        _, protocol = next(iter(cells.values()))
-        terms = ", ".join(f"{key} {value}" for key, value in protocol.items())
-        if f"protocol: {terms}" not in protocols:
-            protocols.append(f"protocol: {terms}")
+    firsts = [next(iter(cells.values()))[1] for cells in columns.values()]
+    terms = [", ".join(f"{key} {value}" for key, value in first.items()) for first in firsts]
+    protocols = [f"protocol: {each}" for each in dict.fromkeys(terms)]
     return "\n".join([*protocols, table_of(rows, ["", *columns])])
 
 

@@ -49,7 +49,7 @@ PER_CELL = (
 def numbers(text: str) -> list[float]:
     """An argparse type: different numbers, to six digits as in the names of cells, separated by commas;
     `modeling.sampling.Sampling` declares their range."""
-    return list(dict.fromkeys(float(f"{float(number):g}") for number in text.split(",")))
+    return list(dict.fromkeys(float(f"{float(each):g}") for each in text.split(",")))
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -81,8 +81,11 @@ def main(argv: list[str]) -> None:
             )
     cells = list(product(args.scales, args.powers))
     sampling = options.model.generator.sampling
-    for scale, power in cells:  # refuses a number out of range now
-        replace(sampling, guidance_scale=scale, guidance_scale_pow=power)
+    for scale, power in cells:
+        try:
+            replace(sampling, guidance_scale=scale, guidance_scale_pow=power)
+        except InputError as e:  # a number out of range
+            raise InputError(f"--scales, --powers: {e}") from e
     processes, output = start_processes(), Path(args.output)
     job, models = open_job(options, processes)
     side = models.tokenizer.config.image_size
@@ -92,7 +95,7 @@ def main(argv: list[str]) -> None:
         sampling = replace(job.sampling, guidance_scale=scale, guidance_scale_pow=power)
         cell = replace(job, count=args.num_samples, sampling=sampling)
         folder = cell_file(output, scale, power).with_suffix("")
-        folders[scale, power] = SampleFolder(folder, cell, models, processes, grid=experiment.grid)
+        folders[scale, power] = SampleFolder(folder, cell, models, grid=experiment.grid)
     shared = next(iter(folders.values())).settings()
     settings = {
         "reference": evaluator.reference.hash,
@@ -105,7 +108,12 @@ def main(argv: list[str]) -> None:
     for (scale, power), folder in folders.items():
         if (scale, power) not in done:
             processes.print(f"guidance scale {scale:g}, power {power:g}")
-            score_cell(folder, evaluator, cell_file(output, scale, power))
+            result = evaluator.evaluate(open_images(folder.fill()), args.num_samples)
+            if result:
+                text = json.dumps(
+                    {**result, "weights": models.hashes}, indent=1, ensure_ascii=False
+                )
+                write_whole(cell_file(output, scale, power), text.encode())
         if processes.is_main_process:  # a killed run may have left images; their codes stay
             folder.images_file.unlink(missing_ok=True)
             shutil.rmtree(folder.output, ignore_errors=True)
@@ -115,15 +123,6 @@ def main(argv: list[str]) -> None:
 
 def cell_file(output: Path, scale: float, power: float) -> Path:
     return output / f"scale{scale:g}_power{power:g}.json"
-
-
-def score_cell(folder: SampleFolder, evaluator: Evaluator, path: Path) -> None:
-    """Sample a cell and write its result; all processes call this together."""
-    images = folder.fill()
-    result = evaluator.evaluate(open_images(images), folder.job.count)
-    if result:
-        result["weights"] = folder.models.hashes
-        write_whole(path, json.dumps(result, indent=1, ensure_ascii=False).encode())
 
 
 def report(output: Path, scales: list[float], powers: list[float]) -> None:

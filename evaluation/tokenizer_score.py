@@ -83,7 +83,7 @@ def score_tokenizer(
         ours, theirs = (side.parts[FID.part] for side in (reconstructions, originals))
         (rfid,) = FID.figures(ours, theirs, device, False)
         metrics = {"rFID": rfid, **metrics}
-    result = describe_result(metrics, network, reconstructions, originals, count, batch, device)
+    result = describe_result(metrics, network, reconstructions, originals, count, batch)
     # What no tensor's shape shows.
     unseen = {name: getattr(tokenizer.config, name) for name in UNSEEN}
     result["weights"] = {"tokenizer": weights_hash(tokenizer), **unseen}

@@ -50,15 +50,9 @@ class SampleFolder:
     """
 
     def __init__(
-        self,
-        output: Path,
-        job: SamplingJob,
-        models: Models,
-        processes: PartialState,
-        png: bool = False,
-        grid: int = 0,
+        self, output: Path, job: SamplingJob, models: Models, png: bool = False, grid: int = 0
     ):
-        self.output, self.job, self.models, self.processes = output, job, models, processes
+        self.output, self.job, self.models, self.processes = output, job, models, PartialState()
         self.png, self.grid, self.count = png, grid, job.count
         self.images_file = output.with_name(output.name + ".npz")
         self.codes_file = output.with_name(output.name + "_codes.npz")
@@ -205,10 +199,8 @@ class SampleFolder:
 
     def _assemble(self, parts: Parts) -> None:
         """All chunks as the final files, the images last."""
-        config = self.models.tokenizer.config
         with writing(self.output):
-            shape = (self.count, config.num_tokens)
-            concatenate_parts(parts, self.codes_file, "codes", shape, np.uint16)
+            concatenate_parts(parts, self.codes_file, "codes", self.count)
             if self.grid:
                 stored = (parts.read(number, "images") for number in range(parts.count))
                 images = np.stack(list(islice(chain.from_iterable(stored), self.grid**2)))
@@ -218,15 +210,14 @@ class SampleFolder:
                     labels = self.job.labels(range(len(images))).tolist()
                     images = with_captions(images, [names.caption(label) for label in labels])
                 write_png(picture_grid(images, self.grid), path)
-            shape = (self.count, config.image_size, config.image_size, 3)
-            concatenate_parts(parts, self.images_file, "images", shape, np.uint8)
+            concatenate_parts(parts, self.images_file, "images", self.count)
 
 
-def concatenate_parts(
-    parts: Parts, path: Path, name: str, shape: tuple[int, ...], dtype: type
-) -> None:
-    """Stream one array of all parts into an .npz (key `arr_0`), part by part."""
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+def concatenate_parts(parts: Parts, path: Path, name: str, count: int) -> None:
+    """Stream one array of all parts, with `count` rows, into an .npz (key `arr_0`), part by part."""
+    first = parts.read(0, name)
+    shape = (count, *first.shape[1:])
+    header = {"descr": first.dtype.str, "fortran_order": False, "shape": shape}
     with whole_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         entry = zipfile.ZipInfo("arr_0.npy")  # a fixed date: the same images, the same bytes
         with archive.open(entry, "w", force_zip64=True) as file:

@@ -23,8 +23,7 @@ from modeling.weights.metadata import GENERATOR, TOKENIZER
 from modeling.weights.opened import Opened, check_same_codes, load_tokenizer
 from modeling.weights.tensors import load_tensors, tensors_hash
 from runtime.errors import InputError
-from runtime.processes import local_processes, on_main
-from runtime.weights import open_on_all
+from runtime.processes import local_processes, on_main, open_on_all
 
 
 @dataclass
@@ -48,6 +47,8 @@ def open_job(options: GeneratorRun, processes: PartialState) -> tuple[SamplingJo
     experiment = options.experiment
     if generator is None:
         codes = read_codes(str(experiment.codes), options.model.vq_model)
+        # Nothing is sampled, so neither classes nor a compiler matter.
+        options = options.changed(experiment=replace(experiment, classes=None, compile=False))
         job = replace(sampling_job(options, processes.device), count=len(codes), prefix=codes)
         return job, load_models(options.model, tokenizer, None, processes.device)
     names = class_names(generator.about)
@@ -75,10 +76,7 @@ def warn_of_untrained(generator: Opened, job: SamplingJob, processes: PartialSta
 
 def open_models(options: GeneratorRun) -> tuple[GeneratorRun, Opened, Optional[Opened]]:
     """The options with the sizes of the weights, and the weights of the tokenizer and, unless stored codes
-    are decoded, of the generator; all processes call this together.
-
-    Raises InputError if a file or option is missing or does not fit.
-    """
+    are decoded, of the generator; all processes call this together."""
     experiment, generator = options.experiment, None
     if experiment.codes is None:
         if experiment.generator_checkpoint is None:
@@ -122,7 +120,7 @@ def largest_batch(models: Models, job: SamplingJob) -> int:
         # The engine's weights, and sorted and summed logits in float64.
         sizes = models.generator.config
         shared += 4 * 12 * sizes.num_hidden_layers * sizes.hidden_size**2
-        # The reference's cache has the type of the weights, float32.
+        # The reference's cache is of float32 at most.
         dtype = torch.float32 if job.engine == "reference" else job.dtype
         image += cache_bytes(sizes, job.sampling, dtype, job.cache)
         image += 64 * sizes.codebook_size

@@ -7,7 +7,7 @@ given codes also carry information about the rest, which `experiment.prefix_mask
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from configs.schema import GeneratorExperiment
 from data.images import load_upright, photo_crop, to_float
-from encoding.encoder import encode
 from modeling.photos import crop_geometry
 from modeling.sampling import DRAWN
 from modeling.tokenizer import Tokenizer, TokenizerConfig
@@ -132,7 +131,8 @@ def encode_beginning(tokenizer: Tokenizer, pixels: Tensor, rows: int, mask: bool
     image = to_float(pixels.to(tokenizer.latent_tokens.device))
     if mask:
         image = masked_below(image, rows * config.patch_size)
-    codes = encode(tokenizer, image.unsqueeze(0), "fp32")
+    latents: Any = tokenizer.exact_latents(image.unsqueeze(0))
+    codes = tokenizer.quantize.encode(latents)
     return codes[:, : config.num_prefix_tokens + rows * config.grid].cpu()
 
 
@@ -149,11 +149,9 @@ def edited_codes(tokenizer: Tokenizer, path: str, mask: str) -> Tensor:
 
     The prefix tokens describe the first row of patches: all are drawn if the mask touches it.
     """
-    config = tokenizer.config
-    image = to_float(photo_crop(path, config.image_size).to(tokenizer.latent_tokens.device))
+    config, codes = tokenizer.config, tokenizer.encode_photos(path).cpu()
     drawn = masked_patches(path, mask, config)
     drawn = torch.cat([drawn[0].any().expand(config.num_prefix_tokens), drawn.flatten()])
-    codes = encode(tokenizer, image.unsqueeze(0), "fp32").cpu()
     return codes.where(~drawn, DRAWN)
 
 
@@ -183,7 +181,7 @@ def masked_patches(path: str, mask: str, config: TokenizerConfig) -> Tensor:
     columns, rows = (pixels_of_patches(config, *along) for along in zip(begin, resized, size))
     bands = torch.stack([marked[row].any(0) for row in rows])  # (g, W)
     drawn = torch.stack([bands[:, column].any(1) for column in columns], 1)
-    if shown.getbbox() is not None and not drawn.any():
+    if marked.any() and not drawn.any():
         raise InputError(
             f"experiment.mask={mask} does not touch the centre crop of experiment.edit={path}: "
             f"choose another part, or crop the image first"

@@ -41,7 +41,7 @@ def unusable_gpu() -> str:
     if file is None:
         return ""
     if cpu_asked():
-        return f"the environment hides {file} ({cpu_asked()})"
+        return f"the environment hides {file} ({cpu_asked()}): unset the variable"
     if torch.version.cuda is None:
         return f"{file} is a GPU, but torch {torch.__version__} comes without CUDA: install a CUDA build"
     return (

@@ -36,12 +36,7 @@ from .decode_attention import (
 from .devices import check_type
 from .errors import describe
 from .generator import EPS, NO_CLASS, Block, Generator, GeneratorConfig
-from .sampling import (
-    DRAWN,
-    Sampling,
-    draw_codes,
-    guide,
-)
+from .sampling import DRAWN, Sampling, draw_codes, guide
 
 # Positions of all rows together that `prefill` computes at once; more need more memory and save no time.
 PREFILLED_AT_ONCE = 2**14
@@ -236,8 +231,9 @@ class Engine:
 
     The TF32 setting at construction holds, also for the output layer, where it adds less than a
     thousandth to the error of logits after bf16 blocks. Tensors of the engine's type are shared with the
-    generator, except matrices on a CPU; after further training, build another engine. Raises InputError
-    for an option or type that the device does not support.
+    generator, except matrices on a CPU; after further training, build another engine. The caller checks options,
+    labels and prefixes, as `Pipeline` and the programs do. Raises InputError for an attention or type that the
+    device does not support.
     """
 
     @torch.inference_mode()

@@ -53,6 +53,7 @@ class Pipeline:
         compiled: bool = False,
     ):
         found = find_device(device)  # before any file is read
+        check_type(dtype or torch.float32, found)
         self.asked_dtype, self.compiled = dtype, compiled
         opened = open_weights(generator, GENERATOR), open_weights(tokenizer, TOKENIZER)
         self.about = {weights.about.kind: weights.about for weights in opened}
@@ -75,9 +76,10 @@ class Pipeline:
 
     def to(self, device: Optional[str]) -> "Pipeline":
         """Move both models; a default `dtype` becomes that of the device."""
-        self.device = find_device(device)
-        self.dtype = self.asked_dtype or default_dtype(self.device)
-        check_type(self.dtype, self.device)
+        place = find_device(device)
+        dtype = self.asked_dtype or default_dtype(place)
+        check_type(dtype, place)
+        self.device, self.dtype = place, dtype
         self.tokenizer.to(self.device)
         self.generator.to(self.device)
         self.decoder = ImageDecoder(self.tokenizer, self.dtype)
@@ -110,14 +112,8 @@ class Pipeline:
         known, stage = fingerprint(state), self.about[TOKENIZER].stage
         tokenizer = about_model(TOKENIZER, self.tokenizer.config, known, stage=stage)
         write_state_dict(state, folder / hub.TOKENIZER_FILE, tokenizer)
-        about = self.about[GENERATOR]
-        generator = about_model(
-            GENERATOR,
-            self.generator.config,
-            known,
-            classes=about.classes,
-            untrained=about.untrained,
-        )
+        sizes = about_model(GENERATOR, self.generator.config).config
+        generator = replace(self.about[GENERATOR], config=sizes, tokenizer=known)
         write_state_dict(self.generator.state_dict(), folder / hub.GENERATOR_FILE, generator)
         texts = {hub.CONFIG: config_json(generator, tokenizer)}
         if not (folder / hub.CARD).exists():

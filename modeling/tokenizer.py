@@ -330,9 +330,12 @@ class Tokenizer(nn.Module):
         if not photos:
             raise InputError("no photos: pass at least one path or PIL image")
         images = torch.stack([photo_crop(photo, self.config.image_size) for photo in photos])
-        parts = [to_float(part.to(self.latent_tokens.device)) for part in images.split(PHOTOS_AT_ONCE)]
-        latents: list[Any] = [self.exact_latents(part) for part in parts]  # pyright: ignore - as in `latents`
-        return torch.cat([self.quantize.encode(part) for part in latents])
+        codes = []
+        for part in images.split(PHOTOS_AT_ONCE):
+            pixels = to_float(part.to(self.latent_tokens.device))
+            latents: Any = self.exact_latents(pixels)  # pyright: ignore - as in `latents`
+            codes.append(self.quantize.encode(latents))
+        return torch.cat(codes)
 
     def decode_photos(self, codes: Tensor) -> list[Any]:
         """Codes (B, T), int64 -> B PIL images, without gradients. Raises InputError for invalid codes."""

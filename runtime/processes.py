@@ -16,6 +16,8 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from modeling.devices import find_device, uses_cuda
+from modeling.weights.opened import Opened, open_file
+from modeling.weights.runs import find_weights
 from runtime.errors import InputError
 from runtime.parts import differing
 
@@ -55,6 +57,14 @@ def on_main(work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise InputError(outcome[1])
     return outcome[0]
+
+
+def open_on_all(path: str, kind: str) -> Opened:
+    """`modeling.weights.opened.open_weights` on all processes, which call this together.
+
+    Only the main process searches for the file and verifies its hash.
+    """
+    return open_file(on_main(lambda: find_weights(path, kind)), kind)
 
 
 def check_same(facts: dict[str, Any], what: str) -> None:

@@ -26,6 +26,9 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
     folder = f"torchinductor_{getpass.getuser()}_{capability}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/{folder}")
 
+# Every process that compiles would start another Python for Triton's kernels, of which a CPU has none.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # A shell's background jobs ignore SIGINT, and those of nohup SIGHUP: so would the programs that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -60,11 +60,10 @@ from modeling.weights.metadata import DECODER, DISCRIMINATOR, ENCODER, TOKENIZER
 from modeling.weights.opened import Opened
 from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
-from runtime.processes import compiles, on_main
+from runtime.processes import compiles, on_main, open_on_all
 from runtime.program import run as run_program
 from runtime.published import WEIGHTS, MissingFile
 from runtime.randomness import seed_step
-from runtime.weights import open_on_all
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training.accelerator import describe_precision, numerics_of, start_training
@@ -580,9 +579,7 @@ def main(argv: list[str]) -> None:
                 rates["critic lr"] = learning_rate(options, step, True)
             run.log_window(step, {**rates, "phase": number, **state.codes.report(run)})
         if due.save:
-            run.save(step)
-        if due.stop:
-            run.exit_stopped(step)
+            run.save(step, due.stop)
         report(run, step, due, state, data)
 
     models = {"tokenizer": state.tokenizer, "discriminator": state.discriminator}

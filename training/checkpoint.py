@@ -64,9 +64,8 @@ class Checkpoint:
 
     def __init__(self, accelerator: Accelerator, experiment: Experiment):
         self.experiment, self.folder = experiment, Path(experiment.output_dir)
-        self.weights: dict[
-            str, tuple[nn.Module, About | None]
-        ] = {}  # with the metadata of their files
+        # By name: what is saved, and the metadata of its file.
+        self.weights: dict[str, tuple[nn.Module, About | None]] = {}
         self._objects: dict[str, Stateful] = {}
         self._lock: IO[str] | None = None
         resume = experiment.resume
@@ -202,7 +201,8 @@ def save(
     try:
         with writing(final):
             aside.mkdir(parents=True)
-            needed, free = total_bytes([weights, state]), shutil.disk_usage(folder).free
+            tensors = [leaf for leaf in tree_leaves([weights, state]) if isinstance(leaf, Tensor)]
+            needed, free = sum(x.nbytes for x in tensors), shutil.disk_usage(folder).free
             if needed > free:
                 raise InputError(
                     f"no room for the checkpoint of step {step} in {folder}: {needed / 1e9:.2f} GB "
@@ -246,11 +246,6 @@ def write_files(
     manifest = {"format": FORMAT, "step": step, "origin": origin, "files": entries}
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     sync_folder(folder)
-
-
-def total_bytes(tree: Any) -> int:
-    """Bytes of all tensors in nested containers."""
-    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def origin_of(path: Path) -> str | None:

@@ -16,8 +16,7 @@ from data.classes import first_names
 from modeling.generator import GeneratorConfig
 from modeling.weights.metadata import GENERATOR, about_model
 from modeling.weights.opened import Opened
-from runtime.processes import on_main
-from runtime.weights import open_on_all
+from runtime.processes import on_main, open_on_all
 
 
 def open_initial(experiment: Experiment, kind: str) -> Optional[Opened]:

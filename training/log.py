@@ -156,7 +156,7 @@ class RunLog:
         """The lowest value of `name` from step `since` on; infinite if there is none."""
         records = read_records(self.folder / "metrics.jsonl") if self.write else []
         found = [record[name] for record in records if name in record and record["step"] >= since]
-        return min(found, default=math.inf)
+        return min((value for value in found if not math.isnan(value)), default=math.inf)
 
     def images(
         self, step: int, name: str, images: Tensor, per_row: int, captions: Sequence[str] = ()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, Optional
+from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
@@ -350,11 +350,15 @@ class Run:
         if due.save or (due and step < self.first_step):
             on_main(lambda: write_whole(self.folder / REPORTED, str(step).encode()))
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint."""
+    def save(self, step: int, stop: bool) -> None:
+        """Write a checkpoint; after a signal (`stop`) end the process."""
         with self.window.paused():
             self.checkpoint.values["run"] = self.settings(step)
             self.checkpoint.save(step)
+        if stop:
+            self.log.say(f"asked to stop: saved step {step}; run the same command again to resume")
+            self._end(SAVED_AND_STOPPED)
+            raise SystemExit(SAVED_AND_STOPPED)
 
     def export(self, model: str, name: str, suffix: str) -> None:
         """Write the weights that `checkpoint` has under the name `model`, the average if there is one, into the
@@ -382,7 +386,10 @@ class Run:
         except torch.AcceleratorError:
             raise  # the device is unusable now
         except Exception as e:
-            problem = describe(e).removeprefix("InputError: ")
+            text = (
+                str(e).rsplit("InputError: ")[-1].strip()
+            )  # a data worker's has its traceback before it
+            problem = text.splitlines()[0] if isinstance(e, InputError) and text else describe(e)
         problems = [p for p in gather_object([problem]) if p is not None]
         if problems:
             self.log.say(f"warning: {name} failed: {problems[0]}; training continues without it")
@@ -406,12 +413,6 @@ class Run:
             return Due()
         found = self.scheduled(step)
         return Due(evaluate=found.evaluate, generate=found.generate)
-
-    def exit_stopped(self, step: int) -> NoReturn:
-        """End the process after a signal; `step` is saved."""
-        self.log.say(f"asked to stop: saved step {step}; run the same command again to resume")
-        self._end(SAVED_AND_STOPPED)
-        raise SystemExit(SAVED_AND_STOPPED)
 
     def finish(self, name: str, suffix: str, models: dict[str, Optional[nn.Module]]) -> None:
         """End the run, and with several ranks the process: `export` the model `name` or, of a dry run, say

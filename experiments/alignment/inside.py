@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.sizes import tokenizer_sizes
+from configs.sizes import tokenizer_of
 from data.images import ImagePath, scan_images
 from data.tokens import open_tokens
 from evaluation.generator_scores import find_source, open_generator, plot_positions
@@ -49,8 +49,6 @@ from experiments.alignment.dependence import (
 from experiments.alignment.neighbours import NEIGHBOURS, code_dependence
 from modeling.devices import find_device
 from modeling.tokenizer import Tokenizer
-from modeling.weights.metadata import TOKENIZER
-from modeling.weights.opened import load_tokenizer, open_weights
 from modeling.weights.tensors import fingerprint
 from runtime.arguments import Parser, as_path
 from runtime.errors import InputError
@@ -190,8 +188,7 @@ def image_paths(folder: Path, at_least: int) -> list[ImagePath]:
 
 def open_tokenizer(path: str) -> Tokenizer:
     """A tokenizer in eval mode. Raises InputError if the grid has only one row."""
-    opened = open_weights(path, TOKENIZER)
-    tokenizer = load_tokenizer(opened, tokenizer_sizes(opened, None))
+    tokenizer = tokenizer_of(path)
     if tokenizer.config.grid < 2:
         raise InputError(
             f"{path} has one row of patches, and so no rows that could depend on others"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from configs.sizes import tokenizer_sizes
+from configs.sizes import tokenizer_of
 from data.images import CenterImages, scan_images
 from data.pictures import to_pixels
 from data.tokens import TokenStore
@@ -26,8 +26,6 @@ from evaluation.metrics import frechet_distance
 from experiments.alignment.dependence import evenly
 from experiments.alignment.judge import SAMPLES, check_codes_are_shared, load_samples
 from experiments.alignment.rows import GUIDANCE
-from modeling.weights.metadata import TOKENIZER
-from modeling.weights.opened import load_tokenizer, open_weights
 from modeling.weights.tensors import read_state_dict
 from runtime.arguments import Parser, as_path
 from runtime.errors import InputError
@@ -72,8 +70,7 @@ def crops(folder: Path, size: int, limit: int | None = None) -> np.ndarray:
 
 
 def reconstructions(decoder: Path, codes: np.ndarray) -> np.ndarray:
-    opened = open_weights(decoder, TOKENIZER)
-    tokenizer = load_tokenizer(opened, tokenizer_sizes(opened, None))
+    tokenizer = tokenizer_of(str(decoder))
     with torch.inference_mode():
         parts = [tokenizer.decode(part) for part in torch.from_numpy(codes).split(BATCH)]
     return to_pixels(torch.cat(parts))

@@ -91,18 +91,12 @@ class ClassNames:
         if labels:
             meant = " or ".join(f"{label} ({short(self.shown[label])})" for label in labels)
             raise InputError(f"class {short(name)} is ambiguous: pass the number, {meant}")
-        near = self.nearest(name)
+        known = {folded(each): each for each in reversed(self.labels_of)}  # the first of equals
+        near = known[difflib.get_close_matches(folded(name), known, 1, 0.0)[0]]
         raise InputError(
             f"no class is called {short(name)}: the nearest name is {short(near)} (class "
             f"{self.labels_of[near][0]})"
         )
-
-    def nearest(self, name: str) -> str:
-        known: dict[str, str] = {}
-        for each in self.labels_of:
-            known.setdefault(folded(each), each)
-        (near,) = difflib.get_close_matches(folded(name), known, 1, 0.0)
-        return known[near]
 
     def caption(self, label: int) -> str:
         """The caption of an image with this label: its name or, if unknown, its number."""

@@ -16,7 +16,7 @@ MARKS = {
 }  # fmt: skip
 # Names that torch.compile, FSDP and activation checkpointing insert at any depth.
 INSERTED = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
-MOST_WRAPPERS = 8  # dicts around a model
+MOST_WRAPPERS = 4  # dicts around a model
 
 SAFETENSORS, PYTORCH = "safetensors", "PyTorch"  # the kinds that hold weights
 
@@ -62,9 +62,11 @@ def find_models(
 ) -> Iterator[tuple[dict[str, Tensor], tuple[str, ...]]]:
     """Every model of this kind in nested dicts: its tensors by its own names, and what was around them,
     outermost first: entries, and a prefix of the tensors' names."""
-    if not isinstance(content, dict) or len(around) > MOST_WRAPPERS:  # one may contain itself
+    if not isinstance(content, dict) or len(around) > MOST_WRAPPERS:
         return
     named = {INSERTED.sub("", str(name)): value for name, value in content.items()}
+    if len(named) < len(content):  # a tensor with and without an inserted name: both count
+        named = {str(name): value for name, value in content.items()}
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     for name in tensors:
         if f".{name}".endswith(f".{MARKS[kind]}"):
@@ -72,4 +74,5 @@ def find_models(
             own = {n.removeprefix(prefix): tensors[n] for n in tensors if n.startswith(prefix)}
             yield own, (*around, prefix) if prefix else around
     for name, value in named.items():
-        yield from find_models(value, kind, (*around, name))
+        if value is not content:  # a dict may contain itself
+            yield from find_models(value, kind, (*around, name))

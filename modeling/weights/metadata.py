@@ -23,7 +23,7 @@ from typing import Any, Optional, get_type_hints
 
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, describe
 from ..fields import is_a
 
 KEY, VERSION = "alitok", 1
@@ -107,13 +107,7 @@ class About:
 
     def check_tensors(self, state: dict[str, Tensor], source: object) -> None:
         """Raise InputError if a size contradicts the shapes of the file's tensors."""
-        shown = shown_sizes(self.kind, state)
-        if shown is None:
-            raise InputError(
-                f"the metadata of {source} is wrong, its tensors are not those of a {self.kind}: export "
-                f"the weights again"
-            )
-        for name, size in shown.items():
+        for name, size in shown_sizes(self.kind, state, source).items():
             if self.config[name] != size:
                 raise InputError(
                     f"{source} states {name}={self.config[name]}, but its tensors have {size}: its "
@@ -167,11 +161,9 @@ def damaged(source: object, reason: str) -> InputError:
 
 
 # ---------------------------------------------------------------------- sizes from shapes
-def about_shapes(kind: str, state: dict[str, Tensor]) -> Optional[About]:
-    """The description of a model derived from its tensors; None if they are not of this kind."""
-    shown = shown_sizes(kind, state)
-    if shown is None:
-        return None
+def about_shapes(kind: str, state: dict[str, Tensor], source: object) -> About:
+    """The description of a model derived from its tensors, as `shown_sizes`."""
+    shown = shown_sizes(kind, state, source)
     if kind != TOKENIZER:
         return About(kind, shown)
     widths = {part: shown[f"{part}_width"] for part in ("encoder", "decoder")}
@@ -185,8 +177,8 @@ def about_shapes(kind: str, state: dict[str, Tensor]) -> Optional[About]:
     return About(kind, shown, stage=1 if stage1 else None, assumed=assumed)
 
 
-def shown_sizes(kind: str, state: dict[str, Tensor]) -> Optional[dict[str, Any]]:
-    """The sizes that tensor shapes show; None if the tensors are not of this kind.
+def shown_sizes(kind: str, state: dict[str, Tensor], source: object) -> dict[str, Any]:
+    """The sizes that tensor shapes show. Raises InputError, naming `source`, if tensors of the kind are missing.
 
     They show neither a tokenizer's heads, nor whether its decoder is causal, nor a generator's number of
     codes per image.
@@ -194,8 +186,11 @@ def shown_sizes(kind: str, state: dict[str, Tensor]) -> Optional[dict[str, Any]]
     show = {GENERATOR: generator_sizes, TOKENIZER: tokenizer_sizes}.get(kind)
     try:
         return {} if show is None else show(state)
-    except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError):
-        return None
+    except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError) as e:
+        raise InputError(
+            f"{source} does not hold all tensors of a {kind} ({describe(e)}): pass the path of a {kind}'s whole "
+            f"weights, or export them again"
+        ) from e
 
 
 def generator_sizes(state: dict[str, Tensor]) -> dict[str, Any]:

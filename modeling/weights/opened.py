@@ -14,7 +14,7 @@ from ..tokenizer import Tokenizer, TokenizerConfig
 from . import hub
 from .metadata import TOKENIZER, About, Named, about_model, about_shapes
 from .runs import all_checkpoints, find_weights
-from .tensors import describe, fingerprint, load_tensors, read_model
+from .tensors import fingerprint, load_tensors, read_model
 
 T = TypeVar("T", bound=Any)  # a config
 
@@ -54,12 +54,7 @@ def open_weights(path: str | Path, kind: str) -> Opened:
 def open_file(file: Path, kind: str) -> Opened:
     """`open_weights` of a file that `find_weights` returned."""
     state, about = read_model(file, kind)
-    about = about or about_shapes(kind, state)
-    if about is None:
-        raise InputError(
-            f"{file} is not a {kind} but {describe(state)}: pass the path of a {kind}'s weights"
-        )
-    return Opened(file, state, about)
+    return Opened(file, state, about or about_shapes(kind, state, file))
 
 
 def config_of(opened: Opened, config: Optional[TokenizerConfig]) -> TokenizerConfig:

@@ -50,9 +50,11 @@ def read_model(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Optional
         raise InputError(
             f"{path} holds more than one {kind} ({places}): save the one to use as a file of its own"
         )
-    if not found or (about is not None and about.kind != kind):
+    if not found:
         others = [state for other in MARKS for state, _ in find_models(content, other)]
-        shown = describe(others[0]) if others else "something else"
+        flat = content if isinstance(content, dict) else {}
+        flat = {str(name): value for name, value in flat.items() if isinstance(value, Tensor)}
+        shown = describe(others[0] if others else flat)
         raise InputError(f"{path} is not a {kind} but {shown}: pass the path of a {kind}'s weights")
     ((state, around),) = found
     # torchrun and accelerate number their processes in RANK: one of them says it.
@@ -245,13 +247,7 @@ def load_tensors(
             f"{'; '.join(problems)}. The file seems to be {describe(state)}; pass the matching "
             f"config or weights"
         )
-    check_finite(found, source)
-    model.load_state_dict(found, strict=False)  # strictness was checked above, with reasons
-
-
-def check_finite(state: dict[str, Tensor], source: str) -> None:
-    """InputError that names the first tensor with NaN or infinite values."""
-    for name, tensor in state.items():
+    for name, tensor in found.items():
         if tensor.is_meta or not tensor.is_floating_point():  # meta tensors have no values
             continue
         wide = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit types lack isfinite
@@ -261,3 +257,4 @@ def check_finite(state: dict[str, Tensor], source: str) -> None:
                 f"{source} holds {bad} NaN or infinite values in {name}, of {tensor.numel()}: fetch "
                 f"or export it again, or take an earlier checkpoint"
             )
+    model.load_state_dict(found, strict=False)  # strictness was checked above, with reasons

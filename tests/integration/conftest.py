@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 from tests.integration.warm import PROGRAMS, Warm
 from train_tokenizer import __main__ as trainer
+from train_tokenizer import losses
 from train_tokenizer.losses import FrozenNetworks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,4 +231,16 @@ def random_networks(monkeypatch):
     def built(phases, weights, device):
         return FrozenNetworks(phases, None, device)
 
+    for name in ("ConvNeXtLogits", "LPIPS"):
+        kind = getattr(losses, name)
+        monkeypatch.setattr(losses, name, lambda _, kind=kind: random_network(kind))
     monkeypatch.setattr(trainer, "FrozenNetworks", built)
+
+
+@functools.cache
+def random_network(kind):
+    """One of a kind for all tests: its random start takes seconds, and training leaves it as it is."""
+    with pytest.MonkeyPatch.context() as patch:  # the layers' own start is enough
+        patch.setattr(nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor)
+        patch.setattr(nn.init, "normal_", lambda tensor, *_, **__: tensor)
+        return kind(None)

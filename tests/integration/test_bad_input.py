@@ -81,9 +81,8 @@ def test_environment_that_overrules_the_config_stops_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("program", ["train_ar.py", "evaluate.py", "-m train_tokenizer"])
-def test_help_ends_quietly_when_its_reader_leaves(program, tmp_path):
-    command = f"{sys.executable} {program} --help 2> {tmp_path}/stderr | head -n 1"
+def test_help_ends_quietly_when_its_reader_leaves(tmp_path):
+    command = f"{sys.executable} train_ar.py --help 2> {tmp_path}/stderr | head -n 1"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert len(done.stdout.splitlines()) == 1 and (tmp_path / "stderr").read_text() == ""
 
@@ -108,8 +107,8 @@ def test_misspelt_option_on_two_ranks_is_said_once(workspace, tmp_path):
     done = workspace.stage1(
         tmp_path / "run", "training.per_gpu_batchsize=2", ranks=2, launcher="torchrun", check=False
     )
-    lines = {line for line in done.stderr.splitlines() if line.startswith("error:")}
-    assert len(lines) == 1 and "did you mean training.per_gpu_batch_size" in lines.pop()
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "did you mean training.per_gpu_batch_size" in lines[0]
     assert done.returncode != 0
 
 

@@ -60,7 +60,8 @@ def test_fsdp_trains_saves_and_samples_as_ddp(workspace, ddp_run, fsdp, tmp_path
         if not run.exists():
             shutil.copytree(ddp_run, run)
         shutil.rmtree(run / "checkpoints/step-00000006")
-        workspace.train_ar(run, *HALF, **TWO, env=env)
+        done = workspace.train_ar(run, *HALF, **TWO, env=env)
+        assert ("parameters sharded" in done.stdout) == bool(env)
         np.testing.assert_allclose(losses(run), losses(ddp_run), rtol=1e-6)
 
 
@@ -121,7 +122,9 @@ def test_compiled_training_is_the_same_training(workspace, ddp_run, fsdp, tmp_pa
     halves = ["training.gradient_accumulation_steps=2"] * (kind == "one")
     recompute = ["model.generator.use_checkpoint=True"] * (kind == "ddp")
     options = [*HALF, *halves, *recompute, "training.compile=True"]
-    workspace.train_ar(tmp_path / "run", *options, **launch)
+    done = workspace.train_ar(tmp_path / "run", *options, **launch)
+    assert ", compiled" in done.stdout and "not compiled" not in done.stdout + done.stderr
+    assert ("parameters sharded" in done.stdout) == (kind == "fsdp")
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(ddp_run), rtol=1e-5)
     weights = tmp_path / "run/generator.bin"
     assert read_state_dict(weights).keys() == read_state_dict(ddp_run / "generator.bin").keys()
@@ -135,7 +138,8 @@ def test_compiled_training_in_bfloat16_stays_near_float32(workspace, ddp_run, tm
         "training.compile=True",
         "training.mixed_precision=bf16",
     ]
-    workspace.train_ar(tmp_path / "run", *HALF, *options)
+    done = workspace.train_ar(tmp_path / "run", *HALF, *options)
+    assert ", compiled" in done.stdout and "not compiled" not in done.stdout + done.stderr
     found, exact = losses(tmp_path / "run"), losses(ddp_run)
     np.testing.assert_allclose(found, exact, rtol=2e-2)
     assert not np.allclose(found, exact, rtol=1e-6)

@@ -27,13 +27,13 @@ def trainer(workspace, name, ranks=1, workers=0, steps=40):
             f"dataset.params.num_workers_per_gpu={workers}", f"training.max_train_steps={steps}",
             f"training.per_gpu_batch_size={4 // ranks}", "training.use_ema=True",
         ]  # fmt: skip
-    half = steps // 2
+    before = 10  # then the discriminator trains too: kills have to meet it
     options = [
         f"config={workspace.root}/{name}.yaml", f"dataset.params.train_dir={workspace.root}/train",
         f"dataset.params.num_workers_per_gpu={workers}", "experiment.generate_every=0",
         f"training.per_gpu_batch_size={4 // ranks}",
-        f"phases=[{{name: mse, steps: {half}, learning_rate: 1.0e-3}},"
-        f"{{name: gan, steps: {steps - half}, gan_weight: 0.005}}]",
+        f"phases=[{{name: mse, steps: {before}, learning_rate: 1.0e-3}},"
+        f"{{name: gan, steps: {steps - before}, gan_weight: 0.005}}]",
     ]  # fmt: skip
     if name == "stage2":
         options += [f"experiment.stage1_checkpoint={workspace.stage1_run}", "training.use_ema=True"]
@@ -140,7 +140,7 @@ def test_stopped_and_killed_it_ends_as_in_one_go(workspace, warm, in_one_go, tmp
     assert run.kill()
     expected = next_step(halves)
     output = warm.ok(program, *options, f"experiment.output_dir={halves}", ranks=ranks)
-    assert first_steps(output) == [expected] and expected > 7
+    assert first_steps(output) == [expected] and expected > 12
     same_run(whole, halves)
 
 
@@ -148,7 +148,7 @@ def test_stopped_and_killed_it_ends_as_in_one_go(workspace, warm, in_one_go, tmp
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["stage1", "stage2", "generator"])
 def test_survives_many_kills(workspace, warm, tmp_path, name, ranks):
-    program, options = trainer(workspace, name, ranks, steps=100)  # the kills reach about 45
+    program, options = trainer(workspace, name, ranks, steps=75)  # the kills reach about 45
     options += ["experiment.log_every=1", "experiment.save_every=3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     warm.ok(program, *options, f"experiment.output_dir={whole}", ranks=ranks)
@@ -179,6 +179,6 @@ def test_survives_many_kills(workspace, warm, tmp_path, name, ranks):
     assert inside >= 2  # kills left a file or a folder half-written
     expected = next_step(killed)
     output = warm.ok(program, *options, f"experiment.output_dir={killed}", ranks=ranks)
-    assert first_steps(output) == [expected] and expected > 10
+    assert first_steps(output) == [expected] and expected > 13
     same_run(whole, killed)
     assert not any(killed.rglob("*.partial"))

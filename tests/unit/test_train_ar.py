@@ -13,7 +13,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-import runtime.weights
+import runtime.processes
 import train_ar
 from configs.load import load
 from configs.schema import GeneratorRun, OptimizerParams
@@ -813,7 +813,7 @@ def test_initial_weights_are_the_average_of_the_run(
     """With rate 0 the weights stay: everything of the file arrives, and nothing else."""
     file, opened = first / ("generator.bin" if kind == "file" else ""), []
     monkeypatch.setattr(
-        runtime.weights, "open_file", lambda *of: opened.append(of) or open_file(*of)
+        runtime.processes, "open_file", lambda *of: opened.append(of) or open_file(*of)
     )
     records = train(
         f"experiment.init_weights={file}", "optimizer.params.learning_rate=0", "training.use_ema=True",

@@ -7,7 +7,7 @@ import yaml
 
 from configs.load import load
 from configs.schema import GeneratorRun
-from configs.sizes import tokenizer_sizes, with_weights
+from configs.sizes import tokenizer_of, with_weights
 from modeling.generator import Generator
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
@@ -91,15 +91,16 @@ def test_null_is_no_number_of_codes_of_its_own(read, tokenizer):
 
 def test_a_program_with_flags_has_the_same_rule(tmp_path, tokenizer):
     file = tmp_path / "d.yaml"
-    assert tokenizer_sizes(tokenizer, None) == SIZES
+    path = str(tokenizer.file)
+    assert tokenizer_of(path).config == SIZES
     named = "image_size=32 (the command line)", tokenizer.file
-    refusal(lambda: tokenizer_sizes(tokenizer, None, image_size=32), *named)
+    refusal(lambda: tokenizer_of(path, image_size=32), *named)
     file.write_text("model: {vq_model: {encoder_heads: 2}}")
-    refusal(lambda: tokenizer_sizes(tokenizer, str(file)), f"encoder_heads=2 ({file}, line 1)")
+    refusal(lambda: tokenizer_of(path, str(file)), f"encoder_heads=2 ({file}, line 1)")
 
 
 def test_what_no_tensor_shows_is_what_somebody_sets(tmp_path, tokenizer):
-    file, bare = tmp_path / "d.yaml", open_weights(tmp_path / "bare.pth", TOKENIZER)
+    file, bare = tmp_path / "d.yaml", str(tmp_path / "bare.pth")
     file.write_text("model: {vq_model: {encoder_heads: 2, decoder_heads: 8, causal: true}}")
     expected = replace(SIZES, encoder_heads=2, decoder_heads=8)
-    assert tokenizer_sizes(bare, str(file)) == expected
+    assert tokenizer_of(bare, str(file)).config == expected

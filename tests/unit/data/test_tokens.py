@@ -428,7 +428,7 @@ def test_class_of_the_manifest_whose_folder_is_gone_keeps_its_rank(published):
     assert open_tokens(published).labels.tolist() == [1 + label for label in sorted(LABELS)]
 
 
-@pytest.mark.parametrize("classes", [["../x"], "cat", [3], ["/etc"]], ids=str)
+@pytest.mark.parametrize("classes", [["../x"], "cat", [3], ["/etc"], [""], [".."]], ids=str)
 @pytest.mark.parametrize("layout", ["cache", "published"])
 def test_manifest_cannot_name_classes_outside_its_folder(layout, classes, request):
     folder = request.getfixturevalue(layout)

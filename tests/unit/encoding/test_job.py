@@ -55,7 +55,8 @@ def encode(tmp_path):
     def run(**options):
         plan = EncodingPlan(16, "center_flip", num_workers=0, **{"batch_size": 1, **options})
         listing = scan_images(tmp_path / "photos")
-        encode_folder(listing, encoder, "hash", plan, tmp_path / "cache", PartialState(cpu=True))
+        PartialState(cpu=True)
+        encode_folder(listing, encoder, plan, tmp_path / "cache")
         return json.loads((tmp_path / "cache/manifest.json").read_text())
 
     return run
@@ -182,9 +183,7 @@ def test_nothing_is_published_without_all_parts(encode, tmp_path, monkeypatch, l
     original = job.encode_parts
     monkeypatch.setattr(
         job, "encode_parts",
-        lambda encoder, source, plan, numbers, processes: original(
-            encoder, source, plan, numbers[:-1], processes
-        ),
+        lambda encoder, source, plan, numbers: original(encoder, source, plan, numbers[:-1]),
     )  # fmt: skip
     monkeypatch.setattr(job, "BATCHES_PER_PART", 1)
     refusal(lambda: encode(layout=layout), tmp_path / "cache.partial", "lacks parts")

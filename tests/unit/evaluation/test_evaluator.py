@@ -284,8 +284,8 @@ def test_statistics_of_other_features_are_refused(score, monkeypatch):
 @pytest.mark.parametrize(
     "changed, words",
     [
-        (dict(mu=np.zeros(64)), ("mu does not hold", "(12,)", "other features")),
-        (dict(sigma_s=np.full((6, 6), np.nan)), ("sigma_s does not hold finite",)),
+        (dict(mu=np.zeros(64)), ("mu holds float64 (64,)", "(12,)", "other features")),
+        (dict(sigma_s=np.full((6, 6), np.nan)), ("sigma_s holds", "not finite")),
         (dict(mu=np.array([{}] * 12)), ("bad.npz",)),
         (dict(pool_3=np.zeros((5, 64), np.float32)), ("bad.npz: pool_3", "--save_stats")),
         (dict(pool_3=np.zeros((5, 12), np.int64)), ("bad.npz: pool_3",)),

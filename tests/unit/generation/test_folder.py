@@ -27,8 +27,8 @@ def fill_folder(models, job, tmp_path):
         if codes is not None:
             changed |= dict(prefix=torch.from_numpy(codes.astype(np.int64)), count=len(codes))
             used = replace(models, generator=None)
-        cpu = PartialState(cpu=True)
-        made = SampleFolder(tmp_path / name, replace(job, **changed), used, cpu, png, grid)
+        PartialState(cpu=True)
+        made = SampleFolder(tmp_path / name, replace(job, **changed), used, png, grid)
         made.fill()
         return made
 

@@ -290,7 +290,8 @@ def test_prefixes_are_taken_in_turn_in_every_chunk(models, job):
 
 
 def folder(tmp_path, job, models):
-    return SampleFolder(tmp_path / "a", job, models, PartialState(cpu=True))
+    PartialState(cpu=True)
+    return SampleFolder(tmp_path / "a", job, models)
 
 
 def test_a_folder_of_another_prefix_is_refused(models, job, tmp_path):

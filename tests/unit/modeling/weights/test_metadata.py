@@ -117,7 +117,7 @@ def test_a_size_that_the_tensors_contradict_is_named(generator, name, value, sho
 def test_every_size_of_a_tokenizer_that_shows_is_compared(tmp_path, config, name):
     path, state = tmp_path / "t.safetensors", Tokenizer(config).state_dict()
     about = about_model(TOKENIZER, config)
-    assert shown_sizes(TOKENIZER, state).items() <= about.config.items()
+    assert shown_sizes(TOKENIZER, state, path).items() <= about.config.items()
     value = about.config[name]
     about.config[name] = not value if isinstance(value, bool) else value + 1
     write_state_dict(state, path, about)

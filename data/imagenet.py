@@ -8,29 +8,21 @@ from data.classes import printable
 SYNSET = re.compile(r"n\d{8}")
 
 
-def imagenet_synsets() -> list[str]:
-    """The 1,000 synsets of ILSVRC 2012 in the order of its classes, which is sorted."""
-    from timm.data.imagenet_info import ImageNetInfo  # loads all of timm, so only when needed
-
-    return ImageNetInfo().label_names()  # type: ignore[return-value] - a list, declared wider
-
-
 def misnumbered(classes: Sequence[str]) -> str | None:
-    """A warning if labels differ from the numbers that class names suggest; None if they agree."""
+    """A warning if labels differ from the numbers that class names suggest; None if they agree.
+
+    If most classes are synsets, but not ImageNet's 1,000 in order, published weights expect other labels, which
+    nothing else would detect.
+    """
     from modeling.weights.class_names import sorted_as_text  # loads models: only when needed
 
-    return sorted_as_text(dict(enumerate(classes))) or unlike_imagenet(classes)
-
-
-def unlike_imagenet(classes: Sequence[str]) -> str | None:
-    """A warning if most classes are synsets, but not ImageNet's 1,000 in order; None otherwise.
-
-    Published weights then expect other labels, which nothing else would detect.
-    """
+    doubt = sorted_as_text(dict(enumerate(classes)))
     synsets = sum(SYNSET.fullmatch(name) is not None for name in classes)
-    if 2 * synsets <= len(classes):
-        return None
-    expected = imagenet_synsets()
+    if doubt or 2 * synsets <= len(classes):
+        return doubt
+    from timm.data.imagenet_info import ImageNetInfo  # loads all of timm, so only when needed
+
+    expected = list(ImageNetInfo().label_names())  # the 1,000 synsets of ILSVRC 2012, sorted
     if list(classes) == expected:
         return None
     unequal = [i for i, (name, wanted) in enumerate(zip(classes, expected)) if name != wanted]

@@ -33,7 +33,7 @@ class NpzStore(TokenCache):
         unknown = {"layout": "npz", "codebook_size": None, "tokenizer": None}
         self.manifest = {**unknown, **(read_manifest(path) if path.exists() else {})}
         self.codebook_size = self.manifest["codebook_size"]
-        folders = walk(str(self.folder))[0]
+        folders = walk(str(self.folder))[0] if self.folder.is_dir() else {}
         # Of the manifest, so that a stray folder shifts no labels; without one, the folders.
         top = {folder.split(os.sep)[0] for folder in folders} - {""}
         self.classes: list[str] = self.manifest.get("classes", sorted(top))

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data.walk import is_hidden
 from runtime.errors import InputError
-from runtime.files import read_npz, shared_file
+from runtime.files import read_npz, whole_file
 from runtime.processes import on_main
 
 VERSION = 1
@@ -58,13 +58,10 @@ class TarPath(NamedTuple):
         return f"{self.tar.path}/{self.tar.names[self.number]}"
 
     def read(self) -> bytes:
-        """Raises InputError if the tar has changed or was cut short."""
+        """Raises InputError if the tar has changed or was cut short, and OSError, which may pass."""
         path, size = self.tar.path, int(self.tar.sizes[self.number])
-        try:
-            file = opened(path, self.tar.stamp)
-            content = os.pread(file.fileno(), size, int(self.tar.offsets[self.number]))
-        except OSError as e:
-            raise InputError(f"cannot read {path}: {e.strerror}") from e
+        file = opened(path, self.tar.stamp)
+        content = os.pread(file.fileno(), size, int(self.tar.offsets[self.number]))
         if len(content) < size:
             raise cut_short(path)
         return content
@@ -221,7 +218,7 @@ def cut_short(where: str | Path) -> InputError:
 def write_index(index: Path, members: Members, stamp: tuple[int, int]) -> None:
     names, offsets, sizes = members
     text = "\0".join(names).encode(errors="surrogateescape")
-    with shared_file(index) as partial, open(partial, "wb") as file:
+    with whole_file(index, shared=True) as partial, open(partial, "wb") as file:
         np.savez(
             file, names=np.frombuffer(text, np.uint8), offsets=offsets, sizes=sizes,
             about=np.array([VERSION, *stamp], np.int64),

@@ -67,8 +67,6 @@ class TokenStore(TokenCache):
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         path = self.folder / MANIFEST
-        if not path.is_file():
-            raise InputError(f"no token cache at {folder}: make one with pretokenization.py")
         try:
             self._open(read_manifest(path))
         except (OSError, ValueError, KeyError, TypeError) as e:
@@ -140,10 +138,7 @@ class TokenStore(TokenCache):
 def open_tokens(folder: str | Path) -> TokenCache:
     """Open a token cache of either layout. Raises InputError if it is missing or damaged."""
     path = Path(folder) / MANIFEST
-    if path.is_file():
-        packed = read_manifest(path).get("layout") != "npz"
-    else:
-        packed = not Path(folder).is_dir()
+    packed = path.is_file() and read_manifest(path).get("layout") != "npz"
     return TokenStore(folder) if packed else NpzStore(folder)
 
 

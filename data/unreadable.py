@@ -68,7 +68,8 @@ def report_once(report: Path, path: str, limit: int) -> list[str] | None:
     line = path.replace("\n", " ")
     with writing(report):
         report.parent.mkdir(parents=True, exist_ok=True)
-        with open(report, "a+", encoding="utf-8", errors="surrogateescape") as file:
+        # Only \n ends a line: names may hold \r.
+        with open(report, "a+", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.lockf(file, fcntl.LOCK_EX)  # until the file is closed
             file.seek(0)  # not opened again: closing another descriptor would end the lock
@@ -84,4 +85,4 @@ def lines_of(report: Path) -> list[str]:
     """The paths listed in a report; none if it does not exist."""
     if not report.exists():
         return []
-    return report.read_text("utf-8", "surrogateescape").split("\n")[:-1]
+    return report.read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]

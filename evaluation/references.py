@@ -12,7 +12,7 @@ from evaluation.features import FeatureNetwork
 from evaluation.sources import npz_images, npz_keys, open_images
 from evaluation.statistics import SetStatistics, measure
 from runtime.errors import InputError
-from runtime.files import read_npz, shared_file
+from runtime.files import read_npz, whole_file
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names; other projects have the first two
 # The parts of `SetStatistics` by their names in files.
@@ -124,5 +124,5 @@ def save_statistics(side: SetStatistics, path: str | Path, identity: str) -> Non
     for key, value in (("images", side.images), ("size", side.size)):
         if value is not None:
             arrays[key] = np.asarray(value)
-    with shared_file(path) as partial, open(partial, "wb") as file:
+    with whole_file(path, shared=True) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)

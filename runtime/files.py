@@ -2,13 +2,10 @@
 
 import fcntl
 import os
-import secrets
 import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -53,18 +50,6 @@ def try_to_write(path: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"1")
-
-
-@contextmanager
-def shared_file(path: str | Path) -> Iterator[Path]:
-    """`whole_file` for a file that several commands may write at the same time: each has its own name until
-    its file is whole."""
-    path = Path(path)
-    own = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    with whole_file(own) as partial:
-        yield partial
-    with writing(path):
-        os.replace(own, path)
 
 
 def sync_folder(path: Path) -> None:

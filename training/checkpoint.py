@@ -82,7 +82,8 @@ class Checkpoint:
         self.first_step = 1 if self.source is None else step_of(self.source) + 1
         # Whether this start branches off from a named checkpoint, rather than resumes what an earlier
         # start from it has saved since.
-        self.forks = self._origin != earlier
+        elsewhere = self.source is not None and not is_inside(self.source, self.folder)
+        self.forks = elsewhere or self._origin != earlier
         self._saved = {} if self.source is None else load_state(self.source)
         self.values: dict[str, Any] = self._saved.pop("values", {})
         if accelerator.scaler is not None:
@@ -226,6 +227,10 @@ def save(
     return final
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
 def remove(path: Path) -> None:
     """Remove a checkpoint. No part of it keeps its name: NFS keeps a folder while another process has one of
     its files open, and a kill may leave some; the next save removes those."""
@@ -320,7 +325,7 @@ def checkpoints_from(resume: str, run_dir: Path) -> list[Path]:
             f"experiment.resume={resume} is from the published trainer, whose optimizer state cannot "
             f"be resumed: set experiment.init_weights={resume} to start from its weights"
         )
-    if there == [named] and not is_checkpoint(named):
+    if candidates == [named] and not is_checkpoint(named):
         raise InputError(
             f"experiment.resume={resume} is neither a run's folder nor a checkpoint: pass one of them; a copied "
             f"checkpoint keeps its name (step-00001000)"

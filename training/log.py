@@ -83,12 +83,8 @@ class RunLog:
             self._cut(first_step)
             with writing(self.folder):
                 self.file = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115
-        self.bar = tqdm(
-            total=total_steps,
-            initial=first_step - 1,
-            unit="step",
-            disable=None if self.write else True,
-        )
+        hidden = None if self.write else True  # None: without a terminal
+        self.bar = tqdm(total=total_steps, initial=first_step - 1, unit="step", disable=hidden)
 
     def _start_wandb(self, experiment: Experiment, config: dict[str, Any]) -> None:
         init = {"name": experiment.name, "dir": str(self.folder), "resume": "allow"}
@@ -215,13 +211,6 @@ class Window:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time within as waiting for data."""
-        began = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - began
-
-    @contextmanager
     def paused(self) -> Iterator[None]:
         """Excludes the time within, for evaluation, previews and saving, from training time."""
         began = time.perf_counter()
@@ -243,10 +232,9 @@ class Window:
             return
         sums, accelerator = state_dict["sums"], self.accelerator
         same_ranks = len(sums) == accelerator.num_processes
-        sums = (sums[accelerator.process_index] if same_ranks else sums.mean(0)).to(
-            accelerator.device
-        )
-        self.sums, self.counts = dict(zip(state_dict["names"], sums)), dict(state_dict["counts"])
+        own = sums[accelerator.process_index] if same_ranks else sums.mean(0)
+        self.sums = dict(zip(state_dict["names"], own.to(accelerator.device)))
+        self.counts = dict(state_dict["counts"])
 
     def close(self) -> dict[str, float]:
         """Means over the window and all ranks, total images/s and the share of time spent waiting for

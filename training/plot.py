@@ -31,14 +31,11 @@ def curve(records: Records, name: str) -> dict[float, float]:
 
 def main(argv: list[str]) -> None:
     parser = Parser(description="Draw the curves of one or several runs.")
-    parser.add_argument("runs", nargs="+", type=as_path, help="output_dir of a run")
-    parser.add_argument(
-        "--reference", type=as_path,
-        help="draw over the curves and ranges of this file (quickstart/reference/NAME.jsonl)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output", type=new_file(*FORMATS), default="curves.png", help="file to draw (curves.png)"
-    )
+    add, file = parser.add_argument, "quickstart/reference/NAME.jsonl"
+    add("runs", nargs="+", type=as_path, help="output_dir of a run")
+    add("--reference", type=as_path, help=f"draw over the curves and ranges of this file ({file})")
+    shown = "file to draw (curves.png)"
+    add("--output", type=new_file(*FORMATS), default="curves.png", help=shown)
     args = parser.parse_args(argv)
     runs = {str(folder): run_records(folder) for folder in args.runs}
     if not any(

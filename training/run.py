@@ -28,7 +28,7 @@ from runtime.processes import check_same, on_main
 from runtime.program import leave
 from runtime.signals import SAVED_AND_STOPPED, StopSignal
 from training.accelerator import numerics_of
-from training.checkpoint import Checkpoint, whole_tensors
+from training.checkpoint import Checkpoint, is_inside, whole_tensors
 from training.dry_run import DryRun
 from training.log import RunLog, Window, due, forget_wandb_id
 from training.optim import FiniteGuard
@@ -43,25 +43,6 @@ REPORTED = ".reported"  # in a run's folder: the last checkpointed step with com
 
 
 # ---------------------------------------------------------------------- the same run?
-def check_same_run(
-    earlier: dict[str, Any], now: dict[str, Any], source: str, fork: bool, ranks: int = 1
-) -> list[str]:
-    """Compare settings with those of the checkpoint `source`; returns warnings for the user.
-
-    Raises InputError, listing all differences, unless the user named the checkpoint (`fork`). If the
-    global batch differs, the message gives the batch per GPU that restores it on `ranks` GPUs.
-    """
-    changed = differing(earlier, now)
-    if changed and not fork:
-        raise InputError(
-            f"{source} belongs to a run with other options or data: {changed}; restore those"
-            f"{batch_remedy(earlier, now, ranks)}, or start "
-            f"another run from it with another experiment.output_dir and "
-            f"experiment.resume={source}"
-        )
-    return [f"resumes from {source} with other options or data: {changed}"] * bool(changed)
-
-
 def batch_remedy(earlier: dict[str, Any], now: dict[str, Any], ranks: int) -> str:
     """The options that restore the earlier global batch on `ranks` GPUs; empty if it is the same."""
     batch = earlier.get("global batch")
@@ -163,17 +144,27 @@ class Run:
         check_same(facts, "other options or data")
 
     def _check_resume(self, starts: dict[str, Optional[str]]) -> dict[str, Optional[str]]:
-        """Compare the settings and `STARTS` with the checkpoint's; returns the latter as recorded."""
+        """Compare the settings and `STARTS` with the checkpoint's; returns the latter as recorded.
+
+        Raises InputError if they differ, unless the user named the checkpoint.
+        """
         state, source = self.checkpoint, self.checkpoint.source
         assert source is not None
-        state.warnings += check_same_run(
-            state.values["run"], self.settings(self.first_step - 1), str(source),
-            state.forks, self.accelerator.num_processes,
-        )  # fmt: skip
-        trained, now = state.values.get("autocast"), numerics_of(self.training).autocast
-        if "autocast" in state.values and trained != now:
+        earlier, now = state.values["run"], self.settings(self.first_step - 1)
+        changed = differing(earlier, now)
+        if changed and not state.forks:
+            remedy = batch_remedy(earlier, now, self.accelerator.num_processes)
+            raise InputError(
+                f"{source} belongs to a run with other options or data: {changed}; restore those{remedy}, or "
+                f"start another run from it with another experiment.output_dir and "
+                f"experiment.resume={source}"
+            )
+        if changed:
+            state.warnings.append(f"resumes from {source} with other options or data: {changed}")
+        trained, autocast = state.values.get("autocast"), numerics_of(self.training).autocast
+        if "autocast" in state.values and trained != autocast:
             state.warnings.append(
-                f"{source} was trained with autocast {trained}; this run continues with {now}"
+                f"{source} was trained with autocast {trained}; this run continues with {autocast}"
             )
         # A run of another kind records no stage 1; `Checkpoint.register_model` refuses it.
         recorded = {name: state.values.get(name) for name in starts}
@@ -192,7 +183,7 @@ class Run:
         source, last = self.checkpoint.source, self.first_step - 1
         if source is None or not self.checkpoint.forks or last < self.total_steps:
             return
-        if not source.resolve().is_relative_to(self.folder.resolve()):
+        if not is_inside(source, self.folder):
             raise InputError(
                 f"{source} is at step {last} of {self.total_steps}, so no step is left to train: set more "
                 f"steps, or experiment.init_weights={source} to start anew from its weights"
@@ -268,10 +259,10 @@ class Run:
 
     def next_batch(self) -> Any:
         """The next micro-batch of this rank, on the device."""
-        with self.window.waiting():
-            batch = send_to_device(
-                next(self.loader_iterator), self.accelerator.device, non_blocking=True
-            )
+        began = time.perf_counter()
+        batch = next(self.loader_iterator)
+        batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+        self.window.waited += time.perf_counter() - began
         self.window.images += self.batch
         return batch
 

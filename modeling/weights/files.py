@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,14 +37,16 @@ def writing(path: str | Path, *errors: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, shared: bool = False) -> Iterator[Path]:
     """A temporary name to write to; after the block that file is synced and replaces `path`.
 
     So `path` is absent, unchanged or complete, even if the process or machine stops. Its mode follows
-    the umask. Missing folders are created. Raises InputError if it cannot be written.
+    the umask. Missing folders are created. `shared`: several commands may write it at the same time, so each
+    has its own temporary name. Raises InputError if it cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    own = f".{secrets.token_hex(4)}" if shared else ""
+    partial = path.with_name(f"{path.name}{own}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -1,10 +1,11 @@
 """Sets whose classes look like ImageNet's but are numbered otherwise are warned of."""
 
 import pytest
+from timm.data.imagenet_info import ImageNetInfo
 
-from data.imagenet import imagenet_synsets, misnumbered, unlike_imagenet
+from data.imagenet import misnumbered
 
-SYNSETS = imagenet_synsets()
+SYNSETS = list(ImageNetInfo().label_names())
 
 
 def test_imagenets_own_classes_are_a_thousand_sorted_synsets():
@@ -16,7 +17,7 @@ def test_imagenets_own_classes_are_a_thousand_sorted_synsets():
     "classes", [SYNSETS, ["cat", "dog"], [str(i) for i in range(10)], ["n01440764", "cat", "dog"]]
 )
 def test_imagenet_and_other_sets_are_not_warned_of(classes):
-    assert unlike_imagenet(classes) is None
+    assert misnumbered(classes) is None
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_imagenet_and_other_sets_are_not_warned_of(classes):
     ],
 )
 def test_other_numbers_and_orders_are_warned_of(classes, count, first):
-    said = unlike_imagenet(classes)
+    said = misnumbered(classes)
     assert said is not None and "\n" not in said
     assert f"the {count} classes are synsets, but not ImageNet's 1000" in said and first in said
 

@@ -1,6 +1,7 @@
 """Images in tars: listed as the folders they were, read byte for byte, indexed, and damaged ones refused."""
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -350,6 +351,20 @@ def test_member_that_is_no_image_is_named_when_it_is_read(root, tmp_path):
     (root / "n01/z.png").write_bytes(b"no image")
     path = scan_images(tar_of_tars(root, tmp_path / "x.tar")).paths[1]
     assert " at 0x" not in refusal(lambda: load_image(path), f"{tmp_path}/x.tar/n01/z.png")
+
+
+def test_an_error_that_passes_does_not_make_an_image_of_a_tar_unreadable(archive, monkeypatch):
+    path = scan_images(archive).paths[0]
+    left, read = [OSError(errno.EIO, "I/O error")] * 2, os.pread
+    monkeypatch.setattr("modeling.photos.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(os, "pread", lambda *of: fail(left.pop()) if left else read(*of))
+    assert load_image(path).size
+    left.append(OSError(errno.EACCES, "Permission denied"))
+    refusal(lambda: load_image(path), str(path), "Permission denied")
+
+
+def fail(error):
+    raise error
 
 
 def test_open_tar_says_what_cannot_be_read(archive, monkeypatch):

@@ -229,7 +229,7 @@ STORED = [*SHARDS, "labels.bin", "paths.txt"]
 def test_a_damaged_store_is_refused_when_it_is_opened(cache, file, damage, word):
     damage(cache / file)
     named = cache if damage is Path.unlink and file == "manifest.json" else cache / file
-    refusal(lambda: TokenStore(cache), named, word)
+    refusal(lambda: open_tokens(cache), named, word)
 
 
 def relabel(*labels):

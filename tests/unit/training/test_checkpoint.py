@@ -271,6 +271,14 @@ def test_the_folder_of_a_runs_checkpoints_stands_for_the_run(run_dir, tmp_path):
     assert found == folder(tmp_path / "checkpoints", 3)
 
 
+def test_a_fork_resumes_though_the_run_it_came_from_is_gone(run_dir, tmp_path):
+    fork, named = tmp_path / "fork", str(run_dir)
+    weights = {"generator": ({"w": torch.ones(1)}, None)}
+    checkpoint.save(fork, 4, weights, {}, 2, origin=str(run_dir.resolve()))
+    shutil.rmtree(run_dir)
+    assert checkpoint.choose(fork, named)[0] == folder(fork, 4)
+
+
 def fail_with(error, *_, **__):
     raise error
 

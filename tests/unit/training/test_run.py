@@ -240,6 +240,14 @@ def test_a_fork_without_steps_left_is_refused(accelerator, tmp_path):
     own._refuse_ended_fork()  # not another run, though named
 
 
+def test_a_fork_of_a_run_that_once_named_itself_is_a_fork(accelerator, tmp_path):
+    run = tmp_path / "run"
+    save_run(run_of(accelerator, run, phases=PHASES), 10)
+    save_run(run_of(accelerator, run, str(run), phases=PHASES), 20)
+    assert not run_of(accelerator, run, str(run), phases=PHASES).checkpoint.forks  # it resumes
+    assert run_of(accelerator, tmp_path / "new", str(run), phases=PHASES).checkpoint.forks
+
+
 def test_another_precision_of_the_device_is_warned_of(accelerator, tmp_path):
     run = run_of(accelerator, tmp_path, phases=PHASES)
     run.checkpoint.values["autocast"] = "bf16"

@@ -1,8 +1,8 @@
 import builtins
 
 import pytest
+from timm.data.imagenet_info import ImageNetInfo
 
-from data.imagenet import imagenet_synsets
 from modeling.sampling import NO_CLASS
 from modeling.weights.class_names import ClassNames
 from tests.refusals import refusal
@@ -71,7 +71,7 @@ def test_classes_that_nothing_names_go_by_number():
 
 
 def test_wordnet_ids_of_all_of_imagenet_have_imagenets_names():
-    folders = dict(enumerate(imagenet_synsets()))
+    folders = dict(enumerate(ImageNetInfo().label_names()))
     names = ClassNames(1000, folders)
     assert names.labels(["n02099601", "otter"]) == [207, 360]
     assert names.caption(207) == "golden retriever"

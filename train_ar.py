@@ -349,9 +349,11 @@ def report_samples(run: Run, step: int, generator: Generator, data: GeneratorDat
     """Log a grid of samples and, with a reference, their gFID."""
     assert data.tokenizer is not None, "generate_every loads the tokenizer"
     tokenizer, evaluator, options = data.tokenizer, data.evaluator, run.options
-    grid = run.attempt("sampling", lambda: sample_grid(run, generator, tokenizer))
+    last = options.model.generator.condition_num_classes - 1  # of the classes of every row
+    labels = torch.linspace(0, last, GRID_CLASSES).long().repeat(GRID_PER_CLASS)
+    grid = run.attempt("sampling", lambda: sample_grid(run, generator, tokenizer, labels))
     if grid is not None:
-        captions = [data.names.caption(label) for label in grid_labels(options).tolist()]
+        captions = [data.names.caption(label) for label in labels.tolist()]
         run.log.images(step, "samples", grid, GRID_CLASSES, captions)
     if evaluator is not None:
         values = run.attempt(
@@ -371,21 +373,15 @@ def validate(run: Run, model: nn.Module, store: TokenCache) -> Tensor:
 
 
 @torch.no_grad()
-def sample_grid(run: Run, model: Generator, tokenizer: Tokenizer) -> Tensor:
-    """Images in [0, 1], each row with the same classes; empty except on the main process."""
+def sample_grid(run: Run, model: Generator, tokenizer: Tokenizer, labels: Tensor) -> Tensor:
+    """Images of these labels, in [0, 1]; empty except on the main process."""
     if not run.accelerator.is_main_process:
         return torch.empty(0)
-    generator, labels = run.options.model.generator, grid_labels(run.options)
+    generator = run.options.model.generator
     uniforms = image_uniforms(generator.seed, range(len(labels)), generator.image_seq_len)
     job = in_training.job_in_training(run.options, run.accelerator.device)
     engine = job.sampler(model, len(labels))
     return tokenizer.decode(engine.sample(labels, uniforms))
-
-
-def grid_labels(options: GeneratorRun) -> Tensor:
-    """The classes of a sample grid, row after row."""
-    last = options.model.generator.condition_num_classes - 1
-    return torch.linspace(0, last, GRID_CLASSES).long().repeat(GRID_PER_CLASS)
 
 
 # ---------------------------------------------------------------------- the program

@@ -36,7 +36,7 @@ from .decode_attention import (
 from .devices import check_type
 from .errors import describe
 from .generator import EPS, NO_CLASS, Block, Generator, GeneratorConfig
-from .sampling import DRAWN, Sampling, draw_codes, guide
+from .sampling import DRAWN, Sampling, choose
 
 # Positions of all rows together that `prefill` computes at once; more need more memory and save no time.
 PREFILLED_AT_ONCE = 2**14
@@ -109,23 +109,6 @@ def layer(
 def leave(x: Tensor, y: Tensor, block: BlockWeights, final_norm: Tensor) -> Tensor:
     """From the last attention's output to the output layer's input: (N, D) float32."""
     return norm(after_attention(x, y, block), final_norm)
-
-
-def choose(
-    logits: Tensor,
-    given: Tensor,
-    uniform: Tensor,
-    scale: Tensor,
-    guided: bool,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-) -> Tensor:
-    """Logits (N, V), given codes (B,), uniforms (B,) and a guidance scale (1,) -> codes (B,)."""
-    if guided:
-        logits = guide(logits, scale)
-    drawn = draw_codes(logits, uniform, temperature, top_k, top_p)
-    return torch.where(given == DRAWN, drawn, given)
 
 
 class StepFunctions(NamedTuple):
@@ -359,17 +342,11 @@ class Engine:
         y = attend(qkv, blocks[-1].qk_norm, weights.turns, at, stream.caches[-1])
         x = functions.leave(x, y, blocks[-1], weights.norm)
         logits = linear(x, weights.output, weights.output_bias)  # (N, V)
-        s = self.sampling
-        codes = functions.choose(
-            logits,
-            stream.given.index_select(1, position)[:, 0],
-            stream.uniforms.index_select(1, position)[:, 0],
-            self.scales.index_select(0, position),
-            s.guided,
-            s.randomize_temperature,
-            s.top_k,
-            s.top_p,
-        )  # (B,)
+        given = stream.given.index_select(1, position)[:, 0]
+        uniform = stream.uniforms.index_select(1, position)[:, 0]
+        scale, s = self.scales.index_select(0, position), self.sampling
+        rules = s.guided, s.randomize_temperature, s.top_k, s.top_p
+        codes = functions.choose(logits, given, uniform, scale, *rules)  # (B,)
         stream.codes.index_copy_(1, position, codes.unsqueeze(1))
         stream.rows.copy_(codes.repeat(len(stream.rows) // len(codes)))
         position += 1

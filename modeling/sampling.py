@@ -97,17 +97,29 @@ def draw_codes(
     return codes.clamp(max=logits.shape[1] - 1)
 
 
-def guide(logits: Tensor, scale: Tensor) -> Tensor:
-    """Logits (2B, V) with class and without -> guided logits (B, V): u + s·(c - u)."""
-    cond, uncond = logits.chunk(2)
-    return uncond + scale * (cond - uncond)
+def choose(
+    logits: Tensor,
+    given: Tensor,
+    uniform: Tensor,
+    scale: Tensor,
+    guided: bool,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> Tensor:
+    """Logits (N, V), given codes (B,), uniforms (B,) and a guidance scale -> codes (B,).
+
+    With guidance the first B rows of logits, c, are with class, the others, u, without: u + s·(c - u).
+    """
+    if guided:
+        cond, uncond = logits.chunk(2)
+        logits = uncond + scale * (cond - uncond)
+    drawn = draw_codes(logits, uniform, temperature, top_k, top_p)
+    return torch.where(given == DRAWN, drawn, given)
 
 
 class ReferenceEngine:
-    """The slow, readable twin of `engine.Engine`, for any backbone; bfloat16 by autocast.
-
-    With guidance both branches run in one batch: logits = u + s_t·(c - u), where u is the "no class" branch.
-    """
+    """The slow, readable twin of `engine.Engine`, for any backbone; bfloat16 by autocast."""
 
     def __init__(
         self, model: Backbone, batch: int, sampling: Sampling, dtype: torch.dtype = torch.float32
@@ -127,15 +139,11 @@ class ReferenceEngine:
         if s.guided:
             rows = torch.cat([rows, config.condition_rows(torch.full_like(labels, NO_CLASS))])
         branches, bf16 = len(rows) // len(labels), self.dtype == torch.bfloat16
+        rules = s.guided, s.randomize_temperature, s.top_k, s.top_p
         # In training mode dropout would be on.
         with eval_mode(self.model), torch.autocast(self.device.type, torch.bfloat16, bf16):
             for t in range(T):
                 logits = self.model.step(rows, t, cache)  # (N, V)
-                if s.guided:
-                    logits = guide(logits, scales[t])
-                drawn = draw_codes(
-                    logits, uniforms[:, t], s.randomize_temperature, s.top_k, s.top_p
-                )
-                codes[:, t] = torch.where(codes[:, t] == DRAWN, drawn, codes[:, t])
+                codes[:, t] = choose(logits, codes[:, t], uniforms[:, t], scales[t], *rules)
                 rows = codes[:, t].repeat(branches)
         return codes

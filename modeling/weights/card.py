@@ -29,12 +29,12 @@ pipeline([0], seed=0, output="pil")[0].save("image.png")
 
 | | |
 | --- | --- |
-| images | {size}×{size} pixels |
-| codes per image | {tokens} of {codebook} |
-| tokenizer | {stage}{encoder} encoder and {decoder} decoder layers |
-| generator | {layers} layers of width {width} |
+| images | {image_size}×{image_size} pixels |
+| codes per image | {num_latent_tokens} of {codebook_size} |
+| tokenizer | {stage}{encoder_layers} encoder and {decoder_layers} decoder layers |
+| generator | {num_hidden_layers} layers of width {hidden_size} |
 | classes | {classes} |
-| fingerprint of the tokenizer's codes | `{fingerprint}` |
+| fingerprint of the tokenizer's codes | `{generator.tokenizer}` |
 
 Licence: none is stated yet. State it here, and at `license` above.
 """
@@ -42,25 +42,14 @@ Licence: none is stated yet. State it here, and at `license` above.
 
 def model_card(name: str, generator: About, tokenizer: About) -> str:
     """The README.md of both models, called `name`."""
-    codes, sizes = tokenizer.config, generator.config
+    sizes = tokenizer.config | generator.config  # of the same codes
     classes = str(sizes["condition_num_classes"])
     if generator.classes is not None:
         known = [json.dumps(each, ensure_ascii=False) for each in generator.classes[:SHOWN]]
         more = ["…"] if len(generator.classes) > SHOWN else []
         classes += f": {', '.join(known + more)}".replace("|", "\\|")
-    return CARD.format(
-        name=name,
-        size=codes["image_size"],
-        tokens=codes["num_latent_tokens"],
-        codebook=codes["codebook_size"],
-        stage="" if tokenizer.stage is None else f"stage {tokenizer.stage}, ",
-        encoder=codes["encoder_layers"],
-        decoder=codes["decoder_layers"],
-        layers=sizes["num_hidden_layers"],
-        width=sizes["hidden_size"],
-        classes=classes,
-        fingerprint=generator.tokenizer,
-    )
+    stage = "" if tokenizer.stage is None else f"stage {tokenizer.stage}, "
+    return CARD.format(name=name, stage=stage, classes=classes, generator=generator, **sizes)
 
 
 def config_json(generator: About, tokenizer: About) -> str:

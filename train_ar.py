@@ -48,7 +48,7 @@ from runtime.processes import check_same, compiles, device_name, on_main, open_o
 from runtime.program import run as run_program
 from runtime.randomness import seed_step
 from training.accelerator import describe_precision, start_training
-from training.checkpoint import WHOLE, WholeOptimizer, is_inside
+from training.checkpoint import WHOLE, WholeOptimizer
 from training.dry_run import split_dry_run
 from training.initial import fit_classes, open_initial
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
@@ -338,9 +338,7 @@ def note_held_out(run: Run, validation: Optional[TokenCache]) -> None:
     if validation is None:
         return
     values, held_out = run.checkpoint.values, on_main(validation.identity)
-    source = run.checkpoint.source
-    own = source is None or is_inside(source, run.folder)
-    if not own or values.get("held out", held_out) != held_out:
+    if not run.checkpoint.own or values.get("held out", held_out) != held_out:
         values["best since"] = run.first_step
     values["held out"] = held_out
 

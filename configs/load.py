@@ -153,8 +153,10 @@ def save(options: Any, path: str | Path) -> None:
     for name, option in declared(type(options)).items():
         default = str(option.default)
         followed = default[2:-1]
-        if default.startswith("${") and followed in flat.keys() - options.unread and name in flat:
-            left_out |= {name} if flat[name] == flat[followed] else set()
+        if not default.startswith("${") or followed in options.unread or name not in flat:
+            continue
+        if flat[name] == flat[followed]:
+            left_out.add(name)
     for name in left_out:
         *sections, last = name.split(".")
         del reduce(dict.__getitem__, sections, values)[last]

@@ -13,6 +13,7 @@ from data.pictures import captioned, enlarged, picture_grid, write_png
 from modeling.devices import find_device
 from modeling.image_decoder import ImageDecoder
 from modeling.weights.tensors import fingerprint
+from runtime.processes import start_processes
 
 COLUMNS, MARGIN = 8, 6  # images side by side at most, and pixels between them
 
@@ -25,6 +26,7 @@ def show_cache(
     `weights` is a file or run of the tokenizer that wrote the cache, `config` a YAML file with sizes that
     the weights do not show. Raises InputError for another tokenizer.
     """
+    start_processes()
     tokenizer = tokenizer_of(weights, config)
     sizes, mark = tokenizer.config, fingerprint(tokenizer.state_dict())
     cache.check(sizes.codebook_size, sizes.num_tokens, mark, sizes.encoder_heads)

@@ -61,7 +61,11 @@ class TarPath(NamedTuple):
         """Raises InputError if the tar has changed or was cut short, and OSError, which may pass."""
         path, size = self.tar.path, int(self.tar.sizes[self.number])
         file = opened(path, self.tar.stamp)
-        content = os.pread(file.fileno(), size, int(self.tar.offsets[self.number]))
+        try:
+            content = os.pread(file.fileno(), size, int(self.tar.offsets[self.number]))
+        except OSError:
+            opened.cache_clear()  # a stale handle stays so
+            raise
         if len(content) < size:
             raise cut_short(path)
         return content

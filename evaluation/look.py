@@ -34,7 +34,7 @@ from modeling.devices import find_device
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from runtime.arguments import Parser, path
 from runtime.errors import InputError
-from runtime.processes import matmul_precision
+from runtime.processes import matmul_precision, start_processes
 from runtime.program import run
 
 WIDTH = 192  # pixels of an image at least
@@ -183,6 +183,7 @@ def main(argv: list[str]) -> None:
     add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
     args = parser.parse_args(argv)
     photos = list_photos(args.images, Path(args.output))
+    start_processes(args.device)
     device = find_device(args.device)
     tokenizer = tokenizer_of(args.tokenizer, args.config).to(device)
     config = tokenizer.config

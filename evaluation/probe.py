@@ -32,6 +32,7 @@ from modeling.pixels import to_float
 from modeling.tokenizer import Tokenizer
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
+from runtime.processes import start_processes
 from runtime.program import run
 
 PENALTIES = tuple(10.0**power for power in range(0, -7, -1))  # each fit starts from the one before
@@ -116,6 +117,7 @@ def main(argv: list[str]) -> None:
     add("--num_workers", type=number(0, 1024), default=worker_count(), help="reading processes")
     add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
     args = parser.parse_args(argv)
+    start_processes(args.device)
     device = find_device(args.device)
     tokenizer = tokenizer_of(args.tokenizer, args.config).to(device)
     layer = args.layer or tokenizer.config.encoder_layers

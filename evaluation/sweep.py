@@ -110,9 +110,8 @@ def main(argv: list[str]) -> None:
             processes.print(f"guidance scale {scale:g}, power {power:g}")
             result = evaluator.evaluate(open_images(folder.fill()), args.num_samples)
             if result:
-                text = json.dumps(
-                    {**result, "weights": models.hashes}, indent=1, ensure_ascii=False
-                )
+                shown = {**result, "weights": models.hashes}
+                text = json.dumps(shown, indent=1, ensure_ascii=False)
                 write_whole(cell_file(output, scale, power), text.encode())
         if processes.is_main_process:  # a killed run may have left images; their codes stay
             folder.images_file.unlink(missing_ok=True)

@@ -149,9 +149,10 @@ def edited_codes(tokenizer: Tokenizer, path: str, mask: str) -> Tensor:
 
     The prefix tokens describe the first row of patches: all are drawn if the mask touches it.
     """
-    config, codes = tokenizer.config, tokenizer.encode_photos(path).cpu()
+    config = tokenizer.config
     drawn = masked_patches(path, mask, config)
     drawn = torch.cat([drawn[0].any().expand(config.num_prefix_tokens), drawn.flatten()])
+    codes = tokenizer.encode_photos(path).cpu()
     return codes.where(~drawn, DRAWN)
 
 

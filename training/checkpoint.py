@@ -74,16 +74,19 @@ class Checkpoint:
             named = None if isinstance(resume, bool) else str(named_by(resume))
             source, warnings = choose(self.folder, resume)
             earlier = None if source is None else origin_of(source)
+            folder = (self.folder / "checkpoints").resolve()  # may be a link to another disk
+            own = source is None or source.parent.resolve() == folder
+            found = all_checkpoints(self.folder)
             # A resumed run keeps the checkpoint that it once branched off from.
-            return named or earlier, earlier, source, warnings, all_checkpoints(self.folder)
+            return named or earlier, earlier, source, own, warnings, found
 
         self.source: Path | None
-        self._origin, earlier, self.source, self.warnings, self._found = on_main(find)
+        # `own`: whether it lies in the run's folder.
+        self._origin, earlier, self.source, self.own, self.warnings, self._found = on_main(find)
         self.first_step = 1 if self.source is None else step_of(self.source) + 1
         # Whether this start branches off from a named checkpoint, rather than resumes what an earlier
         # start from it has saved since.
-        elsewhere = self.source is not None and not is_inside(self.source, self.folder)
-        self.forks = elsewhere or self._origin != earlier
+        self.forks = not self.own or self._origin != earlier
         self._saved = {} if self.source is None else load_state(self.source)
         self.values: dict[str, Any] = self._saved.pop("values", {})
         if accelerator.scaler is not None:
@@ -225,10 +228,6 @@ def save(
             if not (keep_every and step_of(other) % keep_every == 0):
                 remove(other)
     return final
-
-
-def is_inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
 
 
 def remove(path: Path) -> None:

@@ -28,7 +28,7 @@ from runtime.processes import check_same, on_main
 from runtime.program import leave
 from runtime.signals import SAVED_AND_STOPPED, StopSignal
 from training.accelerator import numerics_of
-from training.checkpoint import Checkpoint, is_inside, whole_tensors
+from training.checkpoint import Checkpoint, whole_tensors
 from training.dry_run import DryRun
 from training.log import RunLog, Window, due, forget_wandb_id
 from training.optim import FiniteGuard
@@ -146,7 +146,7 @@ class Run:
     def _check_resume(self, starts: dict[str, Optional[str]]) -> dict[str, Optional[str]]:
         """Compare the settings and `STARTS` with the checkpoint's; returns the latter as recorded.
 
-        Raises InputError if they differ, unless the user named the checkpoint.
+        Raises InputError if settings differ, unless the user named the checkpoint, and if `STARTS` do.
         """
         state, source = self.checkpoint, self.checkpoint.source
         assert source is not None
@@ -181,9 +181,7 @@ class Run:
     def _refuse_ended_fork(self) -> None:
         """Raise InputError if another run, which this one starts from, has made all of its steps."""
         source, last = self.checkpoint.source, self.first_step - 1
-        if source is None or not self.checkpoint.forks or last < self.total_steps:
-            return
-        if not is_inside(source, self.folder):
+        if not self.checkpoint.own and last >= self.total_steps:
             raise InputError(
                 f"{source} is at step {last} of {self.total_steps}, so no step is left to train: set more "
                 f"steps, or experiment.init_weights={source} to start anew from its weights"
@@ -377,9 +375,8 @@ class Run:
         except torch.AcceleratorError:
             raise  # the device is unusable now
         except Exception as e:
-            text = (
-                str(e).rsplit("InputError: ")[-1].strip()
-            )  # a data worker's has its traceback before it
+            # A data worker's text has its traceback before it.
+            text = str(e).rsplit("InputError: ")[-1].strip()
             problem = text.splitlines()[0] if isinstance(e, InputError) and text else describe(e)
         problems = [p for p in gather_object([problem]) if p is not None]
         if problems:

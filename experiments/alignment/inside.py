@@ -53,7 +53,7 @@ from modeling.weights.tensors import fingerprint
 from runtime.arguments import Parser, as_path
 from runtime.errors import InputError
 from runtime.files import write_whole, writing
-from runtime.processes import matmul_precision
+from runtime.processes import matmul_precision, start_processes
 from runtime.program import run
 
 UNNAMED = "tokenizer"
@@ -284,6 +284,7 @@ def draw(measures: list[Measures], output: Path) -> None:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    start_processes()
     rows, device = study_rows(args), find_device()
     paths = image_paths(args.images, 2)
     counted = image_paths(args.train_images, 1) if args.train_images else []

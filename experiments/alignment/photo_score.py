@@ -29,6 +29,7 @@ from experiments.alignment.rows import GUIDANCE
 from modeling.weights.tensors import read_state_dict
 from runtime.arguments import Parser, as_path
 from runtime.errors import InputError
+from runtime.processes import start_processes
 from runtime.program import run
 
 SIDE, BATCH = 128, 50  # pixels to which images are enlarged; 224 would take four times as long
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("data", type=as_path, help="its images: train/ and val/")
     parser.add_argument("decoder", choices=SAMPLES, help="the stage whose decoder made the images")
     args = parser.parse_args(argv)
+    start_processes()
     if args.decoder == "stage2":
         check_codes_are_shared(args.run)
     name = Path(SAMPLES[args.decoder]).stem

@@ -60,6 +60,10 @@ def read_model(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Optional
     # torchrun and accelerate number their processes in RANK: one of them says it.
     if around and os.environ.get("RANK", "0") == "0":
         log.warning("%s: took the weights from %s", path, " -> ".join(around))
+    if about is not None and about.kind != kind:
+        raise InputError(
+            f"the metadata of {path} says {about.kind}, but it holds a {kind}: export the weights again"
+        )
     if about is not None:
         about.check_tensors(state, path)
     return state, about

@@ -193,7 +193,7 @@ def test_joining_holds_one_part_at_a_time(tmp_path):
     shape = (16 * parts.count, 128, 128, 3)
     tracemalloc.start()
     try:
-        concatenate_parts(parts, tmp_path / "all.npz", "images", shape, np.uint8)
+        concatenate_parts(parts, tmp_path / "all.npz", "images", shape[0])
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -714,7 +714,10 @@ def test_resume_with_other_options_lists_what_differs(train):
             (steps, "optimizer.params.beta2 (0.96 there, 0.99 now)"),
         ),
         ([longer, "--dry-run"], (steps,)),
-        ([same, "training.gradient_accumulation_steps=1"], ("global batch (8 there, 4 now)",)),
+        (
+            [same, "training.gradient_accumulation_steps=1"],
+            ("global batch (8 there, 4 now); restore those (on 1 GPUs",),
+        ),
         ([same, "experiment.max_train_examples=16"], ("images (24 there, 16 now)",)),
     ):
         said = refusal(partial(train, *options), "experiment.resume=", *named)

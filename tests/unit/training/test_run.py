@@ -240,6 +240,15 @@ def test_a_fork_without_steps_left_is_refused(accelerator, tmp_path):
     own._refuse_ended_fork()  # not another run, though named
 
 
+def test_checkpoints_on_another_disk_are_the_runs_own(accelerator, tmp_path):
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    save_run(run_of(accelerator, run, phases=PHASES), 10)
+    (run / "checkpoints").rename(disk)
+    (run / "checkpoints").symlink_to(disk)
+    resumed = run_of(accelerator, run, phases=PHASES)
+    assert resumed.first_step == 11 and not resumed.checkpoint.forks
+
+
 def test_a_fork_of_a_run_that_once_named_itself_is_a_fork(accelerator, tmp_path):
     run = tmp_path / "run"
     save_run(run_of(accelerator, run, phases=PHASES), 10)

@@ -7,7 +7,7 @@ ruff check .
 ruff format --check .
 types=$(mktemp) memory=
 basedpyright --level error > "$types" 2>&1 & checker=$!  # beside the tests
-trap 'kill "$checker" 2> /dev/null; rm -rf "$types" ${memory:+"$memory"}' EXIT
+trap 'kill "$checker" 2> /dev/null || true; rm -rf "$types" ${memory:+"$memory"}' EXIT
 unset PYTHONDONTWRITEBYTECODE  # the tests start Python more than a hundred times
 folder=()
 # The programs under test sync thousands of small files, which takes no time in memory.

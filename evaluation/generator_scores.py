@@ -58,7 +58,7 @@ def find_sources(given: str, others: list[str]) -> list[Source]:
     steps = {}
     for run in [given, *others]:
         steps[run] = {step_of(path) for path in all_checkpoints(Path(run))}
-        if run == given and not steps[run]:  # a checkpoint, or a file, which may lie in one
+        if run == given and not steps[run]:  # a checkpoint, or a weights file in one
             steps[run] = {find_source(run).step} - {None}
         if not steps[run]:
             raise InputError(f"{run} is not a run folder with checkpoints, which --compare needs")

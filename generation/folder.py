@@ -45,7 +45,7 @@ REMEDY = "use another experiment.output_dir, or remove what sampling left there"
 class SampleFolder:
     """The output of one sampling job, written by all processes together.
 
-    Without a generator the codes of `job.prefix` are decoded. `png` also writes every image as a file, `grid`
+    Without a generator, `job.prefix` holds the codes to decode. `png` also writes every image as a file, `grid`
     the first grid x grid images as one picture with class names.
     """
 

@@ -31,8 +31,10 @@ def uses_cuda() -> bool:
 
 def cpu_asked() -> str:
     """The variable of the environment that asks for the CPU, as NAME=value; empty if there is none."""
-    asked = (name for name, on in CPU_ASKED.items() if os.environ.get(name, "?").lower() in on)
-    return "".join(f"{name}={os.environ[name]}" for name in [*asked][:1])
+    values = ((name, os.environ.get(name, "?")) for name in CPU_ASKED)
+    return next(
+        (f"{name}={value}" for name, value in values if value.lower() in CPU_ASKED[name]), ""
+    )
 
 
 def unusable_gpu() -> str:

@@ -32,7 +32,7 @@ Records = list[dict[str, float]]
 
 
 def read_records(path: Path) -> Records:
-    """The records of a metrics.jsonl, without lines that a kill cut short; none without a file."""
+    """The records of a metrics.jsonl. Lines that a kill cut short are left out; a missing file has none."""
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError):

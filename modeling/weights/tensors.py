@@ -36,11 +36,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_model(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Optional[About]]:
-    """The tensors of the only model of a kind in a file, and its metadata; None if the file has none.
+    """The tensors of a file's only model of this kind, and the file's metadata, which are None if it states none.
 
     Other content may be around the model, as in the published trainer's `last.pth`; a line in the log then
-    says where it was (`formats.find_models`). Raises InputError as `read_state_dict`, if there is no such model or
-    more than one, and for metadata that contradict the tensors.
+    says where it was (`formats.find_models`). Raises InputError as `read_state_dict` does, and if there is no such
+    model or more than one, or if the metadata contradict the tensors.
     """
     content, entries = read_file(Path(path))
     about = parse(entries[KEY], path) if KEY in entries else None
@@ -57,15 +57,15 @@ def read_model(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Optional
         shown = describe(others[0] if others else flat)
         raise InputError(f"{path} is not a {kind} but {shown}: pass the path of a {kind}'s weights")
     ((state, around),) = found
+    if about is not None:
+        if about.kind != kind:
+            raise InputError(
+                f"the metadata of {path} says {about.kind}, but it holds a {kind}: export the weights again"
+            )
+        about.check_tensors(state, path)
     # torchrun and accelerate number their processes in RANK: one of them says it.
     if around and os.environ.get("RANK", "0") == "0":
         log.warning("%s: took the weights from %s", path, " -> ".join(around))
-    if about is not None and about.kind != kind:
-        raise InputError(
-            f"the metadata of {path} says {about.kind}, but it holds a {kind}: export the weights again"
-        )
-    if about is not None:
-        about.check_tensors(state, path)
     return state, about
 
 

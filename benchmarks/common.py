@@ -1,5 +1,8 @@
 """What benchmarks share: the machine by name, and what it does at best."""
 
+import argparse
+import ast
+import contextlib
 import logging
 import platform
 import statistics
@@ -23,6 +26,20 @@ def explain_failures() -> None:
     """Log why something is not compiled, with its traceback."""
     logging.basicConfig()
     logging.getLogger("modeling").setLevel(logging.DEBUG)
+
+
+def inductor_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--inductor", nargs="+", default=[], metavar="NAME=VALUE", help="Inductor's options, to try"
+    )
+
+
+def with_inductor(options: list[str]) -> contextlib.AbstractContextManager:
+    """A context with options of Inductor, such as `triton.enable_pdl=True`."""
+    import torch._inductor.config as config
+
+    pairs = (option.split("=", 1) for option in options)
+    return config.patch({name: ast.literal_eval(value) for name, value in pairs})
 
 
 def processor() -> str:

@@ -20,7 +20,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import explain_failures, machine, profile
+from benchmarks.common import (
+    explain_failures,
+    inductor_argument,
+    machine,
+    profile,
+    with_inductor,
+)
 from benchmarks.sampling import SIZES
 from modeling.compiling import compile_training
 from modeling.generator import Attention, Generator, GeneratorConfig, SwiGLU
@@ -155,6 +161,7 @@ def main() -> None:
     parser.add_argument(
         "--cudnn", action="store_true", help="cuDNN's attention before PyTorch's, to try"
     )
+    inductor_argument(parser)
     args = parser.parse_args()
     explain_failures()
     if unknown := [name for name in args.models if name not in ("small", *SIZES)]:
@@ -166,7 +173,7 @@ def main() -> None:
         config, published = (SMALL, 64) if name == "small" else (SIZES[name][0], PUBLISHED[name][2])
         for batch in args.batches or [published]:
             torch._dynamo.reset()
-            with sdpa_kernel(backends, set_priority=True):
+            with sdpa_kernel(backends, set_priority=True), with_inductor(args.inductor):
                 measure(name, config, batch, args)
 
 

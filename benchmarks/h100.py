@@ -32,6 +32,8 @@ RUNS = {
     "L": "L, 500,000 steps × 2048",
     "XL": "XL, 250,000 steps × 2048",
 }
+# Inductor may keep more reads in a kernel, and join reductions along rows and columns that read more.
+LARGER_FUSIONS = ["realize_reads_threshold=8", "triton.mix_order_reduction_max_reads=20"]
 KERNEL_TESTS = [
     f"tests/unit/modeling/test_{name}.py" for name in ("fused_attention", "parity", "engine")
 ]
@@ -128,9 +130,20 @@ def read_training(size: str, batches: tuple[int, ...]) -> Callable[[str], list[C
     return read
 
 
-def read_cudnn(output: str) -> list[Cell]:
-    (rate,) = find(r"batch 128 ours: ([\d.]+) images/s", output)
-    return [("## Generator training", "B, 128, cuDNN's attention first", 3, rate)]
+def read_trial(row: str) -> Callable[[str], list[Cell]]:
+    def read(output: str) -> list[Cell]:
+        rate, use, memory = find(
+            r"batch 128 ours: ([\d.]+) images/s(?:, MFU ([\d.]+%), ([\d.]+ GiB))?", output
+        )
+        values = {3: rate, 5: use, 6: memory}
+        return [("## Generator training", row, i, value) for i, value in values.items()]
+
+    return read
+
+
+def read_dependent_launch(output: str) -> list[Cell]:
+    (rate,) = find(r"^\s+ours +batch 512, .* 1 streams: ([\d.]+) images/s", output)
+    return [("## Sampling", "images/s, batch 512, dependent launch", 1, rate)]
 
 
 def read_plain_training(output: str) -> list[Cell]:
@@ -262,9 +275,11 @@ def steps() -> list[Step]:
             "--no-plain",
             *more,
         )
-        name = f"training {size}" + (" with cuDNN's attention" if "--cudnn" in more else "")
-        reader = read_cudnn if "--cudnn" in more else read_training(size, batches)
-        return Step(name, limit, command, tiny_training, reader)
+        return Step(f"training {size}", limit, command, tiny_training, read_training(size, batches))
+
+    def trial(name: str, *more: object) -> Step:
+        step = training("B", 60, (128,), *more)
+        return step._replace(name=f"training B, {name}", read=read_trial(f"B, 128, {name}"))
 
     def tokenizer(name: str, limit: int, reader: Callable, *more: object) -> Step:
         # A step in float32 is 39 TFLOP.
@@ -300,7 +315,11 @@ def steps() -> list[Step]:
             "training, the plain way", 60, module("generator_training", "b", "--rounds", 2),
             tiny_training, read_plain_training,
         ),
-        training("B", 60, (128,), "--cudnn"),
+        trial("cuDNN's attention first", "--cudnn"),
+        trial("larger fusions", "--inductor", *LARGER_FUSIONS),
+        sampling("B", 60, "--batches", 512, "--inductor", "triton.enable_pdl=True")._replace(
+            name="sampling B, dependent launch", read=read_dependent_launch
+        ),
         training("L", 80, (64, 128)),
         sampling("L", 80),
         tokenizer(

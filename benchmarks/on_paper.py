@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import inductor_argument, with_inductor
 from benchmarks.paper.inductor import InternalsMoved, Program, emit, fake
 from benchmarks.paper.kernel import fused_attention
 from benchmarks.paper.model import (
@@ -213,6 +214,7 @@ def main() -> None:
     parser.add_argument(
         "--larger", action=argparse.BooleanOptionalAction, default=True, help=larger
     )
+    inductor_argument(parser)
     args = parser.parse_args()
     if unknown := [size for size in args.sizes if size not in SIZES]:
         parser.error(f"size {unknown[0]}: choose from {', '.join(SIZES)}")
@@ -228,7 +230,8 @@ def main() -> None:
     for size in args.sizes:
         for name, work in works:
             try:
-                counted[name][size] = work(size)
+                with with_inductor(args.inductor):
+                    counted[name][size] = work(size)
             except InternalsMoved as e:
                 print(f"{size.upper()} {name}: cannot be worked out: {e}", file=sys.stderr)
                 counted[name][size] = {"moved": str(e).splitlines()[0]}

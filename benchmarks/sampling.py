@@ -29,7 +29,15 @@ import torch
 from torch import Tensor
 
 import modeling.engine
-from benchmarks.common import copy_rate, explain_failures, machine, product_rate, profile
+from benchmarks.common import (
+    copy_rate,
+    explain_failures,
+    inductor_argument,
+    machine,
+    product_rate,
+    profile,
+    with_inductor,
+)
 from data.pictures import write_png
 from modeling.engine import Engine, cache_bytes
 from modeling.generator import Generator, GeneratorConfig
@@ -291,6 +299,7 @@ def main() -> None:
     parser.add_argument(
         "--changes", action="store_true", help="instead, time one change after another on a CPU"
     )
+    inductor_argument(parser)
     args = parser.parse_args()
     global clock
     clock = CLOCKS[args.clock]
@@ -304,7 +313,8 @@ def main() -> None:
         for precision in args.precisions:
             layers = f", cut down to {args.layers} layers" if args.layers else ""
             print(f"{size.upper()}, {precision}{layers}")
-            measure(size, precision, args, torch.device("cuda" if cuda else "cpu"))
+            with with_inductor(args.inductor):
+                measure(size, precision, args, torch.device("cuda" if cuda else "cpu"))
 
 
 if __name__ == "__main__":

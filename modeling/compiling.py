@@ -57,8 +57,12 @@ def compile_training(generator: Any) -> None:
 
 def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list) -> Callable:
     """A backend of torch.compile: Inductor or, after one warning, eager code from then on."""
+    import torch._functorch.config as functorch
+
     try:
-        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+        # The backward pass too: at its first call, when it is compiled otherwise, nothing could replace it.
+        with functorch.patch(force_non_lazy_backward_lowering=True):
+            return torch._dynamo.lookup_backend("inductor")(graph, inputs)
     except Exception as e:
         warnings.warn(f"a model is not compiled, which is slower: {describe(e)}", stacklevel=2)
         torch.compiler.set_stance("force_eager")

@@ -35,8 +35,12 @@ RUNS = {
 # Inductor may keep more reads in a kernel, and join reductions along rows and columns that read more.
 LARGER_FUSIONS = ["realize_reads_threshold=8", "triton.mix_order_reduction_max_reads=20"]
 KERNEL_TESTS = [
-    f"tests/unit/modeling/test_{name}.py" for name in ("fused_attention", "parity", "engine")
-]
+    f"tests/unit/{name}.py"
+    for name in (
+        "modeling/test_fused_attention", "modeling/test_parity", "modeling/test_quantizer",
+        "encoding/test_encoder",
+    )
+]  # fmt: skip
 
 
 class Step(NamedTuple):

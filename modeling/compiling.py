@@ -59,9 +59,11 @@ def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list) -> Callable:
     """A backend of torch.compile: Inductor or, after one warning, eager code from then on."""
     import torch._functorch.config as functorch
 
+    # The backward pass too: at its first call, when it is compiled otherwise, nothing could replace it.
+    eagerly = "force_non_lazy_backward_lowering"  # torch 2.9 does not have this option
+    options = {eagerly: True} if hasattr(functorch, eagerly) else {}
     try:
-        # The backward pass too: at its first call, when it is compiled otherwise, nothing could replace it.
-        with functorch.patch(force_non_lazy_backward_lowering=True):
+        with functorch.patch(options):
             return torch._dynamo.lookup_backend("inductor")(graph, inputs)
     except Exception as e:
         warnings.warn(f"a model is not compiled, which is slower: {describe(e)}", stacklevel=2)

@@ -2,11 +2,11 @@
 
 import torch
 from torch import nn
-from torch_fidelity import feature_extractor_inceptionv3 as package
 
 
 def write_random_inception(path):
     """Deterministic weights under the published names and shapes."""
+    from torch_fidelity import feature_extractor_inceptionv3 as package
 
     class Unfilled(package.FeatureExtractorInceptionV3):
         def load_state_dict(self, state):

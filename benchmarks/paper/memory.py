@@ -1,28 +1,40 @@
 """GPU memory of a training step, counted from fake tensors: `python -m benchmarks.paper.memory`.
 
 Weights, gradients and Adam's two moments are float32. Activations are what the forward pass keeps for
-the backward pass under bf16 autocast: compiled as the trainer compiles, or eager, each with and
-without `use_checkpoint`. What lives for a moment (a block's recomputed activations, gradients of
-activations, the bf16 copies of weights) is not counted, nor are CUDA's context and fragmentation.
+the backward pass under bf16 autocast. Generators: compiled as the trainer compiles, or eager, each with and
+without `use_checkpoint`. Tokenizers: eager, with the losses of the phase that keeps most, and all networks
+of the run. What lives for a moment (a block's recomputed activations, gradients of activations, the
+bf16 copies of weights) is not counted, nor are averages of weights, CUDA's context and fragmentation.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from accelerate.utils import convert_to_fp32
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.paper.inductor import device_answers
 from benchmarks.paper.training import CUDA, programs_of_step, stand_in
+from configs.load import load
+from configs.schema import GeneratorRun, Phase, TokenizerRun
 from modeling import generator, tokenizer_blocks
 from modeling.generator import Generator, GeneratorConfig
-from modeling.tokenizer import Tokenizer, TokenizerConfig
+from train_tokenizer.__main__ import build_tokenizer
+from train_tokenizer.discriminator import Discriminator
+from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 
 GIB = 2**30
+GENERATORS = ("alitok_b", "alitok_l", "alitok_xl", "alitok_l_512")
+TOKENIZERS = (
+    "tokenizer_stage1", "tokenizer_stage2", "tokenizer_v3_stage1", "tokenizer_v3_stage2",
+    "tokenizer_stage1_512", "tokenizer_stage2_512", "finetune_decoder",
+)  # fmt: skip
 
 
 def bytes_saved(forward: Callable[[], object], parameters: Iterable[Tensor]) -> float:
@@ -67,19 +79,49 @@ def eager(config: GeneratorConfig, batch: int) -> float:
     return totals[0] + (config.num_hidden_layers - 1) * (totals[1] - totals[0])
 
 
-def tokenizer(batch: int, recompute: bool) -> tuple[float, float]:
-    """Bytes of the state and of the activations of an eager step of stage 1, without its losses."""
-    config = TokenizerConfig(num_buffer_tokens=1, causal=True, prefix_head=True, clustering=True)
-    # A start by trunc_normal_ looks at values, which fake tensors do not have.
-    with mock.patch.object(Tokenizer, "reset_parameters"), pretended_tensors():
+def place(module: nn.Module) -> None:
+    """Make fake tensors on the GPU of a module's tensors, which are on "meta"."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, x in tensors.items():
+                if x is None:
+                    continue
+                made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA)
+                is_parameter = isinstance(x, nn.Parameter)
+                tensors[name] = nn.Parameter(made, x.requires_grad) if is_parameter else made
+
+
+def tokenizer(options: TokenizerRun) -> tuple[float, float]:
+    """Bytes of the state and, of the phase that keeps most, of the activations of an eager step."""
+    model, size = options.model, options.model.vq_model.image_size
+    meta = torch.device("meta")
+    with meta:
+        trained, critic = build_tokenizer(options).train(), Discriminator(exact=False)
+        networks = FrozenNetworks(options.phases, None, meta)
+    frozen = [m for m in (networks.convnext, networks.lpips) if m is not None]
+    modules = [trained, critic, *frozen]
+    with pretended_tensors():
+        for module in modules:
+            place(module)
+        parameters = [p for module in modules for p in module.parameters()]
+        fixed = [*parameters, *(b for module in modules for b in module.buffers())]
         with CUDA:
-            model: Any = Tokenizer(config).train()
-            images = torch.zeros(batch, 3, config.image_size, config.image_size)
-        model.encoder.recompute = model.decoder.recompute = recompute
-        parameters = list(model.parameters())
-        with torch.autocast("cuda", torch.bfloat16):
-            saved = bytes_saved(lambda: model(images), parameters)
-        return 16.0 * sum(p.numel() for p in parameters), saved
+            images = torch.zeros(options.training.per_gpu_batch_size, 3, size, size)
+
+        def judge(made: Tensor) -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16):
+                return critic.requires_grad_(False)(made).float()
+
+        def step(phase: Phase) -> object:
+            with torch.autocast("cuda", torch.bfloat16):
+                out: Any = convert_to_fp32(trained(images))
+            terms = tokenizer_terms(
+                out, images, model.vq_model, model.stage, phase, options.losses, networks, judge
+            )
+            return sum(weight * value for weight, value in terms.values())
+
+        held = sum(p.numel() * (16 if p.requires_grad else 4) for p in parameters)
+        return float(held), max(bytes_saved(lambda: step(p), fixed) for p in options.phases)  # noqa: B023
 
 
 def activations(config: GeneratorConfig, batch: int) -> dict[str, float]:
@@ -106,22 +148,26 @@ def state(config: GeneratorConfig) -> float:
 
 
 def main() -> None:
-    from benchmarks.on_paper import SIZES
-
-    for size, (config, batch) in SIZES.items():
+    for name in GENERATORS:
+        options = load(GeneratorRun, [f"config=configs/{name}.yaml"], "train_ar")
+        batch, sizes = options.training.per_gpu_batch_size, options.model.generator
+        config = replace(sizes, use_checkpoint=False)
         line = ", ".join(
             f"{way} {value / GIB:.1f}" for way, value in activations(config, batch).items()
         )
         print(
-            f"{size.upper()}, {batch} images: counted GiB: weights, gradients and Adam "
+            f"{name}, {batch} images: counted GiB: weights, gradients and Adam "
             f"{state(config) / GIB:.1f}; activations {line}",
             flush=True,
         )
-    for recompute, way in ((False, "eager"), (True, "eager, checkpointed")):
-        held, kept = tokenizer(48, recompute)
+    for name, recompute in itertools.product(TOKENIZERS, ("False", "True")):
+        given = [f"config=configs/{name}.yaml", f"model.use_checkpoint={recompute}"]
+        run = load(TokenizerRun, given, "train_tokenizer")
+        held, kept = tokenizer(run)
         print(
-            f"tokenizer, stage 1, 48 images: counted GiB: weights, gradients and Adam "
-            f"{held / GIB:.1f}; activations {way} {kept / GIB:.1f}"
+            f"{name}, {run.training.per_gpu_batch_size} images, use_checkpoint={recompute}: counted GiB: "
+            f"weights, gradients, Adam and networks {held / GIB:.1f}; activations, eager, {kept / GIB:.1f}",
+            flush=True,
         )
 
 

@@ -2,7 +2,7 @@
 
 Gathers the pairs bidirectional/causal of every variation of OUTPUT by their place on the axis, the base-2 logarithm of (bits that
 a patch needs for 30 dB) / (bits of a code), and fits a line to the effect over the place. Writes OUTPUT/axis.json, axis.md and
-axis.png. `--known axis.json` adds the pairs of an earlier call.
+axis.png. `--known axis.json` adds the pairs of an earlier call; without a finished pair in OUTPUT, they are all.
 """
 
 import json
@@ -30,10 +30,20 @@ from runtime.program import run
 PLATEAU = 1.0  # dB below patches of one colour: a pair with such a run is left out
 # A figure of a run -> the effect's title, and how it compares the causal row with the bidirectional one.
 EFFECTS = {
-    "fid_decoded": ("distance of generated crops to reconstructions, ln of the ratio", "ratio"),
+    "fid_decoded": (
+        "primary: distance of generated crops to reconstructions, ln of the ratio",
+        "ratio",
+    ),
     "top1": ("top-1, ln of the ratio", "ratio"),
+    "nats": ("nats per code, difference", "difference"),
     "changed": ("codes of kept rows that change, difference in points", "points"),
 }
+# What digits.md says of the digits' two places: bits needed over those of a code, and effects. Their distance is another
+# measure, and no test uses them.
+DIGITS: list[tuple[float, dict[str, float]]] = [
+    (10.4 / 8, {"nats": 0.071, "top1": math.log(38.0 / 40.9)}),  # 4x4, seeds 42 to 44
+    (20.7 / 8, {"nats": -0.069, "changed": 6.1}),  # 8x8, five seeds
+]
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,10 @@ class Pair:
         return min(self.before["psnr"], self.after["psnr"]) < self.flat - PLATEAU
 
     def effect(self, name: str) -> float:
-        before, after = self.before[name], self.after[name]
-        return math.log(after / before) if EFFECTS[name][1] == "ratio" else 100 * (after - before)
+        before, after, kind = self.before[name], self.after[name], EFFECTS[name][1]
+        if kind == "ratio":
+            return math.log(after / before)
+        return (100 if kind == "points" else 1) * (after - before)
 
 
 @cache
@@ -71,7 +83,7 @@ def patch_figures(data: Path, image: int, patch: int, codes: int) -> tuple[float
 
 
 def pairs_of(output: Path) -> list[Pair]:
-    """The finished pairs of all variations. Raises InputError if there is none."""
+    """The finished pairs of all variations."""
     found = []
     for variation in variations_of(output):
         overrides = varied(variation)[0] if variation else Overrides()
@@ -90,9 +102,7 @@ def pairs_of(output: Path) -> list[Pair]:
             if not before.keys() & after.keys() >= EFFECTS.keys():
                 continue  # of other data, or not looked into yet
             found.append(Pair(*place, seed, needed, flat, before, after))
-    if not found:
-        raise InputError(f"no finished pair in {output}: run experiments.alignment.ablation first")
-    return sorted(found, key=lambda pair: (pair.place, pair.seed))
+    return found
 
 
 def known_pairs(file: Path) -> list[Pair]:
@@ -106,7 +116,7 @@ def known_pairs(file: Path) -> list[Pair]:
 
 
 def joined(found: list[Pair], known: list[Pair]) -> list[Pair]:
-    """Both, in the order of the axis. Raises InputError for a pair that is in both."""
+    """Both, in the order of the axis. Raises InputError for a pair that is in both, and if there is none."""
 
     def name(pair: Pair) -> tuple[int, int, int, int]:
         return pair.image_size, pair.patch_size, pair.codebook_size, pair.seed
@@ -116,6 +126,8 @@ def joined(found: list[Pair], known: list[Pair]) -> list[Pair]:
         raise InputError(
             f"--known has {size} px, {patch}x{patch}, {codes} codes, seed {seed} too: drop it there"
         )
+    if not (found or known):
+        raise InputError("no finished pair: run experiments.alignment.ablation first")
     return sorted([*found, *known], key=lambda pair: (pair.place, pair.seed))
 
 
@@ -216,22 +228,30 @@ def trend_table(trends: dict[str, Trend]) -> str:
 
 
 def panels(figure: Any, pairs: list[Pair], trends: dict[str, Trend]) -> None:
-    """A panel per effect: a point per pair, by patch and codebook, and the line."""
+    """A panel per effect: a point per pair, by patch and codebook, the line, and the digits beside it."""
     colours = {patch: f"C{n}" for n, patch in enumerate(sorted({p.patch_size for p in pairs}))}
     marks = dict(zip(sorted({pair.codebook_size for pair in pairs}), "osD^v"))
-    for axis, (name, of) in zip(figure.subplots(1, len(trends)), trends.items()):
+    for axis, (name, of) in zip(figure.subplots(2, 2, sharex=True).flat, trends.items()):
         for pair in pairs:
             axis.plot(
                 pair.place, pair.effect(name), marks[pair.codebook_size], color=colours[pair.patch_size],
                 label=f"{pair.patch_size}×{pair.patch_size}, {pair.codebook_size} codes",
             )  # fmt: skip
+        for ratio, effects in DIGITS:
+            if name in effects:
+                axis.plot(
+                    math.log2(ratio), effects[name], "*", color="grey", markerfacecolor="none",
+                    label="digits, 256 codes, not in the line",
+                )  # fmt: skip
         ends = [min(pair.place for pair in pairs), max(pair.place for pair in pairs)]
         axis.plot(ends, [of.intercept + of.slope * end for end in ends], color="grey")
         axis.axhline(0, color="black", linewidth=0.6)
         axis.set_title(EFFECTS[name][0], fontsize=9)
-        axis.set_xlabel("log₂ (bits that a patch needs / bits of a code)")
         axis.grid(alpha=0.3)
-    labels = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels())))
+    for axis in figure.axes[2:]:  # below
+        axis.set_xlabel("log₂ (bits that a patch needs / bits of a code)")
+    shown = [axis.get_legend_handles_labels() for axis in figure.axes]
+    labels = {label: mark for marks, names in shown for mark, label in zip(marks, names)}
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=5, fontsize=8)
 
 
@@ -260,7 +280,7 @@ def main(argv: list[str]) -> None:
         text += f"not computed ({e})\n"
     write_whole(output / "axis.json", json.dumps(content, indent=1).encode())
     write_whole(output / "axis.md", text.encode())
-    draw(output / "axis.png", lambda figure: panels(figure, kept, trends), (14, 4.5))
+    draw(output / "axis.png", lambda figure: panels(figure, kept, trends), (11, 8.5))
     print(text)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -36,9 +37,10 @@ def test_the_place_is_the_logarithm_of_how_much_too_small_a_code_is():
 
 
 def test_an_effect_is_causal_over_bidirectional():
-    found = pair(fid_decoded=100.0, top1=0.2, changed=0.25)
+    found = pair(fid_decoded=100.0, top1=0.2, nats=3.9, changed=0.25)
     assert found.effect("fid_decoded") == pytest.approx(-math.log(2))
     assert found.effect("top1") == pytest.approx(math.log(2))
+    assert found.effect("nats") == pytest.approx(-0.1)
     assert found.effect("changed") == pytest.approx(-5)
 
 
@@ -72,13 +74,13 @@ def test_pairs_are_gathered_from_the_variations_of_photographs(tmp_path, monkeyp
     monkeypatch.setattr(axis, "variations_of", lambda output: names)
     monkeypatch.setattr(axis, "collect", collect)
     monkeypatch.setattr(axis, "patch_figures", lambda data, *place: (80.0, 20.5))
-    found = pairs_of(tmp_path)
+    found = joined(pairs_of(tmp_path), [])
     assert [(p.image_size, p.patch_size, p.codebook_size, p.seed) for p in found] == [
         (64, 8, 1024, 1), (32, 8, 256, 1),
     ]  # fmt: skip
     assert found[0].place == 3 and found[0].before["psnr"] == 21.0
     monkeypatch.setattr(axis, "variations_of", lambda output: names[:1])
-    refusal(lambda: pairs_of(tmp_path), tmp_path)
+    refusal(lambda: joined(pairs_of(tmp_path), []), "no finished pair")
 
 
 def test_pairs_of_an_earlier_call_are_added_once(tmp_path):
@@ -92,6 +94,14 @@ def test_pairs_of_an_earlier_call_are_added_once(tmp_path):
     file.write_text("[]")
     refusal(lambda: known_pairs(file), file)
     refusal(lambda: known_pairs(tmp_path / "none.json"), "none.json")
+
+
+def test_the_picture_of_known_pairs_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **options: None)
+    known = Path(axis.__file__).parent / "axis.json"
+    axis.main([str(tmp_path), "--known", str(known)])
+    again, before = json.loads((tmp_path / "axis.json").read_text()), json.loads(known.read_text())
+    assert again == before and len(again["pairs"]) == 9
 
 
 def test_bits_at_equal_psnr_are_the_distance_of_two_lines():

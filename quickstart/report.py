@@ -22,6 +22,7 @@ from evaluation.reconstruction import (
     psnr,
     reconstruct,
 )
+from evaluation.report import table_of
 from modeling.tokenizer import Tokenizer
 from runtime.arguments import Parser, as_path
 from runtime.program import run
@@ -141,8 +142,7 @@ def main(argv: list[str]) -> None:
         ("Fréchet distance to training digits (2×2 pixel means, not Inception), of generated | validation", f"{score['fid']:.2f} | {score['fid_val']:.2f}"),
         ("generated digits whose codes copy a training image's", f"{copied_share(folder):.1%}"),
     ]  # fmt: skip
-    width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    print(table_of(rows, align="left"))
     print(
         f"pictures: {folder / 'reconstructions.png'} (before | after), {folder / 'generated.png'}"
     )

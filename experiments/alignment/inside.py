@@ -31,6 +31,7 @@ from data.images import ImagePath, scan_images
 from data.tokens import open_tokens
 from evaluation.generator_scores import find_source, open_generator, plot_positions
 from evaluation.likelihood import Likelihood, Share, likelihood_sums
+from evaluation.report import table_of
 from experiments.alignment import figures
 from experiments.alignment.dependence import (
     BATCH,
@@ -237,28 +238,24 @@ def generator_loss(row: Row, tokenizer: Tokenizer) -> Likelihood | None:
 
 def table(results: list[dict[str, Any]]) -> str:
     """One line per row of the study, of the figures that sum up each question."""
-    head = (
-        f"{'row':<24}{'codes':>6}{'nats/code':>11}{'earlier codes changed':>23}"
-        f"{'change of earlier | own | later rows':>38}{'bits/code alone | by neighbours':>33}"
-    )
-    lines = [head]
+    lines = []
     for result in results:
-        loss = result["generator_loss"]
-        nats = "—" if loss is None else f"{loss['metrics']['nats_per_code']:.3f}"
+        loss, bits = result["generator_loss"], result["neighbours"]["bits"]
         changed = [
             sum(of["earlier"]) / len(of["earlier"])
             for of in result["masked"].values()
             if of["earlier"]
         ]
-        shares = result["replaced"]["shares"]
-        bits = result["neighbours"]["bits"]
-        lines.append(
-            f"{result['name']:<24}{result['codes_per_image']:>6}{nats:>11}"
-            f"{' | '.join(f'{share:.1%}' for share in changed):>23}"
-            f"{' | '.join(f'{share:.1%}' for share in shares.values()):>38}"
-            f"{bits['nothing']:>26.2f} | {min(bits[name] for name in NEIGHBOURS):.2f}"
-        )
-    return "\n".join(lines)
+        lines.append([
+            result["name"], str(result["codes_per_image"]),
+            "—" if loss is None else f"{loss['metrics']['nats_per_code']:.3f}",
+            " | ".join(f"{share:.1%}" for share in changed),
+            " | ".join(f"{share:.1%}" for share in result["replaced"]["shares"].values()),
+            f"{bits['nothing']:.2f} | {min(bits[name] for name in NEIGHBOURS):.2f}",
+        ])  # fmt: skip
+    heads = ["row", "codes", "nats/code", "earlier codes changed", "change of earlier | own | later rows",
+             "bits/code alone | by neighbours"]  # fmt: skip
+    return table_of(lines, heads)
 
 
 def draw(measures: list[Measures], output: Path) -> None:

@@ -157,7 +157,7 @@ class Group:
         figures: dict[str, Any] = {}
         for name in self.results[0].figures:
             if any(name not in result.figures for result in self.results):
-                continue  # judged by an earlier version
+                continue  # some have not been looked into yet
             values = self.values(name)
             figures[name] = {**mean_and_deviation(list(values.values())), "seeds": values}
         return {

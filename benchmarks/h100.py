@@ -81,25 +81,20 @@ def read_attention(output: str) -> list[Cell]:
     return cells
 
 
-def read_sampling(size: str, streams: bool = False) -> Callable[[str], list[Cell]]:
+def read_sampling(size: str) -> Callable[[str], list[Cell]]:
     column = 1 + SIZES.index(size)
 
     def read(output: str) -> list[Cell]:
         rows = {}
         for batch in (256, 512):
-            (rate,) = find(rf"^\s+ours +batch {batch}, .* 1 streams: ([\d.]+) images/s", output)
+            (rate,) = find(rf"^\s+ours +batch {batch}, .*: ([\d.]+) images/s", output)
             least, share = find(
-                rf"^\s+roofline batch {batch}, 1 streams: ([\d.]+) images/s.* reaches (\d+%)",
-                output,
+                rf"^\s+roofline batch {batch}: ([\d.]+) images/s.* reaches (\d+%)", output
             )
             rows |= {
                 f"images/s, batch {batch}": rate, f"roofline, images/s, batch {batch}": least,
                 f"of the roofline, batch {batch}": share,
             }  # fmt: skip
-        if streams:
-            (rows["images/s, batch 256 in two streams"],) = find(
-                r"^\s+ours +batch 256, .* 2 streams: ([\d.]+) images/s", output
-            )
         return [("## Sampling", name, column, value) for name, value in rows.items()]
 
     return read
@@ -248,8 +243,7 @@ def steps() -> list[Step]:
             0,
             *more,
         )
-        reader = read_sampling(size, "--streams" in more)
-        return Step(f"sampling {size}", limit, command, tiny_sampling, reader)
+        return Step(f"sampling {size}", limit, command, tiny_sampling, read_sampling(size))
 
     def training(size: str, limit: int, batches: tuple[int, ...], *more: object) -> Step:
         command = module(
@@ -284,7 +278,7 @@ def steps() -> list[Step]:
             "attention", 40, module("attention"),
             module("attention", "--head-sizes", 48, "--positions", 3), read_attention,
         ),
-        sampling("B", 110, "--streams", 1, 2, "--profile"),
+        sampling("B", 110, "--profile"),
         training("B", 70, (128,), "--profile"),
         training("XL", 70, (32, 64)),
         tokenizer(

@@ -113,7 +113,7 @@ def compare(models: Models, job: SamplingJob, batch: int) -> Iterator[str]:
     decoder = ImageDecoder(models.tokenizer, torch.float32)
     images = decoder(codes[: job.count])
     for name, (dtype, cache) in WAYS.items():
-        engine = Engine(model, batch, job.sampling, dtype, cache=cache, streams=1)
+        engine = Engine(model, batch, job.sampling, dtype, cache=cache)
         forced, free = drawn_after(engine, inputs, codes), drawn(engine, inputs)
         found = Agreement(codes[: job.count], forced[: job.count], free[: job.count])
         yield (

@@ -3,7 +3,7 @@
     python -m benchmarks.sampling                     # B, L and XL on a CUDA device
     python -m benchmarks.sampling --sizes b --batches 4 --plain-batch 4 --layers 6   # on a CPU
 
-Weights are random, guidance is on. Ours is timed first, for every batch and number of streams; then the
+Weights are random, guidance is on. Ours is timed first, for every batch; then the
 last of ours and the plain way, in turn. Each is timed `--rounds` times; times are medians and the speed-up is
 the median of the rounds' ratios. The plain way is the published sampler's: float32 (TF32
 on CUDA), a cache grown by concatenation, eager, then decoding all at once. `--layers` cuts generator
@@ -13,7 +13,6 @@ the wall clock, for a CPU that is shared with other work.
 """
 
 import argparse
-import itertools
 import statistics
 import tempfile
 import time
@@ -136,11 +135,11 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
 
     last: Any = None
     engine: Any = None
-    for batch, streams in itertools.product(args.batches, args.streams):
+    for batch in args.batches:
         last = engine = None  # frees its cache for the next
         began = time.perf_counter()
         set_tf32(precision != "fp32", precision != "fp32")  # before the engine captures its graph
-        engine = Engine(model, batch, sampling, dtype, compiled, args.engine, args.cache, streams)
+        engine = Engine(model, batch, sampling, dtype, compiled, args.engine, args.cache)
         decoder = ImageDecoder(tokenizer, dtype, compiled, batch)
         ours = inputs(batch)
         codes = engine.sample(*ours)
@@ -158,7 +157,7 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
         print(
             f"  ours   batch {batch}, {'compiled' if engine.compiled else 'eager'}, "
             f"{'captured' if engine.graph else 'not captured'}, "
-            f"{'fused' if engine.fused else 'plain'} attention, {streams} streams: "
+            f"{'fused' if engine.fused else 'plain'} attention: "
             f"{batch / total:.3f} images/s; codes {batch / sampled:.3f}/s "
             f"({sampled / config.image_seq_len * 1e3:.2f} ms per step), decoding "
             f"{batch / decoded:.3f}/s, writing {batch / writing_seconds(images, codes):.1f}/s (beside "
@@ -167,7 +166,7 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
             + (f", peak {peak / 2**30:.2f} GiB" if cuda else "")
         )
         print(
-            f"  roofline batch {batch}, {streams} streams: {batch / sum(least):.3f} images/s (codes "
+            f"  roofline batch {batch}: {batch / sum(least):.3f} images/s (codes "
             f"{batch / least[0]:.3f}/s, decoding {batch / least[1]:.3f}/s): ours reaches "
             f"{sum(least) / total:.0%} of it",
             flush=True,
@@ -183,7 +182,7 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
 def replay(engine: Engine, steps: int) -> None:
     """Steps of a captured engine from the middle position on; `sample` leaves it behind the last code."""
     assert engine.graph is not None
-    engine._set_position(engine.config.image_seq_len // 2)
+    engine.position.fill_(engine.config.image_seq_len // 2)
     for _ in range(steps):
         engine.graph.replay()
 
@@ -282,9 +281,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="the attention")
     parser.add_argument("--cache", choices=CACHES, default="auto", help="type of keys and values")
-    parser.add_argument(
-        "--streams", type=int, nargs="+", default=[1], help="parts of a batch sampled concurrently"
-    )
     parser.add_argument("--profile", action="store_true", help="a GPU's time of 5 steps, by kernel")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--rounds", type=int, default=3)

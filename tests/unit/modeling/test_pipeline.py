@@ -205,7 +205,7 @@ def test_images_without_a_class_come_from_the_row_that_no_class_has(made):
     generator, tokenizer, *files = made
     pipeline = Pipeline(*files, tokenizer_config=SMALL, device="cpu")
     images = pipeline([None, None], seed=3, guidance_scale=9.0)
-    assert pipeline.engine.rows == 2  # no second branch
+    assert len(pipeline.engine.rows) == 2  # no second branch
     labels = torch.full((2,), TINY.no_class)
     codes = codes_of_row(generator, labels, image_uniforms(3, range(2), 7))
     assert torch.equal(images, ImageDecoder(tokenizer, torch.float32)(codes))
@@ -423,7 +423,7 @@ def test_torchs_default_type_changes_nothing(made, dtype):
     try:
         pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
         images = pipeline([2, 0, 1])
-        assert pipeline.engine.streams[0].uniforms.dtype == torch.float32
+        assert pipeline.engine.uniforms.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(images, expected)

@@ -99,7 +99,7 @@ def test_stage2_without_a_stage1_checkpoint_stops(workspace, tmp_path):
 
 def test_stage2_refuses_a_generator_as_its_stage1(workspace, tmp_path):
     done = workspace.stage2(tmp_path / "run", workspace.generator, check=False)
-    refused(done, "is not a tokenizer but a generator (hidden size 32, 2 layers")
+    refused(done, "is not a tokenizer but a generator (hidden_size=32, num_hidden_layers=2")
     assert not (tmp_path / "run").exists()
 
 

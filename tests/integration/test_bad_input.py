@@ -54,7 +54,12 @@ def test_published_tokenizer_command_names_ours(command):
     [
         ("train_ar.py", "generator", "experiment.generator_checkpoint=x", "does not use"),
         ("sample_imagenet.py", "generator", "training.compile=True", "set experiment.compile"),
-        ("train_tokenizer", "stage1", "training.max_grad_norm=-1", "0 or more (the command line)"),
+        (
+            "train_tokenizer",
+            "stage1",
+            "training.max_grad_norm=-1",
+            "set at least 0 (the command line)",
+        ),
         ("train_tokenizer", "stage1", "experiment.output_dir=.", "a folder of its own"),
     ],
 )

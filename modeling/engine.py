@@ -121,7 +121,6 @@ class StepFunctions(NamedTuple):
     layer: Callable[..., tuple[Tensor, Tensor]] = layer
 
 
-# ---------------------------------------------------------------------- weights and state
 def block_weights(
     block: Block, dtype: torch.dtype, lay_out: Callable[[Tensor], Tensor]
 ) -> BlockWeights:
@@ -138,36 +137,6 @@ def block_weights(
         w13=lay_out(torch.cat([mlp.w1.weight, mlp.w3.weight]).to(dtype)),
         w2=lay_out(mlp.w2.weight.detach().to(dtype)),
     )
-
-
-class Weights:
-    """All weights of a generator as the engine reads them.
-
-    Embeddings, norms and output layer are float32, because guidance amplifies errors of logits.
-    """
-
-    def __init__(self, model: Generator, dtype: torch.dtype, lay_out: Callable[[Tensor], Tensor]):
-        self.embeddings = model.embeddings.weight.detach().float()
-        self.blocks = [block_weights(block, dtype, lay_out) for block in model.blocks]  # type: ignore[arg-type]
-        self.norm = model.norm.weight.detach().float()
-        self.output = lay_out(model.output.weight.detach().float())
-        self.output_bias = model.output.bias.detach().float()
-        self.turns = model.rotary.float()
-
-
-def prefill(rows: Tensor, weights: Weights, caches: list[Cache]) -> None:
-    """Fill positions 0…n-1 of the caches with rows (N, n) of the embedding table, in one pass.
-
-    The same mathematics as n steps, with the plain attention and without logits. Eager, because each n
-    would need another program.
-    """
-    blocks, shape = weights.blocks, rows.shape
-    x, qkv = enter(rows.flatten(), weights.embeddings, blocks[0])  # (N·n, …)
-    for block, following, cache in zip(blocks, blocks[1:], caches):
-        y = prefill_attention(qkv.unflatten(0, shape), block.qk_norm, weights.turns, cache)
-        x, qkv = between(x, y.flatten(0, 1), block, following)
-    # Later steps need only keys and values of the last block.
-    write_positions(qkv.unflatten(0, shape), blocks[-1].qk_norm, weights.turns, 0, caches[-1])
 
 
 # ---------------------------------------------------------------------- the engine
@@ -206,7 +175,12 @@ class Engine:
             shape = model.config.num_attention_heads, T, model.config.head_size
             self.fused = choose_attention(engine, shape, (dtype, stored), self.device)
             lay_out = cpu_layout(rows, compiled) if on_cpu else lambda weight: weight
-            self.weights = Weights(model, dtype, lay_out)
+            self.blocks = [block_weights(block, dtype, lay_out) for block in model.blocks]  # type: ignore[arg-type]
+            # In float32, like the norms, because guidance amplifies errors of logits.
+            self.embeddings = model.embeddings.weight.detach().float()
+            self.norm, self.turns = model.norm.weight.detach().float(), model.rotary.float()
+            self.output = lay_out(model.output.weight.detach().float())
+            self.output_bias = model.output.bias.detach().float()
             self.scales = sampling.scales(T).to(self.device)
             # The state of a batch is on the device, so that nothing waits for the host. The caches are
             # uninitialised: only filled positions are read.
@@ -229,11 +203,8 @@ class Engine:
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
         """Makes the engine's GPU current, for graphs and Triton kernels, and ends the caller's autocast."""
-        kind, nothing = self.device.type, contextlib.nullcontext()
-        with (
-            torch.cuda.device(self.device) if kind == "cuda" else nothing,
-            torch.autocast(kind, enabled=False) if kind != "meta" else nothing,
-        ):
+        gpu = self.device if self.device.type == "cuda" else -1  # -1: no change
+        with torch.cuda.device(gpu), torch.autocast(self.device.type, enabled=False):
             yield
 
     def _compile(self) -> None:
@@ -277,24 +248,23 @@ class Engine:
 
     def _step(self, t: int) -> None:
         """Draw code t of every image; `position` is t."""
-        weights, functions, position = self.weights, self.functions, self.position
+        blocks, functions, position = self.blocks, self.functions, self.position
         attend: AttentionFunction = self.fused or plain_attention
-        at = position if self.fused else t
-        blocks, turns = weights.blocks, weights.turns
+        at, turns = position if self.fused else t, self.turns
         if self.layers_whole:
             turns = turns[: t + 1]
             if self.compiled:
                 torch._dynamo.maybe_mark_dynamic(turns, 0)
-        x, qkv = functions.enter(self.rows, weights.embeddings, blocks[0])
+        x, qkv = functions.enter(self.rows, self.embeddings, blocks[0])
         for block, following, cache in zip(blocks, blocks[1:], self.caches):
             if self.layers_whole:
                 x, qkv = functions.layer(x, qkv, turns, block, following, cache)
             else:
                 y = attend(qkv, block.qk_norm, turns, at, cache)  # (N, D)
                 x, qkv = functions.between(x, y, block, following)
-        y = attend(qkv, blocks[-1].qk_norm, weights.turns, at, self.caches[-1])
-        x = functions.leave(x, y, blocks[-1], weights.norm)
-        logits = linear(x, weights.output, weights.output_bias)  # (N, V)
+        y = attend(qkv, blocks[-1].qk_norm, self.turns, at, self.caches[-1])
+        x = functions.leave(x, y, blocks[-1], self.norm)
+        logits = linear(x, self.output, self.output_bias)  # (N, V)
         given = self.given.index_select(1, position)[:, 0]
         uniform = self.uniforms.index_select(1, position)[:, 0]
         scale, s = self.scales.index_select(0, position), self.sampling
@@ -305,14 +275,24 @@ class Engine:
         position += 1
 
     def _prefill(self, n: int) -> None:
-        """Advance past the first n codes of the images, which are in `codes`."""
+        """Advance past the first n codes of the images, which are in `codes`, in one pass.
+
+        The same mathematics as n steps, with the plain attention and without logits. Eager, because each n
+        would need another program.
+        """
         codes = self.codes[:, :n].repeat(len(self.rows) // self.batch, 1)  # (N, n)
         # The inputs of the first n steps: the class, then all codes but the last.
-        rows = torch.cat([self.rows.unsqueeze(1), codes[:, :-1]], 1)
-        at_once = max(PREFILLED_AT_ONCE // n, 1)
-        for start in range(0, len(rows), at_once):
+        inputs = torch.cat([self.rows.unsqueeze(1), codes[:, :-1]], 1)
+        blocks, turns, at_once = self.blocks, self.turns, max(PREFILLED_AT_ONCE // n, 1)
+        for start in range(0, len(inputs), at_once):
             part = slice(start, start + at_once)
-            prefill(rows[part], self.weights, [cache.of(part) for cache in self.caches])
+            rows, caches = inputs[part], [cache.of(part) for cache in self.caches]
+            x, qkv = enter(rows.flatten(), self.embeddings, blocks[0])  # (N·n, …)
+            for block, following, cache in zip(blocks, blocks[1:], caches):
+                y = prefill_attention(qkv.unflatten(0, rows.shape), block.qk_norm, turns, cache)
+                x, qkv = between(x, y.flatten(0, 1), block, following)
+            # Later steps need only keys and values of the last block.
+            write_positions(qkv.unflatten(0, rows.shape), blocks[-1].qk_norm, turns, 0, caches[-1])
         self.rows.copy_(codes[:, -1])
         self.position.fill_(n)
 

@@ -45,12 +45,12 @@ def test_memory_is_free_after_del_without_the_garbage_collector(model, traced, c
     engine = Engine(model, 4, Sampling(3.0), compiled=compiled)
     engine.sample(*inputs())
     assert engine.compiled == compiled
-    weights, cache = engine.weights, engine.caches[0]
-    watched = (engine, cache.k, weights.blocks[0].w13, weights.blocks[0].qkv)
+    block, cache = engine.blocks[0], engine.caches[0]
+    watched = (engine, cache.k, block.w13, block.qkv)
     alive = [weakref.ref(x) for x in watched]
     gc.disable()
     try:
-        del engine, weights, cache, watched
+        del engine, block, cache, watched
         assert [ref() for ref in alive] == [None] * 4
     finally:
         gc.enable()
@@ -268,9 +268,9 @@ def test_output_layer_computes_in_float32(model, monkeypatch):
 
 
 def test_embeddings_and_norms_stay_float32(model):
-    weights = Engine(model, 4, Sampling(), torch.bfloat16).weights
-    block = weights.blocks[0]
-    floats = (weights.embeddings, weights.norm, weights.output, block.norm1, block.qk_norm)
+    engine = Engine(model, 4, Sampling(), torch.bfloat16)
+    block = engine.blocks[0]
+    floats = (engine.embeddings, engine.norm, engine.output, block.norm1, block.qk_norm)
     assert {x.dtype for x in floats} == {torch.float32}
     assert {x.dtype for x in (block.qkv, block.w13, block.w2, block.proj)} == {torch.bfloat16}
 
@@ -385,14 +385,20 @@ def test_drawn_codes_as_a_prefix_change_nothing(model):
         assert torch.equal(engine.sample(labels, uniforms, codes[:, :n]), codes)
 
 
-def test_a_prefix_costs_one_pass_and_no_steps(model, monkeypatch):
-    passes, steps = [], []
-    prefill, step = engine_module.prefill, Engine._step
+def prefill_passes(monkeypatch):
+    """The rows and positions (N, n) of each pass of a prefill, which ends with keys and values alone."""
+    passes, write = [], engine_module.write_positions
     monkeypatch.setattr(
         engine_module,
-        "prefill",
-        lambda rows, *rest: passes.append(rows.shape) or prefill(rows, *rest),
+        "write_positions",
+        lambda qkv, *rest: passes.append(qkv.shape[:2]) or write(qkv, *rest),
     )
+    return passes
+
+
+def test_a_prefix_costs_one_pass_and_no_steps(model, monkeypatch):
+    passes, steps = prefill_passes(monkeypatch), []
+    step = Engine._step
     monkeypatch.setattr(Engine, "_step", lambda self, t: steps.append(t) or step(self, t))
     labels, uniforms = inputs()
     Engine(model, 4, Sampling(3.0)).sample(labels, uniforms, torch.ones(4, 5).long())
@@ -404,15 +410,10 @@ def test_a_large_prefill_is_cut_into_parts_that_change_nothing(model, monkeypatc
     prefix = torch.randint(16, (4, 5))
     engine = Engine(model, 4, Sampling(3.0))
     expected = engine.sample(labels, uniforms, prefix)
-    parts, prefill = [], engine_module.prefill
     monkeypatch.setattr(engine_module, "PREFILLED_AT_ONCE", 16)
-    monkeypatch.setattr(
-        engine_module,
-        "prefill",
-        lambda rows, *rest: parts.append(len(rows)) or prefill(rows, *rest),
-    )
+    passes = prefill_passes(monkeypatch)
     assert torch.equal(poison(engine).sample(labels, uniforms, prefix), expected)
-    assert parts == [3, 3, 2]
+    assert passes == [(3, 5), (3, 5), (2, 5)]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -29,7 +29,7 @@ from generation.models import Models, load_models, open_models
 from modeling.devices import find_device
 from modeling.engine import Engine
 from modeling.image_decoder import ImageDecoder
-from modeling.randomness import image_uniforms
+from modeling.sampling import image_uniforms
 from runtime.program import run
 
 Inputs = list[tuple[Tensor, Tensor]]  # labels (B,) and uniforms (B, T) of every batch

@@ -95,7 +95,6 @@ def roofline(
     for filled in range(1, T + 1):
         read = (weights * dtype.itemsize + rows * filled * position) / bandwidth
         codes += max(read, 2 * weights * rows / flops)
-    assert tokenizer.decoder is not None
     decoder = sum(p.numel() for p in tokenizer.decoder.transformer.parameters())
     tokens = tokenizer.config.num_tokens + tokenizer.config.num_buffer_tokens
     return codes, 2 * decoder * tokens * batch / flops

@@ -18,8 +18,7 @@ from .errors import InputError
 from .generator import GeneratorConfig, build_generator
 from .image_decoder import ImageDecoder
 from .pixels import to_pil
-from .randomness import image_uniforms
-from .sampling import DRAWN, NO_CLASS, Sampling
+from .sampling import DRAWN, NO_CLASS, Sampling, image_uniforms
 from .tokenizer import TokenizerConfig
 from .weights import hub
 from .weights.class_names import ClassNames, class_names, sorted_as_text

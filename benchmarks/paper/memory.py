@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.paper.inductor import device_answers
 from benchmarks.paper.training import CUDA, programs_of_step, stand_in
-from modeling import generator, tokenizer_blocks
+from modeling import generator as generators
+from modeling import tokenizer as tokenizers
 from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 
@@ -46,7 +47,7 @@ def pretended_tensors() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in device_answers():
             stack.enter_context(mock.patch.object(owner, name, value, create=True))
-        for module in (generator, tokenizer_blocks):
+        for module in (generators, tokenizers):
             stack.enter_context(mock.patch.object(module, "attention", stand_in))
         stack.enter_context(FakeTensorMode())
         yield

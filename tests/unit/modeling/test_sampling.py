@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import math
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from modeling.sampling import (
     ReferenceEngine,
     Sampling,
     draw_codes,
+    image_uniforms,
 )
 from tests.refusals import refusal
 from tests.tiny import sample_codes, tiny_generator
@@ -43,6 +45,26 @@ def test_guidance_at_half_way_is_the_mean_for_power_one():
 
 def test_guidance_of_scale_one_is_constant():
     assert torch.equal(Sampling(1.0, 0.7).scales(50), torch.ones(50))
+
+
+# ---------------------------------------------------------------------- random numbers
+@pytest.mark.parametrize(
+    "seed, digest",
+    [
+        (0, "09a1e87a0afba5e7"),
+        (42, "da09ec02135ca1fb"),
+        (2**32, "cfb4a8a24751a27b"),
+        (2**130 + 9, "1f7ac0f67d8eb454"),
+    ],
+)
+def test_uniforms_are_those_of_published_samples(seed, digest):
+    """Philox's numbers, hashed: another release of NumPy that draws others would change every image."""
+    uniforms = image_uniforms(seed, [0, 7, 49_999, 2**32 + 1], 273)
+    assert hashlib.sha256(uniforms.numpy().tobytes()).hexdigest().startswith(digest)
+
+
+def test_no_images_take_no_numbers():
+    assert image_uniforms(0, range(0), 7).shape == (0, 7)
 
 
 # ---------------------------------------------------------------------- drawing

@@ -36,8 +36,8 @@ from evaluation.likelihood import Likelihood, Share, likelihood_sums
 from evaluation.metrics import summed
 from generation.job import in_options
 from modeling.compiling import compile_training
-from modeling.generator import Generator, build_generator
-from modeling.randomness import image_uniforms
+from modeling.generator import NO_CLASS, Generator, build_generator
+from modeling.sampling import image_uniforms
 from modeling.tokenizer import Tokenizer
 from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
@@ -132,9 +132,7 @@ def open_data(
         encoder.freeze_encoder()  # then it computes in full float32, as pretokenization
     options = with_classes(options, str(source), len(classes))
     config, listed = options.model.generator, len(labels)
-    draws = EpochDraws(
-        listed, views, options.training.seed, config.class_label_dropout, config.no_class
-    )
+    draws = EpochDraws(listed, views, options.training.seed, config.class_label_dropout, NO_CLASS)
     dataset, limit = dataset_of(draws), experiment.max_train_examples or listed
     if limit < listed:
         used = spread_over_classes(labels, limit)

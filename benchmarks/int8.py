@@ -29,7 +29,7 @@ from generation.models import Models, load_models, open_models
 from modeling.devices import find_device
 from modeling.engine import Engine
 from modeling.image_decoder import ImageDecoder
-from modeling.randomness import image_uniforms
+from modeling.sampling import image_uniforms
 from runtime.program import run
 
 Inputs = list[tuple[Tensor, Tensor]]  # labels (B,) and uniforms (B, T) of every batch
@@ -113,7 +113,7 @@ def compare(models: Models, job: SamplingJob, batch: int) -> Iterator[str]:
     decoder = ImageDecoder(models.tokenizer, torch.float32)
     images = decoder(codes[: job.count])
     for name, (dtype, cache) in WAYS.items():
-        engine = Engine(model, batch, job.sampling, dtype, cache=cache, streams=1)
+        engine = Engine(model, batch, job.sampling, dtype, cache=cache)
         forced, free = drawn_after(engine, inputs, codes), drawn(engine, inputs)
         found = Agreement(codes[: job.count], forced[: job.count], free[: job.count])
         yield (

@@ -104,7 +104,6 @@ def roofline(
     for filled in range(1, T + 1):
         read = (weights * dtype.itemsize + rows * filled * position) / bandwidth
         codes += max(read, 2 * weights * rows / flops)
-    assert tokenizer.decoder is not None
     decoder = sum(p.numel() for p in tokenizer.decoder.transformer.parameters())
     tokens = tokenizer.config.num_tokens + tokenizer.config.num_buffer_tokens
     return codes, 2 * decoder * tokens * batch / flops
@@ -143,22 +142,26 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
         return labels, uniforms.to(device)
 
     last: Any = None
-    engine: Any = None
+    engines: list[Engine] = []
     for batch, streams in itertools.product(args.batches, args.streams):
-        last = engine = None  # frees its cache for the next
+        last, engines = None, []  # frees their caches for the next
         began = time.perf_counter()
         set_tf32(precision != "fp32", precision != "fp32")  # before the engine captures its graph
-        engine = Engine(model, batch, sampling, dtype, compiled, args.engine, args.cache, streams)
+        engines = [
+            Engine(model, batch // streams, sampling, dtype, compiled, args.engine, args.cache)
+            for _ in range(streams)
+        ]
+        engine, sample = engines[0], partial(concurrently, engines)
         decoder = ImageDecoder(tokenizer, dtype, compiled, batch)
         ours = inputs(batch)
-        codes = engine.sample(*ours)
+        codes = sample(*ours)
         images = decoder(codes)
         synchronize()
         print(f"  ready after {time.perf_counter() - began:.1f} s", flush=True)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         rounds = range(args.rounds)
-        sampled = statistics.median(seconds(engine.sample, *ours) for _ in rounds)
+        sampled = statistics.median(seconds(sample, *ours) for _ in rounds)
         decoded = statistics.median(seconds(decoder, codes) for _ in rounds)
         peak = torch.cuda.max_memory_allocated() if cuda else 0
         least = roofline(config, sampling, tokenizer, batch, dtype, device)
@@ -180,18 +183,36 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
             f"{sum(least) / total:.0%} of it",
             flush=True,
         )
-        last = engine, decoder, ours, codes
+        last = sample, decoder, ours, codes
         if args.profile and cuda and engine.graph is not None:
             profile(partial(replay, engine, 5))
     if args.plain_batch:
         against_plain(config, sampling, model, tokenizer, precision, args, last, inputs)
 
 
+def concurrently(engines: list[Engine], labels: Tensor, uniforms: Tensor) -> Tensor:
+    """The codes of a batch in equal parts, one per engine, on CUDA at the same time: products of one overlap with
+    the attention of another, but each reads the weights."""
+    cuda, parts = labels.is_cuda and len(engines) > 1, len(engines)
+    streams = [torch.cuda.Stream() if cuda else None for _ in engines]
+    codes = []
+    for engine, stream, given in zip(
+        engines, streams, zip(labels.chunk(parts), uniforms.chunk(parts))
+    ):
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # None: the current one
+            codes.append(engine.sample(*given))
+    for stream in filter(None, streams):
+        torch.cuda.current_stream().wait_stream(stream)
+    return torch.cat(codes)
+
+
 @torch.inference_mode()
 def replay(engine: Engine, steps: int) -> None:
     """Steps of a captured engine from the middle position on; `sample` leaves it behind the last code."""
     assert engine.graph is not None
-    engine._set_position(engine.config.image_seq_len // 2)
+    engine.position.fill_(engine.config.image_seq_len // 2)
     for _ in range(steps):
         engine.graph.replay()
 
@@ -201,14 +222,14 @@ def against_plain(
     precision: str, args: argparse.Namespace, last: Any, inputs: Callable[[int], tuple],
 ) -> None:  # fmt: skip
     """The plain way and the last of ours in turn, so that their ratio holds."""
-    engine, decoder, ours, codes = last
+    sample, decoder, ours, codes = last
     device, batch, plain_batch = codes.device, len(codes), args.plain_batch
     plain = inputs(plain_batch)
     plain_ids = torch.randint(config.codebook_size, (plain_batch, 273), device=device)
     times: dict[str, list[float]] = {k: [] for k in ("codes", "images", "plain", "plain images")}
     for _ in range(args.rounds):
         set_tf32(precision != "fp32", precision != "fp32")
-        times["codes"].append(seconds(engine.sample, *ours))
+        times["codes"].append(seconds(sample, *ours))
         times["images"].append(seconds(decoder, codes))
         set_tf32(True, True)  # without effect on a CPU
         times["plain"].append(seconds(plain_codes, model, sampling, *plain))

@@ -89,7 +89,6 @@ class Mode:
             latents = self.model.encoder(images, self.model.latent_tokens).float()
             vectors, codes, quantizer_loss = self.model.quantize(latents)
         with self.timed("decoder"), self.autocast():
-            assert self.model.decoder is not None
             reconstructions, strip = self.model.decoder(vectors)
         out = TokenizerOutput(reconstructions, strip, latents, codes, quantizer_loss)
         with self.timed("losses"):

@@ -11,8 +11,7 @@ from torch import Tensor
 from generation.job import SamplingJob
 from modeling.engine import Engine
 from modeling.image_decoder import DECODED_AT_ONCE, ImageDecoder
-from modeling.randomness import image_uniforms
-from modeling.sampling import ReferenceEngine
+from modeling.sampling import ReferenceEngine, image_uniforms
 from modeling.tokenizer import Tokenizer
 
 

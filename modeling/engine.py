@@ -121,7 +121,6 @@ class StepFunctions(NamedTuple):
     layer: Callable[..., tuple[Tensor, Tensor]] = layer
 
 
-# ---------------------------------------------------------------------- weights and state
 def block_weights(
     block: Block, dtype: torch.dtype, lay_out: Callable[[Tensor], Tensor]
 ) -> BlockWeights:
@@ -140,67 +139,6 @@ def block_weights(
     )
 
 
-class Weights:
-    """All weights of a generator as the engine reads them, shared by its streams.
-
-    Embeddings, norms and output layer are float32, because guidance amplifies errors of logits.
-    """
-
-    def __init__(self, model: Generator, dtype: torch.dtype, lay_out: Callable[[Tensor], Tensor]):
-        self.embeddings = model.embeddings.weight.detach().float()
-        self.blocks = [block_weights(block, dtype, lay_out) for block in model.blocks]  # type: ignore[arg-type]
-        self.norm = model.norm.weight.detach().float()
-        self.output = lay_out(model.output.weight.detach().float())
-        self.output_bias = model.output.bias.detach().float()
-        self.turns = model.rotary.float()
-
-
-class Stream:
-    """The state (position, last codes, cache) of some images of a batch, on the device, so that nothing
-    waits for the host; on CUDA with a stream of its own. The caches are uninitialised: only filled
-    positions are read."""
-
-    def __init__(
-        self,
-        config: GeneratorConfig,
-        images: slice,
-        branches: int,
-        stored: torch.dtype,
-        device: torch.device,
-    ):
-        self.images = images  # of the batch
-        batch = images.stop - images.start
-        rows, T = branches * batch, config.image_seq_len
-        self.caches = [
-            empty_cache((rows, config.num_attention_heads, T, config.head_size), stored, device)
-            for _ in range(config.num_hidden_layers)
-        ]
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        # Embedding rows of the next step.
-        self.rows = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.uniforms = torch.zeros(batch, T, dtype=torch.float32, device=device)
-        self.given = torch.full((batch, T), DRAWN, dtype=torch.int64, device=device)
-        self.codes = torch.zeros(batch, T, dtype=torch.int64, device=device)
-        self.cuda: Optional[torch.cuda.Stream] = None
-        if device.type == "cuda":
-            self.cuda = torch.cuda.Stream(device)
-
-
-def prefill(rows: Tensor, weights: Weights, caches: list[Cache]) -> None:
-    """Fill positions 0…n-1 of the caches with rows (N, n) of the embedding table, in one pass.
-
-    The same mathematics as n steps, with the plain attention and without logits. Eager, because each n
-    would need another program.
-    """
-    blocks, shape = weights.blocks, rows.shape
-    x, qkv = enter(rows.flatten(), weights.embeddings, blocks[0])  # (N·n, …)
-    for block, following, cache in zip(blocks, blocks[1:], caches):
-        y = prefill_attention(qkv.unflatten(0, shape), block.qk_norm, weights.turns, cache)
-        x, qkv = between(x, y.flatten(0, 1), block, following)
-    # Later steps need only keys and values of the last block.
-    write_positions(qkv.unflatten(0, shape), blocks[-1].qk_norm, weights.turns, 0, caches[-1])
-
-
 # ---------------------------------------------------------------------- the engine
 class Engine:
     """Samples batches of `batch` images with the weights of a generator, on its device.
@@ -208,9 +146,7 @@ class Engine:
     `dtype` is the type of matrices and cache. `compiled` compiles the functions of a step. With the
     fused attention, one step is captured as a CUDA graph that serves all positions. `engine` selects the
     attention: "fused", "plain" or, with "auto", the fused one on CUDA if it passes its check. `cache` "int8"
-    stores keys and values in one byte each, with a scale per row and head. `streams` samples parts of
-    the batch concurrently on CUDA, which overlaps products with attention, but reads the weights once
-    per stream (`benchmarks.sampling --streams`); codes differ by rounding at most.
+    stores keys and values in one byte each, with a scale per row and head.
 
     The TF32 setting at construction holds, also for the output layer, where it adds less than a
     thousandth to the error of logits after bf16 blocks. Tensors of the engine's type are shared with the
@@ -229,28 +165,34 @@ class Engine:
         compiled: bool = False,
         engine: str = "auto",
         cache: str = "auto",
-        streams: int = 1,
     ):
         self.config, self.batch, self.sampling = model.config, batch, sampling
         self.dtype, self.device = dtype, model.output.weight.device
         check_type(dtype, self.device)
-        config, stored = model.config, torch.int8 if cache == "int8" else dtype
-        branches = 2 if sampling.guided else 1
-        self.rows = branches * batch  # N
+        T, stored = model.config.image_seq_len, torch.int8 if cache == "int8" else dtype
+        rows, on_cpu = batch * (2 if sampling.guided else 1), self.device.type == "cpu"
         with self.on_device():
-            shape = config.num_attention_heads, config.image_seq_len, config.head_size
+            shape = model.config.num_attention_heads, T, model.config.head_size
             self.fused = choose_attention(engine, shape, (dtype, stored), self.device)
-            parts = [
-                slice(batch * i // streams, batch * (i + 1) // streams) for i in range(streams)
-            ]
-            rows = branches * -(-batch // streams)
-            on_cpu = self.device.type == "cpu"
             lay_out = cpu_layout(rows, compiled) if on_cpu else lambda weight: weight
-            self.weights = Weights(model, dtype, lay_out)
-            self.streams = [Stream(config, part, branches, stored, self.device) for part in parts]
-            self.scales = sampling.scales(config.image_seq_len).to(self.device)
+            self.blocks = [block_weights(block, dtype, lay_out) for block in model.blocks]  # type: ignore[arg-type]
+            # In float32, like the norms, because guidance amplifies errors of logits.
+            self.embeddings = model.embeddings.weight.detach().float()
+            self.norm, self.turns = model.norm.weight.detach().float(), model.rotary.float()
+            self.output = lay_out(model.output.weight.detach().float())
+            self.output_bias = model.output.bias.detach().float()
+            self.scales = sampling.scales(T).to(self.device)
+            # The state of a batch is on the device, so that nothing waits for the host. The caches are
+            # uninitialised: only filled positions are read.
+            self.caches = [empty_cache((rows, *shape), stored, self.device) for _ in model.blocks]
+            self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+            # Embedding rows (N,) of the next step.
+            self.rows = torch.zeros(rows, dtype=torch.int64, device=self.device)
+            self.uniforms = torch.zeros(batch, T, dtype=torch.float32, device=self.device)
+            self.given = torch.full((batch, T), DRAWN, dtype=torch.int64, device=self.device)
+            self.codes = torch.zeros(batch, T, dtype=torch.int64, device=self.device)
             # On CUDA no compiled function may see the cache: Inductor would copy it whole.
-            self.layers_whole = self.device.type == "cpu" and not self.fused
+            self.layers_whole = on_cpu and not self.fused
             self.functions, self.compiled = StepFunctions(), False
             self.graph: Optional[torch.cuda.CUDAGraph] = None
             if compiled:
@@ -261,11 +203,8 @@ class Engine:
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
         """Makes the engine's GPU current, for graphs and Triton kernels, and ends the caller's autocast."""
-        kind, nothing = self.device.type, contextlib.nullcontext()
-        with (
-            torch.cuda.device(self.device) if kind == "cuda" else nothing,
-            torch.autocast(kind, enabled=False) if kind != "meta" else nothing,
-        ):
+        gpu = self.device if self.device.type == "cuda" else -1  # -1: no change
+        with torch.cuda.device(gpu), torch.autocast(self.device.type, enabled=False):
             yield
 
     def _compile(self) -> None:
@@ -274,12 +213,11 @@ class Engine:
         `layer` needs programs for the first position, the last one, whose cache is full, and all between.
         """
         last = self.config.image_seq_len - 1
-        positions = {0, min(1, last)} | ({last} if self.layers_whole else set())
         try:
             self.functions = StepFunctions(*map(compile_function, StepFunctions()))
             self.compiled = True
-            for t in sorted(positions):
-                self._set_position(t)
+            for t in sorted({0, min(1, last), last}):
+                self.position.fill_(t)
                 self._step(t)
         except Exception as e:
             self.functions, self.compiled = StepFunctions(), False
@@ -289,12 +227,12 @@ class Engine:
         """Capture one step as a CUDA graph, which serves all positions, because the position is read on
         the device. If that fails, warn once and launch kernels one by one."""
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        self._set_position(0)  # on the current stream
+        self.position.zero_()  # on the current stream
         side.wait_stream(current)
         with torch.cuda.stream(side):  # libraries initialise outside the capture
             self._step(0)
         current.wait_stream(side)
-        self._set_position(0)
+        self.position.zero_()
         graph = torch.cuda.CUDAGraph()
         try:
             # torch's default capture stream is on the GPU of the process's first graph. Other threads, such
@@ -308,61 +246,55 @@ class Engine:
                 f"sampling uses no CUDA graph, which is slower: {describe(e)}", stacklevel=4
             )
 
-    def _set_position(self, t: int) -> None:
-        for stream in self.streams:
-            stream.position.fill_(t)
-
     def _step(self, t: int) -> None:
-        """Draw code t of every image; the streams' positions are t."""
-        beside = [s.cuda for s in self.streams if s.cuda is not None and len(self.streams) > 1]
-        for stream in beside:
-            stream.wait_stream(torch.cuda.current_stream())
-        for stream in self.streams:
-            with torch.cuda.stream(stream.cuda if beside else None):  # None: the current one
-                self._step_stream(stream, t)
-        for stream in beside:
-            torch.cuda.current_stream().wait_stream(stream)
-
-    def _step_stream(self, stream: Stream, t: int) -> None:
-        weights, functions, position = self.weights, self.functions, stream.position
+        """Draw code t of every image; `position` is t."""
+        blocks, functions, position = self.blocks, self.functions, self.position
         attend: AttentionFunction = self.fused or plain_attention
-        at = position if self.fused else t
-        blocks, turns = weights.blocks, weights.turns
+        at, turns = position if self.fused else t, self.turns
         if self.layers_whole:
             turns = turns[: t + 1]
             if self.compiled:
                 torch._dynamo.maybe_mark_dynamic(turns, 0)
-        x, qkv = functions.enter(stream.rows, weights.embeddings, blocks[0])
-        for block, following, cache in zip(blocks, blocks[1:], stream.caches):
+        x, qkv = functions.enter(self.rows, self.embeddings, blocks[0])
+        for block, following, cache in zip(blocks, blocks[1:], self.caches):
             if self.layers_whole:
                 x, qkv = functions.layer(x, qkv, turns, block, following, cache)
             else:
                 y = attend(qkv, block.qk_norm, turns, at, cache)  # (N, D)
                 x, qkv = functions.between(x, y, block, following)
-        y = attend(qkv, blocks[-1].qk_norm, weights.turns, at, stream.caches[-1])
-        x = functions.leave(x, y, blocks[-1], weights.norm)
-        logits = linear(x, weights.output, weights.output_bias)  # (N, V)
-        given = stream.given.index_select(1, position)[:, 0]
-        uniform = stream.uniforms.index_select(1, position)[:, 0]
+        y = attend(qkv, blocks[-1].qk_norm, self.turns, at, self.caches[-1])
+        x = functions.leave(x, y, blocks[-1], self.norm)
+        logits = linear(x, self.output, self.output_bias)  # (N, V)
+        given = self.given.index_select(1, position)[:, 0]
+        uniform = self.uniforms.index_select(1, position)[:, 0]
         scale, s = self.scales.index_select(0, position), self.sampling
         rules = s.guided, s.randomize_temperature, s.top_k, s.top_p
         codes = functions.choose(logits, given, uniform, scale, *rules)  # (B,)
-        stream.codes.index_copy_(1, position, codes.unsqueeze(1))
-        stream.rows.copy_(codes.repeat(len(stream.rows) // len(codes)))
+        self.codes.index_copy_(1, position, codes.unsqueeze(1))
+        self.rows.copy_(codes.repeat(len(self.rows) // self.batch))
         position += 1
 
-    def _prefill(self, stream: Stream, n: int) -> None:
-        """Advance a stream past the first n codes of its images, which are in `stream.codes`."""
-        codes = stream.codes[:, :n]
-        codes = codes.repeat(len(stream.rows) // len(codes), 1)  # (N, n)
+    def _prefill(self, n: int) -> None:
+        """Advance past the first n codes of the images, which are in `codes`, in one pass.
+
+        The same mathematics as n steps, with the plain attention and without logits. Eager, because each n
+        would need another program.
+        """
+        codes = self.codes[:, :n].repeat(len(self.rows) // self.batch, 1)  # (N, n)
         # The inputs of the first n steps: the class, then all codes but the last.
-        rows = torch.cat([stream.rows.unsqueeze(1), codes[:, :-1]], 1)
-        at_once = max(PREFILLED_AT_ONCE // n, 1)
-        for start in range(0, len(rows), at_once):
+        inputs = torch.cat([self.rows.unsqueeze(1), codes[:, :-1]], 1)
+        blocks, turns, at_once = self.blocks, self.turns, max(PREFILLED_AT_ONCE // n, 1)
+        for start in range(0, len(inputs), at_once):
             part = slice(start, start + at_once)
-            prefill(rows[part], self.weights, [cache.of(part) for cache in stream.caches])
-        stream.rows.copy_(codes[:, -1])
-        stream.position.fill_(n)
+            rows, caches = inputs[part], [cache.of(part) for cache in self.caches]
+            x, qkv = enter(rows.flatten(), self.embeddings, blocks[0])  # (N·n, …)
+            for block, following, cache in zip(blocks, blocks[1:], caches):
+                y = prefill_attention(qkv.unflatten(0, rows.shape), block.qk_norm, turns, cache)
+                x, qkv = between(x, y.flatten(0, 1), block, following)
+            # Later steps need only keys and values of the last block.
+            write_positions(qkv.unflatten(0, rows.shape), blocks[-1].qk_norm, turns, 0, caches[-1])
+        self.rows.copy_(codes[:, -1])
+        self.position.fill_(n)
 
     @torch.inference_mode()
     def sample(self, labels: Tensor, uniforms: Tensor, prefix: Optional[Tensor] = None) -> Tensor:
@@ -372,38 +304,29 @@ class Engine:
         n codes, except those that are `DRAWN`; the others are drawn as if n steps had drawn the prefix, up
         to rounding. Asynchronous on CUDA.
         """
-        B, T, config = len(labels), self.config.image_seq_len, self.config
+        B, T = len(labels), self.config.image_seq_len
         if self.batch < B:
             raise ValueError(f"{B} images for an engine of batch {self.batch}")
         if prefix is None:
             prefix = torch.empty(B, 0, dtype=torch.int64, device=labels.device)
-        given = prefix.new_full((self.batch, T), DRAWN)
-        given[:B, : prefix.shape[1]] = prefix
         n = int((prefix != DRAWN).all(0).cumprod(0).sum()) if prefix.numel() else 0
-        # Shapes are fixed: a smaller batch is padded with images of "no class".
-        classes = labels.new_full((self.batch,), NO_CLASS, dtype=torch.int64)
-        classes[:B] = labels
-        rows = config.condition_rows(classes)
-        no_class = config.condition_rows(torch.full_like(classes, NO_CLASS))
-        numbers = uniforms.new_zeros(self.batch, T)
-        numbers[:B] = uniforms
+        # Shapes are fixed: a smaller batch is padded with "no class", which all of a second branch is.
+        labels = F.pad(labels, (0, len(self.rows) - B), value=NO_CLASS)
+        given = F.pad(prefix, (0, T - prefix.shape[1], 0, self.batch - B), value=DRAWN)
         with self.on_device():
-            for stream in self.streams:
-                both = torch.cat([x[stream.images] for x in (rows, no_class)])[: len(stream.rows)]
-                copy_to(stream.rows, both)
-                copy_to(stream.uniforms, numbers[stream.images])
-                copy_to(stream.given, given[stream.images])
-                stream.position.zero_()
-                if n:
-                    copy_to(stream.codes[:, :n], given[stream.images, :n].clamp(min=0))
-                    self._prefill(stream, n)
-            if self.graph is not None:
-                for _ in range(n, T):
-                    self.graph.replay()
-            else:
-                for t in range(n, T):
+            copy_to(self.rows, self.config.condition_rows(labels))
+            copy_to(self.uniforms, F.pad(uniforms, (0, 0, 0, self.batch - B)))
+            copy_to(self.given, given)
+            self.position.zero_()
+            if n:
+                copy_to(self.codes[:, :n], given[:, :n].clamp(min=0))
+                self._prefill(n)
+            for t in range(n, T):
+                if self.graph is None:
                     self._step(t)
-            return torch.cat([stream.codes for stream in self.streams])[:B]
+                else:
+                    self.graph.replay()
+            return self.codes[:B].clone()
 
 
 def copy_to(target: Tensor, source: Tensor) -> None:
@@ -417,8 +340,7 @@ def cache_bytes(
     config: GeneratorConfig, sampling: Sampling, dtype: torch.dtype, cache: str = "auto"
 ) -> int:
     """Bytes of the engine's cache per image."""
-    branches = 2 if sampling.guided else 1
-    vectors = 2 * branches * config.num_hidden_layers * config.image_seq_len
-    if cache == "int8":
-        return vectors * (config.hidden_size + 2 * config.num_attention_heads)
-    return vectors * config.hidden_size * dtype.itemsize
+    rows, stored = 2 if sampling.guided else 1, torch.int8 if cache == "int8" else dtype
+    shape = rows, config.num_attention_heads, config.image_seq_len, config.head_size
+    block = empty_cache(shape, stored, torch.device("meta"))
+    return config.num_hidden_layers * sum(x.nbytes for x in block if x is not None)

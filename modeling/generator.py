@@ -66,21 +66,14 @@ class GeneratorConfig(Options):
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def no_class(self) -> int:
-        """The label that stands for "no class" in training."""
-        return self.condition_num_classes
-
-    @property
     def rows(self) -> int:
         """Rows of the embedding: the codes, one that nothing uses, the classes, "no class"."""
         return self.codebook_size + 1 + self.condition_num_classes + 1
 
     def condition_rows(self, labels: Tensor) -> Tensor:
-        """The embedding's rows of labels 0…classes, the last being "no class", or `NO_CLASS`.
-
-        The published embedding has "no class" in row 5097.
-        """
-        return labels.masked_fill(labels == NO_CLASS, self.no_class) + self.codebook_size + 1
+        """The embedding's rows of labels, 0…classes - 1 or `NO_CLASS`, which is row 5097 as published."""
+        labels = labels.masked_fill(labels == NO_CLASS, self.condition_num_classes)
+        return labels + self.codebook_size + 1
 
 
 Cache = dict[Any, Any]  # what `step` keeps of earlier positions; empty at the first

@@ -31,7 +31,6 @@ class ImageDecoder:
         compiled: bool = False,
         batch: int = DECODED_AT_ONCE,
     ):
-        assert tokenizer.decoder is not None, "a tokenizer without its decoder"
         self.lookup, self.decoder = tokenizer.quantize.lookup, tokenizer.decoder
         self.device = tokenizer.latent_tokens.device
         self.autocast = dtype == torch.bfloat16 and self.device.type == "cuda"

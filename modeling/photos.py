@@ -69,7 +69,8 @@ def load_photo(path: Photo) -> tuple[Image.Image, Image.Transpose | None]:
     not while it persists, which a process learns once.
     """
     global persists
-    for pause in (None,) if persists else (*PAUSES, None):
+    pauses = [] if persists else [*PAUSES]
+    while True:
         try:
             file = path if isinstance(path, (str, os.PathLike)) else io.BytesIO(path.read())
             with Image.open(file, formats=FORMATS) as image:
@@ -80,17 +81,15 @@ def load_photo(path: Photo) -> tuple[Image.Image, Image.Transpose | None]:
                 result = to_rgb(image), turn_of(image)
             persists = False
             return result
-        except UnidentifiedImageError as e:  # its text shows the file object
-            raise InputError(
-                f"unreadable image {path}: not in a supported format ({', '.join(FORMATS)}); repair or remove it"
-            ) from e
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            passing = getattr(e, "errno", None) in PASSING
-            if pause is None or not passing:
-                persists = persists or passing
-                raise InputError(f"unreadable image {path}: {e}; repair or remove it") from e
-            time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+            if getattr(e, "errno", None) in PASSING:
+                if pauses:
+                    time.sleep(pauses.pop(0))
+                    continue
+                persists = True
+            unknown = isinstance(e, UnidentifiedImageError)  # whose text shows the file object
+            reason = f"not in a supported format ({', '.join(FORMATS)})" if unknown else e
+            raise InputError(f"unreadable image {path}: {reason}; repair or remove it") from e
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:

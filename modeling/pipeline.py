@@ -18,11 +18,9 @@ from .errors import InputError
 from .generator import GeneratorConfig, build_generator
 from .image_decoder import ImageDecoder
 from .pixels import to_pil
-from .randomness import image_uniforms
-from .sampling import DRAWN, NO_CLASS, Sampling
+from .sampling import DRAWN, NO_CLASS, Sampling, image_uniforms
 from .tokenizer import TokenizerConfig
 from .weights import hub
-from .weights.card import config_json, model_card
 from .weights.class_names import ClassNames, class_names, sorted_as_text
 from .weights.files import whole_file
 from .weights.metadata import GENERATOR, TOKENIZER, about_model
@@ -115,9 +113,9 @@ class Pipeline:
         sizes = about_model(GENERATOR, self.generator.config).config
         generator = replace(self.about[GENERATOR], config=sizes, tokenizer=known)
         write_state_dict(self.generator.state_dict(), folder / hub.GENERATOR_FILE, generator)
-        texts = {hub.CONFIG: config_json(generator, tokenizer)}
+        texts = {hub.CONFIG: hub.config_json(generator, tokenizer)}
         if not (folder / hub.CARD).exists():
-            texts[hub.CARD] = model_card(name or str(folder), generator, tokenizer)
+            texts[hub.CARD] = hub.model_card(name or str(folder), generator, tokenizer)
         for file, text in texts.items():
             with whole_file(folder / file) as partial:
                 # Folder names may not be valid UTF-8; JSON decodes these escapes to the same names.

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,16 +13,12 @@ from torch._compile import _disable_dynamo
 
 EMBED_PROB_DECAY = 0.99  # of the running share of tokens that choose each code
 COMMITMENT = 0.25
-# The backends and operations whose float32 precision torch can set.
+# The operations whose float32 precision torch can set; those of cuDNN must be equal.
+backends: Any = torch.backends  # declares no types of some
 FLOAT32_SETTINGS = (
-    (torch.backends.cuda, "matmul"),
-    (torch.backends.cudnn, "conv"),
-    (torch.backends.cudnn, "rnn"),  # must equal that of "conv"
-    (torch.backends.mkldnn, "matmul"),
-    (torch.backends.mkldnn, "conv"),
-)
-
-
+    backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul,
+    backends.mkldnn.conv,
+)  # fmt: skip
 SETTINGS = threading.RLock()
 
 
@@ -37,15 +34,14 @@ def full_float32(device_type: str) -> Iterator[None]:
         stack.enter_context(torch.autocast(device_type, enabled=False))
         # Torch has old names for these settings too, and kernels raise if the two disagree.
         matmul, cudnn = old_settings()
-        for backend, operation in FLOAT32_SETTINGS:
-            setting = getattr(backend, operation)
+        for setting in FLOAT32_SETTINGS:
             stack.callback(setattr, setting, "fp32_precision", setting.fp32_precision)
         stack.callback(torch.set_float32_matmul_precision, matmul)
         stack.callback(setattr, torch.backends.cudnn, "allow_tf32", cudnn)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
-        for backend, operation in FLOAT32_SETTINGS:
-            getattr(backend, operation).fp32_precision = "ieee"
+        for setting in FLOAT32_SETTINGS:
+            setting.fp32_precision = "ieee"
         yield
 
 

@@ -1,4 +1,4 @@
-"""The rules of sampling: guidance, the draw of a code, and the plain loop that applies them.
+"""The rules of sampling: random numbers, guidance, the draw of a code, and the plain loop that applies them.
 
 `ReferenceEngine` is the slow, readable twin of `engine.Engine` and draws the same codes. Shape suffixes are
 those of `modeling.generator`; N is B, or 2B with guidance (the images with their classes, then with "no
@@ -6,9 +6,11 @@ class").
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +62,18 @@ class Sampling(Options):
         elif self.guidance_schedule == "constant":
             t = torch.ones_like(t)
         return (1 + (self.guidance_scale - 1) * t).float()
+
+
+def image_uniforms(seed: int, indices: Sequence[int], steps: int) -> Tensor:
+    """Uniforms in [0, 1) of the images `indices`: (len(indices), steps), float32, on the CPU.
+
+    Row i depends on (seed, indices[i]) alone, never on the rank, the batch, the device or the machine.
+    """
+    rows = np.empty((len(indices), steps), np.float32)
+    for row, index in zip(rows, indices):
+        sequence = np.random.SeedSequence(seed, spawn_key=(index,))
+        np.random.Generator(np.random.Philox(sequence)).random(dtype=np.float32, out=row)
+    return torch.from_numpy(rows)
 
 
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:

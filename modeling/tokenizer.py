@@ -3,7 +3,8 @@
 One set of classes serves both training stages. Stage 1 decodes causally and reads the prefix tokens
 through a second head; stage 2, the published format, decodes bidirectionally with buffer tokens.
 
-Shape suffixes: B images, g grid (patches per side), K prefix tokens, T = K + g² tokens, D width.
+Shape suffixes: B images, g grid (patches per side), K prefix tokens, T = K + g² tokens, D width, H heads,
+h head size.
 K is g + 1 as published, g without the corner token, or 0: no prefix tokens.
 Attribute names are the keys of the published state dicts.
 """
@@ -14,20 +15,24 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils.checkpoint import checkpoint
 
+from .attention import attention
 from .devices import find_device
 from .errors import InputError
 from .fields import Options, option
-from .pixels import to_float, to_pil, to_uint8
+from .pixels import to_float, to_pil
 from .quantizer import VectorQuantizer, full_float32
-from .tokenizer_blocks import TokenizerBlock
+from .weights import hub
+from .weights.metadata import TOKENIZER
+from .weights.runs import all_checkpoints
 
 WEIGHT_STD = 0.02  # of all weights at the start, as published
-PHOTOS_AT_ONCE = 64  # of `encode_photos` and `decode_photos`, which limits their memory
+PHOTOS_AT_ONCE = 64  # of `encode_photos`, which limits its memory
 
 
 # fmt: off
@@ -117,6 +122,56 @@ class Features(NamedTuple):
     latents: Tensor  # (B, T, token_size) float32, what the quantizer sees
 
 
+class TokenizerAttention(nn.Module):
+    """Multi-head self-attention, (B, T, D) -> (B, T, D).
+
+    With `first`, only tokens from that index on attend, and to all tokens: (B, T, D) -> (B, T - first, D).
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.in_proj = nn.Linear(width, 3 * width)  # rows ordered q, k, v, each head-major
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        assert not (first and self.causal), "a causal mask needs the queries of all tokens"
+        B, T, D = x.shape
+        qkv = self.in_proj(x).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, H, T, h)
+        y = attention(q[:, :, first:], k, v, causal=self.causal)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T - first, D))
+
+
+class MLP(nn.Module):
+    """Linear, exact GELU, Linear; the hidden layer is four times as wide."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class TokenizerBlock(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); (B, T, D) -> (B, T - first, D), without the tokens
+    before `first`, to which the others attend. Its norms are LayerNorms."""
+
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = TokenizerAttention(width, heads, causal)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        x = x[:, first:] + self.attn(self.ln_1(x), first)
+        return x + self.mlp(self.ln_2(x))
+
+
 def run_blocks(blocks: nn.ModuleList, x: Tensor, recompute: bool, first: int = 0) -> Tensor:
     """The output of the blocks for the tokens from `first` on; the last block computes no others.
 
@@ -125,7 +180,7 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, recompute: bool, first: int = 0
     for number, block in enumerate(blocks, 1):
         start = first if number == len(blocks) else 0
         x = checkpoint(block, x, start, use_reentrant=False) if recompute else block(x, start)
-    return x if len(blocks) else x[:, first:]
+    return x
 
 
 class Encoder(nn.Module):
@@ -236,7 +291,7 @@ class Tokenizer(nn.Module):
         self.quantize = VectorQuantizer(
             config.codebook_size, config.token_size, clustering=config.clustering
         )
-        self.decoder: Optional[Decoder] = Decoder(config) if with_decoder else None
+        self.decoder: Any = Decoder(config) if with_decoder else None
         self.encoder_frozen = False  # set by freeze_encoder
         self.reset_parameters()
 
@@ -314,10 +369,15 @@ class Tokenizer(nn.Module):
         sizes, by default the published ones. Raises InputError if there are no such weights, or they do
         not fit.
         """
-        from .weights.opened import open_tokenizer  # it imports this module
+        from .weights import opened  # it imports this module
 
         place = find_device(device)
-        return open_tokenizer(name, config, revision).to(place)
+        path = hub.local_or_downloaded(name, revision, (hub.TOKENIZER_FILE,))
+        saved = path / hub.TOKENIZER_FILE
+        if saved.is_file() and not all_checkpoints(path):  # a run's export may be older than they are
+            path = saved
+        weights = opened.open_weights(path, TOKENIZER)
+        return opened.load_tokenizer(weights, opened.config_of(weights, config)).to(place)
 
     def encode_photos(self, *photos: Any) -> Tensor:
         """Photos, each a path or a PIL image, -> codes (B, T), int64, on the tokenizer's device.
@@ -339,11 +399,11 @@ class Tokenizer(nn.Module):
 
     def decode_photos(self, codes: Tensor) -> list[Any]:
         """Codes (B, T), int64 -> B PIL images, without gradients. Raises InputError for invalid codes."""
+        from .image_decoder import ImageDecoder  # it imports this module
+
         self.check_codes(codes)
-        parts = codes.to(self.latent_tokens.device).split(PHOTOS_AT_ONCE)
-        with torch.no_grad():
-            pixels = torch.cat([to_uint8(self.decode(part)) for part in parts])
-        return to_pil(pixels.permute(0, 2, 3, 1))
+        decoder = ImageDecoder(self, torch.float32)
+        return to_pil(decoder(codes.to(decoder.device)))
 
     def features(self, images: Tensor, layer: int) -> Features:
         """Images (B, 3, S, S), float in [0, 1] -> the encoder's tokens after block `layer`, and the latents.
@@ -365,11 +425,8 @@ class Tokenizer(nn.Module):
             if threading.get_ident() == caller:  # not what another thread encodes meanwhile
                 kept.append(call[-1])
 
-        hook = blocks[layer - 1].register_forward_hook(keep)
-        try:
+        with blocks[layer - 1].register_forward_hook(keep):
             latents: Any = self.exact_latents(images)  # pyright: ignore - as in `latents`
-        finally:
-            hook.remove()
         return Features(kept[0][:, -self.config.num_tokens :], latents)
 
     def check_codes(self, codes: Tensor) -> None:
@@ -412,12 +469,10 @@ class Tokenizer(nn.Module):
 
         The first n = K + r·g codes, r >= 1, give the first r rows of patches (`Decoder`).
         """
-        assert self.decoder is not None, "a tokenizer without decoder only encodes"
         return self.decoder(self.quantize.lookup(codes))[0]
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """One training pass over images (B, 3, S, S) in [0, 1]."""
-        assert self.decoder is not None, "a tokenizer without decoder only encodes"
         latents = self.latents(images).float()  # (B, T, token_size)
         vectors, codes, quantizer_loss = self.quantize(latents)
         reconstructions, strip = self.decoder(vectors)

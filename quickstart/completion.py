@@ -23,7 +23,7 @@ from generation.prefix import encode_beginning, masked_below
 from modeling.engine import Engine
 from modeling.generator import Generator
 from modeling.pipeline import Pipeline
-from modeling.randomness import image_uniforms
+from modeling.sampling import image_uniforms
 from modeling.tokenizer import Tokenizer
 from runtime.arguments import Parser, as_path
 from runtime.program import run

@@ -20,8 +20,7 @@ from data.pictures import captioned, enlarged, picture_grid, to_pixels, write_pn
 from evaluation.report import table_of
 from generation.prefix import edited_codes
 from modeling.engine import Engine
-from modeling.randomness import image_uniforms
-from modeling.sampling import DRAWN
+from modeling.sampling import DRAWN, image_uniforms
 from modeling.tokenizer import Tokenizer
 from quickstart.completion import load_models, places
 from runtime.program import run

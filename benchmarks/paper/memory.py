@@ -23,7 +23,8 @@ from benchmarks.paper.inductor import device_answers
 from benchmarks.paper.training import CUDA, programs_of_step, stand_in
 from configs.load import load
 from configs.schema import GeneratorRun, Phase, TokenizerRun
-from modeling import generator, tokenizer_blocks
+from modeling import generator as generators
+from modeling import tokenizer as tokenizers
 from modeling.generator import Generator, GeneratorConfig
 from train_tokenizer.__main__ import build_tokenizer
 from train_tokenizer.discriminator import Discriminator
@@ -58,7 +59,7 @@ def pretended_tensors() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in device_answers():
             stack.enter_context(mock.patch.object(owner, name, value, create=True))
-        for module in (generator, tokenizer_blocks):
+        for module in (generators, tokenizers):
             stack.enter_context(mock.patch.object(module, "attention", stand_in))
         stack.enter_context(FakeTensorMode())
         yield

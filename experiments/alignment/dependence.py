@@ -97,7 +97,6 @@ def cut_errors(tokenizer: Tokenizer, images: Tensor) -> Tensor:
     The numbers are those of `cut_lengths`. Every other code vector is the mean, over these images, of
     the vectors at its position. Images (B, 3, S, S) in [0, 1].
     """
-    assert tokenizer.decoder is not None
     grid, lengths = tokenizer.config.grid, cut_lengths(tokenizer.config)
     vectors = tokenizer.quantize.lookup(encode(tokenizer, images))  # (B, T, token_size)
     mean = vectors.mean(0)

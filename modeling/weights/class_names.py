@@ -19,7 +19,7 @@ IMAGENET_CLASSES = 1000
 IMAGENET_IDS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 # Names that WordNet gives to two classes of ImageNet. Lists of names add a word to one of the two, which
 # a user may not know.
-SHARED = {"crane": (134, 517), "maillot": (638, 639)}
+SHARED = ((134, "crane"), (517, "crane"), (638, "maillot"), (639, "maillot"))
 
 
 class ClassNames:
@@ -42,15 +42,12 @@ class ClassNames:
         return imagenet_names() if self.imagenet else self.folders
 
     @cached_property
-    def labels_of(self) -> dict[str, list[int]]:
+    def labels_of(self) -> dict[str, set[int]]:
         """{name: labels}; an ambiguous name has several."""
-        found: dict[str, list[int]] = {}
-        shared = [(label, name) for name, labels in SHARED.items() for label in labels]
-        names = [*self.folders.items(), *self.shown.items(), *(shared if self.imagenet else [])]
-        for label, name in names:
-            labels = found.setdefault(name, [])
-            if label not in labels:
-                labels.append(label)
+        found: dict[str, set[int]] = {}
+        shared = SHARED if self.imagenet else ()
+        for label, name in (*self.folders.items(), *self.shown.items(), *shared):
+            found.setdefault(name, set()).add(label)
         return found
 
     def labels(self, classes: Iterable[int | str | None]) -> list[int]:
@@ -65,7 +62,7 @@ class ClassNames:
         if item is None:
             return NO_CLASS
         if isinstance(item, str):
-            return NO_CLASS if same(item, NONE) else self.label_of_name(item)
+            return NO_CLASS if folded(item) == NONE else self.label_of_name(item)
         try:
             number = operator.index(item)
         except TypeError as e:
@@ -82,10 +79,8 @@ class ClassNames:
                 f"class {short(name)}: the class names of this generator are unknown; pass numbers, "
                 f"0…{self.count - 1}"
             )
-        exact = self.labels_of.get(name)
-        labels = exact or sorted(
-            {n for known, found in self.labels_of.items() if same(known, name) for n in found}
-        )
+        alike = [found for each, found in self.labels_of.items() if folded(each) == folded(name)]
+        labels = sorted(self.labels_of.get(name) or set[int]().union(*alike))
         if len(labels) == 1:
             return labels[0]
         if labels:
@@ -95,7 +90,7 @@ class ClassNames:
         near = known[difflib.get_close_matches(folded(name), known, 1, 0.0)[0]]
         raise InputError(
             f"no class is called {short(name)}: the nearest name is {short(near)} (class "
-            f"{self.labels_of[near][0]})"
+            f"{min(self.labels_of[near])})"
         )
 
     def caption(self, label: int) -> str:
@@ -113,19 +108,15 @@ def class_names(about: About) -> ClassNames:
     return ClassNames(about.config["condition_num_classes"], dict(enumerate(about.classes or ())))
 
 
-def same(name: str, other: str) -> bool:
-    """Whether two names are equal up to case and the composition of accents."""
-    return folded(name) == folded(other)
-
-
 def folded(name: str) -> str:
+    """A name without its case and its composition of accents."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def sorted_as_text(folders: Mapping[int, str]) -> Optional[str]:
     """A warning if all names {label: name} are numbers, but not all equal their labels, as when folders
     are sorted as text: 0, 1, 10, 11, …, 2. None otherwise."""
-    if not folders or not all(name.isdecimal() for name in folders.values()):
+    if not all(name.isdecimal() for name in folders.values()):
         return None
     first = next((label for label, name in folders.items() if int(name) != label), None)
     if first is None:

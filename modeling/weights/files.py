@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ..errors import InputError
 
@@ -50,8 +47,7 @@ def whole_file(path: str | Path, shared: bool = False) -> Iterator[Path]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if partial.is_file():  # of a killed process, perhaps with another mode
-                partial.unlink()
+            partial.unlink(missing_ok=True)  # of a killed process, perhaps with another mode
             partial.touch()
             mode = partial.stat().st_mode
             yield partial
@@ -68,12 +64,6 @@ def write_torch(content: Any, path: Path) -> None:
     """Tensors and plain values on the CPU in PyTorch's format, whole or not at all."""
     with whole_file(path) as partial, writing(path, RuntimeError):  # so torch reports a full disk
         torch.save(content, partial)
-
-
-def write_safetensors(state: dict[str, Tensor], path: Path, entries: dict[str, str]) -> None:
-    """Tensors on the CPU as safetensors with these entries of `__metadata__`, whole or not at all."""
-    with whole_file(path) as partial, writing(path, SafetensorError):
-        save_file(state, partial, entries or None)
 
 
 def sync_file(path: Path) -> None:

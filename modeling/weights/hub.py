@@ -1,16 +1,74 @@
-"""Folders of weights on the Hugging Face hub, through its client, which is imported on use."""
+"""Folders of weights: their model card and config.json, and their way to and from the Hugging Face hub.
 
+The hub's client is imported on use.
+"""
+
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Optional
 
 from ..errors import InputError, describe
+from .metadata import About
 from .runs import expanded
 
 CARD, CONFIG = "README.md", "config.json"  # of every repository
 # The weights of one, or of a folder that `Pipeline.save_pretrained` wrote.
 GENERATOR_FILE, TOKENIZER_FILE = "generator.safetensors", "tokenizer.safetensors"
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+SHOWN = 10  # names of classes
+CARD_TEXT = """---
+library_name: alitok
+pipeline_tag: unconditional-image-generation
+license: unknown
+tags:
+- image-generation
+- image-tokenizer
+- autoregressive
+---
+
+# {name}
+
+An AliTok image tokenizer ([arXiv 2506.05289](https://arxiv.org/abs/2506.05289)) and a generator of its codes.
+
+```python
+from alitok import Pipeline
+
+pipeline = Pipeline.from_pretrained("{name}")
+# guidance_scale=… and guidance_scale_pow=… make the images clearer; by default, guidance is off
+pipeline([0], seed=0, output="pil")[0].save("image.png")
+```
+
+| | |
+| --- | --- |
+| images | {image_size}×{image_size} pixels |
+| codes per image | {num_latent_tokens} of {codebook_size} |
+| tokenizer | {stage}{encoder_layers} encoder and {decoder_layers} decoder layers |
+| generator | {num_hidden_layers} layers of width {hidden_size} |
+| classes | {classes} |
+| fingerprint of the tokenizer's codes | `{generator.tokenizer}` |
+
+Licence: none is stated yet. State it here, and at `license` above.
+"""
+
+
+def model_card(name: str, generator: About, tokenizer: About) -> str:
+    """The README.md of both models, called `name`."""
+    sizes = tokenizer.config | generator.config  # of the same codes
+    classes = str(sizes["condition_num_classes"])
+    if generator.classes is not None:
+        known = [json.dumps(each, ensure_ascii=False) for each in generator.classes[:SHOWN]]
+        more = ["…"] if len(generator.classes) > SHOWN else []
+        classes += f": {', '.join(known + more)}".replace("|", "\\|")
+    stage = "" if tokenizer.stage is None else f"stage {tokenizer.stage}, "
+    return CARD_TEXT.format(name=name, stage=stage, classes=classes, generator=generator, **sizes)
+
+
+def config_json(generator: About, tokenizer: About) -> str:
+    """The metadata of both files as config.json, by whose requests the hub counts downloads."""
+    content = {"model_type": "alitok"}
+    content |= {about.kind: about.entry() for about in (generator, tokenizer)}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def client() -> ModuleType:
@@ -25,28 +83,21 @@ def client() -> ModuleType:
 
 
 def local_or_downloaded(name: str | Path, revision: Optional[str], files: tuple[str, ...]) -> Path:
-    """A local path, or a folder with these files of the repository `name` (org/name), which `download`
-    fetches. Raises InputError for a revision of a local path."""
-    path = expanded(name)
-    if not path.exists() and path.suffix not in SUFFIXES and str(name).count("/") == 1:
-        return download(str(name), revision, files)
-    if revision is not None:
-        raise InputError(f"revision={revision} is for the hub, but {name} is a local path")
-    return path
-
-
-def download(name: str, revision: Optional[str], files: tuple[str, ...]) -> Path:
-    """A folder with these files of a repository, all from one commit; the folder is named after it.
+    """A local path, or a folder with these files of the repository `name` (org/name), all from one commit,
+    after which the folder is named.
 
     `revision` is a commit, tag or branch; None: the newest commit of the main branch. Cached files are not
-    fetched again, and are used without a network. Raises InputError if the hub does not answer or lacks
-    the repository, revision or file.
+    fetched again, and are used without a network. Raises InputError for a revision of a local path, and if
+    the hub does not answer or lacks the repository, revision or file.
     """
-    hub = client()
+    path = expanded(name)
+    if path.exists() or path.suffix in SUFFIXES or str(name).count("/") != 1:
+        if revision is not None:
+            raise InputError(f"revision={revision} is for the hub, but {name} is a local path")
+        return path
+    hub, wanted = client(), [*files, CONFIG]
     try:
-        folder = Path(
-            hub.snapshot_download(name, revision=revision, allow_patterns=[*files, CONFIG])
-        )
+        folder = Path(hub.snapshot_download(str(name), revision=revision, allow_patterns=wanted))
     except Exception as e:  # of the network's library, too
         at = "" if revision is None else f" at revision {revision}"
         raise InputError(

@@ -28,30 +28,29 @@ from ..fields import is_a
 
 KEY, VERSION = "alitok", 1
 GENERATOR, TOKENIZER, DISCRIMINATOR = "generator", "tokenizer", "discriminator"
+# By kind of model, a tensor that only such models have.
+MARKS = {
+    GENERATOR: "embeddings.weight", TOKENIZER: "latent_tokens", DISCRIMINATOR: "block_in.0.weight"
+}  # fmt: skip
+# Of a tokenizer: sizes that determine its codes, and sizes of the decoder that both stages share.
+ENCODER = (
+    "codebook_size", "token_size", "num_latent_tokens", "image_size", "patch_size",
+    "encoder_width", "encoder_layers", "encoder_heads",
+)  # fmt: skip
+DECODER = ("decoder_width", "decoder_layers", "decoder_heads")
+FLAGS = ("causal", "prefix_head")  # the sizes that are true or false
 # The sizes that determine a model's computation and tensor shapes.
 SIZES = {
     GENERATOR: (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "codebook_size",
         "image_seq_len", "condition_num_classes",
     ),
-    TOKENIZER: (
-        "codebook_size", "token_size", "num_latent_tokens", "image_size", "patch_size",
-        "encoder_width", "encoder_layers", "encoder_heads", "decoder_width", "decoder_layers",
-        "decoder_heads", "num_buffer_tokens", "causal", "prefix_head",
-    ),
+    TOKENIZER: (*ENCODER, *DECODER, "num_buffer_tokens", *FLAGS),
     DISCRIMINATOR: (),
 }  # fmt: skip
 Named = Callable[[str, Any], str]
 HEAD_SIZE = 64  # of the published tokenizers
 UNSEEN = ("encoder_heads", "decoder_heads", "causal")  # not visible in a tokenizer's tensors
-# Of a tokenizer: sizes that determine its codes, and sizes of the decoder that both stages share.
-ENCODER = tuple(
-    name
-    for name in SIZES[TOKENIZER]
-    if not name.startswith(("decoder_", "num_buffer", "causal", "prefix_head"))
-)
-DECODER = ("decoder_width", "decoder_layers", "decoder_heads")
-FLAGS = ("causal", "prefix_head")  # the sizes that are true or false
 
 
 @dataclass(frozen=True)
@@ -105,15 +104,6 @@ class About:
         assumed = {name: chosen.get(name, size) for name, size in self.assumed.items()}
         return {**assumed, **self.config}
 
-    def check_tensors(self, state: dict[str, Tensor], source: object) -> None:
-        """Raise InputError if a size contradicts the shapes of the file's tensors."""
-        for name, size in shown_sizes(self.kind, state, source).items():
-            if self.config[name] != size:
-                raise InputError(
-                    f"{source} states {name}={self.config[name]}, but its tensors have {size}: its "
-                    f"metadata is wrong; export the weights again"
-                )
-
 
 def about_model(
     kind: str, config: Any = None, tokenizer: Optional[str] = None, **known: Any
@@ -166,11 +156,10 @@ def about_shapes(kind: str, state: dict[str, Tensor], source: object) -> About:
     shown = shown_sizes(kind, state, source)
     if kind != TOKENIZER:
         return About(kind, shown)
-    widths = {part: shown[f"{part}_width"] for part in ("encoder", "decoder")}
     heads = {
-        f"{part}_heads": width // HEAD_SIZE
-        for part, width in widths.items()
-        if width % HEAD_SIZE == 0
+        f"{part}_heads": shown[f"{part}_width"] // HEAD_SIZE
+        for part in ("encoder", "decoder")
+        if shown[f"{part}_width"] % HEAD_SIZE == 0
     }
     stage1 = shown["prefix_head"] or "quantize.embed_prob" in state
     assumed = {"causal": shown["prefix_head"], **heads}

@@ -11,9 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError
 from ..tokenizer import Tokenizer, TokenizerConfig
-from . import hub
 from .metadata import TOKENIZER, About, Named, about_model, about_shapes
-from .runs import all_checkpoints, find_weights
+from .runs import find_weights
 from .tensors import fingerprint, load_tensors, read_model
 
 T = TypeVar("T", bound=Any)  # a config
@@ -88,18 +87,6 @@ def load_tokenizer(opened: Opened, config: TokenizerConfig, with_decoder: bool =
         ignore = ("decoder.", *ignore)
     load_tensors(tokenizer, opened.state, str(opened.file), ignore, keep=spare)
     return tokenizer.eval()
-
-
-def open_tokenizer(
-    name: str | Path, config: Optional[TokenizerConfig], revision: Optional[str]
-) -> Tokenizer:
-    """A tokenizer in eval mode on the CPU, as `Tokenizer.from_pretrained` describes it."""
-    path = hub.local_or_downloaded(name, revision, (hub.TOKENIZER_FILE,))
-    saved = path / hub.TOKENIZER_FILE
-    if saved.is_file() and not all_checkpoints(path):  # a run's export may be older than they are
-        path = saved
-    opened = open_weights(path, TOKENIZER)
-    return load_tokenizer(opened, config_of(opened, config))
 
 
 def check_same_codes(generator: Opened, tokenizer: Opened) -> None:

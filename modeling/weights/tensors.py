@@ -1,4 +1,7 @@
-"""Reads and writes weight files: tensors only, strictly by name and shape."""
+"""Reads and writes weight files: tensors only, strictly by name and shape.
+
+Files of other people are told by their first bytes, and models are found among other content.
+"""
 
 import ctypes
 import dataclasses
@@ -7,20 +10,27 @@ import json
 import logging
 import os
 import re
+import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .files import write_safetensors, write_torch
-from .formats import MARKS, PYTORCH, SAFETENSORS, find_models, kind_by_content
-from .metadata import KEY, TOKENIZER, About, layers, parse
+from .files import whole_file, write_torch, writing
+from .metadata import KEY, MARKS, TOKENIZER, About, about_shapes, parse, shown_sizes
 
 log = logging.getLogger(__name__)
+
+# Names that torch.compile, FSDP and activation checkpointing insert at any depth.
+INSERTED = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+MOST_WRAPPERS = 4  # dicts around a model
+SAFETENSORS, PYTORCH = "safetensors", "PyTorch"  # the kinds that hold weights
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -39,7 +49,7 @@ def read_model(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Optional
     """The tensors of a file's only model of this kind, and the file's metadata, which are None if it states none.
 
     Other content may be around the model, as in the published trainer's `last.pth`; a line in the log then
-    says where it was (`formats.find_models`). Raises InputError as `read_state_dict` does, and if there is no such
+    says where it was (`find_models`). Raises InputError as `read_state_dict` does, and if there is no such
     model or more than one, or if the metadata contradict the tensors.
     """
     content, entries = read_file(Path(path))
@@ -51,22 +61,46 @@ def read_model(path: str | Path, kind: str) -> tuple[dict[str, Tensor], Optional
             f"{path} holds more than one {kind} ({places}): save the one to use as a file of its own"
         )
     if not found:
-        others = [state for other in MARKS for state, _ in find_models(content, other)]
-        flat = content if isinstance(content, dict) else {}
-        flat = {str(name): value for name, value in flat.items() if isinstance(value, Tensor)}
-        shown = describe(others[0] if others else flat)
-        raise InputError(f"{path} is not a {kind} but {shown}: pass the path of a {kind}'s weights")
+        raise InputError(
+            f"{path} is not a {kind} but {describe(content)}: pass the path of a {kind}'s weights"
+        )
     ((state, around),) = found
     if about is not None:
         if about.kind != kind:
             raise InputError(
                 f"the metadata of {path} says {about.kind}, but it holds a {kind}: export the weights again"
             )
-        about.check_tensors(state, path)
+        for name, size in shown_sizes(kind, state, path).items():
+            if about.config[name] != size:
+                raise InputError(
+                    f"{path} states {name}={about.config[name]}, but its tensors have {size}: its "
+                    f"metadata is wrong; export the weights again"
+                )
     # torchrun and accelerate number their processes in RANK: one of them says it.
     if around and os.environ.get("RANK", "0") == "0":
         log.warning("%s: took the weights from %s", path, " -> ".join(around))
     return state, about
+
+
+def find_models(
+    content: Any, kind: str, around: tuple[str, ...] = ()
+) -> Iterator[tuple[dict[str, Tensor], tuple[str, ...]]]:
+    """Every model of this kind in nested dicts: its tensors by its own names, and what was around them,
+    outermost first: entries, and a prefix of the tensors' names."""
+    if not isinstance(content, dict) or len(around) > MOST_WRAPPERS:
+        return
+    named = {INSERTED.sub("", str(name)): value for name, value in content.items()}
+    if len(named) < len(content):  # a tensor with and without an inserted name: both count
+        named = {str(name): value for name, value in content.items()}
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    for name in tensors:
+        if f".{name}".endswith(f".{MARKS[kind]}"):
+            prefix = name.removesuffix(MARKS[kind])
+            own = {n.removeprefix(prefix): tensors[n] for n in tensors if n.startswith(prefix)}
+            yield own, (*around, prefix) if prefix else around
+    for name, value in named.items():
+        if value is not content:  # a dict may contain itself
+            yield from find_models(value, kind, (*around, name))
 
 
 def read_file(path: Path) -> tuple[Any, dict]:
@@ -79,7 +113,10 @@ def read_file(path: Path) -> tuple[Any, dict]:
             f"cannot read {path}: permission denied; ask its owner to make it readable"
         ) from e
     except OSError as e:
-        raise no_file(path) from e
+        raise InputError(
+            f"no weights at {path}: put the published file there (see weights/README.md) or pass the "
+            f"path of your own"
+        ) from e
     named = SAFETENSORS if path.suffix == ".safetensors" else PYTORCH
     if kind in (SAFETENSORS, PYTORCH) and kind != named:
         suffix = ".safetensors" if kind == SAFETENSORS else ".pth"
@@ -102,20 +139,40 @@ def read_file(path: Path) -> tuple[Any, dict]:
         raise not_tensors(path, e) from e
 
 
-def no_file(path: Path) -> InputError:
-    """For a missing file; names other weights beside it, if any."""
-    beside = []
-    if path.suffix == ".safetensors" and path.parent.is_dir():  # a run of the other kind
-        beside = sorted(file.name for file in path.parent.glob("*.safetensors"))
-    if beside:
-        return InputError(
-            f"no weights at {path}, but there are {', '.join(beside)}: pass a run of the right kind, "
-            f"or one of these files"
-        )
-    return InputError(
-        f"no weights at {path}: put the published file there (see weights/README.md) or pass the "
-        f"path of your own"
-    )
+def kind_by_content(path: Path) -> Optional[str]:
+    """`SAFETENSORS`, `PYTORCH`, or another kind of file with a remedy; None if unknown.
+
+    Reads the first bytes, and the table of a zip archive. Raises OSError.
+    """
+    with open(path, "rb") as file:
+        start = file.read(512)
+    text = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, which stands for the file: run git lfs pull in its repository"
+    if text.startswith((b"<!doctype html", b"<html", b"<head")):
+        return "an HTML page, not the file that it links to: download the file itself"
+    if start.startswith((b"\x89PNG", b"\xff\xd8\xff")):
+        return "an image: give a weights file"
+    if start.startswith(b"\x1f\x8b"):
+        return "a gzip archive: unpack it first"
+    if start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") < 100_000_000:
+        return SAFETENSORS
+    if start.startswith(b"PK\x03\x04"):
+        return kind_of_zip(path)
+    return None
+
+
+def kind_of_zip(path: Path) -> Optional[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, ValueError):
+        return None  # damaged
+    if any(name.endswith("data.pkl") for name in names):
+        return PYTORCH
+    if names and all(name.endswith(".npy") for name in names):
+        return "a NumPy archive (.npz), for example of samples or codes: give a weights file"
+    return "a zip archive: unpack it first"
 
 
 def not_tensors(path: Path, error: Exception) -> InputError:
@@ -148,7 +205,9 @@ def write_state_dict(
         about = dataclasses.replace(about, tokenizer=fingerprint(state))
     entry = None if about is None else about.entry()
     if path.suffix == ".safetensors":
-        write_safetensors(state, path, {} if entry is None else {KEY: json.dumps(entry)})
+        texts = None if entry is None else {KEY: json.dumps(entry)}
+        with whole_file(path) as partial, writing(path, SafetensorError):
+            save_file(state, partial, texts)
         return
     if entry is not None:
         state._metadata = {KEY: entry}  # type: ignore[attr-defined]  # as torch's own state dicts have
@@ -162,59 +221,40 @@ def fingerprint(state: dict[str, Tensor]) -> str:
     of heads is not part of it, because no tensor's shape shows it; the manifest of a cache and the
     metadata of weights hold it.
     """
-    counted = {name: tensor for name, tensor in state.items() if name != "quantize.embed_prob"}
-    return tensors_hash(counted, ("encoder.", "latent_tokens", "quantize."), torch.float32)
+    codes = ("encoder.", "latent_tokens", "quantize.")
+    counted = {
+        name: tensor.float()  # a copy of the same values in another type is the same tokenizer
+        for name, tensor in state.items()
+        if name.startswith(codes) and name != "quantize.embed_prob"
+    }
+    return tensors_hash(counted)
 
 
-def tensors_hash(
-    state: dict[str, Tensor], prefixes: tuple[str, ...] = ("",), dtype: torch.dtype | None = None
-) -> str:
-    """16 hex digits of the names and bytes of tensors, in the order of their names.
-
-    Only names that start with one of `prefixes` count. With `dtype` the tensors are converted to it
-    first, so that a copy of the same values in another type has the same hash.
-    """
+def tensors_hash(state: dict[str, Tensor]) -> str:
+    """16 hex digits of the names and bytes of tensors, in the order of their names."""
     digest = hashlib.sha256()
-    for name in sorted(state):
-        if name.startswith(prefixes):
-            digest.update(name.encode())
-            tensor = state[name].detach().cpu().to(dtype or state[name].dtype).contiguous()
-            if tensor.numel():
-                # The tensor's own memory, without a copy.
-                digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.numel():
+            # The tensor's own memory, without a copy.
+            digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
     return digest.hexdigest()[:16]
 
 
-def describe(state: dict[str, Tensor]) -> str:
-    """What a state dict seems to be, in a few words."""
-
-    def rows(key: str) -> int:
-        return len(state[key]) if state[key].dim() else 0
-
-    if {"blocks.0.attn.qkv.weight", "embeddings.weight", "output.weight"} <= state.keys():
-        shape = state["embeddings.weight"].shape  # flat in a shard
-        size = shape[-1] if shape else 0
-        name = {(768, 24): "AliTok-B, ", (1024, 24): "AliTok-L, ", (1280, 32): "AliTok-XL, "}
-        depth = layers(state, "blocks.")
-        return (
-            f"a generator ({name.get((size, depth), '')}hidden size {size}, {depth} layers, "
-            f"{rows('output.weight')} codes)"
-        )
-    if "quantize.embedding.weight" in state and "latent_tokens" in state:
-        # Stage 1 may lack either: the head needs prefix tokens, embed_prob needs clustering.
-        stage = 1 if {"decoder.ffn_aux.0.weight", "quantize.embed_prob"} & state.keys() else 2
-        positions = "encoder.positional_embedding"
-        patches = rows(positions) if positions in state else 0
-        prefix = " without prefix" if rows("latent_tokens") == patches else ""
-        return (
-            f"a stage-{stage} tokenizer ({rows('latent_tokens')} tokens{prefix}, "
-            f"{rows('quantize.embedding.weight')} codes, "
-            f"{layers(state, 'encoder.transformer.')} encoder "
-            f"and {layers(state, 'decoder.transformer.')} decoder layers)"
-        )
-    if "to_logits.0.weight" in state and "block_in.0.weight" in state:
-        return "a discriminator"
-    return f"something else ({len(state)} tensors, the first is {next(iter(state), 'none')})"
+def describe(content: Any) -> str:
+    """What a state dict, or other content of a file, seems to be: a model with its sizes; in one line."""
+    for kind in MARKS:
+        for state, _ in find_models(content, kind):
+            try:
+                about = about_shapes(kind, state, "it")
+            except InputError:
+                return f"a {kind} that lacks tensors"
+            stage = f"stage-{about.stage or 2} " if kind == TOKENIZER else ""
+            sizes = ", ".join(f"{name}={size}" for name, size in about.config.items())
+            return f"a {stage}{kind}" + (f" ({sizes})" if sizes else "")
+    names = list(content) if isinstance(content, dict) else []
+    return f"something else ({len(names)} entries, the first is {next(iter(names), 'none')})"
 
 
 def load_tensors(
@@ -232,8 +272,8 @@ def load_tensors(
     seems to be, or the first tensor with NaN or infinite values; the model is then unchanged.
     """
     wanted = model.state_dict()
-    found = {k: v for k, v in state.items() if not (ignore and k.startswith(ignore))}
-    missing = [k for k in wanted if k not in found and not (keep and k.startswith(keep))]
+    found = {k: v for k, v in state.items() if not k.startswith(ignore)}
+    missing = [k for k in wanted if k not in found and not k.startswith(keep)]
     unknown = [k for k in found if k not in wanted]
     shapes = [
         f"{k} {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}"

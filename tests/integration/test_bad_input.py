@@ -54,7 +54,12 @@ def test_published_tokenizer_command_names_ours(command):
     [
         ("train_ar.py", "generator", "experiment.generator_checkpoint=x", "does not use"),
         ("sample_imagenet.py", "generator", "training.compile=True", "set experiment.compile"),
-        ("train_tokenizer", "stage1", "training.max_grad_norm=-1", "0 or more (the command line)"),
+        (
+            "train_tokenizer",
+            "stage1",
+            "training.max_grad_norm=-1",
+            "set at least 0 (the command line)",
+        ),
         ("train_tokenizer", "stage1", "experiment.output_dir=.", "a folder of its own"),
     ],
 )
@@ -99,7 +104,7 @@ def test_stage2_without_a_stage1_checkpoint_stops(workspace, tmp_path):
 
 def test_stage2_refuses_a_generator_as_its_stage1(workspace, tmp_path):
     done = workspace.stage2(tmp_path / "run", workspace.generator, check=False)
-    refused(done, "is not a tokenizer but a generator (hidden size 32, 2 layers")
+    refused(done, "is not a tokenizer but a generator (hidden_size=32, num_hidden_layers=2")
     assert not (tmp_path / "run").exists()
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import configs.numerics
 import train_tokenizer.__main__ as train_tokenizer
-from modeling import tokenizer_blocks
+from modeling import tokenizer as tokenizer_module
 
 CONFIG = """
 model:
@@ -90,7 +90,7 @@ def run(tmp_path, monkeypatch, random_networks):
         monkeypatch.setattr(train_tokenizer, "critic_loss", critic_loss)
         # Previews run the tokenizer in float32, outside the steps.
         monkeypatch.setattr(train_tokenizer, "report", lambda *args: None)
-        wrap(tokenizer_blocks, "attention", "attention")
+        wrap(tokenizer_module, "attention", "attention")
         wrap(F, "mse_loss", "losses")
         wrap(train_tokenizer, "hinge_loss", "losses")
         judge = train_tokenizer.TrainState.judge

@@ -828,7 +828,7 @@ def test_initial_weights_are_the_average_of_the_run(
     assert [r["step"] for r in records if "lr" in r] == [1, 2]
     source = file if kind == "file" else first / "checkpoints/step-00000010/generator.safetensors"
     assert opened == [(source, "generator")]  # once
-    assert f"starts from {source}: a generator (hidden size 32" in capsys.readouterr().out
+    assert f"starts from {source}: a generator (hidden_size=32" in capsys.readouterr().out
 
 
 def test_initial_weights_for_the_codes_of_another_tokenizer_are_warned_of(

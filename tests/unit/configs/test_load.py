@@ -163,7 +163,7 @@ def test_a_rate_is_a_number_however_it_is_written(tmp_path, text):
 def test_a_refusal_names_the_file_and_the_line(tmp_path):
     file = written(tmp_path, "# mine\ntraining:\n  seed: 3\n  max_grad_norm: -2\n")
     message = refusal(GeneratorRun, file)
-    assert message == (f"training.max_grad_norm=-2.0: set 0 or more ({tmp_path}/own.yaml, line 4)")
+    assert message == (f"training.max_grad_norm=-2.0: set at least 0 ({tmp_path}/own.yaml, line 4)")
 
 
 def test_a_refusal_blames_the_command_line_for_what_came_from_there(tmp_path):
@@ -185,7 +185,7 @@ def test_options_say_which_were_set_and_where(tmp_path):
 def test_a_line_is_known_inside_a_list_too(tmp_path):
     file = written(tmp_path, "phases:\n  - {steps: 3}\n  - steps: 4\n    gan_weight: -1\n")
     message = refusal(TokenizerRun, file, "optimizer.params.warmup_steps=0")
-    assert "phases[1].gan_weight=-1.0: set 0 or more" in message
+    assert "phases[1].gan_weight=-1.0: set at least 0" in message
     assert message.endswith(f"({tmp_path}/own.yaml, line 4)")
 
 

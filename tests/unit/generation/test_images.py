@@ -6,8 +6,7 @@ import torch
 
 from generation.images import decode_stored, sample_images
 from modeling.image_decoder import ImageDecoder
-from modeling.randomness import image_uniforms
-from modeling.sampling import Sampling
+from modeling.sampling import Sampling, image_uniforms
 from tests.tiny import sample_codes
 
 

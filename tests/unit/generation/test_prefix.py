@@ -17,8 +17,7 @@ from generation.images import sample_images
 from generation.models import largest_batch
 from generation.prefix import masked_below, masked_patches, prefix_codes
 from modeling.image_decoder import ImageDecoder
-from modeling.randomness import image_uniforms
-from modeling.sampling import DRAWN, Sampling
+from modeling.sampling import DRAWN, Sampling, image_uniforms
 from modeling.tokenizer import Tokenizer
 from tests.refusals import refusal
 from tests.tiny import sample_codes, tiny_tokenizer

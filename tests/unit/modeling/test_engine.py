@@ -45,12 +45,12 @@ def test_memory_is_free_after_del_without_the_garbage_collector(model, traced, c
     engine = Engine(model, 4, Sampling(3.0), compiled=compiled)
     engine.sample(*inputs())
     assert engine.compiled == compiled
-    weights, cache = engine.weights, engine.streams[0].caches[0]
-    watched = (engine, cache.k, weights.blocks[0].w13, weights.blocks[0].qkv)
+    block, cache = engine.blocks[0], engine.caches[0]
+    watched = (engine, cache.k, block.w13, block.qkv)
     alive = [weakref.ref(x) for x in watched]
     gc.disable()
     try:
-        del engine, weights, cache, watched
+        del engine, block, cache, watched
         assert [ref() for ref in alive] == [None] * 4
     finally:
         gc.enable()
@@ -60,8 +60,8 @@ def test_memory_is_free_after_del_without_the_garbage_collector(model, traced, c
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cache_bytes_are_the_bytes_of_the_caches(model, dtype, scale, cache):
-    engine = Engine(model, 5, Sampling(scale), dtype, cache=cache, streams=2)
-    tensors = [x for s in engine.streams for c in s.caches for x in c if x is not None]
+    engine = Engine(model, 5, Sampling(scale), dtype, cache=cache)
+    tensors = [x for c in engine.caches for x in c if x is not None]
     total = sum(x.numel() * x.element_size() for x in tensors)
     assert total == 5 * cache_bytes(model.config, Sampling(scale), dtype, cache)
 
@@ -69,7 +69,7 @@ def test_cache_bytes_are_the_bytes_of_the_caches(model, dtype, scale, cache):
 def test_keys_and_values_are_separate_allocations_of_exactly_the_positions(model):
     storages = [
         x.untyped_storage()
-        for cache in Engine(model, 4, Sampling()).streams[0].caches
+        for cache in Engine(model, 4, Sampling()).caches
         for x in (cache.k, cache.v)
     ]
     assert len({s.data_ptr() for s in storages}) == 6
@@ -79,13 +79,12 @@ def test_keys_and_values_are_separate_allocations_of_exactly_the_positions(model
 @pytest.mark.parametrize("compiled", [False, True])
 def test_positions_that_are_not_filled_are_not_read(model, traced, compiled):
     labels, uniforms = inputs()
-    engine = Engine(model, 4, Sampling(3.0), compiled=compiled, streams=2)
+    engine = Engine(model, 4, Sampling(3.0), compiled=compiled)
     expected = engine.sample(labels, uniforms)
     with torch.inference_mode():
-        for stream in engine.streams:
-            for cache in stream.caches:
-                cache.k.fill_(torch.nan)
-                cache.v.fill_(torch.nan)
+        for cache in engine.caches:
+            cache.k.fill_(torch.nan)
+            cache.v.fill_(torch.nan)
     assert torch.equal(engine.sample(labels, uniforms), expected)
 
 
@@ -95,7 +94,7 @@ def test_no_compiled_function_sees_the_cache_where_attention_is_fused(model, tra
     engine = Engine(model, 4, Sampling(3.0), compiled=True)
     engine.layers_whole = False
     engine.fused = lambda *given: plain_attention(*given[:3], int(given[3]), given[4])
-    caches = {x.data_ptr() for c in engine.streams[0].caches for x in (c.k, c.v)}
+    caches = {x.data_ptr() for c in engine.caches for x in (c.k, c.v)}
     seen = []
 
     def watch(function):
@@ -114,11 +113,11 @@ def test_no_compiled_function_sees_the_cache_where_attention_is_fused(model, tra
 
 @pytest.mark.parametrize("steps", [1, 3, 4])
 def test_compiled_engine_of_few_codes_draws_the_eager_ones(fill, traced, steps):
-    """Compiling takes the first, the second and the last step; two streams of unequal size."""
+    """Compiling takes the first, the second and the last step."""
     model = fill(Generator(config(image_seq_len=steps)))
     given = inputs(3, steps)
-    expected = Engine(model, 3, Sampling(3.0), streams=2).sample(*given)
-    engine = Engine(model, 3, Sampling(3.0), compiled=True, streams=2)
+    expected = Engine(model, 3, Sampling(3.0)).sample(*given)
+    engine = Engine(model, 3, Sampling(3.0), compiled=True)
     assert engine.compiled
     assert torch.equal(engine.sample(*given), expected)
 
@@ -135,7 +134,7 @@ def test_compiled_step_takes_no_longer_than_eager_whatever_the_capacity(fill, co
         for _ in range(5):
             began = time.process_time()
             with torch.inference_mode():
-                engine.streams[0].position.zero_()
+                engine.position.zero_()
                 for t in range(7):
                     engine._step(t)
             rounds.append(time.process_time() - began)
@@ -160,7 +159,7 @@ def test_compiled_layers_keep_the_logits_and_need_no_program_while_sampling(
         assert engine.compiled == way
         programs = counters["stats"]["unique_graphs"]
         with torch.inference_mode():
-            for part in (x for c in engine.streams[0].caches for x in c if x is not None):
+            for part in (x for c in engine.caches for x in c if x is not None):
                 part.fill_(torch.nan if part.is_floating_point() else 127)
         choose, steps = engine.functions.choose, []
         engine.functions = engine.functions._replace(
@@ -215,7 +214,7 @@ def test_a_step_is_captured_on_a_stream_of_the_engines_gpu_or_not_at_all(
     expected = Engine(model, 4, Sampling(guidance_scale=2)).sample(*given)
     engine = Engine(model, 4, Sampling(guidance_scale=2))
     positions = []  # of the state, when one stream is told to wait for the other
-    note = lambda _: positions.append(engine.streams[0].position.item())  # noqa: E731
+    note = lambda _: positions.append(engine.position.item())  # noqa: E731
     current, side = (SimpleNamespace(wait_stream=note) for _ in range(2))
     captured, made_current = [], []
 
@@ -233,7 +232,7 @@ def test_a_step_is_captured_on_a_stream_of_the_engines_gpu_or_not_at_all(
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "set_stream", made_current.append)
     with torch.inference_mode():
-        engine._set_position(5)  # wherever compiling has left it
+        engine.position.fill_(5)  # wherever compiling has left it
         engine._capture()
     assert positions == [0, 1]  # set before the side stream waits, and one step later
     assert captured == [
@@ -269,9 +268,9 @@ def test_output_layer_computes_in_float32(model, monkeypatch):
 
 
 def test_embeddings_and_norms_stay_float32(model):
-    weights = Engine(model, 4, Sampling(), torch.bfloat16).weights
-    block = weights.blocks[0]
-    floats = (weights.embeddings, weights.norm, weights.output, block.norm1, block.qk_norm)
+    engine = Engine(model, 4, Sampling(), torch.bfloat16)
+    block = engine.blocks[0]
+    floats = (engine.embeddings, engine.norm, engine.output, block.norm1, block.qk_norm)
     assert {x.dtype for x in floats} == {torch.float32}
     assert {x.dtype for x in (block.qkv, block.w13, block.w2, block.proj)} == {torch.bfloat16}
 
@@ -331,10 +330,8 @@ def stepping_through(engine, prefix):
     functions, calls = engine.functions, iter(range(10**6))
 
     def choose(*arguments):
-        t, number = divmod(next(calls), len(engine.streams))
-        images = engine.streams[number].images
-        drawn = functions.choose(*arguments)
-        return prefix[images, t] if t < prefix.shape[1] else drawn
+        t, drawn = next(calls), functions.choose(*arguments)
+        return prefix[:, t] if t < prefix.shape[1] else drawn
 
     engine.functions = functions._replace(choose=choose)
     return engine
@@ -343,34 +340,28 @@ def stepping_through(engine, prefix):
 def poison(engine):
     """Whatever is read of the caches before it is written is not a number."""
     with torch.inference_mode():
-        for stream in engine.streams:
-            for cache in stream.caches:
-                floats = cache[:2] if cache.k_scale is None else cache[2:]
-                for tensor in floats:
-                    tensor.fill_(torch.nan)
+        for cache in engine.caches:
+            for tensor in cache[:2] if cache.k_scale is None else cache[2:]:
+                tensor.fill_(torch.nan)
     return engine
 
 
 @pytest.mark.parametrize("n", PREFIX_LENGTHS)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("cache", ["auto", "int8"])
-@pytest.mark.parametrize("streams", [1, 2])
-def test_a_prefix_is_what_stepping_through_its_codes_is(model, n, scale, cache, streams):
+def test_a_prefix_is_what_stepping_through_its_codes_is(model, n, scale, cache):
     labels, uniforms = inputs()
     prefix = torch.randint(16, (4, n))
-    first, second = (
-        poison(Engine(model, 4, Sampling(scale), cache=cache, streams=streams)) for _ in range(2)
-    )
+    first, second = (poison(Engine(model, 4, Sampling(scale), cache=cache)) for _ in range(2))
     codes = first.sample(labels, uniforms, prefix)
     assert torch.equal(codes, stepping_through(second, prefix).sample(labels, uniforms))
     assert torch.equal(codes[:, :n], prefix)
-    for ours, theirs in zip(first.streams, second.streams):
-        assert ours.position.item() == theirs.position.item() == 7
-        for a, b in zip(ours.caches, theirs.caches):
-            for x, y in zip(filled(a, 7), filled(b, 7)):
-                # In int8, rounding may end on either side: one of 127 steps.
-                allowed = 1e-5 if cache == "auto" else 1.01 * y.abs().amax(-1, True) / 127
-                assert ((x - y).abs() <= allowed).all()  # NaN is not
+    assert first.position.item() == second.position.item() == 7
+    for a, b in zip(first.caches, second.caches):
+        for x, y in zip(filled(a, 7), filled(b, 7)):
+            # In int8, rounding may end on either side: one of 127 steps.
+            allowed = 1e-5 if cache == "auto" else 1.01 * y.abs().amax(-1, True) / 127
+            assert ((x - y).abs() <= allowed).all()  # NaN is not
 
 
 @pytest.mark.parametrize("n", PREFIX_LENGTHS)
@@ -379,7 +370,7 @@ def test_codes_behind_a_prefix_are_those_of_the_plain_loop(model, n, scale):
     labels, uniforms = inputs(3)
     prefix = torch.randint(16, (3, n))
     expected = sample_codes(model, labels, uniforms, Sampling(scale), prefix)
-    codes = Engine(model, 4, Sampling(scale), streams=2).sample(labels, uniforms, prefix)
+    codes = Engine(model, 4, Sampling(scale)).sample(labels, uniforms, prefix)
     assert torch.equal(codes, expected)  # of a batch that is not full
     if 0 < n < 7:
         others = sample_codes(model, labels, uniforms, Sampling(scale), (prefix + 1) % 16)
@@ -394,18 +385,24 @@ def test_drawn_codes_as_a_prefix_change_nothing(model):
         assert torch.equal(engine.sample(labels, uniforms, codes[:, :n]), codes)
 
 
-def test_a_prefix_costs_one_pass_and_no_steps(model, monkeypatch):
-    passes, steps = [], []
-    prefill, step = engine_module.prefill, Engine._step
+def prefill_passes(monkeypatch):
+    """The rows and positions (N, n) of each pass of a prefill, which ends with keys and values alone."""
+    passes, write = [], engine_module.write_positions
     monkeypatch.setattr(
         engine_module,
-        "prefill",
-        lambda rows, *rest: passes.append(rows.shape) or prefill(rows, *rest),
+        "write_positions",
+        lambda qkv, *rest: passes.append(qkv.shape[:2]) or write(qkv, *rest),
     )
+    return passes
+
+
+def test_a_prefix_costs_one_pass_and_no_steps(model, monkeypatch):
+    passes, steps = prefill_passes(monkeypatch), []
+    step = Engine._step
     monkeypatch.setattr(Engine, "_step", lambda self, t: steps.append(t) or step(self, t))
     labels, uniforms = inputs()
-    Engine(model, 4, Sampling(3.0), streams=2).sample(labels, uniforms, torch.ones(4, 5).long())
-    assert passes == [(4, 5), (4, 5)] and steps == [5, 6]  # 2 images with and without class
+    Engine(model, 4, Sampling(3.0)).sample(labels, uniforms, torch.ones(4, 5).long())
+    assert passes == [(8, 5)] and steps == [5, 6]  # 4 images with and without class
 
 
 def test_a_large_prefill_is_cut_into_parts_that_change_nothing(model, monkeypatch):
@@ -413,15 +410,10 @@ def test_a_large_prefill_is_cut_into_parts_that_change_nothing(model, monkeypatc
     prefix = torch.randint(16, (4, 5))
     engine = Engine(model, 4, Sampling(3.0))
     expected = engine.sample(labels, uniforms, prefix)
-    parts, prefill = [], engine_module.prefill
     monkeypatch.setattr(engine_module, "PREFILLED_AT_ONCE", 16)
-    monkeypatch.setattr(
-        engine_module,
-        "prefill",
-        lambda rows, *rest: parts.append(len(rows)) or prefill(rows, *rest),
-    )
+    passes = prefill_passes(monkeypatch)
     assert torch.equal(poison(engine).sample(labels, uniforms, prefix), expected)
-    assert parts == [3, 3, 2]
+    assert passes == [(3, 5), (3, 5), (2, 5)]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -430,7 +422,7 @@ def test_given_codes_stay_where_they_are_and_the_plain_loop_agrees(model, traced
     labels, uniforms = inputs(3)
     given = torch.randint(16, (3, 7))
     given[:, [2, 5]], given[1, 0] = DRAWN, DRAWN
-    engine = Engine(model, 4, Sampling(scale), compiled=compiled, streams=2)
+    engine = Engine(model, 4, Sampling(scale), compiled=compiled)
     codes = engine.sample(labels, uniforms, given)
     assert torch.equal(codes, sample_codes(model, labels, uniforms, Sampling(scale), given))
     known = given != DRAWN

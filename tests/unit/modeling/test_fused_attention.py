@@ -160,7 +160,7 @@ def test_codes_of_the_fused_engine_are_those_of_the_plain_loop(fill, size):
     labels, uniforms = torch.arange(2, device=DEVICE), torch.rand(2, 7).to(DEVICE)
     codes = sample_codes(model, labels, uniforms, Sampling(4.0, 1.5))
     for engine in ("fused", "plain"):
-        ours = Engine(model, 2, Sampling(4.0, 1.5), engine=engine, streams=2)
+        ours = Engine(model, 2, Sampling(4.0, 1.5), engine=engine)
         assert torch.equal(ours.sample(labels, uniforms), codes)
 
 
@@ -169,7 +169,7 @@ def test_codes_of_the_fused_engine_are_those_of_the_plain_loop(fill, size):
 def test_the_fused_engine_behind_a_prefix_is_where_its_steps_lead(fill, cache, allowed):
     model = fill(Generator(tiny(48))).to(DEVICE)
     labels, uniforms = torch.arange(2, device=DEVICE), torch.rand(2, 7).to(DEVICE)
-    engine = Engine(model, 2, Sampling(4.0, 1.5), engine="fused", cache=cache, streams=2)
+    engine = Engine(model, 2, Sampling(4.0, 1.5), engine="fused", cache=cache)
     if cache == "auto":
         prefix = torch.randint(64, (2, 3)).to(DEVICE)
         expected = sample_codes(model, labels, uniforms, Sampling(4.0, 1.5), prefix)
@@ -182,11 +182,11 @@ def test_the_fused_engine_behind_a_prefix_is_where_its_steps_lead(fill, cache, a
         choose=lambda x, given, uniform, *rest: logits.append(x.clone()) or (uniform * 64).long()
     )
     assert torch.equal(engine.sample(labels, uniforms), codes)
-    stepped = torch.stack(logits)  # (2 streams · 7 steps, rows, V)
+    stepped = torch.stack(logits)  # (7, rows, V)
     for n in (1, 5):
         logits.clear()
         assert torch.equal(engine.sample(labels, uniforms, codes[:, :n]), codes)
-        behind, expected = torch.stack(logits), stepped[2 * n :]
+        behind, expected = torch.stack(logits), stepped[n:]
         assert behind.shape == expected.shape
         error = (behind - expected).std(-1) / expected.std(-1)
         assert error.max() < allowed

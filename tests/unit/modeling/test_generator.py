@@ -153,7 +153,7 @@ def test_embedding_rows_are_codes_then_one_unused_then_classes_then_no_class():
     model = Generator(TINY)
     rows = model.embeddings.weight
     assert len(rows) == TINY.rows == 16 + 1 + 3 + 1
-    labels = torch.tensor([0, 2, TINY.no_class, NO_CLASS])
+    labels = torch.tensor([0, 2, TINY.condition_num_classes, NO_CLASS])
     assert TINY.condition_rows(labels).tolist() == [17, 19, 20, 20]
 
 

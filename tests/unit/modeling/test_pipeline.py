@@ -20,8 +20,7 @@ from modeling.engine import Engine
 from modeling.generator import Generator
 from modeling.image_decoder import ImageDecoder
 from modeling.pipeline import Pipeline, class_labels
-from modeling.randomness import image_uniforms
-from modeling.sampling import Sampling, draw_codes
+from modeling.sampling import Sampling, draw_codes, image_uniforms
 from modeling.tokenizer import Tokenizer
 from modeling.weights.class_names import ClassNames
 from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
@@ -205,8 +204,8 @@ def test_images_without_a_class_come_from_the_row_that_no_class_has(made):
     generator, tokenizer, *files = made
     pipeline = Pipeline(*files, tokenizer_config=SMALL, device="cpu")
     images = pipeline([None, None], seed=3, guidance_scale=9.0)
-    assert pipeline.engine.rows == 2  # no second branch
-    labels = torch.full((2,), TINY.no_class)
+    assert len(pipeline.engine.rows) == 2  # no second branch
+    labels = torch.full((2,), TINY.condition_num_classes)
     codes = codes_of_row(generator, labels, image_uniforms(3, range(2), 7))
     assert torch.equal(images, ImageDecoder(tokenizer, torch.float32)(codes))
     mixed = pipeline([None, 1], seed=3, guidance_scale=9.0)
@@ -423,7 +422,7 @@ def test_torchs_default_type_changes_nothing(made, dtype):
     try:
         pipeline = Pipeline(*made[2:], tokenizer_config=SMALL, device="cpu")
         images = pipeline([2, 0, 1])
-        assert pipeline.engine.streams[0].uniforms.dtype == torch.float32
+        assert pipeline.engine.uniforms.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(images, expected)

@@ -1,6 +1,7 @@
 """A tokenizer alone, from its weights to the pictures of PIL and back."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,13 +69,17 @@ def test_an_image_of_pil_is_turned_as_a_file_is(photo, tmp_path):
 def test_a_tokenizer_comes_from_a_file_a_folder_and_the_hub(tokenizer, file, tmp_path, monkeypatch):
     write_state_dict(tokenizer.state_dict(), tmp_path / "t.pth")
     asked = []
-    monkeypatch.setattr(hub, "download", lambda *args: asked.append(args) or file.parent)
+    client = SimpleNamespace(
+        snapshot_download=lambda *args, **options: asked.append((*args, options)) or file.parent
+    )
+    monkeypatch.setattr(hub, "client", lambda: client)
     for name in (file, str(file.parent), "org/name"):
         ours = Tokenizer.from_pretrained(name, device="cpu")
         assert torch.equal(ours.latent_tokens, tokenizer.latent_tokens) and ours.config == SMALL
     Tokenizer.from_pretrained(tmp_path / "t.pth", SMALL, "cpu")
     Tokenizer.from_pretrained("org/name", revision="v1", device="cpu")
-    assert asked == [("org/name", r, ("tokenizer.safetensors",)) for r in (None, "v1")]
+    files = ["tokenizer.safetensors", "config.json"]
+    assert asked == [("org/name", dict(revision=r, allow_patterns=files)) for r in (None, "v1")]
     Tokenizer.from_pretrained(file, tiny_tokenizer(), "cpu")  # the same sizes
     other = tiny_tokenizer(encoder_heads=4)
     refusal(lambda: Tokenizer.from_pretrained(file, other), file, "encoder_heads")

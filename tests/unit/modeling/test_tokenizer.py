@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from modeling.attention import attention
-from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
-from modeling.tokenizer_blocks import TokenizerBlock
+from modeling.tokenizer import Tokenizer, TokenizerBlock, TokenizerConfig, prefix_target
 from tests.refusals import refusal
 from tests.tiny import STAGE1, tiny_tokenizer
 
@@ -313,7 +312,7 @@ def test_frozen_encoder_leaves_the_decoder_its_precision_and_gradients(fill, mon
         seen.append((q.dtype, torch.backends.cuda.matmul.fp32_precision))
         return attention(q, k, v, causal)
 
-    monkeypatch.setattr("modeling.tokenizer_blocks.attention", spy)
+    monkeypatch.setattr("modeling.tokenizer.attention", spy)
     around = torch.backends.cuda.matmul.fp32_precision
     with low_precision():
         model(torch.rand(1, 3, 32, 32)).images.sum().backward()
@@ -383,7 +382,7 @@ def test_attention_runs_in_the_autocast_type(monkeypatch):
         seen.append({q.dtype, k.dtype, v.dtype, out.dtype})
         return out
 
-    monkeypatch.setattr("modeling.tokenizer_blocks.attention", spy)
+    monkeypatch.setattr("modeling.tokenizer.attention", spy)
     model = Tokenizer(config())
     with torch.autocast("cpu", torch.bfloat16):
         out = model(torch.rand(1, 3, 32, 32))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling.randomness import image_uniforms
+from modeling.sampling import image_uniforms
 from runtime.randomness import Stream, generator_for, seed_step
 
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from modeling.generator import Generator, GeneratorConfig
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from modeling.weights.formats import find_models
-from modeling.weights.metadata import DISCRIMINATOR, TOKENIZER
+from modeling.weights.metadata import DISCRIMINATOR, MARKS, TOKENIZER
 from modeling.weights.tensors import (
     describe,
+    find_models,
+    fingerprint,
     load_tensors,
     read_model,
     read_state_dict,
@@ -59,7 +60,10 @@ def test_writing_leaves_the_file_alone_and_whole(tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
-@pytest.mark.parametrize("name, writer", [("w.pth", "torch.save"), ("w.safetensors", "save_file")])
+@pytest.mark.parametrize(
+    "name, writer",
+    [("w.pth", "torch.save"), ("w.safetensors", "modeling.weights.tensors.save_file")],
+)
 def test_failed_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch, name, writer):
     def run_out_of_disk(state, path, *_):
         path.write_bytes(b"half")
@@ -67,7 +71,7 @@ def test_failed_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch, name, w
 
     write_state_dict(tensors(), tmp_path / name)
     before = (tmp_path / name).read_bytes()
-    monkeypatch.setattr(f"modeling.weights.files.{writer}", run_out_of_disk)
+    monkeypatch.setattr(writer, run_out_of_disk)
     named = tmp_path / name, "no space left on device"
     refusal(lambda: write_state_dict(tensors(), tmp_path / name), *named)
     assert (tmp_path / name).read_bytes() == before
@@ -151,12 +155,6 @@ def test_weights_under_another_formats_name_are_told_apart(tmp_path, name, right
     write_state_dict(tensors(), tmp_path / right)
     os.rename(tmp_path / right, tmp_path / name)
     refused(tmp_path / name, right)
-
-
-def test_run_of_the_other_kind_is_told_by_what_lies_there(tmp_path):
-    for name in ("ema", "generator"):
-        write_state_dict(tensors(), tmp_path / f"{name}.safetensors")
-    refused(tmp_path / "tokenizer.safetensors", "ema.safetensors, generator.safetensors")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -349,31 +347,25 @@ def shapes_of(model):
     return {k: torch.zeros(()).expand(v.shape) for k, v in model.state_dict().items()}
 
 
+B = "a generator (hidden_size=768, num_hidden_layers=24, num_attention_heads=16, codebook_size=4096"
+XL = "a generator (hidden_size=1280, num_hidden_layers=32"
+STAGE_1, STAGE_2 = (
+    f"a stage-{stage} tokenizer (codebook_size=4096, token_size=32, num_latent_tokens=273"
+    for stage in (1, 2)
+)
+NO_PREFIX = "tokenizer (codebook_size=4096, token_size=32, num_latent_tokens=256"
 MODELS = {
-    "AliTok-B, hidden size 768, 24 layers, 4096 codes": lambda: Generator(GeneratorConfig()),
-    "AliTok-L, hidden size 1024, 24 layers, 4096 codes": lambda: Generator(
-        GeneratorConfig(hidden_size=1024)
-    ),
-    "AliTok-XL, hidden size 1280, 32 layers, 4096 codes": lambda: Generator(
-        GeneratorConfig(hidden_size=1280, num_hidden_layers=32)
-    ),
-    "a generator (hidden size 64, 2 layers, 16 codes": lambda: Generator(
-        GeneratorConfig(64, num_hidden_layers=2, num_attention_heads=4, codebook_size=16)
-    ),
-    "a stage-2 tokenizer (273 tokens, 4096 codes, 12 encoder and 24 decoder": lambda: Tokenizer(
-        TokenizerConfig()
-    ),
-    "a stage-1 tokenizer (273 tokens, 4096 codes, 12 encoder and 24 decoder": lambda: Tokenizer(
-        TokenizerConfig(**STAGE1)
-    ),
-    "a stage-1 tokenizer (256 tokens without prefix, 4096 codes": lambda: Tokenizer(
+    B: lambda: Generator(GeneratorConfig()),
+    XL: lambda: Generator(GeneratorConfig(hidden_size=1280, num_hidden_layers=32)),
+    STAGE_2: lambda: Tokenizer(TokenizerConfig()),
+    STAGE_1: lambda: Tokenizer(TokenizerConfig(**STAGE1)),
+    # Stage 1 may lack the head, which needs prefix tokens, or `embed_prob`, which needs clustering.
+    f"a stage-1 {NO_PREFIX}": lambda: Tokenizer(
         TokenizerConfig(num_latent_tokens=256, clustering=True)
     ),
-    "a stage-2 tokenizer (256 tokens without prefix, 4096 codes": lambda: Tokenizer(
-        TokenizerConfig(num_latent_tokens=256)
-    ),
+    f"a stage-2 {NO_PREFIX}": lambda: Tokenizer(TokenizerConfig(num_latent_tokens=256)),
     "a discriminator": Discriminator,
-    "something else (2 tensors, the first is weight": lambda: nn.Linear(2, 2),
+    "something else (2 entries, the first is weight": lambda: nn.Linear(2, 2),
 }
 
 
@@ -383,17 +375,14 @@ def test_description_tells_what_a_file_is(expected):
 
 
 def test_empty_file_is_described():
-    assert "0 tensors" in describe({})
+    assert "0 entries" in describe({})
 
 
 @pytest.mark.parametrize("shape", [(), (6,)])
 def test_flat_tensors_are_described(shape):
     """As in a file of one rank's shards, which no model fits."""
-    for names in (
-        ("blocks.0.attn.qkv.weight", "embeddings.weight", "output.weight"),
-        ("quantize.embedding.weight", "latent_tokens", "encoder.positional_embedding"),
-    ):
-        assert "codes" in describe(dict.fromkeys(names, torch.zeros(shape)))
+    for kind, mark in MARKS.items():
+        assert f"a {kind}" in describe({mark: torch.zeros(shape)})
 
 
 # ---------------------------------------------------------------------- loading
@@ -401,19 +390,12 @@ def misfit(model, state, *named):
     return refusal(lambda: load_tensors(model, state, "some/file.bin"), "some/file.bin", *named)
 
 
-B = "AliTok-B, hidden size 768, 24 layers, 4096 codes"
-XL = "AliTok-XL, hidden size 1280, 32 layers, 4096 codes"
-STAGE_1, STAGE_2 = (
-    f"a stage-{i} tokenizer (273 tokens, 4096 codes, 12 encoder and 24 decoder" for i in (1, 2)
-)
-
-
 @pytest.mark.parametrize(
     "model, weights, without, named",
     [
-        (STAGE_2, B, None, ("tokenizer", "latent_tokens", "embeddings.weight", "AliTok-B")),
+        (STAGE_2, B, None, ("tokenizer", "latent_tokens", "embeddings.weight", "a generator")),
         (B, STAGE_2, None, ("generator", "stage-2")),
-        (B, XL, None, ("embeddings.weight (5098, 1280)", "(5098, 768)", "blocks.24.", "AliTok-XL")),
+        (B, XL, None, ("embeddings.weight (5098, 1280)", "(5098, 768)", "blocks.24.", XL)),
         (STAGE_2, STAGE_1, None, ("decoder.class_embedding", "(1, 1024)", "(32, 1024)", "stage-1")),
         (B, B, "output.weight", ("1 missing: output.weight",)),
     ],
@@ -503,14 +485,15 @@ def test_hash_changes_with_every_tensor_and_name(name):
     assert tensors_hash(renamed) != tensors_hash(STATE)
 
 
-def test_hash_of_some_names_ignores_the_others():
-    alone = {"b.weight": STATE["b.weight"]}
-    assert tensors_hash(STATE, ("b.",)) == tensors_hash(alone) != tensors_hash(STATE)
-
-
-def test_hash_in_one_type_is_that_of_the_values():
-    copies = {name: tensor.float() for name, tensor in STATE.items()}
-    assert tensors_hash(STATE, dtype=torch.float32) == tensors_hash(copies)
+def test_the_fingerprint_is_the_hash_of_what_decides_the_codes_in_float32():
+    codes = {
+        "quantize.a": torch.ones(2),
+        "latent_tokens": torch.zeros(3),
+        "encoder.b": torch.ones(1),
+    }
+    others = {"quantize.embed_prob": torch.ones(1), "decoder.c": torch.ones(1)}
+    half = {name: tensor.bfloat16() for name, tensor in codes.items()}
+    assert fingerprint({**codes, **others}) == fingerprint(half) == tensors_hash(codes)
 
 
 def test_hash_takes_empty_and_single_values():

@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
         except InputError as e:  # a number out of range
             raise InputError(f"--scales, --powers: {e}") from e
     processes, output = start_processes(), Path(args.output)
-    job, models = open_job(options, processes)
+    job, models = open_job(options)
     side = models.tokenizer.config.image_size
     evaluator = Evaluator(args.reference, size=(side, side))
     folders = {}

@@ -37,41 +37,37 @@ class Models:
     names: Optional[ClassNames] = None  # of the generator's classes
 
 
-def open_job(options: GeneratorRun, processes: PartialState) -> tuple[SamplingJob, Models]:
+def open_job(options: GeneratorRun) -> tuple[SamplingJob, Models]:
     """The job of these options and its models; all processes call this together.
 
     Raises InputError if a file or option is missing or does not fit.
     """
-    assert processes.device is not None  # accelerate's type hint allows it
+    processes, device = PartialState(), PartialState().device
+    assert device is not None  # accelerate's type hint allows it
     options, tokenizer, generator = open_models(options)
     experiment = options.experiment
     if generator is None:
         codes = read_codes(str(experiment.codes), options.model.vq_model)
         # Nothing is sampled, so neither classes nor a compiler matter.
         options = options.changed(experiment=replace(experiment, classes=None, compile=False))
-        job = replace(sampling_job(options, processes.device), count=len(codes), prefix=codes)
-        return job, load_models(options.model, tokenizer, None, processes.device)
+        job = replace(sampling_job(options, device), count=len(codes), prefix=codes)
+        return job, load_models(options.model, tokenizer, None, device)
     names = class_names(generator.about)
-    job = sampling_job(options, processes.device, names)
-    warn_of_untrained(generator, job, processes)
-    doubt = sorted_as_text(names.folders)
-    if doubt and any(isinstance(item, int) for item in experiment.classes or ()):
-        processes.print(f"warning: {doubt}")
-    models = load_models(options.model, tokenizer, generator, processes.device)
-    prefix = on_main(lambda: prefix_codes(experiment, models.tokenizer))
-    return replace(job, prefix=prefix), replace(models, names=names)
-
-
-def warn_of_untrained(generator: Opened, job: SamplingJob, processes: PartialState) -> None:
-    """Warn of classes that the generator is known not to have been trained on."""
+    job = sampling_job(options, device, names)
     classes = set(job.classes) - {NO_CLASS}
     missing = generator.about.without_images(classes)
     if missing:
-        names = first_names([str(label) for label in missing])
+        first = first_names([str(label) for label in missing])
         processes.print(
             f"warning: {printable(generator.file)} was not trained on {len(missing)} of "
-            f"{len(classes)} classes ({names}): set experiment.classes to others"
+            f"{len(classes)} classes ({first}): set experiment.classes to others"
         )
+    doubt = sorted_as_text(names.folders)
+    if doubt and any(isinstance(item, int) for item in experiment.classes or ()):
+        processes.print(f"warning: {doubt}")
+    models = load_models(options.model, tokenizer, generator, device)
+    prefix = on_main(lambda: prefix_codes(experiment, models.tokenizer))
+    return replace(job, prefix=prefix), replace(models, names=names)
 
 
 def open_models(options: GeneratorRun) -> tuple[GeneratorRun, Opened, Optional[Opened]]:

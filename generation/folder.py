@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import chain, islice
@@ -96,8 +95,6 @@ class SampleFolder:
         chunk, finished = on_main(lambda: self._claim(lock, most))
         # As the main process sees it: a network file system may show others an older state.
         if finished:
-            if self.processes.is_main_process:
-                shutil.rmtree(self.output / "chunks", ignore_errors=True)  # of a killed clean-up
             self.processes.print(f"{self.images_file} is complete: {self.count} images")
             return self.images_file
         parts = Parts(self.output / "chunks", -(-self.count // chunk))
@@ -143,6 +140,8 @@ class SampleFolder:
             for left in (self.output / "chunks").glob("[0-9]" * 6 + ".npz"):  # of no known settings
                 left.unlink()
         check_settings(self.settings_file, {**self.settings(), "chunk": chunk}, REMEDY)
+        if finished:
+            shutil.rmtree(self.output / "chunks", ignore_errors=True)  # of a killed clean-up
         return chunk, finished
 
     def _earlier_chunk(self) -> Optional[int]:
@@ -155,28 +154,26 @@ class SampleFolder:
     # ------------------------------------------------------------------ writing
     def _write_chunks(self, parts: Parts, chunk: int, numbers: list[int]) -> None:
         """Make this process's chunks; threads write one while the next is made."""
+        job, models, engine = self.job, self.models, None
         chunks = batches_of(self.count, chunk)
         ranges = [chunks[number] for number in numbers]
         with (
-            matmul_precision(self.job.precision),
+            matmul_precision(job.precision),
             progress(sum(map(len, ranges)), "img", "sample") as bar,
             ThreadPoolExecutor() as painters,
             ThreadPoolExecutor(1) as writer,
         ):
+            if models.generator is not None:
+                self.processes.print(
+                    f"sampling {chunk} images at once, {job.precision}, compile={job.compiled}"
+                )
+                engine = job.sampler(models.generator, chunk)
+            batches = sample_images(engine, models.tokenizer, job, ranges)
             written = writer.submit(lambda: None)
-            for number, batch in zip(numbers, self._batches(chunk, ranges)):
+            for number, batch in zip(numbers, batches):
                 written.result()  # of the chunk before
                 written = writer.submit(self._write_chunk, parts, number, batch, painters, bar)
             written.result()
-
-    def _batches(self, chunk: int, ranges: list[range]) -> Iterator[ImageBatch]:
-        job, models, engine = self.job, self.models, None
-        if models.generator is not None:
-            self.processes.print(
-                f"sampling {chunk} images at once, {job.precision}, compile={job.compiled}"
-            )
-            engine = job.sampler(models.generator, chunk)
-        return sample_images(engine, models.tokenizer, job, ranges)
 
     def _write_chunk(
         self, parts: Parts, number: int, batch: ImageBatch, painters: ThreadPoolExecutor, bar: tqdm

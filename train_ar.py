@@ -126,14 +126,14 @@ def open_data(
         source, left_out = listing.root, describe_left_out(listing.left_out)
         labels, classes, views = listing.labels, listing.classes, VIEWS["ten_crop"]
         identity = identity_for_all(listing.paths)
-        dataset_of = partial(TrainViews, listing.paths, labels, sizes.image_size)
+        dataset_of = partial(TrainViews, listing.paths, sizes.image_size)
         encoder, tokenizer_hash = tokenizer, known
         assert encoder is not None, "images need a tokenizer (`open_tokenizer`)"
         encoder.freeze_encoder()  # then it computes in full float32, as pretokenization
     options = with_classes(options, str(source), len(classes))
     config, listed = options.model.generator, len(labels)
     draws = EpochDraws(
-        listed, views, options.training.seed, config.class_label_dropout, config.no_class
+        labels, views, options.training.seed, config.class_label_dropout, config.no_class
     )
     dataset, limit = dataset_of(draws), experiment.max_train_examples or listed
     if limit < listed:

@@ -78,7 +78,7 @@ def stores(folder: Path, images: int) -> None:
             started = time.perf_counter()
             store = kind(path)
             opening[name].append(time.perf_counter() - started)
-            draws = EpochDraws(store.images, store.views, 0, 0.1, 1000)
+            draws = EpochDraws(store.labels, store.views, 0, 0.1, 1000)
             samples = TrainTokens(store, draws)
             samples[turn, 0]  # the epoch's draw
             order = np.random.default_rng(turn).permutation(images).tolist()
@@ -113,8 +113,8 @@ def imagenet_open(folder: Path) -> None:
     write_manifest(folder, {**shape, **about})
     took = [seconds(lambda: TokenStore(folder).codes(IMAGENET - 1, 9)) for _ in range(TURNS)]
     print(f"{IMAGENET} images: {1e3 * median(took):.1f} ms to open and read one sample")
-    draws = EpochDraws(IMAGENET, CODES[0], 0, 0.1, 1000)
-    samples = TrainTokens(TokenStore(folder), draws)
+    store = TokenStore(folder)
+    samples = TrainTokens(store, EpochDraws(store.labels, CODES[0], 0, 0.1, 1000))
     print(f"  {1e3 * seconds(lambda: samples[0, 0]):.1f} ms to draw the views of an epoch")
 
 

@@ -152,7 +152,7 @@ class TrainTokens(Dataset):
         self.store, self.draws = store, draws
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        view, label = self.draws.of(*key, self.store.labels)
+        view, label = self.draws.of(*key)
         return torch.from_numpy(self.store.codes(key[1], view)), label
 
 

@@ -27,11 +27,11 @@ from data.images import (
     ImageListing,
     ImagePath,
     center_crop,
-    cut_views,
     load_photo,
     source_size,
     to_float,
     to_uint8,
+    views_of,
 )
 from data.loader import batch_loader
 from data.npz import write_npz_files, write_npz_manifest
@@ -346,7 +346,7 @@ def encode_parts(
 
 def encode_views(encoder: Tokenizer, crops: Tensor, plan: EncodingPlan, dtype: str) -> Tensor:
     """Source crops (n, 3, L, L), uint8, on the encoder's device -> codes (n, V, T), int64."""
-    views = cut_views(crops, plan.image_size, plan.crops)  # (n, V, 3, S, S)
+    views = torch.stack(views_of(crops, plan.image_size, plan.crops), 1)  # (n, V, 3, S, S)
     codes = encode(encoder, to_float(views.flatten(0, 1)), dtype)
     return codes.unflatten(0, views.shape[:2])
 

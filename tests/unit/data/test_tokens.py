@@ -352,7 +352,7 @@ NO_CLASS = 99
 
 
 def drawing(store, seed, class_dropout):
-    draws = EpochDraws(store.images, store.views, seed, class_dropout, NO_CLASS)
+    draws = EpochDraws(store.labels, store.views, seed, class_dropout, NO_CLASS)
     return TrainTokens(store, draws)
 
 

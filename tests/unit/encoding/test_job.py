@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from data.images import VIEWS, cut_views, scan_images
+from data.images import VIEWS, scan_images, views_of
 from data.tokens import open_tokens
 from encoding import job
 from encoding.job import EncodingPlan, ReadableCrops, encode_folder, part_batches
@@ -29,7 +29,7 @@ def test_unreadable_image_keeps_its_place_as_black_views(tmp_path, kind):
     Image.new("RGB", (30, 40)).save(tmp_path / "good.png")
     good, good_facts = ReadableCrops([str(tmp_path / "good.png")], plan)[0]
     assert crop.shape == good.shape and good_facts[0] == 1
-    views = cut_views(crop[None], 20, kind)[0]
+    views = torch.stack(views_of(crop, 20, kind))
     assert views.shape == (VIEWS[kind], 3, 20, 20) and views.dtype == torch.uint8
     assert not views.any() and facts[0] == 0
     crops = ReadableCrops([str(bad)], EncodingPlan(20, kind))

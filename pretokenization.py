@@ -14,8 +14,7 @@ import os
 from pathlib import Path
 
 from configs.sizes import tokenizer_of
-from data.classes import printable
-from data.imagenet import misnumbered
+from data.classes import misnumbered, printable
 from data.images import scan_images
 from data.loader import worker_count
 from data.tree import is_image

@@ -22,9 +22,8 @@ from torch.utils.data import Dataset
 import configs.load
 from configs.schema import GeneratorRun, Phase
 from configs.sizes import with_classes, with_start, with_weights
-from data.classes import describe_classes, printable
+from data.classes import describe_classes, misnumbered, printable
 from data.identity import hash_of_texts
-from data.imagenet import misnumbered
 from data.images import VIEWS, TrainViews, identity_for_all, scan_images, to_float
 from data.order import EpochDraws
 from data.subset import KeyedSubset, evenly_spaced, spread_over_classes

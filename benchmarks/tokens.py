@@ -26,10 +26,8 @@ from data.cache import write_manifest
 from data.images import VIEWS
 from data.npz import NpzStore, write_npz_files
 from data.order import EpochDraws
-from data.tokens import TokenStore, TrainTokens
-from data.writer import IMAGES_PER_SHARD, write_packed_store
-from encoding.encoder import encode
-from encoding.job import EncodingPlan, ReadableCrops, encode_parts, part_batches
+from data.tokens import IMAGES_PER_SHARD, TokenStore, TrainTokens, write_packed_store
+from encoding.job import EncodingPlan, ReadableCrops, encode, encode_parts, part_batches
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.parts import Parts
 from runtime.processes import start_processes

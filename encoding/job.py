@@ -35,18 +35,19 @@ from data.images import (
 )
 from data.loader import batch_loader
 from data.npz import write_npz_files, write_npz_manifest
-from data.tokens import open_tokens
-from data.writer import write_packed_store
-from encoding.encoder import encode
+from data.tokens import open_tokens, write_packed_store
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.tensors import fingerprint
 from runtime.errors import InputError
 from runtime.files import lock_folder, sync_folder, writing
 from runtime.parts import Parts, batches_of, check_settings, differing
-from runtime.processes import check_same, on_main, progress
+from runtime.processes import check_same, matmul_precision, on_main, progress
 
 BATCHES_PER_PART = 16  # a killed run loses at most this many per process
 COMPARED_BATCHES = 2  # also encoded in float32, to report how often another precision agrees
+# Largest activation in bytes when a CPU encodes images: glibc returns blocks over 32 MiB to the system,
+# which clears each page at the next use. Another value rounds differently.
+CPU_ACTIVATION = 24 * 2**20
 # An image's facts, int64: 0 or 1, 0 or 1 (by EXIF), bytes, time of the last change in seconds.
 READABLE, ROTATED, SIZE, TIME = range(4)
 
@@ -349,6 +350,33 @@ def encode_views(encoder: Tokenizer, crops: Tensor, plan: EncodingPlan, dtype: s
     views = torch.stack(views_of(crops, plan.image_size, plan.crops), 1)  # (n, V, 3, S, S)
     codes = encode(encoder, to_float(views.flatten(0, 1)), dtype)
     return codes.unflatten(0, views.shape[:2])
+
+
+@torch.inference_mode()
+def encode(tokenizer: Tokenizer, images: Tensor, dtype: str) -> Tensor:
+    """Images (B, 3, S, S), float32 in [0, 1] -> codes (B, T), int64.
+
+    `dtype` is the precision of the encoder: fp32, tf32 (matrix products and convolutions on CUDA) or
+    bf16 (autocast). The nearest code is always found in full float32.
+    """
+    bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16")
+    codes = []
+    for part in images.split(encoded_at_once(tokenizer, images)):
+        with matmul_precision("tf32" if dtype == "tf32" else "fp32"), bf16:
+            latents = tokenizer.encoder(part, tokenizer.latent_tokens)
+        with matmul_precision("fp32"):
+            codes.append(tokenizer.quantize.encode(latents))
+    return torch.cat(codes)
+
+
+def encoded_at_once(tokenizer: Tokenizer, images: Tensor) -> int:
+    """How many of the images are encoded together: all on a GPU, a few on a CPU."""
+    if images.device.type != "cpu":
+        return len(images)
+    config = tokenizer.config
+    tokens = config.grid**2 + config.num_tokens
+    hidden = tokens * 4 * config.encoder_width * images.element_size()  # of the MLP, per image
+    return max(CPU_ACTIVATION // hidden, 1)
 
 
 def print_agreement(encoder: Tokenizer, source: ReadableCrops, plan: EncodingPlan) -> None:

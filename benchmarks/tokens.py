@@ -27,9 +27,9 @@ from data.images import VIEWS
 from data.npz import NpzStore, write_npz_files
 from data.order import EpochDraws
 from data.tokens import IMAGES_PER_SHARD, TokenStore, TrainTokens, write_packed_store
-from encoding.job import EncodingPlan, ReadableCrops, encode, encode_parts, part_batches
+from encoding.job import BATCHES_PER_PART, EncodingPlan, ReadableCrops, encode, encode_parts
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from runtime.parts import Parts
+from runtime.parts import Parts, batches_of
 from runtime.processes import start_processes
 
 IMAGENET, CODES = 1_281_167, (10, 273)
@@ -174,8 +174,8 @@ def end_to_end(folder: Path, options: argparse.Namespace, processes: PartialStat
     views = VIEWS[options.views]
     batches = -(-options.encode // options.batch_size)
     random = torch.rand(options.batch_size * views, 3, 256, 256, device=device)
-    numbers = list(range(len(part_batches(options.encode, options.batch_size))))
-    parts = Parts(folder / "encoded", len(numbers))
+    ranges = batches_of(options.encode, BATCHES_PER_PART * options.batch_size)
+    parts = Parts(folder / "encoded", len(ranges))
 
     def alone(dtype: str) -> float:
         started = time.perf_counter()
@@ -189,7 +189,7 @@ def end_to_end(folder: Path, options: argparse.Namespace, processes: PartialStat
             256, options.views, dtype, options.batch_size, num_workers=options.num_workers
         )
         source = ReadableCrops(files, plan)
-        for number, codes, _ in encode_parts(tokenizer, source, plan, numbers):
+        for number, (codes, _) in enumerate(encode_parts(tokenizer, source, plan, ranges)):
             parts.write(number, codes=codes)
         return time.perf_counter() - started
 

@@ -15,7 +15,7 @@ from evaluation.in_training import open_evaluator
 from evaluation.report import print_result
 from evaluation.sources import open_images
 from generation.folder import SampleFolder
-from generation.models import open_job
+from generation.job import open_job
 from runtime.processes import start_processes
 from runtime.program import run
 

@@ -28,7 +28,7 @@ from evaluation.metrics import NEIGHBOURS
 from evaluation.report import table_of
 from evaluation.sources import open_images
 from generation.folder import SampleFolder
-from generation.models import open_job
+from generation.job import open_job
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
 from runtime.files import write_whole

@@ -26,8 +26,7 @@ from tqdm import tqdm
 from data.identity import short_hash
 from data.pictures import picture_grid, with_captions, write_png
 from generation.images import ImageBatch, sample_images
-from generation.job import SamplingJob, in_options
-from generation.models import Models, largest_batch
+from generation.job import Models, SamplingJob, in_options, largest_batch
 from modeling.weights.metadata import UNSEEN
 from runtime.errors import InputError
 from runtime.files import lock_folder, whole_file, writing

@@ -100,10 +100,10 @@ class TokenStore(TokenCache):
         if Path(name).name != name:
             raise InputError(f"{self.folder / MANIFEST} names a file outside its folder: {name}")
         file = self.folder / name
-        if not file.is_file() or file.stat().st_size != size:
-            size_there = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+        there = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+        if there != f"{size} bytes":
             raise InputError(
-                f"{file} is damaged: {size_there}, {size} bytes expected; make the cache again"
+                f"{file} is damaged: {there}, {size} bytes expected; make the cache again"
             )
 
     def codes(self, image: int, view: int) -> np.ndarray:

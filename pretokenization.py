@@ -14,14 +14,13 @@ import os
 from pathlib import Path
 
 from configs.sizes import tokenizer_of
-from data.classes import printable
-from data.imagenet import misnumbered
+from data.classes import misnumbered, printable
 from data.images import scan_images
 from data.loader import worker_count
 from data.tree import is_image
 from data.walk import is_hidden
 from encoding.job import EncodingPlan, encode_folder
-from runtime.arguments import Parser, number, path
+from runtime.arguments import Parser, as_path, number, path
 from runtime.errors import InputError
 from runtime.processes import start_processes
 from runtime.program import run
@@ -44,8 +43,7 @@ def main(argv: list[str]) -> None:
         raise InputError("--dtype tf32 exists only on CUDA: choose fp32 or bf16 on a CPU")
     checkpoint = args.tokenizer_checkpoint
     encoder = tokenizer_of(checkpoint, args.config, with_decoder=False, **size).to(processes.device)
-    cache = Path(args.cached_path)
-    images = scan_images(folder, args.labels, index_folder=cache.parent)  # takes minutes for a tar
+    images = scan_images(folder, args.labels, args.cached_path.parent)  # takes minutes for a tar
     processes.print(printable(f"{choice}{folder}: {images.describe()}"))
     if processes.is_main_process and (doubt := misnumbered(images.classes)):
         print(f"warning: {doubt}")
@@ -56,13 +54,13 @@ def main(argv: list[str]) -> None:
         encoder.config.image_size, kind_of_crops(args), args.dtype, args.batch_size, args.format,
         args.skip_unreadable, args.num_workers,
     )  # fmt: skip
-    encode_folder(images, encoder, plan, cache)
+    encode_folder(images, encoder, plan, args.cached_path)
 
 
-def cache_path(text: str) -> str:
-    if Path(path(text)).name in ("", ".."):
+def cache_path(text: str) -> Path:
+    if as_path(text).name in ("", ".."):
         raise argparse.ArgumentTypeError(f"{text} is not the name of a new folder")
-    return path(text)
+    return as_path(text)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -124,10 +122,6 @@ def image_folder(data_path: str, split: str | None) -> tuple[Path, str]:
     """
     root = Path(data_path)
     if split is not None:
-        if not (root / split).is_dir():
-            raise InputError(
-                f"no folder {root / split}; pass the folder that holds it, or leave --split out"
-            )
         return root / split, ""
     train = root / "train"
     if not train.is_dir():

@@ -15,17 +15,18 @@ from evaluation.in_training import open_evaluator
 from evaluation.report import print_result
 from evaluation.sources import open_images
 from generation.folder import SampleFolder
-from generation.models import open_job
+from generation.job import open_job
 from runtime.processes import start_processes
 from runtime.program import run
 
 
 def main(argv: list[str]) -> None:
     options = configs.load.load(GeneratorRun, argv, "sample_imagenet")
-    experiment, processes = options.experiment, start_processes()
-    job, models = open_job(options, processes)
-    output, png, grid = Path(experiment.output_dir), experiment.save_png, experiment.grid
-    folder = SampleFolder(output, job, models, png, grid)
+    experiment = options.experiment
+    start_processes()
+    job, models = open_job(options)
+    output = Path(experiment.output_dir)
+    folder = SampleFolder(output, job, models, experiment.save_png, experiment.grid)
     # A mistake in the reference shows now, not after hours of sampling.
     side = models.tokenizer.config.image_size
     scored = "experiment.codes" if experiment.codes else "experiment.num_fid_samples"

@@ -22,9 +22,8 @@ from torch.utils.data import Dataset
 import configs.load
 from configs.schema import GeneratorRun, Phase
 from configs.sizes import with_classes, with_start, with_weights
-from data.classes import describe_classes, printable
+from data.classes import describe_classes, misnumbered, printable
 from data.identity import hash_of_texts
-from data.imagenet import misnumbered
 from data.images import VIEWS, TrainViews, identity_for_all, scan_images, to_float
 from data.order import EpochDraws
 from data.subset import KeyedSubset, evenly_spaced, spread_over_classes
@@ -126,13 +125,13 @@ def open_data(
         source, left_out = listing.root, describe_left_out(listing.left_out)
         labels, classes, views = listing.labels, listing.classes, VIEWS["ten_crop"]
         identity = identity_for_all(listing.paths)
-        dataset_of = partial(TrainViews, listing.paths, labels, sizes.image_size)
+        dataset_of = partial(TrainViews, listing.paths, sizes.image_size)
         encoder, tokenizer_hash = tokenizer, known
         assert encoder is not None, "images need a tokenizer (`open_tokenizer`)"
         encoder.freeze_encoder()  # then it computes in full float32, as pretokenization
     options = with_classes(options, str(source), len(classes))
     config, listed = options.model.generator, len(labels)
-    draws = EpochDraws(listed, views, options.training.seed, config.class_label_dropout, NO_CLASS)
+    draws = EpochDraws(labels, views, options.training.seed, config.class_label_dropout, NO_CLASS)
     dataset, limit = dataset_of(draws), experiment.max_train_examples or listed
     if limit < listed:
         used = spread_over_classes(labels, limit)

@@ -24,8 +24,7 @@ from torch import Tensor
 import configs.load
 from benchmarks.common import machine
 from configs.schema import GeneratorRun
-from generation.job import SamplingJob, sampling_job
-from generation.models import Models, load_models, open_models
+from generation.job import Models, SamplingJob, load_models, open_models, sampling_job
 from modeling.devices import find_device
 from modeling.engine import Engine
 from modeling.image_decoder import ImageDecoder

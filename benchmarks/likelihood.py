@@ -19,8 +19,7 @@ from benchmarks.common import explain_failures, machine
 from benchmarks.evaluation import seconds
 from benchmarks.generator_training import SMALL
 from benchmarks.sampling import SIZES
-from data.tokens import TokenStore
-from data.writer import write_packed_store
+from data.tokens import TokenStore, write_packed_store
 from evaluation.likelihood import Share, likelihood_sums
 from evaluation.metrics import summed
 from modeling.compiling import compile_blocks

@@ -26,12 +26,10 @@ from data.cache import write_manifest
 from data.images import VIEWS
 from data.npz import NpzStore, write_npz_files
 from data.order import EpochDraws
-from data.tokens import TokenStore, TrainTokens
-from data.writer import IMAGES_PER_SHARD, write_packed_store
-from encoding.encoder import encode
-from encoding.job import EncodingPlan, ReadableCrops, encode_parts, part_batches
+from data.tokens import IMAGES_PER_SHARD, TokenStore, TrainTokens, write_packed_store
+from encoding.job import BATCHES_PER_PART, EncodingPlan, ReadableCrops, encode, encode_parts
 from modeling.tokenizer import Tokenizer, TokenizerConfig
-from runtime.parts import Parts
+from runtime.parts import Parts, batches_of
 from runtime.processes import start_processes
 
 IMAGENET, CODES = 1_281_167, (10, 273)
@@ -78,7 +76,7 @@ def stores(folder: Path, images: int) -> None:
             started = time.perf_counter()
             store = kind(path)
             opening[name].append(time.perf_counter() - started)
-            draws = EpochDraws(store.images, store.views, 0, 0.1, 1000)
+            draws = EpochDraws(store.labels, store.views, 0, 0.1, 1000)
             samples = TrainTokens(store, draws)
             samples[turn, 0]  # the epoch's draw
             order = np.random.default_rng(turn).permutation(images).tolist()
@@ -113,8 +111,8 @@ def imagenet_open(folder: Path) -> None:
     write_manifest(folder, {**shape, **about})
     took = [seconds(lambda: TokenStore(folder).codes(IMAGENET - 1, 9)) for _ in range(TURNS)]
     print(f"{IMAGENET} images: {1e3 * median(took):.1f} ms to open and read one sample")
-    draws = EpochDraws(IMAGENET, CODES[0], 0, 0.1, 1000)
-    samples = TrainTokens(TokenStore(folder), draws)
+    store = TokenStore(folder)
+    samples = TrainTokens(store, EpochDraws(store.labels, CODES[0], 0, 0.1, 1000))
     print(f"  {1e3 * seconds(lambda: samples[0, 0]):.1f} ms to draw the views of an epoch")
 
 
@@ -176,8 +174,8 @@ def end_to_end(folder: Path, options: argparse.Namespace, processes: PartialStat
     views = VIEWS[options.views]
     batches = -(-options.encode // options.batch_size)
     random = torch.rand(options.batch_size * views, 3, 256, 256, device=device)
-    numbers = list(range(len(part_batches(options.encode, options.batch_size))))
-    parts = Parts(folder / "encoded", len(numbers))
+    ranges = batches_of(options.encode, BATCHES_PER_PART * options.batch_size)
+    parts = Parts(folder / "encoded", len(ranges))
 
     def alone(dtype: str) -> float:
         started = time.perf_counter()
@@ -191,7 +189,7 @@ def end_to_end(folder: Path, options: argparse.Namespace, processes: PartialStat
             256, options.views, dtype, options.batch_size, num_workers=options.num_workers
         )
         source = ReadableCrops(files, plan)
-        for number, codes, _ in encode_parts(tokenizer, source, plan, numbers):
+        for number, (codes, _) in enumerate(encode_parts(tokenizer, source, plan, ranges)):
             parts.write(number, codes=codes)
         return time.perf_counter() - started
 

@@ -27,18 +27,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         name, version = manifest["format"], manifest["version"]
+        if (name, version) != (FORMAT, VERSION):
+            raise InputError(
+                f"{path} has format {name}, version {version}, not {FORMAT}, version {VERSION}: read it with "
+                f"the program that wrote it, or make the cache again"
+            )
         classes = manifest.get("classes", [])
-        if (name, version) == (FORMAT, VERSION) and (
-            [Path(c).name for c in classes] != classes or {"", ".."} & {*classes}
-        ):
+        if [Path(c).name for c in classes] != classes or {"", ".."} & {*classes}:
             raise ValueError("its classes are not names of folders")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"{path} is damaged ({e!r}); make the cache again") from e
-    if (name, version) != (FORMAT, VERSION):
-        raise InputError(
-            f"{path} has format {name}, version {version}, not {FORMAT}, version {VERSION}: read it with the "
-            f"program that wrote it, or make the cache again"
-        )
     return manifest
 
 

@@ -1,5 +1,6 @@
 """Class names. Sets of images or codes are compared by class names, because labels may differ."""
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -47,3 +48,32 @@ def map_labels(
             f"set has {describe_classes(wanted)}. Use sets with the same class names"
         )
     return mapped
+
+
+def misnumbered(classes: Sequence[str]) -> str | None:
+    """A warning if labels differ from the numbers that class names suggest; None if they agree.
+
+    If most classes are synsets, but not ImageNet's 1,000 in order, published weights expect other labels, which
+    nothing else would detect.
+    """
+    from modeling.weights.class_names import sorted_as_text  # loads models: only when needed
+
+    doubt = sorted_as_text(dict(enumerate(classes)))
+    synsets = sum(re.fullmatch(r"n\d{8}", name) is not None for name in classes)
+    if doubt or 2 * synsets <= len(classes):
+        return doubt
+    from timm.data.imagenet_info import ImageNetInfo  # loads all of timm, so only when needed
+
+    expected = list(ImageNetInfo().label_names())  # the 1,000 synsets of ILSVRC 2012, sorted
+    if list(classes) == expected:
+        return None
+    unequal = [i for i, (name, wanted) in enumerate(zip(classes, expected)) if name != wanted]
+    if unequal:
+        i = unequal[0]
+        first = f"class {i} is {printable(classes[i])}, ImageNet's is {expected[i]}"
+    else:
+        first = f"the first {min(len(classes), len(expected))} are the same"
+    return (
+        f"the {len(classes)} classes are synsets, but not ImageNet's {len(expected)} in their order "
+        f"({first}): ImageNet's class numbers, and weights trained on all of it, do not fit them"
+    )

@@ -11,7 +11,6 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -67,11 +66,6 @@ def scan_images(
     """
     tree = read_tree(root, index_folder)
     images = tree.images()
-    if not images:
-        raise InputError(
-            f"{tree.root} holds no images: put them there, in one folder per class or, without "
-            f"classes, in none ({', '.join(IMG_EXTENSIONS)})"
-        )
     at_top = [image for image in images if not os.path.dirname(image)]
     flat = labels is None and at_top == images
     in_folders = labels is None and not flat
@@ -176,11 +170,6 @@ def source_size(size: int, kind: str) -> int:
     return size if kind == "center_flip" else int(size * 1.1)
 
 
-def source_crop(path: ImagePath, size: int, kind: str) -> Tensor:
-    """The centre crop of an image that contains all its views: (3, L, L), uint8."""
-    return to_uint8(center_crop(load_image(path), source_size(size, kind)))
-
-
 def views_of(source: Tensor, size: int, kind: str) -> tuple[Tensor, ...]:
     """The views (…, S, S) of source crops (…, L, L), in the order of a token cache.
 
@@ -192,11 +181,6 @@ def views_of(source: Tensor, size: int, kind: str) -> tuple[Tensor, ...]:
     if kind == "center_flip":
         return source, source.flip(-1)
     return (five_crop if kind == "five_crop" else ten_crop)(source, size)  # type: ignore[arg-type]
-
-
-def cut_views(source: Tensor, size: int, kind: str) -> Tensor:
-    """All views (B, V, 3, S, S) of source crops (B, 3, L, L)."""
-    return torch.stack(views_of(source, size, kind), 1)
 
 
 def random_crop(
@@ -237,15 +221,13 @@ class TrainViews(Dataset):
     on their ten-crop cache.
     """
 
-    def __init__(
-        self, paths: Sequence[ImagePath], labels: np.ndarray, size: int, draws: EpochDraws
-    ):
-        self.paths, self.labels, self.size, self.draws = paths, labels, size, draws
+    def __init__(self, paths: Sequence[ImagePath], size: int, draws: EpochDraws):
+        self.paths, self.size, self.draws = paths, size, draws
+        self.sources = CenterImages(paths, source_size(size, "ten_crop"))
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        view, label = self.draws.of(*key, self.labels)
-        source = source_crop(self.paths[key[1]], self.size, "ten_crop")
-        return views_of(source, self.size, "ten_crop")[view], label
+        view, label = self.draws.of(*key)
+        return views_of(self.sources[key[1]], self.size, "ten_crop")[view], label
 
 
 class CenterImages(Dataset):

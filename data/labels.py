@@ -28,13 +28,12 @@ def read_labels(file: str | Path, names: Sequence[str], source: object) -> dict[
     """
     file = Path(file)
     try:
-        lines = file.read_text("utf-8-sig", "surrogateescape").split("\n")  # not at U+2028 in names
+        text = file.read_text("utf-8-sig", "surrogateescape").rstrip()
     except OSError as e:
         raise InputError(f"cannot read the labels in {file}: {e.strerror}") from e
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
+    if not text:
         raise InputError(f"{file} is empty: write one class per line, or a CSV of file,class")
+    lines = text.split("\n")  # not at U+2028 in names
     known = {os.path.splitext(name)[0]: name for name in names} | {name: name for name in names}
     known = {unicodedata.normalize("NFC", shown): name for shown, name in known.items()}
     separator = next((s for s in ",;\t" if s in lines[0]), None)

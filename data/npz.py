@@ -38,15 +38,16 @@ class NpzStore(TokenCache):
         top = {folder.split(os.sep)[0] for folder in folders} - {""}
         self.classes: list[str] = self.manifest.get("classes", sorted(top))
         ranks = {name: label for label, name in enumerate(self.classes)}
-        self._files: list[str] = []
-        labels: list[int] = []
-        for folder in sorted(folders, key=lambda folder: (folder.split(os.sep)[0], folder)):
-            name = folder.split(os.sep)[0]
-            if name in ranks:
-                names = [file for file in sorted(folders[folder]) if file.endswith(".npz")]
-                self._files += [os.path.join(self.folder, folder, file) for file in names]
-                labels += [ranks[name]] * len(names)
-        self.labels, self.images = np.array(labels, np.int32), len(labels)
+        found = sorted(
+            (name, folder, file)
+            for folder, files in folders.items()
+            if (name := folder.split(os.sep)[0]) in ranks
+            for file in files
+            if file.endswith(".npz")
+        )
+        self._files = [os.path.join(self.folder, folder, file) for _, folder, file in found]
+        self.labels = np.array([ranks[name] for name, *_ in found], np.int32)
+        self.images = len(found)
         if not self.images:
             raise InputError(f"no token cache at {self.folder}: make one with pretokenization.py")
         expected = self.manifest.get("images", self.images)

@@ -48,25 +48,27 @@ class SampleOrder(Sampler):
 
 
 class EpochDraws:
-    """Which view an image shows in an epoch, and whether its class is dropped.
+    """Which view an image shows in an epoch, and its label (N,), unless its class is dropped.
 
     Both are pure functions of (seed, epoch, index). The stream of an epoch begins with uniforms
     u (items, 2): item i shows view ⌊views·u[i, 0]⌋ and drops its class if u[i, 1] < class_dropout. One
     stream per item would take several times as long as reading the item's codes.
     """
 
-    def __init__(self, items: int, views: int, seed: int, class_dropout: float, no_class: int):
-        self.items, self.views, self.seed = items, views, seed
+    def __init__(
+        self, labels: np.ndarray, views: int, seed: int, class_dropout: float, no_class: int
+    ):
+        self.labels, self.views, self.seed = labels, views, seed
         self.class_dropout, self.no_class = class_dropout, no_class
         self._epoch = -1
 
-    def of(self, epoch: int, index: int, labels: np.ndarray) -> tuple[int, int]:
+    def of(self, epoch: int, index: int) -> tuple[int, int]:
         """(view, label); a dropped class has the label `no_class`."""
         if epoch != self._epoch:
             rng = generator_for(self.seed, Stream.VIEW, epoch)
-            uniforms = rng.random((self.items, 2), np.float32)
+            uniforms = rng.random((len(self.labels), 2), np.float32)
             self._view = (uniforms[:, 0] * self.views).astype(np.int32)
             self._dropped = uniforms[:, 1] < self.class_dropout
             self._epoch = epoch
-        label = self.no_class if self._dropped[index] else labels[index]
+        label = self.no_class if self._dropped[index] else self.labels[index]
         return int(self._view[index]), int(label)

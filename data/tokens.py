@@ -40,6 +40,8 @@ Shards hold `images_per_shard` images each, the last one the rest, so view v of 
 with layout "npz" and without images_per_shard, codes_dtype and files.
 """
 
+import shutil
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,16 +51,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.cache import MANIFEST, TokenCache, read_manifest
-from data.classes import describe_classes
+from data.cache import MANIFEST, TokenCache, read_manifest, write_manifest
+from data.classes import describe_classes, misnumbered
 from data.identity import hash_of_texts
-from data.imagenet import misnumbered
 from data.npz import NpzStore, export_npz
 from data.order import EpochDraws
 from runtime.arguments import Parser, as_path, new_file, number, path
 from runtime.errors import InputError
-from runtime.files import file_sha256
+from runtime.files import file_entry, file_sha256, sync_file, sync_folder
 from runtime.program import run
+
+IMAGES_PER_SHARD = 65_536  # of new stores
 
 
 class TokenStore(TokenCache):
@@ -67,30 +70,24 @@ class TokenStore(TokenCache):
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         path = self.folder / MANIFEST
+        self.manifest = manifest = read_manifest(path)
         try:
-            self._open(read_manifest(path))
+            self.images, self.views = manifest["images"], manifest["views"]
+            self.tokens, self.classes = manifest["tokens"], manifest["classes"]
+            self.codebook_size = manifest["codebook_size"]
+            self.per_shard: int = manifest["images_per_shard"]
+            for file in manifest["files"]:
+                self._check_file(file["name"], file["bytes"])
+            self.labels = self._map("labels.bin", "<i4")
+            self.shards = [  # all codes in order: (n, V, T), uint16
+                self._map(file["name"], "<u2").reshape(-1, self.views, self.tokens)
+                for file in manifest["files"]
+                if file["name"].startswith("codes-")
+            ]
+            if not sum(map(len, self.shards)) == len(self.labels) == self.images:
+                raise ValueError(f"its files do not add up to {self.images} images")
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(f"{path} is damaged ({e!r}); make the cache again") from e
-        if sum(map(len, self.shards)) != self.images or len(self.labels) != self.images:
-            raise InputError(
-                f"the files of {path} do not add up to {self.images} images; make the cache again"
-            )
-
-    def _open(self, manifest: dict[str, Any]) -> None:
-        self.manifest = manifest
-        self.images, self.views = manifest["images"], manifest["views"]
-        self.tokens, self.classes = manifest["tokens"], manifest["classes"]
-        self.codebook_size = manifest["codebook_size"]
-        self.per_shard: int = manifest["images_per_shard"]
-        files = [(f["name"], f["bytes"]) for f in manifest["files"]]
-        for name, size in files:
-            self._check_file(name, size)
-        self.labels = self._map("labels.bin", "<i4")
-        self.shards = [  # all codes in order: (n, V, T), uint16
-            self._map(name, "<u2").reshape(-1, self.views, self.tokens)
-            for name, _ in files
-            if name.startswith("codes-")
-        ]
 
     def __reduce__(self):  # a worker process maps the files itself
         return TokenStore, (self.folder,), {"labels": self.labels, "classes": self.classes}
@@ -103,10 +100,10 @@ class TokenStore(TokenCache):
         if Path(name).name != name:
             raise InputError(f"{self.folder / MANIFEST} names a file outside its folder: {name}")
         file = self.folder / name
-        if not file.is_file() or file.stat().st_size != size:
-            size_there = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+        there = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+        if there != f"{size} bytes":
             raise InputError(
-                f"{file} is damaged: {size_there}, {size} bytes expected; make the cache again"
+                f"{file} is damaged: {there}, {size} bytes expected; make the cache again"
             )
 
     def codes(self, image: int, view: int) -> np.ndarray:
@@ -135,6 +132,47 @@ class TokenStore(TokenCache):
         self.check_labels()
 
 
+def write_packed_store(
+    store: Path,
+    blocks: Iterable[np.ndarray],
+    labels: list[int],
+    paths: list[str],
+    entries: dict[str, Any],
+) -> None:
+    """Empty the folder `store` and write codes into it, durably.
+
+    `blocks` are the codes (n, V, T) of consecutive images. `entries` are those of the manifest that do not follow
+    from its files: at least views, tokens, codebook_size and classes. Raises ValueError if the codes do not fit
+    them, or if the numbers of images, labels and paths differ.
+    """
+    shutil.rmtree(store, ignore_errors=True)
+    store.mkdir(parents=True)
+    shape, images = (entries["views"], entries["tokens"]), 0
+    for codes in blocks:
+        highest = codes.max(initial=0)
+        if codes.shape[1:] != shape or highest >= entries["codebook_size"]:
+            raise ValueError(f"codes of shape {codes.shape}, up to {highest}, do not fit the store")
+        while len(codes):
+            shard, place = divmod(images, IMAGES_PER_SHARD)
+            part, codes = np.split(codes, [IMAGES_PER_SHARD - place])
+            with open(store / f"codes-{shard:05d}.bin", "ab") as file:
+                file.write(part.astype("<u2").tobytes())
+            images += len(part)
+    if not images == len(labels) == len(paths):
+        raise ValueError(f"{images} images, but {len(labels)} labels and {len(paths)} paths")
+    # Names that are not UTF-8 keep their bytes; a line break in a name becomes a blank.
+    lines = "".join(path.replace("\n", " ") + "\n" for path in paths)
+    (store / "labels.bin").write_bytes(np.asarray(labels, "<i4").tobytes())
+    (store / "paths.txt").write_bytes(lines.encode(errors="surrogateescape"))
+    files = [*sorted(store.glob("codes-*.bin")), store / "labels.bin", store / "paths.txt"]
+    layout = {"codes_dtype": "uint16", "images_per_shard": IMAGES_PER_SHARD}
+    stated = {"layout": "packed", "images": images, **entries, **layout}
+    write_manifest(store, {**stated, "files": [file_entry(file) for file in files]})
+    for file in store.iterdir():
+        sync_file(file)
+    sync_folder(store)
+
+
 def open_tokens(folder: str | Path) -> TokenCache:
     """Open a token cache of either layout. Raises InputError if it is missing or damaged."""
     path = Path(folder) / MANIFEST
@@ -152,7 +190,7 @@ class TrainTokens(Dataset):
         self.store, self.draws = store, draws
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        view, label = self.draws.of(*key, self.store.labels)
+        view, label = self.draws.of(*key)
         return torch.from_numpy(self.store.codes(key[1], view)), label
 
 

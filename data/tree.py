@@ -29,11 +29,17 @@ class FileTree(NamedTuple):
     left_out: Counter[str]  # numbers of skipped entries, by kind
 
     def images(self) -> list[str]:
-        """Paths from the root of all images, sorted as text."""
+        """Paths from the root of all images, sorted as text. Raises InputError if there are none."""
         folders = self.folders.items()
-        return sorted(
+        found = sorted(
             os.path.join(f, name) for f, names in folders for name in names if is_image(name)
         )
+        if not found:
+            raise InputError(
+                f"{self.root} holds no images{describe_left_out(self.count_others())}: put images there "
+                f"({', '.join(IMG_EXTENSIONS)}), or pass another folder or tar"
+            )
+        return found
 
     def count_others(self) -> Counter[str]:
         """Numbers of unlisted files: those that are not images, by suffix, and `left_out`."""

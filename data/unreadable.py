@@ -79,10 +79,3 @@ def report_once(report: Path, path: str, limit: int) -> list[str] | None:
                     return listed
                 file.write(line + "\n")
     return None
-
-
-def lines_of(report: Path) -> list[str]:
-    """The paths listed in a report; none if it does not exist."""
-    if not report.exists():
-        return []
-    return report.read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]

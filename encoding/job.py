@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,26 +28,27 @@ from data.images import (
     ImageListing,
     ImagePath,
     center_crop,
-    cut_views,
     load_photo,
     source_size,
     to_float,
     to_uint8,
+    views_of,
 )
 from data.loader import batch_loader
 from data.npz import write_npz_files, write_npz_manifest
-from data.tokens import open_tokens
-from data.writer import write_packed_store
-from encoding.encoder import encode
+from data.tokens import open_tokens, write_packed_store
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.tensors import fingerprint
 from runtime.errors import InputError
 from runtime.files import lock_folder, sync_folder, writing
 from runtime.parts import Parts, batches_of, check_settings, differing
-from runtime.processes import check_same, on_main, progress
+from runtime.processes import check_same, matmul_precision, on_main, progress
 
 BATCHES_PER_PART = 16  # a killed run loses at most this many per process
 COMPARED_BATCHES = 2  # also encoded in float32, to report how often another precision agrees
+# Largest activation in bytes when a CPU encodes images: glibc returns blocks over 32 MiB to the system,
+# which clears each page at the next use. Another value rounds differently.
+CPU_ACTIVATION = 24 * 2**20
 # An image's facts, int64: 0 or 1, 0 or 1 (by EXIF), bytes, time of the last change in seconds.
 READABLE, ROTATED, SIZE, TIME = range(4)
 
@@ -75,8 +77,9 @@ class WorkFolder:
         self.paths = images.names
         self.folder = cache.with_name(cache.name + ".partial")
         self.store = self.folder / "store"
-        self.batches = part_batches(len(self.paths), plan.batch_size)
-        self.parts = Parts(self.folder / "parts", len(self.batches))
+        part = BATCHES_PER_PART * plan.batch_size  # images
+        self.ranges = batches_of(len(self.paths), part)  # of the images of every part
+        self.parts = Parts(self.folder / "parts", len(self.ranges))
         self._lock: IO[str] | None = None
 
     def is_complete(self) -> bool:
@@ -88,17 +91,12 @@ class WorkFolder:
             raise InputError(
                 f"{cache} exists, but is not a token cache: choose another --cached_path"
             )
-        manifest = open_tokens(cache).manifest
-        changed = differing({key: manifest.get(key) for key in self.settings}, self.settings)
+        manifest, stats = open_tokens(cache).manifest, sizes_and_times(self.images.paths)
+        now = {**self.settings, "image_sizes": short_hash(stats[:, 0].tobytes())}
+        changed = differing({key: manifest.get(key) for key in now}, now)
         if changed:
             raise InputError(
-                f"{cache} was made with other settings: {changed}; remove it or choose another "
-                f"--cached_path"
-            )
-        stats = sizes_and_times(self.images.paths)
-        if short_hash(stats[:, 0].tobytes()) != manifest.get("image_sizes"):
-            raise InputError(
-                f"{cache} was made from files of other sizes: remove it or choose another "
+                f"{cache} was made with other settings or images: {changed}; remove it or choose another "
                 f"--cached_path"
             )
         newer = np.flatnonzero(stats[:, 1] > (cache / MANIFEST).stat().st_mtime)
@@ -134,13 +132,9 @@ class WorkFolder:
             self._lock.close()
         shutil.rmtree(self.folder, ignore_errors=True)  # NFS keeps a folder with an open file
 
-    def images_of(self, number: int) -> np.ndarray:
-        """The indices (N,) of a part's images."""
-        return np.concatenate(self.batches[number])
-
     def write_part(self, number: int, codes: np.ndarray, facts: np.ndarray) -> None:
         """Write the codes (N, V, T) of a part's readable images, and the facts (N, 4) of all."""
-        indices, readable = self.images_of(number), facts[:, READABLE] == 1
+        indices, readable = np.array(self.ranges[number]), facts[:, READABLE] == 1
         codes = codes[readable]
         with writing(self.folder):
             if self.plan.layout == "npz":
@@ -150,20 +144,17 @@ class WorkFolder:
                 codes = codes[:0]  # the part records only that these files are whole
             self.parts.write(number, codes=codes, facts=facts)
 
-    def finished(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted indices (n,) and facts (n, 4) of the images in finished parts."""
-        numbers = [n for n in range(self.parts.count) if self.parts.path(n).exists()]
-        indices = [i for n in numbers for batch in self.batches[n] for i in batch]
-        facts = [self.parts.read(n, "facts") for n in numbers]
-        return np.array(indices, np.int64), np.concatenate([np.empty((0, 4), np.int64), *facts])
-
     def refuse_edited(self) -> None:
         """Raise InputError if images changed after they were encoded.
 
         Parts with unreadable images are removed, to be made again: the images may have been repaired, or
         their file system may have failed for a moment.
         """
-        indices, facts = self.finished()
+        done = [n for n in range(self.parts.count) if self.parts.path(n).exists()]
+        if not done:
+            return
+        indices = np.concatenate([self.ranges[n] for n in done])
+        facts = np.concatenate([self.parts.read(n, "facts") for n in done])
         now = sizes_and_times([self.images.paths[i] for i in indices])
         changed, readable = (facts[:, [SIZE, TIME]] != now).any(1), facts[:, READABLE] == 1
         edited = indices[changed & readable]
@@ -224,9 +215,10 @@ def encode_folder(
         print_agreement(encoder, source, plan)
     with ThreadPoolExecutor(1) as writer:  # writes a part while the next is encoded
         written = writer.submit(lambda: None)
-        for number, codes, facts in encode_parts(encoder, source, plan, missing):
+        ranges = [work.ranges[number] for number in missing]
+        for (codes, facts), number in zip(encode_parts(encoder, source, plan, ranges), missing):
             written.result()
-            skipped += work.images_of(number)[facts[:, READABLE] == 0].tolist()
+            skipped += np.array(work.ranges[number])[facts[:, READABLE] == 0].tolist()
             work.refuse_too_many(skipped)
             written = writer.submit(work.write_part, number, codes, facts)
         written.result()
@@ -238,12 +230,12 @@ def encode_folder(
 def publish(work: WorkFolder, config: TokenizerConfig) -> None:
     """Make the cache from the finished parts, move it into place and remove the work folder."""
     plan, images, paths = work.plan, work.images, work.paths
-    indices, facts = work.finished()
-    if len(indices) < len(paths):  # a part that a process made does not show yet, or was removed
+    if work.parts.missing():  # a part that a process made does not show yet, or was removed
         raise InputError(f"{work.folder} lacks parts: run the same command again")
-    skipped = indices[facts[:, READABLE] == 0].tolist()
+    facts = np.concatenate([work.parts.read(n, "facts") for n in range(work.parts.count)])
+    skipped = np.flatnonzero(facts[:, READABLE] == 0).tolist()
     work.refuse_too_many(skipped)
-    kept = sorted(set(range(len(paths))).difference(skipped))
+    kept = np.flatnonzero(facts[:, READABLE]).tolist()
     if not kept:
         raise InputError(f"none of the images under {images.root} is readable")
     views, rotated = VIEWS[plan.crops], int(facts[:, ROTATED].sum())
@@ -310,45 +302,61 @@ class ReadableCrops(Dataset):
         return crop, torch.tensor([1, turn is not None, *stat])
 
 
-def part_batches(images: int, batch_size: int) -> list[list[range]]:
-    """The indices of every batch of every part; no batch spans two parts."""
-    batches = batches_of(images, batch_size)
-    return [batches[i : i + BATCHES_PER_PART] for i in range(0, len(batches), BATCHES_PER_PART)]
-
-
 def encode_parts(
-    encoder: Tokenizer,
-    source: ReadableCrops,
-    plan: EncodingPlan,
-    numbers: list[int],
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """The parts `numbers`, one after the other: number, codes (N, V, T), uint16, which are meaningless for
-    unreadable images, and facts (N, 4). Views are cut on the device."""
+    encoder: Tokenizer, source: ReadableCrops, plan: EncodingPlan, ranges: list[range]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of the images of every range: codes (N, V, T), uint16, which are meaningless for unreadable images, and
+    facts (N, 4). No batch spans two ranges. Views are cut on the device."""
     device, processes = encoder.latent_tokens.device, PartialState()
-    batches = part_batches(len(source.paths), plan.batch_size)
-    chosen = [batch for n in numbers for batch in batches[n]]
-    arriving = iter(batch_loader(source, chosen, plan.num_workers, device))
-    total = sum(map(len, chosen))
+    size, total = plan.batch_size, sum(map(len, ranges))
+    batches = [[part[i : i + size] for i in range(0, len(part), size)] for part in ranges]
+    arriving = iter(batch_loader(source, [*chain(*batches)], plan.num_workers, device))
     share = f" (1 of {processes.num_processes})" if processes.num_processes > 1 else ""
     with progress(total, "img", f"encode{share}") as bar:
-        for number in numbers:
+        for part in batches:
             codes, facts = [], []
-            for _ in batches[number]:
+            for _ in part:
                 crops, known = next(arriving)  # (n, 3, L, L) uint8, (n, 4) int64
                 crops = crops.to(device, non_blocking=True)
                 codes.append(encode_views(encoder, crops, plan, plan.dtype).int())
                 facts.append(known)
                 bar.update(len(crops))
             # The only place that waits for the device, once per part.
-            part = torch.cat(codes).cpu().numpy().astype(np.uint16)
-            yield number, part, torch.cat(facts).numpy()
+            yield torch.cat(codes).cpu().numpy().astype(np.uint16), torch.cat(facts).numpy()
 
 
 def encode_views(encoder: Tokenizer, crops: Tensor, plan: EncodingPlan, dtype: str) -> Tensor:
     """Source crops (n, 3, L, L), uint8, on the encoder's device -> codes (n, V, T), int64."""
-    views = cut_views(crops, plan.image_size, plan.crops)  # (n, V, 3, S, S)
+    views = torch.stack(views_of(crops, plan.image_size, plan.crops), 1)  # (n, V, 3, S, S)
     codes = encode(encoder, to_float(views.flatten(0, 1)), dtype)
     return codes.unflatten(0, views.shape[:2])
+
+
+@torch.inference_mode()
+def encode(tokenizer: Tokenizer, images: Tensor, dtype: str) -> Tensor:
+    """Images (B, 3, S, S), float32 in [0, 1] -> codes (B, T), int64.
+
+    `dtype` is the precision of the encoder: fp32, tf32 (matrix products and convolutions on CUDA) or
+    bf16 (autocast). The nearest code is always found in full float32.
+    """
+    bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16")
+    codes = []
+    for part in images.split(encoded_at_once(tokenizer, images)):
+        with matmul_precision("tf32" if dtype == "tf32" else "fp32"), bf16:
+            latents = tokenizer.encoder(part, tokenizer.latent_tokens)
+        with matmul_precision("fp32"):
+            codes.append(tokenizer.quantize.encode(latents))
+    return torch.cat(codes)
+
+
+def encoded_at_once(tokenizer: Tokenizer, images: Tensor) -> int:
+    """How many of the images are encoded together: all on a GPU, a few on a CPU."""
+    if images.device.type != "cpu":
+        return len(images)
+    config = tokenizer.config
+    tokens = config.grid**2 + config.num_tokens
+    hidden = tokens * 4 * config.encoder_width * images.element_size()  # of the MLP, per image
+    return max(CPU_ACTIVATION // hidden, 1)
 
 
 def print_agreement(encoder: Tokenizer, source: ReadableCrops, plan: EncodingPlan) -> None:

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from data.imagenet import misnumbered
+from data.classes import misnumbered
 from data.tokens import TokenCache, open_tokens
 from evaluation.likelihood import COMPILED_VIEWS, Likelihood, Share, likelihood_sums
 from evaluation.metrics import summed

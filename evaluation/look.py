@@ -53,8 +53,6 @@ def list_photos(sources: list[str], output: Optional[Path] = None) -> dict[str, 
             found = {name: os.path.join(source, name) for name in tree.images()}
             if tree.left_out:
                 print(f"{source}: {len(found)} images{describe_left_out(tree.left_out)}")
-            if not found:
-                raise InputError(f"{source} holds no images: pass photos, or a folder of them")
         elif os.path.exists(source):
             found = {os.path.basename(source): source}
         else:

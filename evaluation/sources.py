@@ -48,8 +48,6 @@ class FolderImages:
             PartialState().print(f"{folder}: images{describe_left_out(tree.left_out)}")
         names = sorted(tree.images(), key=lambda name: name.split("/"))  # folder by folder
         self.paths: list[ImagePath] = [tree.path_of(name) for name in names]
-        if not self.paths:
-            raise InputError(f"{folder} holds no images: pass a folder or tar of images")
         height, width, colours = self.load(self.paths[0]).shape
         self.shape = (len(self.paths), height, width, colours)
 

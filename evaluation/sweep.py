@@ -28,7 +28,7 @@ from evaluation.metrics import NEIGHBOURS
 from evaluation.report import table_of
 from evaluation.sources import open_images
 from generation.folder import SampleFolder
-from generation.models import open_job
+from generation.job import open_job
 from runtime.arguments import Parser, number, path
 from runtime.errors import InputError
 from runtime.files import write_whole
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
         except InputError as e:  # a number out of range
             raise InputError(f"--scales, --powers: {e}") from e
     processes, output = start_processes(), Path(args.output)
-    job, models = open_job(options, processes)
+    job, models = open_job(options)
     side = models.tokenizer.config.image_size
     evaluator = Evaluator(args.reference, size=(side, side))
     folders = {}

@@ -12,9 +12,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -27,9 +25,8 @@ from tqdm import tqdm
 
 from data.identity import short_hash
 from data.pictures import picture_grid, with_captions, write_png
-from generation.images import ImageBatch, decode_stored, sample_images
-from generation.job import SamplingJob, in_options
-from generation.models import Models, largest_batch
+from generation.images import ImageBatch, sample_images
+from generation.job import Models, SamplingJob, in_options, largest_batch
 from modeling.weights.metadata import UNSEEN
 from runtime.errors import InputError
 from runtime.files import lock_folder, whole_file, writing
@@ -97,8 +94,6 @@ class SampleFolder:
         chunk, finished = on_main(lambda: self._claim(lock, most))
         # As the main process sees it: a network file system may show others an older state.
         if finished:
-            if self.processes.is_main_process:
-                shutil.rmtree(self.output / "chunks", ignore_errors=True)  # of a killed clean-up
             self.processes.print(f"{self.images_file} is complete: {self.count} images")
             return self.images_file
         parts = Parts(self.output / "chunks", -(-self.count // chunk))
@@ -107,11 +102,9 @@ class SampleFolder:
         if numbers:
             self._write_chunks(parts, chunk, numbers)
         self.processes.wait_for_everyone()
-        if self.processes.is_main_process:
-            self._assemble(parts)
-            shutil.rmtree(parts.folder)
-            lock[0].close()
-        self.processes.wait_for_everyone()
+        on_main(lambda: self._assemble(parts))
+        for file in lock:
+            file.close()
         self.processes.print(f"wrote {self.images_file}: {self.count} images")
         return self.images_file
 
@@ -146,6 +139,8 @@ class SampleFolder:
             for left in (self.output / "chunks").glob("[0-9]" * 6 + ".npz"):  # of no known settings
                 left.unlink()
         check_settings(self.settings_file, {**self.settings(), "chunk": chunk}, REMEDY)
+        if finished:
+            shutil.rmtree(self.output / "chunks", ignore_errors=True)  # of a killed clean-up
         return chunk, finished
 
     def _earlier_chunk(self) -> Optional[int]:
@@ -157,33 +152,27 @@ class SampleFolder:
 
     # ------------------------------------------------------------------ writing
     def _write_chunks(self, parts: Parts, chunk: int, numbers: list[int]) -> None:
-        """Make this process's chunks; threads write them meanwhile."""
+        """Make this process's chunks; threads write one while the next is made."""
+        job, models, engine = self.job, self.models, None
         chunks = batches_of(self.count, chunk)
         ranges = [chunks[number] for number in numbers]
         with (
-            matmul_precision(self.job.precision),
+            matmul_precision(job.precision),
             progress(sum(map(len, ranges)), "img", "sample") as bar,
             ThreadPoolExecutor() as painters,
             ThreadPoolExecutor(1) as writer,
         ):
-            writes: deque[Future] = deque()
-            for number, batch in zip(numbers, self._batches(chunk, ranges)):
-                if len(writes) == 2:  # at most two chunks wait for the disk
-                    writes.popleft().result()
-                writes.append(writer.submit(self._write_chunk, parts, number, batch, painters, bar))
-            for write in writes:
-                write.result()
-
-    def _batches(self, chunk: int, ranges: list[range]) -> Iterator[ImageBatch]:
-        job, models = self.job, self.models
-        if models.generator is None:
-            assert job.prefix is not None, "without a generator there are codes to decode"
-            return decode_stored(job.prefix, models.tokenizer, job, ranges)
-        self.processes.print(
-            f"sampling {chunk} images at once, {job.precision}, compile={job.compiled}"
-        )
-        engine = job.sampler(models.generator, chunk)
-        return sample_images(engine, models.tokenizer, job, ranges)
+            if models.generator is not None:
+                self.processes.print(
+                    f"sampling {chunk} images at once, {job.precision}, compile={job.compiled}"
+                )
+                engine = job.sampler(models.generator, chunk)
+            batches = sample_images(engine, models.tokenizer, job, ranges)
+            written = writer.submit(lambda: None)
+            for number, batch in zip(numbers, batches):
+                written.result()  # of the chunk before
+                written = writer.submit(self._write_chunk, parts, number, batch, painters, bar)
+            written.result()
 
     def _write_chunk(
         self, parts: Parts, number: int, batch: ImageBatch, painters: ThreadPoolExecutor, bar: tqdm
@@ -198,7 +187,7 @@ class SampleFolder:
         bar.update(len(batch.indices))
 
     def _assemble(self, parts: Parts) -> None:
-        """All chunks as the final files, the images last."""
+        """Make the final files of all chunks, the images last, and remove the chunks."""
         with writing(self.output):
             concatenate_parts(parts, self.codes_file, "codes", self.count)
             if self.grid:
@@ -211,6 +200,7 @@ class SampleFolder:
                     images = with_captions(images, [names.caption(label) for label in labels])
                 write_png(picture_grid(images, self.grid), path)
             concatenate_parts(parts, self.images_file, "images", self.count)
+            shutil.rmtree(parts.folder)
 
 
 def concatenate_parts(parts: Parts, path: Path, name: str, count: int) -> None:

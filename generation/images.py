@@ -1,4 +1,4 @@
-"""Codes to images, batch by batch, for samplers and scores."""
+"""The images of a sampling job, batch by batch."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -24,28 +24,32 @@ class ImageBatch(NamedTuple):
 
 
 def sample_images(
-    engine: Engine | ReferenceEngine,
+    engine: Optional[Engine | ReferenceEngine],
     tokenizer: Tokenizer,
     job: SamplingJob,
     batches: Iterable[range],
 ) -> Iterator[ImageBatch]:
-    """The images of a job at the given indices; a batch has at most `engine.batch`."""
+    """The images of a job at the given indices; a batch has at most `engine.batch`.
 
-    def sample(indices: range) -> Tensor:
-        uniforms = image_uniforms(job.seed, indices, engine.config.image_seq_len)
-        return engine.sample(job.labels(indices), uniforms, job.beginnings(indices))
-
-    compiled = job.compiled and engine.device.type == "cuda"
-    decoder = ImageDecoder(tokenizer, job.dtype, compiled, min(engine.batch, DECODED_AT_ONCE))
-    return images_of(sample, decoder, batches)
-
-
-def decode_stored(
-    codes: Tensor, tokenizer: Tokenizer, job: SamplingJob, batches: Iterable[range]
-) -> Iterator[ImageBatch]:
-    """The images of stored codes (N, T), int64, at the given indices."""
-    decoder = ImageDecoder(tokenizer, job.dtype)
-    return images_of(lambda i: codes[i.start : i.stop].to(decoder.device), decoder, batches)
+    Without an engine, the job's prefix holds all codes of image i in row i. On CUDA a batch is decoded while
+    the next is sampled, so it is yielded one batch later.
+    """
+    cuda = tokenizer.latent_tokens.device.type == "cuda"
+    batch = DECODED_AT_ONCE if engine is None else engine.batch
+    decoder = ImageDecoder(tokenizer, job.dtype, job.compiled and cuda, batch)
+    stream, previous = side_stream(decoder.device) if cuda else None, None
+    for indices in batches:
+        codes = job.beginnings(indices)
+        if engine is not None:
+            uniforms = image_uniforms(job.seed, indices, engine.config.image_seq_len)
+            codes = engine.sample(job.labels(indices), uniforms, codes)
+        assert codes is not None, "without an engine there are codes to decode"
+        pending = start_decoding(decoder, indices, codes.to(decoder.device), stream)
+        if previous is not None:
+            yield previous()
+        previous = pending
+    if previous is not None:
+        yield previous()
 
 
 @functools.cache
@@ -54,31 +58,13 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-Pending = Callable[[], ImageBatch]  # returns a batch once it is on the CPU
-
-
-def images_of(
-    codes_of: Callable[[range], Tensor], decoder: ImageDecoder, batches: Iterable[range]
-) -> Iterator[ImageBatch]:
-    """Images of the codes (B, T) that `codes_of(indices)` returns on the decoder's device.
-
-    On CUDA a batch is decoded while the next is sampled, so it is yielded one batch later.
-    """
-    stream = side_stream(decoder.device) if decoder.device.type == "cuda" else None
-    previous = None
-    for indices in batches:
-        pending = start_decoding(decoder, indices, codes_of(indices), stream)
-        if previous is not None:
-            yield previous()
-        previous = pending
-    if previous is not None:
-        yield previous()
-
-
 def start_decoding(
     decoder: ImageDecoder, indices: range, codes: Tensor, stream: Optional[torch.cuda.Stream]
-) -> Pending:
-    """Decode on `stream`, concurrently with the current one; without it, at once."""
+) -> Callable[[], ImageBatch]:
+    """Decode on `stream`, concurrently with the current one; without it, at once.
+
+    The returned function waits until the batch is on the CPU.
+    """
     if stream is None:
         images = decoder(codes)
         return lambda: ImageBatch(indices, images.numpy(), codes.numpy())

@@ -51,14 +51,13 @@ def prefix_codes(experiment: GeneratorExperiment, tokenizer: Tokenizer) -> Optio
             f"experiment.prefix_mask=True masks an image, but experiment.prefix={path} holds codes: "
             f"set the image, or leave the mask out"
         )
-    codes = torch.from_numpy(load_codes("prefix", path, config).astype(np.int64))
-    return cut_codes(codes, path, rows, config)
+    return cut_codes(load_codes("prefix", path, config), path, rows, config)
 
 
 # ---------------------------------------------------------------------- codes of a file
-def load_codes(option: str, path: str, config: TokenizerConfig) -> np.ndarray:
-    """Codes (M, n), n <= T, of an .npy or .npz with integers (M, n) or (n,). Raises InputError, naming
-    `option`, for another file and for codes of another tokenizer."""
+def load_codes(option: str, path: str, config: TokenizerConfig) -> Tensor:
+    """Codes (M, n), int64, n <= T, of an .npy or .npz with integers (M, n) or (n,). Raises InputError,
+    naming `option`, for another file and for codes of another tokenizer."""
     source, remedy = f"experiment.{option}={path}", "use codes of this tokenizer"
     try:
         with open(path, "rb") as file:
@@ -82,7 +81,7 @@ def load_codes(option: str, path: str, config: TokenizerConfig) -> np.ndarray:
             f"{source} holds codes {codes.min()}…{codes.max()}, but this tokenizer has 0…{known - 1}: "
             f"{remedy}"
         )
-    return codes
+    return torch.from_numpy(codes.astype(np.int64))
 
 
 def read_codes(path: str, config: TokenizerConfig) -> Tensor:
@@ -93,29 +92,18 @@ def read_codes(path: str, config: TokenizerConfig) -> Tensor:
             f"experiment.codes={path} holds {codes.shape[1]} codes per image, not {config.num_tokens}: "
             f"use experiment.prefix to complete images"
         )
-    return torch.from_numpy(codes.astype(np.int64))
+    return codes
 
 
 def cut_codes(codes: Tensor, path: str, rows: Optional[int], config: TokenizerConfig) -> Tensor:
     """The first K + rows·g of codes (M, n); without `rows` all of them, which must leave some."""
     n, K, g = codes.shape[1], config.num_prefix_tokens, config.grid
-    if rows is None:
-        if n < K or (n - K) % g:
-            raise InputError(
-                f"experiment.prefix={path} holds {n} codes per image, not {K} prefix tokens and "
-                f"whole rows of {g}: use codes of this image size, or set experiment.prefix_rows"
-            )
-        if n == config.num_tokens:
-            raise InputError(
-                f"experiment.prefix={path} holds all {n} codes of an image, which leaves nothing to "
-                f"sample: set experiment.prefix_rows, 0 to {g - 1}"
-            )
-        return codes
-    wanted = K + rows * g
-    if n < wanted:
+    wanted = n if rows is None else K + rows * g
+    if wanted > n or wanted not in range(K, config.num_tokens, g):
         raise InputError(
-            f"experiment.prefix={path} holds {n} codes per image, but experiment.prefix_rows={rows} "
-            f"needs {wanted}: set fewer rows, or use codes of this image size"
+            f"experiment.prefix={path} holds {n} codes per image, which experiment.prefix_rows={rows} "
+            f"cannot cut to {K} prefix tokens and 0 to {g - 1} whole rows of {g}: set it to rows that the "
+            f"file has, or use codes of this image size"
         )
     return codes[:, :wanted].contiguous()
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 
-from data.images import CenterImages, cut_views, scan_images, source_crop
+from data.images import CenterImages, scan_images, source_size, views_of
 from data.pictures import picture_grid, to_pixels, write_png
 from data.tokens import TokenStore
 from evaluation.metrics import frechet_distance
@@ -57,14 +57,11 @@ def features(images: np.ndarray, colour: bool = False) -> np.ndarray:
 def real_images(folder: Path, size: int, kind: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (N, S, S, 3) and classes of real images: their centre crops, or all views of a kind."""
     listing = scan_images(folder)
-    paths, labels = listing.paths, listing.labels
-    if kind is None:
-        views = torch.stack([CenterImages(paths, size)[i] for i in range(len(paths))])
-        return views.permute(0, 2, 3, 1).numpy(), labels
-    crops = torch.stack([source_crop(path, size, kind) for path in paths])
-    views = cut_views(crops, size, kind)  # (N, V, 3, S, S)
-    pixels = views.flatten(0, 1).permute(0, 2, 3, 1).numpy()
-    return pixels, np.repeat(labels, views.shape[1])
+    images = CenterImages(listing.paths, size if kind is None else source_size(size, kind))
+    crops = torch.stack([images[i] for i in range(len(images))])
+    views = torch.stack([crops] if kind is None else views_of(crops, size, kind), 1)
+    pixels = views.flatten(0, 1).permute(0, 2, 3, 1).numpy()  # of (N, V, 3, S, S)
+    return pixels, np.repeat(listing.labels, views.shape[1])
 
 
 def best_validation(folder: Path) -> dict[str, float]:

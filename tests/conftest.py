@@ -112,7 +112,7 @@ def traced(monkeypatch):
 @pytest.fixture
 def models(fill):
     """A generator and its tokenizer, as a sampling job has them."""
-    from generation.models import Models
+    from generation.job import Models
 
     generator = fill(Generator(tiny_generator(num_hidden_layers=1)))
     hashes = {"tokenizer": "t" * 16, "generator": "g" * 16}

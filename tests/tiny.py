@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from data.writer import write_packed_store
+from data.tokens import write_packed_store
 from modeling.generator import GeneratorConfig
 from modeling.sampling import ReferenceEngine
 from modeling.tokenizer import TokenizerConfig

@@ -18,7 +18,7 @@ from configs.schema import Experiment, Phase, Training
 from data.classes import printable
 from data.loader import batch_loader, worker_count
 from data.order import SampleOrder
-from data.unreadable import SkipUnreadable, lines_of
+from data.unreadable import SkipUnreadable
 from modeling.errors import describe
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
@@ -236,11 +236,12 @@ class Run:
         """Warn if more images were replaced since the last call."""
         if not self.accelerator.is_main_process or self.dry_run is not None:
             return
-        count = len(lines_of(self.folder / UNREADABLE))
+        report = self.folder / UNREADABLE
+        count = report.read_bytes().count(b"\n") if report.exists() else 0
         if count > self._unreadable:
             self.log.say(
                 f"warning: {count} unreadable image{'s are' if count > 1 else ' is'} replaced by "
-                f"others; {self.folder / UNREADABLE} lists them"
+                f"others; {report} lists them"
             )
         self._unreadable = count
 

@@ -96,13 +96,13 @@ def test_sampler_scores_its_samples(workspace, tmp_path, tiny, capsys):
 def test_sweep_samples_each_cell_as_the_sampler_does_and_loads_weights_once(
     workspace, tmp_path, tiny, monkeypatch
 ):
-    import generation.models
+    import generation.job
     from evaluation import sweep
 
     loads = []
-    load = generation.models.load_models
+    load = generation.job.load_models
     monkeypatch.setattr(
-        generation.models, "load_models", lambda *given: loads.append(given) or load(*given)
+        generation.job, "load_models", lambda *given: loads.append(given) or load(*given)
     )
     sweep.main([
         f"--reference={tiny}", "--scales=1,3", "--powers=0.5", "--num_samples=14",

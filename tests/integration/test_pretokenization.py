@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from configs.load import load_sizes
 from data.images import center_crop, load_image, to_float, to_uint8
 from data.tokens import NpzStore, TokenStore, open_tokens
-from encoding.encoder import encode
+from encoding.job import encode
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.opened import load_tokenizer, open_weights

@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from data.images import scan_images
 from pretokenization import WITHOUT_EFFECT, image_folder, kind_of_crops, parse
 from tests.refusals import refusal
 
@@ -61,7 +62,8 @@ def test_images_right_in_train_are_not_taken_for_a_class(tmp_path):
 def test_split_is_the_folder_below(tmp_path):
     image(tmp_path / "val/cat/a.png")
     assert image_folder(str(tmp_path), "val") == (tmp_path / "val", "")
-    refusal(lambda: image_folder(str(tmp_path), "train"), tmp_path / "train")
+    folder, _ = image_folder(str(tmp_path), "train")
+    refusal(lambda: scan_images(folder), tmp_path / "train")
 
 
 PUBLISHED = [

@@ -1,6 +1,6 @@
 import pytest
 
-import generation.models
+import generation.job
 import sample_imagenet
 from modeling.generator import Generator
 from modeling.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ def said(tmp_path, monkeypatch, capsys):
     def load_models(*args):
         raise Reached
 
-    monkeypatch.setattr(generation.models, "load_models", load_models)
+    monkeypatch.setattr(generation.job, "load_models", load_models)
 
     about = about_model(TOKENIZER, tiny_tokenizer())
     write_state_dict(Tokenizer(tiny_tokenizer()).state_dict(), tmp_path / "t.pth", about)

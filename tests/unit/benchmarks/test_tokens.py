@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.tokens import plain_codes
-from encoding.encoder import encode
+from encoding.job import encode
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from tests.golden.fill import images
 

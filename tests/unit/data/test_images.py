@@ -21,17 +21,16 @@ from data.images import (
     TrainImages,
     TrainViews,
     center_crop,
-    cut_views,
     list_paths,
     load_image,
     load_photo,
     photo_crop,
     random_crop,
     scan_images,
-    source_crop,
     source_size,
     to_float,
     to_uint8,
+    views_of,
 )
 from data.walk import HIDDEN
 from modeling.photos import TURNS
@@ -54,7 +53,7 @@ def noise(width, height, mode="RGB"):
 def crops(image, size, kind):
     """The views of an image as PIL images."""
     source = to_uint8(center_crop(image, source_size(size, kind)))
-    views = cut_views(source[None], size, kind)[0]
+    views = views_of(source, size, kind)
     return [Image.fromarray(view.permute(1, 2, 0).numpy()) for view in views]
 
 
@@ -120,10 +119,10 @@ def test_views_cut_from_tensors_are_torchvisions_byte_for_byte(kind, size):
 
 def test_views_of_a_batch_are_those_of_its_images():
     sources = torch.randint(0, 256, (3, 3, 35, 35), dtype=torch.uint8)
-    batch = cut_views(sources, 32, "ten_crop")
+    batch = torch.stack(views_of(sources, 32, "ten_crop"), 1)
     assert batch.shape == (3, 10, 3, 32, 32) and batch.dtype == torch.uint8
     for source, views in zip(sources, batch):
-        assert torch.equal(cut_views(source[None], 32, "ten_crop")[0], views)
+        assert torch.equal(torch.stack(views_of(source, 32, "ten_crop")), views)
 
 
 @pytest.mark.parametrize(
@@ -131,9 +130,9 @@ def test_views_of_a_batch_are_those_of_its_images():
 )
 def test_one_crop_holds_all_views_of_an_image(tmp_path, kind, side):
     noise(300, 290).save(tmp_path / "a.png")
-    source = source_crop(str(tmp_path / "a.png"), 256, kind)
+    source = CenterImages([str(tmp_path / "a.png")], source_size(256, kind))[0]
     assert source.shape == (3, side, side) and source.dtype == torch.uint8
-    views = cut_views(source[None], 256, kind)[0]
+    views = views_of(source, 256, kind)
     for view, crop in zip(views, crops(noise(300, 290), 256, kind)):
         assert (view.permute(1, 2, 0).numpy() == np.asarray(crop)).all()
 
@@ -413,13 +412,14 @@ def test_no_stream_of_augmentation_is_one_of_the_orders_or_the_views(photos, mon
         monkeypatch.setattr(
             room, "generator_for", lambda *key, n=noted: (n.append(key), generator_for(*key))[1]
         )
-    dataset, draws = TrainImages(photos, 8, 12, True, 5), order.EpochDraws(3, 10, 5, 0.1, 99)
+    dataset = TrainImages(photos, 8, 12, True, 5)
+    draws = order.EpochDraws(np.arange(3), 10, 5, 0.1, 99)
     samples = order.SampleOrder(3, 1, 5)
     for epoch in range(4):
         for index in range(3):
             (
                 dataset[epoch, index],
-                draws.of(epoch, index, np.arange(3)),
+                draws.of(epoch, index),
                 samples.sample(3 * epoch + index),
             )
     assert len(set(keys[module])) == 12 and len(set(keys[order])) == 8
@@ -521,12 +521,10 @@ def test_views_and_labels_are_drawn_as_from_a_ten_crop_cache(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for path, size in zip(paths, ((40, 30), (30, 40), (33, 33))):
         noise(*size).save(path)
-    labels, draws = np.array([2, 0, 1]), order.EpochDraws(3, 10, 5, 0.3, 3)
-    images = TrainViews(paths, labels, 16, draws)
+    draws = order.EpochDraws(np.array([2, 0, 1]), 10, 5, 0.3, 3)
+    images = TrainViews(paths, 16, draws)
     # The codes of a view are its number, so that the cache's draws can be read off.
-    store = SimpleNamespace(
-        images=3, views=10, labels=labels, codes=lambda image, view: np.array([view])
-    )
+    store = SimpleNamespace(codes=lambda image, view: np.array([view]))
     tokens = TrainTokens(store, draws)
     found, views = set(), set()
     for key in [(epoch, index) for epoch in range(8) for index in range(3)]:

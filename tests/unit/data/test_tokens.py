@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from data import writer
+from data import tokens
 from data.cache import write_manifest
 from data.npz import NpzStore, export_npz
 from data.order import EpochDraws
-from data.tokens import AllTokens, TokenStore, TrainTokens, main, open_tokens
-from data.writer import write_packed_store
+from data.tokens import (
+    AllTokens,
+    TokenStore,
+    TrainTokens,
+    main,
+    open_tokens,
+    write_packed_store,
+)
 from modeling.weights.tensors import fingerprint
 from tests.refusals import refusal
 from tests.tiny import tiny_cache
@@ -42,7 +48,7 @@ def write(folder, codes, codebook=CODEBOOK, pieces=(3, 8), labels=LABELS, **chan
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(writer, "IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr(tokens, "IMAGES_PER_SHARD", 4)
 
 
 @pytest.fixture
@@ -352,7 +358,7 @@ NO_CLASS = 99
 
 
 def drawing(store, seed, class_dropout):
-    draws = EpochDraws(store.images, store.views, seed, class_dropout, NO_CLASS)
+    draws = EpochDraws(store.labels, store.views, seed, class_dropout, NO_CLASS)
     return TrainTokens(store, draws)
 
 

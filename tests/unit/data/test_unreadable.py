@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from data.images import TrainImages, TrainViews
 from data.order import EpochDraws, SampleOrder
-from data.unreadable import SkipUnreadable, lines_of
+from data.unreadable import SkipUnreadable
 from tests.refusals import refusal
 
 ITEMS, BAD = 9, (3, 4, 8)
@@ -45,8 +45,8 @@ def test_next_readable_image_takes_the_place_and_all_others_keep_theirs(paths, t
 
 
 def test_replacement_comes_with_its_own_label_and_draw(paths):
-    draws = EpochDraws(len(paths), 10, seed=2, class_dropout=0.3, no_class=99)
-    views = TrainViews(paths, np.arange(len(paths)), 4, draws)
+    draws = EpochDraws(np.arange(len(paths)), 10, seed=2, class_dropout=0.3, no_class=99)
+    views = TrainViews(paths, 4, draws)
     dataset = SkipUnreadable(views, ITEMS, 3, Path(paths[0]).parent / "skipped.txt")
     labels = set()
     for epoch in range(12):
@@ -76,13 +76,12 @@ def test_items_do_not_depend_on_ranks_workers_or_the_step_of_resuming(paths, tmp
 
 def test_skipped_images_are_listed_once_and_a_resumed_run_continues_the_list(paths, tmp_path):
     report = tmp_path / "run" / "skipped.txt"
-    assert lines_of(report) == []
     for _ in range(2):  # as a second rank, and as a resumed run
         dataset = skipping(paths, 3, report)
         for _ in range(2):
             for i in range(ITEMS):
                 dataset[0, i]
-    assert lines_of(report) == [paths[i] for i in BAD]
+    assert report.read_text().splitlines() == [paths[i] for i in BAD]
 
 
 def test_one_more_than_the_limit_is_refused_by_name_whoever_met_the_others(paths, tmp_path):
@@ -91,7 +90,7 @@ def test_one_more_than_the_limit_is_refused_by_name_whoever_met_the_others(paths
     other = skipping(paths, 2, report)
     other[0, 3]
     refusal(lambda: other[0, 8], "dataset.params.skip_unreadable=2", paths[8], report)
-    assert lines_of(report) == [paths[3], paths[4]]
+    assert report.read_text().splitlines() == [paths[3], paths[4]]
     assert shown(skipping(paths, 3, report)[0, 8]) == 0
 
 
@@ -140,4 +139,4 @@ def test_processes_that_report_at_once_lose_no_line(tmp_path):
         worker.start()
     for worker in workers:
         worker.join()
-    assert sorted(lines_of(tmp_path / "l")) == paths[:-1]
+    assert sorted((tmp_path / "l").read_text().splitlines()) == paths[:-1]

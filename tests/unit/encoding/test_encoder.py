@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from encoding import encoder
-from encoding.encoder import encode
+from encoding import job
+from encoding.job import encode
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.metadata import TOKENIZER, about_model
 from modeling.weights.opened import Opened, load_tokenizer
@@ -45,9 +45,9 @@ def test_fp32_codes_are_the_published_ones(golden, tokenizer, pixels):
 def test_a_cpu_encodes_a_few_images_at_once_to_the_same_codes(monkeypatch, at_once, parts):
     tokenizer, pixels = small(), torch.rand(5, 3, 16, 16)
     hidden = (1 + 3) * 4 * 16 * 4  # bytes: a patch and three latents, as wide as the MLP, float32
-    assert 5 * hidden < encoder.CPU_ACTIVATION
+    assert 5 * hidden < job.CPU_ACTIVATION
     expected, sizes = encode(tokenizer, pixels, "fp32"), []
-    monkeypatch.setattr(encoder, "CPU_ACTIVATION", at_once * hidden + 1)
+    monkeypatch.setattr(job, "CPU_ACTIVATION", at_once * hidden + 1)
     tokenizer.encoder.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     assert torch.equal(encode(tokenizer, pixels, "fp32"), expected)
     assert sizes == parts
@@ -56,12 +56,12 @@ def test_a_cpu_encodes_a_few_images_at_once_to_the_same_codes(monkeypatch, at_on
 def test_another_device_encodes_all_images_at_once():
     images = torch.empty(320, 3, 256, 256, device="meta")
     tokenizer = Tokenizer(TokenizerConfig(encoder_layers=1), with_decoder=False)
-    assert encoder.encoded_at_once(tokenizer, images) == 320
+    assert job.encoded_at_once(tokenizer, images) == 320
 
 
 def test_published_sizes_are_encoded_three_at_once_on_a_cpu():
     tokenizer = Tokenizer(TokenizerConfig(encoder_layers=1), with_decoder=False)
-    assert encoder.encoded_at_once(tokenizer, torch.empty(320, 3, 2, 2)) == 3
+    assert job.encoded_at_once(tokenizer, torch.empty(320, 3, 2, 2)) == 3
 
 
 def test_bf16_codes_are_mostly_those_of_fp32_and_leave_the_next_fp32_exact(tokenizer, pixels):

@@ -9,10 +9,10 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from data.images import VIEWS, cut_views, scan_images
+from data.images import VIEWS, scan_images, views_of
 from data.tokens import open_tokens
 from encoding import job
-from encoding.job import EncodingPlan, ReadableCrops, encode_folder, part_batches
+from encoding.job import EncodingPlan, ReadableCrops, encode_folder, encode_parts
 from modeling.tokenizer import Tokenizer
 from runtime import processes
 from runtime.errors import InputError
@@ -29,19 +29,27 @@ def test_unreadable_image_keeps_its_place_as_black_views(tmp_path, kind):
     Image.new("RGB", (30, 40)).save(tmp_path / "good.png")
     good, good_facts = ReadableCrops([str(tmp_path / "good.png")], plan)[0]
     assert crop.shape == good.shape and good_facts[0] == 1
-    views = cut_views(crop[None], 20, kind)[0]
+    views = torch.stack(views_of(crop, 20, kind))
     assert views.shape == (VIEWS[kind], 3, 20, 20) and views.dtype == torch.uint8
     assert not views.any() and facts[0] == 0
     crops = ReadableCrops([str(bad)], EncodingPlan(20, kind))
     refusal(lambda: crops[0], bad, "--skip_unreadable")
 
 
-def test_batches_are_consecutive_and_never_cross_a_part():
-    parts = part_batches(3 * 16 * 2 + 5, 3)
-    assert [len(part) for part in parts] == [16, 16, 2]
-    batches = [batch for part in parts for batch in part]
-    assert [i for batch in batches for i in batch] == list(range(101))
-    assert {len(batch) for batch in batches[:-1]} == {3} and len(batches[-1]) == 2
+def test_batches_are_consecutive_and_never_cross_a_part(tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"{i}.png") for i in range(11)]
+    for path in paths:
+        Image.new("RGB", (16, 16)).save(path)
+    plan, sizes = EncodingPlan(16, "center_flip", batch_size=3, num_workers=0), []
+    encoder = Tokenizer(tiny_tokenizer(), with_decoder=False).eval()
+    monkeypatch.setattr(
+        job, "encode_views", lambda _, crops, *rest: sizes.append(len(crops)) or crops[:, 0, 0, :1]
+    )
+    PartialState(cpu=True)
+    crops = ReadableCrops(paths, plan)
+    parts = list(encode_parts(encoder, crops, plan, [range(0, 5), range(5, 11)]))
+    assert sizes == [3, 2, 3, 3]
+    assert [(len(codes), len(facts)) for codes, facts in parts] == [(5, 5), (6, 6)]
 
 
 # ---------------------------------------------------------------------- the whole job
@@ -183,7 +191,7 @@ def test_nothing_is_published_without_all_parts(encode, tmp_path, monkeypatch, l
     original = job.encode_parts
     monkeypatch.setattr(
         job, "encode_parts",
-        lambda encoder, source, plan, numbers: original(encoder, source, plan, numbers[:-1]),
+        lambda encoder, source, plan, ranges: original(encoder, source, plan, ranges[:-1]),
     )  # fmt: skip
     monkeypatch.setattr(job, "BATCHES_PER_PART", 1)
     refusal(lambda: encode(layout=layout), tmp_path / "cache.partial", "lacks parts")

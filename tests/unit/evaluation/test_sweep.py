@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import evaluation.evaluator
-import generation.models
+import generation.job
 from data.pictures import LINE
 from evaluation import sweep
 from modeling.generator import GeneratorConfig
@@ -46,16 +46,16 @@ def jobs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep, "SampleFolder", Folder)
     sampled_from = {"tokenizer": "t", "generator": "g"}
-    models = generation.models.Models(
+    models = generation.job.Models(
         hashes=sampled_from,
         tokenizer=SimpleNamespace(config=TokenizerConfig(image_size=8, patch_size=4)),
         generator=SimpleNamespace(config=GeneratorConfig()),
         device=torch.device("cpu"),
     )
-    monkeypatch.setattr(generation.models, "load_models", lambda *_: models)
+    monkeypatch.setattr(generation.job, "load_models", lambda *_: models)
     about = about_model(GENERATOR, GeneratorConfig())
     opened = SimpleNamespace(about=about)
-    monkeypatch.setattr(generation.models, "open_models", lambda options: (options, opened, opened))
+    monkeypatch.setattr(generation.job, "open_models", lambda options: (options, opened, opened))
     return SimpleNamespace(sampled=sampled, models=models)
 
 

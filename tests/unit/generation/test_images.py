@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from generation.images import decode_stored, sample_images
+from generation.images import sample_images
 from modeling.image_decoder import ImageDecoder
 from modeling.sampling import Sampling, image_uniforms
 from tests.tiny import sample_codes
@@ -47,7 +47,8 @@ def test_a_job_starts_at_any_index(models, job):
 def test_stored_codes_are_decoded_to_the_images_they_came_with(models, job):
     engine = job.sampler(models.generator, 3)
     _, images, codes = joined(sample_images(engine, models.tokenizer, job, chunks(8, 3)))
-    stored = decode_stored(torch.from_numpy(codes), models.tokenizer, job, chunks(8, 5))
+    job = replace(job, prefix=torch.from_numpy(codes))
+    stored = sample_images(None, models.tokenizer, job, chunks(8, 5))
     np.testing.assert_array_equal(joined(stored)[1], images)
 
 

@@ -14,7 +14,7 @@ from configs.schema import GeneratorExperiment
 from data.images import center_crop
 from generation.folder import SampleFolder
 from generation.images import sample_images
-from generation.models import largest_batch
+from generation.job import largest_batch
 from generation.prefix import masked_below, masked_patches, prefix_codes
 from modeling.image_decoder import ImageDecoder
 from modeling.sampling import DRAWN, Sampling, image_uniforms
@@ -315,7 +315,7 @@ def test_a_folder_without_prefix_is_refused_to_one_with(models, job, tmp_path):
 @pytest.fixture
 def little_memory(monkeypatch):
     memory = SimpleNamespace(available=10**9)
-    monkeypatch.setattr("generation.models.psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("generation.job.psutil.virtual_memory", lambda: memory)
 
 
 def test_the_reference_engine_caches_in_float32_whatever_the_precision(models, job, little_memory):

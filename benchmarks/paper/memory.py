@@ -83,7 +83,7 @@ def eager(config: GeneratorConfig, batch: int) -> float:
 def place(module: nn.Module) -> None:
     """Make fake tensors on the GPU of a module's tensors, which are on "meta"."""
     for part in module.modules():
-        owned: tuple[dict[str, Any], ...] = part._parameters, part._buffers
+        owned: Any = part._parameters, part._buffers
         for tensors in owned:
             for name, x in tensors.items():
                 if x is None:

@@ -26,11 +26,11 @@ from evaluation.features import FeatureNetwork, Inception
 from evaluation.generator_scores import PRECISIONS, score_generator
 from evaluation.likelihood import Share
 from evaluation.lpips import LPIPS
-from evaluation.references import save_statistics
+from evaluation.reconstruction import draw_preview, score_tokenizer
 from evaluation.report import print_result, show
 from evaluation.selfcheck import selfcheck
 from evaluation.sources import open_images
-from evaluation.tokenizer_score import draw_preview, score_tokenizer
+from evaluation.statistics import save_statistics
 from runtime.arguments import Parser, new_file, number, path
 from runtime.errors import InputError
 from runtime.files import try_to_write

@@ -7,13 +7,10 @@ from typing import Any, Optional
 import torch
 from accelerate import PartialState
 
-from evaluation.dinov2 import DINOv2
-from evaluation.features import FeatureNetwork, Inception
-from evaluation.metrics import NEIGHBOURS
-from evaluation.references import open_reference
-from evaluation.set_metrics import METRICS, named
+from evaluation.features import DINOv2, FeatureNetwork, Inception
+from evaluation.metrics import METRICS, NEIGHBOURS, named
 from evaluation.sources import Images
-from evaluation.statistics import SetStatistics, measure
+from evaluation.statistics import SetStatistics, measure, open_reference
 from runtime.errors import InputError
 from runtime.processes import device_name
 from runtime.published import WEIGHTS
@@ -43,7 +40,7 @@ class Evaluator:
         """Read or measure the reference; all processes call this together.
 
         `size` is the (height, width) of the samples, if known; `crop` the side of the centre crops of the
-        reference's images (`references.open_reference`). `half_manifold` computes precision and recall in
+        reference's images (`statistics.open_reference`). `half_manifold` computes precision and recall in
         float16, like ADM's script. Without a `network`, Inception's published weights are used.
         """
         self.network = network or Inception(PartialState().device or "cpu", WEIGHTS)

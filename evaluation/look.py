@@ -28,8 +28,7 @@ from data.classes import printable
 from data.images import photo_crop, to_float
 from data.pictures import WHITE, captioned, enlarged, picture_grid, stacked, to_pixels, write_png
 from data.tree import describe_left_out, read_tree
-from evaluation.reconstruction import psnr, ssim
-from evaluation.tokenizer_score import MAGNIFICATION
+from evaluation.reconstruction import MAGNIFICATION, psnr, ssim
 from modeling.devices import find_device
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from runtime.arguments import Parser, path

@@ -24,9 +24,8 @@ from data.classes import map_labels, printable
 from data.images import scan_images
 from data.loader import worker_count
 from data.tree import ImagePath
-from evaluation.reconstruction import image_batches
+from evaluation.reconstruction import image_batches, weights_hash
 from evaluation.report import table_of
-from evaluation.tokenizer_score import weights_hash
 from modeling.devices import find_device
 from modeling.pixels import to_float
 from modeling.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ import torch
 
 import evaluate
 from evaluation import evaluator, statistics
-from evaluation.dinov2 import DINOV2_FILE, DINOv2
+from evaluation.features import DINOV2_FILE, DINOv2
 from evaluation.metrics import frechet_distance, precision_recall
 from tests.dinov2 import write_random_dinov2
 from tests.inception import TinyFeatures

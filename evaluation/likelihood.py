@@ -7,11 +7,12 @@ layout or weight file within minutes.
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from data.loader import batch_loader
@@ -29,8 +30,8 @@ class Share:
     """Which of a cache's views a process scores, and how."""
 
     batch: int  # sequences at once
-    rank: int = 0
-    world: int = 1
+    rank: int = field(default_factory=lambda: PartialState().process_index)
+    world: int = field(default_factory=lambda: PartialState().num_processes)
     workers: int = 0  # processes that read
     compiled: bool = False  # the model is compiled; a smaller last batch runs eagerly
 

@@ -243,9 +243,10 @@ def score_tokenizer(
     processes = PartialState()
     listing = scan_images(folder, index_folder=index_folder)
     processes.print(f"{printable(folder)}: {listing.describe()}")
-    count = len(listing.paths)
-    if count < 2:
-        network = None  # a covariance needs two
+    count, left_out = len(listing.paths), []
+    if network is not None and count < 2:
+        network = None
+        left_out = ["rFID is left out, with its statistics: a covariance needs 2 images or more"]
     before, after = (
         Collector(name, count, (size, size), network)
         for name in (str(folder), "its reconstructions")
@@ -267,6 +268,7 @@ def score_tokenizer(
         (rfid,) = FID.figures(ours, theirs, device, False)
         metrics = {"rFID": rfid, **metrics}
     result = describe_result(metrics, network, reconstructions, originals, count, batch)
+    result["warnings"] = left_out + result["warnings"]
     # What no tensor's shape shows.
     unseen = {name: getattr(tokenizer.config, name) for name in UNSEEN}
     result["weights"] = {"tokenizer": weights_hash(tokenizer), **unseen}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.tokens import TokenCache, open_tokens
-from evaluation.generator_scores import about, find_source, measured, open_generator
+from evaluation.generator_scores import find_source, measured, open_generator
 from evaluation.likelihood import Share, eager, view_batches
 from modeling.generator import Generator
 from runtime.errors import InputError
@@ -76,14 +76,8 @@ def classify_cache(
     ]
     if store.views > 1:
         lines.append(f"  {metrics['top1_of_views']:.2%} of single views ({store.views} per image)")
-    result = {
-        "generator": about(source),
-        "metrics": metrics,
-        "classes": classes,
-        **({"answers": answers} if answers else {}),
-        **conditions,
-    }
-    return result, "\n".join(lines)
+    result = {**conditions, "metrics": metrics, "classes": classes}
+    return (result | {"answers": answers} if answers else result), "\n".join(lines)
 
 
 def hits(nats: Tensor, labels: Tensor) -> float:

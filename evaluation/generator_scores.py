@@ -1,9 +1,9 @@
 """`evaluate.py --generator`: the likelihood of a cache's codes under one or several generators."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -28,18 +28,12 @@ from runtime.processes import compiles, device_name, matmul_precision, on_main
 PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 on GPUs from Ampere on, else fp32
 
 
-@dataclass
-class Source:
-    """A generator's weights: what the user named, and the file."""
+class Source(NamedTuple):
+    """A generator's weights: what the user named, the file, and the step of the checkpoint that it lies in."""
 
     name: str
     file: Path
-
-    @property
-    def step(self) -> int | None:
-        """The step of its checkpoint, if it lies in one."""
-        folder = self.file.parent.resolve()  # it may be a link, or the current folder
-        return step_of(folder) if is_checkpoint(folder) else None
+    step: int | None
 
 
 def find_source(given: str, step: int | None = None) -> Source:
@@ -47,7 +41,9 @@ def find_source(given: str, step: int | None = None) -> Source:
     path = Path(given)
     if step is not None:
         path = {step_of(p): p for p in all_checkpoints(path)}.get(step, path)
-    return Source(given, on_main(lambda: find_weights(path, GENERATOR)))
+    file = on_main(lambda: find_weights(path, GENERATOR))
+    folder = file.parent.resolve()  # it may be a link, or the current folder
+    return Source(given, file, step_of(folder) if is_checkpoint(folder) else None)
 
 
 def find_sources(given: str, others: list[str]) -> list[Source]:
@@ -106,21 +102,20 @@ def score_generator(
     """
     sources = find_sources(given, others)
     scored: dict[str, Likelihood] = {}
-    conditions: dict[str, Any] = {}
+    results = []
     for source in sources:
         store = open_tokens(cache)  # anew: a generator may number its classes in another way
         generator = open_generator(source, store)
-        sums, found = measured(source, generator, store, share, precision, likelihood_sums)
+        sums, conditions = measured(source, generator, store, share, precision, likelihood_sums)
         scored[source.name] = Likelihood(sums, store.images * store.views)
-        warnings = conditions.get("warnings") or found["warnings"]
-        conditions = {**(conditions or found), "warnings": warnings}
+        results.append({**conditions, **scored[source.name].result()})
     if share.rank:
         return {}, ""
     plot_positions(scored, picture)
-    results = [{"generator": about(s), **scored[s.name].result()} for s in sources]
-    compared = {"compared": results[1:], "picture": picture}
+    warnings = [*dict.fromkeys(warning for one in results for warning in one["warnings"])]
     text = "\n".join(table(source, scored[source.name]) for source in sources)
-    return {**results[0], **compared, **conditions}, text
+    compared = {"compared": results[1:], "picture": picture, "warnings": warnings}
+    return {**results[0], **compared}, text
 
 
 def measured(
@@ -132,7 +127,8 @@ def measured(
     measure: Callable[[Generator, TokenCache, Share], Tensor],
     classes: int = 1,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The sum over all processes, on the CPU, of `measure(generator, store, share)`, and what it depends on.
+    """The sum over all processes, on the CPU, of `measure(generator, store, share)`, and what it depends on, empty
+    except on the main process.
 
     The generator moves to its device; on CUDA it is compiled if there are many sequences, views times
     `classes`. Raises InputError if a sum is not finite.
@@ -152,7 +148,12 @@ def measured(
         raise InputError(
             f"likelihoods of {source.name} on {store.folder} are NaN or infinite: its weights are damaged"
         )
+    if share.rank:
+        return sums, {}
     return sums, {
+        "generator": {
+            "path": source.name, "step": source.step, "hash": file_sha256(source.file)[:16]
+        },
         "cache": {
             "path": str(store.folder), "images": store.images, "views": store.views,
             "codes": store.tokens, "classes": len(store.classes),
@@ -163,10 +164,6 @@ def measured(
         "batch_size": share.batch,
         "warnings": warnings_of(store, generator),
     }  # fmt: skip
-
-
-def about(source: Source) -> dict[str, Any]:
-    return {"path": source.name, "step": source.step, "hash": file_sha256(source.file)[:16]}
 
 
 def warnings_of(store: TokenCache, generator: Generator) -> list[str]:

@@ -29,7 +29,6 @@ from data.images import photo_crop, to_float
 from data.pictures import WHITE, captioned, enlarged, picture_grid, stacked, to_pixels, write_png
 from data.tree import describe_left_out, read_tree
 from evaluation.reconstruction import MAGNIFICATION, psnr, ssim
-from modeling.devices import find_device
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from runtime.arguments import Parser, path
 from runtime.errors import InputError
@@ -182,9 +181,8 @@ def main(argv: list[str]) -> None:
     add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
     args = parser.parse_args(argv)
     photos = list_photos(args.images, Path(args.output))
-    start_processes(args.device)
-    device = find_device(args.device)
-    tokenizer = tokenizer_of(args.tokenizer, args.config).to(device)
+    processes = start_processes(args.device)
+    tokenizer = tokenizer_of(args.tokenizer, args.config).to(processes.device)
     config = tokenizer.config
     # All of them first, so that an unusable photo is refused before any picture is written.
     crops = {name: photo_crop(file, config.image_size) for name, file in photos.items()}

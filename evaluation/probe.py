@@ -10,7 +10,6 @@ fifth training image is held out to choose the weight of the L2 penalty. The fin
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
 import copy
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,8 +24,7 @@ from data.images import scan_images
 from data.loader import worker_count
 from data.tree import ImagePath
 from evaluation.reconstruction import image_batches, weights_hash
-from evaluation.report import table_of
-from modeling.devices import find_device
+from evaluation.report import show, table_of
 from modeling.pixels import to_float
 from modeling.tokenizer import Tokenizer
 from runtime.arguments import Parser, number, path
@@ -116,8 +114,7 @@ def main(argv: list[str]) -> None:
     add("--num_workers", type=number(0, 1024), default=worker_count(), help="reading processes")
     add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
     args = parser.parse_args(argv)
-    start_processes(args.device)
-    device = find_device(args.device)
+    device = start_processes(args.device).device
     tokenizer = tokenizer_of(args.tokenizer, args.config).to(device)
     layer = args.layer or tokenizer.config.encoder_layers
     train, val = (scan_images(Path(args.data_path) / split) for split in ("train", "val"))
@@ -145,12 +142,12 @@ def main(argv: list[str]) -> None:
         for name, one in probes.items()
     ]  # fmt: skip
     images = f"{len(y)} training and {len(val_y)} validation images"
-    print(f"{args.tokenizer}: {images} of {classes} classes")
-    print(table_of(rows, ["features", "width", "L2 penalty", "held-out top-1", "val top-1"]))
-    print(json.dumps({
+    result = {
         "probes": probes, "layer": layer, "images": [len(y), len(val_y)], "classes": classes,
         "tokenizer": weights_hash(tokenizer),
-    }))  # fmt: skip
+    }  # fmt: skip
+    headers = ["features", "width", "L2 penalty", "held-out top-1", "val top-1"]
+    show(result, f"{args.tokenizer}: {images} of {classes} classes", table_of(rows, headers))
 
 
 if __name__ == "__main__":

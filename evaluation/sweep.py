@@ -14,9 +14,8 @@ import argparse
 import json
 import shutil
 from dataclasses import replace
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from configs.schema import GeneratorRun
 from data.pictures import captioned, picture_grid, write_png
 from evaluation.evaluator import Evaluator
 from evaluation.metrics import NEIGHBOURS
-from evaluation.report import table_of
+from evaluation.report import read_result, table_of
 from evaluation.sources import open_images
 from generation.folder import SampleFolder
 from generation.models import open_job
@@ -44,6 +43,7 @@ PER_CELL = (
     "experiment.output_dir", "experiment.num_fid_samples", "experiment.save_png",
     "experiment.fid_reference", "model.generator.guidance_scale", "model.generator.guidance_scale_pow",
 )  # fmt: skip
+Cells = dict[tuple[float, float], dict[str, float]]  # metrics by scale and power
 
 
 def numbers(text: str) -> list[float]:
@@ -126,44 +126,39 @@ def cell_file(output: Path, scale: float, power: float) -> Path:
 
 def report(output: Path, scales: list[float], powers: list[float]) -> None:
     """Print the table of all cells and write the heat map."""
-    grid = [[read_metrics(cell_file(output, s, p)) for p in powers] for s in scales]
-    print(table(grid, scales, powers))
-    write_png(heat_map(grid, scales, powers), output / "sweep.png")
+    cells = {
+        cell: read_result(cell_file(output, *cell), "remove it and run the same command again")
+        for cell in product(scales, powers)
+    }
+    metrics = {cell: result["metrics"] for cell, result in cells.items()}
+    print(table(metrics, scales, powers))
+    write_png(heat_map(metrics, len(powers)), output / "sweep.png")
     print(f"heat map of gFID: {output / 'sweep.png'}")
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())["metrics"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{path} is damaged: remove it and run the same command again") from e
-
-
-def table(grid: list[list[dict[str, Any]]], scales: list[float], powers: list[float]) -> str:
+def table(cells: Cells, scales: list[float], powers: list[float]) -> str:
     """gFID / IS, one row per scale; the lowest gFID is marked."""
-    best = min(cell["gFID"] for row in grid for cell in row)
-    rows = [
-        [f"{scale:g}"]
-        + [f"{c['gFID']:.2f} / {c['IS']:.1f}{'*' * (c['gFID'] == best)}" for c in row]
-        for scale, row in zip(scales, grid)
-    ]
+    best = min(cell["gFID"] for cell in cells.values())
+
+    def shown(cell: dict[str, float]) -> str:
+        return f"{cell['gFID']:.2f} / {cell['IS']:.1f}{'*' * (cell['gFID'] == best)}"
+
+    rows = [[f"{scale:g}", *(shown(cells[scale, power]) for power in powers)] for scale in scales]
     headers = ["scale \\ power", *(f"{power:g}" for power in powers)]
     return f"gFID / IS, * the lowest gFID\n{table_of(rows, headers)}"
 
 
-def heat_map(
-    grid: list[list[dict[str, Any]]], scales: list[float], powers: list[float]
-) -> np.ndarray:
+def heat_map(cells: Cells, columns: int) -> np.ndarray:
     """A row per scale, with captions. A cell's colour shows its gFID; the darkest is the lowest."""
-    low = min(cell["gFID"] for row in grid for cell in row)
-    span = max(cell["gFID"] for row in grid for cell in row) - low or 1.0
-    cells = []
-    for (scale, power), cell in zip(product(scales, powers), chain(*grid)):
+    distances = [cell["gFID"] for cell in cells.values()]
+    low, span = min(distances), max(distances) - min(distances) or 1.0
+    pictures = []
+    for (scale, power), cell in cells.items():
         share = (cell["gFID"] - low) / span
         colour = [round(b + share * (w - b)) for b, w in zip(BEST, WORST)]
         lines = f"scale {scale:g}, power {power:g}", f"gFID {cell['gFID']:.2f}, IS {cell['IS']:.1f}"
-        cells.append(captioned(np.full((*CELL, 3), colour, np.uint8), *lines))
-    return picture_grid(np.stack(cells), len(powers))
+        pictures.append(captioned(np.full((*CELL, 3), colour, np.uint8), *lines))
+    return picture_grid(np.stack(pictures), columns)
 
 
 if __name__ == "__main__":

@@ -141,3 +141,11 @@ def test_codes_in_the_config_are_refused_too(jobs, tmp_path, given):
     text = (tmp_path / "c.yaml").read_text().replace("{name", f"{{{given}, name")
     (tmp_path / "c.yaml").write_text(text)
     refusal(lambda: sweep.main([*ARGUMENTS, *GRID]), f"experiment.{given[:4]}")
+
+
+def test_a_damaged_cell_is_named_with_its_remedy(jobs, tmp_path):
+    sweep.main([*ARGUMENTS, *GRID])
+    cell = tmp_path / "out/scale2_power1.json"
+    for damage in (cell.read_text()[:100], "{}"):
+        cell.write_text(damage)
+        refusal(lambda: sweep.main([*ARGUMENTS, *GRID]), "out/scale2_power1.json", "remove it")

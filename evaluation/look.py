@@ -101,16 +101,12 @@ def picture_of(look: Look, config: TokenizerConfig, name: str) -> np.ndarray:
     """The picture described in the module's docstring: (height, width, 3), uint8."""
     difference = (look.image - look.reconstruction).abs() * MAGNIFICATION
     panels = [
-        captioned(shown(panel), title)
-        for panel, title in (
-            (look.image, "original"),
-            (look.reconstruction, "reconstruction"),
-            (difference, f"difference x {MAGNIFICATION}"),
-        )
+        captioned(shown(look.image), "original"),
+        captioned(shown(look.reconstruction), "reconstruction"),
+        captioned(shown(difference), f"difference x {MAGNIFICATION}"),
     ]
-    figures = ", ".join(f"{key} {value}" for key, value in described(look).items())
     top = picture_grid(np.stack(panels), 3, MARGIN)
-    parts = [top, title(f"{name}: {figures}", top.shape[1])]
+    parts = [top, title(f"{name}: {described(look)}", top.shape[1])]
     if look.strip is not None:
         parts.append(strip_picture(look, look.strip, config))
     kind = "causal" if config.causal else "bidirectional"
@@ -131,40 +127,38 @@ def shown(image: Tensor) -> np.ndarray:
     return enlarged(to_pixels(image.unsqueeze(0))[0], WIDTH)
 
 
-def described(look: Look) -> dict[str, str]:
+def decibels(image: Tensor, other: Tensor) -> str:
+    """The PSNR of two images (3, H, W), as text."""
+    return f"{psnr(image.unsqueeze(0), other.unsqueeze(0)).item():.2f} dB"
+
+
+def described(look: Look) -> str:
     """The figures of one photo, as text."""
-    pair = look.image.unsqueeze(0), look.reconstruction.unsqueeze(0)
-    return {
-        "PSNR": f"{psnr(*pair).item():.2f} dB",
-        "SSIM": f"{ssim(*pair).item():.4f}",
-        "codes": f"{len(look.codes)} ({len(look.codes.unique())} different)",
-    }
+    similarity = ssim(look.image.unsqueeze(0), look.reconstruction.unsqueeze(0)).item()
+    codes = f"codes {len(look.codes)} ({len(look.codes.unique())} different)"
+    return f"PSNR {decibels(look.image, look.reconstruction)}, SSIM {similarity:.4f}, {codes}"
 
 
 def strip_picture(look: Look, strip: Tensor, config: TokenizerConfig) -> np.ndarray:
     """The target of the prefix tokens' strip above the strip, enlarged as the image is."""
     target = prefix_target(look.image.unsqueeze(0), config)[0]
-    figure = psnr(target.unsqueeze(0), strip.unsqueeze(0)).item()
     width = strip.shape[-1] * (shown(look.image).shape[1] // config.image_size)
     pair = picture_grid(enlarged(to_pixels(torch.stack([target, strip])), width), 1, MARGIN)
     parts = "corner patch and first row" if config.num_prefix_tokens > config.grid else "first row"
     text = f"top: {parts}; below: the {config.num_prefix_tokens} prefix tokens decoded alone, "
-    return stacked([pair, title(f"{text}PSNR {figure:.2f} dB", 3 * width)])
+    return stacked([pair, title(f"{text}PSNR {decibels(target, strip)}", 3 * width)])
 
 
 def first_codes(look: Look, n: int) -> np.ndarray:
     """The picture of the first n codes with its PSNR; rows that are not decoded are grey."""
     rows = look.rows[n]
     height = rows.shape[1]
-    figures = [
-        psnr(look.image[None, :, :height], other[None, :, :height]).item()
-        for other in (rows, look.reconstruction)
-    ]
+    alone, whole = (
+        decibels(look.image[:, :height], other[:, :height]) for other in (rows, look.reconstruction)
+    )
     canvas = torch.full_like(look.image, EMPTY / 255)
     canvas[:, :height] = rows
-    return captioned(
-        shown(canvas), f"{n} codes: {figures[0]:.2f} dB", f"with all codes: {figures[1]:.2f} dB"
-    )
+    return captioned(shown(canvas), f"{n} codes: {alone}", f"with all codes: {whole}")
 
 
 # ---------------------------------------------------------------------- the program
@@ -190,7 +184,7 @@ def main(argv: list[str]) -> None:
         look = look_at(tokenizer, pixels)
         picture = Path(args.output) / f"{name}.png"
         write_png(picture_of(look, config, name), picture)
-        print(", ".join([printable(name), *(f"{k} {v}" for k, v in described(look).items())]))
+        print(f"{printable(name)}, {described(look)}")
     print(f"wrote {len(crops)} picture{'s' * (len(crops) > 1)} to {printable(args.output)}")
 
 

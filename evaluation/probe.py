@@ -123,10 +123,8 @@ def main(argv: list[str]) -> None:
             f"{printable(train.root)} holds {train.describe()}: a probe needs at least two classes "
             f"and {HELD_OUT} images"
         )
-    labels = train.labels
     val_labels = map_labels(val.labels, val.classes, train.classes, val.root)
-
-    y, val_y = (torch.from_numpy(x).long().to(device) for x in (labels, val_labels))
+    y, val_y = (torch.from_numpy(x).long().to(device) for x in (train.labels, val_labels))
     x, val_x = (
         features_of(tokenizer, listing.paths, layer, args.batch_size, args.num_workers)
         for listing in (train, val)

@@ -22,10 +22,9 @@ from accelerate import PartialState
 
 from configs.sizes import tokenizer_of
 from data.loader import worker_count
-from evaluation.classify import classify_cache
 from evaluation.evaluator import FEATURES, STANDARD_COUNT, Evaluator, open_network
 from evaluation.features import Inception
-from evaluation.generator_scores import PRECISIONS, score_generator
+from evaluation.generator_scores import PRECISIONS, classify_cache, score_generator
 from evaluation.likelihood import Share
 from evaluation.lpips import LPIPS
 from evaluation.reconstruction import draw_preview, score_tokenizer

@@ -1,5 +1,11 @@
-"""`evaluate.py --generator`: the likelihood of a cache's codes under one or several generators."""
+"""`evaluate.py --generator`: the likelihood of a cache's codes under one or several generators.
 
+With `--classify`, the class under which a generator finds an image's codes most likely. If all classes are equally
+frequent, Bayes' rule makes this the most probable class. Every view is scored under every class, so classifying a
+cache takes as many times the work as there are classes.
+"""
+
+import csv
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +17,7 @@ from torch import Tensor
 
 from data.imagenet import misnumbered
 from data.tokens import TokenCache, open_tokens
-from evaluation.likelihood import COMPILED_VIEWS, Likelihood, Share, likelihood_sums
+from evaluation.likelihood import Likelihood, Share, class_nats, likelihood_sums
 from evaluation.metrics import summed
 from evaluation.report import table_of
 from generation.job import sampling_precision
@@ -26,6 +32,7 @@ from runtime.files import file_sha256, whole_file
 from runtime.processes import compiles, device_name, matmul_precision, on_main
 
 PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 on GPUs from Ampere on, else fp32
+COMPILED_VIEWS = 50_000  # for fewer, compiling takes longer than it saves
 
 
 class Source(NamedTuple):
@@ -222,3 +229,64 @@ def plot_positions(scored: dict[str, Likelihood], path: str) -> None:
     left.legend()
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
+
+
+# ---------------------------------------------------------------------- a generator as a classifier
+def classify_cache(
+    given: str, cache: str, answers: str | None, share: Share, precision: str = "auto"
+) -> tuple[dict[str, Any], str]:
+    """How often the likeliest class of a cache's images is their own, as a result and as text; empty except
+    on the main process.
+
+    The result has the top-1 accuracy of single views and that of images, whose class is the one with the highest
+    product of their views' likelihoods. All answers are written to the .csv `answers`. Raises InputError for a
+    generator with one class.
+    """
+    store, source = open_tokens(cache), find_source(given)
+    generator = open_generator(source, store)
+    classes = generator.config.condition_num_classes
+    if classes == 1:
+        raise InputError(f"{given} has one class: --classify needs a generator of two or more")
+    nats, conditions = measured(source, generator, store, share, precision, class_nats, classes)
+    if share.rank:
+        return {}, ""
+    labels = torch.tensor(store.labels, dtype=torch.int64)
+    nats = nats.double()
+    of_images = nats.sum(1)
+    if answers:
+        # The cache's labels are the generator's; only the cache's own classes have known names.
+        names = store.classes + [str(label) for label in range(len(store.classes), classes)]
+        write_answers(answers, store.paths(store.images), labels, of_images, names)
+    metrics = {
+        "top1": hits(of_images, labels),
+        "top1_of_views": hits(nats.flatten(0, 1), labels.repeat_interleave(store.views)),
+    }
+    lines = [
+        f"{given}: the likeliest of {classes} classes is right for",
+        f"  {metrics['top1']:.2%} of {store.images} images",
+    ]
+    if store.views > 1:
+        lines.append(f"  {metrics['top1_of_views']:.2%} of single views ({store.views} per image)")
+    result = {**conditions, "metrics": metrics, "classes": classes}
+    return (result | {"answers": answers} if answers else result), "\n".join(lines)
+
+
+def hits(nats: Tensor, labels: Tensor) -> float:
+    """The share of the rows of `nats` (N, classes) whose smallest entry belongs to their label (N,)."""
+    return (nats.argmin(1) == labels).double().mean().item()
+
+
+def write_answers(
+    file: str, paths: list[str], labels: Tensor, nats: Tensor, names: list[str]
+) -> None:
+    """Write a line per image: its path, its class, the answer, and the nats of all its views under both."""
+    with (
+        whole_file(file) as partial,
+        open(partial, "w", encoding="utf-8", errors="surrogateescape", newline="") as lines,
+    ):
+        table = csv.writer(lines)
+        table.writerow(["image", "class", "answer", "nats", "answer_nats"])
+        for path, label, row in zip(paths, labels.tolist(), nats.tolist()):
+            least = min(row)
+            answer = names[row.index(least)]
+            table.writerow([path, names[label], answer, f"{row[label]:.4f}", f"{least:.4f}"])

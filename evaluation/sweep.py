@@ -17,11 +17,8 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-
 import configs.load
 from configs.schema import GeneratorRun
-from data.pictures import captioned, picture_grid, write_png
 from evaluation.evaluator import Evaluator
 from evaluation.metrics import NEIGHBOURS
 from evaluation.report import read_result, table_of
@@ -35,15 +32,12 @@ from runtime.parts import check_settings
 from runtime.processes import on_main, start_processes
 from runtime.program import run
 
-CELL = (60, 160)  # height and width, in pixels, of the colour of a cell in the heat map
-BEST, WORST = (38, 130, 142), (253, 231, 200)
 REMEDY = "remove it, or use another --output"
 # Options that the sweep sets for each cell.
 PER_CELL = (
     "experiment.output_dir", "experiment.num_fid_samples", "experiment.save_png",
     "experiment.fid_reference", "model.generator.guidance_scale", "model.generator.guidance_scale_pow",
 )  # fmt: skip
-Cells = dict[tuple[float, float], dict[str, float]]  # metrics by scale and power
 
 
 def numbers(text: str) -> list[float]:
@@ -117,48 +111,24 @@ def main(argv: list[str]) -> None:
             folder.images_file.unlink(missing_ok=True)
             shutil.rmtree(folder.output, ignore_errors=True)
     if processes.is_main_process:
-        report(output, args.scales, args.powers)
+        remedy = "remove it and run the same command again"
+        found = {cell: read_result(cell_file(output, *cell), remedy)["metrics"] for cell in cells}
+        print(table(found))
 
 
 def cell_file(output: Path, scale: float, power: float) -> Path:
     return output / f"scale{scale:g}_power{power:g}.json"
 
 
-def report(output: Path, scales: list[float], powers: list[float]) -> None:
-    """Print the table of all cells and write the heat map."""
-    cells = {
-        cell: read_result(cell_file(output, *cell), "remove it and run the same command again")
-        for cell in product(scales, powers)
-    }
-    metrics = {cell: result["metrics"] for cell, result in cells.items()}
-    print(table(metrics, scales, powers))
-    write_png(heat_map(metrics, len(powers)), output / "sweep.png")
-    print(f"heat map of gFID: {output / 'sweep.png'}")
-
-
-def table(cells: Cells, scales: list[float], powers: list[float]) -> str:
-    """gFID / IS, one row per scale; the lowest gFID is marked."""
+def table(cells: dict[tuple[float, float], dict[str, float]]) -> str:
+    """gFID / IS of all scales and powers, one row per scale; the lowest gFID is marked."""
     best = min(cell["gFID"] for cell in cells.values())
-
-    def shown(cell: dict[str, float]) -> str:
-        return f"{cell['gFID']:.2f} / {cell['IS']:.1f}{'*' * (cell['gFID'] == best)}"
-
-    rows = [[f"{scale:g}", *(shown(cells[scale, power]) for power in powers)] for scale in scales]
-    headers = ["scale \\ power", *(f"{power:g}" for power in powers)]
-    return f"gFID / IS, * the lowest gFID\n{table_of(rows, headers)}"
-
-
-def heat_map(cells: Cells, columns: int) -> np.ndarray:
-    """A row per scale, with captions. A cell's colour shows its gFID; the darkest is the lowest."""
-    distances = [cell["gFID"] for cell in cells.values()]
-    low, span = min(distances), max(distances) - min(distances) or 1.0
-    pictures = []
-    for (scale, power), cell in cells.items():
-        share = (cell["gFID"] - low) / span
-        colour = [round(b + share * (w - b)) for b, w in zip(BEST, WORST)]
-        lines = f"scale {scale:g}, power {power:g}", f"gFID {cell['gFID']:.2f}, IS {cell['IS']:.1f}"
-        pictures.append(captioned(np.full((*CELL, 3), colour, np.uint8), *lines))
-    return picture_grid(np.stack(pictures), columns)
+    rows = {scale: [f"{scale:g}"] for scale, _ in cells}
+    for (scale, _), cell in cells.items():
+        mark = "*" if cell["gFID"] == best else ""
+        rows[scale].append(f"{cell['gFID']:.2f} / {cell['IS']:.1f}{mark}")
+    headers = ["scale \\ power", *dict.fromkeys(f"{power:g}" for _, power in cells)]
+    return f"gFID / IS, * the lowest gFID\n{table_of([*rows.values()], headers)}"
 
 
 if __name__ == "__main__":

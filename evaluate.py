@@ -112,8 +112,12 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
     images = size = None
     if args.samples:
         images = open_images(args.samples)  # checked before the reference takes minutes
-        check_count(images.shape[0], args.num_samples, images.name, args.allow_partial)
-        size = images.shape[1:3]
+        count, size, expected = images.shape[0], images.shape[1:3], args.num_samples
+        if count > expected or (count < expected and not args.allow_partial):
+            raise InputError(
+                f"{images.name} holds {count} images, {expected} are expected: complete it, pass "
+                f"--num_samples {count} if these are all or, for fewer, --allow_partial"
+            )
     if args.save_stats:
         on_main(lambda: try_to_write(args.save_stats))
     device, missing = torch.device(processes.device or "cpu"), []
@@ -142,19 +146,6 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
     processes.wait_for_everyone()  # if one fails, a launcher ends all: not before rank 0 is done
     if missing:
         raise InputError("; ".join(missing))
-
-
-def check_count(count: int, expected: int, name: str, allow_partial: bool) -> None:
-    """Refuse a set with more or fewer images than expected."""
-    if count > expected:
-        raise InputError(
-            f"{name} holds {count} images, {expected} are expected: pass --num_samples {count}"
-        )
-    if count < expected and not allow_partial:
-        raise InputError(
-            f"{name} is incomplete: {count} of {expected} images; complete it, pass --num_samples "
-            f"{count} if these are all, or --allow_partial"
-        )
 
 
 def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> None:

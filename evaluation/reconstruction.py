@@ -90,31 +90,31 @@ def figures_of(consumers: Iterable[Consumer]) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------- use of the codes
-def codebook_use(counts: Tensor) -> tuple[float, float]:
-    """Share of codes that occur, and perplexity exp(entropy), of counts (codebook_size,)."""
-    share = counts.double() / counts.sum().clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-300).log()).sum()
-    return (counts > 0).double().mean().item(), entropy.exp().item()
-
-
 def count_codes(counts: Tensor, codes: Tensor) -> None:
     """Count the codes (B, T) of B images in `counts` (T, codebook_size), in place."""
     counts.scatter_add_(1, codes.T, torch.ones_like(codes.T, dtype=counts.dtype))
 
 
-def code_agreement(counts: Tensor) -> float:
-    """The share of pairs of images with the same code at a position, averaged over positions.
+def code_figures(counts: Tensor) -> dict[str, float]:
+    """Figures of the counts (T, codebook_size) of all ranks (`count_codes`).
 
-    `counts` (T, codebook_size) are those of all ranks (`count_codes`), of two images or more. 1: all images
-    have the same codes; with independent codes it is the sum of their squared shares.
+    codebook_use: the share of codes that occur. perplexity: exp(entropy) of their shares. code_agreement, for two
+    images or more: the share of pairs of images with the same code at a position, averaged over positions. It is
+    1 if all images have the same codes; with independent codes it is the sum of their squared shares.
     """
-    images = counts[0].sum()
-    same = (counts * (counts - 1)).sum(1) / (images * (images - 1))
-    return same.mean().item()
+    of_codes, images = counts.sum(0).double(), counts[0].sum()
+    entropy = torch.special.entr(of_codes / of_codes.sum()).sum()
+    figures = {
+        "codebook_use": (of_codes > 0).double().mean().item(), "perplexity": entropy.exp().item()
+    }  # fmt: skip
+    if images > 1:
+        same = (counts * (counts - 1)).sum(1) / (images * (images - 1))
+        figures["code_agreement"] = same.mean().item()
+    return figures
 
 
 class CodeUse(Consumer):
-    """`codebook_use`, `perplexity` and, for two images or more, `code_agreement`."""
+    """`code_figures` of all images."""
 
     def __init__(self, config: TokenizerConfig, device: torch.device):
         shape = config.num_tokens, config.codebook_size
@@ -124,12 +124,7 @@ class CodeUse(Consumer):
         count_codes(self.counts, batch.codes)
 
     def metrics(self) -> dict[str, float]:
-        counts = summed(self.counts)
-        use, perplexity = codebook_use(counts.sum(0))
-        metrics = {"codebook_use": use, "perplexity": perplexity}
-        if counts[0].sum() > 1:
-            metrics["code_agreement"] = code_agreement(counts)
-        return metrics
+        return code_figures(summed(self.counts))
 
 
 # ---------------------------------------------------------------------- figures of single images

@@ -22,7 +22,7 @@ from accelerate import PartialState
 
 from configs.sizes import tokenizer_of
 from data.loader import worker_count
-from evaluation.evaluator import FEATURES, STANDARD_COUNT, Evaluator, open_network
+from evaluation.evaluator import FEATURES, Evaluator, open_network
 from evaluation.features import Inception
 from evaluation.generator_scores import PRECISIONS, classify_cache, score_generator
 from evaluation.likelihood import Share
@@ -45,21 +45,17 @@ T = TypeVar("T")
 def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     add, picture = parser.add_argument, "output/reconstruction.png or output/generator.png"
-    count = "images in --samples (50000)"
     add("--samples", type=path, help="what to score: .npz (arr_0, uint8), or folder or tar of PNGs")
     add("--reference", type=path, help=".npz of images or statistics, or folder or tar of images")
     add("--crop", type=number(1, 8192), help="ADM centre crop of reference images, in pixels")
     add("--save_stats", type=new_file(".npz"), help="write the reference's statistics to this .npz")
-    add("--num_samples", type=number(1, 10**9), default=STANDARD_COUNT, help=count)
+    add("--num_samples", type=number(1, 10**9), default=50_000, help="images in --samples (50000)")
     add("--allow_partial", action="store_true", help="score fewer, and mark the result as partial")
     add("--half_manifold", action="store_true", help="precision and recall in float16, like ADM")
     spaces = "feature spaces, for example inception,dinov2 (inception)"
     add("--features", type=lambda text: text.split(","), default=["inception"], help=spaces)
     add("--reconstruction", action="store_true", help="score a tokenizer")
-    checkpoint = "weights/AliTok.pth"
-    add(
-        "--tokenizer", type=path, default=checkpoint, help=f"weights or a run folder ({checkpoint})"
-    )
+    add("--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder")
     add("--config", type=path, help="YAML whose model.vq_model describes another tokenizer")
     add("--data_path", type=path, help="folder or tar of images, with or without class folders")
     add("--split", default="", help="folder in data_path, for example val")
@@ -68,8 +64,7 @@ def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
     runs = "runs to score at the same step"
     add("--compare", type=path, nargs="+", default=[], metavar="RUN_DIR", help=runs)
     precision = "for --generator; auto: bf16 on GPUs from Ampere on, else fp32"
-    classify = "name each image's class, by the likelihood of its codes under --generator"
-    add("--classify", action="store_true", help=classify)
+    add("--classify", action="store_true", help="name images' classes by their codes' likelihood")
     add("--answers", type=new_file(".csv"), help="--classify: write all answers to this .csv")
     add("--precision", default="auto", choices=PRECISIONS, help=precision)
     add("--selfcheck", action="store_true", help="check the evaluator itself")

@@ -16,7 +16,6 @@ from runtime.processes import device_name
 from runtime.published import WEIGHTS
 
 FEATURES = ("inception", "dinov2")  # names of the feature spaces
-STANDARD_COUNT = 50_000  # images of a published figure
 
 
 def open_network(name: str, device: torch.device, weights: Path) -> FeatureNetwork:
@@ -65,7 +64,7 @@ class Evaluator:
         figures = compare(samples, reference, network.device, half)
         metrics = {named(name, network.name): x for name, x in figures.items()}
         result = describe_result(metrics, network, samples, reference, expected, self.batch, half)
-        if samples.hash is not None and samples.hash == reference.hash:
+        if samples.hash == reference.hash:
             result["warnings"].append(
                 f"{samples.name} and {reference.name} are the same images: is this the reference itself?"
             )
@@ -108,7 +107,7 @@ def describe_result(
             "network": None if network is None else network.identity,
             "resize": None if network is None else network.resize,
             "images": samples.images,
-            "image_size": None if samples.size is None else list(samples.size),
+            "image_size": samples.size,
             "reference": reference.hash,
             "distances": "float16" if half_manifold else "float64",  # of precision and recall
         },

@@ -1,4 +1,4 @@
-"""Photos through a tokenizer and back, as one picture per photo:
+"""Photos through a tokenizer and back, as one picture per photo.
 
     python -m evaluation.look --tokenizer weights/AliTok.pth photo.jpg folder/
 
@@ -163,10 +163,8 @@ def first_codes(look: Look, n: int) -> np.ndarray:
 
 # ---------------------------------------------------------------------- the program
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="python -m evaluation.look",
-        description="Draw what a tokenizer makes of photos, one picture per photo.",
-    )
+    description = "Draw what a tokenizer makes of photos, one picture per photo."
+    parser = Parser(prog="python -m evaluation.look", description=description)
     add, output = parser.add_argument, "output/look"
     add("images", nargs="+", type=path, help="photos, or folders of them")
     add("--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder")

@@ -100,10 +100,8 @@ def probe_features(
 
 # ---------------------------------------------------------------------- the program
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="python -m evaluation.probe",
-        description="Train a linear probe on a tokenizer's tokens and latents, and print its top-1.",
-    )
+    description = "Train a linear probe on a tokenizer's tokens and latents, and print its top-1."
+    parser = Parser(prog="python -m evaluation.probe", description=description)
     add = parser.add_argument
     add("--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder")
     add("--config", type=path, help="YAML whose model.vq_model describes another tokenizer")

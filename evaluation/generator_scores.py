@@ -211,17 +211,14 @@ def plot_positions(scored: dict[str, Likelihood], path: str) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (name, likelihood) in enumerate(scored.items()):
-        nats, top1, top5 = likelihood.positions
+        (nats, top1, top5), colour = likelihood.positions, f"C{number}"
+        sizes = [codes for _, codes, _ in likelihood.groups()]
         # Thin: every position. Thick: the mean of the prefix and of every row.
         for axis, values, style in ((left, nats, "-"), (right, top1, "-"), (right, top5, "--")):
-            colour = f"C{number}"
             axis.plot(values, style, color=colour, linewidth=0.5, alpha=0.5)
-            start = 0
-            for _, codes, _ in likelihood.groups():
-                mean = values[start : start + codes].mean().item()
-                axis.plot([start, start + codes - 1], [mean, mean], style, color=colour)
-                start += codes
-        left.plot([], [], "-", color=f"C{number}", label=name)
+            for places, group in zip(torch.arange(len(values)).split(sizes), values.split(sizes)):
+                axis.plot(places, group.mean().expand(len(group)), style, color=colour)
+        left.plot([], [], "-", color=colour, label=name)
     for axis, title in ((left, "nats per code"), (right, "accuracy: top-1 —, top-5 - -")):
         axis.set_title(title)
         axis.set_xlabel("position of the code")

@@ -36,8 +36,7 @@ def moment_check() -> dict[str, Any]:
     processes = PartialState()
     device = processes.device or "cpu"
     moments = Moments(width, device)
-    parts = list(points.split(3))
-    for part in parts[processes.process_index :: processes.num_processes]:
+    for part in points.split(3)[processes.process_index :: processes.num_processes]:
         moments.add(part.to(device))
     mean, covariance = (moment.cpu() for moment in moments.reduced())
     error = (mean - 1000).abs().max() + (covariance - torch.eye(width).double()).abs().max()
@@ -64,12 +63,11 @@ def published_checks(batch: int, workers: int) -> Iterator[dict[str, Any]]:
 
     All processes call this; only the main process yields checks.
     """
-    files = (ADM_REFERENCE, *ADM_BATCHES)
-    there = on_main(lambda: [name for name in files if (WEIGHTS / name).is_file()])
-    batches = [name for name in ADM_BATCHES if name in there]
-    if not batches or ADM_REFERENCE not in there:
+    reference = WEIGHTS / ADM_REFERENCE
+    batches = on_main(lambda: [name for name in ADM_BATCHES if (WEIGHTS / name).is_file()])
+    if not batches or not on_main(reference.is_file):
         return
-    evaluator = Evaluator(WEIGHTS / ADM_REFERENCE, batch, workers, half_manifold=True)
+    evaluator = Evaluator(reference, batch, workers, half_manifold=True)
     for name in batches:
         images = open_images(WEIGHTS / name)
         metrics = evaluator.evaluate(images, images.shape[0]).get("metrics", {})

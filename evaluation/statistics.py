@@ -21,7 +21,7 @@ from data.identity import short_hash
 from data.tars import is_tar
 from evaluation.features import FeatureNetwork
 from evaluation.metrics import METRICS, Part, Sums, in_order, summed
-from evaluation.sources import Images, npz_images, npz_keys, open_images
+from evaluation.sources import Images, npz_keys, open_images
 from runtime.errors import InputError
 from runtime.files import read_npz, whole_file
 from runtime.parts import batches_of
@@ -46,10 +46,9 @@ class SetStatistics:
 
     def summary(self) -> dict[str, Any]:
         """The set's identity, for the JSON result."""
-        size = None if self.size is None else list(self.size)
         manifold = len(self.parts["manifold"][0]) if "manifold" in self.parts else None
         return {
-            "path": self.name, "images": self.images, "size": size, "hash": self.hash,
+            "path": self.name, "images": self.images, "size": self.size, "hash": self.hash,
             "duplicates": self.duplicates, "manifold_images": manifold,
         }  # fmt: skip
 
@@ -167,31 +166,31 @@ def open_reference(
     """
     path = Path(path)
     keys = [] if path.is_dir() or is_tar(path) else npz_keys(path)
-    # Without a name the moments are Inception's; another network can use only the images.
-    unnamed = "features" not in keys and network.name != "inception"
     if crop is not None and keys:
         raise InputError(f"{path} is not a folder: --crop takes the images of a folder or tar")
-    if "mu" not in keys or ("arr_0" in keys and unnamed):
-        images = open_images(path, crop)
-        check_sizes(images.name, images.shape[1:3], size)
-        return measure(images, network, batch, workers)
-    stored = load_statistics(path, network)
-    if stored.size is not None:
-        check_sizes(stored.name, stored.size, size)
-    if "arr_0" in keys:
-        images = npz_images(path)
-        check_sizes(images.name, images.shape[1:3], size)
-        side = measure(images, network, batch, workers)
-        stored.parts["manifold"], stored.size = side.parts["manifold"], side.size
-        stored.hash, stored.duplicates = f"{stored.hash} + {side.hash}", side.duplicates
+    # Without a name the moments are Inception's; another network can use only the images.
+    unfit = "arr_0" in keys and "features" not in keys and network.name != "inception"
+    stored = load_statistics(path, network) if "mu" in keys and not unfit else None
+    if stored is not None and "arr_0" not in keys:
+        check_sizes(path, stored.size, size)
+        return stored
+    images = open_images(path, crop)
+    check_sizes(path, images.shape[1:3], size)
+    side = measure(images, network, batch, workers)
+    if stored is None:
+        return side
+    stored.parts["manifold"], stored.size = side.parts["manifold"], side.size
+    stored.hash, stored.duplicates = f"{stored.hash} + {side.hash}", side.duplicates
     return stored
 
 
-def check_sizes(name: str, size: tuple[int, int], samples: Optional[tuple[int, int]]) -> None:
-    """Refuse a reference whose size (height, width) differs from that of the samples, if known."""
-    if samples is not None and size != samples:
+def check_sizes(
+    path: Path, size: Optional[tuple[int, int]], samples: Optional[tuple[int, int]]
+) -> None:
+    """Refuse a reference whose size (height, width) differs from that of the samples, if both are known."""
+    if size is not None and samples is not None and size != samples:
         raise InputError(
-            f"the samples have {samples[1]}x{samples[0]} pixels, {name} has {size[1]}x{size[0]}: "
+            f"the samples have {samples[1]}x{samples[0]} pixels, {path} has {size[1]}x{size[0]}: "
             f"compare images of one size (evaluate.py --reference DIR --crop SIZE --save_stats FILE.npz "
             f"makes a reference of centre crops)"
         )
@@ -216,33 +215,31 @@ def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
         )
     pool, spatial, _ = network.widths
     shapes = {
-        "mu": (pool,), "sigma": (pool, pool), "mu_s": (spatial,), "sigma_s": (spatial, spatial)
+        "mu": (pool,), "sigma": (pool, pool), "mu_s": (spatial,), "sigma_s": (spatial, spatial),
+        "images": (), "size": (2,),
     }  # fmt: skip
     if "pool_3" in values:
         shapes["pool_3"] = (*values["pool_3"].shape[:1], pool)
-    for key, shape in shapes.items():
-        value = values.get(key, np.zeros(shape))
-        if value.shape != shape or value.dtype.kind != "f" or not np.isfinite(value).all():
+    for key in sorted(shapes.keys() & values.keys()):
+        value, shape, kinds = values[key], shapes[key], "iu" if key in ("images", "size") else "f"
+        if value.shape != shape or value.dtype.kind not in kinds or not np.isfinite(value).all():
             raise InputError(
-                f"{path}: {key} holds {value.dtype} {value.shape}, not finite floats {shape}, so these are statistics "
+                f"{path}: {key} holds {value.dtype} {value.shape}, not finite numbers {shape}, so these are statistics "
                 f"of other features, or damaged: make them again with --save_stats"
             )
     digest = short_hash(b"".join(values[key].tobytes() for key in keys))
-    try:
-        size = values.get("size")
-        return SetStatistics(
-            str(path),
-            int(values["images"]) if "images" in values else None,
-            None if size is None else (int(size[0]), int(size[1])),
-            str(values.get("hash", digest)),
-            parts={
-                part: tuple(map(torch.from_numpy, (values[key] for key in names)))
-                for part, names in STORED.items()
-                if names[0] in values
-            },
-        )
-    except (TypeError, ValueError, IndexError) as e:
-        raise InputError(f"{path} is damaged ({e}): make it again with --save_stats") from e
+    size = values.get("size")
+    return SetStatistics(
+        str(path),
+        int(values["images"]) if "images" in values else None,
+        None if size is None else (int(size[0]), int(size[1])),
+        str(values.get("hash", digest)),
+        parts={
+            part: tuple(map(torch.from_numpy, (values[key] for key in names)))
+            for part, names in STORED.items()
+            if names[0] in values
+        },
+    )
 
 
 def save_statistics(side: SetStatistics, path: str | Path, identity: str) -> None:

@@ -290,6 +290,7 @@ def test_statistics_of_other_features_are_refused(score, monkeypatch):
         (dict(pool_3=np.zeros((5, 64), np.float32)), ("bad.npz: pool_3", "--save_stats")),
         (dict(pool_3=np.zeros((5, 12), np.int64)), ("bad.npz: pool_3",)),
         (dict(pool_3=np.full((5, 12), np.nan, np.float32)), ("bad.npz: pool_3",)),
+        (dict(size=np.array([8])), ("bad.npz: size", "(2,)")),
     ],
 )
 def test_unfit_statistics_are_refused(score, changed, words):

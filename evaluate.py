@@ -13,24 +13,25 @@ import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
 import argparse
 from collections.abc import Callable, Set
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional, TypeVar
 
+import torch
 from accelerate import PartialState
 
 from configs.sizes import tokenizer_of
 from data.loader import worker_count
-from evaluation.classify import classify_cache
-from evaluation.evaluator import FEATURES, STANDARD_COUNT, Evaluator, open_network
-from evaluation.features import FeatureNetwork, Inception
-from evaluation.generator_scores import PRECISIONS, score_generator
+from evaluation.evaluator import FEATURES, Evaluator, open_network
+from evaluation.features import Inception
+from evaluation.generator_scores import PRECISIONS, classify_cache, score_generator
 from evaluation.likelihood import Share
 from evaluation.lpips import LPIPS
-from evaluation.references import save_statistics
+from evaluation.reconstruction import draw_preview, score_tokenizer
 from evaluation.report import print_result, show
 from evaluation.selfcheck import selfcheck
 from evaluation.sources import open_images
-from evaluation.tokenizer_score import draw_preview, score_tokenizer
+from evaluation.statistics import save_statistics
 from runtime.arguments import Parser, new_file, number, path
 from runtime.errors import InputError
 from runtime.files import try_to_write
@@ -44,18 +45,17 @@ T = TypeVar("T")
 def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     add, picture = parser.add_argument, "output/reconstruction.png or output/generator.png"
-    count = "images in --samples (50000)"
     add("--samples", type=path, help="what to score: .npz (arr_0, uint8), or folder or tar of PNGs")
     add("--reference", type=path, help=".npz of images or statistics, or folder or tar of images")
     add("--crop", type=number(1, 8192), help="ADM centre crop of reference images, in pixels")
     add("--save_stats", type=new_file(".npz"), help="write the reference's statistics to this .npz")
-    add("--num_samples", type=number(1, 10**9), default=STANDARD_COUNT, help=count)
+    add("--num_samples", type=number(1, 10**9), default=50_000, help="images in --samples (50000)")
     add("--allow_partial", action="store_true", help="score fewer, and mark the result as partial")
     add("--half_manifold", action="store_true", help="precision and recall in float16, like ADM")
     spaces = "feature spaces, for example inception,dinov2 (inception)"
     add("--features", type=lambda text: text.split(","), default=["inception"], help=spaces)
     add("--reconstruction", action="store_true", help="score a tokenizer")
-    add("--tokenizer", type=path, help="weights or a run folder (weights/AliTok.pth)")
+    add("--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder")
     add("--config", type=path, help="YAML whose model.vq_model describes another tokenizer")
     add("--data_path", type=path, help="folder or tar of images, with or without class folders")
     add("--split", default="", help="folder in data_path, for example val")
@@ -64,8 +64,7 @@ def parse(argv: list[str]) -> tuple["Task", argparse.Namespace]:
     runs = "runs to score at the same step"
     add("--compare", type=path, nargs="+", default=[], metavar="RUN_DIR", help=runs)
     precision = "for --generator; auto: bf16 on GPUs from Ampere on, else fp32"
-    classify = "name each image's class, by the likelihood of its codes under --generator"
-    add("--classify", action="store_true", help=classify)
+    add("--classify", action="store_true", help="name images' classes by their codes' likelihood")
     add("--answers", type=new_file(".csv"), help="--classify: write all answers to this .csv")
     add("--precision", default="auto", choices=PRECISIONS, help=precision)
     add("--selfcheck", action="store_true", help="check the evaluator itself")
@@ -108,11 +107,21 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
     images = size = None
     if args.samples:
         images = open_images(args.samples)  # checked before the reference takes minutes
-        check_count(images.shape[0], args.num_samples, images.name, args.allow_partial)
-        size = images.shape[1:3]
+        count, size, expected = images.shape[0], images.shape[1:3], args.num_samples
+        if count > expected or (count < expected and not args.allow_partial):
+            raise InputError(
+                f"{images.name} holds {count} images, {expected} are expected: complete it, pass "
+                f"--num_samples {count} if these are all or, for fewer, --allow_partial"
+            )
     if args.save_stats:
         on_main(lambda: try_to_write(args.save_stats))
-    networks, missing = open_networks(args.features, processes)
+    device, missing = torch.device(processes.device or "cpu"), []
+    builds = {name: partial(open_network, name, device, WEIGHTS) for name in args.features}
+    found = [if_there(f"the space of {name} features", builds[name], missing) for name in builds]
+    networks = [network for network in found if network is not None]
+    check_same({"features": [network.identity for network in networks]}, "other networks")
+    if not networks:
+        raise InputError("; ".join(missing))
     evaluators = [  # of all spaces first, so that an unfit reference is refused at once
         Evaluator(
             args.reference, args.batch_size, args.num_workers, size, args.crop, args.half_manifold,
@@ -121,9 +130,9 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
         for network in networks
     ]  # fmt: skip
     results = []
-    for evaluator, network in zip(evaluators, networks):
+    for evaluator in evaluators:
         if args.save_stats and processes.is_main_process:
-            save_statistics(evaluator.reference, args.save_stats, network.identity)
+            save_statistics(evaluator.reference, args.save_stats, evaluator.network.identity)
             processes.print(f"wrote {args.save_stats}: {evaluator.reference.images} images")
         if images is not None:
             results.append(evaluator.evaluate(images, args.num_samples))
@@ -134,40 +143,9 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
         raise InputError("; ".join(missing))
 
 
-def check_count(count: int, expected: int, name: str, allow_partial: bool) -> None:
-    """Refuse a set with more or fewer images than expected."""
-    if count > expected:
-        raise InputError(
-            f"{name} holds {count} images, {expected} are expected: pass --num_samples {count}"
-        )
-    if count < expected and not allow_partial:
-        raise InputError(
-            f"{name} is incomplete: {count} of {expected} images; complete it, pass --num_samples "
-            f"{count} if these are all, or --allow_partial"
-        )
-
-
-def open_networks(
-    features: list[str], processes: PartialState
-) -> tuple[list[FeatureNetwork], list[str]]:
-    """The networks of these feature spaces, and why some are left out. Raises InputError if all are."""
-    assert processes.device is not None  # accelerate's type hint allows it
-    networks, missing = [], []
-    for name in features:
-        try:
-            networks.append(open_network(name, processes.device, WEIGHTS))
-        except InputError as e:
-            missing.append(f"the {name} features were not computed: {e}")
-    check_same({"features": [network.identity for network in networks]}, "other networks")
-    if not networks:
-        raise InputError("; ".join(missing))
-    return networks, missing
-
-
 def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> None:
-    assert processes.device is not None  # accelerate's type hint allows it
-    device, missing = processes.device, []
-    tokenizer = tokenizer_of(args.tokenizer or "weights/AliTok.pth", args.config).to(device)
+    device, missing = torch.device(processes.device or "cpu"), []
+    tokenizer = tokenizer_of(args.tokenizer, args.config).to(device)
     network = if_there("rFID", lambda: Inception(device, WEIGHTS), missing)
     lpips = if_there("LPIPS", lambda: LPIPS(WEIGHTS).to(device), missing)
     there = {"rFID": network and network.identity, "LPIPS": lpips is not None}
@@ -182,23 +160,16 @@ def evaluate_tokenizer(args: argparse.Namespace, processes: PartialState) -> Non
     )  # fmt: skip
     if not result:
         return
-    result["picture"] = str(picture)
-    alone = network is not None and originals.images == 1
-    if alone:
-        left_out = (
-            "rFID is left out" if not args.save_stats else "rFID and --save_stats are left out"
-        )
-        missing.append(f"{left_out}: a covariance needs 2 images or more")
-    result["warnings"] = [*missing, *result["warnings"]]
+    result |= {"picture": str(picture), "warnings": [*missing, *result["warnings"]]}
     print_result(result)
-    if network is not None and args.save_stats and not alone:
+    if network is not None and args.save_stats and originals.parts:
         save_statistics(originals, args.save_stats, network.identity)
     draw_preview(preview, picture)
 
 
 def if_there(figure: str, build: Callable[[], T], missing: list[str]) -> Optional[T]:
-    """The network of a figure; None, and a line in `missing`, if one of its files is missing. Raises
-    InputError for a wrong file."""
+    """The network of a figure or space; None, and a line in `missing`, if one of its files is missing.
+    Raises InputError for a wrong file."""
     try:
         return build()
     except MissingFile as e:
@@ -209,20 +180,15 @@ def if_there(figure: str, build: Callable[[], T], missing: list[str]) -> Optiona
 def evaluate_generator(args: argparse.Namespace, processes: PartialState) -> None:
     picture = args.picture or "output/generator.png"
     on_main(lambda: try_to_write(picture))
-    share = share_of(args, processes)
+    share = Share(args.batch_size, workers=args.num_workers)
     show(*score_generator(args.generator, args.compare, args.cache, picture, share, args.precision))
 
 
 def classify(args: argparse.Namespace, processes: PartialState) -> None:
     if args.answers:
         on_main(lambda: try_to_write(args.answers))
-    share = share_of(args, processes)
+    share = Share(args.batch_size, workers=args.num_workers)
     show(*classify_cache(args.generator, args.cache, args.answers, share, args.precision))
-
-
-def share_of(args: argparse.Namespace, processes: PartialState) -> Share:
-    rank, world = processes.process_index, processes.num_processes
-    return Share(args.batch_size, rank, world, args.num_workers)
 
 
 def check_evaluator(args: argparse.Namespace, processes: PartialState) -> None:

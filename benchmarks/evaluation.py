@@ -20,9 +20,14 @@ import torch
 from accelerate import PartialState
 
 from benchmarks.common import machine
-from evaluation.dinov2 import DINOV2_FILE, DINOv2
 from evaluation.evaluator import open_network
-from evaluation.features import INCEPTION_FILE, FeatureNetwork, Inception
+from evaluation.features import (
+    DINOV2_FILE,
+    INCEPTION_FILE,
+    DINOv2,
+    FeatureNetwork,
+    Inception,
+)
 from evaluation.metrics import frechet_distance_of_moments, precision_recall
 from evaluation.sources import npz_images
 from evaluation.statistics import measure

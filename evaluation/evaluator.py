@@ -7,19 +7,15 @@ from typing import Any, Optional
 import torch
 from accelerate import PartialState
 
-from evaluation.dinov2 import DINOv2
-from evaluation.features import FeatureNetwork, Inception
-from evaluation.metrics import NEIGHBOURS
-from evaluation.references import open_reference
-from evaluation.set_metrics import METRICS, named
+from evaluation.features import DINOv2, FeatureNetwork, Inception
+from evaluation.metrics import METRICS, NEIGHBOURS, named
 from evaluation.sources import Images
-from evaluation.statistics import SetStatistics, measure
+from evaluation.statistics import SetStatistics, measure, open_reference
 from runtime.errors import InputError
 from runtime.processes import device_name
 from runtime.published import WEIGHTS
 
 FEATURES = ("inception", "dinov2")  # names of the feature spaces
-STANDARD_COUNT = 50_000  # images of a published figure
 
 
 def open_network(name: str, device: torch.device, weights: Path) -> FeatureNetwork:
@@ -43,7 +39,7 @@ class Evaluator:
         """Read or measure the reference; all processes call this together.
 
         `size` is the (height, width) of the samples, if known; `crop` the side of the centre crops of the
-        reference's images (`references.open_reference`). `half_manifold` computes precision and recall in
+        reference's images (`statistics.open_reference`). `half_manifold` computes precision and recall in
         float16, like ADM's script. Without a `network`, Inception's published weights are used.
         """
         self.network = network or Inception(PartialState().device or "cpu", WEIGHTS)
@@ -68,7 +64,7 @@ class Evaluator:
         figures = compare(samples, reference, network.device, half)
         metrics = {named(name, network.name): x for name, x in figures.items()}
         result = describe_result(metrics, network, samples, reference, expected, self.batch, half)
-        if samples.hash is not None and samples.hash == reference.hash:
+        if samples.hash == reference.hash:
             result["warnings"].append(
                 f"{samples.name} and {reference.name} are the same images: is this the reference itself?"
             )
@@ -111,7 +107,7 @@ def describe_result(
             "network": None if network is None else network.identity,
             "resize": None if network is None else network.resize,
             "images": samples.images,
-            "image_size": None if samples.size is None else list(samples.size),
+            "image_size": samples.size,
             "reference": reference.hash,
             "distances": "float16" if half_manifold else "float64",  # of precision and recall
         },

@@ -1,9 +1,15 @@
-"""`evaluate.py --generator`: the likelihood of a cache's codes under one or several generators."""
+"""`evaluate.py --generator`: the likelihood of a cache's codes under one or several generators.
 
+With `--classify`, the class under which a generator finds an image's codes most likely. If all classes are equally
+frequent, Bayes' rule makes this the most probable class. Every view is scored under every class, so classifying a
+cache takes as many times the work as there are classes.
+"""
+
+import csv
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -11,7 +17,7 @@ from torch import Tensor
 
 from data.classes import misnumbered
 from data.tokens import TokenCache, open_tokens
-from evaluation.likelihood import COMPILED_VIEWS, Likelihood, Share, likelihood_sums
+from evaluation.likelihood import Likelihood, Share, class_nats, likelihood_sums
 from evaluation.metrics import summed
 from evaluation.report import table_of
 from generation.job import sampling_precision
@@ -26,20 +32,15 @@ from runtime.files import file_sha256, whole_file
 from runtime.processes import compiles, device_name, matmul_precision, on_main
 
 PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 on GPUs from Ampere on, else fp32
+COMPILED_VIEWS = 50_000  # for fewer, compiling takes longer than it saves
 
 
-@dataclass
-class Source:
-    """A generator's weights: what the user named, and the file."""
+class Source(NamedTuple):
+    """A generator's weights: what the user named, the file, and the step of the checkpoint that it lies in."""
 
     name: str
     file: Path
-
-    @property
-    def step(self) -> int | None:
-        """The step of its checkpoint, if it lies in one."""
-        folder = self.file.parent.resolve()  # it may be a link, or the current folder
-        return step_of(folder) if is_checkpoint(folder) else None
+    step: int | None
 
 
 def find_source(given: str, step: int | None = None) -> Source:
@@ -47,7 +48,9 @@ def find_source(given: str, step: int | None = None) -> Source:
     path = Path(given)
     if step is not None:
         path = {step_of(p): p for p in all_checkpoints(path)}.get(step, path)
-    return Source(given, on_main(lambda: find_weights(path, GENERATOR)))
+    file = on_main(lambda: find_weights(path, GENERATOR))
+    folder = file.parent.resolve()  # it may be a link, or the current folder
+    return Source(given, file, step_of(folder) if is_checkpoint(folder) else None)
 
 
 def find_sources(given: str, others: list[str]) -> list[Source]:
@@ -106,21 +109,20 @@ def score_generator(
     """
     sources = find_sources(given, others)
     scored: dict[str, Likelihood] = {}
-    conditions: dict[str, Any] = {}
+    results = []
     for source in sources:
         store = open_tokens(cache)  # anew: a generator may number its classes in another way
         generator = open_generator(source, store)
-        sums, found = measured(source, generator, store, share, precision, likelihood_sums)
+        sums, conditions = measured(source, generator, store, share, precision, likelihood_sums)
         scored[source.name] = Likelihood(sums, store.images * store.views)
-        warnings = conditions.get("warnings") or found["warnings"]
-        conditions = {**(conditions or found), "warnings": warnings}
+        results.append({**conditions, **scored[source.name].result()})
     if share.rank:
         return {}, ""
     plot_positions(scored, picture)
-    results = [{"generator": about(s), **scored[s.name].result()} for s in sources]
-    compared = {"compared": results[1:], "picture": picture}
+    warnings = [*dict.fromkeys(warning for one in results for warning in one["warnings"])]
     text = "\n".join(table(source, scored[source.name]) for source in sources)
-    return {**results[0], **compared, **conditions}, text
+    compared = {"compared": results[1:], "picture": picture, "warnings": warnings}
+    return {**results[0], **compared}, text
 
 
 def measured(
@@ -132,7 +134,8 @@ def measured(
     measure: Callable[[Generator, TokenCache, Share], Tensor],
     classes: int = 1,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The sum over all processes, on the CPU, of `measure(generator, store, share)`, and what it depends on.
+    """The sum over all processes, on the CPU, of `measure(generator, store, share)`, and what it depends on, empty
+    except on the main process.
 
     The generator moves to its device; on CUDA it is compiled if there are many sequences, views times
     `classes`. Raises InputError if a sum is not finite.
@@ -152,7 +155,12 @@ def measured(
         raise InputError(
             f"likelihoods of {source.name} on {store.folder} are NaN or infinite: its weights are damaged"
         )
+    if share.rank:
+        return sums, {}
     return sums, {
+        "generator": {
+            "path": source.name, "step": source.step, "hash": file_sha256(source.file)[:16]
+        },
         "cache": {
             "path": str(store.folder), "images": store.images, "views": store.views,
             "codes": store.tokens, "classes": len(store.classes),
@@ -163,10 +171,6 @@ def measured(
         "batch_size": share.batch,
         "warnings": warnings_of(store, generator),
     }  # fmt: skip
-
-
-def about(source: Source) -> dict[str, Any]:
-    return {"path": source.name, "step": source.step, "hash": file_sha256(source.file)[:16]}
 
 
 def warnings_of(store: TokenCache, generator: Generator) -> list[str]:
@@ -207,17 +211,14 @@ def plot_positions(scored: dict[str, Likelihood], path: str) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (name, likelihood) in enumerate(scored.items()):
-        nats, top1, top5 = likelihood.positions
+        (nats, top1, top5), colour = likelihood.positions, f"C{number}"
+        sizes = [codes for _, codes, _ in likelihood.groups()]
         # Thin: every position. Thick: the mean of the prefix and of every row.
         for axis, values, style in ((left, nats, "-"), (right, top1, "-"), (right, top5, "--")):
-            colour = f"C{number}"
             axis.plot(values, style, color=colour, linewidth=0.5, alpha=0.5)
-            start = 0
-            for _, codes, _ in likelihood.groups():
-                mean = values[start : start + codes].mean().item()
-                axis.plot([start, start + codes - 1], [mean, mean], style, color=colour)
-                start += codes
-        left.plot([], [], "-", color=f"C{number}", label=name)
+            for places, group in zip(torch.arange(len(values)).split(sizes), values.split(sizes)):
+                axis.plot(places, group.mean().expand(len(group)), style, color=colour)
+        left.plot([], [], "-", color=colour, label=name)
     for axis, title in ((left, "nats per code"), (right, "accuracy: top-1 —, top-5 - -")):
         axis.set_title(title)
         axis.set_xlabel("position of the code")
@@ -225,3 +226,64 @@ def plot_positions(scored: dict[str, Likelihood], path: str) -> None:
     left.legend()
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
+
+
+# ---------------------------------------------------------------------- a generator as a classifier
+def classify_cache(
+    given: str, cache: str, answers: str | None, share: Share, precision: str = "auto"
+) -> tuple[dict[str, Any], str]:
+    """How often the likeliest class of a cache's images is their own, as a result and as text; empty except
+    on the main process.
+
+    The result has the top-1 accuracy of single views and that of images, whose class is the one with the highest
+    product of their views' likelihoods. All answers are written to the .csv `answers`. Raises InputError for a
+    generator with one class.
+    """
+    store, source = open_tokens(cache), find_source(given)
+    generator = open_generator(source, store)
+    classes = generator.config.condition_num_classes
+    if classes == 1:
+        raise InputError(f"{given} has one class: --classify needs a generator of two or more")
+    nats, conditions = measured(source, generator, store, share, precision, class_nats, classes)
+    if share.rank:
+        return {}, ""
+    labels = torch.tensor(store.labels, dtype=torch.int64)
+    nats = nats.double()
+    of_images = nats.sum(1)
+    if answers:
+        # The cache's labels are the generator's; only the cache's own classes have known names.
+        names = store.classes + [str(label) for label in range(len(store.classes), classes)]
+        write_answers(answers, store.paths(store.images), labels, of_images, names)
+    metrics = {
+        "top1": hits(of_images, labels),
+        "top1_of_views": hits(nats.flatten(0, 1), labels.repeat_interleave(store.views)),
+    }
+    lines = [
+        f"{given}: the likeliest of {classes} classes is right for",
+        f"  {metrics['top1']:.2%} of {store.images} images",
+    ]
+    if store.views > 1:
+        lines.append(f"  {metrics['top1_of_views']:.2%} of single views ({store.views} per image)")
+    result = {**conditions, "metrics": metrics, "classes": classes}
+    return (result | {"answers": answers} if answers else result), "\n".join(lines)
+
+
+def hits(nats: Tensor, labels: Tensor) -> float:
+    """The share of the rows of `nats` (N, classes) whose smallest entry belongs to their label (N,)."""
+    return (nats.argmin(1) == labels).double().mean().item()
+
+
+def write_answers(
+    file: str, paths: list[str], labels: Tensor, nats: Tensor, names: list[str]
+) -> None:
+    """Write a line per image: its path, its class, the answer, and the nats of all its views under both."""
+    with (
+        whole_file(file) as partial,
+        open(partial, "w", encoding="utf-8", errors="surrogateescape", newline="") as lines,
+    ):
+        table = csv.writer(lines)
+        table.writerow(["image", "class", "answer", "nats", "answer_nats"])
+        for path, label, row in zip(paths, labels.tolist(), nats.tolist()):
+            least = min(row)
+            answer = names[row.index(least)]
+            table.writerow([path, names[label], answer, f"{row[label]:.4f}", f"{least:.4f}"])

@@ -65,9 +65,8 @@ def collect_samples(
     job = job_in_training(options, tokenizer.latent_tokens.device)
     chunk = job.chunk or CHUNK
     collector = Collector("generated images", job.count, (size, size), evaluator.network)
-    rank, world = processes.process_index, processes.num_processes
+    indices = batches_of(job.count, chunk, processes.process_index, processes.num_processes)
     with matmul_precision(job.precision):
-        indices = batches_of(job.count, chunk, rank, world)
         for batch in sample_images(job.sampler(generator, chunk), tokenizer, job, indices):
             collector.add(batch.indices.start, torch.from_numpy(batch.images).permute(0, 3, 1, 2))
     return collector

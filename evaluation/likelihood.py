@@ -7,21 +7,22 @@ layout or weight file within minutes.
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from data.loader import batch_loader
 from data.tokens import AllTokens, TokenCache
+from modeling.generator import Generator
 from modeling.modes import eval_mode
 from modeling.rotary import token_layout
 from runtime.parts import batches_of
 
 TOP = 5  # of top-5 accuracy
-COMPILED_VIEWS = 50_000  # for fewer, compiling takes longer than it saves
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Share:
     """Which of a cache's views a process scores, and how."""
 
     batch: int  # sequences at once
-    rank: int = 0
-    world: int = 1
+    rank: int = field(default_factory=lambda: PartialState().process_index)
+    world: int = field(default_factory=lambda: PartialState().num_processes)
     workers: int = 0  # processes that read
     compiled: bool = False  # the model is compiled; a smaller last batch runs eagerly
 
@@ -96,6 +97,27 @@ def likelihood_sums(model: nn.Module, store: TokenCache, share: Share) -> Tensor
             with eager(share.compiled and len(codes) < share.batch):
                 sums += sums_of(model(codes[:, :-1], labels), codes)
     return sums
+
+
+@torch.no_grad()
+def class_nats(model: Generator, store: TokenCache, share: Share) -> Tensor:
+    """-log p(codes | class), in nats, of every view under every class: (images, views, classes), float32.
+
+    Computed for this process's share, 0 for other views; on the model's device. Each of the
+    `share.batch` sequences is a view under one class.
+    """
+    device, classes = next(model.parameters()).device, model.config.condition_num_classes
+    nats = torch.zeros(store.images * store.views, classes, device=device)
+    views = replace(share, batch=max(share.batch // classes, 1))
+    parts = torch.arange(classes, device=device).split(share.batch)
+    for places, codes, _ in view_batches(store, views, device):
+        for part in parts:
+            rows = codes.repeat_interleave(len(part), 0)  # (B · part, T)
+            with eager(share.compiled and len(rows) < views.batch * len(parts[0])):
+                logits = model(rows[:, :-1], part.repeat(len(codes)))  # (B · part, T, V)
+            each = F.cross_entropy(logits.float().flatten(0, 1), rows.flatten(), reduction="none")
+            nats[places.start : places.stop, part] = each.view(len(codes), len(part), -1).sum(2)
+    return nats.view(store.images, store.views, classes)
 
 
 def view_batches(

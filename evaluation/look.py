@@ -1,4 +1,4 @@
-"""Photos through a tokenizer and back, as one picture per photo:
+"""Photos through a tokenizer and back, as one picture per photo.
 
     python -m evaluation.look --tokenizer weights/AliTok.pth photo.jpg folder/
 
@@ -28,9 +28,7 @@ from data.classes import printable
 from data.images import photo_crop, to_float
 from data.pictures import WHITE, captioned, enlarged, picture_grid, stacked, to_pixels, write_png
 from data.tree import describe_left_out, read_tree
-from evaluation.reconstruction import psnr, ssim
-from evaluation.tokenizer_score import MAGNIFICATION
-from modeling.devices import find_device
+from evaluation.reconstruction import MAGNIFICATION, psnr, ssim
 from modeling.tokenizer import Tokenizer, TokenizerConfig, prefix_target
 from runtime.arguments import Parser, path
 from runtime.errors import InputError
@@ -101,16 +99,12 @@ def picture_of(look: Look, config: TokenizerConfig, name: str) -> np.ndarray:
     """The picture described in the module's docstring: (height, width, 3), uint8."""
     difference = (look.image - look.reconstruction).abs() * MAGNIFICATION
     panels = [
-        captioned(shown(panel), title)
-        for panel, title in (
-            (look.image, "original"),
-            (look.reconstruction, "reconstruction"),
-            (difference, f"difference x {MAGNIFICATION}"),
-        )
+        captioned(shown(look.image), "original"),
+        captioned(shown(look.reconstruction), "reconstruction"),
+        captioned(shown(difference), f"difference x {MAGNIFICATION}"),
     ]
-    figures = ", ".join(f"{key} {value}" for key, value in described(look).items())
     top = picture_grid(np.stack(panels), 3, MARGIN)
-    parts = [top, title(f"{name}: {figures}", top.shape[1])]
+    parts = [top, title(f"{name}: {described(look)}", top.shape[1])]
     if look.strip is not None:
         parts.append(strip_picture(look, look.strip, config))
     kind = "causal" if config.causal else "bidirectional"
@@ -131,48 +125,44 @@ def shown(image: Tensor) -> np.ndarray:
     return enlarged(to_pixels(image.unsqueeze(0))[0], WIDTH)
 
 
-def described(look: Look) -> dict[str, str]:
+def decibels(image: Tensor, other: Tensor) -> str:
+    """The PSNR of two images (3, H, W), as text."""
+    return f"{psnr(image.unsqueeze(0), other.unsqueeze(0)).item():.2f} dB"
+
+
+def described(look: Look) -> str:
     """The figures of one photo, as text."""
-    pair = look.image.unsqueeze(0), look.reconstruction.unsqueeze(0)
-    return {
-        "PSNR": f"{psnr(*pair).item():.2f} dB",
-        "SSIM": f"{ssim(*pair).item():.4f}",
-        "codes": f"{len(look.codes)} ({len(look.codes.unique())} different)",
-    }
+    similarity = ssim(look.image.unsqueeze(0), look.reconstruction.unsqueeze(0)).item()
+    codes = f"codes {len(look.codes)} ({len(look.codes.unique())} different)"
+    return f"PSNR {decibels(look.image, look.reconstruction)}, SSIM {similarity:.4f}, {codes}"
 
 
 def strip_picture(look: Look, strip: Tensor, config: TokenizerConfig) -> np.ndarray:
     """The target of the prefix tokens' strip above the strip, enlarged as the image is."""
     target = prefix_target(look.image.unsqueeze(0), config)[0]
-    figure = psnr(target.unsqueeze(0), strip.unsqueeze(0)).item()
     width = strip.shape[-1] * (shown(look.image).shape[1] // config.image_size)
     pair = picture_grid(enlarged(to_pixels(torch.stack([target, strip])), width), 1, MARGIN)
     parts = "corner patch and first row" if config.num_prefix_tokens > config.grid else "first row"
     text = f"top: {parts}; below: the {config.num_prefix_tokens} prefix tokens decoded alone, "
-    return stacked([pair, title(f"{text}PSNR {figure:.2f} dB", 3 * width)])
+    return stacked([pair, title(f"{text}PSNR {decibels(target, strip)}", 3 * width)])
 
 
 def first_codes(look: Look, n: int) -> np.ndarray:
     """The picture of the first n codes with its PSNR; rows that are not decoded are grey."""
     rows = look.rows[n]
     height = rows.shape[1]
-    figures = [
-        psnr(look.image[None, :, :height], other[None, :, :height]).item()
-        for other in (rows, look.reconstruction)
-    ]
+    alone, whole = (
+        decibels(look.image[:, :height], other[:, :height]) for other in (rows, look.reconstruction)
+    )
     canvas = torch.full_like(look.image, EMPTY / 255)
     canvas[:, :height] = rows
-    return captioned(
-        shown(canvas), f"{n} codes: {figures[0]:.2f} dB", f"with all codes: {figures[1]:.2f} dB"
-    )
+    return captioned(shown(canvas), f"{n} codes: {alone}", f"with all codes: {whole}")
 
 
 # ---------------------------------------------------------------------- the program
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="python -m evaluation.look",
-        description="Draw what a tokenizer makes of photos, one picture per photo.",
-    )
+    description = "Draw what a tokenizer makes of photos, one picture per photo."
+    parser = Parser(prog="python -m evaluation.look", description=description)
     add, output = parser.add_argument, "output/look"
     add("images", nargs="+", type=path, help="photos, or folders of them")
     add("--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder")
@@ -181,9 +171,8 @@ def main(argv: list[str]) -> None:
     add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
     args = parser.parse_args(argv)
     photos = list_photos(args.images, Path(args.output))
-    start_processes(args.device)
-    device = find_device(args.device)
-    tokenizer = tokenizer_of(args.tokenizer, args.config).to(device)
+    processes = start_processes(args.device)
+    tokenizer = tokenizer_of(args.tokenizer, args.config).to(processes.device)
     config = tokenizer.config
     # All of them first, so that an unusable photo is refused before any picture is written.
     crops = {name: photo_crop(file, config.image_size) for name, file in photos.items()}
@@ -191,7 +180,7 @@ def main(argv: list[str]) -> None:
         look = look_at(tokenizer, pixels)
         picture = Path(args.output) / f"{name}.png"
         write_png(picture_of(look, config, name), picture)
-        print(", ".join([printable(name), *(f"{k} {v}" for k, v in described(look).items())]))
+        print(f"{printable(name)}, {described(look)}")
     print(f"wrote {len(crops)} picture{'s' * (len(crops) > 1)} to {printable(args.output)}")
 
 

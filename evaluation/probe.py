@@ -10,7 +10,6 @@ fifth training image is held out to choose the weight of the L2 penalty. The fin
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
 import copy
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,10 +23,8 @@ from data.classes import map_labels, printable
 from data.images import scan_images
 from data.loader import worker_count
 from data.tree import ImagePath
-from evaluation.reconstruction import image_batches
-from evaluation.report import table_of
-from evaluation.tokenizer_score import weights_hash
-from modeling.devices import find_device
+from evaluation.reconstruction import image_batches, weights_hash
+from evaluation.report import show, table_of
 from modeling.pixels import to_float
 from modeling.tokenizer import Tokenizer
 from runtime.arguments import Parser, number, path
@@ -103,10 +100,8 @@ def probe_features(
 
 # ---------------------------------------------------------------------- the program
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="python -m evaluation.probe",
-        description="Train a linear probe on a tokenizer's tokens and latents, and print its top-1.",
-    )
+    description = "Train a linear probe on a tokenizer's tokens and latents, and print its top-1."
+    parser = Parser(prog="python -m evaluation.probe", description=description)
     add = parser.add_argument
     add("--tokenizer", type=path, default="weights/AliTok.pth", help="weights or a run folder")
     add("--config", type=path, help="YAML whose model.vq_model describes another tokenizer")
@@ -117,8 +112,7 @@ def main(argv: list[str]) -> None:
     add("--num_workers", type=number(0, 1024), default=worker_count(), help="reading processes")
     add("--device", choices=["cpu", "cuda"], help="by default CUDA if there is a GPU")
     args = parser.parse_args(argv)
-    start_processes(args.device)
-    device = find_device(args.device)
+    device = start_processes(args.device).device
     tokenizer = tokenizer_of(args.tokenizer, args.config).to(device)
     layer = args.layer or tokenizer.config.encoder_layers
     train, val = (scan_images(Path(args.data_path) / split) for split in ("train", "val"))
@@ -127,10 +121,8 @@ def main(argv: list[str]) -> None:
             f"{printable(train.root)} holds {train.describe()}: a probe needs at least two classes "
             f"and {HELD_OUT} images"
         )
-    labels = train.labels
     val_labels = map_labels(val.labels, val.classes, train.classes, val.root)
-
-    y, val_y = (torch.from_numpy(x).long().to(device) for x in (labels, val_labels))
+    y, val_y = (torch.from_numpy(x).long().to(device) for x in (train.labels, val_labels))
     x, val_x = (
         features_of(tokenizer, listing.paths, layer, args.batch_size, args.num_workers)
         for listing in (train, val)
@@ -146,12 +138,12 @@ def main(argv: list[str]) -> None:
         for name, one in probes.items()
     ]  # fmt: skip
     images = f"{len(y)} training and {len(val_y)} validation images"
-    print(f"{args.tokenizer}: {images} of {classes} classes")
-    print(table_of(rows, ["features", "width", "L2 penalty", "held-out top-1", "val top-1"]))
-    print(json.dumps({
+    result = {
         "probes": probes, "layer": layer, "images": [len(y), len(val_y)], "classes": classes,
         "tokenizer": weights_hash(tokenizer),
-    }))  # fmt: skip
+    }  # fmt: skip
+    headers = ["features", "width", "L2 penalty", "held-out top-1", "val top-1"]
+    show(result, f"{args.tokenizer}: {images} of {classes} classes", table_of(rows, headers))
 
 
 if __name__ == "__main__":

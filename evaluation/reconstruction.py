@@ -1,4 +1,4 @@
-"""Images through a tokenizer and back: one loop, and the figures computed from its batches.
+"""Images through a tokenizer and back: one loop, the figures computed from its batches, a tokenizer's score.
 
 `reconstruct` encodes and decodes every batch once and passes it to all consumers: means of PSNR, SSIM and LPIPS,
 use of the codes, features for rFID, pictures.
@@ -6,24 +6,35 @@ use of the codes, features for rFID, pictures.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Optional, Protocol
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor
 
-from data.images import CenterImages, ImagePath
+from data.classes import printable
+from data.images import CenterImages, ImagePath, scan_images
 from data.loader import batch_loader
-from evaluation.metrics import summed
-from evaluation.statistics import Collector
+from data.pictures import picture_grid, to_pixels, write_png
+from evaluation.evaluator import describe_result
+from evaluation.features import FeatureNetwork
+from evaluation.lpips import LPIPS
+from evaluation.metrics import FID, summed
+from evaluation.statistics import Collector, SetStatistics
 from modeling.modes import eval_mode
 from modeling.pixels import to_float, to_uint8
 from modeling.tokenizer import Tokenizer, TokenizerConfig
+from modeling.weights.metadata import UNSEEN
+from modeling.weights.tensors import tensors_hash
 from runtime.errors import InputError
 from runtime.parts import batches_of
-from runtime.processes import matmul_precision
+from runtime.processes import matmul_precision, progress
 
 SSIM_WINDOW = 11  # pixels, height and width
+PREVIEW_IMAGES = 8
+MAGNIFICATION = 4  # of the differences in the picture
 
 
 @dataclass
@@ -79,31 +90,31 @@ def figures_of(consumers: Iterable[Consumer]) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------- use of the codes
-def codebook_use(counts: Tensor) -> tuple[float, float]:
-    """Share of codes that occur, and perplexity exp(entropy), of counts (codebook_size,)."""
-    share = counts.double() / counts.sum().clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-300).log()).sum()
-    return (counts > 0).double().mean().item(), entropy.exp().item()
-
-
 def count_codes(counts: Tensor, codes: Tensor) -> None:
     """Count the codes (B, T) of B images in `counts` (T, codebook_size), in place."""
     counts.scatter_add_(1, codes.T, torch.ones_like(codes.T, dtype=counts.dtype))
 
 
-def code_agreement(counts: Tensor) -> float:
-    """The share of pairs of images with the same code at a position, averaged over positions.
+def code_figures(counts: Tensor) -> dict[str, float]:
+    """Figures of the counts (T, codebook_size) of all ranks (`count_codes`).
 
-    `counts` (T, codebook_size) are those of all ranks (`count_codes`), of two images or more. 1: all images
-    have the same codes; with independent codes it is the sum of their squared shares.
+    codebook_use: the share of codes that occur. perplexity: exp(entropy) of their shares. code_agreement, for two
+    images or more: the share of pairs of images with the same code at a position, averaged over positions. It is
+    1 if all images have the same codes; with independent codes it is the sum of their squared shares.
     """
-    images = counts[0].sum()
-    same = (counts * (counts - 1)).sum(1) / (images * (images - 1))
-    return same.mean().item()
+    of_codes, images = counts.sum(0).double(), counts[0].sum()
+    entropy = torch.special.entr(of_codes / of_codes.sum()).sum()
+    figures = {
+        "codebook_use": (of_codes > 0).double().mean().item(), "perplexity": entropy.exp().item()
+    }  # fmt: skip
+    if images > 1:
+        same = (counts * (counts - 1)).sum(1) / (images * (images - 1))
+        figures["code_agreement"] = same.mean().item()
+    return figures
 
 
 class CodeUse(Consumer):
-    """`codebook_use`, `perplexity` and, for two images or more, `code_agreement`."""
+    """`code_figures` of all images."""
 
     def __init__(self, config: TokenizerConfig, device: torch.device):
         shape = config.num_tokens, config.codebook_size
@@ -113,12 +124,7 @@ class CodeUse(Consumer):
         count_codes(self.counts, batch.codes)
 
     def metrics(self) -> dict[str, float]:
-        counts = summed(self.counts)
-        use, perplexity = codebook_use(counts.sum(0))
-        metrics = {"codebook_use": use, "perplexity": perplexity}
-        if counts[0].sum() > 1:
-            metrics["code_agreement"] = code_agreement(counts)
-        return metrics
+        return code_figures(summed(self.counts))
 
 
 # ---------------------------------------------------------------------- figures of single images
@@ -201,3 +207,71 @@ class Preview(Consumer):
     def pairs(self) -> Tensor:
         """Before | after, image by image: (2N, 3, S, S)."""
         return torch.stack([self.before, self.after], 1).flatten(0, 1)
+
+
+# ---------------------------------------------------------------------- a tokenizer's score
+FIGURES = {"PSNR": psnr, "SSIM": ssim}  # of single images, by their names in a result
+
+
+def weights_hash(tokenizer: Tokenizer) -> str:
+    """Hash of the weights that reconstructions depend on."""
+    state, spare = tokenizer.state_dict(), tokenizer.training_only
+    return tensors_hash({name: state[name] for name in state if name not in spare})
+
+
+def score_tokenizer(
+    tokenizer: Tokenizer,
+    folder: Path,
+    network: Optional[FeatureNetwork],
+    lpips: Optional[LPIPS],
+    batch: int,
+    workers: int,
+    index_folder: Path,
+) -> tuple[dict[str, Any], SetStatistics, Preview]:
+    """Reconstruct all images of a folder or tar (ADM's centre crop) once, in float32, and measure them.
+
+    `network` is needed for rFID, `lpips` for LPIPS. Returns the result, empty except on the main process,
+    the statistics of the originals and the first images for `draw_preview`. `index_folder` keeps the
+    index of a tar.
+    """
+    size, device = tokenizer.config.image_size, tokenizer.latent_tokens.device
+    processes = PartialState()
+    listing = scan_images(folder, index_folder=index_folder)
+    processes.print(f"{printable(folder)}: {listing.describe()}")
+    count, left_out = len(listing.paths), []
+    if network is not None and count < 2:
+        network = None
+        left_out = ["rFID is left out, with its statistics: a covariance needs 2 images or more"]
+    before, after = (
+        Collector(name, count, (size, size), network)
+        for name in (str(folder), "its reconstructions")
+    )
+    figures = FIGURES if lpips is None else {**FIGURES, "LPIPS": lpips.distance}
+    means = [ImageMean(name, figure, device) for name, figure in figures.items()]
+    scores, preview = [*means, CodeUse(tokenizer.config, device)], Preview(PREVIEW_IMAGES)
+    consumers = [*scores, Features(before, originals=True), Features(after), preview]
+    rank, world = processes.process_index, processes.num_processes
+    batches = image_batches(listing.paths, size, batch, workers, rank, world)
+    shown = progress(-(-count // batch // world), "batch", "reconstruct", batches)
+    reconstruct(tokenizer, shown, consumers)
+    metrics: dict[str, Optional[float]] = {**figures_of(scores)}
+    originals, reconstructions = before.finish(), after.finish()
+    if not processes.is_main_process:
+        return {}, originals, preview
+    if network is not None:
+        ours, theirs = (side.parts[FID.part] for side in (reconstructions, originals))
+        (rfid,) = FID.figures(ours, theirs, device, False)
+        metrics = {"rFID": rfid, **metrics}
+    result = describe_result(metrics, network, reconstructions, originals, count, batch)
+    result["warnings"] = left_out + result["warnings"]
+    # What no tensor's shape shows.
+    unseen = {name: getattr(tokenizer.config, name) for name in UNSEEN}
+    result["weights"] = {"tokenizer": weights_hash(tokenizer), **unseen}
+    return result, originals, preview
+
+
+def draw_preview(preview: Preview, path: Path) -> None:
+    """A PNG with a row before | after | difference (magnified) per image."""
+    difference = (preview.before - preview.after).abs() * MAGNIFICATION
+    rows = torch.stack([preview.before, preview.after, difference], 1).flatten(0, 1)
+    write_png(picture_grid(to_pixels(rows), 3), path)

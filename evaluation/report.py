@@ -24,9 +24,13 @@ def show(result: dict[str, Any], *paragraphs: str) -> None:
     """Print the warnings, the paragraphs and, as the last line, JSON; nothing for an empty result."""
     if not result:
         return
-    spaces = (result, *result.get("other_features", []))
-    warnings = [f"warning: {warning}" for one in spaces for warning in one["warnings"]]
+    warnings = [f"warning: {text}" for one in spaces_of(result) for text in one.get("warnings", [])]
     tqdm.write("\n".join([*warnings, *paragraphs, json.dumps(result, ensure_ascii=False)]))
+
+
+def spaces_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The result, and those in its other feature spaces."""
+    return [result, *result.get("other_features", [])]
 
 
 def print_result(result: dict[str, Any], *others: dict[str, Any]) -> None:
@@ -61,65 +65,54 @@ def describe_set(summary: dict[str, Any]) -> str:
 
 
 # ---------------------------------------------------------------------- several results
-def read_result(path: Path) -> dict[str, Any]:
-    """The result in a file's whole content or last line."""
+def read_result(
+    path: Path, remedy: str = "save the last line of evaluate.py there"
+) -> dict[str, Any]:
+    """The result in a file's whole content or last line. Raises InputError, with the remedy, if there is none."""
     try:
         text = path.read_text().strip()
         try:
             result = json.loads(text)
         except ValueError:
             result = json.loads(text.splitlines()[-1])
-        if "generator" in result:
-            raise InputError(f"{path} is a generator's loss: pass scores of images")
-        for one in (result, *result.get("other_features", [])):
+        for one in spaces_of(result):
             figures = one["metrics"].values()
             if not all(isinstance(figure, (int, float, type(None))) for figure in figures):
                 raise TypeError("figures that are not numbers")
-            if not (isinstance(one["protocol"], dict) and isinstance(one["samples"], dict)):
-                raise TypeError("no protocol or samples")
-    except FileNotFoundError as e:
-        raise InputError(f"no file {path}: save the output of evaluate.py there") from e
+            if not isinstance(one["protocol"], dict):
+                raise TypeError("no protocol")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise InputError(f"{path} is not a result of evaluate.py: save its last line again") from e
+        raise InputError(f"{path} does not hold scores of images ({e!r}): {remedy}") from e
     return result
 
 
-Columns = dict[str, dict[Path, tuple[Any, dict[str, Any]]]]
+def results_table(results: dict[Path, dict[str, Any]]) -> str:
+    """The protocols, then a row per file and a column per metric; a dash for a missing metric.
 
-
-def columns_of(results: dict[Path, dict[str, Any]]) -> Columns:
-    """By metric and file, its value and its protocol."""
-    columns: Columns = {}
+    Raises InputError for a column of figures with different protocols, naming the differences.
+    """
+    columns: dict[str, dict[Path, str]] = {}  # by metric and file
+    protocols: dict[
+        str, tuple[Path, dict[str, Any]]
+    ] = {}  # by metric: those of the first file with it
     for path, result in results.items():
-        for one in (result, *result.get("other_features", [])):
+        for one in spaces_of(result):
             for name, value in one["metrics"].items():
-                columns.setdefault(name, {})[path] = (value, one["protocol"])
-    return columns
-
-
-def check_protocols(columns: Columns) -> None:
-    """Refuse a column of figures with different protocols, naming the differences."""
-    for cells in columns.values():
-        (first, (_, ours)), *others = cells.items()
-        for path, (_, theirs) in others:
-            differences = differing(ours, theirs, places=(f"in {first}", f"in {path}"))
-            if differences:
-                raise InputError(
-                    f"the results are not comparable, their protocols differ: {differences}; evaluate "
-                    f"them the same way, or report them separately"
-                )
-
-
-def results_table(files: list[Path], columns: Columns) -> str:
-    """The protocols, then a row per file and a column per metric; a dash for a missing metric."""
-    rows = []
-    for path in files:
-        values = (cells.get(path, (None,))[0] for cells in columns.values())
-        rows.append([str(path), *("-" if v is None else f"{v:.4f}" for v in values)])
-    firsts = [next(iter(cells.values()))[1] for cells in columns.values()]
-    terms = [", ".join(f"{key} {value}" for key, value in first.items()) for first in firsts]
-    protocols = [f"protocol: {each}" for each in dict.fromkeys(terms)]
-    return "\n".join([*protocols, table_of(rows, ["", *columns])])
+                columns.setdefault(name, {})[path] = "-" if value is None else f"{value:.4f}"
+                first, protocol = protocols.setdefault(name, (path, one["protocol"]))
+                places = f"in {first}", f"in {path}"
+                differences = differing(protocol, one["protocol"], places)
+                if differences:
+                    raise InputError(
+                        f"the results are not comparable, their protocols differ: {differences}; evaluate "
+                        f"them the same way, or report them separately"
+                    )
+    rows = [[str(path), *(cells.get(path, "-") for cells in columns.values())] for path in results]
+    terms = [
+        ", ".join(f"{k} {v}" for k, v in protocol.items()) for _, protocol in protocols.values()
+    ]
+    shown = [f"protocol: {each}" for each in dict.fromkeys(terms)]
+    return "\n".join([*shown, table_of(rows, ["", *columns])])
 
 
 def main(argv: list[str]) -> None:
@@ -127,10 +120,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m evaluation.report", description=description)
     parser.add_argument("files", nargs="+", type=as_path, help="results of one protocol, as JSON")
     args = parser.parse_args(argv)
-    results = {path: read_result(path) for path in args.files}
-    columns = columns_of(results)
-    check_protocols(columns)
-    print(results_table(args.files, columns))
+    print(results_table({path: read_result(path) for path in args.files}))
 
 
 if __name__ == "__main__":

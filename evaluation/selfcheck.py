@@ -4,37 +4,30 @@ Moments summed up on this machine's devices and processes need no files. With AD
 batch, figures are compared with those that the authors published.
 """
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from evaluation.evaluator import Evaluator
 from evaluation.metrics import Moments
-from evaluation.report import table_of
+from evaluation.report import show, table_of
 from evaluation.sources import open_images
 from runtime.processes import on_main
 from runtime.published import WEIGHTS, MissingFile
 
 
-@dataclass
-class Check:
-    """A figure, its expected value and tolerance."""
-
-    name: str
-    found: float
-    expected: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        return abs(self.found - self.expected) <= self.tolerance  # False for NaN
+def check(name: str, found: float, expected: float, tolerance: float) -> dict[str, Any]:
+    """A figure beside its expected value, for the table and the JSON. NaN does not pass."""
+    passed = abs(found - expected) <= tolerance
+    return {
+        "name": name, "found": found, "expected": expected, "tolerance": tolerance, "passed": passed
+    }  # fmt: skip
 
 
-def moment_check() -> Check:
+def moment_check() -> dict[str, Any]:
     """Streamed moments on this device over all processes, which call this together."""
     # Points at ±√(D - ½) along each of D axes, far from the origin: the covariance is the identity.
     width = 8
@@ -43,12 +36,11 @@ def moment_check() -> Check:
     processes = PartialState()
     device = processes.device or "cpu"
     moments = Moments(width, device)
-    parts = list(points.split(3))
-    for part in parts[processes.process_index :: processes.num_processes]:
+    for part in points.split(3)[processes.process_index :: processes.num_processes]:
         moments.add(part.to(device))
     mean, covariance = (moment.cpu() for moment in moments.reduced())
     error = (mean - 1000).abs().max() + (covariance - torch.eye(width).double()).abs().max()
-    return Check("streamed mean and covariance, largest error", error.item(), 0.0, 1e-9)
+    return check("streamed mean and covariance, largest error", error.item(), 0.0, 1e-9)
 
 
 # ---------------------------------------------------------------------- ADM's published batches
@@ -66,24 +58,23 @@ ADM_BATCHES = {
 ADM_TOLERANCES = {"gFID": 0.03, "sFID": 0.05, "IS": 0.5, "precision": 0.01, "recall": 0.01}
 
 
-def published_checks(batch: int, workers: int) -> Iterator[Check]:
+def published_checks(batch: int, workers: int) -> Iterator[dict[str, Any]]:
     """The figures of ADM's sample batches in `WEIGHTS`, if their reference is there too.
 
     All processes call this; only the main process yields checks.
     """
-    files = (ADM_REFERENCE, *ADM_BATCHES)
-    there = on_main(lambda: [name for name in files if (WEIGHTS / name).is_file()])
-    batches = [name for name in ADM_BATCHES if name in there]
-    if not batches or ADM_REFERENCE not in there:
+    reference = WEIGHTS / ADM_REFERENCE
+    batches = on_main(lambda: [name for name in ADM_BATCHES if (WEIGHTS / name).is_file()])
+    if not batches or not on_main(reference.is_file):
         return
-    evaluator = Evaluator(WEIGHTS / ADM_REFERENCE, batch, workers, half_manifold=True)
+    evaluator = Evaluator(reference, batch, workers, half_manifold=True)
     for name in batches:
         images = open_images(WEIGHTS / name)
         metrics = evaluator.evaluate(images, images.shape[0]).get("metrics", {})
         for metric, expected in ADM_BATCHES[name].items():
             if metric in metrics:
                 found = metrics[metric]
-                yield Check(f"{name}: {metric}", found, expected, ADM_TOLERANCES[metric])
+                yield check(f"{name}: {metric}", found, expected, ADM_TOLERANCES[metric])
 
 
 def selfcheck(batch: int, workers: int) -> bool:
@@ -96,16 +87,14 @@ def selfcheck(batch: int, workers: int) -> bool:
     except MissingFile as e:
         published, missing = [], str(e)
     checks += published
-    passed = all(check.passed for check in checks)
+    passed = all(one["passed"] for one in checks)
     if PartialState().is_main_process:
         rows = [
-            [check.name, f"{check.found:.6g}", f"expected {check.expected:.6g} ± {check.tolerance:g}",
-             "passed" if check.passed else "FAILED"]
-            for check in checks
+            [one["name"], f"{one['found']:.6g}", f"expected {one['expected']:.6g} ± {one['tolerance']:g}",
+             "passed" if one["passed"] else "FAILED"]
+            for one in checks
         ]  # fmt: skip
-        print(table_of(rows, align="left"))
-        if not published:
-            print(f"not compared with ADM's figures: {missing}")
-        result = [{**vars(check), "passed": check.passed} for check in checks]
-        print(json.dumps({"passed": passed, "checks": result}, ensure_ascii=False))
+        warnings = [] if published else [f"not compared with ADM's figures: {missing}"]
+        result = {"passed": passed, "checks": checks, "warnings": warnings}
+        show(result, table_of(rows, align="left"))
     return passed

@@ -1,7 +1,7 @@
-"""Statistics of one set of images, summed up by all processes of a job.
+"""Statistics of one set of images: summed up by all processes of a job, or read from a file.
 
 The processes share fixed batches of consecutive images, so their number changes only the order of float64
-sums.
+sums. A file is another project's, or one of `save_statistics`.
 """
 
 import hashlib
@@ -18,13 +18,18 @@ from accelerate import PartialState
 from torch import Tensor
 
 from data.identity import short_hash
+from data.tars import is_tar
 from evaluation.features import FeatureNetwork
-from evaluation.metrics import in_order, summed
-from evaluation.set_metrics import METRICS, Part, Sums
-from evaluation.sources import Images
+from evaluation.metrics import METRICS, Part, Sums, in_order, summed
+from evaluation.sources import Images, npz_keys, open_images
 from runtime.errors import InputError
+from runtime.files import read_npz, whole_file
 from runtime.parts import batches_of
 from runtime.processes import progress
+
+MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names; other projects have the first two
+# The parts of `SetStatistics` by their names in files.
+STORED = {"pool": MOMENTS[:2], "spatial": MOMENTS[2:], "manifold": ("pool_3",)}
 
 
 @dataclass
@@ -41,10 +46,9 @@ class SetStatistics:
 
     def summary(self) -> dict[str, Any]:
         """The set's identity, for the JSON result."""
-        size = None if self.size is None else list(self.size)
         manifold = len(self.parts["manifold"][0]) if "manifold" in self.parts else None
         return {
-            "path": self.name, "images": self.images, "size": size, "hash": self.hash,
+            "path": self.name, "images": self.images, "size": self.size, "hash": self.hash,
             "duplicates": self.duplicates, "manifold_images": manifold,
         }  # fmt: skip
 
@@ -143,3 +147,111 @@ def read_ahead(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+# ---------------------------------------------------------------------- references
+def open_reference(
+    path: str | Path,
+    network: FeatureNetwork,
+    batch: int,
+    workers: int,
+    size: Optional[tuple[int, int]] = None,
+    crop: Optional[int] = None,
+) -> SetStatistics:
+    """Statistics of images, of another project's .npz, or of a file of `save_statistics`.
+
+    Stored moments take precedence: in ADM's files they describe a larger set than the images beside
+    them. Raises InputError if the reference is not of `size` (height, width), the samples' size. `crop`:
+    see `open_images`.
+    """
+    path = Path(path)
+    keys = [] if path.is_dir() or is_tar(path) else npz_keys(path)
+    if crop is not None and keys:
+        raise InputError(f"{path} is not a folder: --crop takes the images of a folder or tar")
+    # Without a name the moments are Inception's; another network can use only the images.
+    unfit = "arr_0" in keys and "features" not in keys and network.name != "inception"
+    stored = load_statistics(path, network) if "mu" in keys and not unfit else None
+    if stored is not None and "arr_0" not in keys:
+        check_sizes(path, stored.size, size)
+        return stored
+    images = open_images(path, crop)
+    check_sizes(path, images.shape[1:3], size)
+    side = measure(images, network, batch, workers)
+    if stored is None:
+        return side
+    stored.parts["manifold"], stored.size = side.parts["manifold"], side.size
+    stored.hash, stored.duplicates = f"{stored.hash} + {side.hash}", side.duplicates
+    return stored
+
+
+def check_sizes(
+    path: Path, size: Optional[tuple[int, int]], samples: Optional[tuple[int, int]]
+) -> None:
+    """Refuse a reference whose size (height, width) differs from that of the samples, if both are known."""
+    if size is not None and samples is not None and size != samples:
+        raise InputError(
+            f"the samples have {samples[1]}x{samples[0]} pixels, {path} has {size[1]}x{size[0]}: "
+            f"compare images of one size (evaluate.py --reference DIR --crop SIZE --save_stats FILE.npz "
+            f"makes a reference of centre crops)"
+        )
+
+
+def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
+    """The statistics in an .npz of `save_statistics`, ADM or pytorch-fid (mu and sigma alone)."""
+    known = (*MOMENTS, "features", "images", "size", "hash", "pool_3")
+    names = [name for name in npz_keys(path) if name in known]
+    values = dict(zip(names, read_npz(path, "make or copy it again", *names)))
+    keys = MOMENTS if {"mu_s", "sigma_s"} & values.keys() else MOMENTS[:2]
+    missing = [key for key in keys if key not in values]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}: use a file with {', '.join(keys)}")
+    # Other projects' files do not name features; by convention they are Inception's.
+    convention = network.identity if network.name == "inception" else "inception"
+    features = str(values.get("features", convention))
+    if features != network.identity:
+        raise InputError(
+            f"{path} holds statistics of other features ({features}, here {network.identity}): "
+            f"make them again with --save_stats"
+        )
+    pool, spatial, _ = network.widths
+    shapes = {
+        "mu": (pool,), "sigma": (pool, pool), "mu_s": (spatial,), "sigma_s": (spatial, spatial),
+        "images": (), "size": (2,),
+    }  # fmt: skip
+    if "pool_3" in values:
+        shapes["pool_3"] = (*values["pool_3"].shape[:1], pool)
+    for key in sorted(shapes.keys() & values.keys()):
+        value, shape, kinds = values[key], shapes[key], "iu" if key in ("images", "size") else "f"
+        if value.shape != shape or value.dtype.kind not in kinds or not np.isfinite(value).all():
+            raise InputError(
+                f"{path}: {key} holds {value.dtype} {value.shape}, not finite numbers {shape}, so these are statistics "
+                f"of other features, or damaged: make them again with --save_stats"
+            )
+    digest = short_hash(b"".join(values[key].tobytes() for key in keys))
+    size = values.get("size")
+    return SetStatistics(
+        str(path),
+        int(values["images"]) if "images" in values else None,
+        None if size is None else (int(size[0]), int(size[1])),
+        str(values.get("hash", digest)),
+        parts={
+            part: tuple(map(torch.from_numpy, (values[key] for key in names)))
+            for part, names in STORED.items()
+            if names[0] in values
+        },
+    )
+
+
+def save_statistics(side: SetStatistics, path: str | Path, identity: str) -> None:
+    """Write statistics of the features `identity` as a later reference, whole or not at all."""
+    arrays: dict[str, Any] = {
+        key: value.cpu().numpy()
+        for part, names in STORED.items()
+        for key, value in zip(names, side.parts.get(part, ()))
+    }
+    arrays |= {"features": np.array(identity), "hash": np.array(side.hash)}
+    for key, value in (("images", side.images), ("size", side.size)):
+        if value is not None:
+            arrays[key] = np.asarray(value)
+    with whole_file(path, shared=True) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)

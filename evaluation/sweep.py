@@ -14,18 +14,14 @@ import argparse
 import json
 import shutil
 from dataclasses import replace
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 import configs.load
 from configs.schema import GeneratorRun
-from data.pictures import captioned, picture_grid, write_png
 from evaluation.evaluator import Evaluator
 from evaluation.metrics import NEIGHBOURS
-from evaluation.report import table_of
+from evaluation.report import read_result, table_of
 from evaluation.sources import open_images
 from generation.folder import SampleFolder
 from generation.job import open_job
@@ -36,8 +32,6 @@ from runtime.parts import check_settings
 from runtime.processes import on_main, start_processes
 from runtime.program import run
 
-CELL = (60, 160)  # height and width, in pixels, of the colour of a cell in the heat map
-BEST, WORST = (38, 130, 142), (253, 231, 200)
 REMEDY = "remove it, or use another --output"
 # Options that the sweep sets for each cell.
 PER_CELL = (
@@ -117,53 +111,24 @@ def main(argv: list[str]) -> None:
             folder.images_file.unlink(missing_ok=True)
             shutil.rmtree(folder.output, ignore_errors=True)
     if processes.is_main_process:
-        report(output, args.scales, args.powers)
+        remedy = "remove it and run the same command again"
+        found = {cell: read_result(cell_file(output, *cell), remedy)["metrics"] for cell in cells}
+        print(table(found))
 
 
 def cell_file(output: Path, scale: float, power: float) -> Path:
     return output / f"scale{scale:g}_power{power:g}.json"
 
 
-def report(output: Path, scales: list[float], powers: list[float]) -> None:
-    """Print the table of all cells and write the heat map."""
-    grid = [[read_metrics(cell_file(output, s, p)) for p in powers] for s in scales]
-    print(table(grid, scales, powers))
-    write_png(heat_map(grid, scales, powers), output / "sweep.png")
-    print(f"heat map of gFID: {output / 'sweep.png'}")
-
-
-def read_metrics(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())["metrics"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{path} is damaged: remove it and run the same command again") from e
-
-
-def table(grid: list[list[dict[str, Any]]], scales: list[float], powers: list[float]) -> str:
-    """gFID / IS, one row per scale; the lowest gFID is marked."""
-    best = min(cell["gFID"] for row in grid for cell in row)
-    rows = [
-        [f"{scale:g}"]
-        + [f"{c['gFID']:.2f} / {c['IS']:.1f}{'*' * (c['gFID'] == best)}" for c in row]
-        for scale, row in zip(scales, grid)
-    ]
-    headers = ["scale \\ power", *(f"{power:g}" for power in powers)]
-    return f"gFID / IS, * the lowest gFID\n{table_of(rows, headers)}"
-
-
-def heat_map(
-    grid: list[list[dict[str, Any]]], scales: list[float], powers: list[float]
-) -> np.ndarray:
-    """A row per scale, with captions. A cell's colour shows its gFID; the darkest is the lowest."""
-    low = min(cell["gFID"] for row in grid for cell in row)
-    span = max(cell["gFID"] for row in grid for cell in row) - low or 1.0
-    cells = []
-    for (scale, power), cell in zip(product(scales, powers), chain(*grid)):
-        share = (cell["gFID"] - low) / span
-        colour = [round(b + share * (w - b)) for b, w in zip(BEST, WORST)]
-        lines = f"scale {scale:g}, power {power:g}", f"gFID {cell['gFID']:.2f}, IS {cell['IS']:.1f}"
-        cells.append(captioned(np.full((*CELL, 3), colour, np.uint8), *lines))
-    return picture_grid(np.stack(cells), len(powers))
+def table(cells: dict[tuple[float, float], dict[str, float]]) -> str:
+    """gFID / IS of all scales and powers, one row per scale; the lowest gFID is marked."""
+    best = min(cell["gFID"] for cell in cells.values())
+    rows = {scale: [f"{scale:g}"] for scale, _ in cells}
+    for (scale, _), cell in cells.items():
+        mark = "*" if cell["gFID"] == best else ""
+        rows[scale].append(f"{cell['gFID']:.2f} / {cell['IS']:.1f}{mark}")
+    headers = ["scale \\ power", *dict.fromkeys(f"{power:g}" for _, power in cells)]
+    return f"gFID / IS, * the lowest gFID\n{table_of([*rows.values()], headers)}"
 
 
 if __name__ == "__main__":

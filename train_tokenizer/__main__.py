@@ -47,8 +47,7 @@ from evaluation.evaluator import Evaluator
 from evaluation.lpips import LPIPS
 from evaluation.reconstruction import (
     Preview,
-    code_agreement,
-    codebook_use,
+    code_figures,
     count_codes,
     figures_of,
     image_batches,
@@ -264,32 +263,29 @@ class CodebookUse:
 
     def report(self, run: Run) -> dict[str, float]:
         """Share of codes used, perplexity and agreement since the last report; empty without codes."""
-        at_positions = self.state_dict()["positions"]
-        counts = at_positions.sum(0)
+        counts = self.state_dict()["positions"]  # (T, codebook_size)
         self.counts.zero_()
         if not counts.any():  # all steps were the discriminator's
             return {}
-        use, perplexity = codebook_use(counts)
-        enough = counts.sum() >= MIN_TOKENS_PER_CODE * len(counts)
+        found, codebook = code_figures(counts), counts.shape[1]
+        use, agreement = found["codebook_use"], found.get("code_agreement", 0.0)
+        enough = counts.sum() >= MIN_TOKENS_PER_CODE * codebook
         if use < MIN_CODEBOOK_USE and enough and not self.warned:
             self.warned = True
             run.log.say(
-                f"warning: the codebook has collapsed: {use:.2%} of {len(counts)} codes are used, "
-                f"perplexity {perplexity:.1f}; lower the learning rate, or train stage 1 with "
+                f"warning: the codebook has collapsed: {use:.2%} of {codebook} codes are used, "
+                f"perplexity {found['perplexity']:.1f}; lower the learning rate, or train stage 1 with "
                 f"clustering"
             )
-        values = {"codes used": use, "perplexity": perplexity}
-        images = at_positions[0].sum()
-        if images < 2:
-            return values
-        agreement = code_agreement(at_positions)
-        if agreement > MAX_AGREEMENT and images >= MIN_IMAGES and not self.warned_of_agreement:
+        enough = counts[0].sum() >= MIN_IMAGES
+        if agreement > MAX_AGREEMENT and enough and not self.warned_of_agreement:
             self.warned_of_agreement = True
             run.log.say(
                 f"warning: the codes hardly depend on the image: two images have the same code at "
                 f"{agreement:.1%} of positions; lower the learning rate, and look at the previews"
             )
-        return {**values, "code agreement": agreement}
+        names = {"codebook_use": "codes used", "code_agreement": "code agreement"}
+        return {names.get(name, name): value for name, value in found.items()}
 
 
 class TrainState:

@@ -13,17 +13,16 @@ from torch import nn
 import evaluate
 import evaluation.evaluator
 import evaluation.generator_scores
+import evaluation.reconstruction
 import evaluation.statistics
-import evaluation.tokenizer_score
 import modeling.generator
 import modeling.tokenizer
 import modeling.weights.metadata
 import sample_imagenet
 import train_ar
-from evaluation import set_metrics
+from evaluation import metrics
 from evaluation.likelihood import Share
-from evaluation.metrics import FeatureSample
-from evaluation.set_metrics import POOL, SetMetric
+from evaluation.metrics import POOL, FeatureSample, SetMetric
 from modeling.generator import next_code_loss
 from modeling.image_decoder import ImageDecoder
 from modeling.sampling import Sampling
@@ -215,9 +214,8 @@ KID = SetMetric(("KID",), "manifold", POOL, FeatureSample, kernel_distance)
 
 def test_a_metric_stands_in_table_json_and_saved_statistics(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(set_metrics, "METRICS", [*set_metrics.METRICS, KID])
-    monkeypatch.setattr(evaluation.statistics, "METRICS", set_metrics.METRICS)
-    monkeypatch.setattr(evaluation.evaluator, "METRICS", set_metrics.METRICS)
+    for module in (evaluation.statistics, evaluation.evaluator):
+        monkeypatch.setattr(module, "METRICS", [*metrics.METRICS, KID])
     monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
     rng = np.random.default_rng(0)
     for name, brightest in (("samples", 256), ("reference", 100)):
@@ -242,7 +240,7 @@ def largest_error(reconstructions, images):
 
 def test_a_metric_of_reconstructions_stands_in_table_and_json(monkeypatch, tmp_path, fill, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(evaluation.tokenizer_score.FIGURES, "largest error", largest_error)
+    monkeypatch.setitem(evaluation.reconstruction.FIGURES, "largest error", largest_error)
     tokenizer = fill(Tokenizer(tiny_tokenizer(patch_size=4, encoder_width=32, decoder_width=32)))
     about = about_model(TOKENIZER, tokenizer.config)
     write_state_dict(tokenizer.state_dict(), tmp_path / "tokenizer.pth", about)

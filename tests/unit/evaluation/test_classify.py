@@ -11,8 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import evaluate
 from data.tokens import open_tokens
-from evaluation.classify import class_nats
-from evaluation.likelihood import Share
+from evaluation.likelihood import Share, class_nats
 from modeling.generator import Generator, next_code_loss
 from modeling.weights.metadata import GENERATOR, about_model
 from modeling.weights.tensors import write_state_dict

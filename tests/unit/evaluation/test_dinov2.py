@@ -6,8 +6,15 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from evaluation import dinov2
-from evaluation.dinov2 import DINOV2_FILE, MEAN, STD, DINOv2, prepare, resample_positions
+from evaluation.features import (
+    ARCHITECTURE,
+    DINOV2_FILE,
+    MEAN,
+    STD,
+    DINOv2,
+    prepare,
+    resample_positions,
+)
 from evaluation.metrics import frechet_distance
 from tests.dinov2 import random_state, write_random_dinov2
 from tests.refusals import refusal
@@ -140,7 +147,7 @@ def test_positions_are_resampled_by_dinov2s_own_rule():
 @pytest.mark.parametrize("size", [(256, 256), (32, 48), (300, 224)])
 def test_resize_is_bicubic_with_antialias_in_float(size):
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
-    mean, std = (np.array(v)[:, None, None] for v in (dinov2.MEAN, dinov2.STD))
+    mean, std = (np.array(v)[:, None, None] for v in (MEAN, STD))
     expected = (resized_by_the_rule(images) / 255 - mean) / std
     np.testing.assert_allclose(
         prepare(images, torch.tensor([MEAN, STD]).view(2, 3, 1, 1)), expected, atol=2e-4
@@ -163,7 +170,7 @@ def test_the_distance_is_that_of_the_transcribed_pipeline(network, folder):
 
 def test_names_of_the_whole_network_are_those_of_the_authors_file():
     with torch.device("meta"):
-        network = timm.create_model(dinov2.ARCHITECTURE, img_size=224, num_classes=0)
+        network = timm.create_model(ARCHITECTURE, img_size=224, num_classes=0)
     names = {name.replace("blocks.1.", "blocks.23.") for name in random_state(2, 16)}
     own = {name for name in network.state_dict() if "blocks." not in name or ".0." in name or ".23." in name}  # fmt: skip
     assert own == names - {"mask_token"}

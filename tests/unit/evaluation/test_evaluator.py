@@ -237,7 +237,7 @@ def test_rows_come_in_order():
 
 # ---------------------------------------------------------------------- bad input
 def test_incomplete_set_is_refused_or_declared(score):
-    refusal(lambda: score(count=21), "samples.npz", "20 of 21", "--allow_partial")
+    refusal(lambda: score(count=21), "samples.npz", "20 images, 21", "--allow_partial")
     result, said = score("--allow_partial", count=21)
     assert result["partial"] and result["images_asked"] == 21
     assert "PARTIAL    20 of 21 images" in said
@@ -245,7 +245,7 @@ def test_incomplete_set_is_refused_or_declared(score):
 
 def test_incomplete_set_is_refused_before_the_reference_is_read(score):
     refusal(lambda: score(reference="none.npz"), "none.npz")
-    refusal(lambda: score(reference="none.npz", count=21), "incomplete")
+    refusal(lambda: score(reference="none.npz", count=21), "21 are expected")
 
 
 def test_more_images_than_asked_are_refused(score):
@@ -290,6 +290,7 @@ def test_statistics_of_other_features_are_refused(score, monkeypatch):
         (dict(pool_3=np.zeros((5, 64), np.float32)), ("bad.npz: pool_3", "--save_stats")),
         (dict(pool_3=np.zeros((5, 12), np.int64)), ("bad.npz: pool_3",)),
         (dict(pool_3=np.full((5, 12), np.nan, np.float32)), ("bad.npz: pool_3",)),
+        (dict(size=np.array([8])), ("bad.npz: size", "(2,)")),
     ],
 )
 def test_unfit_statistics_are_refused(score, changed, words):

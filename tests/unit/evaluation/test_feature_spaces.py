@@ -9,7 +9,7 @@ import torch
 
 import evaluate
 from evaluation import evaluator, statistics
-from evaluation.dinov2 import DINOV2_FILE, DINOv2
+from evaluation.features import DINOV2_FILE, DINOv2
 from evaluation.metrics import frechet_distance, precision_recall
 from tests.dinov2 import write_random_dinov2
 from tests.inception import TinyFeatures
@@ -101,7 +101,9 @@ def test_features_without_weights_leave_the_others_and_fail(score, nowhere, monk
     refusal(lambda: score("--features=dinov2"), "dinov2 features", DINOV2_FILE)
     (nowhere / "weights").mkdir()
     write_random_dinov2(nowhere / "weights" / DINOV2_FILE, layers=1, width=384)
-    refusal(lambda: score("--features=dinov2,inception"), "dinov2 features", "ViT-L/14")
+    # A file that is there and wrong is refused before anything is computed.
+    refusal(lambda: score("--features=inception,dinov2"), DINOV2_FILE, "ViT-L/14")
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("features", ["clip", "inception,inception", ""])

@@ -13,9 +13,8 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from evaluation.evaluator import compare
 from evaluation.features import INCEPTION_FILE, Inception
 from evaluation.metrics import frechet_distance_of_moments
-from evaluation.references import load_statistics, save_statistics
 from evaluation.sources import ArrayImages
-from evaluation.statistics import measure
+from evaluation.statistics import load_statistics, measure, save_statistics
 from tests.inception import write_random_inception
 from tests.payload import Payload
 from tests.refusals import refusal

@@ -81,11 +81,13 @@ def test_the_strip_comes_from_the_prefix_tokens_of_stage_1(tokenizer, look):
 
 
 def test_figures_are_those_of_the_pair(look):
-    figures = described(look)
     mse = (look.image - look.reconstruction).square().mean().item()
-    assert figures["PSNR"] == f"{-10 * np.log10(mse):.2f} dB"
-    assert figures["SSIM"] == f"{ssim(look.image[None], look.reconstruction[None]).item():.4f}"
-    assert figures["codes"] == f"{len(look.codes)} ({len(set(look.codes.tolist()))} different)"
+    similarity = ssim(look.image[None], look.reconstruction[None]).item()
+    different = len(set(look.codes.tolist()))
+    assert described(look) == (
+        f"PSNR {-10 * np.log10(mse):.2f} dB, SSIM {similarity:.4f}, "
+        f"codes {len(look.codes)} ({different} different)"
+    )
 
 
 # ---------------------------------------------------------------------- the picture

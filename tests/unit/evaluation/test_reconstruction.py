@@ -10,8 +10,7 @@ from evaluation.reconstruction import (
     CodeUse,
     ImageMean,
     Preview,
-    code_agreement,
-    codebook_use,
+    code_figures,
     count_codes,
     figures_of,
     image_batches,
@@ -83,17 +82,17 @@ def test_code_counts_are_those_of_all_images():
 
 @pytest.mark.parametrize("used", [1, 3, 8])
 def test_perplexity_of_evenly_used_codes_is_their_number(used):
-    counts = torch.zeros(8, dtype=torch.float64)
-    counts[:used] = 5
-    use, perplexity = codebook_use(counts)
-    assert use == used / 8 and perplexity == pytest.approx(used)
+    counts = torch.zeros(1, 8, dtype=torch.float64)
+    counts[0, :used] = 5
+    found = code_figures(counts)
+    assert found["codebook_use"] == used / 8 and found["perplexity"] == pytest.approx(used)
 
 
 def agreement(codes):
     counts = torch.zeros(codes.shape[1], 8)
     for part in codes.split(2):
         count_codes(counts, part)
-    return code_agreement(counts)
+    return code_figures(counts)["code_agreement"]
 
 
 def test_agreement_by_hand():
@@ -111,13 +110,9 @@ def test_identical_codes_agree_however_many_they_are():
 
 
 def test_perplexity_by_hand():
-    use, perplexity = codebook_use(torch.tensor([1, 3, 0, 0]))
+    found = code_figures(torch.tensor([[1.0, 3, 0, 0]]))
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    assert use == 0.5 and perplexity == pytest.approx(math.exp(entropy))
-
-
-def test_no_codes_at_all_are_no_use():
-    assert codebook_use(torch.zeros(4))[0] == 0
+    assert found["codebook_use"] == 0.5 and found["perplexity"] == pytest.approx(math.exp(entropy))
 
 
 @pytest.fixture

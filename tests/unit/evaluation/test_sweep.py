@@ -4,11 +4,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import evaluation.evaluator
 import generation.job
-from data.pictures import LINE
 from evaluation import sweep
 from modeling.generator import GeneratorConfig
 from modeling.tokenizer import TokenizerConfig
@@ -86,16 +84,6 @@ def test_a_config_that_was_edited_is_another_sweep(jobs, tmp_path):
     refusal(lambda: sweep.main([*ARGUMENTS, *GRID]), "top_k", "--output")
 
 
-def test_heat_map_is_darkest_at_the_lowest_distance(jobs, tmp_path):
-    sweep.main([*ARGUMENTS, *GRID])
-    picture = np.asarray(Image.open(tmp_path / "out/sweep.png"))
-    height, width = sweep.CELL[0] + 2 * LINE, sweep.CELL[1]
-    assert picture.shape == (2 * height, 2 * width, 3)
-    corners = [[tuple(picture[i * height, j * width].tolist()) for j in (0, 1)] for i in (0, 1)]
-    assert corners[1][0] == sweep.BEST and corners[0][1] == sweep.WORST
-    assert corners[0][0] not in (sweep.BEST, sweep.WORST)
-
-
 def test_finished_cells_are_not_sampled_again(jobs, capsys):
     sweep.main([*ARGUMENTS, "--scales=2", "--powers=1"])
     sweep.main([*ARGUMENTS, *GRID])
@@ -141,3 +129,11 @@ def test_codes_in_the_config_are_refused_too(jobs, tmp_path, given):
     text = (tmp_path / "c.yaml").read_text().replace("{name", f"{{{given}, name")
     (tmp_path / "c.yaml").write_text(text)
     refusal(lambda: sweep.main([*ARGUMENTS, *GRID]), f"experiment.{given[:4]}")
+
+
+def test_a_damaged_cell_is_named_with_its_remedy(jobs, tmp_path):
+    sweep.main([*ARGUMENTS, *GRID])
+    cell = tmp_path / "out/scale2_power1.json"
+    for damage in (cell.read_text()[:100], "{}"):
+        cell.write_text(damage)
+        refusal(lambda: sweep.main([*ARGUMENTS, *GRID]), "out/scale2_power1.json", "remove it")

@@ -14,8 +14,7 @@ from data.images import center_crop, load_image
 from evaluation.features import Inception
 from evaluation.lpips import LPIPS
 from evaluation.metrics import frechet_distance
-from evaluation.reconstruction import ssim
-from evaluation.tokenizer_score import MAGNIFICATION, weights_hash
+from evaluation.reconstruction import MAGNIFICATION, ssim, weights_hash
 from modeling.tokenizer import Tokenizer
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError

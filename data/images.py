@@ -44,10 +44,10 @@ class ImageListing:
     left_out: dict[str, int]  # numbers of other files, by suffix, and of hidden ones
     flat: bool = False  # whether the images lie in no folders, which makes them one class
 
-    def describe(self, configured: int | None = None) -> str:
+    def describe(self) -> str:
         """For a program's header: numbers of images and classes, first names, files left out."""
-        classes = describe_classes(self.classes, configured)
-        classes = f"no class folders: one class ({ONE_CLASS})" if self.flat else classes
+        one_class = f"no class folders: one class ({ONE_CLASS})"
+        classes = one_class if self.flat else describe_classes(self.classes)
         return f"{len(self.paths)} images, {classes}{describe_left_out(self.left_out)}"
 
 

@@ -22,7 +22,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 
 import configs.load
@@ -399,16 +399,6 @@ def enter_phase(run: Run, phases: list[Phase], step: int) -> tuple[Phase, int, i
     return phase, number, step_in_phase
 
 
-def refuse_fsdp(accelerator: Accelerator) -> Accelerator:
-    """Raise InputError under FSDP, which would shard the codebook that clustering rewrites in place."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise InputError(
-            "the tokenizer does not train under FSDP, which shards the codebook that clustering moves: "
-            "launch with torchrun, or accelerate without --use_fsdp (its models fit on one GPU)"
-        )
-    return accelerator
-
-
 def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
     """Log the header of a run: models, data, length, and what is missing or unusual."""
     options, log = state.options, run.log
@@ -522,7 +512,7 @@ def main(argv: list[str]) -> None:
     training, phases = options.training, options.phases
 
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
-    accelerator = refuse_fsdp(start_training(training))
+    accelerator = start_training(training)
     torch.backends.cudnn.benchmark = True  # times its algorithms once per shape; shapes are fixed
     kept = None if dry_run else Path(options.experiment.output_dir)
     initial = open_initial(options.experiment, TOKENIZER)

@@ -27,7 +27,6 @@ from runtime.parts import differing
 from runtime.processes import check_same, on_main
 from runtime.program import leave
 from runtime.signals import SAVED_AND_STOPPED, StopSignal
-from training.accelerator import numerics_of
 from training.checkpoint import Checkpoint, whole_tensors
 from training.dry_run import DryRun
 from training.log import RunLog, Window, due, forget_wandb_id
@@ -123,7 +122,7 @@ class Run:
             starts = self._check_resume(starts)
             self.experiment = replace(self.experiment, **starts)
             self.options = options.changed(experiment=self.experiment)
-        self.checkpoint.values |= {**starts, "autocast": numerics_of(self.training).autocast}
+        self.checkpoint.values |= {**starts, "autocast": accelerator.mixed_precision}
 
     # -------------------------------------------------- set-up
     def settings(self, step: int) -> dict[str, Any]:
@@ -139,7 +138,7 @@ class Run:
         weights that drift apart, and with other periods, ranks would wait in different collectives."""
         facts = self.settings(self.total_steps)
         facts |= {name: getattr(self.experiment, name) for name in PERIODS}
-        facts["autocast"] = numerics_of(self.training).autocast
+        facts["autocast"] = self.accelerator.mixed_precision
         facts["training.per_gpu_batch_size"] = self.training.per_gpu_batch_size
         check_same(facts, "other options or data")
 
@@ -161,7 +160,7 @@ class Run:
             )
         if changed:
             state.warnings.append(f"resumes from {source} with other options or data: {changed}")
-        trained, autocast = state.values.get("autocast"), numerics_of(self.training).autocast
+        trained, autocast = state.values.get("autocast"), self.accelerator.mixed_precision
         if "autocast" in state.values and trained != autocast:
             state.warnings.append(
                 f"{source} was trained with autocast {trained}; this run continues with {autocast}"
@@ -314,7 +313,7 @@ class Run:
         window, world = self.window.close(), self.accelerator.num_processes
         rate = window["images/s"]
         values = {**values, **window, "images/s per device": rate / world}
-        peak = peak_flops(self.accelerator.device, numerics_of(self.training).autocast)
+        peak = peak_flops(self.accelerator.device, self.accelerator.mixed_precision)
         if self.flops_per_image is not None and peak is not None:
             values["mfu"] = rate / world * self.flops_per_image / peak
         left = self.total_steps - step

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import configs.load
 from configs.schema import ImageDataParams, Phase, TokenizerRun
-from configs.sizes import agreed
+from configs.sizes import agreed, open_initial
 from data.classes import printable
 from data.identity import identity_of_images
 from data.images import (
@@ -68,7 +68,6 @@ from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training.accelerator import describe_precision, numerics_of, start_training
 from training.dry_run import split_dry_run
-from training.initial import open_initial
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run
 from training.schedule import is_critic_step, phase_at, phase_lr, phase_steps, tokenizer_lr
@@ -151,16 +150,16 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     return tokenizer
 
 
-def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
+def load_stage1(run: Run, tokenizer: Tokenizer) -> None:
     """For a new run of stage 2 without initial weights: load encoder, codebook and, by default, decoder
-    of stage 1; returns a line for the log.
+    of stage 1.
 
     Raises InputError if they are missing or do not fit.
     """
     experiment, model = run.options.experiment, run.options.model
     stage1 = experiment.stage1_checkpoint
     if run.resumed or model.stage == 1 or experiment.init_weights is not None:
-        return ""
+        return
     if stage1 is None:
         raise InputError(
             "stage 2 needs the tokenizer of stage 1: set experiment.stage1_checkpoint=RUN_DIR or a "
@@ -187,7 +186,7 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
             f"{folder} has not finished: stage 2 keeps the encoder of {weights.file.parent.name} for good"
         )
     taken = "encoder, codebook and decoder" if from_stage1 else "encoder and codebook"
-    return f"{taken} from {weights.file}"
+    run.notes.append(f"{taken} from {weights.file}")
 
 
 def with_start(options: TokenizerRun, weights: Opened) -> TokenizerRun:
@@ -204,8 +203,8 @@ def with_start(options: TokenizerRun, weights: Opened) -> TokenizerRun:
     return options.changed(model=replace(options.model, vq_model=vq_model))
 
 
-def load_initial(run: Run, tokenizer: Tokenizer, weights: Opened) -> str:
-    """Load `experiment.init_weights` into the tokenizer of a new run; returns a line for the log.
+def load_initial(run: Run, tokenizer: Tokenizer, weights: Opened) -> None:
+    """Load `experiment.init_weights` into the tokenizer of a new run.
 
     Raises InputError if they differ in encoder or codebook from `experiment.stage1_checkpoint`.
     """
@@ -218,7 +217,7 @@ def load_initial(run: Run, tokenizer: Tokenizer, weights: Opened) -> str:
                 f"experiment.init_weights ({source}) and experiment.stage1_checkpoint={stage1} differ "
                 f"in encoder or codebook: leave stage1_checkpoint out; both come with init_weights"
             )
-    return f"starts from {source}: {describe(weights.state)}"
+    run.notes.append(f"starts from {source}: {describe(weights.state)}")
 
 
 def build_discriminator(run: Run) -> Discriminator:
@@ -246,7 +245,7 @@ class CodebookUse:
         shape = config.num_tokens, config.codebook_size
         self.counts = torch.zeros(shape, dtype=torch.float64, device=accelerator.device)
         self.clustering, self.latents = config.clustering, []
-        self.warned = self.warned_of_agreement = False
+        self.warned: set[str] = set()
 
     def add(self, out: TokenizerOutput) -> None:
         """Count the codes of a micro-batch, and keep its latents for clustering."""
@@ -264,39 +263,41 @@ class CodebookUse:
 
     def report(self, run: Run) -> dict[str, float]:
         """Share of codes used, perplexity and agreement since the last report; empty without codes."""
-        at_positions = self.state_dict()["positions"]
-        counts = at_positions.sum(0)
+        counts = self.state_dict()["positions"]
         self.counts.zero_()
-        if not counts.any():  # all steps were the discriminator's
+        images, codes = counts[0].sum(), counts.shape[1]
+        if not images:  # all steps were the discriminator's
             return {}
-        use, perplexity = codebook_use(counts)
-        enough = counts.sum() >= MIN_TOKENS_PER_CODE * len(counts)
-        if use < MIN_CODEBOOK_USE and enough and not self.warned:
-            self.warned = True
-            run.log.say(
-                f"warning: the codebook has collapsed: {use:.2%} of {len(counts)} codes are used, "
-                f"perplexity {perplexity:.1f}; lower the learning rate, or train stage 1 with "
-                f"clustering"
-            )
+        use, perplexity = codebook_use(counts.sum(0))
         values = {"codes used": use, "perplexity": perplexity}
-        images = at_positions[0].sum()
-        if images < 2:
-            return values
-        agreement = code_agreement(at_positions)
-        if agreement > MAX_AGREEMENT and images >= MIN_IMAGES and not self.warned_of_agreement:
-            self.warned_of_agreement = True
-            run.log.say(
-                f"warning: the codes hardly depend on the image: two images have the same code at "
-                f"{agreement:.1%} of positions; lower the learning rate, and look at the previews"
-            )
-        return {**values, "code agreement": agreement}
+        if use < MIN_CODEBOOK_USE and counts.sum() >= MIN_TOKENS_PER_CODE * codes:
+            self._warn(
+                run, "the codebook has collapsed",
+                f"{use:.2%} of {codes} codes are used, perplexity {perplexity:.1f}; lower the learning "
+                f"rate, or train stage 1 with clustering",
+            )  # fmt: skip
+        if images > 1:
+            values["code agreement"] = agreement = code_agreement(counts)
+            if agreement > MAX_AGREEMENT and images >= MIN_IMAGES:
+                self._warn(
+                    run, "the codes hardly depend on the image",
+                    f"two images have the same code at {agreement:.1%} of positions; lower the learning "
+                    f"rate, and look at the previews",
+                )  # fmt: skip
+        return values
+
+    def _warn(self, run: Run, problem: str, details: str) -> None:
+        """Log a problem once."""
+        if problem not in self.warned:
+            self.warned.add(problem)
+            run.log.say(f"warning: {problem}: {details}")
 
 
 class TrainState:
     """Tokenizer, discriminator, their optimizers, the average and the frozen networks of the losses.
 
     Their state comes from the checkpoint that `run` resumes, if any, or from the weights `initial` of a new
-    run; `start` describes those. `critic` is the discriminator as wrapped by the accelerator, None without an
+    run. `critic` is the discriminator as wrapped by the accelerator, None without an
     adversarial phase.
     """
 
@@ -309,9 +310,9 @@ class TrainState:
         # The same initial weights on every rank, whatever was built before.
         torch.manual_seed(training.seed)
         self.tokenizer = build_tokenizer(options)
-        self.start = load_stage1(run, self.tokenizer)
+        load_stage1(run, self.tokenizer)
         if initial is not None:
-            self.start = load_initial(run, self.tokenizer, initial)
+            load_initial(run, self.tokenizer, initial)
         adversarial = any(phase.gan_weight for phase in options.phases)
         self.discriminator = build_discriminator(run) if adversarial else None
         # One rank reads the disk, the others its cache.
@@ -334,7 +335,7 @@ class TrainState:
 
         params = options.optimizer.params
         trained = [p for p in self.tokenizer.parameters() if p.requires_grad]
-        self.compiled = bool(compiles(training.compile, "training.compile"))
+        self.compiled = compiles(training.compile, "training.compile")
         if self.compiled:
             self._compile()
         self.model, self.optimizer = accelerator.prepare(self.tokenizer, adamw(trained, params))
@@ -363,12 +364,6 @@ class TrainState:
         if self.discriminator is not None:
             critic: Any = self.discriminator
             critic.logits = torch.compile(critic.logits, dynamic=False, backend=inductor_or_eager)
-
-    @property
-    def averaged(self) -> Tokenizer:
-        """The tokenizer to evaluate and preview: the average, if there is one."""
-        part: Any = self.tokenizer if self.ema is None else self.ema.model
-        return part
 
     def reset_optimizers(self) -> None:
         """Reset Adam, as the published programs do at every phase."""
@@ -411,8 +406,6 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
         log.say(f"warning: experiment.max_train_examples={len(data.paths)} leaves images out")
     if data.validation:
         run.warn_of_same_data(params.val_dir, lambda: identity_of_images(data.validation))
-    if state.start:
-        log.say(state.start)
     trained = sum(p.numel() for p in state.tokenizer.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in state.tokenizer.parameters()) - trained
     phases = " + ".join(f"{p.name} {p.steps}" for p in options.phases)
@@ -428,10 +421,10 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
 
 def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData) -> None:
     """The validation metrics, rFID and previews that are due after a step."""
-    tokenizer = state.averaged
+    tokenizer: Any = run.checkpoint.weights["tokenizer"][0]  # the average, if there is one
     with run.reporting(step, due):
         if due.evaluate and data.validation:
-            values = evaluate(run, state, data)
+            values = evaluate(run, tokenizer, state.lpips, data)
             if values is not None:
                 run.log.metrics(step, values)
         if due.generate:
@@ -442,11 +435,13 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData
                 run.log.images(step, "reconstruction", pictures, PER_ROW)
 
 
-def evaluate(run: Run, state: TrainState, data: TokenizerData) -> Optional[dict[str, float]]:
+def evaluate(
+    run: Run, tokenizer: Tokenizer, lpips: Optional[LPIPS], data: TokenizerData
+) -> Optional[dict[str, float]]:
     """Metrics of the held-out reconstructions, and rFID with a reference; None, after a warning, if an
     image cannot be read or a figure cannot be computed."""
-    tokenizer, paths, accelerator = state.averaged, data.validation, run.accelerator
-    scores = in_training.reconstruction_scores(tokenizer, len(paths), state.lpips, data.evaluator)
+    paths, accelerator = data.validation, run.accelerator
+    scores = in_training.reconstruction_scores(tokenizer, len(paths), lpips, data.evaluator)
     size, batch = tokenizer.config.image_size, run.training.per_gpu_batch_size
     workers = worker_count(run.options.dataset.params.num_workers_per_gpu)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -572,8 +567,7 @@ def main(argv: list[str]) -> None:
             run.save(step, due.stop)
         report(run, step, due, state, data)
 
-    models = {"tokenizer": state.tokenizer, "discriminator": state.discriminator}
-    run.finish("tokenizer", ".pth", models)
+    run.finish("tokenizer", ".pth")
 
 
 if __name__ == "__main__":

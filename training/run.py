@@ -11,7 +11,7 @@ from typing import Any, Optional
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
 import configs.load
 from configs.schema import Experiment, Phase, Training
@@ -113,6 +113,7 @@ class Run:
         device = accelerator.device
         self.dry_run = DryRun(phases, self.first_step, device) if dry_run else None
         self.window, self.guard = Window(accelerator), FiniteGuard(accelerator)
+        self.notes: list[str] = []  # lines for the log, before the first step
         self._timed_from: float | None = None  # until the expected time is logged
         self._unreadable = 0  # images that were reported as replaced
         self._check_ranks()
@@ -217,8 +218,8 @@ class Run:
             accelerator, self.experiment, asdict(self.options), self.first_step,
             self.total_steps, write=self.dry_run is None, asked_to_stop=asked,
         )  # fmt: skip
-        for warning in self.checkpoint.warnings:
-            self.log.say(f"warning: {warning}")
+        for line in (*(f"warning: {text}" for text in self.checkpoint.warnings), *self.notes):
+            self.log.say(line)
         self.window.reset()
         self.checkpoint.register("window", self.window)
         self._report_unreadable()
@@ -401,15 +402,15 @@ class Run:
         found = self.scheduled(step)
         return Due(evaluate=found.evaluate, generate=found.generate)
 
-    def finish(self, name: str, suffix: str, models: dict[str, Optional[nn.Module]]) -> None:
+    def finish(self, name: str, suffix: str) -> None:
         """End the run, and with several ranks the process: `export` the model `name` or, of a dry run, say
-        what `models` and steps need. Raises InputError if a step of a dry run was non-finite."""
+        what its steps need. Raises InputError if a step of a dry run was non-finite."""
         if self.dry_run is None:
             self.export(name, name, suffix)
             self.log.say(f"done; weights in {self.folder / (name + suffix)} and .safetensors")
         else:
             self.guard.raise_if_bad(self._terms())
-            for line in self.dry_run.report(models, self.global_batch):
+            for line in self.dry_run.report(self.global_batch):
                 self.log.say(line)
         self._end(0)
 

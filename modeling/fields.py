@@ -30,10 +30,10 @@ class Rule:
     """The declaration of one option, or of a section, whose `resumes` and `only` hold for its options."""
 
     sentence: str
-    at_least: Optional[float] = None
-    at_most: Optional[float] = None
-    above: Optional[float] = None
-    below: Optional[float] = None
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
     choices: tuple = ()
     null: Any = TYPED  # the meaning of null in a config
     path: bool = False  # a text in which `~` is the home folder
@@ -47,7 +47,7 @@ class Rule:
             return words(self.choices)
         limits = {"at least": self.at_least, "more than": self.above,
                   "at most": self.at_most, "less than": self.below}  # fmt: skip
-        given = (f"{text} {number(limit)}" for text, limit in limits.items() if limit is not None)
+        given = (f"{text} {number(n)}" for text, n in limits.items() if math.isfinite(n))
         return ", ".join(given)
 
     def complaint(self, value: Any) -> str:
@@ -60,17 +60,17 @@ class Rule:
             return self.text_complaint(value)
         if not is_a(value, float):
             return ""
-        most = LARGEST if self.at_most is None and is_a(value, int) else self.at_most
+        most = min(self.at_most, LARGEST) if is_a(value, int) else self.at_most
         # An int is finite, and may be too large for math.isfinite.
         if not is_a(value, int) and not math.isfinite(value):
             return "set a finite number"
-        if self.above is not None and value <= self.above:
+        if value <= self.above:
             return f"set more than {number(self.above)}"
-        if self.at_least is not None and value < self.at_least:
+        if value < self.at_least:
             return f"set {number(self.at_least)} or more"
-        if self.below is not None and value >= self.below:
+        if value >= self.below:
             return f"set less than {number(self.below)}"
-        return f"set {number(most)} or less" if most is not None and value > most else ""
+        return f"set {number(most)} or less" if value > most else ""
 
     def text_complaint(self, value: str) -> str:
         """The fault of a text as a name or path; empty if there is none."""
@@ -129,11 +129,7 @@ class Declared:
     optional: bool  # whether None is allowed
     default: Any
     rule: Rule  # with `resumes` and `only` of the enclosing sections
-
-    @property
-    def section(self) -> Optional[type]:
-        """The class of a section, or of a list's sections."""
-        return section_of(self.kind)
+    section: Optional[type]  # the class of a section, or of a list's sections
 
 
 @functools.cache
@@ -143,7 +139,7 @@ def declared(schema: type) -> dict[str, Declared]:
 
 
 def _declared(schema: type, path: str, above: Rule) -> Iterator[Declared]:
-    sections = []
+    sections: list[Any] = []
     for field in dataclasses.fields(schema):
         rule, (kind, optional) = field.metadata["rule"], types_of(schema)[field.name]
         resumes, only = rule.resumes or above.resumes, rule.only or above.only
@@ -151,17 +147,17 @@ def _declared(schema: type, path: str, above: Rule) -> Iterator[Declared]:
         name, default = path + field.name, field.default
         if default is dataclasses.MISSING:
             default = field.default_factory()  # type: ignore[misc]  # it has one of the two
-        if section_of(kind) and get_origin(kind) is list:
+        section = section_of(kind)
+        if section and get_origin(kind) is list:
             name += "[i]"
-        found = Declared(name, kind, optional, default, rule)
-        if found.section:
+        found = Declared(name, kind, optional, default, rule, section)
+        if section:
             sections.append(found)
         else:
             yield found
-    for section in sections:
-        yield section
-        assert section.section is not None
-        yield from _declared(section.section, f"{section.name}.", section.rule)
+    for found in sections:
+        yield found
+        yield from _declared(found.section, f"{found.name}.", found.rule)
 
 
 def section_of(kind: Any) -> Optional[type]:
@@ -233,29 +229,26 @@ class Options:
         super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
-        check_options(self)
+        """Raise InputError, naming the field, for a value that the class's declarations do not allow."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            rule, value = field.metadata["rule"], getattr(self, field.name)
+            kind, optional = types_of(type(self))[field.name]
+            # A default that refers to another option (`${…}`) is still unresolved.
+            unresolved = (
+                isinstance(value, str) and value == field.default and value.startswith("${")
+            )
+            if (value is None and optional) or unresolved:
+                continue
+            if not is_a(value, kind):
+                self.refuse(field.name, expectation(kind, rule))
+            for part in value if isinstance(value, (list, tuple)) else [value]:
+                complaint = "" if dataclasses.is_dataclass(part) else rule.complaint(part)
+                if complaint:
+                    raise InputError(f"{field.name}={short(part)}: {complaint}", field.name)
 
     def refuse(self, name: str, reason: str) -> NoReturn:
         """Raise InputError for the value of option `name`, which may be in a nested section."""
         raise InputError(f"{name}={short(attrgetter(name)(self))}: {reason}", name)
-
-
-def check_options(config: Any) -> None:
-    """Raise InputError, naming the field, for a value that the class's declarations do not allow."""
-    for field in dataclasses.fields(config):
-        rule, value = field.metadata["rule"], getattr(config, field.name)
-        kind, optional = types_of(type(config))[field.name]
-        # A default that refers to another option (`${…}`) is still unresolved.
-        unresolved = isinstance(value, str) and value == field.default and value.startswith("${")
-        if (value is None and optional) or unresolved:
-            continue
-        if not is_a(value, kind):
-            said = expectation(kind, rule)
-            raise InputError(f"{field.name}={short(value)}: {said}", field.name)
-        for part in value if isinstance(value, (list, tuple)) else [value]:
-            complaint = "" if dataclasses.is_dataclass(part) else rule.complaint(part)
-            if complaint:
-                raise InputError(f"{field.name}={short(part)}: {complaint}", field.name)
 
 
 def short(value: Any) -> str:

@@ -391,8 +391,7 @@ def report_samples(run: Run, step: int, generator: Generator, data: GeneratorDat
             lambda: in_training.collect_samples(evaluator, generator, tokenizer, options),
             lambda share: in_training.metrics_of(evaluator, share, "gFID"),
         )
-        if values is not None:
-            run.log.metrics(step, {f"val/{name}": value for name, value in values.items()})
+        run.log.metrics(step, values and {f"val/{name}": value for name, value in values.items()})
 
 
 def validate(run: Run, model: nn.Module, store: TokenCache) -> Tensor:
@@ -429,9 +428,8 @@ def main(argv: list[str]) -> None:
     if initial is not None:
         options = with_start(options, initial)
     data = open_data(options, accelerator, weights, index_folder=kept)
-    phases = [Phase("training", total_steps)]
     options = data.options
-    run = Run(accelerator, options, phases, data.identity, dry_run)
+    run = Run(accelerator, options, [Phase("training", total_steps)], data.identity, dry_run)
     state = TrainState(run, data, initial)
     run.start(data.dataset, data.images)
     if isinstance(state.generator, Generator):  # of another backbone, the FLOPs are unknown

@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 import configs.load
-from configs.schema import ImageDataParams, Phase, TokenizerRun
+from configs.schema import Phase, TokenizerRun
 from configs.sizes import agreed, open_initial
 from data.classes import printable
 from data.identity import identity_of_images
@@ -111,7 +111,12 @@ def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> Tok
             f"dataset.params.train_root={params.train_root} is for text files of paths, and "
             f"dataset.params.train_dir={params.train_dir} is not one: leave train_root out"
         )
-    listed, labels, source = list_training(params, index_folder)
+    if is_path_list(params.train_dir):  # without classes
+        listed = on_main(lambda: list_paths(params.train_dir, params.train_root))
+        labels, source = np.zeros(len(listed), np.int64), f"a list of {len(listed)} images"
+    else:
+        listing = scan_images(params.train_dir, index_folder=index_folder)
+        listed, labels, source = listing.paths, listing.labels, listing.describe()
     chosen = spread_over_classes(labels, options.experiment.max_train_examples or len(listed))
     paths = [listed[i] for i in chosen]
     validation = []
@@ -126,17 +131,6 @@ def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> Tok
     whole = len(paths) == len(listed)
     identity = {"images": len(paths), **identity_for_all(listed)}
     return TokenizerData(paths, source, whole, identity, dataset, validation, evaluator)
-
-
-def list_training(
-    params: ImageDataParams, index_folder: Optional[Path]
-) -> tuple[list[ImagePath], np.ndarray, str]:
-    """Paths, labels and a description of all training images; images without classes have label 0."""
-    if is_path_list(params.train_dir):
-        paths = on_main(lambda: list_paths(params.train_dir, params.train_root))
-        return paths, np.zeros(len(paths), np.int64), f"a list of {len(paths)} images"
-    listing = scan_images(params.train_dir, index_folder=index_folder)
-    return listing.paths, listing.labels, listing.describe()
 
 
 # ---------------------------------------------------------------------- what is trained
@@ -269,28 +263,23 @@ class CodebookUse:
         if not images:  # all steps were the discriminator's
             return {}
         use, perplexity = codebook_use(counts.sum(0))
-        values = {"codes used": use, "perplexity": perplexity}
+        values, problems = {"codes used": use, "perplexity": perplexity}, {}
         if use < MIN_CODEBOOK_USE and counts.sum() >= MIN_TOKENS_PER_CODE * codes:
-            self._warn(
-                run, "the codebook has collapsed",
+            problems["the codebook has collapsed"] = (
                 f"{use:.2%} of {codes} codes are used, perplexity {perplexity:.1f}; lower the learning "
-                f"rate, or train stage 1 with clustering",
-            )  # fmt: skip
+                f"rate, or train stage 1 with clustering"
+            )
         if images > 1:
             values["code agreement"] = agreement = code_agreement(counts)
             if agreement > MAX_AGREEMENT and images >= MIN_IMAGES:
-                self._warn(
-                    run, "the codes hardly depend on the image",
+                problems["the codes hardly depend on the image"] = (
                     f"two images have the same code at {agreement:.1%} of positions; lower the learning "
-                    f"rate, and look at the previews",
-                )  # fmt: skip
+                    f"rate, and look at the previews"
+                )
+        for problem in problems.keys() - self.warned:  # each once
+            run.log.say(f"warning: {problem}: {problems[problem]}")
+        self.warned |= problems.keys()
         return values
-
-    def _warn(self, run: Run, problem: str, details: str) -> None:
-        """Log a problem once."""
-        if problem not in self.warned:
-            self.warned.add(problem)
-            run.log.say(f"warning: {problem}: {details}")
 
 
 class TrainState:
@@ -424,13 +413,10 @@ def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData
     tokenizer: Any = run.checkpoint.weights["tokenizer"][0]  # the average, if there is one
     with run.reporting(step, due):
         if due.evaluate and data.validation:
-            values = evaluate(run, tokenizer, state.lpips, data)
-            if values is not None:
-                run.log.metrics(step, values)
+            run.log.metrics(step, evaluate(run, tokenizer, state.lpips, data))
         if due.generate:
-            pictures = run.attempt(
-                "preview", lambda: preview(tokenizer, data.validation or data.paths)
-            )
+            paths = data.validation or data.paths
+            pictures = run.attempt("preview", lambda: preview(tokenizer, paths))
             if pictures is not None:
                 run.log.images(step, "reconstruction", pictures, PER_ROW)
 

@@ -6,11 +6,12 @@ needs, and writes nothing.
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from torch.utils.data import Dataset
 
 import configs.load
 from configs.schema import GeneratorRun, Phase
-from configs.sizes import with_classes, with_start, with_weights
-from data.classes import describe_classes, misnumbered, printable
+from configs.sizes import open_initial, with_classes, with_start, with_weights
+from data.classes import describe_classes, first_names, misnumbered, printable
 from data.identity import hash_of_texts
 from data.images import VIEWS, TrainViews, identity_for_all, scan_images, to_float
 from data.order import EpochDraws
@@ -35,7 +36,7 @@ from evaluation.likelihood import Likelihood, Share, likelihood_sums
 from evaluation.metrics import summed
 from generation.job import in_options
 from modeling.compiling import compile_training
-from modeling.generator import NO_CLASS, Generator, build_generator
+from modeling.generator import NO_CLASS, Generator, GeneratorConfig, build_generator
 from modeling.sampling import image_uniforms
 from modeling.tokenizer import Tokenizer
 from modeling.weights.class_names import ClassNames
@@ -49,7 +50,6 @@ from runtime.randomness import seed_step
 from training.accelerator import describe_precision, start_training
 from training.checkpoint import WHOLE, WholeOptimizer
 from training.dry_run import split_dry_run
-from training.initial import fit_classes, open_initial
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run
 from training.schedule import generator_lr
@@ -193,8 +193,8 @@ def parameter_groups(model: Generator, weight_decay: float) -> list[dict]:
     ]
 
 
-def load_initial(run: Run, generator: Generator, data: GeneratorData, weights: Opened) -> str:
-    """Load `experiment.init_weights` into the generator of a new run; returns a line for the log.
+def load_initial(run: Run, generator: Generator, data: GeneratorData, weights: Opened) -> None:
+    """Load `experiment.init_weights` into the generator of a new run.
 
     Raises InputError if the weights do not fit; classes may differ (`fit_classes`), and so may the tokenizer,
     with a warning.
@@ -205,13 +205,46 @@ def load_initial(run: Run, generator: Generator, data: GeneratorData, weights: O
         )
     state, words = fit_classes(weights, generator.config, data.classes)
     load_tensors(generator, state, str(weights.file))
-    return f"starts from {weights.file}: {describe(state)}{words}"
+    run.notes.append(f"starts from {weights.file}: {describe(state)}{words}")
+
+
+def fit_classes(
+    weights: Opened, config: GeneratorConfig, classes: Sequence[str]
+) -> tuple[dict[str, Tensor], str]:
+    """A generator's tensors for the classes of a training set, and a description for the log.
+
+    The rows of the codes and of "no class" are copied, and a class has the row of its name. If the
+    weights name no classes, or the data names none for a label, it has the row of its label, provided
+    the number of classes is the same. Any other class starts at the mean of the old rows. Raises
+    InputError if another size differs from `config`.
+    """
+    here = about_model(GENERATOR, config).config
+    before, after = weights.about.config["condition_num_classes"], here.pop("condition_num_classes")
+    weights.about.sizes(here, weights.file, "model.generator.{}={}".format)
+    rows = [row if before == after else None for row in range(after)]  # by label
+    if weights.about.classes is not None:
+        named = {normalize("NFC", name): row for row, name in enumerate(weights.about.classes)}
+        rows[: len(classes)] = [named.get(normalize("NFC", name)) for name in classes]
+    if rows == list(range(before)):
+        return weights.state, ""
+    state, name = weights.state, "embeddings.weight"
+    table, first = state[name], int(config.condition_rows(torch.tensor(0)))
+    old, no_class = table[first:-1], table[-1:]
+    mean = old.float().mean(0).to(table.dtype)
+    made = [mean if row is None else old[row] for row in rows]
+    fitted = torch.cat([table[:first], torch.stack(made), no_class])
+    names = [*classes, *map(str, range(len(classes), after))]
+    new = [name for name, row in zip(names, rows) if row is None]
+    words = f"; {after} instead of {before} classes" * (before != after)
+    if new:
+        words += f"; {len(new)} new, at the mean of the old ones: {first_names(new)}"
+    return {**state, name: fitted}, words
 
 
 class TrainState:
     """The generator, its optimizer and its average, from the checkpoint that `run` resumes, if any.
 
-    `initial` are the weights that a new run starts from; `start` describes them.
+    `initial` are the weights that a new run starts from.
     """
 
     def __init__(self, run: Run, data: GeneratorData, initial: Optional[Opened] = None):
@@ -225,7 +258,8 @@ class TrainState:
         # The same initial weights on every rank, whatever was built before.
         torch.manual_seed(training.seed)
         self.generator = build_generator(self.config)
-        self.start = "" if initial is None else load_initial(run, self.generator, data, initial)
+        if initial is not None:
+            load_initial(run, self.generator, data, initial)
         self.ema = None
         if training.use_ema:
             self.ema = EMA(self.generator, training.ema_decay, training.ema_warmup)
@@ -236,7 +270,7 @@ class TrainState:
         self.model, self.optimizer = accelerator.prepare(self.generator, optimizer)
         if self.ema is not None:
             self.ema.prepare(accelerator)
-        self.compiled = bool(compiles(training.compile, "training.compile"))
+        self.compiled = compiles(training.compile, "training.compile")
         if self.compiled:
             compile_training(self.generator)
         run.checkpoint.register("optimizer", WholeOptimizer(self.generator, self.optimizer))
@@ -264,8 +298,6 @@ def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
     if data.validation is not None:
         held_out = run.checkpoint.values["held out"]
         run.warn_of_same_data(data.validation.folder, lambda: held_out)
-    if state.start:
-        run.log.say(state.start)
     run.log.say(
         f"{parameters / 1e6:.1f}M parameters{' sharded' * run.accelerator.is_fsdp2} on {world} x "
         f"{device_name(run.accelerator.device)}, "
@@ -356,8 +388,7 @@ def report_samples(run: Run, step: int, generator: Generator, data: GeneratorDat
             lambda: in_training.collect_samples(evaluator, generator, tokenizer, options),
             lambda share: in_training.metrics_of(evaluator, share, "gFID"),
         )
-        if values is not None:
-            run.log.metrics(step, {f"val/{name}": value for name, value in values.items()})
+        run.log.metrics(step, values and {f"val/{name}": value for name, value in values.items()})
 
 
 def validate(run: Run, model: nn.Module, store: TokenCache) -> Tensor:
@@ -394,9 +425,8 @@ def main(argv: list[str]) -> None:
     if initial is not None:
         options = with_start(options, initial)
     data = open_data(options, accelerator, weights, index_folder=kept)
-    phases = [Phase("training", total_steps)]
     options = data.options
-    run = Run(accelerator, options, phases, data.identity, dry_run)
+    run = Run(accelerator, options, [Phase("training", total_steps)], data.identity, dry_run)
     state = TrainState(run, data, initial)
     run.start(data.dataset, data.images)
     if isinstance(state.generator, Generator):  # of another backbone, the FLOPs are unknown
@@ -437,7 +467,7 @@ def main(argv: list[str]) -> None:
             run.save(step, due.stop)
         report(run, step, due, state, data)
 
-    run.finish("generator", ".bin", {"generator": state.generator})
+    run.finish("generator", ".bin")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python -m configs.help > docs/options.md
 """
 
+import json
 from textwrap import fill
 
 from configs.schema import GeneratorRun, TokenizerRun
@@ -49,6 +50,7 @@ READING = (
     "option off if its description says so."
 )
 
+HEAD = ("| option | default | values | meaning |", "| --- | --- | --- | --- |")
 DRY_RUN = (
     "--dry-run builds and checks everything, runs a few steps, prints memory, speed and the expected "
     "hours, and writes nothing."
@@ -60,18 +62,17 @@ def used_by(option: Declared, program: str) -> bool:
     return not program or program.startswith(option.rule.only)
 
 
-def options_of(schema: type, program: str = "") -> list[Declared]:
+def options_of(program: str) -> list[Declared]:
     """The options and sections that a program uses; options inherit the `only` of their section."""
+    schema = PROGRAMS[program][0]
     return [option for option in declared(schema).values() if used_by(option, program)]
 
 
 def default_of(option: Declared) -> str:
     """A default as written in YAML or on the command line."""
     default = option.default
-    if isinstance(default, bool):
-        return str(default).lower()
-    if default is None:
-        return "null"
+    if default is None or isinstance(default, bool):
+        return json.dumps(default)
     return "required" if option.rule.complaint(default) else str(default)
 
 
@@ -88,14 +89,14 @@ def values_of(option: Declared) -> str:
 
 
 # ---------------------------------------------------------------------- the command line's help
-def describe(schema: type, program: str = "") -> str:
+def describe(program: str) -> str:
     """The text of `--help`."""
-    _, title, examples = PROGRAMS.get(program, (schema, "", ()))
-    lines = [title, ""] if title else []
-    lines += ["usage: config=FILE option=value …", "", *(f"  {example}" for example in examples)]
+    _, title, examples = PROGRAMS[program]
     reading = f"{READING} {DRY_RUN}" if program.startswith("train") else READING
+    lines = [title, "", "usage: config=FILE option=value …", ""]
+    lines += [f"  {example}" for example in examples]
     lines += ["", fill(reading, 96), "", "options with their defaults:"]
-    for option in options_of(schema, program):
+    for option in options_of(program):
         name, sentence = option.name, option.rule.sentence
         if option.section:
             lines += ["", fill(f"{name}: {sentence}", 96)]
@@ -126,20 +127,11 @@ def markdown() -> str:
             lines += [PROGRAMS[program][1], "", "```"]
             lines += [*PROGRAMS[program][2], "```", ""]
         for option in declared(schema).values():
-            lines += section(option) if option.section else [row(option, programs)]
+            if option.section:
+                lines += ["", f"### {option.name}", "", option.rule.sentence, "", *HEAD]
+            else:
+                lines.append(row(option, programs))
     return "\n".join(lines) + "\n"
-
-
-def section(option: Declared) -> list[str]:
-    return [
-        "",
-        f"### {option.name}",
-        "",
-        option.rule.sentence,
-        "",
-        "| option | default | values | meaning |",
-        "| --- | --- | --- | --- |",
-    ]
 
 
 def row(option: Declared, programs: tuple[str, ...]) -> str:

@@ -53,7 +53,7 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
     options that contradict each other.
     """
     if {"-h", "--help"} & set(argv):
-        print(describe(schema, program))
+        print(describe(program))
         raise SystemExit
     pairs = []
     for argument in argv:
@@ -68,9 +68,9 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
     if len(files) != 1:
         raise InputError("set one config=FILE, for example config=configs/alitok_b.yaml")
     path, written = read_file(schema, files[0])
-    if path.name == "config.yaml" and is_run(path.parent):  # it may have moved since
-        named = path.parent.name not in ("", "..")
-        folder = path.parent if named else path.parent.resolve()
+    folder = path.parent if path.parent.name not in ("", "..") else path.parent.resolve()
+    is_run = (folder / ".lock").is_file() or (folder / "checkpoints").is_dir()
+    if path.name == "config.yaml" and is_run:  # it may have moved since
         written["experiment.output_dir"] = Written(str(folder), str(path))
     for key, text in pairs:
         if key != "config":
@@ -86,11 +86,6 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
         for warning in warnings_of(options, program):
             print(f"warning: {path}: {warning}", file=sys.stderr)
     return options
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a training run: it has a lock file or checkpoints."""
-    return (folder / ".lock").is_file() or (folder / "checkpoints").is_dir()
 
 
 def resumed_run(experiment: Experiment) -> Optional[Path]:
@@ -151,11 +146,8 @@ def save(options: Any, path: str | Path) -> None:
     values, left_out = asdict(options), set(options.unread)
     flat = flatten(values)
     for name, option in declared(type(options)).items():
-        default = str(option.default)
-        followed = default[2:-1]
-        if not default.startswith("${") or followed in options.unread or name not in flat:
-            continue
-        if flat[name] == flat[followed]:
+        followed = str(option.default).removeprefix("${").removesuffix("}")  # if it is an option
+        if followed in flat.keys() - options.unread and flat[name] == flat[followed]:
             left_out.add(name)
     for name in left_out:
         *sections, last = name.split(".")

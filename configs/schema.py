@@ -361,22 +361,19 @@ class TokenizerModels(TokenizerModel):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.stage == 1 and self.decoder_init != "stage1":
-            self.refuse(
-                "decoder_init", "stage 1 starts from scratch; set it for model.stage=2 only"
-            )
-        if self.cluster_in_critic_steps and not self.vq_model.clustering:
-            self.refuse(
-                "cluster_in_critic_steps",
-                "it needs model.vq_model.clustering=true; set both or neither",
-            )
-        for name in ("prefix_head", "clustering"):
-            if self.stage == 2 and getattr(self.vq_model, name):
-                self.refuse(
-                    f"vq_model.{name}",
-                    "stage 2 trains neither a prefix head nor the codebook; leave "
-                    "model.vq_model.prefix_head and model.vq_model.clustering out",
-                )
+        stage, sizes = self.stage, self.vq_model
+        frozen = ("stage 2 trains neither a prefix head nor the codebook; leave "
+                  "model.vq_model.prefix_head and model.vq_model.clustering out")
+        for name, contradicts, remedy in (
+            ("decoder_init", stage == 1 and self.decoder_init != "stage1",
+             "stage 1 starts from scratch; set it for model.stage=2 only"),
+            ("cluster_in_critic_steps", self.cluster_in_critic_steps and not sizes.clustering,
+             "it needs model.vq_model.clustering=true; set both or neither"),
+            ("vq_model.prefix_head", stage == 2 and sizes.prefix_head, frozen),
+            ("vq_model.clustering", stage == 2 and sizes.clustering, frozen),
+        ):
+            if contradicts:
+                self.refuse(name, remedy)
 
 
 @dataclass
@@ -468,11 +465,8 @@ class TokenizerOptimizer(Options):
 class TokenizerTraining(Training):
     per_gpu_batch_size: int = again(Training, "per_gpu_batch_size", 48)
     max_train_steps: Optional[int] = option(  # type: ignore[assignment]  # the phases rule
-        None,
-        "Must equal the sum of the phases' steps; null: is not checked.",
-        at_least=1,
-        resumes=True,
-    )
+        None, "Must equal the sum of the phases' steps; null: is not checked.", at_least=1,
+        resumes=True)
 
 
 @dataclass
@@ -495,39 +489,27 @@ class TokenizerRun(Loaded):
         if not self.phases:
             raise InputError("no phases: list at least one, with its steps, in the config")
         total, expected = sum(p.steps for p in self.phases), self.training.max_train_steps
-        if expected not in (None, total):
-            steps = " + ".join(str(p.steps) for p in self.phases)
-            self.refuse(
-                "training.max_train_steps",
-                f"the phases have {steps} = {total} steps; correct one of them, or leave this option out",
-            )
-        model, losses = self.model.vq_model, self.losses
-        if model.prefix_head and not losses.aux_weight:
-            self.refuse(
-                "losses.aux_weight",
-                "the prefix head would stay untrained; set model.vq_model.prefix_head=false too",
-            )
-        if losses.aux == "stitched" and model.prefix_head and model.num_prefix_tokens != model.grid:
-            self.refuse(
-                "losses.aux",
-                f"the strip replaces the image's first row, so it has no corner token; set "
-                f"model.vq_model.num_latent_tokens={model.grid**2 + model.grid}",
-            )
-        if self.model.stage == 1 and self.experiment.stage1_checkpoint is not None:
-            self.refuse(
-                "experiment.stage1_checkpoint",
-                "stage 1 does not use it; set model.stage=2, or start from weights with "
-                "experiment.init_weights=PATH or from a checkpoint with experiment.resume=PATH",
-            )
-        init, model = self.experiment.init_weights, self.model
-        if init is None and model.stage == 1 and model.critic_init != "scratch":
-            self.refuse(
-                "model.critic_init",
-                "stage 1 starts from scratch, unless experiment.init_weights brings a discriminator; "
-                "leave it out",
-            )
-        if init is not None and model.decoder_init == "scratch":
-            self.refuse(
-                "model.decoder_init",
-                "experiment.init_weights brings a decoder; leave one of them out",
-            )
+        steps = " + ".join(str(p.steps) for p in self.phases)
+        model, losses, init = self.model, self.losses, self.experiment.init_weights
+        stage, sizes = model.stage, model.vq_model
+        corner = sizes.prefix_head and sizes.num_prefix_tokens != sizes.grid
+        for name, contradicts, remedy in (
+            ("training.max_train_steps", expected not in (None, total),
+             f"the phases have {steps} = {total} steps; correct one of them, or leave this option out"),
+            ("losses.aux_weight", sizes.prefix_head and not losses.aux_weight,
+             "the prefix head would stay untrained; set model.vq_model.prefix_head=false too"),
+            ("losses.aux", losses.aux == "stitched" and corner,
+             f"the strip replaces the image's first row, so it has no corner token; set "
+             f"model.vq_model.num_latent_tokens={sizes.grid**2 + sizes.grid}"),
+            ("experiment.stage1_checkpoint",
+             stage == 1 and self.experiment.stage1_checkpoint is not None,
+             "stage 1 does not use it; set model.stage=2, or start from weights with "
+             "experiment.init_weights=PATH or from a checkpoint with experiment.resume=PATH"),
+            ("model.critic_init", stage == 1 and init is None and model.critic_init != "scratch",
+             "stage 1 starts from scratch, unless experiment.init_weights brings a discriminator; "
+             "leave it out"),
+            ("model.decoder_init", init is not None and model.decoder_init == "scratch",
+             "experiment.init_weights brings a decoder; leave one of them out"),
+        ):
+            if contradicts:
+                self.refuse(name, remedy)

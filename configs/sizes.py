@@ -8,12 +8,12 @@ from dataclasses import fields, replace
 from typing import Any, Optional, TypeVar
 
 from configs.load import BROUGHT, CLASSES, load_sizes, resumed_run
-from configs.schema import GeneratorRun
+from configs.schema import Experiment, GeneratorRun
 from modeling.tokenizer import Tokenizer
 from modeling.weights.metadata import TOKENIZER
 from modeling.weights.opened import Opened, load_tokenizer
 from runtime.errors import InputError
-from runtime.processes import open_on_all
+from runtime.processes import on_main, open_on_all
 
 T = TypeVar("T", bound=Any)  # a config
 VQ_MODEL, GENERATOR = "model.vq_model.", "model.generator."  # the sections of their options
@@ -30,6 +30,14 @@ def tokenizer_of(
     opened, options = open_on_all(path, TOKENIZER), load_sizes(config, **flags)
     sizes = agreed(opened, options.model.vq_model, options.places, VQ_MODEL)
     return load_tokenizer(opened, sizes, with_decoder)
+
+
+def open_initial(experiment: Experiment, kind: str) -> Optional[Opened]:
+    """The weights of `experiment.init_weights`, which set the sizes of a new run's model; all ranks call
+    this. None without the option, and if the run resumes."""
+    if experiment.init_weights is None or on_main(lambda: resumed_run(experiment)) is not None:
+        return None
+    return open_on_all(experiment.init_weights, kind)
 
 
 def with_weights(

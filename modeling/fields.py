@@ -30,10 +30,10 @@ class Rule:
     """The declaration of one option, or of a section, whose `resumes` and `only` hold for its options."""
 
     sentence: str
-    at_least: Optional[float] = None
-    at_most: Optional[float] = None
-    above: Optional[float] = None
-    below: Optional[float] = None
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
     choices: tuple = ()
     null: Any = TYPED  # the meaning of null in a config
     path: bool = False  # a text in which `~` is the home folder
@@ -47,9 +47,8 @@ class Rule:
             return words(self.choices)
         limits = {"at least": self.at_least, "more than": self.above,
                   "at most": self.at_most, "less than": self.below}  # fmt: skip
-        return ", ".join(
-            f"{text} {limit:.15g}" for text, limit in limits.items() if limit is not None
-        )
+        given = (f"{text} {n:.15g}" for text, n in limits.items() if math.isfinite(n))
+        return ", ".join(given)
 
     def complaint(self, value: Any) -> str:
         """The remedy for a refused `value`; empty if it is allowed."""
@@ -64,12 +63,7 @@ class Rule:
         # An int is finite, and may be too large for math.isfinite.
         if not is_a(value, int) and not math.isfinite(value):
             return "set a finite number"
-        if not (
-            (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
-        ):
+        if not (self.at_least <= value <= self.at_most and self.above < value < self.below):
             return f"set {self.limits()}"
         return f"set at most {LARGEST}" if is_a(value, int) and value > LARGEST else ""
 
@@ -126,11 +120,7 @@ class Declared:
     optional: bool  # whether None is allowed
     default: Any
     rule: Rule  # with `resumes` and `only` of the enclosing sections
-
-    @property
-    def section(self) -> Optional[type]:
-        """The class of a section, or of a list's sections."""
-        return section_of(self.kind)
+    section: Optional[type]  # the class of a section, or of a list's sections
 
 
 @functools.cache
@@ -140,7 +130,7 @@ def declared(schema: type) -> dict[str, Declared]:
 
 
 def _declared(schema: type, path: str, above: Rule) -> Iterator[Declared]:
-    sections = []
+    sections: list[Any] = []
     for field in dataclasses.fields(schema):
         rule, (kind, optional) = field.metadata["rule"], types_of(schema)[field.name]
         resumes, only = rule.resumes or above.resumes, rule.only or above.only
@@ -151,14 +141,14 @@ def _declared(schema: type, path: str, above: Rule) -> Iterator[Declared]:
         section = section_of(kind)
         if section and get_origin(kind) is list:
             name += "[i]"
-        found = Declared(name, kind, optional, default, rule)
+        found = Declared(name, kind, optional, default, rule, section)
         if section:
-            sections.append((found, section))
+            sections.append(found)
         else:
             yield found
-    for found, section in sections:
+    for found in sections:
         yield found
-        yield from _declared(section, f"{found.name}.", found.rule)
+        yield from _declared(found.section, f"{found.name}.", found.rule)
 
 
 def section_of(kind: Any) -> Optional[type]:
@@ -231,7 +221,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise InputError, naming the field, for a value that the class's declarations do not allow."""
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # of a dataclass
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
             rule, value = field.metadata["rule"], getattr(self, field.name)
             kind, optional = types_of(type(self))[field.name]
             # A default that refers to another option (`${…}`) is still unresolved.

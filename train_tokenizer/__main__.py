@@ -22,12 +22,12 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 
 import configs.load
-from configs.schema import ImageDataParams, Phase, TokenizerRun
-from configs.sizes import agreed
+from configs.schema import Phase, TokenizerRun
+from configs.sizes import agreed, open_initial
 from data.classes import printable
 from data.identity import identity_of_images
 from data.images import (
@@ -67,7 +67,6 @@ from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
 from training.accelerator import describe_precision, numerics_of, start_training
 from training.dry_run import split_dry_run
-from training.initial import open_initial
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run
 from training.schedule import is_critic_step, phase_at, phase_lr, phase_steps, tokenizer_lr
@@ -111,7 +110,12 @@ def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> Tok
             f"dataset.params.train_root={params.train_root} is for text files of paths, and "
             f"dataset.params.train_dir={params.train_dir} is not one: leave train_root out"
         )
-    listed, labels, source = list_training(params, index_folder)
+    if is_path_list(params.train_dir):  # without classes
+        listed = on_main(lambda: list_paths(params.train_dir, params.train_root))
+        labels, source = np.zeros(len(listed), np.int64), f"a list of {len(listed)} images"
+    else:
+        listing = scan_images(params.train_dir, index_folder=index_folder)
+        listed, labels, source = listing.paths, listing.labels, listing.describe()
     chosen = spread_over_classes(labels, options.experiment.max_train_examples or len(listed))
     paths = [listed[i] for i in chosen]
     validation = []
@@ -128,17 +132,6 @@ def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> Tok
     return TokenizerData(paths, source, whole, identity, dataset, validation, evaluator)
 
 
-def list_training(
-    params: ImageDataParams, index_folder: Optional[Path]
-) -> tuple[list[ImagePath], np.ndarray, str]:
-    """Paths, labels and a description of all training images; images without classes have label 0."""
-    if is_path_list(params.train_dir):
-        paths = on_main(lambda: list_paths(params.train_dir, params.train_root))
-        return paths, np.zeros(len(paths), np.int64), f"a list of {len(paths)} images"
-    listing = scan_images(params.train_dir, index_folder=index_folder)
-    return listing.paths, listing.labels, listing.describe()
-
-
 # ---------------------------------------------------------------------- what is trained
 def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     """A tokenizer with random weights; in stage 2 its encoder and codebook are frozen."""
@@ -150,16 +143,16 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     return tokenizer
 
 
-def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
+def load_stage1(run: Run, tokenizer: Tokenizer) -> None:
     """For a new run of stage 2 without initial weights: load encoder, codebook and, by default, decoder
-    of stage 1; returns a line for the log.
+    of stage 1.
 
     Raises InputError if they are missing or do not fit.
     """
     experiment, model = run.options.experiment, run.options.model
     stage1 = experiment.stage1_checkpoint
     if run.resumed or model.stage == 1 or experiment.init_weights is not None:
-        return ""
+        return
     if stage1 is None:
         raise InputError(
             "stage 2 needs the tokenizer of stage 1: set experiment.stage1_checkpoint=RUN_DIR or a "
@@ -186,7 +179,7 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> str:
             f"{folder} has not finished: stage 2 keeps the encoder of {weights.file.parent.name} for good"
         )
     taken = "encoder, codebook and decoder" if from_stage1 else "encoder and codebook"
-    return f"{taken} from {weights.file}"
+    run.notes.append(f"{taken} from {weights.file}")
 
 
 def with_start(options: TokenizerRun, weights: Opened) -> TokenizerRun:
@@ -203,8 +196,8 @@ def with_start(options: TokenizerRun, weights: Opened) -> TokenizerRun:
     return options.changed(model=replace(options.model, vq_model=vq_model))
 
 
-def load_initial(run: Run, tokenizer: Tokenizer, weights: Opened) -> str:
-    """Load `experiment.init_weights` into the tokenizer of a new run; returns a line for the log.
+def load_initial(run: Run, tokenizer: Tokenizer, weights: Opened) -> None:
+    """Load `experiment.init_weights` into the tokenizer of a new run.
 
     Raises InputError if they differ in encoder or codebook from `experiment.stage1_checkpoint`.
     """
@@ -217,7 +210,7 @@ def load_initial(run: Run, tokenizer: Tokenizer, weights: Opened) -> str:
                 f"experiment.init_weights ({source}) and experiment.stage1_checkpoint={stage1} differ "
                 f"in encoder or codebook: leave stage1_checkpoint out; both come with init_weights"
             )
-    return f"starts from {source}: {describe(weights.state)}"
+    run.notes.append(f"starts from {source}: {describe(weights.state)}")
 
 
 def build_discriminator(run: Run) -> Discriminator:
@@ -245,7 +238,7 @@ class CodebookUse:
         shape = config.num_tokens, config.codebook_size
         self.counts = torch.zeros(shape, dtype=torch.float64, device=accelerator.device)
         self.clustering, self.latents = config.clustering, []
-        self.warned = self.warned_of_agreement = False
+        self.warned: set[str] = set()
 
     def add(self, out: TokenizerOutput) -> None:
         """Count the codes of a micro-batch, and keep its latents for clustering."""
@@ -265,25 +258,24 @@ class CodebookUse:
         """Share of codes used, perplexity and agreement since the last report; empty without codes."""
         counts = self.state_dict()["positions"]  # (T, codebook_size)
         self.counts.zero_()
-        if not counts.any():  # all steps were the discriminator's
+        images, codes = counts[0].sum(), counts.shape[1]
+        if not images:  # all steps were the discriminator's
             return {}
-        found, codebook = code_figures(counts), counts.shape[1]
+        found, problems = code_figures(counts), {}
         use, agreement = found["codebook_use"], found.get("code_agreement", 0.0)
-        enough = counts.sum() >= MIN_TOKENS_PER_CODE * codebook
-        if use < MIN_CODEBOOK_USE and enough and not self.warned:
-            self.warned = True
-            run.log.say(
-                f"warning: the codebook has collapsed: {use:.2%} of {codebook} codes are used, "
-                f"perplexity {found['perplexity']:.1f}; lower the learning rate, or train stage 1 with "
-                f"clustering"
+        if use < MIN_CODEBOOK_USE and counts.sum() >= MIN_TOKENS_PER_CODE * codes:
+            problems["the codebook has collapsed"] = (
+                f"{use:.2%} of {codes} codes are used, perplexity {found['perplexity']:.1f}; lower the "
+                f"learning rate, or train stage 1 with clustering"
             )
-        enough = counts[0].sum() >= MIN_IMAGES
-        if agreement > MAX_AGREEMENT and enough and not self.warned_of_agreement:
-            self.warned_of_agreement = True
-            run.log.say(
-                f"warning: the codes hardly depend on the image: two images have the same code at "
-                f"{agreement:.1%} of positions; lower the learning rate, and look at the previews"
+        if agreement > MAX_AGREEMENT and images >= MIN_IMAGES:
+            problems["the codes hardly depend on the image"] = (
+                f"two images have the same code at {agreement:.1%} of positions; lower the learning "
+                f"rate, and look at the previews"
             )
+        for problem in problems.keys() - self.warned:  # each once
+            run.log.say(f"warning: {problem}: {problems[problem]}")
+        self.warned |= problems.keys()
         names = {"codebook_use": "codes used", "code_agreement": "code agreement"}
         return {names.get(name, name): value for name, value in found.items()}
 
@@ -292,7 +284,7 @@ class TrainState:
     """Tokenizer, discriminator, their optimizers, the average and the frozen networks of the losses.
 
     Their state comes from the checkpoint that `run` resumes, if any, or from the weights `initial` of a new
-    run; `start` describes those. `critic` is the discriminator as wrapped by the accelerator, None without an
+    run. `critic` is the discriminator as wrapped by the accelerator, None without an
     adversarial phase.
     """
 
@@ -305,9 +297,9 @@ class TrainState:
         # The same initial weights on every rank, whatever was built before.
         torch.manual_seed(training.seed)
         self.tokenizer = build_tokenizer(options)
-        self.start = load_stage1(run, self.tokenizer)
+        load_stage1(run, self.tokenizer)
         if initial is not None:
-            self.start = load_initial(run, self.tokenizer, initial)
+            load_initial(run, self.tokenizer, initial)
         adversarial = any(phase.gan_weight for phase in options.phases)
         self.discriminator = build_discriminator(run) if adversarial else None
         # One rank reads the disk, the others its cache.
@@ -330,7 +322,7 @@ class TrainState:
 
         params = options.optimizer.params
         trained = [p for p in self.tokenizer.parameters() if p.requires_grad]
-        self.compiled = bool(compiles(training.compile, "training.compile"))
+        self.compiled = compiles(training.compile, "training.compile")
         if self.compiled:
             self._compile()
         self.model, self.optimizer = accelerator.prepare(self.tokenizer, adamw(trained, params))
@@ -359,12 +351,6 @@ class TrainState:
         if self.discriminator is not None:
             critic: Any = self.discriminator
             critic.logits = torch.compile(critic.logits, dynamic=False, backend=inductor_or_eager)
-
-    @property
-    def averaged(self) -> Tokenizer:
-        """The tokenizer to evaluate and preview: the average, if there is one."""
-        part: Any = self.tokenizer if self.ema is None else self.ema.model
-        return part
 
     def reset_optimizers(self) -> None:
         """Reset Adam, as the published programs do at every phase."""
@@ -395,16 +381,6 @@ def enter_phase(run: Run, phases: list[Phase], step: int) -> tuple[Phase, int, i
     return phase, number, step_in_phase
 
 
-def refuse_fsdp(accelerator: Accelerator) -> Accelerator:
-    """Raise InputError under FSDP, which would shard the codebook that clustering rewrites in place."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise InputError(
-            "the tokenizer does not train under FSDP, which shards the codebook that clustering moves: "
-            "launch with torchrun, or accelerate without --use_fsdp (its models fit on one GPU)"
-        )
-    return accelerator
-
-
 def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
     """Log the header of a run: models, data, length, and what is missing or unusual."""
     options, log = state.options, run.log
@@ -417,8 +393,6 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
         log.say(f"warning: experiment.max_train_examples={len(data.paths)} leaves images out")
     if data.validation:
         run.warn_of_same_data(params.val_dir, lambda: identity_of_images(data.validation))
-    if state.start:
-        log.say(state.start)
     trained = sum(p.numel() for p in state.tokenizer.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in state.tokenizer.parameters()) - trained
     phases = " + ".join(f"{p.name} {p.steps}" for p in options.phases)
@@ -434,25 +408,24 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
 
 def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData) -> None:
     """The validation metrics, rFID and previews that are due after a step."""
-    tokenizer = state.averaged
+    tokenizer: Any = run.checkpoint.weights["tokenizer"][0]  # the average, if there is one
     with run.reporting(step, due):
         if due.evaluate and data.validation:
-            values = evaluate(run, state, data)
-            if values is not None:
-                run.log.metrics(step, values)
+            run.log.metrics(step, evaluate(run, tokenizer, state.lpips, data))
         if due.generate:
-            pictures = run.attempt(
-                "preview", lambda: preview(tokenizer, data.validation or data.paths)
-            )
+            paths = data.validation or data.paths
+            pictures = run.attempt("preview", lambda: preview(tokenizer, paths))
             if pictures is not None:
                 run.log.images(step, "reconstruction", pictures, PER_ROW)
 
 
-def evaluate(run: Run, state: TrainState, data: TokenizerData) -> Optional[dict[str, float]]:
+def evaluate(
+    run: Run, tokenizer: Tokenizer, lpips: Optional[LPIPS], data: TokenizerData
+) -> Optional[dict[str, float]]:
     """Metrics of the held-out reconstructions, and rFID with a reference; None, after a warning, if an
     image cannot be read or a figure cannot be computed."""
-    tokenizer, paths, accelerator = state.averaged, data.validation, run.accelerator
-    scores = in_training.reconstruction_scores(tokenizer, len(paths), state.lpips, data.evaluator)
+    paths, accelerator = data.validation, run.accelerator
+    scores = in_training.reconstruction_scores(tokenizer, len(paths), lpips, data.evaluator)
     size, batch = tokenizer.config.image_size, run.training.per_gpu_batch_size
     workers = worker_count(run.options.dataset.params.num_workers_per_gpu)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -518,7 +491,7 @@ def main(argv: list[str]) -> None:
     training, phases = options.training, options.phases
 
     # Set-up: processes, data, the run's folder, what is trained; from a checkpoint if there is one
-    accelerator = refuse_fsdp(start_training(training))
+    accelerator = start_training(training)
     torch.backends.cudnn.benchmark = True  # times its algorithms once per shape; shapes are fixed
     kept = None if dry_run else Path(options.experiment.output_dir)
     initial = open_initial(options.experiment, TOKENIZER)
@@ -578,8 +551,7 @@ def main(argv: list[str]) -> None:
             run.save(step, due.stop)
         report(run, step, due, state, data)
 
-    models = {"tokenizer": state.tokenizer, "discriminator": state.discriminator}
-    run.finish("tokenizer", ".pth", models)
+    run.finish("tokenizer", ".pth")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,8 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Optional
 
 import torch
-from torch import nn
 
 from configs.schema import Phase
 from runtime.processes import device_name
@@ -47,17 +45,9 @@ class DryRun:
                     start = time.perf_counter()
             self.seconds.append((time.perf_counter() - start) / max(len(chosen) - 1, 1))
 
-    def report(self, models: dict[str, Optional[nn.Module]], global_batch: int) -> list[str]:
-        """Lines to print: parameters, memory of this process, images/s, expected hours."""
-        lines = []
-        for name, model in models.items():
-            if model is None:
-                continue
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            frozen = sum(p.numel() for p in model.parameters()) - trained
-            lines.append(f"parameters of the {name}: {trained:,} trained, {frozen:,} frozen")
-        lines.append(f"memory: {memory(self.device)}")
-        hours = 0.0
+    def report(self, global_batch: int) -> list[str]:
+        """Lines to print: memory of this process, images/s, expected hours."""
+        lines, hours = [f"memory: {memory(self.device)}"], 0.0
         for (name, steps), seconds in zip(self.left, self.seconds):
             hours += len(steps) * seconds / 3600
             lines.append(

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,24 +39,10 @@ def read_records(path: Path) -> Records:
     return [record for record in found if isinstance(record, dict) and "step" in record]
 
 
-def wandb_id(folder: Path) -> str:
-    """The run's id at wandb, kept in its folder, so that restarts continue the same page."""
-    path = folder / "wandb_id"
-    if not path.is_file():
-        write_whole(path, secrets.token_hex(4).encode())
-    return path.read_text().strip()
-
-
-def forget_wandb_id(folder: Path, first_step: int) -> None:
-    """Give a run that has been beyond `first_step` a new page: wandb ignores steps before a page's last."""
-    if any(record["step"] >= first_step for record in read_records(folder / "metrics.jsonl")):
-        (folder / "wandb_id").unlink(missing_ok=True)
-
-
 class RunLog:
     """Reports of one run by the main process; calls on other processes do nothing.
 
-    With `write=False` lines are printed, but nothing goes to files or wandb.
+    `page` is the run's id at wandb. With `write=False` lines are printed, but nothing goes to files or wandb.
     """
 
     def __init__(
@@ -67,6 +52,7 @@ class RunLog:
         config: dict[str, Any],
         first_step: int,
         total_steps: int,
+        page: str = "",
         write: bool = True,
         asked_to_stop: Callable[[], bool] = lambda: False,
     ):
@@ -78,7 +64,7 @@ class RunLog:
         self._tracks = True  # until wandb fails
         self.asked_to_stop = asked_to_stop
         if accelerator.log_with and write:
-            self._start_wandb(experiment, config)
+            self._start_wandb(experiment, config, page)
         if self.write:
             self._cut(first_step)
             with writing(self.folder):
@@ -86,10 +72,8 @@ class RunLog:
         hidden = None if self.write else True  # None: without a terminal
         self.bar = tqdm(total=total_steps, initial=first_step - 1, unit="step", disable=hidden)
 
-    def _start_wandb(self, experiment: Experiment, config: dict[str, Any]) -> None:
-        init = {"name": experiment.name, "dir": str(self.folder), "resume": "allow"}
-        if self.main:
-            init["id"] = wandb_id(self.folder)
+    def _start_wandb(self, experiment: Experiment, config: dict[str, Any], page: str) -> None:
+        init = {"name": experiment.name, "dir": str(self.folder), "id": page, "resume": "allow"}
         try:
             self.accelerator.init_trackers(
                 experiment.project, config=config, init_kwargs={"wandb": init}
@@ -131,12 +115,13 @@ class RunLog:
         with self._printing():
             self.bar.update()
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
+    def metrics(self, step: int, values: dict[str, float] | None) -> None:
         """Print a record and add it to metrics.jsonl and wandb.
 
-        A record that an earlier start of the run has written (same step and names) is skipped.
+        None, of a report that failed, is skipped, and so is a record that an earlier start of the run has
+        written (same step and names).
         """
-        if not self.main or (step, frozenset(values)) in self._earlier:
+        if not self.main or values is None or (step, frozenset(values)) in self._earlier:
             return
         if self.write:
             with writing(self.file.name):

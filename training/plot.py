@@ -42,11 +42,11 @@ def main(argv: list[str]) -> None:
         name != "step" for records in runs.values() for record in records for name in record
     ):
         raise InputError(f"no records yet in {', '.join(runs)}")
-    if args.reference is not None and not args.reference.is_file():
-        raise InputError(f"no file {args.reference}: pass a file of quickstart/reference")
     reference = None if args.reference is None else read_records(args.reference)
     if reference == []:
-        raise InputError(f"{args.reference} holds no records: pass a file of quickstart/reference")
+        raise InputError(
+            f"{args.reference} is missing or holds no records: pass a file of quickstart/reference"
+        )
     try:
         figure = plot_curves(runs, reference)
     except ImportError as e:
@@ -62,39 +62,35 @@ def plot_curves(runs: dict[str, Records], reference: Records | None = None) -> "
 
     names = {name for records in runs.values() for record in records for name in record}
     panels = sorted({name.removeprefix("val/") for name in names - {"step"}})
+    # By label, the reference behind the runs.
+    shown: dict[str, tuple[Records, Any]] = {}
+    if reference is not None:
+        shown["the reference"] = reference, (0, 0, 0, 0.4)
+    shown |= {run: (records, f"C{i}") for i, (run, records) in enumerate(runs.items())}
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, panel in zip(axes, panels):
         for name, style in ((panel, "-"), (f"val/{panel}", "--o")):
-            if reference is not None:
-                draw_reference(axis, reference, name, style)
-            for number, records in enumerate(runs.values()):
-                points = curve(records, name)
-                if points:
-                    steps, values = list(points), list(points.values())
-                    axis.plot(steps, values, style, color=f"C{number}", markersize=3)
+            for records, colour in shown.values():
+                draw(axis, records, name, style, colour)
         axis.set_title(panel)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     for axis in axes[len(panels) :]:
         axis.axis("off")
-    handles = [axes[0].plot([], [], "-", color=f"C{i}")[0] for i in range(len(runs))]
-    handles.append(axes[0].plot([], [], "--o", color="gray", markersize=3)[0])
-    labels = [*runs, "validation"]
-    if reference is not None:
-        handles.append(axes[0].plot([], [], "-", color="black", alpha=0.4)[0])
-        labels.append("reference")
-    figure.legend(handles, labels, loc="outside upper center")
+    handles = [axes[0].plot([], [], "-", color=colour)[0] for _, colour in shown.values()]
+    handles += axes[0].plot([], [], "--o", color="gray", markersize=3)
+    figure.legend(handles, [*shown, "validation"], loc="outside upper center")
     return figure
 
 
-def draw_reference(axis: Any, reference: Records, name: str, style: str) -> None:
-    """The reference's curve of one quantity and, if known, the range of its seeds."""
-    points = curve(reference, name)
-    axis.plot(list(points), list(points.values()), style, color="black", alpha=0.4, markersize=3)
-    low, high = curve(reference, f"low/{name}"), curve(reference, f"high/{name}")
+def draw(axis: Any, records: Records, name: str, style: str, colour: Any) -> None:
+    """The curve of one quantity and, if known, as of a reference, the range of its seeds."""
+    points = curve(records, name)
+    axis.plot(list(points), list(points.values()), style, color=colour, markersize=3)
+    low, high = curve(records, f"low/{name}"), curve(records, f"high/{name}")
     if low:
         band = (list(low), list(low.values()), list(high.values()))
         axis.fill_between(*band, color="black", alpha=0.1)

@@ -1,17 +1,18 @@
 """What both training loops share around their steps: `Run`."""
 
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
 import configs.load
 from configs.schema import Experiment, Phase, Training
@@ -27,10 +28,9 @@ from runtime.parts import differing
 from runtime.processes import check_same, on_main
 from runtime.program import leave
 from runtime.signals import SAVED_AND_STOPPED, StopSignal
-from training.accelerator import numerics_of
 from training.checkpoint import Checkpoint, whole_tensors
 from training.dry_run import DryRun
-from training.log import RunLog, Window, due, forget_wandb_id
+from training.log import RunLog, Window, due
 from training.optim import FiniteGuard
 from training.schedule import phase_steps
 from training.utilisation import peak_flops
@@ -59,8 +59,7 @@ def batch_remedy(earlier: dict[str, Any], now: dict[str, Any], ranks: int) -> st
 
 
 # ---------------------------------------------------------------------- the run
-@dataclass(frozen=True)
-class Due:
+class Due(NamedTuple):
     """What follows a step; `stop` after a signal."""
 
     log: bool = False
@@ -68,9 +67,6 @@ class Due:
     evaluate: bool = False
     generate: bool = False
     stop: bool = False
-
-    def __bool__(self) -> bool:
-        return any(astuple(self))
 
 
 class Run:
@@ -114,6 +110,7 @@ class Run:
         device = accelerator.device
         self.dry_run = DryRun(phases, self.first_step, device) if dry_run else None
         self.window, self.guard = Window(accelerator), FiniteGuard(accelerator)
+        self.notes: list[str] = []  # lines for the log, before the first step
         self._timed_from: float | None = None  # until the expected time is logged
         self._unreadable = 0  # images that were reported as replaced
         self._check_ranks()
@@ -123,7 +120,12 @@ class Run:
             starts = self._check_resume(starts)
             self.experiment = replace(self.experiment, **starts)
             self.options = options.changed(experiment=self.experiment)
-        self.checkpoint.values |= {**starts, "autocast": numerics_of(self.training).autocast}
+        values = self.checkpoint.values
+        values |= {**starts, "autocast": accelerator.mixed_precision}
+        if self.checkpoint.forks:  # which may go back: wandb ignores steps before a page's last
+            values.pop("wandb", None)
+        if self.training.enable_wandb:
+            values.setdefault("wandb", secrets.token_hex(4))  # the id of its page
 
     # -------------------------------------------------- set-up
     def settings(self, step: int) -> dict[str, Any]:
@@ -139,18 +141,24 @@ class Run:
         weights that drift apart, and with other periods, ranks would wait in different collectives."""
         facts = self.settings(self.total_steps)
         facts |= {name: getattr(self.experiment, name) for name in PERIODS}
-        facts["autocast"] = numerics_of(self.training).autocast
+        facts["autocast"] = self.accelerator.mixed_precision
         facts["training.per_gpu_batch_size"] = self.training.per_gpu_batch_size
         check_same(facts, "other options or data")
 
     def _check_resume(self, starts: dict[str, Optional[str]]) -> dict[str, Optional[str]]:
         """Compare the settings and `STARTS` with the checkpoint's; returns the latter as recorded.
 
-        Raises InputError if settings differ, unless the user named the checkpoint, and if `STARTS` do.
+        Raises InputError if settings differ, unless the user named the checkpoint, if `STARTS` do, and if another
+        run, which this one starts from, has made all of its steps.
         """
-        state, source = self.checkpoint, self.checkpoint.source
+        state, source, last = self.checkpoint, self.checkpoint.source, self.first_step - 1
         assert source is not None
-        earlier, now = state.values["run"], self.settings(self.first_step - 1)
+        if not state.own and last >= self.total_steps:
+            raise InputError(
+                f"{source} is at step {last} of {self.total_steps}, so no step is left to train: set more "
+                f"steps, or experiment.init_weights={source} to start anew from its weights"
+            )
+        earlier, now = state.values["run"], self.settings(last)
         changed = differing(earlier, now)
         if changed and not state.forks:
             remedy = batch_remedy(earlier, now, self.accelerator.num_processes)
@@ -161,7 +169,7 @@ class Run:
             )
         if changed:
             state.warnings.append(f"resumes from {source} with other options or data: {changed}")
-        trained, autocast = state.values.get("autocast"), numerics_of(self.training).autocast
+        trained, autocast = state.values.get("autocast"), self.accelerator.mixed_precision
         if "autocast" in state.values and trained != autocast:
             state.warnings.append(
                 f"{source} was trained with autocast {trained}; this run continues with {autocast}"
@@ -178,15 +186,6 @@ class Run:
                 )
         return recorded
 
-    def _refuse_ended_fork(self) -> None:
-        """Raise InputError if another run, which this one starts from, has made all of its steps."""
-        source, last = self.checkpoint.source, self.first_step - 1
-        if not self.checkpoint.own and last >= self.total_steps:
-            raise InputError(
-                f"{source} is at step {last} of {self.total_steps}, so no step is left to train: set more "
-                f"steps, or experiment.init_weights={source} to start anew from its weights"
-            )
-
     @property
     def resumed(self) -> bool:
         return self.checkpoint.source is not None
@@ -197,7 +196,6 @@ class Run:
         Raises InputError if a micro-batch of all ranks has more than `images`.
         """
         accelerator, params = self.accelerator, self.options.dataset.params
-        self._refuse_ended_fork()
         if params.train_dir is not None:  # a token cache holds no images
             report = self.folder / UNREADABLE if self.dry_run is None else None
             dataset = SkipUnreadable(dataset, images, params.skip_unreadable, report)
@@ -211,15 +209,13 @@ class Run:
         if self.dry_run is None:
             self.checkpoint.open(self.options)
         self.loader_iterator = iter(loader)  # its workers start to read and list unreadable images
-        if self.checkpoint.forks and self.dry_run is None and accelerator.is_main_process:
-            forget_wandb_id(self.folder, self.first_step)
         asked = self.stop.asked if self.dry_run is None else lambda: False
         self.log = RunLog(
-            accelerator, self.experiment, asdict(self.options), self.first_step,
-            self.total_steps, write=self.dry_run is None, asked_to_stop=asked,
+            accelerator, self.experiment, asdict(self.options), self.first_step, self.total_steps,
+            self.checkpoint.values.get("wandb", ""), self.dry_run is None, asked,
         )  # fmt: skip
-        for warning in self.checkpoint.warnings:
-            self.log.say(f"warning: {warning}")
+        for line in (*(f"warning: {text}" for text in self.checkpoint.warnings), *self.notes):
+            self.log.say(line)
         self.window.reset()
         self.checkpoint.register("window", self.window)
         self._report_unreadable()
@@ -293,7 +289,7 @@ class Run:
             return Due()
         self.log.advance()
         found = self.scheduled(step, self.stop.agreed())
-        if found:
+        if any(found):
             self.guard.raise_if_bad(self._terms())
         return found
 
@@ -315,7 +311,7 @@ class Run:
         window, world = self.window.close(), self.accelerator.num_processes
         rate = window["images/s"]
         values = {**values, **window, "images/s per device": rate / world}
-        peak = peak_flops(self.accelerator.device, numerics_of(self.training).autocast)
+        peak = peak_flops(self.accelerator.device, self.accelerator.mixed_precision)
         if self.flops_per_image is not None and peak is not None:
             values["mfu"] = rate / world * self.flops_per_image / peak
         left = self.total_steps - step
@@ -337,7 +333,7 @@ class Run:
         # Eager: odd batch sizes are not worth compiling for.
         with self.window.paused(), torch.compiler.set_stance("force_eager"):
             yield
-        if due.save or (due and step < self.first_step):
+        if due.save or (any(due) and step < self.first_step):
             on_main(lambda: write_whole(self.folder / REPORTED, str(step).encode()))
 
     def save(self, step: int, stop: bool) -> None:
@@ -400,18 +396,17 @@ class Run:
             return Due()
         if on_main(complete) or not self.resumed or self.checkpoint.forks:
             return Due()
-        found = self.scheduled(step)
-        return Due(evaluate=found.evaluate, generate=found.generate)
+        return self.scheduled(step)._replace(log=False, save=False)
 
-    def finish(self, name: str, suffix: str, models: dict[str, Optional[nn.Module]]) -> None:
+    def finish(self, name: str, suffix: str) -> None:
         """End the run, and with several ranks the process: `export` the model `name` or, of a dry run, say
-        what `models` and steps need. Raises InputError if a step of a dry run was non-finite."""
+        what its steps need. Raises InputError if a step of a dry run was non-finite."""
         if self.dry_run is None:
             self.export(name, name, suffix)
             self.log.say(f"done; weights in {self.folder / (name + suffix)} and .safetensors")
         else:
             self.guard.raise_if_bad(self._terms())
-            for line in self.dry_run.report(models, self.global_batch):
+            for line in self.dry_run.report(self.global_batch):
                 self.log.say(line)
         self._end(0)
 

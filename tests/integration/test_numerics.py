@@ -14,9 +14,9 @@ from PIL import Image
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-import configs.numerics
 import train_tokenizer.__main__ as train_tokenizer
 from modeling import tokenizer as tokenizer_module
+from training.accelerator import TABLE
 
 CONFIG = """
 model:
@@ -128,9 +128,8 @@ FULL, HALF = {torch.float32}, {torch.bfloat16}
 def test_types_per_part(run, monkeypatch, mode, attention, discriminator):
     options = [f"training.numerics={mode}"]
     if mode != "exact":
-        table = configs.numerics.TABLE
-        on_a_cpu = dataclasses.replace(table[mode], autocast="bf16")
-        monkeypatch.setitem(table, mode, on_a_cpu)
+        on_a_cpu = dataclasses.replace(TABLE[mode], autocast="bf16")
+        monkeypatch.setitem(TABLE, mode, on_a_cpu)
         options.append("training.mixed_precision=bf16")
     types = run(*options)
     assert types["attention"] == attention

@@ -665,8 +665,7 @@ def test_metrics_and_rfid_come_from_one_pass_over_the_held_out_images(train, tmp
 def test_dry_run_measures_every_phase_and_writes_nothing(train, tmp_path):
     phases = "phases=[{name: mse, steps: 90, learning_rate: 1e-3}, {name: gan, steps: 40, gan_weight: 1e-3}]"
     said = train(1, tmp_path / "run", phases, "--dry-run")
-    for words in ("parameters of the tokenizer: ", "parameters of the discriminator: 1,909,889 trained",
-                  "GiB of host memory", "hours for 90 steps", "hours for 40 steps",
+    for words in ("GiB of host memory", "hours for 90 steps", "hours for 40 steps",
                   "hours for the 130 steps left", "nothing was written"):  # fmt: skip
         assert words in said
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from evaluation.features import INCEPTION_FILE
 from evaluation.lpips import LPIPS_FILE
 from tests.integration.conftest import without_weights
 from tests.payload import Payload, forge
-from train_tokenizer.perceptual import CONVNEXT_FILE
+from train_tokenizer.losses import CONVNEXT_FILE
 
 
 @pytest.fixture

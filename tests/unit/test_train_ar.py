@@ -683,11 +683,6 @@ def test_dry_run_says_what_the_run_needs_and_writes_nothing(cache, tmp_path, cap
         f"dataset.params.pretokenization={cache}", "training.max_train_steps=3600",
     ])  # fmt: skip
     said = capsys.readouterr().out
-    parameters = sum(
-        p.numel()
-        for p in Generator(tiny_generator(codebook_size=32, image_seq_len=21)).parameters()
-    )
-    assert f"parameters of the generator: {parameters:,} trained, 0 frozen" in said
     assert re.search(r"memory: [\d.]+ GiB of host memory", said)
     seconds = float(re.search(r"images/s, ([\d.e-]+) s per step", said)[1])
     hours = float(re.search(r"expected time: ([\d.e-]+) hours for the 3600 steps left", said)[1])

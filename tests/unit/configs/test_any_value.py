@@ -28,8 +28,8 @@ NAMES = list(
             program,
             option.name,
         )
-        for program, (schema, *_) in PROGRAMS.items()
-        for option in options_of(schema, program)
+        for program in PROGRAMS
+        for option in options_of(program)
         if not option.section
     }.values()
 )

@@ -365,10 +365,12 @@ def test_an_option_of_a_phase_without_its_number_is_refused():
 
 
 # ---------------------------------------------------------------------- values
-@pytest.mark.parametrize("schema", [GeneratorRun, TokenizerRun])
-def test_help_lists_all_options_with_their_defaults(schema, capsys):
+@pytest.mark.parametrize(
+    "schema, program", [(GeneratorRun, "train_ar"), (TokenizerRun, "train_tokenizer")]
+)
+def test_help_lists_all_options_with_their_defaults(schema, program, capsys):
     with pytest.raises(SystemExit) as ended:
-        load(schema, ["--help"])
+        load(schema, ["--help"], program)
     said = capsys.readouterr().out
     assert not ended.value.code and "config=FILE" in said
     assert "per_gpu_batch_size: " in said and "keep_checkpoints: 2" in said

@@ -6,12 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.schema import Training
 from runtime import processes
 from runtime.processes import check_same, start_processes
 from tests.refusals import refusal
-from training import accelerator
-from training.accelerator import numerics_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -194,13 +191,3 @@ def test_compiling_needs_a_python_that_torch_can_compile(machine, monkeypatch):
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refusal(lambda: start_processes("cuda"), "CUDA")
-
-
-@pytest.mark.parametrize(
-    "asked, cuda, expected",
-    [("auto", True, "bf16"), ("auto", False, "no"), ("fp16", True, "fp16"), ("no", True, "no")],
-)
-def test_precision(monkeypatch, asked, cuda, expected):
-    monkeypatch.setattr(accelerator, "uses_cuda", lambda: cuda)
-    monkeypatch.setattr(accelerator, "has_bfloat16", lambda device: True)
-    assert numerics_of(Training(mixed_precision=asked)).autocast == expected

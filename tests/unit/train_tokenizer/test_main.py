@@ -2,14 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 
-from tests.refusals import refusal
-from train_tokenizer.__main__ import (
-    MIN_IMAGES,
-    CodebookUse,
-    refuse_fsdp,
-)
+from train_tokenizer.__main__ import MIN_IMAGES, CodebookUse
 
 
 def warnings_of(counts):
@@ -50,9 +44,3 @@ def test_identical_codes_for_all_images_are_seen_however_many_they_are(images, d
     counts[range(40), range(40)] = images - different
     counts[range(40), range(40, 80)] = different
     assert ["hardly depend" in line for line in warnings_of(counts)] == [True] * alike
-
-
-def test_fsdp_is_refused_in_one_line_with_the_remedy():
-    refuse_fsdp(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
-    fsdp = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    refusal(lambda: refuse_fsdp(fsdp), "FSDP", "torchrun")

@@ -6,10 +6,7 @@ from torch import nn
 from torchvision.models import ConvNeXt_Small_Weights, convnext_small
 
 from tests.refusals import refusal
-from train_tokenizer.perceptual import (
-    CONVNEXT_FILE,
-    ConvNeXtLogits,
-)
+from train_tokenizer.losses import CONVNEXT_FILE, ConvNeXtLogits
 
 
 # ---------------------------------------------------------------------- weight files

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from configs.schema import Experiment
-from training.log import RunLog, Window, due, forget_wandb_id, wandb_id
+from training.log import RunLog, Window, due
 
 
 @pytest.fixture(scope="module")
@@ -235,24 +235,15 @@ def test_a_record_of_the_last_step_before_is_not_repeated(open_log, tmp_path):
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 4]
 
 
-def test_all_starts_of_a_run_have_one_page_at_wandb(accelerator, tmp_path, monkeypatch):
+def test_a_run_goes_on_at_its_page_of_wandb(accelerator, tmp_path, monkeypatch):
     starts = []
     monkeypatch.setattr(accelerator, "log_with", ["wandb"])
     monkeypatch.setattr(
         accelerator, "init_trackers", lambda *_, init_kwargs, **__: starts.append(init_kwargs)
     )
-    for name in ("run", "run", "other"):
-        (tmp_path / name).mkdir(exist_ok=True)
-        log = RunLog(accelerator, Experiment(output_dir=str(tmp_path / name)), {}, 1, 9)
-        log.file.close(), log.bar.close()
-    first, second, other = (start["wandb"] for start in starts)
-    assert first["id"] == second["id"] != other["id"] and first["resume"] == "allow"
-    assert first["id"] == (tmp_path / "run/wandb_id").read_text()
-    (tmp_path / "run/metrics.jsonl").write_text('{"step": 4}\n')
-    forget_wandb_id(tmp_path / "run", 5)
-    assert wandb_id(tmp_path / "run") == first["id"]
-    forget_wandb_id(tmp_path / "run", 4)  # the run goes back
-    assert wandb_id(tmp_path / "run") != first["id"]
+    log = RunLog(accelerator, Experiment(output_dir=str(tmp_path)), {}, 1, 9, "ab12")
+    log.file.close(), log.bar.close()
+    assert starts[0]["wandb"]["id"] == "ab12" and starts[0]["wandb"]["resume"] == "allow"
 
 
 @pytest.mark.parametrize("broken", ["log", "log_images", "finish"])

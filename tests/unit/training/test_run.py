@@ -169,11 +169,11 @@ def test_a_checkpoint_by_name_of_a_run_without_loss_scaling_starts_it_anew(accel
 
 
 # ---------------------------------------------------------------------- the same run
-def run_of(accelerator, path, resume=True, *, phases, data=None, seed=0, **more):
+def run_of(accelerator, path, resume=True, *, phases, data=None, seed=0, wandb=False, **more):
     options = TokenizerRun(
         experiment=TokenizerExperiment(output_dir=str(path), resume=resume, **more),
         phases=list(phases),
-        training=TokenizerTraining(seed=seed),
+        training=TokenizerTraining(seed=seed, enable_wandb=wandb),
     )
     return Run(accelerator, options, options.phases, data or {"images": 5}, False)
 
@@ -234,10 +234,10 @@ def test_a_fork_without_steps_left_is_refused(accelerator, tmp_path):
     save_run(run_of(accelerator, tmp_path / "run", phases=PHASES), 31)
     assert run_of(accelerator, tmp_path / "run", phases=PHASES).first_step == 32  # exports again
     fork = partial(run_of, accelerator, tmp_path / "new", str(tmp_path / "run"))
-    refusal(lambda: fork(phases=PHASES).start([], 0), "step 31 of 31", "init_weights")
-    fork(phases=[*PHASES, Phase("d", 5)])._refuse_ended_fork()
-    own = run_of(accelerator, tmp_path / "run", str(tmp_path / "run"), phases=PHASES)
-    own._refuse_ended_fork()  # not another run, though named
+    refusal(lambda: fork(phases=PHASES), "step 31 of 31", "init_weights")
+    assert fork(phases=[*PHASES, Phase("d", 5)]).first_step == 32
+    # Not another run, though named.
+    run_of(accelerator, tmp_path / "run", str(tmp_path / "run"), phases=PHASES)
 
 
 def test_checkpoints_on_another_disk_are_the_runs_own(accelerator, tmp_path):
@@ -255,6 +255,19 @@ def test_a_fork_of_a_run_that_once_named_itself_is_a_fork(accelerator, tmp_path)
     save_run(run_of(accelerator, run, str(run), phases=PHASES), 20)
     assert not run_of(accelerator, run, str(run), phases=PHASES).checkpoint.forks  # it resumes
     assert run_of(accelerator, tmp_path / "new", str(run), phases=PHASES).checkpoint.forks
+
+
+def test_all_starts_of_a_run_have_one_page_at_wandb_and_a_fork_has_its_own(accelerator, tmp_path):
+    def page(name, resume=True):
+        run = run_of(accelerator, tmp_path / name, resume, phases=PHASES, wandb=True)
+        if not run.resumed:
+            save_run(run, 1)
+        return run.checkpoint.values["wandb"]
+
+    first = page("run")
+    assert page("run") == first != page("other")
+    assert page("fork", str(tmp_path / "run")) != first
+    assert page("run", str(tmp_path / "run/checkpoints/step-00000001")) != first  # it goes back
 
 
 def test_another_precision_of_the_device_is_warned_of(accelerator, tmp_path):

@@ -9,7 +9,7 @@ from modeling.weights.metadata import GENERATOR, about_model, about_shapes
 from modeling.weights.opened import Opened
 from tests.refusals import refusal
 from tests.tiny import tiny_generator
-from training.initial import fit_classes
+from train_ar import fit_classes
 
 
 def config(classes, **changes):

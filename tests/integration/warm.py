@@ -205,9 +205,14 @@ class Warm:
         return Run(self, pids, log)
 
     def completed(self, program, *argv, timeout, **limits):
-        """A run to its end, as `subprocess.run` returns it."""
+        """A run to its end, as `subprocess.run` returns it. If rank 0 fails, the others are ended, as
+        a launcher does: with a mistake of their own they would wait for that before they say it."""
         errors = self.folder / f"errors-{next(self.logs)}"
         run = self.start(program, *argv, errors=errors, narrow=False, **limits)
+        run.statuses[run.pids[0]] = self.ask(wait=run.pids[:1], within=timeout)[0]
+        if run.statuses[run.pids[0]]:
+            for rank in range(1, len(run.pids)):
+                run.signal(signal.SIGTERM, rank)
         status = run.end(within=timeout) or run.failed()
         return subprocess.CompletedProcess(argv, status, run.output(), errors.read_text())
 

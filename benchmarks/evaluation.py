@@ -111,7 +111,7 @@ def feature_rates(args: argparse.Namespace, processes: PartialState, folder: Pat
 
 def distances(args: argparse.Namespace, device: torch.device) -> None:
     """Print time and memory of precision and recall, and the time of a Fréchet distance."""
-    width = WIDTHS[args.features]
+    width = args.width or WIDTHS[args.features]
     features = torch.randn(2, args.manifold, width)
     before = peak_mb(restart=True)
     spent = seconds(lambda: precision_recall(features[0], features[1], device))
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument(
         "--manifold", type=int, default=10_000, help="features per set (10000); 0: no distances"
     )
+    parser.add_argument("--width", type=int, help="of the distances' features (the network's)")
     args = parser.parse_args()
     print(machine())
     processes = start_processes()

@@ -205,7 +205,7 @@ def read_evaluation(output: str) -> list[Cell]:
         "precision and recall": ", ".join(
             filter(None, find(r"^precision and recall, .*: ([\d.]+ s), (\d+ MB) more", output))
         ),
-        "Fréchet distance": find(r"^Fréchet distance of 2048 features: ([\d.]+ s)", output)[0],
+        "Fréchet distance": find(r"^Fréchet distance of \d+ features: ([\d.]+ s)", output)[0],
         "50,000 images": f"{50_000 / float(rate):.0f} s" if rate else "",
     }
     return [("## Evaluation", row, 2, value) for row, value in rows.items()]
@@ -345,12 +345,18 @@ def evaluation_steps() -> list[Step]:
                 "tokens", "--images", 500, "--encode", 256, "--batch_size", 32, "--views",
                 "ten_crop", "--turns", 2, "--plain", 64, "--num_workers", os.cpu_count() or 8,
             ),
-            module("tokens", "--images", 4, "--encode", 0, "--plain", 1, "--turns", 1), read_pretokenization,
+            module(
+                "tokens", "--images", 4, "--encode", 0, "--plain", 1, "--turns", 1, "--layers", 1,
+            ),
+            read_pretokenization,
         ),
         Step(
             "evaluation", 80,
             module("evaluation", "--images", 5000, "--rounds", 3, "--manifold", 5000),
-            module("evaluation", "--images", 2, "--batch_size", 2, "--rounds", 1, "--manifold", 50),
+            module(
+                "evaluation", "--images", 2, "--batch_size", 2, "--rounds", 1, "--manifold", 50,
+                "--width", 64,
+            ),
             read_evaluation,
         ),
         Step(

@@ -38,8 +38,8 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 
 # The longest files, which begin first: with two workers a long one at the end leaves a core idle.
 LONGEST = (
-    "test_kills", "test_reliability", "test_tokenizer_training", "test_alignment", "test_train_ar", "test_h100",
-    "test_generator_training", "test_on_paper", "test_fused_attention",
+    "test_kills", "test_generator_training", "test_fused_attention", "test_reference", "test_reliability",
+    "test_alignment", "test_pipeline", "test_h100", "test_tokenizer_training", "test_on_paper", "test_train_ar",
 )  # fmt: skip
 
 

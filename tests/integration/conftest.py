@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from tests.integration.warm import PROGRAMS, Warm
+from tests.integration.warm import Warm
 from train_tokenizer import __main__ as trainer
 from train_tokenizer import losses
 from train_tokenizer.losses import FrozenNetworks
@@ -89,20 +89,21 @@ def free_port():
         return free.getsockname()[1]
 
 
-def command(program, *arguments, ranks=1, launcher="plain"):
-    """The command line of one of the project's programs under one of the three launchers."""
-    target = [program] if program.endswith(".py") else ["-m", program]
-    arguments = [str(a) for a in arguments]
-    if launcher == "plain":
-        return [sys.executable, *target, *arguments]
+def target(program):
+    """A program as Python and the launchers name it."""
+    return [program] if program.endswith(".py") else ["-m", program]
+
+
+def launch(launcher, ranks):
+    """A launcher and its options."""
     if launcher == "torchrun":
-        options = ["--standalone", f"--nproc_per_node={ranks}"]
-        return [sys.executable, "-m", "torch.distributed.run", *options, *target, *arguments]
+        return ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     # One process: on a CPU, accelerate's launcher starts more through MPI only.
-    options = ["--cpu", "--num_processes=1", f"--main_process_port={free_port()}"]
-    options += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    return [*launch, *options, *target, *arguments]
+    return [
+        "accelerate.commands.launch", "--cpu", "--num_processes=1",
+        f"--main_process_port={free_port()}", "--num_machines=1", "--mixed_precision=no",
+        "--dynamo_backend=no",
+    ]  # fmt: skip
 
 
 @functools.cache
@@ -115,20 +116,26 @@ def server():
     return started
 
 
-def execute(*args, check=True, env=None, timeout=1200, ranks=1, launcher=None, fresh=False):
-    """Run a program to its end; its output comes back, and is shown where it fails. Without a
-    launcher, `server` starts the ranks of the usual programs; each launcher is met in a few tests.
-    A `fresh` one starts an interpreter, for variables that are read before the programs."""
-    if args[0] in PROGRAMS and launcher is None and not fresh:
-        done = server().completed(*args, ranks=ranks, env=env, timeout=timeout)
-    else:
+def execute(
+    program, *args, check=True, env=None, timeout=1200, ranks=1, launcher=None, fresh=False
+):
+    """Run a program to its end; its output comes back, and is shown where it fails. `server` starts
+    its ranks, or a launcher, which is met in a few tests. A `fresh` run starts interpreters, for
+    variables that are read before the programs."""
+    if launcher:
+        line = [*launch(launcher, ranks), *target(program), *args]
+        done = server().completed(*line, env=env, timeout=timeout, forks=not fresh)
+    elif fresh:
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            command(*args, ranks=ranks, launcher=launcher or "plain"), cwd=ROOT,
+            [sys.executable, *target(program), *map(str, args)], cwd=ROOT,
             env={**variables, **(env or {})}, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
+    else:
+        done = server().completed(program, *args, ranks=ranks, env=env, timeout=timeout)
     if check and done.returncode:
-        pytest.fail(f"{' '.join(map(str, args))} exited {done.returncode}:\n{done.stderr[-3000:]}")
+        line = " ".join(map(str, (program, *args)))
+        pytest.fail(f"{line} exited {done.returncode}:\n{done.stderr[-3000:]}")
     return done
 
 

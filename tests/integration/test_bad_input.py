@@ -110,8 +110,9 @@ def test_stage2_refuses_a_generator_as_its_stage1(workspace, tmp_path):
 
 def test_misspelt_option_on_two_ranks_is_said_once(workspace, tmp_path):
     done = workspace.stage1(
-        tmp_path / "run", "training.per_gpu_batchsize=2", ranks=2, launcher="torchrun", check=False
-    )
+        tmp_path / "run", "training.per_gpu_batchsize=2", ranks=2, launcher="torchrun", fresh=True,
+        check=False,
+    )  # fmt: skip
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "did you mean training.per_gpu_batch_size" in lines[0]
     assert done.returncode != 0

@@ -1,15 +1,12 @@
 """Generator training as clusters run it: FSDP, several nodes, torch.compile, images without a cache."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from modeling.weights.tensors import read_state_dict
-from tests.integration.conftest import ROOT, command, execute, free_port
+from tests.integration.conftest import ROOT, execute, free_port
 from tests.integration.test_pipeline import equal_weights, losses, records
 
 TWO = dict(ranks=2)
@@ -66,31 +63,18 @@ def test_fsdp_trains_saves_and_samples_as_ddp(workspace, ddp_run, fsdp, tmp_path
 
 
 @pytest.mark.slow
-def test_two_nodes_train_as_two_ranks_of_one(workspace, ddp_run, tmp_path):
-    base = command(
+def test_two_nodes_train_as_two_ranks_of_one(workspace, warm, ddp_run, tmp_path):
+    agent = [
+        "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+        "--rdzv_id=test", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1",
         "train_ar.py", f"config={workspace.root}/generator.yaml",
         f"experiment.output_dir={tmp_path}/run",
         f"experiment.tokenizer_checkpoint={workspace.tokenizer}",
         f"dataset.params.pretokenization={workspace.cache}",
         f"dataset.params.val_pretokenization={workspace.cache}", *HALF,
-    )  # fmt: skip
-    start = base.index("train_ar.py")
-    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test",
-               f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1"]  # fmt: skip
-    agent = [sys.executable, "-m", "torch.distributed.run", *options, *base[start:]]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    nodes = []
-    for node in range(2):
-        with open(tmp_path / f"node{node}", "w") as output:
-            nodes.append(
-                subprocess.Popen(agent, cwd=ROOT, env=variables, stdout=output, stderr=output)
-            )
-    try:
-        statuses = [node.wait(timeout=200) for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
-    assert statuses == [0, 0], (tmp_path / "node0").read_text()[-2000:]
+    ]  # fmt: skip
+    nodes = [warm.start(*agent) for _ in range(2)]
+    assert [node.end(within=200) for node in nodes] == [0, 0], nodes[0].output()[-2000:]
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(ddp_run), rtol=1e-6)
 
 

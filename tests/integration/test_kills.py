@@ -98,6 +98,19 @@ def wait_for(condition, run, seconds=60):
     return True
 
 
+@pytest.fixture(scope="module")
+def hanging(workspace, warm, tmp_path_factory):
+    """A run of two ranks of which one hangs, and the time since when."""
+    folder = tmp_path_factory.mktemp("hanging") / "run"
+    program, options = trainer(workspace, "generator", ranks=2, steps=100_000)
+    options += ["experiment.log_every=1", "training.timeout_minutes=1"]
+    run = warm.start(program, *options, f"experiment.output_dir={folder}", ranks=2)
+    assert wait_for(lambda: len(logged(folder)) >= 5, run), run.output()
+    run.signal(signal.SIGSTOP, rank=1)
+    yield run, time.time()
+    run.kill()
+
+
 # ---------------------------------------------------------------------- exactness
 # 14 images in batches of 4, records of 3 steps, saved every 7: no two periods agree.
 PERIODS = ["experiment.log_every=3", "experiment.save_every=7"]
@@ -118,6 +131,7 @@ def in_one_go(workspace, warm, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hanging")  # the minute that it hangs passes meanwhile
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["stage1", "stage2", "generator"])
 def test_stopped_and_killed_it_ends_as_in_one_go(workspace, warm, in_one_go, tmp_path, name, ranks):
@@ -182,3 +196,12 @@ def test_survives_many_kills(workspace, warm, tmp_path, name, ranks):
     assert first_steps(output) == [expected] and expected > 13
     same_run(whole, killed)
     assert not any(killed.rglob("*.partial"))
+
+
+# ---------------------------------------------------------------------- a rank that hangs
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_waited_for_no_longer_than_configured(hanging):
+    run, since = hanging
+    wait_for(lambda: run.pids[0] in run.statuses, run, seconds=110)
+    assert run.statuses[run.pids[0]] != 0
+    assert 50 < run.log.stat().st_mtime - since < 90  # its last words

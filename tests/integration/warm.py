@@ -1,15 +1,18 @@
 """Runs of the programs that start in milliseconds, to be killed, starved and signalled.
 
 A server imports the programs once and forks for every run, so a run costs its work alone and is
-otherwise as good as a fresh one. `python -m tests.integration.warm` is the server; `Warm` the client.
+otherwise as good as a fresh one: it executes its program's file anew. `python -m
+tests.integration.warm` is the server; `Warm` the client.
 """
 
 import ctypes
 import importlib
+import inspect
 import itertools
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -17,15 +20,13 @@ import subprocess
 import sys
 import time
 
-PROGRAMS = {
-    "train_ar.py": "train_ar",
-    "train_tokenizer": "train_tokenizer.__main__",
-    "pretokenization.py": "pretokenization",
-    "sample_imagenet.py": "sample_imagenet",
-    "evaluate.py": "evaluate",
-    "data.tokens": "data.tokens",
-    "train_tokenizer.export": "train_tokenizer.export",
-}
+# Of these, all further programs import little that is not here.
+IMPORTED = (
+    "train_ar", "train_tokenizer.__main__", "pretokenization", "sample_imagenet", "evaluate",
+    "data.tokens", "train_tokenizer.export", "experiments.alignment.ablation",
+    # What programs import on use.
+    "torch._dynamo", "torch_fidelity", "torchvision",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------- the server
@@ -54,11 +55,70 @@ def obey_permissions():
     assert ctypes.CDLL(None, use_errno=True).capset(version_3, nothing) == 0
 
 
+def execute(program, argv):
+    """Run a module or a file as Python's command line does, to the end of this process."""
+    status = 0
+    try:
+        sys.argv = [program, *argv]
+        if "/" in program:
+            runpy.run_path(program, run_name="__main__")
+        else:
+            module = program.removesuffix(".py")
+            for name in (module, f"{module}.__main__"):
+                if not hasattr(sys.modules.get(name), "__path__"):
+                    sys.modules.pop(name, None)  # it would be executed twice
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as e:
+        status = e.code or 0
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
+
+
+def fork_programs():
+    """Let this process fork where it would start an interpreter for a file or a module."""
+    start = subprocess.Popen._execute_child
+    streams = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+
+    def fork(self, *given):
+        options = inspect.signature(start).bind(self, *given).arguments
+        command = options["args"]
+        words = [] if isinstance(command, str) else [str(w) for w in command if w != "-u"]
+        if words[:1] != [sys.executable] or not (words[1] == "-m" or words[1].endswith(".py")):
+            return start(self, *given)
+        program, *argv = words[2:] if words[1] == "-m" else words[1:]
+        self.pid = os.fork()
+        if self.pid:
+            self._child_created = True
+            self._close_pipe_fds(*(options[name] for name in streams))
+            return None
+        os.setsid()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
+        for number, name in enumerate(("p2cread", "c2pwrite", "errwrite")):
+            if options[name] != -1:
+                os.dup2(options[name], number)
+        os.closerange(3, 4096)
+        # Another thread may have held the locks of these, which their end would close.
+        old = sys.stdout, sys.stderr  # noqa: F841
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+        if options["env"] is not None:
+            os.environ.clear()
+            os.environ.update(options["env"])
+        return execute(program, argv)
+
+    subprocess.Popen._execute_child = fork
+
+
 def child(request, rank, port):
     os.setsid()  # a process group of its own, as torchrun makes it
     for stream, log in ((1, request["log"]), (2, request["errors"])):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    sys.argv = [request["program"], *request["argv"]]
     os.environ |= request["env"]
     if request["ranks"] > 1:
         os.environ |= {
@@ -77,23 +137,13 @@ def child(request, rank, port):
         from train_tokenizer.discriminator import Discriminator
 
         Discriminator.__init__.__defaults__ = (32, True)
-    from runtime.program import run
-
-    status = 0
-    try:
-        run(importlib.import_module(PROGRAMS[request["program"]]).main, request["argv"])
-    except SystemExit as e:
-        status = e.code
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        status = 1
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(status)
+    if request["forks"]:
+        fork_programs()
+    execute(request["program"], request["argv"])
 
 
 def serve():
-    # Further modules are those that programs import on use.
-    for module in (*PROGRAMS.values(), "torch._dynamo", "torch_fidelity", "torchvision"):
+    for module in IMPORTED:
         importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
@@ -140,23 +190,29 @@ class Warm:
         return json.loads(self.server.stdout.readline())
 
     def start(self, program, *argv, ranks=1, largest_file=0, die_before=0, obedient=False,
-              env=None, errors=None, narrow=True):  # fmt: skip
+              env=None, errors=None, narrow=True, forks=True):  # fmt: skip
         """A run in the background. It dies before its `die_before`-th sync, rename or removal of
         files; it may write files of up to `largest_file` bytes; `obedient`, even root's rights end
         where those of a folder do; the file `errors` takes its standard error, by default the log. The
-        discriminator of a `narrow` one has a quarter of the published width."""
+        discriminator of a `narrow` one has a quarter of the published width. With `forks`, the
+        programs that it starts are forks too."""
         log = self.folder / f"log-{next(self.logs)}"
         pids = self.ask(
-            program=program, argv=[str(a) for a in argv], log=str(log), ranks=ranks,
+            program=str(program), argv=[str(a) for a in argv], log=str(log), ranks=ranks,
             largest_file=largest_file, die_before=die_before, obedient=obedient, env=env or {},
-            errors=str(errors or log), narrow=narrow,
+            errors=str(errors or log), narrow=narrow, forks=forks,
         )  # fmt: skip
         return Run(self, pids, log)
 
     def completed(self, program, *argv, timeout, **limits):
-        """A run to its end, as `subprocess.run` returns it."""
+        """A run to its end, as `subprocess.run` returns it. If rank 0 fails, the others are ended, as
+        a launcher does: with a mistake of their own they would wait for that before they say it."""
         errors = self.folder / f"errors-{next(self.logs)}"
         run = self.start(program, *argv, errors=errors, narrow=False, **limits)
+        run.statuses[run.pids[0]] = self.ask(wait=run.pids[:1], within=timeout)[0]
+        if run.statuses[run.pids[0]]:
+            for rank in range(1, len(run.pids)):
+                run.signal(signal.SIGTERM, rank)
         status = run.end(within=timeout) or run.failed()
         return subprocess.CompletedProcess(argv, status, run.output(), errors.read_text())
 

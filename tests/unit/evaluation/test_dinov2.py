@@ -156,15 +156,15 @@ def test_resize_is_bicubic_with_antialias_in_float(size):
 
 def test_the_distance_is_that_of_the_transcribed_pipeline(network, folder):
     state = torch.load(folder / DINOV2_FILE, weights_only=True)
-    images = torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8)
-    images[6:] = images[6:] // 2
+    images = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    images[3:] = images[3:] // 2
     expected, (found, *others) = features_by_the_rule(state, images), network(images)
-    assert found.dtype == torch.float32 and found.shape == (12, 1024)
-    assert [other.shape for other in others] == [(12, 0), (12, 0)]
+    assert found.dtype == torch.float32 and found.shape == (6, 1024)
+    assert [other.shape for other in others] == [(6, 0), (6, 0)]
     error = (found.double() - expected).norm() / expected.norm()
     assert error < 1e-5
-    reference = frechet_distance(expected[:6], expected[6:])
-    assert frechet_distance(found[:6], found[6:]) == pytest.approx(reference, rel=1e-5)
+    reference = frechet_distance(expected[:3], expected[3:])
+    assert frechet_distance(found[:3], found[3:]) == pytest.approx(reference, rel=1e-5)
     assert reference > 1
 
 

@@ -1,5 +1,6 @@
 """The real network on random weights: against torch-fidelity's own metrics, and the definitions."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torch_fidelity.metric_isc import isc_features_to_metric
 
+import evaluation.metrics
 from evaluation.evaluator import compare
 from evaluation.features import INCEPTION_FILE, Inception
 from evaluation.metrics import frechet_distance_of_moments
@@ -57,7 +59,9 @@ SAMPLES, REFERENCE = pictures(14, 0, 40, 255), pictures(18, 1, 60, 90)
 def sides(inception):
     PartialState(cpu=True)
     sets = (ArrayImages("samples", SAMPLES), ArrayImages("reference", REFERENCE))
-    return [measure(images, inception, 4, 2) for images in sets]
+    with pytest.MonkeyPatch.context() as patch:  # a covariance's eigenvalues take seconds
+        patch.setattr(evaluation.metrics, "factor", cache(evaluation.metrics.factor))
+        yield [measure(images, inception, 4, 2) for images in sets]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 The weights of EfficientNet-Lite0 come with a package; their tensors are timm's in another naming, in the same order.
 """
 
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from sklearn.datasets import load_sample_image
 from torchvision.transforms.functional import gaussian_blur
 
+from evaluation import metrics
 from evaluation.metrics import frechet_distance_of_moments
 from evaluation.statistics import Collector
 from modeling.weights.tensors import read_state_dict
@@ -67,7 +69,8 @@ def test_it_says_daisy_of_the_flower(network, photos):
 
 
 @pytest.mark.slow
-def test_distances_are_ordered_as_an_eye_would(network, photos):
+def test_distances_are_ordered_as_an_eye_would(network, photos, monkeypatch):
+    monkeypatch.setattr(metrics, "factor", cache(metrics.factor))  # those of the photos once
     crops = torch.stack([
         photo[:, y : y + SIZE, x : x + SIZE]
         for photo in photos for y in (0, 101, 203) for x in (0, 138, 277, 416)

@@ -143,19 +143,23 @@ def test_compiled_step_takes_no_longer_than_eager_whatever_the_capacity(fill, co
 
 
 @pytest.mark.parametrize(
-    "dtype, cache",
-    [(torch.float32, "auto"), (torch.float32, "int8"), (torch.bfloat16, "auto")],
+    "dtype, cache, batch, length",
+    [
+        (torch.float32, "auto", 64, 273),  # the programs of the test above
+        (torch.float32, "int8", 4, 21),
+        (torch.bfloat16, "auto", 4, 21),
+    ],
     ids=["fp32", "int8", "bf16"],
 )
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=compiles_on_cpu)])
 def test_compiled_layers_keep_the_logits_and_need_no_program_while_sampling(
-    fill, dtype, cache, compiled
+    fill, dtype, cache, batch, length, compiled
 ):
-    model = fill(Generator(config(hidden_size=64, image_seq_len=21)))
-    labels, uniforms = inputs(steps=21)
+    model = fill(Generator(config(hidden_size=64, image_seq_len=length)))
+    labels, uniforms = inputs(batch, length)
     seen = []
     for way in (False, compiled):
-        engine = Engine(model, 4, Sampling(3.0), dtype, way, cache=cache)
+        engine = Engine(model, batch, Sampling(3.0), dtype, way, cache=cache)
         assert engine.compiled == way
         programs = counters["stats"]["unique_graphs"]
         with torch.inference_mode():
@@ -172,7 +176,7 @@ def test_compiled_layers_keep_the_logits_and_need_no_program_while_sampling(
     # Other rounding may draw another code; the image differs from there on.
     same = (codes == other_codes).cumprod(1)[:, :-1].bool()  # (B, T-1): the inputs of steps 1…
     assert same.float().mean() > 0.5
-    same = torch.cat([torch.ones(4, 1, dtype=torch.bool), same], 1).T.repeat(1, 2)  # (T, N)
+    same = torch.cat([torch.ones(batch, 1, dtype=torch.bool), same], 1).T.repeat(1, 2)  # (T, N)
     error = (logits - other_logits)[same].std() / logits[same].std()
     assert error < (1e-5 if dtype == torch.float32 and cache == "auto" else 0.02)
 

@@ -1,9 +1,6 @@
 """Numerics, the environment of launchers, and DistributedDataParallel as two ranks see it."""
 
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +8,7 @@ from accelerate.state import AcceleratorState
 
 from configs.schema import TokenizerTraining, Training
 from runtime.processes import set_tf32
+from tests.integration.conftest import execute
 from tests.refusals import refusal
 from training import accelerator
 from training.accelerator import (
@@ -22,12 +20,10 @@ from training.accelerator import (
     start_training,
 )
 
-ROOT = Path(__file__).parents[3]
-SCRIPT = f"""
+SCRIPT = """
 import os
 import sys
 
-sys.path.insert(0, {str(ROOT)!r})
 import torch
 from configs.schema import Training
 from training.accelerator import start_training
@@ -211,9 +207,7 @@ def test_fsdp_has_the_numerics_of_ddp_however_it_is_switched_on(monkeypatch, on)
 def test_two_ranks_use_no_broadcasts_and_views(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = execute(script, ranks=2, timeout=120)
     lines = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
     expected = ["DistributedDataParallel", "25", "False", "True"]
     assert lines == 2 * [[*expected, "[[1.0, 1.0], [1.0, 1.0]]"]]

@@ -201,7 +201,7 @@ def load_initial(run: Run, generator: Generator, data: GeneratorData, weights: O
     """
     if data.tokenizer_hash not in (None, weights.about.tokenizer or data.tokenizer_hash):
         run.checkpoint.warnings.append(
-            f"{weights.file} was trained on the codes of another tokenizer, whose meaning it has learnt"
+            f"{weights.file} was trained on another tokenizer's codes, so it must learn these anew"
         )
     state, words = fit_classes(weights, generator.config, data.classes)
     load_tensors(generator, state, str(weights.file))
@@ -213,10 +213,9 @@ def fit_classes(
 ) -> tuple[dict[str, Tensor], str]:
     """A generator's tensors for the classes of a training set, and a description for the log.
 
-    The rows of the codes and of "no class" are copied, and a class has the row of its name. If the
-    weights name no classes, or the data names none for a label, it has the row of its label, provided
-    the number of classes is the same. Any other class starts at the mean of the old rows. Raises
-    InputError if another size differs from `config`.
+    The rows of the codes and of "no class" are copied, and a class has the row of its name. A label that has
+    no name on one of the sides keeps its row if both have equally many classes. Any other class starts at
+    the mean of the old rows. Raises InputError if another size differs from `config`.
     """
     here = about_model(GENERATOR, config).config
     before, after = weights.about.config["condition_num_classes"], here.pop("condition_num_classes")

@@ -100,8 +100,8 @@ def resumed_run(experiment: Experiment) -> Optional[Path]:
 
 
 def sizes_of_resumed(schema: type, experiment: Experiment) -> dict[str, Written]:
-    """The sizes of the resumed run, from its config.yaml: a command need not repeat what the run's data or
-    initial weights brought, which may be gone."""
+    """The sizes of the resumed run, from its config.yaml, so that a command need not repeat sizes that came
+    from data or weights, even if those are gone."""
     folder = resumed_run(experiment)
     if folder is None or not (folder / "config.yaml").is_file():
         return {}
@@ -141,8 +141,8 @@ def lasting(options: Any) -> dict[str, Any]:
 
 
 def save(options: Any, path: str | Path) -> None:
-    """Write the options of a run as YAML that `load` reads again, but for those that nothing read, and those
-    whose default refers to another option (`${…}`) that they equal."""
+    """Write the options of a run as YAML that `load` reads again. Leaves out options that nothing reads, and those
+    equal to the option that their default names (`${…}`)."""
     values, left_out = asdict(options), set(options.unread)
     flat = flatten(values)
     for name, option in declared(type(options)).items():

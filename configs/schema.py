@@ -465,7 +465,7 @@ class TokenizerOptimizer(Options):
 class TokenizerTraining(Training):
     per_gpu_batch_size: int = again(Training, "per_gpu_batch_size", 48)
     max_train_steps: Optional[int] = option(  # type: ignore[assignment]  # the phases rule
-        None, "Must equal the sum of the phases' steps; null: is not checked.", at_least=1,
+        None, "Must equal the sum of the phases' steps; null: not checked.", at_least=1,
         resumes=True)
 
 

@@ -100,8 +100,8 @@ class TokenCache(ABC):
         """Raise InputError if the published program's defect made one view of two with `tokens` codes."""
         if self.views == 1 and self.tokens == 2 * tokens and self.manifest["tokenizer"] is None:
             raise InputError(
-                f"{self.folder} holds (1, {self.tokens}) codes per image: a defect of the published "
-                f"program joins its two views; make the cache with pretokenization.py"
+                f"{self.folder} holds (1, {self.tokens}) codes per image: a bug of the published "
+                f"program joined each image's two views; make the cache with pretokenization.py"
             )
 
     def use_classes(self, classes: list[str]) -> None:

@@ -80,8 +80,7 @@ def refuse_inside(output: Path, folder: str | Path) -> None:
     """Raise InputError if the output lies in an input folder, where the next start would read it."""
     if output.resolve().is_relative_to(Path(folder).resolve()):
         raise InputError(
-            f"the output would lie in {folder} ({output.resolve()}), which is read: choose a place "
-            f"outside it"
+            f"the output {output.resolve()} would lie inside the input {folder}: choose a place outside it"
         )
 
 

@@ -272,8 +272,8 @@ def publish(work: WorkFolder, config: TokenizerConfig) -> None:
         print(f"skipped {work.describe_skipped(skipped)}; the manifest lists them")
     if rotated:
         print(
-            f"warning: {rotated} images are rotated by EXIF, which the cache ignores, as the published "
-            f"one does: rotate the files themselves if their pixels lie on their side"
+            f"warning: {rotated} images carry an EXIF rotation, which the cache ignores, as the published "
+            f"program does: rotate the files if their pixels lie sideways"
         )
     print(f"wrote {work.cache}: {len(kept)} images x {views} views, {plan.crops}, {plan.dtype}")
 

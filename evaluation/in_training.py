@@ -59,7 +59,7 @@ def collect_samples(
 ) -> Collector:
     """This rank's share of the images that sample_imagenet.py would make, for `metrics_of`.
 
-    It talks to no other rank, so that none waits for one that fails.
+    Uses no collectives, so a rank that fails cannot leave others waiting.
     """
     processes, size = PartialState(), options.model.vq_model.image_size
     job = job_in_training(options, tokenizer.latent_tokens.device)

@@ -57,8 +57,8 @@ def list_photos(sources: list[str], output: Optional[Path] = None) -> dict[str, 
             raise InputError(f"no photo or folder {source}")
         for name in found.keys() & photos.keys():
             raise InputError(
-                f"{photos[name]} and {found[name]} would both become {name}.png: pass one at a time, with "
-                f"another --output"
+                f"{photos[name]} and {found[name]} would both be written to {name}.png: use separate calls "
+                f"with different --output"
             )
         photos |= found
     return photos

@@ -62,8 +62,8 @@ def reconstruct(
 ) -> None:
     """Encode and decode all batches in eval mode and float32; the tokenizer's mode is restored.
 
-    `batches` are (index of the first image, uint8 images (B, 3, S, S)), from `image_batches`. This talks to no
-    other rank, so that none waits for one that fails. Call it outside autocast.
+    `batches` are (index of the first image, uint8 images (B, 3, S, S)), from `image_batches`. This uses no
+    collectives, so a rank that fails cannot leave others waiting. Call it outside autocast.
     """
     device = tokenizer.latent_tokens.device
     with eval_mode(tokenizer), matmul_precision("fp32"):

@@ -41,8 +41,8 @@ PER_CELL = (
 
 
 def numbers(text: str) -> list[float]:
-    """An argparse type: different numbers, to six digits as in the names of cells, separated by commas;
-    `modeling.sampling.Sampling` declares their range."""
+    """An argparse type: numbers separated by commas, rounded to six digits as in the names of cells, without
+    duplicates. `modeling.sampling.Sampling` declares their range."""
     return list(dict.fromkeys(float(f"{float(each):g}") for each in text.split(",")))
 
 

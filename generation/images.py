@@ -54,7 +54,7 @@ def sample_images(
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One per device: each stream on which products ran keeps their workspace until the process ends."""
+    """One stream per device: the libraries keep a workspace for each stream that they ran on."""
     return torch.cuda.Stream(device)
 
 

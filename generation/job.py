@@ -28,7 +28,7 @@ from runtime.processes import compiles, local_processes, on_main, open_on_all
 
 @dataclass(frozen=True)
 class SamplingJob:
-    """Images 0 … count - 1. Image i has class classes[i mod their number] and random numbers of (seed, i),
+    """Images 0 … count - 1. Image i has class classes[i mod len(classes)] and random numbers of (seed, i),
     so any process can make any image."""
 
     count: int

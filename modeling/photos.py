@@ -65,8 +65,7 @@ def load_upright(photo: Photo | Image.Image) -> Image.Image:
 def load_photo(path: Photo) -> tuple[Image.Image, Image.Transpose | None]:
     """`load_image`, and the turn that its EXIF asks for; None: none.
 
-    A failure of the file system is followed by further tries, because a days-long run meets one that passes;
-    not while it persists, which a process learns once.
+    File-system errors are retried, because most pass. Once one has persisted, this process stops retrying.
     """
     global persists
     pauses = [] if persists else [*PAUSES]

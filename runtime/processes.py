@@ -72,8 +72,8 @@ def check_same(facts: dict[str, Any], what: str) -> None:
     changed = differing(on_main(lambda: facts), facts, ("on the main process", "here"))
     if changed:
         raise InputError(
-            f"a process has {what} than the main process: {changed}; give all machines the same command and "
-            f"files"
+            f"a process has {what} than the main process: {changed}; run the same command with the same files "
+            f"on all machines"
         )
 
 
@@ -103,7 +103,7 @@ def compiles(setting: bool | str, option: str) -> bool:
         return False
     lacks = missing_to_compile()
     if lacks and setting is True:
-        raise InputError(f"{option}=True needs {lacks}, or leave the option out")
+        raise InputError(f"{option}=True: torch.compile needs {lacks}; or leave the option out")
     if lacks and PartialState().is_main_process:
         warnings.warn(f"{option}: not compiled, which is slower: it needs {lacks}", stacklevel=2)
     return not lacks

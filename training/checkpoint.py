@@ -295,8 +295,8 @@ def choose(run_dir: Path, resume: bool | str) -> tuple[Path | None, list[str]]:
 
 
 def checkpoints_from(resume: str, run_dir: Path) -> list[Path]:
-    """The checkpoint at the path `resume`, or those of the run there, then, so that the same command resumes,
-    those that `run_dir` has saved since it started from there.
+    """Candidates, oldest first: the checkpoint named by `resume`, or all of the run that it names, then those that
+    `run_dir` saved after starting there, so that the same command resumes.
 
     Raises InputError if there are none, or if `run_dir` holds some of another origin or after the named one.
     """

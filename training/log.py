@@ -97,8 +97,8 @@ class RunLog:
 
     @contextmanager
     def _printing(self) -> Iterator[None]:
-        """Ignores errors of the terminal or pipe once the run is asked to stop: what ended them, such as Ctrl-C
-        in a pipeline, may have sent the signal, and the step must still be saved."""
+        """Ignores errors of the terminal or pipe once the run is asked to stop. The event that closed them, such as
+        Ctrl-C in a pipeline, may also have sent the signal, and the step must still be saved."""
         try:
             yield
         except OSError:

@@ -275,7 +275,7 @@ class Run:
             self.window.add(**{model + GRAD_NORM: norm})
 
     def _terms(self) -> dict[str, Tensor]:
-        """The sums in the log window of a micro-batch's values, which the guard watches too."""
+        """The log window's sums of the loss terms, which the guard watches too."""
         sums = self.window.sums.items()
         return {name: value for name, value in sums if not name.endswith(GRAD_NORM)}
 

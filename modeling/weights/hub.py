@@ -65,7 +65,7 @@ def model_card(name: str, generator: About, tokenizer: About) -> str:
 
 
 def config_json(generator: About, tokenizer: About) -> str:
-    """The metadata of both files as config.json, by whose requests the hub counts downloads."""
+    """The metadata of both files as config.json; the hub counts downloads by requests for it."""
     content = {"model_type": "alitok"}
     content |= {about.kind: about.entry() for about in (generator, tokenizer)}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

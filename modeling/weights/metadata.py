@@ -177,7 +177,7 @@ def shown_sizes(kind: str, state: dict[str, Tensor], source: object) -> dict[str
         return {} if show is None else show(state)
     except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError) as e:
         raise InputError(
-            f"{source} does not hold all tensors of a {kind} ({describe(e)}): pass the path of a {kind}'s whole "
+            f"{source} does not hold all tensors of a {kind} ({describe(e)}): pass a {kind}'s complete "
             f"weights, or export them again"
         ) from e
 

@@ -96,8 +96,8 @@ def check_same_codes(generator: Opened, tokenizer: Opened) -> None:
     made = tokens, tokenizer.about.config["codebook_size"]
     if sizes != made:
         raise InputError(
-            f"{generator.file} makes {sizes[0]} codes of {sizes[1]} per image, but {tokenizer.file} "
-            f"{made[0]} of {made[1]}: pass the tokenizer that it was trained with"
+            f"{generator.file} expects {sizes[0]} codes from a codebook of {sizes[1]}, but {tokenizer.file} makes "
+            f"{made[0]} from {made[1]}: pass the tokenizer that it was trained with"
         )
     if stated.tokenizer is not None and stated.tokenizer != (here := fingerprint(tokenizer.state)):
         raise InputError(

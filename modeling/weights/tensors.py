@@ -104,8 +104,8 @@ def find_models(
 
 
 def read_file(path: Path) -> tuple[Any, dict]:
-    """Whatever tensors and plain values a weights file holds, as they are nested there, and its
-    metadata: `__metadata__` of safetensors, `_metadata` of a state dict."""
+    """The tensors and plain values of a weights file, nested as stored, and its metadata: `__metadata__` of
+    safetensors, `_metadata` of a state dict."""
     try:
         kind = kind_by_content(path)
     except PermissionError as e:

@@ -81,7 +81,7 @@ def test_images_that_say_they_are_rotated_are_counted(encode, tmp_path, capsys):
     exif[274] = 6
     save(tmp_path / "photos/cat/b.jpg", exif=exif)
     assert encode()["rotated"] == 1
-    assert "warning: 1 images are rotated by EXIF" in capsys.readouterr().out
+    assert "warning: 1 images carry an EXIF rotation" in capsys.readouterr().out
 
 
 def test_a_complete_cache_of_edited_images_is_warned_of_or_refused(encode, tmp_path, capsys):

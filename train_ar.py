@@ -319,8 +319,6 @@ def describe_data(run: Run, state: TrainState, data: GeneratorData) -> None:
         f"{printable(data.source)}: {sample}{data.listed} images, "
         f"{describe_classes(shown, configured)}{data.left_out}"
     )
-    if sample:
-        run.log.say(f"warning: experiment.max_train_examples={data.images} leaves images out")
     unlike = misnumbered(data.classes)
     if unlike is not None:
         run.log.say(f"warning: {printable(data.source)}: {unlike}")
@@ -427,7 +425,7 @@ def main(argv: list[str]) -> None:
     options = data.options
     run = Run(accelerator, options, [Phase("training", total_steps)], data.identity, dry_run)
     state = TrainState(run, data, initial)
-    run.start(data.dataset, data.images)
+    run.start(data.dataset, data.images, data.listed)
     if isinstance(state.generator, Generator):  # of another backbone, the FLOPs are unknown
         run.flops_per_image = training_flops(state.config)
     note_held_out(run, data.validation)

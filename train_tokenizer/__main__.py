@@ -87,7 +87,7 @@ class TokenizerData:
 
     paths: list[ImagePath]
     source: str  # where they come from, in words
-    whole: bool  # whether none of the listed images is left out
+    listed: int  # how many there are, of which some may be left out
     identity: dict[str, Any]  # must be the same when the run resumes
     dataset: TrainImages
     validation: list[ImagePath]  # paths of held-out images; may be empty
@@ -127,9 +127,8 @@ def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> Tok
         options.experiment.fid_reference, len(validation), "dataset.params.val_dir", size
     )
     dataset = TrainImages(paths, size, resize, params.random_flip, options.training.seed)
-    whole = len(paths) == len(listed)
     identity = {"images": len(paths), **identity_for_all(listed)}
-    return TokenizerData(paths, source, whole, identity, dataset, validation, evaluator)
+    return TokenizerData(paths, source, len(listed), identity, dataset, validation, evaluator)
 
 
 # ---------------------------------------------------------------------- what is trained
@@ -387,10 +386,8 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
     params = options.dataset.params
     if data.validation and state.lpips is None:
         log.say("no val/lpips: it needs VGG16 and its heads (weights/README.md)")
-    sample = "" if data.whole else f"{len(data.paths)} images, spread over all of "
+    sample = f"{len(data.paths)} images, spread over all of " * (len(data.paths) < data.listed)
     log.say(f"{printable(params.train_dir)}: {sample}{data.source}")
-    if sample:
-        log.say(f"warning: experiment.max_train_examples={len(data.paths)} leaves images out")
     if data.validation:
         run.warn_of_same_data(params.val_dir, lambda: identity_of_images(data.validation))
     trained = sum(p.numel() for p in state.tokenizer.parameters() if p.requires_grad)
@@ -500,7 +497,7 @@ def main(argv: list[str]) -> None:
     data = open_data(options, index_folder=kept)
     run = Run(accelerator, options, phases, data.identity, dry_run)
     state = TrainState(run, bool(data.validation), initial)
-    run.start(data.dataset, len(data.paths))
+    run.start(data.dataset, len(data.paths), data.listed)
     describe_run(run, state, data)
     report(run, run.first_step - 1, run.missing_reports(), state, data)
 

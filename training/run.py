@@ -190,8 +190,9 @@ class Run:
     def resumed(self) -> bool:
         return self.checkpoint.source is not None
 
-    def start(self, dataset: Any, images: int) -> None:
-        """Build the loader over (epoch, index < `images`), lock the folder, open the log.
+    def start(self, dataset: Any, images: int, listed: int) -> None:
+        """Build the loader over (epoch, index < `images`), of `listed` that there are, lock the folder, open the
+        log.
 
         Raises InputError if a micro-batch of all ranks has more than `images`.
         """
@@ -216,6 +217,8 @@ class Run:
         )  # fmt: skip
         for line in (*(f"warning: {text}" for text in self.checkpoint.warnings), *self.notes):
             self.log.say(line)
+        if images < listed:
+            self.log.say(f"warning: experiment.max_train_examples={images} leaves images out")
         self.window.reset()
         self.checkpoint.register("window", self.window)
         self._report_unreadable()

@@ -114,4 +114,4 @@ def test_missing_or_unknown_options_are_refused(arguments, named):
 def test_home_folder_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     args = parse(["--data_path=~/images", "--cached_path=~/cache"])
-    assert (args.data_path, args.cached_path) == ("/home/me/images", "/home/me/cache")
+    assert (args.data_path, str(args.cached_path)) == ("/home/me/images", "/home/me/cache")

@@ -109,9 +109,10 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
         images = open_images(args.samples)  # checked before the reference takes minutes
         count, size, expected = images.shape[0], images.shape[1:3], args.num_samples
         if count > expected or (count < expected and not args.allow_partial):
+            more = ", complete it, or pass --allow_partial" * (count < expected)
             raise InputError(
-                f"{images.name} holds {count} images, {expected} are expected: complete it, pass "
-                f"--num_samples {count} if these are all or, for fewer, --allow_partial"
+                f"{images.name} holds {count} images, {expected} are expected: pass --num_samples "
+                f"{count} if these are all{more}"
             )
     if args.save_stats:
         on_main(lambda: try_to_write(args.save_stats))

@@ -143,8 +143,11 @@ def measure(size: str, precision: str, args: argparse.Namespace, device: torch.d
 
     last: Any = None
     engines: list[Engine] = []
+    engine: Any = None
+    sample: Any = None
     for batch, streams in itertools.product(args.batches, args.streams):
-        last, engines = None, []  # frees their caches for the next
+        last = engine = sample = None
+        engines = []  # frees their caches for the next
         began = time.perf_counter()
         set_tf32(precision != "fp32", precision != "fp32")  # before the engine captures its graph
         engines = [
@@ -322,6 +325,8 @@ def main() -> None:
     )
     inductor_argument(parser)
     args = parser.parse_args()
+    if any(batch % streams for batch in args.batches for streams in args.streams):
+        parser.error("--streams: set divisors of the batches")
     global clock
     clock = CLOCKS[args.clock]
     if args.clock == "processor":

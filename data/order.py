@@ -48,11 +48,11 @@ class SampleOrder(Sampler):
 
 
 class EpochDraws:
-    """Which view an image shows in an epoch, and its label (N,), unless its class is dropped.
+    """Which view an image shows in an epoch, and its label or, if its class is dropped, `no_class`.
 
-    Both are pure functions of (seed, epoch, index). The stream of an epoch begins with uniforms
-    u (items, 2): item i shows view ⌊views·u[i, 0]⌋ and drops its class if u[i, 1] < class_dropout. One
-    stream per item would take several times as long as reading the item's codes.
+    `labels` (N,) are those of all images. Both are pure functions of (seed, epoch, index). The stream of an epoch begins with uniforms
+    u (N, 2): image i shows view ⌊views·u[i, 0]⌋ and drops its class if u[i, 1] < class_dropout. One
+    stream per item would take several times as long as reading the image's codes.
     """
 
     def __init__(

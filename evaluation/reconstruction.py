@@ -241,7 +241,9 @@ def score_tokenizer(
     count, left_out = len(listing.paths), []
     if network is not None and count < 2:
         network = None
-        left_out = ["rFID is left out, with its statistics: a covariance needs 2 images or more"]
+        left_out = [
+            "rFID is left out, and --save_stats writes nothing: a covariance needs 2 images or more"
+        ]
     before, after = (
         Collector(name, count, (size, size), network)
         for name in (str(folder), "its reconstructions")

@@ -223,9 +223,10 @@ def load_statistics(path: Path, network: FeatureNetwork) -> SetStatistics:
     for key in sorted(shapes.keys() & values.keys()):
         value, shape, kinds = values[key], shapes[key], "iu" if key in ("images", "size") else "f"
         if value.shape != shape or value.dtype.kind not in kinds or not np.isfinite(value).all():
+            wanted = "integers" if kinds == "iu" else "finite floats"
             raise InputError(
-                f"{path}: {key} holds {value.dtype} {value.shape}, not finite numbers {shape}, so these are statistics "
-                f"of other features, or damaged: make them again with --save_stats"
+                f"{path}: {key} holds {value.dtype} {value.shape}, not {wanted} {shape}: it is damaged or holds "
+                f"statistics of other features; make it again with --save_stats"
             )
     digest = short_hash(b"".join(values[key].tobytes() for key in keys))
     size = values.get("size")

@@ -100,10 +100,11 @@ def cut_codes(codes: Tensor, path: str, rows: Optional[int], config: TokenizerCo
     n, K, g = codes.shape[1], config.num_prefix_tokens, config.grid
     wanted = n if rows is None else K + rows * g
     if wanted > n or wanted not in range(K, config.num_tokens, g):
+        given = "" if rows is None else f", too few for experiment.prefix_rows={rows}"
         raise InputError(
-            f"experiment.prefix={path} holds {n} codes per image, which experiment.prefix_rows={rows} "
-            f"cannot cut to {K} prefix tokens and 0 to {g - 1} whole rows of {g}: set it to rows that the "
-            f"file has, or use codes of this image size"
+            f"experiment.prefix={path} holds {n} codes per image{given}; a beginning has {K} prefix tokens "
+            f"and 0 to {g - 1} whole rows of {g}: set experiment.prefix_rows to rows that the file has, or "
+            f"use codes of this image size"
         )
     return codes[:, :wanted].contiguous()
 

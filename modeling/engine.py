@@ -38,7 +38,7 @@ from .errors import describe
 from .generator import EPS, NO_CLASS, Block, Generator, GeneratorConfig
 from .sampling import DRAWN, Sampling, choose
 
-# Positions of all rows together that `prefill` computes at once; more need more memory and save no time.
+# Positions of all rows together that `Engine._prefill` computes at once; more need more memory and save no time.
 PREFILLED_AT_ONCE = 2**14
 
 

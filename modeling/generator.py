@@ -207,7 +207,8 @@ class Generator(nn.Module):
     def forward(self, codes: Tensor, labels: Tensor, targets: Optional[Tensor] = None) -> Any:
         """Codes (B, N), N <= T, and labels (B,) -> logits (B, 1 + N, V); output i predicts code i.
 
-        With the true codes (B, 1 + N) as targets: their loss and accuracy (`next_code_loss`).
+        Labels are those of `condition_rows`; training gives `NO_CLASS` for a dropped class. With the true
+        codes (B, 1 + N) as targets: their loss and accuracy (`next_code_loss`).
         """
         rows = torch.cat([self.config.condition_rows(labels).unsqueeze(1), codes], 1)
         x = self.tok_drop(self.embeddings(rows))  # (B, 1 + N, D)

@@ -65,7 +65,8 @@ def load_upright(photo: Photo | Image.Image) -> Image.Image:
 def load_photo(path: Photo) -> tuple[Image.Image, Image.Transpose | None]:
     """`load_image`, and the turn that its EXIF asks for; None: none.
 
-    File-system errors are retried, because most pass. Once one has persisted, this process stops retrying.
+    File-system errors are retried, because most pass. Once one has persisted, none is retried until a photo is
+    read again.
     """
     global persists
     pauses = [] if persists else [*PAUSES]

@@ -103,7 +103,9 @@ def compiles(setting: bool | str, option: str) -> bool:
         return False
     lacks = missing_to_compile()
     if lacks and setting is True:
-        raise InputError(f"{option}=True: torch.compile needs {lacks}; or leave the option out")
+        raise InputError(
+            f"{option}=True: torch.compile needs {lacks}. Otherwise leave the option out"
+        )
     if lacks and PartialState().is_main_process:
         warnings.warn(f"{option}: not compiled, which is slower: it needs {lacks}", stacklevel=2)
     return not lacks

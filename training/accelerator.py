@@ -143,7 +143,8 @@ def asks_for_fsdp() -> bool:
 def start_training(training: Training) -> Accelerator:
     """The accelerator of a training program, with the run's numerics.
 
-    Raises InputError if the environment contradicts the options.
+    Raises InputError if the environment contradicts the options, if the device lacks the autocast type, and
+    for a tokenizer under FSDP.
     """
     numerics = numerics_of(training)
     check_environment(training, numerics)

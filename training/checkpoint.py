@@ -123,6 +123,8 @@ class Checkpoint:
         parts = {name: model} if average is None else {name: average.model, f"{name}_raw": model}
         self.weights |= {name: (part, about) for name, part in parts.items()}
         if self.source is not None and (self.holds(name) or not optional):
+            if not self.holds(name):
+                raise InputError(f"{self.source} has no {name}: pass a run of the right kind")
             file, raw = (self.source / f"{n}.safetensors" for n in (name, f"{name}_raw"))
             state = read_state_dict(raw if raw.is_file() else file)
             load_tensors(model, state, str(self.source))

@@ -20,6 +20,7 @@ from data.classes import printable
 from data.loader import batch_loader, worker_count
 from data.order import SampleOrder
 from data.unreadable import SkipUnreadable
+from modeling.devices import has_bfloat16
 from modeling.errors import describe
 from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
@@ -141,24 +142,18 @@ class Run:
         weights that drift apart, and with other periods, ranks would wait in different collectives."""
         facts = self.settings(self.total_steps)
         facts |= {name: getattr(self.experiment, name) for name in PERIODS}
-        facts["autocast"] = self.accelerator.mixed_precision
+        device = self.accelerator.device  # the start has asked the first GPU of every machine only
+        facts["GPU computes in bf16"] = device.type != "cuda" or has_bfloat16(device)
         facts["training.per_gpu_batch_size"] = self.training.per_gpu_batch_size
         check_same(facts, "other options or data")
 
     def _check_resume(self, starts: dict[str, Optional[str]]) -> dict[str, Optional[str]]:
         """Compare the settings and `STARTS` with the checkpoint's; returns the latter as recorded.
 
-        Raises InputError if settings differ, unless the user named the checkpoint, if `STARTS` do, and if another
-        run, which this one starts from, has made all of its steps.
+        Raises InputError if settings differ, unless the user named the checkpoint, and if `STARTS` do.
         """
-        state, source, last = self.checkpoint, self.checkpoint.source, self.first_step - 1
-        assert source is not None
-        if not state.own and last >= self.total_steps:
-            raise InputError(
-                f"{source} is at step {last} of {self.total_steps}, so no step is left to train: set more "
-                f"steps, or experiment.init_weights={source} to start anew from its weights"
-            )
-        earlier, now = state.values["run"], self.settings(last)
+        state, source = self.checkpoint, self.checkpoint.source
+        earlier, now = state.values["run"], self.settings(self.first_step - 1)
         changed = differing(earlier, now)
         if changed and not state.forks:
             remedy = batch_remedy(earlier, now, self.accelerator.num_processes)
@@ -191,11 +186,18 @@ class Run:
         return self.checkpoint.source is not None
 
     def start(self, dataset: Any, images: int, listed: int) -> None:
-        """Build the loader over (epoch, index < `images`), of `listed` that there are, lock the folder, open the
-        log.
+        """Build the loader over (epoch, index < `images`), lock the folder, open the log, and warn if fewer images
+        are used than the `listed` ones.
 
-        Raises InputError if a micro-batch of all ranks has more than `images`.
+        Raises InputError if a micro-batch of all ranks has more than `images`, and if another run, which this one
+        starts from, has made all of its steps.
         """
+        source, last = self.checkpoint.source, self.first_step - 1
+        if not self.checkpoint.own and last >= self.total_steps:
+            raise InputError(
+                f"{source} is at step {last} of {self.total_steps}, so no step is left to train: set more "
+                f"steps, or experiment.init_weights={source} to start anew from its weights"
+            )
         accelerator, params = self.accelerator, self.options.dataset.params
         if params.train_dir is not None:  # a token cache holds no images
             report = self.folder / UNREADABLE if self.dry_run is None else None

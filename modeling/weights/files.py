@@ -47,7 +47,8 @@ def whole_file(path: str | Path, shared: bool = False) -> Iterator[Path]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.unlink(missing_ok=True)  # of a killed process, perhaps with another mode
+            if partial.is_file():  # of a killed process, perhaps with another mode
+                partial.unlink()
             partial.touch()
             mode = partial.stat().st_mode
             yield partial

@@ -146,7 +146,8 @@ def test_two_ranks_train_as_one_at_the_same_global_batch(workspace, tmp_path):
 def test_samples_are_the_same_from_one_and_two_ranks(workspace, tmp_path):
     # 8 images in chunks of 3: neither ranks nor chunks divide them.
     workspace.sample(tmp_path / "one", "experiment.num_fid_samples=8")
-    workspace.sample(tmp_path / "two", "experiment.num_fid_samples=8", ranks=2)
+    two = {"ranks": 2, "launcher": "torchrun", "fresh": True}
+    workspace.sample(tmp_path / "two", "experiment.num_fid_samples=8", **two)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     assert (tmp_path / "one_codes.npz").read_bytes() == (tmp_path / "two_codes.npz").read_bytes()
     assert files(tmp_path / "one") == files(tmp_path / "two")

@@ -105,7 +105,7 @@ def test_bad_tars_and_labels_are_one_line_and_leave_nothing(data, archive, runs,
     cut.write_bytes(archive.read_bytes()[:-20_000])
     for source, options, words in (
         (cut, [], f"{cut}"),
-        (archive, ["--split", "val"], f"no folder {archive}/val"),
+        (archive, ["--split", "val"], f"{archive}/val"),
         (tmp_path / "flat", ["--labels", labels], f"{labels} has 35 lines"),
         (tmp_path / "flat", ["--labels", tmp_path / "none"], f"the labels in {tmp_path}/none"),
     ):

@@ -89,7 +89,7 @@ def test_generators_and_caches_with_and_without_prefix_do_not_mix(
     done = alone.sample(
         tmp_path / "s", f"experiment.generator_checkpoint={workspace.generator}", check=False
     )
-    refused(done, "makes 21 codes of 32 per image", "16 of 32: pass the tokenizer")
+    refused(done, "expects 21 codes from a codebook of 32", "16 from 32: pass the tokenizer")
     done = workspace.stage2(tmp_path / "run2", alone.stage1_run, check=False)
     refused(done, "num_latent_tokens=21 contradicts", "weights have num_latent_tokens=16")
     assert not list(tmp_path.iterdir())

@@ -206,7 +206,8 @@ class Warm:
 
     def completed(self, program, *argv, timeout, **limits):
         """A run to its end, as `subprocess.run` returns it. If rank 0 fails, the others are ended, as
-        a launcher does: with a mistake of their own they would wait for that before they say it."""
+        a launcher does: with a mistake of their own they would wait for that before they say it. So a rank
+        that is left waiting after a failure of rank 0 does not show here."""
         errors = self.folder / f"errors-{next(self.logs)}"
         run = self.start(program, *argv, errors=errors, narrow=False, **limits)
         run.statuses[run.pids[0]] = self.ask(wait=run.pids[:1], within=timeout)[0]

@@ -840,7 +840,7 @@ def test_initial_weights_for_the_codes_of_another_tokenizer_are_warned_of(
     ]
     train(*options, *data, run="other")
     assert f"warning: {first}/checkpoints" in (said := capsys.readouterr().out)
-    assert "was trained on the codes of another tokenizer" in said
+    assert "was trained on another tokenizer's codes" in said
 
 
 def test_optimizer_and_average_of_an_initialised_run_are_new(train, tmp_path, first):

@@ -245,7 +245,7 @@ def test_a_published_cache_that_joins_its_views_is_refused_with_its_defect(score
     (tmp_path / "files/class0").mkdir(parents=True)
     np.savez(tmp_path / "files/class0/a.JPEG.npz", codes=np.zeros((1, 2 * 273), np.int64))
     call = partial(score, "--generator", runs / "a/generator.bin", "--cache", tmp_path / "files")
-    refusal(call, "joins its two views")
+    refusal(call, "two views", "pretokenization.py")
 
 
 def test_files_that_are_no_generator_are_refused(score, runs, tmp_path):

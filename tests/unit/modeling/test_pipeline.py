@@ -181,7 +181,7 @@ def test_files_that_do_not_belong_together_are_refused(made, stated, fill, tmp_p
     Pipeline(made[2], another, SMALL, device="cpu")  # a .bin says nothing
     fewer = replace(SMALL, num_latent_tokens=6)
     write_state_dict(fill(Tokenizer(fewer)).state_dict(), few)
-    named = stated[0], "7 codes of 16", few, "6 of 16"
+    named = stated[0], "7 codes from a codebook of 16", few, "6 from 16"
     refusal(lambda: Pipeline(stated[0], few, fewer, device="cpu"), *named)
 
 

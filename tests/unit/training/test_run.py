@@ -234,10 +234,12 @@ def test_a_fork_without_steps_left_is_refused(accelerator, tmp_path):
     save_run(run_of(accelerator, tmp_path / "run", phases=PHASES), 31)
     assert run_of(accelerator, tmp_path / "run", phases=PHASES).first_step == 32  # exports again
     fork = partial(run_of, accelerator, tmp_path / "new", str(tmp_path / "run"))
-    refusal(lambda: fork(phases=PHASES), "step 31 of 31", "init_weights")
-    assert fork(phases=[*PHASES, Phase("d", 5)]).first_step == 32
+    refusal(lambda: fork(phases=PHASES).start([], 0, 0), "step 31 of 31", "init_weights")
+    longer = fork(phases=[*PHASES, Phase("d", 5)])
     # Not another run, though named.
-    run_of(accelerator, tmp_path / "run", str(tmp_path / "run"), phases=PHASES)
+    own = run_of(accelerator, tmp_path / "run", str(tmp_path / "run"), phases=PHASES)
+    for run in (longer, own):  # refused later: there are no images
+        assert "no step is left" not in refusal(partial(run.start, [], 0, 0))
 
 
 def test_checkpoints_on_another_disk_are_the_runs_own(accelerator, tmp_path):

@@ -129,7 +129,7 @@ def test_a_generator_of_other_codes_is_refused(tmp_path, tokenizer):
         check_same_codes(made, opened("t", fitting))
     check_same_codes(opened("u", generator, about_model(GENERATOR, TINY)), opened("o", other))
     fewer = Tokenizer(replace(SMALL, num_latent_tokens=6)).state_dict()
-    for name, state, named in (("o", other, ()), ("f", fewer, ("7 codes of 16", "6 of 16"))):
+    for name, state, named in (("o", other, ()), ("f", fewer, ("expects 7", "makes 6"))):
         unfit, files = opened(name, state), (tmp_path / "g.pth", tmp_path / f"{name}.pth")
         refusal(lambda unfit=unfit: check_same_codes(made, unfit), *files, *named)
 

@@ -11,6 +11,7 @@ Errors name the class's own field (`beta1=2: …`); `configs.load` adds the path
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
 from operator import attrgetter
@@ -21,6 +22,8 @@ from .errors import InputError
 
 LARGEST = 2**63 - 1  # of any integer option: the largest int64
 LONGEST = 4096  # characters of any text: the longest path
+# (option, whether its value contradicts another option, remedy), asked up to the first that does.
+Contradictions = Iterator[tuple[str, object, str]]
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,8 @@ class Options:
         super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
-        """Raise InputError, naming the field, for a value that the class's declarations do not allow."""
+        """Raise InputError, naming the field, for a value that the class's declarations do not allow, or that
+        contradicts another."""
         for name, field in fields_of(type(self)).items():
             value = getattr(self, name)
             # A default that refers to another option (`${…}`) is still unresolved.
@@ -216,6 +220,13 @@ class Options:
             for part in value if isinstance(value, (list, tuple)) else [value]:
                 if complaint := field.rule.complaint(part):
                     raise InputError(f"{name}={short(part)}: {complaint}", name)
+        for name, contradicts, remedy in self.contradictions():
+            if contradicts:
+                self.refuse(name, remedy)
+
+    def contradictions(self) -> Contradictions:
+        """Those between the class's options, whose values are known to be allowed one by one."""
+        yield from ()
 
     def refuse(self, name: str, reason: str) -> NoReturn:
         """Raise InputError for the value of option `name`, which may be in a nested section."""

@@ -314,27 +314,23 @@ def unknown(error: Exception, name: str, place: str) -> InputError:
         name = getattr(error, "full_key", name)
         section, names = name[: name.rfind(".") + 1], [field.name for field in fields(owner)]
         near = difflib.get_close_matches(name.removeprefix(section), names, 1, 0.5)
-        hint = f"; there are {', '.join(names)}"
-        if near:
-            hint = f"; did you mean {section}{near[0]}?"
+        hint = f"; did you mean {section}{near[0]}?" if near else f"; there are {', '.join(names)}"
     elif type(error) is ValueError:  # of a list without an index
         hint = f"; did you mean {name.replace('.', '[0].', 1)}?"
     return InputError(f"{place}: there is no option {name}{hint}", name)
 
 
-def construct(schema: Any, values: dict[str, Any], prefix: str, places: dict[str, str]) -> Any:
-    """Build a section from its values, inner sections first; refusals get the full name and place."""
-    arguments = dict(values)
-    for name, field in fields_of(schema).items():
-        section, value, path = field.section, values[name], prefix + name
-        if section and isinstance(value, list):
-            arguments[name] = [
-                construct(section, part, f"{path}[{i}].", places) for i, part in enumerate(value)
-            ]
-        elif section:
-            arguments[name] = construct(section, value, f"{path}.", places)
+def construct(section: Any, values: Any, path: str, places: dict[str, str]) -> Any:
+    """Build a section, or a list of them, from its values, inner sections first; refusals get the full name
+    and place."""
+    if isinstance(values, list):
+        return [construct(section, v, f"{path}[{i}]", places) for i, v in enumerate(values)]
+    prefix, arguments = f"{path}." if path else "", dict(values)
+    for name, field in fields_of(section).items():
+        if field.section:
+            arguments[name] = construct(field.section, values[name], prefix + name, places)
     try:
-        return schema(**arguments)
+        return section(**arguments)
     except InputError as e:
         if not e.option:
             raise

@@ -21,8 +21,6 @@ from modeling.tokenizer import TokenizerConfig
 from runtime.errors import InputError
 
 COMMAND_LINE = "the command line"
-PRECISIONS = ("auto", "no", "bf16", "fp16")
-NUMERICS = ("auto", "published", "fast", "exact")
 for_sampling = partial(option, only="sample")
 
 
@@ -84,10 +82,10 @@ class Training(Options):
         "(tokenizer: fp16 with a loss scaler, discriminator in float32, TF32 in convolutions "
         "only; generator: bf16 and TF32); fast: bf16 and TF32; exact: float32 without TF32; auto: "
         "fast, or on GPUs without bf16 the tokenizer's published. The next two options override "
-        "it.", choices=NUMERICS)
+        "it.", choices=("auto", "published", "fast", "exact"))
     mixed_precision: str = option(
         "auto", "Autocast type; auto: that of training.numerics on CUDA, no elsewhere.",
-        choices=PRECISIONS, instead="experiment.precision")
+        choices=("auto", "no", "bf16", "fp16"), instead="experiment.precision")
     enable_tf32: bool | str = option(
         "auto", "TensorFloat-32 in float32 products and convolutions on CUDA; auto: that of "
         "training.numerics.", choices=("auto", True, False), resumes=True,

@@ -11,7 +11,6 @@ from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, Optional, Self
 
 from modeling.fields import Contradictions, Options, again, for_training, option
@@ -28,7 +27,7 @@ class Loaded(Options):
     """Options with the places where `configs.load` found them."""
 
     # {full name of each option that was set: COMMAND_LINE, or "FILE, line N"}
-    places: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    places: ClassVar[Mapping[str, str]] = {}
     # Full names of options that the program has not read: a run's config.yaml leaves them out.
     unread: ClassVar[tuple[str, ...]] = ()
 

@@ -61,8 +61,7 @@ class Rule:
             return self.text_complaint(value)
         if not is_a(value, float):
             return ""
-        # An int is finite, and may be too large for math.isfinite.
-        if not is_a(value, int) and not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             return "set a finite number"
         if not (self.at_least <= value <= self.at_most and self.above < value < self.below):
             return f"set {self.limits()}"

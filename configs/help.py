@@ -7,7 +7,7 @@ import json
 from textwrap import fill
 
 from configs.schema import GeneratorRun, TokenizerRun
-from modeling.fields import TYPED, Declared, declared, type_name
+from modeling.fields import Declared, declared, type_name
 
 # {program: (schema, first line, examples)}
 PROGRAMS = {
@@ -83,7 +83,7 @@ def values_of(option: Declared) -> str:
         kind = "choice"
     elif rule.path:
         kind = kind.replace("text", "path")
-    if option.optional or rule.null is not TYPED:
+    if option.optional or rule.null is not None:
         kind += " or null"
     return f"{kind}: {rule.limits()}" if rule.limits() else kind
 

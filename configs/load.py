@@ -21,7 +21,7 @@ from yaml import MappingNode, Node, SequenceNode, YAMLError
 
 from configs.help import describe, used_by
 from configs.schema import COMMAND_LINE, Experiment, GeneratorRun, Loaded, TokenizerSizes
-from modeling.fields import TYPED, Declared, declared, expectation, section_of, short, types_of
+from modeling.fields import Declared, declared, fields_of, section_of, short
 from modeling.weights.metadata import SIZES, TOKENIZER
 from modeling.weights.runs import all_checkpoints, is_checkpoint, named_by
 from runtime.errors import InputError
@@ -33,7 +33,6 @@ CLASSES = "condition_num_classes"
 BROUGHT = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # by weights to start from
 # Keys that the published trainer adds to the config in its run folder.
 PUBLISHED_KEYS = ("config", "experiment.logging_dir")
-FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class Written(NamedTuple):
@@ -74,7 +73,7 @@ def load(schema: type[T], argv: list[str], program: str = "") -> T:
         written["experiment.output_dir"] = Written(str(folder), str(path))
     for key, text in pairs:
         if key != "config":
-            for name, value in read_argument(schema, key, text):
+            for name, value in read_argument(schema, key, text).items():
                 refuse_unused(schema, name, program)
                 # A list is set as a whole.
                 written = {n: w for n, w in written.items() if not n.startswith(f"{name}[")}
@@ -184,24 +183,22 @@ for tag, pattern in (("null", r"~|null|Null|NULL|$"), ("merge", "<<"), ("int", "
     )
 
 
-def read_yaml(
-    text: str, schema: Any, name: str = "", file: Optional[Path] = None
-) -> Iterator[tuple[str, Written]]:
-    """(option, value) in a YAML text of `file` or, without, of the command line.
+def read_yaml(source: str | Path, schema: Any, name: str = "") -> dict[str, Written]:
+    """The options in a YAML file, or in a YAML text of the command line.
 
     `schema` is the class of the section `name`, or the type of an option; None if unknown.
     """
-    loader = TextLoader(text)
+    typed = isinstance(source, str)
 
     def walk(node: Node, kind: Any, name: str) -> Iterator[tuple[str, Written]]:
-        place = f"{file}, line {node.start_mark.line + 1}" if file else COMMAND_LINE
+        place = COMMAND_LINE if typed else f"{source}, line {node.start_mark.line + 1}"
         section, is_list = section_of(kind), get_origin(kind) is list
         if section and not is_list and isinstance(node, MappingNode):
             loader.flatten_mapping(node)
-            types = types_of(section)
             for key, value in node.value:
-                inner, _ = types.get(str(key.value), (None, False))
-                yield from walk(value, inner, f"{name}.{key.value}" if name else str(key.value))
+                field = fields_of(section).get(str(key.value))
+                inner = f"{name}.{key.value}" if name else str(key.value)
+                yield from walk(value, field and field.kind, inner)
         elif section and is_list and isinstance(node, SequenceNode):
             yield name, Written([{}] * len(node.value), place)
             for i, item in enumerate(node.value):
@@ -209,23 +206,25 @@ def read_yaml(
         else:
             yield name, Written(loader.construct_object(node, deep=True), place)
 
-    node = loader.get_single_node()
-    if node is not None:
-        yield from walk(node, schema, name)
+    try:
+        loader = TextLoader(source if typed else source.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        return {} if node is None else dict(walk(node, schema, name))
+    except (YAMLError, ValueError, RecursionError, OSError) as e:
+        reason = " ".join(line.strip() for line in str(e).splitlines()[:2])
+        if typed:
+            raise InputError(f"{name}={short(source)}: {reason} ({COMMAND_LINE})", name) from e
+        raise InputError(f"config {source}: {reason}") from e
 
 
 def read_file(schema: type, path: str | Path) -> tuple[Path, dict[str, Written]]:
     """The path of a config file, or of that in a run's folder, and the options that it sets."""
-    file = home(str(path), "config", "")
+    file = Path(os.path.expanduser(path))
     if (file / "config.yaml").is_file():
         file = file / "config.yaml"
     if not file.is_file():
         raise InputError(f"no config file {file}; the presets are in configs/")
-    try:
-        text = file.read_text(encoding="utf-8")
-        written = dict(read_yaml(text, schema, file=file))
-    except (YAMLError, ValueError, RecursionError, OSError) as e:
-        raise InputError(f"config {file}: {two_lines(e)}") from e
+    written = read_yaml(file, schema)
     for name in PUBLISHED_KEYS:
         written.pop(name, None)
     if not written or "" in written:
@@ -233,24 +232,17 @@ def read_file(schema: type, path: str | Path) -> tuple[Path, dict[str, Written]]
     return file, written
 
 
-def read_argument(schema: type, key: str, text: str) -> list[tuple[str, Written]]:
+def read_argument(schema: type, key: str, text: str) -> dict[str, Written]:
     """The options that `key=text` on the command line sets; text options take it literally, others as
     YAML."""
     option = option_at(schema, key)
     kind = None if option is None else option.kind
     typed = str in (kind, *get_args(kind)) and get_origin(kind) is not list
     if typed or not text.partition("#")[0].strip():  # YAML ignores empty text and comments
-        may_be_null = option and typed and (option.optional or option.rule.null is not TYPED)
+        may_be_null = option and typed and (option.optional or option.rule.null is not None)
         null = may_be_null and text in ("null", "~")
-        return [(key, Written(None if null else text, COMMAND_LINE))]
-    try:
-        return list(read_yaml(text, kind, key))
-    except (YAMLError, ValueError, RecursionError) as e:
-        raise InputError(f"{key}={short(text)}: {two_lines(e)} ({COMMAND_LINE})", key) from e
-
-
-def two_lines(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines()[:2])
+        return {key: Written(None if null else text, COMMAND_LINE)}
+    return read_yaml(text, kind, key)
 
 
 # ---------------------------------------------------------------------- values
@@ -275,13 +267,13 @@ def build(schema: type[T], written: dict[str, Written]) -> T:
     places = {name: place for name, (_, place) in written.items()}
     for name, (value, place) in written.items():
         try:
-            OmegaConf.update(config, name, meant(schema, name, value, place))
+            OmegaConf.update(config, name, meant(schema, name, value))
         except (OmegaConfBaseException, RecursionError, ArithmeticError, TypeError, ValueError) as e:  # fmt: skip
             option, failed = option_at(schema, name), getattr(e, "full_key", name)
             if option is None or name.startswith(f"{failed}."):
                 raise unknown(e, name, place) from e
-            remedy = expectation(option.kind, option.rule)
-            raise InputError(f"{name}={short(value)}: {remedy} ({place})", name) from e
+            refusal = f"{name}={short(value)}: {option.expectation()} ({place})"
+            raise InputError(refusal, name) from e
     try:
         plain: Any = OmegaConf.to_container(
             config, resolve=True, structured_config_mode=SCMode.DICT
@@ -294,37 +286,25 @@ def build(schema: type[T], written: dict[str, Written]) -> T:
     return options
 
 
-def meant(schema: type, name: str, value: Any, place: str) -> Any:
+def meant(schema: type, name: str, value: Any) -> Any:
     """A value with flags, choices, null and the home folder interpreted for its option."""
     option = option_at(schema, name)
     if option is None or option.section:
         return value
     kind, rule = option.kind, option.rule
-    if value is None and rule.null is not TYPED:
+    if value is None:
         return rule.null
     if isinstance(value, str):
         lower = value.lower()
-        if bool in get_args(kind) and lower in FLAGS:
-            return FLAGS[lower]
+        if bool in get_args(kind) and lower in TextLoader.bool_values:
+            return TextLoader.bool_values[lower]
         if lower in rule.choices:
             return lower
-        if rule.path and value.startswith("~"):
-            return str(home(value, name, f" ({place})"))
+        if rule.path:
+            return os.path.expanduser(value)
     if get_origin(kind) is list and isinstance(value, (int, str)):
         return [value]
     return value
-
-
-def home(text: str, name: str, where: str = "") -> Path:
-    """A path with `~` expanded."""
-    expanded = os.path.expanduser(text)
-    if expanded.startswith("~"):
-        raise InputError(
-            f"{name}={short(text)}: there is no such home folder{where}; write ./{short(text)} for "
-            f"a file of this name",
-            name,
-        )
-    return Path(expanded)
 
 
 def unknown(error: Exception, name: str, place: str) -> InputError:
@@ -334,27 +314,23 @@ def unknown(error: Exception, name: str, place: str) -> InputError:
         name = getattr(error, "full_key", name)
         section, names = name[: name.rfind(".") + 1], [field.name for field in fields(owner)]
         near = difflib.get_close_matches(name.removeprefix(section), names, 1, 0.5)
-        hint = f"; there are {', '.join(names)}"
-        if near:
-            hint = f"; did you mean {section}{near[0]}?"
+        hint = f"; did you mean {section}{near[0]}?" if near else f"; there are {', '.join(names)}"
     elif type(error) is ValueError:  # of a list without an index
         hint = f"; did you mean {name.replace('.', '[0].', 1)}?"
     return InputError(f"{place}: there is no option {name}{hint}", name)
 
 
-def construct(schema: Any, values: dict[str, Any], prefix: str, places: dict[str, str]) -> Any:
-    """Build a section from its values, inner sections first; refusals get the full name and place."""
-    arguments = dict(values)
-    for name, (kind, _) in types_of(schema).items():
-        section, value, path = section_of(kind), values[name], prefix + name
-        if section and isinstance(value, list):
-            arguments[name] = [
-                construct(section, part, f"{path}[{i}].", places) for i, part in enumerate(value)
-            ]
-        elif section:
-            arguments[name] = construct(section, value, f"{path}.", places)
+def construct(section: Any, values: Any, path: str, places: dict[str, str]) -> Any:
+    """Build a section, or a list of them, from its values, inner sections first; refusals get the full name
+    and place."""
+    if isinstance(values, list):
+        return [construct(section, v, f"{path}[{i}]", places) for i, v in enumerate(values)]
+    prefix, arguments = f"{path}." if path else "", dict(values)
+    for name, field in fields_of(section).items():
+        if field.section:
+            arguments[name] = construct(field.section, values[name], prefix + name, places)
     try:
-        return schema(**arguments)
+        return section(**arguments)
     except InputError as e:
         if not e.option:
             raise
@@ -370,24 +346,23 @@ def at(name: str, places: dict[str, str]) -> str:
 
 
 # ---------------------------------------------------------------------- warnings
-def warnings_of(options: Any, program: str) -> list[str]:
+def warnings_of(options: Any, program: str) -> Iterator[str]:
     """Warnings of a trainer: a warm-up longer than the run, as in a shortened trial, and options without
     effect."""
     if not program.startswith("train"):
-        return []
-    section, steps, found = "lr_scheduler", options.training.max_train_steps, []
+        return
+    section, steps = "lr_scheduler", options.training.max_train_steps
     if program == "train_tokenizer":
         section, steps = "optimizer", sum(phase.steps for phase in options.phases)
     warmup = getattr(options, section).params.warmup_steps
     if warmup > steps:
-        found.append(
+        yield (
             f"{section}.params.warmup_steps={warmup} is longer than the run of {steps} steps: the "
             f"learning rate never reaches its peak"
         )
     cropped = getattr(options.dataset, "preprocessing", {})  # the generator's, in published configs
     if cropped:
-        found.append(
+        yield (
             f"dataset.preprocessing ({', '.join(map(str, cropped))}) has no effect: "
             f"pretokenization.py crops the images"
         )
-    return found

@@ -11,18 +11,15 @@ from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, Optional, Self
 
-from modeling.fields import Options, again, for_training, option, short
+from modeling.fields import Contradictions, Options, again, for_training, option
 from modeling.generator import GeneratorConfig
 from modeling.sampling import CACHES, ENGINES, Sampling
 from modeling.tokenizer import TokenizerConfig
 from runtime.errors import InputError
 
 COMMAND_LINE = "the command line"
-PRECISIONS = ("auto", "no", "bf16", "fp16")
-NUMERICS = ("auto", "published", "fast", "exact")
 for_sampling = partial(option, only="sample")
 
 
@@ -30,7 +27,7 @@ class Loaded(Options):
     """Options with the places where `configs.load` found them."""
 
     # {full name of each option that was set: COMMAND_LINE, or "FILE, line N"}
-    places: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    places: ClassVar[Mapping[str, str]] = {}
     # Full names of options that the program has not read: a run's config.yaml leaves them out.
     unread: ClassVar[tuple[str, ...]] = ()
 
@@ -84,10 +81,10 @@ class Training(Options):
         "(tokenizer: fp16 with a loss scaler, discriminator in float32, TF32 in convolutions "
         "only; generator: bf16 and TF32); fast: bf16 and TF32; exact: float32 without TF32; auto: "
         "fast, or on GPUs without bf16 the tokenizer's published. The next two options override "
-        "it.", choices=NUMERICS)
+        "it.", choices=("auto", "published", "fast", "exact"))
     mixed_precision: str = option(
         "auto", "Autocast type; auto: that of training.numerics on CUDA, no elsewhere.",
-        choices=PRECISIONS, instead="experiment.precision")
+        choices=("auto", "no", "bf16", "fp16"), instead="experiment.precision")
     enable_tf32: bool | str = option(
         "auto", "TensorFloat-32 in float32 products and convolutions on CUDA; auto: that of "
         "training.numerics.", choices=("auto", True, False), resumes=True,
@@ -157,10 +154,9 @@ class Experiment(Options):
         "evaluation or sample grid in training, and at the end of sampling; null: no scores.",
         path=True)
 
-    def __post_init__(self):
-        super().__post_init__()
-        if Path(self.output_dir).name in ("", ".."):
-            self.refuse("output_dir", "set the name of a folder of its own, such as output/alitok")
+    def contradictions(self) -> Contradictions:
+        yield ("output_dir", Path(self.output_dir).name in ("", ".."),
+               "set the name of a folder of its own, such as output/alitok")
 
 
 # ---------------------------------------------------------------------- generator
@@ -214,23 +210,21 @@ class GeneratorExperiment(Experiment):
         0, "Also write the first N x N images as one picture; 0: no picture.", at_least=0,
         at_most=1000, instead="experiment.generate_every for sample grids")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.classes is not None and not self.classes:
-            self.refuse("classes", "set at least one class, for example [207]")
-        prefix = "prefix, an image or a file of codes"
-        needs = {"prefix_rows": prefix, "prefix_mask": prefix,
-                 "edit": "mask, the part to redraw", "mask": "edit, the image to redraw"}
-        for name, other in needs.items():
-            given = getattr(self, name)
-            absent = getattr(self, other.partition(",")[0]) is None
-            if given is not None and given is not False and absent:
-                self.refuse(name, f"it needs experiment.{other}")
-        sources = [name for name in ("codes", "prefix", "edit") if getattr(self, name) is not None]
-        if len(sources) > 1:
-            first, second = sources[:2]
-            other = f"experiment.{second}={short(getattr(self, second))}"
-            self.refuse(first, f"{other} also gives codes of the images; leave one out")
+    def contradictions(self) -> Contradictions:
+        yield from super().contradictions()
+        yield ("classes", self.classes is not None and not self.classes,
+               "set at least one class, for example [207]")
+        prefix = "it needs experiment.prefix, an image or a file of codes"
+        yield "prefix_rows", self.prefix_rows is not None and self.prefix is None, prefix
+        yield "prefix_mask", self.prefix_mask and self.prefix is None, prefix
+        yield ("edit", self.edit is not None and self.mask is None,
+               "it needs experiment.mask, the part to redraw")
+        yield ("mask", self.mask is not None and self.edit is None,
+               "it needs experiment.edit, the image to redraw")
+        sources = [n for n in ("codes", "prefix", "edit") if getattr(self, n) is not None]
+        for other in sources[1:]:
+            remedy = f"experiment.{other} also gives codes of the images; leave one out"
+            yield sources[0], True, remedy
 
 
 @dataclass
@@ -253,21 +247,14 @@ class GeneratorModels(TokenizerModel):
     generator: GeneratorOptions = option(
         GeneratorOptions, "The generator's sizes, its dropout and its sampling.")
 
-    def __post_init__(self):
-        super().__post_init__()
+    def contradictions(self) -> Contradictions:
         generator, tokenizer = self.generator, self.vq_model
-        if generator.image_seq_len != tokenizer.num_tokens:
-            self.refuse(
-                "generator.image_seq_len",
-                f"the tokenizer (model.vq_model) makes {tokenizer.num_tokens} codes per image; set the "
-                f"same number",
-            )
-        unset = type(generator).codebook_size
-        if generator.codebook_size not in (tokenizer.codebook_size, unset):
-            self.refuse(
-                "generator.codebook_size",
-                f"model.vq_model.codebook_size is {tokenizer.codebook_size}; leave the former out",
-            )
+        yield ("generator.image_seq_len", generator.image_seq_len != tokenizer.num_tokens,
+               f"the tokenizer (model.vq_model) makes {tokenizer.num_tokens} codes per image; set "
+               f"the same number")
+        known = tokenizer.codebook_size, type(generator).codebook_size  # the latter if it is unset
+        yield ("generator.codebook_size", generator.codebook_size not in known,
+               f"model.vq_model.codebook_size is {tokenizer.codebook_size}; leave the former out")
 
 
 @dataclass
@@ -359,21 +346,15 @@ class TokenizerModels(TokenizerModel):
         False, "Also cluster the codebook in the discriminator's steps, as published.")
     use_checkpoint: bool = again(GeneratorConfig, "use_checkpoint", False)
 
-    def __post_init__(self):
-        super().__post_init__()
+    def contradictions(self) -> Contradictions:
         stage, sizes = self.stage, self.vq_model
-        frozen = ("stage 2 trains neither a prefix head nor the codebook; leave "
-                  "model.vq_model.prefix_head and model.vq_model.clustering out")
-        for name, contradicts, remedy in (
-            ("decoder_init", stage == 1 and self.decoder_init != "stage1",
-             "stage 1 starts from scratch; set it for model.stage=2 only"),
-            ("cluster_in_critic_steps", self.cluster_in_critic_steps and not sizes.clustering,
-             "it needs model.vq_model.clustering=true; set both or neither"),
-            ("vq_model.prefix_head", stage == 2 and sizes.prefix_head, frozen),
-            ("vq_model.clustering", stage == 2 and sizes.clustering, frozen),
-        ):
-            if contradicts:
-                self.refuse(name, remedy)
+        yield ("decoder_init", stage == 1 and self.decoder_init != "stage1",
+               "stage 1 starts from scratch; set it for model.stage=2 only")
+        yield ("cluster_in_critic_steps", self.cluster_in_critic_steps and not sizes.clustering,
+               "it needs model.vq_model.clustering=true; set both or neither")
+        for name in ("prefix_head", "clustering"):
+            yield (f"vq_model.{name}", stage == 2 and getattr(sizes, name),
+                   "stage 2 trains neither a prefix head nor the codebook; leave it out")
 
 
 @dataclass
@@ -484,32 +465,26 @@ class TokenizerRun(Loaded):
         "one option.")
     training: TokenizerTraining = option(TokenizerTraining, "Batches, precision.")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.phases:
-            raise InputError("no phases: list at least one, with its steps, in the config")
+    def contradictions(self) -> Contradictions:
+        yield "phases", not self.phases, "list at least one, with its steps, in the config"
         total, expected = sum(p.steps for p in self.phases), self.training.max_train_steps
         steps = " + ".join(str(p.steps) for p in self.phases)
+        yield ("training.max_train_steps", expected not in (None, total),
+               f"the phases have {steps} = {total} steps; correct one of them, or leave this option out")
         model, losses, init = self.model, self.losses, self.experiment.init_weights
         stage, sizes = model.stage, model.vq_model
+        yield ("losses.aux_weight", sizes.prefix_head and not losses.aux_weight,
+               "the prefix head would stay untrained; set model.vq_model.prefix_head=false too")
         corner = sizes.prefix_head and sizes.num_prefix_tokens != sizes.grid
-        for name, contradicts, remedy in (
-            ("training.max_train_steps", expected not in (None, total),
-             f"the phases have {steps} = {total} steps; correct one of them, or leave this option out"),
-            ("losses.aux_weight", sizes.prefix_head and not losses.aux_weight,
-             "the prefix head would stay untrained; set model.vq_model.prefix_head=false too"),
-            ("losses.aux", losses.aux == "stitched" and corner,
-             f"the strip replaces the image's first row, so it has no corner token; set "
-             f"model.vq_model.num_latent_tokens={sizes.grid**2 + sizes.grid}"),
-            ("experiment.stage1_checkpoint",
-             stage == 1 and self.experiment.stage1_checkpoint is not None,
-             "stage 1 does not use it; set model.stage=2, or start from weights with "
-             "experiment.init_weights=PATH or from a checkpoint with experiment.resume=PATH"),
-            ("model.critic_init", stage == 1 and init is None and model.critic_init != "scratch",
-             "stage 1 starts from scratch, unless experiment.init_weights brings a discriminator; "
-             "leave it out"),
-            ("model.decoder_init", init is not None and model.decoder_init == "scratch",
-             "experiment.init_weights brings a decoder; leave one of them out"),
-        ):
-            if contradicts:
-                self.refuse(name, remedy)
+        yield ("losses.aux", losses.aux == "stitched" and corner,
+               f"the strip replaces the image's first row, so it has no corner token; set "
+               f"model.vq_model.num_latent_tokens={sizes.grid**2 + sizes.grid}")
+        yield ("experiment.stage1_checkpoint",
+               stage == 1 and self.experiment.stage1_checkpoint is not None,
+               "stage 1 does not use it; set model.stage=2, or start from weights with "
+               "experiment.init_weights=PATH or from a checkpoint with experiment.resume=PATH")
+        yield ("model.critic_init", stage == 1 and init is None and model.critic_init != "scratch",
+               "stage 1 starts from scratch, unless experiment.init_weights brings a "
+               "discriminator; leave it out")
+        yield ("model.decoder_init", init is not None and model.decoder_init == "scratch",
+               "experiment.init_weights brings a decoder; leave one of them out")

@@ -22,7 +22,8 @@ from .errors import InputError
 
 LARGEST = 2**63 - 1  # of any integer option: the largest int64
 LONGEST = 4096  # characters of any text: the longest path
-TYPED = object()  # as `null`: the type decides whether null is allowed
+# (option, whether its value contradicts another option, remedy), asked up to the first that does.
+Contradictions = Iterator[tuple[str, object, str]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Rule:
     above: float = -math.inf
     below: float = math.inf
     choices: tuple = ()
-    null: Any = TYPED  # the meaning of null in a config
+    null: Any = None  # the meaning of null in a config, if the type does not allow it
     path: bool = False  # a text in which `~` is the home folder
     resumes: bool = False  # may change when a run resumes: changes weights by rounding at most
     only: str = ""  # the prefix of the programs that use it; others refuse it on the command line
@@ -60,8 +61,7 @@ class Rule:
             return self.text_complaint(value)
         if not is_a(value, float):
             return ""
-        # An int is finite, and may be too large for math.isfinite.
-        if not is_a(value, int) and not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             return "set a finite number"
         if not (self.at_least <= value <= self.at_most and self.above < value < self.below):
             return f"set {self.limits()}"
@@ -79,16 +79,16 @@ class Rule:
             return "the text is not UTF-8"
         if self.path and any(len(name.encode()) > 255 for name in value.split("/")):
             return "a name in the path has more than 255 bytes: shorten it"
+        if self.path and value.startswith("~"):
+            return f"there is no such home folder; write ./{short(value)} for a file of this name"
         if self.path and value.lower() in ("true", "false", "none"):
             return f"set a path (./{value} for a file of this name), or null for none"
         return ""
 
 
 def words(choices: tuple) -> str:
-    """a or b; a, b or c; one of a, b, c, d."""
+    """a or b; a, b or c."""
     *others, last = (str(choice) for choice in choices)
-    if len(others) > 2:
-        return f"one of {', '.join([*others, last])}"
     return f"{', '.join(others)} or {last}" if others else last
 
 
@@ -105,8 +105,7 @@ for_training = functools.partial(option, only="train")
 
 def again(schema: type, name: str, default: Any, **changed: Any) -> Any:
     """An option of another class, with this default."""
-    rule = next(f.metadata["rule"] for f in dataclasses.fields(schema) if f.name == name)
-    rule = dataclasses.replace(rule, **changed)
+    rule = dataclasses.replace(fields_of(schema)[name].rule, **changed)
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
@@ -115,40 +114,51 @@ def again(schema: type, name: str, default: Any, **changed: Any) -> Any:
 class Declared:
     """One option of a config class, or one section of it."""
 
-    name: str  # in full; phases[i].steps for an option of a list's sections
+    name: str  # of the field or, in `declared`, in full: phases[i].steps in a list's sections
     kind: Any  # the type without Optional
     optional: bool  # whether None is allowed
     default: Any
-    rule: Rule  # with `resumes` and `only` of the enclosing sections
+    rule: Rule
     section: Optional[type]  # the class of a section, or of a list's sections
+
+    def expectation(self) -> str:
+        """The remedy for a value of another type."""
+        if self.rule.choices:
+            return f"choose {words(self.rule.choices)}"
+        article = {bool: "", int: "an "}.get(self.kind, "a ")
+        return f"set {article}{type_name(self.kind)}"
+
+
+@functools.cache
+def fields_of(schema: type) -> dict[str, Declared]:
+    """The options and sections that a class itself declares, by name."""
+    found, hints = {}, get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        name, kind, default = field.name, hints[field.name], field.default
+        if optional := type(None) in get_args(kind):
+            kind = Union[tuple(part for part in get_args(kind) if part is not type(None))]
+        if default is dataclasses.MISSING:
+            default = field.default_factory()  # type: ignore[misc]  # it has one of the two
+        rule, section = field.metadata["rule"], section_of(kind)
+        found[name] = Declared(name, kind, optional, default, rule, section)
+    return found
 
 
 @functools.cache
 def declared(schema: type) -> dict[str, Declared]:
-    """All options and sections by name; the options of a section come before its sections."""
-    return {found.name: found for found in _declared(schema, "", Rule(""))}
-
-
-def _declared(schema: type, path: str, above: Rule) -> Iterator[Declared]:
-    sections: list[Any] = []
-    for field in dataclasses.fields(schema):
-        rule, (kind, optional) = field.metadata["rule"], types_of(schema)[field.name]
-        resumes, only = rule.resumes or above.resumes, rule.only or above.only
-        rule = dataclasses.replace(rule, resumes=resumes, only=only)
-        name, default = path + field.name, field.default
-        if default is dataclasses.MISSING:
-            default = field.default_factory()  # type: ignore[misc]  # it has one of the two
-        section = section_of(kind)
-        if section and get_origin(kind) is list:
-            name += "[i]"
-        found = Declared(name, kind, optional, default, rule, section)
-        if section:
-            sections.append(found)
-        else:
-            yield found
-    for found in sections:
-        yield found
-        yield from _declared(found.section, f"{found.name}.", found.rule)
+    """All options and sections by their full names; the options of a section come before its sections.
+    `resumes` and `only` of a section hold for all that is in it."""
+    found = {}
+    for field in sorted(fields_of(schema).values(), key=lambda field: field.section is not None):
+        is_list, outer = get_origin(field.kind) is list, field.rule
+        name = f"{field.name}[i]" if field.section and is_list else field.name
+        found[name] = dataclasses.replace(field, name=name)
+        for inner in declared(field.section).values() if field.section else ():
+            resumes, only = inner.rule.resumes or outer.resumes, inner.rule.only or outer.only
+            rule = dataclasses.replace(inner.rule, resumes=resumes, only=only)
+            full = f"{name}.{inner.name}"
+            found[full] = dataclasses.replace(inner, name=full, rule=rule)
+    return found
 
 
 def section_of(kind: Any) -> Optional[type]:
@@ -156,18 +166,6 @@ def section_of(kind: Any) -> Optional[type]:
     if get_origin(kind) is list:
         (kind,) = get_args(kind)
     return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
-
-
-@functools.cache
-def types_of(schema: type) -> dict[str, tuple[Any, bool]]:
-    """{field: (type without Optional, whether None is allowed)} of a config dataclass."""
-    found, hints = {}, get_type_hints(schema)
-    for name in (field.name for field in dataclasses.fields(schema)):
-        hint = hints[name]
-        parts = [part for part in get_args(hint) if part is not type(None)]
-        optional = is_union(hint) and len(parts) < len(get_args(hint))
-        found[name] = (parts[0] if optional and len(parts) == 1 else hint), optional
-    return found
 
 
 def is_union(kind: Any) -> bool:
@@ -198,18 +196,6 @@ def type_name(kind: Any) -> str:
     return names.get(get_origin(kind) or kind, "section")
 
 
-def expectation(kind: Any, rule: Rule) -> str:
-    """The allowed values of an option, in words."""
-    if rule.choices:
-        return f"choose {words(rule.choices)}"
-    if section_of(kind):
-        return (
-            f"set a {'list of sections: [{…}, …]' if get_origin(kind) is list else 'section: {…}'}"
-        )
-    name = type_name(kind)
-    return f"set {'' if kind is bool else 'an ' if kind is int else 'a '}{name}"
-
-
 class Options:
     """Base of the config dataclasses. Their fields cannot be set again (`dataclasses.replace` makes
     other options); `frozen=True` would say the same, but OmegaConf then refuses to merge into them."""
@@ -220,22 +206,26 @@ class Options:
         super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
-        """Raise InputError, naming the field, for a value that the class's declarations do not allow."""
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
-            rule, value = field.metadata["rule"], getattr(self, field.name)
-            kind, optional = types_of(type(self))[field.name]
+        """Raise InputError, naming the field, for a value that the class's declarations do not allow, or that
+        contradicts another."""
+        for name, field in fields_of(type(self)).items():
+            value = getattr(self, name)
             # A default that refers to another option (`${…}`) is still unresolved.
-            unresolved = (
-                isinstance(value, str) and value == field.default and value.startswith("${")
-            )
-            if (value is None and optional) or unresolved:
+            refers = isinstance(value, str) and value == field.default and value.startswith("${")
+            if (value is None and field.optional) or refers:
                 continue
-            if not is_a(value, kind):
-                self.refuse(field.name, expectation(kind, rule))
+            if not is_a(value, field.kind):
+                self.refuse(name, field.expectation())
             for part in value if isinstance(value, (list, tuple)) else [value]:
-                complaint = "" if dataclasses.is_dataclass(part) else rule.complaint(part)
-                if complaint:
-                    raise InputError(f"{field.name}={short(part)}: {complaint}", field.name)
+                if complaint := field.rule.complaint(part):
+                    raise InputError(f"{name}={short(part)}: {complaint}", name)
+        for name, contradicts, remedy in self.contradictions():
+            if contradicts:
+                self.refuse(name, remedy)
+
+    def contradictions(self) -> Contradictions:
+        """Those between the class's options, whose values are known to be allowed one by one."""
+        yield from ()
 
     def refuse(self, name: str, reason: str) -> NoReturn:
         """Raise InputError for the value of option `name`, which may be in a nested section."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attention
-from .fields import Options, for_training, option
+from .fields import Contradictions, Options, for_training, option
 from .rotary import rotary_table, rotate, token_layout
 
 # The label of an image without a class, far from others, so that an off-by-one label is refused.
@@ -46,20 +46,17 @@ class GeneratorConfig(Options):
         False, "Recompute activations in the backward pass: less memory, more time.", resumes=True)
     # fmt: on
 
-    def __post_init__(self):
-        super().__post_init__()
+    def contradictions(self) -> Contradictions:
         grid, prefix = token_layout(self.image_seq_len)
-        if prefix not in (grid + 1, grid, 0):
-            self.refuse(
-                "image_seq_len",
-                f"it is neither g²+g+1, g²+g nor g²; for a {grid}x{grid} grid set "
-                f"{grid * grid + grid + 1}, or {grid * grid} for codes without prefix tokens",
-            )
-        if self.hidden_size % (4 * self.num_attention_heads):
-            heads = f"num_attention_heads={self.num_attention_heads}"
-            self.refuse(
-                "hidden_size", f"rotary positions need a multiple of 4 x {heads}; change one"
-            )
+        yield (
+            "image_seq_len",
+            prefix not in (grid + 1, grid, 0),
+            f"it is neither g²+g+1, g²+g nor g²; for a {grid}x{grid} grid set "
+            f"{grid * grid + grid + 1}, or {grid * grid} for codes without prefix tokens",
+        )
+        heads = self.num_attention_heads
+        remedy = f"rotary positions need a multiple of 4 x num_attention_heads={heads}; change one"
+        yield "hidden_size", self.hidden_size % (4 * heads), remedy
 
     @property
     def head_size(self) -> int:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import attention
 from .devices import find_device
 from .errors import InputError
-from .fields import Options, option
+from .fields import Contradictions, Options, option
 from .pixels import to_float, to_pil
 from .quantizer import VectorQuantizer, full_float32
 from .weights import hub
@@ -68,27 +68,25 @@ class TokenizerConfig(Options):
         "attention).", choices=("normal", "own_patch"))
     # fmt: on
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.image_size % self.patch_size:
-            self.refuse("image_size", f"it is not a multiple of patch_size={self.patch_size}")
+    def contradictions(self) -> Contradictions:
+        remedy = f"it is not a multiple of patch_size={self.patch_size}"
+        yield "image_size", self.image_size % self.patch_size, remedy
         for part in ("encoder", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
-            if width % heads:
-                self.refuse(f"{part}_width", f"it is not a multiple of {part}_heads={heads}")
+            yield f"{part}_width", width % heads, f"it is not a multiple of {part}_heads={heads}"
         with_corner = self.grid**2 + self.grid + 1
-        if self.num_prefix_tokens not in (self.grid + 1, self.grid, 0):
-            self.refuse(
-                "num_latent_tokens",
-                f"it does not fit a {self.grid}x{self.grid} grid; set {with_corner} (with the corner "
-                f"token, as published), {with_corner - 1} (without it) or {self.grid**2} (no prefix tokens)",
-            )
-        if self.prefix_head and not self.num_prefix_tokens:
-            self.refuse(
-                "prefix_head",
-                f"num_latent_tokens={self.num_latent_tokens} leaves no prefix tokens for it; set "
-                f"prefix_head=false, or num_latent_tokens={with_corner}",
-            )
+        yield (
+            "num_latent_tokens",
+            self.num_prefix_tokens not in (self.grid + 1, self.grid, 0),
+            f"it does not fit a {self.grid}x{self.grid} grid; set {with_corner} (with the corner "
+            f"token, as published), {with_corner - 1} (without it) or {self.grid**2} (no prefix tokens)",
+        )
+        yield (
+            "prefix_head",
+            self.prefix_head and not self.num_prefix_tokens,
+            f"num_latent_tokens={self.num_latent_tokens} leaves no prefix tokens for it; set "
+            f"prefix_head=false, or num_latent_tokens={with_corner}",
+        )
 
     @property
     def grid(self) -> int:

@@ -25,7 +25,7 @@ def test_help_has_the_phases_and_the_ranges():
     assert "phases[i].gan_weight: 0.0  (number: at least 0" in text
     assert "phases[i].steps: required  (integer: at least 1" in text
     assert "phases[i].end_lr: null  (number or null: at least 0" in text
-    assert "(choice: one of auto, no, bf16, fp16)" in text
+    assert "(choice: auto, no, bf16 or fp16)" in text
     assert max(map(len, text.splitlines())) < 200
 
 

@@ -387,7 +387,7 @@ def test_phases_of_the_command_line_replace_those_of_the_file():
 
 
 def test_tokenizer_run_without_phases_is_refused():
-    assert "no phases" in refusal(TokenizerRun, STAGE1, "phases=[]")
+    assert "phases=[]: list at least one" in refusal(TokenizerRun, STAGE1, "phases=[]")
 
 
 def test_finetuning_presets_are_of_the_published_models():

@@ -295,8 +295,7 @@ def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
     epochs = samples / data.images
     describe_data(run, state, data)
     if data.validation is not None:
-        held_out = run.checkpoint.values["held out"]
-        run.warn_of_same_data(data.validation.folder, lambda: held_out)
+        run.warn_of_same_data(data.validation.folder, run.checkpoint.values["held out"])
     run.log.say(
         f"{parameters / 1e6:.1f}M parameters{' sharded' * run.accelerator.is_fsdp2} on {world} x "
         f"{device_name(run.accelerator.device)}, "

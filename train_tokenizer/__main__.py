@@ -29,7 +29,6 @@ import configs.load
 from configs.schema import Phase, TokenizerRun
 from configs.sizes import agreed, open_initial
 from data.classes import printable
-from data.identity import identity_of_images
 from data.images import (
     ImagePath,
     TrainImages,
@@ -389,7 +388,7 @@ def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
     sample = f"{len(data.paths)} images, spread over all of " * (len(data.paths) < data.listed)
     log.say(f"{printable(params.train_dir)}: {sample}{data.source}")
     if data.validation:
-        run.warn_of_same_data(params.val_dir, lambda: identity_of_images(data.validation))
+        run.warn_of_same_data(params.val_dir, identity_for_all(data.validation))
     trained = sum(p.numel() for p in state.tokenizer.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in state.tokenizer.parameters()) - trained
     phases = " + ".join(f"{p.name} {p.steps}" for p in options.phases)

@@ -109,13 +109,9 @@ def check_environment(training: Training, numerics: Numerics) -> None:
     name, steps = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", training.gradient_accumulation_steps
     if value_of(name) not in ("", "auto", str(steps)):
         raise contradiction(name, f"gradient_accumulation_steps={steps}")
-    name, asked, autocast = (
-        "ACCELERATE_MIXED_PRECISION",
-        training.mixed_precision,
-        numerics.autocast,
-    )
-    if value_of(name) not in (*OFF, autocast):
-        shown = asked if asked == autocast else f"{asked} ({autocast})"
+    name, asked = "ACCELERATE_MIXED_PRECISION", training.mixed_precision
+    if value_of(name) not in (*OFF, numerics.autocast):
+        shown = asked if asked == numerics.autocast else f"{asked} ({numerics.autocast})"
         raise contradiction(name, f"mixed_precision={shown}")
     # On CUDA both override torch's switches, which the run sets; 0 in the second equals unset.
     tf32 = {numerics.tf32_products, numerics.tf32_convolutions}

@@ -225,9 +225,9 @@ class Run:
         self.checkpoint.register("window", self.window)
         self._report_unreadable()
 
-    def warn_of_same_data(self, path: object, identity: Callable[[], dict[str, str]]) -> None:
+    def warn_of_same_data(self, path: object, identity: dict[str, str]) -> None:
         """Warn if the validation data at `path` has the identity of the training data."""
-        if on_main(lambda: identity().items() <= self.data.items()):
+        if identity.items() <= self.data.items():
             self.log.say(
                 f"warning: {printable(path)}: the validation data equals the training data, so it "
                 f"shows no overfitting"

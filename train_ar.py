@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 import configs.load
 from configs.schema import GeneratorRun, Phase
-from configs.sizes import open_initial, with_classes, with_start, with_weights
+from configs.sizes import open_start, with_classes, with_weights
 from data.classes import describe_classes, first_names, misnumbered, printable
 from data.identity import hash_of_texts
 from data.images import VIEWS, TrainViews, identity_for_all, scan_images, to_float
@@ -416,10 +416,7 @@ def main(argv: list[str]) -> None:
     accelerator = start_training(training)
     kept = None if dry_run else Path(options.experiment.output_dir)
     weights = open_tokenizer(options)
-    options = with_weights(options, weights)
-    initial = open_initial(options.experiment, GENERATOR)
-    if initial is not None:
-        options = with_start(options, initial)
+    options, initial = open_start(with_weights(options, weights), GENERATOR)
     data = open_data(options, accelerator, weights, index_folder=kept)
     options = data.options
     run = Run(accelerator, options, [Phase("training", total_steps)], data.identity, dry_run)

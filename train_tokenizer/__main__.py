@@ -15,7 +15,7 @@ if not __package__:  # started as a file: other packages cannot be imported
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 import configs.load
 from configs.schema import Phase, TokenizerRun
-from configs.sizes import agreed, open_initial
+from configs.sizes import open_start
 from data.classes import printable
 from data.images import (
     ImagePath,
@@ -142,15 +142,11 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
 
 
 def load_stage1(run: Run, tokenizer: Tokenizer) -> None:
-    """For a new run of stage 2 without initial weights: load encoder, codebook and, by default, decoder
-    of stage 1.
+    """Load encoder, codebook and, by default, decoder of stage 1 into the tokenizer of a new run of stage 2.
 
     Raises InputError if they are missing or do not fit.
     """
-    experiment, model = run.options.experiment, run.options.model
-    stage1 = experiment.stage1_checkpoint
-    if run.resumed or model.stage == 1 or experiment.init_weights is not None:
-        return
+    stage1, model = run.options.experiment.stage1_checkpoint, run.options.model
     if stage1 is None:
         raise InputError(
             "stage 2 needs the tokenizer of stage 1: set experiment.stage1_checkpoint=RUN_DIR or a "
@@ -178,20 +174,6 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> None:
         )
     taken = "encoder, codebook and decoder" if from_stage1 else "encoder and codebook"
     run.notes.append(f"{taken} from {weights.file}")
-
-
-def with_start(options: TokenizerRun, weights: Opened) -> TokenizerRun:
-    """These options with the sizes of the weights that a new run starts from.
-
-    Raises InputError if an option contradicts them, and for those of stage 1 in stage 2.
-    """
-    if options.model.stage == 2 and weights.about.stage == 1:
-        raise InputError(
-            f"{weights.file} is {describe(weights.state)}: for stage 2, set "
-            f"experiment.stage1_checkpoint to it instead of experiment.init_weights"
-        )
-    vq_model = agreed(weights, options.model.vq_model, options.places, "model.vq_model.")
-    return options.changed(model=replace(options.model, vq_model=vq_model))
 
 
 def load_initial(run: Run, tokenizer: Tokenizer, weights: Opened) -> None:
@@ -295,9 +277,10 @@ class TrainState:
         # The same initial weights on every rank, whatever was built before.
         torch.manual_seed(training.seed)
         self.tokenizer = build_tokenizer(options)
-        load_stage1(run, self.tokenizer)
         if initial is not None:
             load_initial(run, self.tokenizer, initial)
+        elif options.model.stage == 2 and not run.resumed:
+            load_stage1(run, self.tokenizer)
         adversarial = any(phase.gan_weight for phase in options.phases)
         self.discriminator = build_discriminator(run) if adversarial else None
         # One rank reads the disk, the others its cache.
@@ -490,9 +473,7 @@ def main(argv: list[str]) -> None:
     accelerator = start_training(training)
     torch.backends.cudnn.benchmark = True  # times its algorithms once per shape; shapes are fixed
     kept = None if dry_run else Path(options.experiment.output_dir)
-    initial = open_initial(options.experiment, TOKENIZER)
-    if initial is not None:
-        options = with_start(options, initial)
+    options, initial = open_start(options, TOKENIZER)
     data = open_data(options, index_folder=kept)
     run = Run(accelerator, options, phases, data.identity, dry_run)
     state = TrainState(run, bool(data.validation), initial)

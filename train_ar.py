@@ -44,10 +44,10 @@ from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.opened import Opened, load_tokenizer
 from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
-from runtime.processes import check_same, compiles, device_name, on_main, open_on_all
+from runtime.processes import check_same, compiles, on_main, open_on_all
 from runtime.program import run as run_program
 from runtime.randomness import seed_step
-from training.accelerator import describe_precision, start_training
+from training.accelerator import start_training
 from training.checkpoint import WHOLE, WholeOptimizer
 from training.dry_run import split_dry_run
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
@@ -288,24 +288,15 @@ class TrainState:
 
 # ---------------------------------------------------------------------- reports
 def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
-    """Log the header of a run: data, size, hardware, batch and length."""
-    training, world = run.training, run.accelerator.num_processes
-    parameters = sum(p.numel() for p in state.generator.parameters())
-    samples = run.total_steps * run.global_batch
-    epochs = samples / data.images
+    """Log the header of a run: data, hardware and length."""
     describe_data(run, state, data)
     if data.validation is not None:
         run.warn_of_same_data(data.validation.folder, run.checkpoint.values["held out"])
+    run.describe(state.generator, state.compiled, data.images)
+    samples = run.total_steps * run.global_batch
     run.log.say(
-        f"{parameters / 1e6:.1f}M parameters{' sharded' * run.accelerator.is_fsdp2} on {world} x "
-        f"{device_name(run.accelerator.device)}, "
-        f"autocast {describe_precision(training)}{', compiled' * state.compiled}"
-    )
-    run.log.say(
-        f"{data.images} images x {data.views} views; {run.global_batch} images per step = "
-        f"{training.per_gpu_batch_size} x {world} ranks x {training.gradient_accumulation_steps}; "
-        f"steps {run.first_step} to {run.total_steps}, {epochs:.1f} epochs of the images or "
-        f"{epochs / data.views:.1f} of all views, {samples * state.config.image_seq_len / 1e9:.3g}G codes"
+        f"{samples / data.images / data.views:.1f} epochs of all {data.views} views of an image, "
+        f"{samples * state.config.image_seq_len / 1e9:.3g}G codes"
     )
 
 
@@ -313,11 +304,8 @@ def describe_data(run: Run, state: TrainState, data: GeneratorData) -> None:
     """Log images and classes, with warnings of missing or renumbered classes."""
     configured = state.config.condition_num_classes
     shown = [data.classes[label] for label in np.unique(data.labels)]
-    sample = "" if data.images == data.listed else f"{data.images}, spread over all classes, of "
-    run.log.say(
-        f"{printable(data.source)}: {sample}{data.listed} images, "
-        f"{describe_classes(shown, configured)}{data.left_out}"
-    )
+    classes = describe_classes(shown, configured)
+    run.log.say(f"{printable(data.source)}: {data.listed} images, {classes}{data.left_out}")
     unlike = misnumbered(data.classes)
     if unlike is not None:
         run.log.say(f"warning: {printable(data.source)}: {unlike}")

@@ -64,7 +64,7 @@ from runtime.published import WEIGHTS, MissingFile
 from runtime.randomness import seed_step
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
-from training.accelerator import describe_precision, numerics_of, start_training
+from training.accelerator import numerics_of, start_training
 from training.dry_run import split_dry_run
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run
@@ -363,26 +363,17 @@ def enter_phase(run: Run, phases: list[Phase], step: int) -> tuple[Phase, int, i
 
 
 def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
-    """Log the header of a run: models, data, length, and what is missing or unusual."""
+    """Log the header of a run: data, hardware, phases, and what is missing or unusual."""
     options, log = state.options, run.log
     params = options.dataset.params
     if data.validation and state.lpips is None:
         log.say("no val/lpips: it needs VGG16 and its heads (weights/README.md)")
-    sample = f"{len(data.paths)} images, spread over all of " * (len(data.paths) < data.listed)
-    log.say(f"{printable(params.train_dir)}: {sample}{data.source}")
+    log.say(f"{printable(params.train_dir)}: {data.source}")
     if data.validation:
         run.warn_of_same_data(params.val_dir, identity_for_all(data.validation))
-    trained = sum(p.numel() for p in state.tokenizer.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in state.tokenizer.parameters()) - trained
+    run.describe(state.tokenizer, state.compiled, len(data.paths))
     phases = " + ".join(f"{p.name} {p.steps}" for p in options.phases)
-    epochs = run.total_steps * run.global_batch / len(data.paths)
-    log.say(
-        f"stage {options.model.stage}: {trained / 1e6:.1f}M parameters trained, "
-        f"{frozen / 1e6:.1f}M frozen; {len(data.paths)} images, {run.global_batch} per step; "
-        f"{phases} = {run.total_steps} steps = {epochs:.1f} epochs; starting at step {run.first_step} on "
-        f"{run.accelerator.num_processes} x {run.accelerator.device.type}; numerics "
-        f"{options.training.numerics}: autocast {describe_precision(options.training)}"
-    )
+    log.say(f"stage {options.model.stage}: {phases} steps")
 
 
 def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData) -> None:

@@ -78,13 +78,6 @@ def numerics_of(training: Training) -> Numerics:
     return replace(numerics, autocast=autocast)
 
 
-def describe_precision(training: Training) -> str:
-    """The autocast type for a run's header, with the reason if the GPU decided it."""
-    found = numerics_of(training).autocast
-    by_gpu = found == "fp16" and training.numerics == training.mixed_precision == "auto"
-    return f"{found} (this GPU does not compute in bf16)" if by_gpu else found
-
-
 # ---------------------------------------------------------------------- the environment
 def check_environment(training: Training, numerics: Numerics) -> None:
     """Raise InputError, naming variable and option, for a variable of accelerate or PyTorch that would silently

@@ -29,7 +29,6 @@ from runtime.parts import differing
 from runtime.processes import check_same, device_name, on_main
 from runtime.program import leave
 from runtime.signals import SAVED_AND_STOPPED, StopSignal
-from training.accelerator import describe_precision
 from training.checkpoint import Checkpoint, whole_tensors
 from training.dry_run import DryRun
 from training.log import RunLog, Window, due
@@ -234,10 +233,13 @@ class Run:
         training, world = self.training, self.accelerator.num_processes
         count = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        autocast = self.accelerator.mixed_precision
+        by_gpu = autocast == "fp16" and training.numerics == training.mixed_precision == "auto"
+        reason = " (this GPU does not compute in bf16)" * by_gpu
         self.log.say(
             f"{count / 1e6:.1f}M parameters{' sharded' * self.accelerator.is_fsdp2}, {trained / 1e6:.1f}M "
             f"trained, on {world} x {device_name(self.accelerator.device)}; numerics {training.numerics}: "
-            f"autocast {describe_precision(training)}{', compiled' * compiled}"
+            f"autocast {autocast}{reason}{', compiled' * compiled}"
         )
         self.log.say(
             f"{images} images; {self.global_batch} per step = {training.per_gpu_batch_size} x {world} ranks x "

@@ -290,8 +290,6 @@ class TrainState:
 def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
     """Log the header of a run: data, hardware and length."""
     describe_data(run, state, data)
-    if data.validation is not None:
-        run.warn_of_same_data(data.validation.folder, run.checkpoint.values["held out"])
     run.describe(state.generator, state.compiled, data.images)
     samples = run.total_steps * run.global_batch
     run.log.say(
@@ -347,13 +345,15 @@ def report_validation(run: Run, step: int, generator: Generator, store: TokenCac
 
 
 def note_held_out(run: Run, validation: Optional[TokenCache]) -> None:
-    """Note the identity of the held-out codes, and from which step on the log has losses of them."""
+    """Note the identity of the held-out codes, and from which step on the log has losses of them. Warns if they
+    are the training data."""
     if validation is None:
         return
     values, held_out = run.checkpoint.values, on_main(validation.identity)
     if not run.checkpoint.own or values.get("held out", held_out) != held_out:
         values["best since"] = run.first_step
     values["held out"] = held_out
+    run.warn_of_same_data(validation.folder, held_out)
 
 
 def report_samples(run: Run, step: int, generator: Generator, data: GeneratorData) -> None:

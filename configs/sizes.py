@@ -17,10 +17,7 @@ from runtime.errors import InputError
 from runtime.processes import on_main, open_on_all
 
 T = TypeVar("T", bound=Any)  # a config, or options
-SECTIONS = {
-    TOKENIZER: "vq_model",
-    GENERATOR: "generator",
-}  # of the options `model`, by kind of weights
+SECTIONS = {TOKENIZER: "vq_model", GENERATOR: "generator"}  # of `model`, by kind of weights
 
 
 def tokenizer_of(
@@ -107,8 +104,9 @@ def agreed(weights: Opened, used: T, places: Mapping[str, Any]) -> T:
     """A model's config with the sizes of its weights; those in `places` were set."""
     prefix = f"model.{SECTIONS[weights.about.kind]}."
     names = [field.name for field in fields(used) if prefix + field.name in places]
+    chosen = {name: getattr(used, name) for name in names}
 
     def named(name: str, value: Any) -> str:
         return f"{prefix}{name}={value} ({places[prefix + name]})"
 
-    return weights.config(used, {name: getattr(used, name) for name in names}, named)
+    return weights.config(used, chosen, named)

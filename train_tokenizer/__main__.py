@@ -9,7 +9,9 @@ whole run needs, and writes nothing.
 if not __package__:  # started as a file: other packages cannot be imported
     import sys
 
-    print("error: run `python -m train_tokenizer` in the folder above this one", file=sys.stderr)
+    command = "python -m train_tokenizer config=configs/tokenizer_stage1.yaml"
+    where = "in the folder above this one; README_AliTok.md explains its options"
+    print(f"error: run `{command}` {where}", file=sys.stderr)
     sys.exit(2)
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 import configs.load
 from configs.schema import GeneratorRun, Phase
-from configs.sizes import open_initial, with_classes, with_start, with_weights
+from configs.sizes import open_start, with_classes, with_weights
 from data.classes import describe_classes, first_names, misnumbered, printable
 from data.identity import hash_of_texts
 from data.images import VIEWS, TrainViews, identity_for_all, scan_images, to_float
@@ -44,10 +44,10 @@ from modeling.weights.metadata import GENERATOR, TOKENIZER, about_model
 from modeling.weights.opened import Opened, load_tokenizer
 from modeling.weights.tensors import describe, fingerprint, load_tensors
 from runtime.errors import InputError
-from runtime.processes import check_same, compiles, device_name, on_main, open_on_all
+from runtime.processes import check_same, compiles, on_main, open_on_all
 from runtime.program import run as run_program
 from runtime.randomness import seed_step
-from training.accelerator import describe_precision, start_training
+from training.accelerator import start_training
 from training.checkpoint import WHOLE, WholeOptimizer
 from training.dry_run import split_dry_run
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
@@ -288,25 +288,13 @@ class TrainState:
 
 # ---------------------------------------------------------------------- reports
 def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
-    """Log the header of a run: data, size, hardware, batch and length."""
-    training, world = run.training, run.accelerator.num_processes
-    parameters = sum(p.numel() for p in state.generator.parameters())
-    samples = run.total_steps * run.global_batch
-    epochs = samples / data.images
+    """Log the header of a run: data, hardware and length."""
     describe_data(run, state, data)
-    if data.validation is not None:
-        held_out = run.checkpoint.values["held out"]
-        run.warn_of_same_data(data.validation.folder, lambda: held_out)
+    run.describe(state.generator, state.compiled, data.images)
+    samples = run.total_steps * run.global_batch
     run.log.say(
-        f"{parameters / 1e6:.1f}M parameters{' sharded' * run.accelerator.is_fsdp2} on {world} x "
-        f"{device_name(run.accelerator.device)}, "
-        f"autocast {describe_precision(training)}{', compiled' * state.compiled}"
-    )
-    run.log.say(
-        f"{data.images} images x {data.views} views; {run.global_batch} images per step = "
-        f"{training.per_gpu_batch_size} x {world} ranks x {training.gradient_accumulation_steps}; "
-        f"steps {run.first_step} to {run.total_steps}, {epochs:.1f} epochs of the images or "
-        f"{epochs / data.views:.1f} of all views, {samples * state.config.image_seq_len / 1e9:.3g}G codes"
+        f"{samples / data.images / data.views:.1f} epochs of all {data.views} views of an image, "
+        f"{samples * state.config.image_seq_len / 1e9:.3g}G codes"
     )
 
 
@@ -314,11 +302,8 @@ def describe_data(run: Run, state: TrainState, data: GeneratorData) -> None:
     """Log images and classes, with warnings of missing or renumbered classes."""
     configured = state.config.condition_num_classes
     shown = [data.classes[label] for label in np.unique(data.labels)]
-    sample = "" if data.images == data.listed else f"{data.images}, spread over all classes, of "
-    run.log.say(
-        f"{printable(data.source)}: {sample}{data.listed} images, "
-        f"{describe_classes(shown, configured)}{data.left_out}"
-    )
+    classes = describe_classes(shown, configured)
+    run.log.say(f"{printable(data.source)}: {data.listed} images, {classes}{data.left_out}")
     unlike = misnumbered(data.classes)
     if unlike is not None:
         run.log.say(f"warning: {printable(data.source)}: {unlike}")
@@ -360,13 +345,15 @@ def report_validation(run: Run, step: int, generator: Generator, store: TokenCac
 
 
 def note_held_out(run: Run, validation: Optional[TokenCache]) -> None:
-    """Note the identity of the held-out codes, and from which step on the log has losses of them."""
+    """Note the identity of the held-out codes, and from which step on the log has losses of them. Warns if they
+    are the training data."""
     if validation is None:
         return
     values, held_out = run.checkpoint.values, on_main(validation.identity)
     if not run.checkpoint.own or values.get("held out", held_out) != held_out:
         values["best since"] = run.first_step
     values["held out"] = held_out
+    run.warn_of_same_data(validation.folder, held_out)
 
 
 def report_samples(run: Run, step: int, generator: Generator, data: GeneratorData) -> None:
@@ -417,10 +404,7 @@ def main(argv: list[str]) -> None:
     accelerator = start_training(training)
     kept = None if dry_run else Path(options.experiment.output_dir)
     weights = open_tokenizer(options)
-    options = with_weights(options, weights)
-    initial = open_initial(options.experiment, GENERATOR)
-    if initial is not None:
-        options = with_start(options, initial)
+    options, initial = open_start(with_weights(options, weights), GENERATOR)
     data = open_data(options, accelerator, weights, index_folder=kept)
     options = data.options
     run = Run(accelerator, options, [Phase("training", total_steps)], data.identity, dry_run)

@@ -9,13 +9,15 @@ whole run needs, and writes nothing.
 if not __package__:  # started as a file: other packages cannot be imported
     import sys
 
-    print("error: run `python -m train_tokenizer` in the folder above this one", file=sys.stderr)
+    command = "python -m train_tokenizer config=configs/tokenizer_stage1.yaml"
+    where = "in the folder above this one; README_AliTok.md explains its options"
+    print(f"error: run `{command}` {where}", file=sys.stderr)
     sys.exit(2)
 
 import runtime.openmp  # noqa: F401  # isort: skip (before torch loads OpenMP)
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -27,9 +29,8 @@ from torch import Tensor
 
 import configs.load
 from configs.schema import Phase, TokenizerRun
-from configs.sizes import agreed, open_initial
+from configs.sizes import open_start
 from data.classes import printable
-from data.identity import identity_of_images
 from data.images import (
     ImagePath,
     TrainImages,
@@ -65,7 +66,7 @@ from runtime.published import WEIGHTS, MissingFile
 from runtime.randomness import seed_step
 from train_tokenizer.discriminator import Discriminator, hinge_loss
 from train_tokenizer.losses import FrozenNetworks, tokenizer_terms
-from training.accelerator import describe_precision, numerics_of, start_training
+from training.accelerator import numerics_of, start_training
 from training.dry_run import split_dry_run
 from training.optim import EMA, adamw, clip_gradients, set_learning_rate
 from training.run import Due, Run
@@ -143,15 +144,11 @@ def build_tokenizer(options: TokenizerRun) -> Tokenizer:
 
 
 def load_stage1(run: Run, tokenizer: Tokenizer) -> None:
-    """For a new run of stage 2 without initial weights: load encoder, codebook and, by default, decoder
-    of stage 1.
+    """Load encoder, codebook and, by default, decoder of stage 1 into the tokenizer of a new run of stage 2.
 
     Raises InputError if they are missing or do not fit.
     """
-    experiment, model = run.options.experiment, run.options.model
-    stage1 = experiment.stage1_checkpoint
-    if run.resumed or model.stage == 1 or experiment.init_weights is not None:
-        return
+    stage1, model = run.options.experiment.stage1_checkpoint, run.options.model
     if stage1 is None:
         raise InputError(
             "stage 2 needs the tokenizer of stage 1: set experiment.stage1_checkpoint=RUN_DIR or a "
@@ -179,20 +176,6 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> None:
         )
     taken = "encoder, codebook and decoder" if from_stage1 else "encoder and codebook"
     run.notes.append(f"{taken} from {weights.file}")
-
-
-def with_start(options: TokenizerRun, weights: Opened) -> TokenizerRun:
-    """These options with the sizes of the weights that a new run starts from.
-
-    Raises InputError if an option contradicts them, and for those of stage 1 in stage 2.
-    """
-    if options.model.stage == 2 and weights.about.stage == 1:
-        raise InputError(
-            f"{weights.file} is {describe(weights.state)}: for stage 2, set "
-            f"experiment.stage1_checkpoint to it instead of experiment.init_weights"
-        )
-    vq_model = agreed(weights, options.model.vq_model, options.places, "model.vq_model.")
-    return options.changed(model=replace(options.model, vq_model=vq_model))
 
 
 def load_initial(run: Run, tokenizer: Tokenizer, weights: Opened) -> None:
@@ -296,9 +279,10 @@ class TrainState:
         # The same initial weights on every rank, whatever was built before.
         torch.manual_seed(training.seed)
         self.tokenizer = build_tokenizer(options)
-        load_stage1(run, self.tokenizer)
         if initial is not None:
             load_initial(run, self.tokenizer, initial)
+        elif options.model.stage == 2 and not run.resumed:
+            load_stage1(run, self.tokenizer)
         adversarial = any(phase.gan_weight for phase in options.phases)
         self.discriminator = build_discriminator(run) if adversarial else None
         # One rank reads the disk, the others its cache.
@@ -381,26 +365,17 @@ def enter_phase(run: Run, phases: list[Phase], step: int) -> tuple[Phase, int, i
 
 
 def describe_run(run: Run, state: TrainState, data: TokenizerData) -> None:
-    """Log the header of a run: models, data, length, and what is missing or unusual."""
+    """Log the header of a run: data, hardware, phases, and what is missing or unusual."""
     options, log = state.options, run.log
     params = options.dataset.params
     if data.validation and state.lpips is None:
         log.say("no val/lpips: it needs VGG16 and its heads (weights/README.md)")
-    sample = f"{len(data.paths)} images, spread over all of " * (len(data.paths) < data.listed)
-    log.say(f"{printable(params.train_dir)}: {sample}{data.source}")
+    log.say(f"{printable(params.train_dir)}: {data.source}")
     if data.validation:
-        run.warn_of_same_data(params.val_dir, lambda: identity_of_images(data.validation))
-    trained = sum(p.numel() for p in state.tokenizer.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in state.tokenizer.parameters()) - trained
+        run.warn_of_same_data(params.val_dir, identity_for_all(data.validation))
+    run.describe(state.tokenizer, state.compiled, len(data.paths))
     phases = " + ".join(f"{p.name} {p.steps}" for p in options.phases)
-    epochs = run.total_steps * run.global_batch / len(data.paths)
-    log.say(
-        f"stage {options.model.stage}: {trained / 1e6:.1f}M parameters trained, "
-        f"{frozen / 1e6:.1f}M frozen; {len(data.paths)} images, {run.global_batch} per step; "
-        f"{phases} = {run.total_steps} steps = {epochs:.1f} epochs; starting at step {run.first_step} on "
-        f"{run.accelerator.num_processes} x {run.accelerator.device.type}; numerics "
-        f"{options.training.numerics}: autocast {describe_precision(options.training)}"
-    )
+    log.say(f"stage {options.model.stage}: {phases} steps")
 
 
 def report(run: Run, step: int, due: Due, state: TrainState, data: TokenizerData) -> None:
@@ -491,9 +466,7 @@ def main(argv: list[str]) -> None:
     accelerator = start_training(training)
     torch.backends.cudnn.benchmark = True  # times its algorithms once per shape; shapes are fixed
     kept = None if dry_run else Path(options.experiment.output_dir)
-    initial = open_initial(options.experiment, TOKENIZER)
-    if initial is not None:
-        options = with_start(options, initial)
+    options, initial = open_start(options, TOKENIZER)
     data = open_data(options, index_folder=kept)
     run = Run(accelerator, options, phases, data.identity, dry_run)
     state = TrainState(run, bool(data.validation), initial)

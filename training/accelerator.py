@@ -78,13 +78,6 @@ def numerics_of(training: Training) -> Numerics:
     return replace(numerics, autocast=autocast)
 
 
-def describe_precision(training: Training) -> str:
-    """The autocast type for a run's header, with the reason if the GPU decided it."""
-    found = numerics_of(training).autocast
-    by_gpu = found == "fp16" and training.numerics == training.mixed_precision == "auto"
-    return f"{found} (this GPU does not compute in bf16)" if by_gpu else found
-
-
 # ---------------------------------------------------------------------- the environment
 def check_environment(training: Training, numerics: Numerics) -> None:
     """Raise InputError, naming variable and option, for a variable of accelerate or PyTorch that would silently
@@ -109,13 +102,9 @@ def check_environment(training: Training, numerics: Numerics) -> None:
     name, steps = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", training.gradient_accumulation_steps
     if value_of(name) not in ("", "auto", str(steps)):
         raise contradiction(name, f"gradient_accumulation_steps={steps}")
-    name, asked, autocast = (
-        "ACCELERATE_MIXED_PRECISION",
-        training.mixed_precision,
-        numerics.autocast,
-    )
-    if value_of(name) not in (*OFF, autocast):
-        shown = asked if asked == autocast else f"{asked} ({autocast})"
+    name, asked = "ACCELERATE_MIXED_PRECISION", training.mixed_precision
+    if value_of(name) not in (*OFF, numerics.autocast):
+        shown = asked if asked == numerics.autocast else f"{asked} ({numerics.autocast})"
         raise contradiction(name, f"mixed_precision={shown}")
     # On CUDA both override torch's switches, which the run sets; 0 in the second equals unset.
     tf32 = {numerics.tf32_products, numerics.tf32_convolutions}

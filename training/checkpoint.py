@@ -317,19 +317,17 @@ def checkpoints_from(resume: str, run_dir: Path) -> list[Path]:
             f"experiment.resume=True to resume them (for example after moving {resume}), or another "
             f"experiment.output_dir"
         )
-    there = all_checkpoints(named) if (named / "checkpoints").is_dir() else [named]
-    candidates = [path for path in there if path.is_dir()] + own
-    if not candidates:
-        raise InputError(f"experiment.resume={resume}: no checkpoint there")
     if named.name.startswith("checkpoint-") or list(named.glob("checkpoint-*")):
         raise InputError(
             f"experiment.resume={resume} is from the published trainer, whose optimizer state cannot "
             f"be resumed: set experiment.init_weights={resume} to start from its weights"
         )
-    if candidates == [named] and not is_checkpoint(named):
+    alone = is_checkpoint(named) and named.is_dir()
+    candidates = (all_checkpoints(named) or [named] * alone) + own
+    if not candidates:
         raise InputError(
-            f"experiment.resume={resume} is neither a run's folder nor a checkpoint: pass one of them; a copied "
-            f"checkpoint keeps its name (step-00001000)"
+            f"experiment.resume={resume} is neither a run with checkpoints nor a checkpoint: pass one of them; a "
+            f"copied checkpoint keeps its name (step-00001000)"
         )
     return candidates
 

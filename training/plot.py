@@ -38,10 +38,6 @@ def main(argv: list[str]) -> None:
     add("--output", type=new_file(*FORMATS), default="curves.png", help=shown)
     args = parser.parse_args(argv)
     runs = {str(folder): run_records(folder) for folder in args.runs}
-    if not any(
-        name != "step" for records in runs.values() for record in records for name in record
-    ):
-        raise InputError(f"no records yet in {', '.join(runs)}")
     reference = None if args.reference is None else read_records(args.reference)
     if reference == []:
         raise InputError(
@@ -57,11 +53,13 @@ def main(argv: list[str]) -> None:
 
 
 def plot_curves(runs: dict[str, Records], reference: Records | None = None) -> "Figure":
-    """One panel per quantity, with training and validation curves."""
+    """One panel per quantity, with training and validation curves. Raises InputError if there is none."""
     from matplotlib.figure import Figure  # draws without a display
 
     names = {name for records in runs.values() for record in records for name in record}
     panels = sorted({name.removeprefix("val/") for name in names - {"step"}})
+    if not panels:
+        raise InputError(f"no records yet in {', '.join(runs)}")
     # By label, the reference behind the runs.
     shown: dict[str, tuple[Records, Any]] = {}
     if reference is not None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 import configs.load
 from configs.schema import Experiment, Phase, Training
@@ -26,7 +26,7 @@ from modeling.weights.tensors import write_state_dict
 from runtime.errors import InputError
 from runtime.files import write_whole
 from runtime.parts import differing
-from runtime.processes import check_same, on_main
+from runtime.processes import check_same, device_name, on_main
 from runtime.program import leave
 from runtime.signals import SAVED_AND_STOPPED, StopSignal
 from training.checkpoint import Checkpoint, whole_tensors
@@ -220,14 +220,36 @@ class Run:
         for line in (*(f"warning: {text}" for text in self.checkpoint.warnings), *self.notes):
             self.log.say(line)
         if images < listed:
-            self.log.say(f"warning: experiment.max_train_examples={images} leaves images out")
+            self.log.say(
+                f"warning: experiment.max_train_examples={images} leaves images out: {listed - images} of "
+                f"{listed}, evenly over all classes"
+            )
         self.window.reset()
         self.checkpoint.register("window", self.window)
         self._report_unreadable()
 
-    def warn_of_same_data(self, path: object, identity: Callable[[], dict[str, str]]) -> None:
+    def describe(self, model: nn.Module, compiled: bool, images: int) -> None:
+        """Log the size of the trained model, hardware, precision, batch and length."""
+        training, world = self.training, self.accelerator.num_processes
+        count = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        autocast = self.accelerator.mixed_precision
+        by_gpu = autocast == "fp16" and training.numerics == training.mixed_precision == "auto"
+        reason = " (this GPU does not compute in bf16)" * by_gpu
+        self.log.say(
+            f"{count / 1e6:.1f}M parameters{' sharded' * self.accelerator.is_fsdp2}, {trained / 1e6:.1f}M "
+            f"trained, on {world} x {device_name(self.accelerator.device)}; numerics {training.numerics}: "
+            f"autocast {autocast}{reason}{', compiled' * compiled}"
+        )
+        self.log.say(
+            f"{images} images; {self.global_batch} per step = {training.per_gpu_batch_size} x {world} ranks x "
+            f"{training.gradient_accumulation_steps}; steps {self.first_step} to {self.total_steps}, "
+            f"{self.total_steps * self.global_batch / images:.1f} epochs"
+        )
+
+    def warn_of_same_data(self, path: object, identity: dict[str, str]) -> None:
         """Warn if the validation data at `path` has the identity of the training data."""
-        if on_main(lambda: identity().items() <= self.data.items()):
+        if identity.items() <= self.data.items():
             self.log.say(
                 f"warning: {printable(path)}: the validation data equals the training data, so it "
                 f"shows no overfitting"

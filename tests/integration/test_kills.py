@@ -78,7 +78,7 @@ def same_run(a, b):
 
 def first_steps(output):
     """The steps that runs said they begin with, in order."""
-    return [int(a or b) for a, b in re.findall(r"steps (\d+) to|starting at step (\d+)", output)]
+    return [int(step) for step in re.findall(r"steps (\d+) to", output)]
 
 
 def next_step(run):

@@ -321,8 +321,8 @@ def test_fewer_examples_are_of_all_classes(train, tmp_path, capsys, monkeypatch)
     train(*few, "training.max_train_steps=2")
     assert drawn == {1, 4, 6, 9, 12, 14, 17, 20, 22}
     said = capsys.readouterr().out
-    assert "sorted: 9, spread over all classes, of 24 images, 3 classes of 3 configured" in said
-    assert "warning: experiment.max_train_examples=9 leaves images out" in said
+    assert "sorted: 24 images, 3 classes of 3 configured" in said
+    assert "warning: experiment.max_train_examples=9 leaves images out: 15 of 24, evenly" in said
     refusal(lambda: train(few[0], "training.max_train_steps=2"), "images (9 there, 24 now)")
 
 
@@ -477,8 +477,8 @@ def test_records_say_how_fast_and_how_long(train, capsys):
     assert records[0]["hours left"] > 0 and records[1]["hours left"] > 0
     assert "mfu" not in records[0]  # no peak is known of a CPU
     header = capsys.readouterr().out
-    for words in ("24 images x 2 views; 8 images per step = 4 x 1 ranks x 2", "steps 1 to 3",
-                  "1.0 epochs of the images or 0.5 of all views", "expected time"):  # fmt: skip
+    for words in ("24 images; 8 per step = 4 x 1 ranks x 2; steps 1 to 3, 1.0 epochs",
+                  "0.5 epochs of all 2 views", "expected time"):  # fmt: skip
         assert words in header
 
 

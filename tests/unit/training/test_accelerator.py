@@ -15,7 +15,6 @@ from training.accelerator import (
     TABLE,
     Numerics,
     check_environment,
-    describe_precision,
     numerics_of,
     start_training,
 )
@@ -211,16 +210,3 @@ def test_two_ranks_use_no_broadcasts_and_views(tmp_path):
     lines = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
     expected = ["DistributedDataParallel", "25", "False", "True"]
     assert lines == 2 * [[*expected, "[[1.0, 1.0], [1.0, 1.0]]"]]
-
-
-@pytest.mark.parametrize(
-    "bf16, options, words",
-    [
-        (False, {}, "fp16 (this GPU does not compute in bf16)"),
-        (False, {"mixed_precision": "fp16"}, "fp16"),
-        (True, {}, "bf16"),
-    ],
-)
-def test_the_header_says_why_a_gpu_before_ampere_trains_in_fp16(machine, bf16, options, words):
-    machine(cuda=True, bf16=bf16)
-    assert describe_precision(Training(**options)) == words

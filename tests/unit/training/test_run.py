@@ -280,6 +280,26 @@ def test_another_precision_of_the_device_is_warned_of(accelerator, tmp_path):
     assert "was trained with autocast bf16" in warning
 
 
+@pytest.mark.parametrize(
+    "autocast, asked, words",
+    [
+        ("fp16", "auto", "autocast fp16 (this GPU does not compute in bf16)"),
+        ("fp16", "fp16", "autocast fp16"),
+        ("bf16", "auto", "autocast bf16"),
+    ],
+)
+def test_the_header_says_why_a_gpu_before_ampere_trains_in_fp16(
+    accelerator, tmp_path, autocast, asked, words
+):
+    run, said = run_of(accelerator, tmp_path, phases=PHASES), []
+    run.training = replace(run.training, mixed_precision=asked)
+    run.log = SimpleNamespace(say=said.append)
+    facts = {"num_processes": 1, "is_fsdp2": False, "device": torch.device("cpu")}
+    run.accelerator = SimpleNamespace(**facts, mixed_precision=autocast)
+    run.describe(nn.Linear(2, 1), compiled=False, images=5)
+    assert said[0].endswith(words)
+
+
 def test_norms_of_both_models_of_alternating_steps_are_logged(accelerator, tmp_path):
     run = run_of(accelerator, tmp_path, phases=PHASES)
     run.experiment = replace(run.experiment, log_grad_norm_every=4)

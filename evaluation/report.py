@@ -91,15 +91,14 @@ def results_table(results: dict[Path, dict[str, Any]]) -> str:
 
     Raises InputError for a column of figures with different protocols, naming the differences.
     """
-    columns: dict[str, dict[Path, str]] = {}  # by metric and file
-    protocols: dict[
-        str, tuple[Path, dict[str, Any]]
-    ] = {}  # by metric: those of the first file with it
+    firsts: dict[str, tuple[Path, dict[str, Any]]] = {}  # by metric: a file and its protocol
+    cells: dict[Path, dict[str, str]] = {}  # by file and metric
     for path, result in results.items():
+        cells[path] = {}
         for one in spaces_of(result):
             for name, value in one["metrics"].items():
-                columns.setdefault(name, {})[path] = "-" if value is None else f"{value:.4f}"
-                first, protocol = protocols.setdefault(name, (path, one["protocol"]))
+                cells[path][name] = "-" if value is None else f"{value:.4f}"
+                first, protocol = firsts.setdefault(name, (path, one["protocol"]))
                 places = f"in {first}", f"in {path}"
                 differences = differing(protocol, one["protocol"], places)
                 if differences:
@@ -107,12 +106,10 @@ def results_table(results: dict[Path, dict[str, Any]]) -> str:
                         f"the results are not comparable, their protocols differ: {differences}; evaluate "
                         f"them the same way, or report them separately"
                     )
-    rows = [[str(path), *(cells.get(path, "-") for cells in columns.values())] for path in results]
-    terms = [
-        ", ".join(f"{k} {v}" for k, v in protocol.items()) for _, protocol in protocols.values()
-    ]
+    rows = [[str(path), *(of.get(name, "-") for name in firsts)] for path, of in cells.items()]
+    terms = [", ".join(f"{k} {v}" for k, v in protocol.items()) for _, protocol in firsts.values()]
     shown = [f"protocol: {each}" for each in dict.fromkeys(terms)]
-    return "\n".join([*shown, table_of(rows, ["", *columns])])
+    return "\n".join([*shown, table_of(rows, ["", *firsts])])
 
 
 def main(argv: list[str]) -> None:

@@ -73,23 +73,23 @@ def main(argv: list[str]) -> None:
                 f"experiment.{name}={getattr(experiment, name)}: the sweep samples new codes; leave "
                 f"it out"
             )
-    cells = list(product(args.scales, args.powers))
     sampling = options.model.generator.sampling
-    for scale, power in cells:
-        try:
-            replace(sampling, guidance_scale=scale, guidance_scale_pow=power)
-        except InputError as e:  # a number out of range
-            raise InputError(f"--scales, --powers: {e}") from e
+    try:
+        cells = {
+            (scale, power): replace(sampling, guidance_scale=scale, guidance_scale_pow=power)
+            for scale, power in product(args.scales, args.powers)
+        }
+    except InputError as e:  # a number out of range
+        raise InputError(f"--scales, --powers: {e}") from e
     processes, output = start_processes(), Path(args.output)
     job, models = open_job(options)
     side = models.tokenizer.config.image_size
     evaluator = Evaluator(args.reference, size=(side, side))
     folders = {}
-    for scale, power in cells:
-        sampling = replace(job.sampling, guidance_scale=scale, guidance_scale_pow=power)
-        cell = replace(job, count=args.num_samples, sampling=sampling)
-        folder = cell_file(output, scale, power).with_suffix("")
-        folders[scale, power] = SampleFolder(folder, cell, models, grid=experiment.grid)
+    for cell, sampling in cells.items():
+        cell_job = replace(job, count=args.num_samples, sampling=sampling)
+        folder = cell_file(output, *cell).with_suffix("")
+        folders[cell] = SampleFolder(folder, cell_job, models, grid=experiment.grid)
     shared = next(iter(folders.values())).settings()
     settings = {
         "reference": evaluator.reference.hash,

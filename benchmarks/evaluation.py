@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 
 from benchmarks.common import machine
-from evaluation.evaluator import open_network
+from evaluation.evaluator import NETWORKS
 from evaluation.features import (
     DINOV2_FILE,
     INCEPTION_FILE,
@@ -77,7 +77,7 @@ def open_random(name: str, layers: int, device: torch.device, folder: Path) -> F
     # Used by DINOv2 alone, whose depth is fixed.
     shallow = functools.partial(timm.create_model, depth=layers)
     with mock.patch.object(timm, "create_model", shallow):
-        return open_network(name, device, folder)
+        return NETWORKS[name](device, folder)
 
 
 def feature_rates(args: argparse.Namespace, processes: PartialState, folder: Path) -> None:

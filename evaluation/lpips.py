@@ -71,10 +71,8 @@ class LPIPS(nn.Module):
         """LPIPS of images and targets (B, 3, H, W) in [0, 1], a scalar."""
         with torch.no_grad():
             target_features = self.features(targets * 2 - 1)
-        total = images.new_zeros(())
         heads = (self.lin0, self.lin1, self.lin2, self.lin3, self.lin4)
         pairs = list(zip(heads, self.features(images * 2 - 1), target_features))
         with torch.autocast(images.device.type, enabled=False):
-            for head, a, b in pairs:
-                total = total + head["model"]((a - b).square()).mean()
-        return total
+            distances = [head["model"]((a - b).square()).mean() for head, a, b in pairs]
+        return sum(distances, images.new_zeros(()))

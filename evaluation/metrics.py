@@ -1,8 +1,6 @@
 """Metrics of sets of images: sums over the features of one set, and figures from the sums of two, in float64.
 
-Sums are streamed, so memory does not grow with the number of images. `reduced`, which all processes call,
-adds them up. A new metric is an entry of `METRICS`; its figures then appear in the table, the JSON and the
-log of training.
+A new metric is an entry of `METRICS`; its figures then appear in the table, the JSON and the log of training.
 """
 
 from collections.abc import Callable

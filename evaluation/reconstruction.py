@@ -1,8 +1,4 @@
-"""Images through a tokenizer and back: one loop, the figures computed from its batches, a tokenizer's score.
-
-`reconstruct` encodes and decodes every batch once and passes it to all consumers: means of PSNR, SSIM and LPIPS,
-use of the codes, features for rFID, pictures.
-"""
+"""Images through a tokenizer and back: one loop, the figures computed from its batches, a tokenizer's score."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

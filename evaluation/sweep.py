@@ -98,15 +98,15 @@ def main(argv: list[str]) -> None:
         **{name: shared[name] for name in shared.keys() - {"guidance_scale", "guidance_scale_pow"}},
     }
     on_main(lambda: check_settings(output / "sweep.json", settings, REMEDY))
-    done = on_main(lambda: {cell for cell in folders if cell_file(output, *cell).exists()})
     for (scale, power), folder in folders.items():
-        if (scale, power) not in done:
+        file = cell_file(output, scale, power)
+        if not on_main(file.exists):
             processes.print(f"guidance scale {scale:g}, power {power:g}")
             result = evaluator.evaluate(open_images(folder.fill()), args.num_samples)
             if result:
                 shown = {**result, "weights": models.hashes}
                 text = json.dumps(shown, indent=1, ensure_ascii=False)
-                write_whole(cell_file(output, scale, power), text.encode())
+                write_whole(file, text.encode())
         if processes.is_main_process:  # a killed run may have left images; their codes stay
             folder.images_file.unlink(missing_ok=True)
             shutil.rmtree(folder.output, ignore_errors=True)

@@ -101,11 +101,7 @@ def score_generator(
     scored: dict[str, Likelihood] = {}
     results = []
     for name, opened in find_generators(given, others).items():
-        store = open_tokens(cache)  # anew: a generator may number its classes in another way
-        generator = open_generator(opened, store)
-        sums, conditions = measured(
-            name, opened, generator, store, share, precision, likelihood_sums
-        )
+        store, sums, conditions = measured(name, opened, cache, share, precision, likelihood_sums)
         scored[name] = Likelihood(sums, store.images * store.views)
         results.append({**conditions, **scored[name].result()})
     if share.rank:
@@ -120,21 +116,21 @@ def score_generator(
 def measured(
     name: str,
     opened: Opened,
-    generator: Generator,
-    store: TokenCache,
+    cache: str,
     share: Share,
     precision: str,
     measure: Callable[[Generator, TokenCache, Share], Tensor],
     classes: int = 1,
-) -> tuple[Tensor, dict[str, Any]]:
-    """The sum over all processes, on the CPU, of `measure(generator, store, share)`, and what it depends on, empty
-    except on the main process.
+) -> tuple[TokenCache, Tensor, dict[str, Any]]:
+    """The cache, the sum over all processes, on the CPU, of `measure(generator, store, share)`, and what it
+    depends on, empty except on the main process.
 
-    The generator moves to its device; on CUDA it is compiled if there are many sequences, views times
-    `classes`. Raises InputError if a sum is not finite.
+    On CUDA the generator is compiled if there are many sequences, views times `classes`. Raises InputError if
+    generator and cache do not fit (`open_generator`) or a sum is not finite.
     """
     device = torch.device(PartialState().device or "cpu")
-    generator.to(device)
+    store = open_tokens(cache)  # anew: a generator may number its classes in another way
+    generator = open_generator(opened, store).to(device)
     sequences = store.images * store.views * classes
     many = device.type == "cuda" and sequences >= COMPILED_VIEWS * share.world
     share = replace(share, compiled=many and compiles("auto", "--generator"))
@@ -149,8 +145,8 @@ def measured(
             f"likelihoods of {name} on {store.folder} are NaN or infinite: its weights are damaged"
         )
     if share.rank:
-        return sums, {}
-    return sums, {
+        return store, sums, {}
+    return store, sums, {
         "generator": {
             "path": name, "step": checkpoint_step(opened.file), "hash": file_sha256(opened.file)[:16]
         },
@@ -232,14 +228,11 @@ def classify_cache(
     product of their views' likelihoods. All answers are written to the .csv `answers`. Raises InputError for a
     generator with one class.
     """
-    store, opened = open_tokens(cache), open_on_all(given, GENERATOR)
-    generator = open_generator(opened, store)
-    classes = generator.config.condition_num_classes
+    opened = open_on_all(given, GENERATOR)
+    classes = opened.about.config["condition_num_classes"]
     if classes == 1:
         raise InputError(f"{given} has one class: --classify needs a generator of two or more")
-    nats, conditions = measured(
-        given, opened, generator, store, share, precision, class_nats, classes
-    )
+    store, nats, conditions = measured(given, opened, cache, share, precision, class_nats, classes)
     if share.rank:
         return {}, ""
     labels = torch.tensor(store.labels, dtype=torch.int64)

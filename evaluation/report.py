@@ -40,15 +40,16 @@ def print_result(result: dict[str, Any], *others: dict[str, Any]) -> None:
 
 
 def figures_table(result: dict[str, Any]) -> str:
-    samples, reference = result["samples"], result["reference"]
-    unknown = "unknown: the reference lacks its statistics"
-    rows = [
-        ("samples", describe_set(samples)),
-        ("reference", describe_set(reference)),
-        *((name, unknown if x is None else f"{x:.4f}") for name, x in result["metrics"].items()),
-    ]
+    rows = []
     if result["partial"]:
-        rows.insert(0, ("PARTIAL", f"{samples['images']} of {result['images_asked']} images"))
+        count = f"{result['samples']['images']} of {result['images_asked']} images"
+        rows.append(("PARTIAL", count))
+    for side in ("samples", "reference"):
+        images = result[side]["images"]
+        count = f"{images} images" if images else "statistics"
+        rows.append((side, f"{result[side]['path']}: {count}, {result[side]['hash']}"))
+    unknown = "unknown: the reference lacks its statistics"
+    rows += [(name, unknown if x is None else f"{x:.4f}") for name, x in result["metrics"].items()]
     return table_of(rows, align="left")
 
 
@@ -57,11 +58,6 @@ def table_of(
 ) -> str:
     """Rows of text as aligned columns, without lines around them."""
     return tabulate(rows, headers, "plain", stralign=align, disable_numparse=True)
-
-
-def describe_set(summary: dict[str, Any]) -> str:
-    count = f"{summary['images']} images" if summary["images"] else "statistics"
-    return f"{summary['path']}: {count}, {summary['hash']}"
 
 
 # ---------------------------------------------------------------------- several results

@@ -24,9 +24,6 @@ class LPIPS(nn.Module):
     for tests. Raises MissingFile, before anything is built, or InputError for a damaged file.
     """
 
-    shift: Tensor
-    scale: Tensor
-
     def __init__(self, weights: Optional[Path]):
         super().__init__()
         files: list[Path] = []
@@ -53,8 +50,8 @@ class LPIPS(nn.Module):
                 nn.init.uniform_(head.get_parameter("model.1.weight"), 0, 1)
         # VGG's normalisation, for images in [-1, 1]. Buffers, because a constant made in the step would be
         # a blocking copy to the device; not persistent, because no file holds them.
-        for name, values in (("shift", SHIFT), ("scale", SCALE)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        self.shift = nn.Buffer(torch.tensor(SHIFT).view(3, 1, 1), persistent=False)
+        self.scale = nn.Buffer(torch.tensor(SCALE).view(3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
 
     def features(self, images: Tensor) -> list[Tensor]:

@@ -36,7 +36,7 @@ class LPIPS(nn.Module):
         vgg = vgg16()
         if files:
             load_tensors(vgg, read_state_dict(files[0]), str(files[0]))
-        self.vgg = vgg.features[: max(TAPS)]
+        self.vgg = nn.Sequential(*list(vgg.features.children())[: max(TAPS)])
         # Weights of each tap's channels. Published keys: lin0.model.1.weight … (index 0 was a dropout).
         heads = [
             nn.ModuleDict({"model": nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))})

@@ -29,7 +29,7 @@ from evaluation.features import (
     Inception,
 )
 from evaluation.metrics import frechet_distance_of_moments, precision_recall
-from evaluation.sources import npz_images
+from evaluation.sources import open_images
 from evaluation.statistics import measure
 from runtime.processes import start_processes
 from tests.dinov2 import write_random_dinov2
@@ -89,7 +89,7 @@ def feature_rates(args: argparse.Namespace, processes: PartialState, folder: Pat
     np.savez(
         folder / "images.npz", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     )
-    images = npz_images(folder / "images.npz")
+    images = open_images(folder / "images.npz")
     batch = torch.randint(256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8)
     batch = batch.to(device)
     batches = -(-args.images // args.batch_size)

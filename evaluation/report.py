@@ -95,8 +95,7 @@ def results_table(results: dict[Path, dict[str, Any]]) -> str:
             for name, value in one["metrics"].items():
                 cells[path][name] = "-" if value is None else f"{value:.4f}"
                 first, protocol = firsts.setdefault(name, (path, one["protocol"]))
-                places = f"in {first}", f"in {path}"
-                differences = differing(protocol, one["protocol"], places)
+                differences = differing(protocol, one["protocol"], (f"in {first}", f"in {path}"))
                 if differences:
                     raise InputError(
                         f"the results are not comparable, their protocols differ: {differences}; evaluate "

@@ -22,7 +22,7 @@ from accelerate import PartialState
 
 from configs.sizes import tokenizer_of
 from data.loader import worker_count
-from evaluation.evaluator import FEATURES, Evaluator, open_network
+from evaluation.evaluator import NETWORKS, Evaluator
 from evaluation.features import Inception
 from evaluation.generator_scores import PRECISIONS, classify_cache, score_generator
 from evaluation.likelihood import Share
@@ -93,9 +93,9 @@ def choose_task(args: argparse.Namespace, given: set[str]) -> "Task":
             f"{task} needs --{' and --'.join(sorted(missing))}; other tasks are "
             f"{', '.join(f'--{other.name}' for other in TASKS[:-1])}"
         )
-    unknown = [name for name in args.features if name not in FEATURES]
+    unknown = [name for name in args.features if name not in NETWORKS]
     if unknown or len(set(args.features)) < len(args.features):
-        raise InputError(f"--features {','.join(args.features)}: choose from {', '.join(FEATURES)}")
+        raise InputError(f"--features {','.join(args.features)}: choose from {', '.join(NETWORKS)}")
     if args.save_stats and len(args.features) > 1:
         raise InputError(
             "--save_stats writes statistics of one feature space: pass one to --features"
@@ -117,7 +117,7 @@ def evaluate_samples(args: argparse.Namespace, processes: PartialState) -> None:
     if args.save_stats:
         on_main(lambda: try_to_write(args.save_stats))
     device, missing = torch.device(processes.device or "cpu"), []
-    builds = {name: partial(open_network, name, device, WEIGHTS) for name in args.features}
+    builds = {name: partial(NETWORKS[name], device, WEIGHTS) for name in args.features}
     found = [if_there(f"the space of {name} features", builds[name], missing) for name in builds]
     networks = [network for network in found if network is not None]
     check_same({"features": [network.identity for network in networks]}, "other networks")

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 
 from benchmarks.common import machine
-from evaluation.evaluator import open_network
+from evaluation.evaluator import NETWORKS
 from evaluation.features import (
     DINOV2_FILE,
     INCEPTION_FILE,
@@ -29,7 +29,7 @@ from evaluation.features import (
     Inception,
 )
 from evaluation.metrics import frechet_distance_of_moments, precision_recall
-from evaluation.sources import npz_images
+from evaluation.sources import open_images
 from evaluation.statistics import measure
 from runtime.processes import start_processes
 from tests.dinov2 import write_random_dinov2
@@ -77,7 +77,7 @@ def open_random(name: str, layers: int, device: torch.device, folder: Path) -> F
     # Used by DINOv2 alone, whose depth is fixed.
     shallow = functools.partial(timm.create_model, depth=layers)
     with mock.patch.object(timm, "create_model", shallow):
-        return open_network(name, device, folder)
+        return NETWORKS[name](device, folder)
 
 
 def feature_rates(args: argparse.Namespace, processes: PartialState, folder: Path) -> None:
@@ -89,7 +89,7 @@ def feature_rates(args: argparse.Namespace, processes: PartialState, folder: Pat
     np.savez(
         folder / "images.npz", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     )
-    images = npz_images(folder / "images.npz")
+    images = open_images(folder / "images.npz")
     batch = torch.randint(256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8)
     batch = batch.to(device)
     batches = -(-args.images // args.batch_size)

@@ -15,12 +15,7 @@ from runtime.errors import InputError
 from runtime.processes import device_name
 from runtime.published import WEIGHTS
 
-FEATURES = ("inception", "dinov2")  # names of the feature spaces
-
-
-def open_network(name: str, device: torch.device, weights: Path) -> FeatureNetwork:
-    """The network of a feature space (`FEATURES`), with its file from the folder `weights`."""
-    return DINOv2(device, weights) if name == "dinov2" else Inception(device, weights)
+NETWORKS = {"inception": Inception, "dinov2": DINOv2}  # of the feature spaces
 
 
 class Evaluator:
@@ -42,7 +37,7 @@ class Evaluator:
         reference's images (`statistics.open_reference`). `half_manifold` computes precision and recall in
         float16, like ADM's script. Without a `network`, Inception's published weights are used.
         """
-        self.network = network or Inception(PartialState().device or "cpu", WEIGHTS)
+        self.network = network or NETWORKS["inception"](PartialState().device or "cpu", WEIGHTS)
         self.half_manifold, self.batch, self.workers = half_manifold, batch, workers
         self.reference = open_reference(reference, self.network, batch, workers, size, crop)
         manifold = self.reference.parts.get("manifold")

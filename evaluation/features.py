@@ -150,8 +150,7 @@ def build_dinov2(state: dict[str, Tensor], path: Path) -> nn.Module:
 
     with torch.device("meta"):  # skips the random initialisation
         network = timm.create_model(ARCHITECTURE, pretrained=False, img_size=SIZE, num_classes=0)
-    grid = SIZE // 14
-    state = {**state, "pos_embed": resample_positions(state["pos_embed"], grid)}
+    state = {**state, "pos_embed": resample_positions(state["pos_embed"], SIZE // 14)}
     network.to_empty(device="cpu")
     load_tensors(network, state, str(path), ignore=("mask_token",))
     return network.eval().requires_grad_(False)

@@ -9,7 +9,7 @@ import csv
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -24,63 +24,54 @@ from generation.job import sampling_precision
 from modeling.compiling import compile_blocks
 from modeling.generator import Generator, GeneratorConfig, build_generator
 from modeling.weights.metadata import GENERATOR
-from modeling.weights.opened import open_file
-from modeling.weights.runs import all_checkpoints, find_weights, is_checkpoint, step_of
+from modeling.weights.opened import Opened
+from modeling.weights.runs import all_checkpoints, is_checkpoint, step_of
 from modeling.weights.tensors import load_tensors
 from runtime.errors import InputError
 from runtime.files import file_sha256, whole_file
-from runtime.processes import compiles, device_name, matmul_precision, on_main
+from runtime.processes import compiles, device_name, matmul_precision, open_on_all
 
 PRECISIONS = ("auto", "fp32", "bf16")  # auto: bf16 on GPUs from Ampere on, else fp32
 COMPILED_VIEWS = 50_000  # for fewer, compiling takes longer than it saves
 
 
-class Source(NamedTuple):
-    """A generator's weights: what the user named, the file, and the step of the checkpoint that it lies in."""
-
-    name: str
-    file: Path
-    step: int | None
-
-
-def find_source(given: str, step: int | None = None) -> Source:
-    """The weights of a file, a checkpoint or a run (its newest checkpoint, or that of `step`)."""
-    path = Path(given)
-    if step is not None:
-        path = {step_of(p): p for p in all_checkpoints(path)}.get(step, path)
-    file = on_main(lambda: find_weights(path, GENERATOR))
+def checkpoint_step(file: Path) -> int | None:
+    """The step of the checkpoint that a file lies in, if any."""
     folder = file.parent.resolve()  # it may be a link, or the current folder
-    return Source(given, file, step_of(folder) if is_checkpoint(folder) else None)
+    return step_of(folder) if is_checkpoint(folder) else None
 
 
-def find_sources(given: str, others: list[str]) -> list[Source]:
-    """The sources of the generator and of the runs to compare it with, all at the same step: that of
-    the generator or, if it is a run, the newest at which all hold a checkpoint."""
+def find_generators(given: str, others: list[str]) -> dict[str, Opened]:
+    """The weights of the generator and of the runs to compare it with, by the names that the user gave.
+
+    If there are others, all are of one step: that of the generator or, if it is a run, the newest at which
+    all hold a checkpoint.
+    """
     if not others:
-        return [find_source(given)]
-    steps = {}
+        return {given: open_on_all(given, GENERATOR)}
+    runs: dict[str, dict[int, str]] = {}  # the checkpoints of each by their steps
     for run in [given, *others]:
-        steps[run] = {step_of(path) for path in all_checkpoints(Path(run))}
-        if run == given and not steps[run]:  # a checkpoint, or a weights file in one
-            steps[run] = {find_source(run).step} - {None}
-        if not steps[run]:
+        runs[run] = {step_of(path): str(path) for path in all_checkpoints(Path(run))}
+        if run == given and not runs[run]:  # a checkpoint, or a weights file in one
+            step = checkpoint_step(open_on_all(run, GENERATOR).file)
+            runs[run] = {} if step is None else {step: run}
+        if not runs[run]:
             raise InputError(f"{run} is not a run folder with checkpoints, which --compare needs")
-    common = set.intersection(*steps.values())
+    common = set.intersection(*map(set, runs.values()))
     if not common:
-        held = "; ".join(f"{run}: {', '.join(map(str, sorted(s)))}" for run, s in steps.items())
+        held = "; ".join(f"{run}: {', '.join(map(str, steps))}" for run, steps in runs.items())
         raise InputError(
             f"the runs have no checkpoint of a common step ({held}); experiment.keep_every keeps more"
         )
-    return [find_source(run, max(common)) for run in [given, *others]]
+    return {run: open_on_all(steps[max(common)], GENERATOR) for run, steps in runs.items()}
 
 
-def open_generator(source: Source, store: TokenCache) -> Generator:
+def open_generator(opened: Opened, store: TokenCache) -> Generator:
     """A generator in eval mode on the CPU. If its file names classes, the cache's labels are matched to
     them by name.
 
     Raises InputError if the cache is another tokenizer's, is damaged, or has more or other classes.
     """
-    opened = open_file(source.file, GENERATOR)
     store.refuse_joined_views(GeneratorConfig().image_seq_len)  # no config has their length
     try:
         config = opened.config(GeneratorConfig(image_seq_len=store.tokens))
@@ -90,13 +81,13 @@ def open_generator(source: Source, store: TokenCache) -> Generator:
     if len(store.classes) > config.condition_num_classes:
         raise InputError(
             f"{store.folder} has {len(store.classes)} classes, more than the "
-            f"{config.condition_num_classes} of {source.name}: use a cache of the generator's data"
+            f"{config.condition_num_classes} of {opened.file}: use a cache of the generator's data"
         )
     store.check_labels()
     if opened.about.classes is not None:
         store.use_classes(list(opened.about.classes))
     generator = build_generator(config)
-    load_tensors(generator, opened.state, source.name)
+    load_tensors(generator, opened.state, str(opened.file))
     return generator.eval()
 
 
@@ -107,41 +98,39 @@ def score_generator(
 
     `others` are run folders, scored at the same step. `picture` shows all of them by position.
     """
-    sources = find_sources(given, others)
     scored: dict[str, Likelihood] = {}
     results = []
-    for source in sources:
-        store = open_tokens(cache)  # anew: a generator may number its classes in another way
-        generator = open_generator(source, store)
-        sums, conditions = measured(source, generator, store, share, precision, likelihood_sums)
-        scored[source.name] = Likelihood(sums, store.images * store.views)
-        results.append({**conditions, **scored[source.name].result()})
+    for name, opened in find_generators(given, others).items():
+        store, sums, conditions = measured(name, opened, cache, share, precision, likelihood_sums)
+        scored[name] = Likelihood(sums, store.images * store.views)
+        results.append({**conditions, **scored[name].result()})
     if share.rank:
         return {}, ""
     plot_positions(scored, picture)
     warnings = [*dict.fromkeys(warning for one in results for warning in one["warnings"])]
-    text = "\n".join(table(source, scored[source.name]) for source in sources)
+    text = "\n".join(table(one["generator"], scored[one["generator"]["path"]]) for one in results)
     compared = {"compared": results[1:], "picture": picture, "warnings": warnings}
     return {**results[0], **compared}, text
 
 
 def measured(
-    source: Source,
-    generator: Generator,
-    store: TokenCache,
+    name: str,
+    opened: Opened,
+    cache: str,
     share: Share,
     precision: str,
     measure: Callable[[Generator, TokenCache, Share], Tensor],
     classes: int = 1,
-) -> tuple[Tensor, dict[str, Any]]:
-    """The sum over all processes, on the CPU, of `measure(generator, store, share)`, and what it depends on, empty
-    except on the main process.
+) -> tuple[TokenCache, Tensor, dict[str, Any]]:
+    """The cache, the sum over all processes, on the CPU, of `measure(generator, store, share)`, and what it
+    depends on, empty except on the main process.
 
-    The generator moves to its device; on CUDA it is compiled if there are many sequences, views times
-    `classes`. Raises InputError if a sum is not finite.
+    On CUDA the generator is compiled if there are many sequences, views times `classes`. Raises InputError if
+    generator and cache do not fit (`open_generator`) or a sum is not finite.
     """
     device = torch.device(PartialState().device or "cpu")
-    generator.to(device)
+    store = open_tokens(cache)  # anew: a generator may number its classes in another way
+    generator = open_generator(opened, store).to(device)
     sequences = store.images * store.views * classes
     many = device.type == "cuda" and sequences >= COMPILED_VIEWS * share.world
     share = replace(share, compiled=many and compiles("auto", "--generator"))
@@ -153,13 +142,13 @@ def measured(
         sums = summed(measure(generator, store, share)).cpu()
     if not sums.isfinite().all():
         raise InputError(
-            f"likelihoods of {source.name} on {store.folder} are NaN or infinite: its weights are damaged"
+            f"likelihoods of {name} on {store.folder} are NaN or infinite: its weights are damaged"
         )
     if share.rank:
-        return sums, {}
-    return sums, {
+        return store, sums, {}
+    return store, sums, {
         "generator": {
-            "path": source.name, "step": source.step, "hash": file_sha256(source.file)[:16]
+            "path": name, "step": checkpoint_step(opened.file), "hash": file_sha256(opened.file)[:16]
         },
         "cache": {
             "path": str(store.folder), "images": store.images, "views": store.views,
@@ -188,9 +177,9 @@ def warnings_of(store: TokenCache, generator: Generator) -> list[str]:
 
 
 # ---------------------------------------------------------------------- output
-def table(source: Source, found: Likelihood) -> str:
+def table(generator: dict[str, Any], found: Likelihood) -> str:
     """A line per group of positions, one for all and the bits per image."""
-    step = "" if source.step is None else f", step {source.step}"
+    step = "" if generator["step"] is None else f", step {generator['step']}"
     whole, tokens = found.figures(), found.sums.shape[1]
     rows = [
         [name, str(codes), f"{x['nats']:.4f}", f"{x['bits']:.4f}", f"{x['top1']:.2%}", f"{x['top5']:.2%}"]
@@ -198,7 +187,7 @@ def table(source: Source, found: Likelihood) -> str:
     ]  # fmt: skip
     headers = ["position", "codes", "nats/code", "bits/code", "top-1", "top-5"]
     return (
-        f"{source.name}{step}: {found.views} views\n{table_of(rows, headers)}\n"
+        f"{generator['path']}{step}: {found.views} views\n{table_of(rows, headers)}\n"
         f"bits per image: {whole['bits'] * tokens:.2f}"
     )
 
@@ -239,12 +228,11 @@ def classify_cache(
     product of their views' likelihoods. All answers are written to the .csv `answers`. Raises InputError for a
     generator with one class.
     """
-    store, source = open_tokens(cache), find_source(given)
-    generator = open_generator(source, store)
-    classes = generator.config.condition_num_classes
+    opened = open_on_all(given, GENERATOR)
+    classes = opened.about.config["condition_num_classes"]
     if classes == 1:
         raise InputError(f"{given} has one class: --classify needs a generator of two or more")
-    nats, conditions = measured(source, generator, store, share, precision, class_nats, classes)
+    store, nats, conditions = measured(given, opened, cache, share, precision, class_nats, classes)
     if share.rank:
         return {}, ""
     labels = torch.tensor(store.labels, dtype=torch.int64)

@@ -109,8 +109,7 @@ def picture_of(look: Look, config: TokenizerConfig, name: str) -> np.ndarray:
         parts.append(strip_picture(look, look.strip, config))
     kind = "causal" if config.causal else "bidirectional"
     parts.append(title(f"decoded by the {kind} decoder from the first codes alone:", top.shape[1]))
-    first = [first_codes(look, n) for n in look.rows]
-    parts.append(picture_grid(np.stack(first), COLUMNS, MARGIN))
+    parts.append(picture_grid(np.stack([first_codes(look, n) for n in look.rows]), COLUMNS, MARGIN))
     return stacked(parts)
 
 

@@ -1,8 +1,6 @@
 """Metrics of sets of images: sums over the features of one set, and figures from the sums of two, in float64.
 
-Sums are streamed, so memory does not grow with the number of images. `reduced`, which all processes call,
-adds them up. A new metric is an entry of `METRICS`; its figures then appear in the table, the JSON and the
-log of training.
+A new metric is an entry of `METRICS`; its figures then appear in the table, the JSON and the log of training.
 """
 
 from collections.abc import Callable
@@ -163,9 +161,8 @@ def precision_recall(
             f"precision and recall need more than {NEIGHBOURS} images per set: there are {len(samples)} "
             f"samples and {len(reference)} reference images; use more"
         )
-    limits = [radii(features, device, half) for features in (reference, samples)]
-    precision = covered(samples, reference, limits[0], device, half)
-    recall = covered(reference, samples, limits[1], device, half)
+    precision = covered(samples, reference, device, half)
+    recall = covered(reference, samples, device, half)
     return precision, recall
 
 
@@ -201,11 +198,9 @@ def radii(features: Tensor, device: torch.device | str, half: bool) -> Tensor:
     return torch.cat(result)
 
 
-def covered(
-    points: Tensor, centres: Tensor, limits: Tensor, device: torch.device | str, half: bool
-) -> float:
-    """Share of points (N, D) within the limit (M,) of at least one centre (M, D)."""
-    count = 0
+def covered(points: Tensor, centres: Tensor, device: torch.device | str, half: bool) -> float:
+    """Share of points (N, D) within the radius (`radii`) of at least one centre (M, D)."""
+    limits, count = radii(centres, device, half), 0
     for rows in points.split(BLOCK):
         rows = rows.to(device)
         inside = torch.zeros(len(rows), dtype=torch.bool, device=device)

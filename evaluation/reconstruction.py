@@ -1,8 +1,4 @@
-"""Images through a tokenizer and back: one loop, the figures computed from its batches, a tokenizer's score.
-
-`reconstruct` encodes and decodes every batch once and passes it to all consumers: means of PSNR, SSIM and LPIPS,
-use of the codes, features for rFID, pictures.
-"""
+"""Images through a tokenizer and back: one loop, the figures computed from its batches, a tokenizer's score."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -193,20 +189,16 @@ class Features(Consumer):
 
 
 class Preview(Consumer):
-    """Keeps the first `count` images of this process's first batch, before and after, in [0, 1]."""
+    """Keeps the first `count` images of this process's first batch, before | after, image by image:
+    `pairs` (2N, 3, S, S), in [0, 1]."""
 
     def __init__(self, count: int):
-        self.count = count
-        self.before, self.after = torch.empty(0), torch.empty(0)  # a rank may have no images
+        self.count, self.pairs = count, torch.empty(0)  # a rank may have no images
 
     def add(self, batch: Batch) -> None:
-        if not len(self.before):
-            self.before = batch.images[: self.count]
-            self.after = batch.reconstructions[: self.count]
-
-    def pairs(self) -> Tensor:
-        """Before | after, image by image: (2N, 3, S, S)."""
-        return torch.stack([self.before, self.after], 1).flatten(0, 1)
+        if not len(self.pairs):
+            before, after = batch.images[: self.count], batch.reconstructions[: self.count]
+            self.pairs = torch.stack([before, after], 1).flatten(0, 1)
 
 
 # ---------------------------------------------------------------------- a tokenizer's score
@@ -274,6 +266,7 @@ def score_tokenizer(
 
 def draw_preview(preview: Preview, path: Path) -> None:
     """A PNG with a row before | after | difference (magnified) per image."""
-    difference = (preview.before - preview.after).abs() * MAGNIFICATION
-    rows = torch.stack([preview.before, preview.after, difference], 1).flatten(0, 1)
+    before, after = preview.pairs[::2], preview.pairs[1::2]
+    difference = (before - after).abs() * MAGNIFICATION
+    rows = torch.stack([before, after, difference], 1).flatten(0, 1)
     write_png(picture_grid(to_pixels(rows), 3), path)

@@ -40,15 +40,16 @@ def print_result(result: dict[str, Any], *others: dict[str, Any]) -> None:
 
 
 def figures_table(result: dict[str, Any]) -> str:
-    samples, reference = result["samples"], result["reference"]
-    unknown = "unknown: the reference lacks its statistics"
-    rows = [
-        ("samples", describe_set(samples)),
-        ("reference", describe_set(reference)),
-        *((name, unknown if x is None else f"{x:.4f}") for name, x in result["metrics"].items()),
-    ]
+    rows = []
     if result["partial"]:
-        rows.insert(0, ("PARTIAL", f"{samples['images']} of {result['images_asked']} images"))
+        count = f"{result['samples']['images']} of {result['images_asked']} images"
+        rows.append(("PARTIAL", count))
+    for side in ("samples", "reference"):
+        images = result[side]["images"]
+        count = f"{images} images" if images else "statistics"
+        rows.append((side, f"{result[side]['path']}: {count}, {result[side]['hash']}"))
+    unknown = "unknown: the reference lacks its statistics"
+    rows += [(name, unknown if x is None else f"{x:.4f}") for name, x in result["metrics"].items()]
     return table_of(rows, align="left")
 
 
@@ -57,11 +58,6 @@ def table_of(
 ) -> str:
     """Rows of text as aligned columns, without lines around them."""
     return tabulate(rows, headers, "plain", stralign=align, disable_numparse=True)
-
-
-def describe_set(summary: dict[str, Any]) -> str:
-    count = f"{summary['images']} images" if summary["images"] else "statistics"
-    return f"{summary['path']}: {count}, {summary['hash']}"
 
 
 # ---------------------------------------------------------------------- several results
@@ -91,28 +87,24 @@ def results_table(results: dict[Path, dict[str, Any]]) -> str:
 
     Raises InputError for a column of figures with different protocols, naming the differences.
     """
-    columns: dict[str, dict[Path, str]] = {}  # by metric and file
-    protocols: dict[
-        str, tuple[Path, dict[str, Any]]
-    ] = {}  # by metric: those of the first file with it
+    firsts: dict[str, tuple[Path, dict[str, Any]]] = {}  # by metric: a file and its protocol
+    cells: dict[Path, dict[str, str]] = {}  # by file and metric
     for path, result in results.items():
+        cells[path] = {}
         for one in spaces_of(result):
             for name, value in one["metrics"].items():
-                columns.setdefault(name, {})[path] = "-" if value is None else f"{value:.4f}"
-                first, protocol = protocols.setdefault(name, (path, one["protocol"]))
-                places = f"in {first}", f"in {path}"
-                differences = differing(protocol, one["protocol"], places)
+                cells[path][name] = "-" if value is None else f"{value:.4f}"
+                first, protocol = firsts.setdefault(name, (path, one["protocol"]))
+                differences = differing(protocol, one["protocol"], (f"in {first}", f"in {path}"))
                 if differences:
                     raise InputError(
                         f"the results are not comparable, their protocols differ: {differences}; evaluate "
                         f"them the same way, or report them separately"
                     )
-    rows = [[str(path), *(cells.get(path, "-") for cells in columns.values())] for path in results]
-    terms = [
-        ", ".join(f"{k} {v}" for k, v in protocol.items()) for _, protocol in protocols.values()
-    ]
+    rows = [[str(path), *(of.get(name, "-") for name in firsts)] for path, of in cells.items()]
+    terms = [", ".join(f"{k} {v}" for k, v in protocol.items()) for _, protocol in firsts.values()]
     shown = [f"protocol: {each}" for each in dict.fromkeys(terms)]
-    return "\n".join([*shown, table_of(rows, ["", *columns])])
+    return "\n".join([*shown, table_of(rows, ["", *firsts])])
 
 
 def main(argv: list[str]) -> None:

@@ -117,8 +117,12 @@ def damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} is not an .npz, or was cut short ({error!r}); make or copy it again")
 
 
-def npz_images(path: Path) -> ArrayImages:
-    """The images of an .npz: its `arr_0`, or its only array."""
+def open_images(path: str | Path, crop: Optional[int] = None) -> Images:
+    """Images of an .npz (its `arr_0`, or its only array), or of a folder or tar, for which `crop` is ADM's centre
+    crop in pixels. All processes call this together."""
+    path = Path(path)
+    if path.is_dir() or is_tar(path):
+        return FolderImages(path, crop)
     keys = npz_keys(path)
     key = "arr_0" if "arr_0" in keys else keys[0] if len(keys) == 1 else None
     if key is None:
@@ -129,12 +133,3 @@ def npz_images(path: Path) -> ArrayImages:
         return ArrayImages(str(path), map_npz(path, key))
     except (*NPZ_ERRORS, struct.error) as e:
         raise damaged(path, e) from e
-
-
-def open_images(path: str | Path, crop: Optional[int] = None) -> Images:
-    """Images of an .npz, or of a folder or tar, for which `crop` is ADM's centre crop in pixels.
-
-    All processes call this together.
-    """
-    path = Path(path)
-    return FolderImages(path, crop) if path.is_dir() or is_tar(path) else npz_images(path)

@@ -69,9 +69,8 @@ class Collector:
         self.sums: dict[str, tuple[int, Sums]] = {}  # by part: the feature and its sums
         for metric in METRICS:
             width = 0 if network is None else network.widths[metric.feature]
-            if width and metric.part not in self.sums:
-                sums = metric.sums(width, images, self.device)
-                self.sums[metric.part] = metric.feature, sums
+            if width:
+                self.sums[metric.part] = metric.feature, metric.sums(width, images, self.device)
 
     def add(self, first: int, images: Tensor, digests: Optional[np.ndarray] = None) -> None:
         """Add images `first`, `first` + 1, …: (B, 3, H, W), uint8; `digests` if known."""
@@ -250,9 +249,7 @@ def save_statistics(side: SetStatistics, path: str | Path, identity: str) -> Non
         for part, names in STORED.items()
         for key, value in zip(names, side.parts.get(part, ()))
     }
-    arrays |= {"features": np.array(identity), "hash": np.array(side.hash)}
-    for key, value in (("images", side.images), ("size", side.size)):
-        if value is not None:
-            arrays[key] = np.asarray(value)
+    facts = {"features": identity, "hash": side.hash, "images": side.images, "size": side.size}
+    arrays |= {key: value for key, value in facts.items() if value is not None}
     with whole_file(path, shared=True) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)

@@ -73,23 +73,23 @@ def main(argv: list[str]) -> None:
                 f"experiment.{name}={getattr(experiment, name)}: the sweep samples new codes; leave "
                 f"it out"
             )
-    cells = list(product(args.scales, args.powers))
     sampling = options.model.generator.sampling
-    for scale, power in cells:
-        try:
-            replace(sampling, guidance_scale=scale, guidance_scale_pow=power)
-        except InputError as e:  # a number out of range
-            raise InputError(f"--scales, --powers: {e}") from e
+    try:
+        cells = {
+            (scale, power): replace(sampling, guidance_scale=scale, guidance_scale_pow=power)
+            for scale, power in product(args.scales, args.powers)
+        }
+    except InputError as e:  # a number out of range
+        raise InputError(f"--scales, --powers: {e}") from e
     processes, output = start_processes(), Path(args.output)
     job, models = open_job(options)
     side = models.tokenizer.config.image_size
     evaluator = Evaluator(args.reference, size=(side, side))
     folders = {}
-    for scale, power in cells:
-        sampling = replace(job.sampling, guidance_scale=scale, guidance_scale_pow=power)
-        cell = replace(job, count=args.num_samples, sampling=sampling)
-        folder = cell_file(output, scale, power).with_suffix("")
-        folders[scale, power] = SampleFolder(folder, cell, models, grid=experiment.grid)
+    for cell, sampling in cells.items():
+        cell_job = replace(job, count=args.num_samples, sampling=sampling)
+        folder = cell_file(output, *cell).with_suffix("")
+        folders[cell] = SampleFolder(folder, cell_job, models, grid=experiment.grid)
     shared = next(iter(folders.values())).settings()
     settings = {
         "reference": evaluator.reference.hash,
@@ -98,15 +98,15 @@ def main(argv: list[str]) -> None:
         **{name: shared[name] for name in shared.keys() - {"guidance_scale", "guidance_scale_pow"}},
     }
     on_main(lambda: check_settings(output / "sweep.json", settings, REMEDY))
-    done = on_main(lambda: {cell for cell in folders if cell_file(output, *cell).exists()})
     for (scale, power), folder in folders.items():
-        if (scale, power) not in done:
+        file = cell_file(output, scale, power)
+        if not on_main(file.exists):
             processes.print(f"guidance scale {scale:g}, power {power:g}")
             result = evaluator.evaluate(open_images(folder.fill()), args.num_samples)
             if result:
                 shown = {**result, "weights": models.hashes}
                 text = json.dumps(shown, indent=1, ensure_ascii=False)
-                write_whole(cell_file(output, scale, power), text.encode())
+                write_whole(file, text.encode())
         if processes.is_main_process:  # a killed run may have left images; their codes stay
             folder.images_file.unlink(missing_ok=True)
             shutil.rmtree(folder.output, ignore_errors=True)

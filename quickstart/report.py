@@ -42,7 +42,7 @@ def validation_metrics(folder: Path, stage: int) -> tuple[dict[str, float], np.n
     scores, preview = [ImageMean("psnr", psnr, CPU), CodeUse(tokenizer.config, CPU)], Preview(PAIRS)
     batches = image_batches(paths, tokenizer.config.image_size, batch=33, workers=0)
     reconstruct(tokenizer, batches, [*scores, preview])
-    return figures_of(scores), to_pixels(preview.pairs())
+    return figures_of(scores), to_pixels(preview.pairs)
 
 
 def features(images: np.ndarray, colour: bool = False) -> np.ndarray:

@@ -416,7 +416,7 @@ def preview(tokenizer: Tokenizer, paths: list[ImagePath]) -> Tensor:
         size = tokenizer.config.image_size
         batches = image_batches([paths[i] for i in chosen], size, PREVIEWS, workers=0)
         reconstruct(tokenizer, batches, [pictures])
-    return pictures.pairs()
+    return pictures.pairs
 
 
 # ---------------------------------------------------------------------- the program

@@ -29,7 +29,7 @@ from torch import Tensor
 from configs.sizes import tokenizer_of
 from data.images import ImagePath, scan_images
 from data.tokens import open_tokens
-from evaluation.generator_scores import find_source, open_generator, plot_positions
+from evaluation.generator_scores import open_generator, plot_positions
 from evaluation.likelihood import Likelihood, Share, likelihood_sums
 from evaluation.report import table_of
 from experiments.alignment import figures
@@ -50,6 +50,8 @@ from experiments.alignment.dependence import (
 from experiments.alignment.neighbours import NEIGHBOURS, code_dependence
 from modeling.devices import find_device
 from modeling.tokenizer import Tokenizer
+from modeling.weights.metadata import GENERATOR
+from modeling.weights.opened import open_weights
 from modeling.weights.tensors import fingerprint
 from runtime.arguments import Parser, as_path
 from runtime.errors import InputError
@@ -230,7 +232,7 @@ def generator_loss(row: Row, tokenizer: Tokenizer) -> Likelihood | None:
         config.codebook_size, config.num_tokens, fingerprint(tokenizer.state_dict()),
         config.encoder_heads,
     )  # fmt: skip
-    generator = open_generator(find_source(row.generator), store)
+    generator = open_generator(open_weights(row.generator, GENERATOR), store)
     device = tokenizer.latent_tokens.device
     sums = likelihood_sums(generator.to(device), store, Share(BATCH))
     return Likelihood(sums.cpu(), store.images * store.views)

@@ -29,7 +29,7 @@ TINY_EVALUATE = """
 import evaluation.evaluator
 from tests.inception import TinyFeatures
 
-evaluation.evaluator.Inception = TinyFeatures
+evaluation.evaluator.NETWORKS["inception"] = TinyFeatures
 import evaluate
 from runtime.program import run
 
@@ -76,7 +76,7 @@ def test_missing_inception_weights_end_in_one_line(tmp_path):
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Run programs here, on features that cost nothing, with a reference at hand."""
-    monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
+    monkeypatch.setitem(evaluation.evaluator.NETWORKS, "inception", TinyFeatures)
     np.savez(tmp_path / "reference.npz", pictures(15))
     yield tmp_path / "reference.npz"
     torch.set_grad_enabled(True)

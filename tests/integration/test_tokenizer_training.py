@@ -441,7 +441,7 @@ def test_evaluation_measures_lpips_where_its_weights_are(train, tmp_path, monkey
     names = [
         k for p in (tmp_path / "run/checkpoints").rglob("*.safetensors") for k in read_state_dict(p)
     ]
-    assert names and not any("stages" in k or "lin0" in k for k in names)  # in no checkpoint
+    assert names and not any("vgg" in k or "lin0" in k for k in names)  # in no checkpoint
 
 
 # ---------------------------------------------------------------------- stage 1 for stage 2

@@ -216,7 +216,7 @@ def test_a_metric_stands_in_table_json_and_saved_statistics(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     for module in (evaluation.statistics, evaluation.evaluator):
         monkeypatch.setattr(module, "METRICS", [*metrics.METRICS, KID])
-    monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
+    monkeypatch.setitem(evaluation.evaluator.NETWORKS, "inception", TinyFeatures)
     rng = np.random.default_rng(0)
     for name, brightest in (("samples", 256), ("reference", 100)):
         np.savez(f"{name}.npz", rng.integers(0, brightest, (20, 8, 8, 3), dtype=np.uint8))

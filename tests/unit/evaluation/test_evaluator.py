@@ -32,7 +32,7 @@ SAMPLES, REFERENCE = pictures(20, 0), pictures(30, 1)
 def score(tmp_path, monkeypatch, capsys):
     """Run evaluate.py on files in an empty folder; returns the JSON result and all that it said."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
+    monkeypatch.setitem(evaluation.evaluator.NETWORKS, "inception", TinyFeatures)
     np.savez("samples.npz", SAMPLES)
     np.savez("reference.npz", REFERENCE)
 
@@ -270,14 +270,16 @@ def test_sizes_are_compared_before_the_network_reads_an_image(score, monkeypatch
         def __call__(self, images):
             raise AssertionError("an image went through the network")
 
-    monkeypatch.setattr(evaluation.evaluator, "Inception", Unused)
+    monkeypatch.setitem(evaluation.evaluator.NETWORKS, "inception", Unused)
     np.savez("large.npz", pictures(30, 1, 16))
     refusal(lambda: score(reference="large.npz"), "large.npz", "16x16")
 
 
 def test_statistics_of_other_features_are_refused(score, monkeypatch):
     score("--save_stats=stats.npz", samples=None)
-    monkeypatch.setattr(evaluation.evaluator, "Inception", lambda d, w: TinyFeatures(d, w, "other"))
+    monkeypatch.setitem(
+        evaluation.evaluator.NETWORKS, "inception", lambda d, w: TinyFeatures(d, w, "other")
+    )
     refusal(lambda: score(reference="stats.npz"), "stats.npz", "tiny", "other")
 
 
@@ -320,7 +322,7 @@ def test_features_that_are_not_finite_are_refused(score, monkeypatch):
         features.bases[0][3, 2] = float("nan")
         return features
 
-    monkeypatch.setattr(evaluation.evaluator, "Inception", broken)
+    monkeypatch.setitem(evaluation.evaluator.NETWORKS, "inception", broken)
     refusal(score, "30 of 30", "reference.npz", "NaN")
 
 

@@ -33,8 +33,8 @@ def score(nowhere, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     for name, count in (("samples", 9), ("reference", 12)):
         np.savez(nowhere / f"{name}.npz", rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8))
-    monkeypatch.setattr(evaluator, "Inception", TinyFeatures)
-    monkeypatch.setattr(evaluator, "DINOv2", TinyDINOv2)
+    monkeypatch.setitem(evaluator.NETWORKS, "inception", TinyFeatures)
+    monkeypatch.setitem(evaluator.NETWORKS, "dinov2", TinyDINOv2)
 
     def start(*argv, reference="reference.npz"):
         common = ["--samples=samples.npz", "--num_samples=9", "--batch_size=4", "--device=cpu"]
@@ -93,7 +93,7 @@ def test_moments_of_an_unnamed_space_are_inceptions(score, nowhere):
 
 
 def test_features_without_weights_leave_the_others_and_fail(score, nowhere, monkeypatch, capsys):
-    monkeypatch.setattr(evaluator, "DINOv2", DINOv2)
+    monkeypatch.setitem(evaluator.NETWORKS, "dinov2", DINOv2)
     # The program ends with it: status 2.
     refusal(lambda: score("--features=inception,dinov2"), "dinov2 features", DINOV2_FILE)
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])

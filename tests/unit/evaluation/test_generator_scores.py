@@ -270,9 +270,9 @@ def test_every_generator_of_a_comparison_meets_the_caches_own_classes(score, run
     """One that numbers them among more classes must not change what the next one is checked against."""
     met, original = [], generator_scores.open_generator
 
-    def renumbering(source, store):
+    def renumbering(opened, store):
         met.append(list(store.classes))
-        generator = original(source, store)
+        generator = original(opened, store)
         store.use_classes([*store.classes, "one more"])
         return generator
 

@@ -55,7 +55,7 @@ def changed(options, **experiment):
 
 @pytest.fixture
 def evaluator(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
+    monkeypatch.setitem(evaluation.evaluator.NETWORKS, "inception", TinyFeatures)
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "r.npz", rng.integers(0, 256, (15, 16, 16, 3), dtype=np.uint8))
     return Evaluator(tmp_path / "r.npz")
@@ -175,7 +175,7 @@ def test_one_pass_gives_all_metrics(evaluator, models, tmp_path, monkeypatch):
 
 
 def test_a_reference_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
+    monkeypatch.setitem(evaluation.evaluator.NETWORKS, "inception", TinyFeatures)
     assert open_evaluator(None, 0, "x", 16) is None
     file = str(tmp_path / "r.npz")
     np.savez(file, np.zeros((5, 8, 8, 3), np.uint8))

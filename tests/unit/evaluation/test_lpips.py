@@ -70,12 +70,12 @@ def own_lpips(published_lpips):
         without_random_start(patch)
         model = LPIPS(None)
     convolutions = [m for m in published_lpips.net.modules() if isinstance(m, nn.Conv2d)]
-    own = [m for m in model.stages.modules() if isinstance(m, nn.Conv2d)]
+    own = [m for m in model.vgg.modules() if isinstance(m, nn.Conv2d)]
     for mine, theirs in zip(own, convolutions, strict=True):
         mine.load_state_dict(theirs.state_dict())
     heads = torch.load(HEADS, "cpu", weights_only=True)
     missing, unknown = model.load_state_dict(heads, strict=False)
-    assert not unknown and all(name.startswith("stages.") for name in missing)
+    assert not unknown and all(name.startswith("vgg.") for name in missing)
     return model
 
 

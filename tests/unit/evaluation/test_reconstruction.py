@@ -143,10 +143,8 @@ def test_all_batches_are_reconstructed_and_the_first_is_shown(tokenizer):
     codes = tokenizer.eval().encode(images)
     with torch.no_grad():
         expected = tokenizer.decode(codes)
-    torch.testing.assert_close(preview.before, images[:2])
-    torch.testing.assert_close(preview.after, expected[:2])
-    torch.testing.assert_close(preview.pairs()[[0, 2]], preview.before)
-    torch.testing.assert_close(preview.pairs()[[1, 3]], preview.after)
+    torch.testing.assert_close(preview.pairs[[0, 2]], images[:2])
+    torch.testing.assert_close(preview.pairs[[1, 3]], expected[:2])
     assert figures_of(consumers) == pytest.approx(metrics_of(images, expected, codes, 16))
 
 
@@ -175,7 +173,7 @@ def test_every_consumer_gets_every_batch_once(tokenizer, monkeypatch):
 def test_no_images_are_no_error(tokenizer):
     consumers, preview = scores(T, 16), Preview(2)
     run(tokenizer, [], *consumers, preview)  # a rank beyond the held-out images
-    assert len(preview.before) == len(preview.after) == 0 and not consumers[0].sums.any()
+    assert not len(preview.pairs) and not consumers[0].sums.any()
 
 
 def test_ranks_share_fixed_batches_of_consecutive_images(tmp_path):
@@ -196,4 +194,4 @@ def test_ranks_share_fixed_batches_of_consecutive_images(tmp_path):
 def test_previews_show_before_and_after_in_turn():
     preview = Preview(2)
     add([preview], torch.zeros(3, 3, 1, 1), torch.ones(3, 3, 1, 1), torch.zeros(3, 5))
-    assert preview.pairs()[:, 0, 0, 0].tolist() == [0, 1, 0, 1]
+    assert preview.pairs[:, 0, 0, 0].tolist() == [0, 1, 0, 1]

@@ -71,7 +71,7 @@ def test_adms_batches_are_compared_where_they_are(run, nowhere, monkeypatch):
     rng = np.random.default_rng(0)
     for name in (ADM_REFERENCE, "admnet_guided_imagenet256.npz"):
         np.savez(nowhere / "weights" / name, rng.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8))
-    monkeypatch.setattr(evaluator, "Inception", TinyFeatures)
+    monkeypatch.setitem(evaluator.NETWORKS, "inception", TinyFeatures)
     status, result, said = run()
     checked = {check["name"]: check for check in result["checks"]}
     fid = checked["admnet_guided_imagenet256.npz: gFID"]

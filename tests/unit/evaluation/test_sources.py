@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.sources import ArrayImages, npz_images, npz_keys, open_images
+from evaluation.sources import ArrayImages, npz_keys, open_images
 from runtime.files import read_npz
 from tests.refusals import refusal
 from tests.tars import packed
@@ -60,12 +60,12 @@ def test_every_source_gives_the_same_images(images):
 
 def test_arrays_in_fortran_order_are_read_as_they_are(tmp_path):
     np.savez(tmp_path / "f.npz", np.asfortranarray(PIXELS))
-    np.testing.assert_array_equal(npz_images(tmp_path / "f.npz").read(1, 3), PIXELS[1:3])
+    np.testing.assert_array_equal(open_images(tmp_path / "f.npz").read(1, 3), PIXELS[1:3])
 
 
 def test_npz_is_mapped_not_loaded(tmp_path):
     np.savez(tmp_path / "a.npz", PIXELS)
-    assert isinstance(npz_images(tmp_path / "a.npz").array, np.memmap)
+    assert isinstance(open_images(tmp_path / "a.npz").array, np.memmap)
 
 
 @pytest.mark.parametrize("compress", [np.savez, np.savez_compressed])

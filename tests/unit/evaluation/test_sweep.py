@@ -26,7 +26,7 @@ model:
 def jobs(tmp_path, monkeypatch):
     """An empty folder with a reference, and a sampler whose images grow paler with the scale."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation.evaluator, "Inception", TinyFeatures)
+    monkeypatch.setitem(evaluation.evaluator.NETWORKS, "inception", TinyFeatures)
     for name in "cd":
         (tmp_path / f"{name}.yaml").write_text(CONFIG.format(name=name))
     rng = np.random.default_rng(0)

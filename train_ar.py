@@ -377,9 +377,8 @@ def report_samples(run: Run, step: int, generator: Generator, data: GeneratorDat
 
 def validate(run: Run, model: nn.Module, store: TokenCache) -> Tensor:
     """This rank's share of the likelihood of the held-out views, in the precision of training."""
-    rank, world = run.accelerator.process_index, run.accelerator.num_processes
     with run.accelerator.autocast():
-        return likelihood_sums(model, store, Share(run.training.per_gpu_batch_size, rank, world))
+        return likelihood_sums(model, store, Share(run.training.per_gpu_batch_size))
 
 
 @torch.no_grad()

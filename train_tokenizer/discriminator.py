@@ -16,13 +16,11 @@ class BlurDownsample(nn.Module):
     Padded like TensorFlow's "same": one pixel on each side, and two at the end of an odd size.
     """
 
-    kernel: Tensor
-
     def __init__(self):
         super().__init__()
         line = torch.tensor([1.0, 3.0, 3.0, 1.0])
         kernel = line[:, None] * line[None, :]
-        self.register_buffer("kernel", (kernel / kernel.sum())[None, None])
+        self.kernel = nn.Buffer((kernel / kernel.sum())[None, None])
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]

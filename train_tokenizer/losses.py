@@ -26,9 +26,6 @@ class ConvNeXtLogits(nn.Module):
     tests. Raises InputError if the file is missing or damaged.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, weights: Optional[Path]):
         super().__init__()
         # Takes a third of a second, so imported on use.
@@ -38,8 +35,8 @@ class ConvNeXtLogits(nn.Module):
         if weights is not None:
             path = find_published(CONVNEXT_FILE, weights, ", or set the weight of its loss to 0")
             load_tensors(self.network, read_state_dict(path), str(path))
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
+        self.mean = nn.Buffer(torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
+        self.std = nn.Buffer(torch.tensor(IMAGENET_STD).view(3, 1, 1))
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +80,6 @@ class WorkFolder:
         part = BATCHES_PER_PART * plan.batch_size  # images
         self.ranges = batches_of(len(self.paths), part)  # of the images of every part
         self.parts = Parts(self.folder / "parts", len(self.ranges))
-        self._lock: IO[str] | None = None
 
     def is_complete(self) -> bool:
         """Whether the cache exists with these settings. Raises InputError if it has others."""
@@ -91,14 +90,19 @@ class WorkFolder:
             raise InputError(
                 f"{cache} exists, but is not a token cache: choose another --cached_path"
             )
-        manifest, stats = open_tokens(cache).manifest, sizes_and_times(self.images.paths)
-        now = {**self.settings, "image_sizes": short_hash(stats[:, 0].tobytes())}
-        changed = differing({key: manifest.get(key) for key in now}, now)
-        if changed:
-            raise InputError(
-                f"{cache} was made with other settings or images: {changed}; remove it or choose another "
-                f"--cached_path"
-            )
+        manifest = open_tokens(cache).manifest
+
+        def refuse_others(now: dict[str, Any]) -> None:
+            changed = differing({key: manifest.get(key) for key in now}, now)
+            if changed:
+                raise InputError(
+                    f"{cache} was made with other settings or images: {changed}; remove it or choose "
+                    f"another --cached_path"
+                )
+
+        refuse_others(self.settings)
+        stats = sizes_and_times(self.images.paths)  # minutes for a million images in a network
+        refuse_others({"image_sizes": short_hash(stats[:, 0].tobytes())})
         newer = np.flatnonzero(stats[:, 1] > (cache / MANIFEST).stat().st_mtime)
         if len(newer):
             print(
@@ -128,8 +132,7 @@ class WorkFolder:
     def release(self) -> None:
         """Remove the folder and its lock."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
         shutil.rmtree(self.folder, ignore_errors=True)  # NFS keeps a folder with an open file
 
     def write_part(self, number: int, codes: np.ndarray, facts: np.ndarray) -> None:
@@ -190,16 +193,13 @@ def encode_folder(
     """
     paths, processes = images.names, PartialState()
     settings = {
-        "layout": plan.layout,
+        **dataclasses.asdict(plan),
         "tokenizer": fingerprint(encoder.state_dict()),
         "encoder_heads": encoder.config.encoder_heads,
-        "image_size": plan.image_size,
-        "crops": plan.crops,
-        "dtype": plan.dtype,
-        "batch_size": plan.batch_size,
         "listed_images": len(paths),
         "listing": hash_of_texts(paths),
     }
+    del settings["skip_unreadable"], settings["num_workers"]  # they change no bytes
     check_same(settings, "other images or weights")
     if cache.is_symlink() and not cache.exists():  # a folder cannot be renamed to a link
         cache = cache.resolve()

@@ -29,7 +29,7 @@ from generation.images import ImageBatch, sample_images
 from generation.job import Models, SamplingJob, in_options, largest_batch
 from modeling.weights.metadata import UNSEEN
 from runtime.errors import InputError
-from runtime.files import lock_folder, whole_file, writing
+from runtime.files import lock_folder, whole_file
 from runtime.parts import Parts, batches_of, check_settings
 from runtime.processes import check_same, matmul_precision, on_main, progress
 
@@ -171,31 +171,29 @@ class SampleFolder:
             written.result()
 
     def _write_chunk(self, parts: Parts, number: int, batch: ImageBatch, bar: tqdm) -> None:
-        with writing(self.output):
-            if self.png:
-                # Before the chunk, which implies that its pictures exist.
-                names = [self.output / f"{i:06d}.png" for i in batch.indices]
-                with ThreadPoolExecutor() as painters:
-                    list(painters.map(write_png, batch.images, names))
-                os.sync()  # once for all of them
-            parts.write(number, images=batch.images, codes=batch.codes.astype(np.uint16))
+        if self.png:
+            # Before the chunk, which implies that its pictures exist.
+            names = [self.output / f"{i:06d}.png" for i in batch.indices]
+            with ThreadPoolExecutor() as painters:
+                list(painters.map(write_png, batch.images, names))
+            os.sync()  # once for all of them
+        parts.write(number, images=batch.images, codes=batch.codes.astype(np.uint16))
         bar.update(len(batch.indices))
 
     def _assemble(self, parts: Parts) -> None:
         """Make the final files of all chunks, the images last, and remove the chunks."""
-        with writing(self.output):
-            concatenate_parts(parts, self.codes_file, "codes", self.count)
-            if self.grid:
-                stored = (parts.read(number, "images") for number in range(parts.count))
-                images = np.stack(list(islice(chain.from_iterable(stored), self.grid**2)))
-                path = self.output.with_name(self.output.name + "_grid.png")
-                names = self.models.names
-                if names is not None:
-                    labels = self.job.labels(range(len(images))).tolist()
-                    images = with_captions(images, [names.caption(label) for label in labels])
-                write_png(picture_grid(images, self.grid), path)
-            concatenate_parts(parts, self.images_file, "images", self.count)
-            shutil.rmtree(parts.folder)
+        concatenate_parts(parts, self.codes_file, "codes", self.count)
+        if self.grid:
+            stored = (parts.read(number, "images") for number in range(parts.count))
+            images = np.stack(list(islice(chain.from_iterable(stored), self.grid**2)))
+            path = self.output.with_name(self.output.name + "_grid.png")
+            names = self.models.names
+            if names is not None:
+                labels = self.job.labels(range(len(images))).tolist()
+                images = with_captions(images, [names.caption(label) for label in labels])
+            write_png(picture_grid(images, self.grid), path)
+        concatenate_parts(parts, self.images_file, "images", self.count)
+        shutil.rmtree(parts.folder, ignore_errors=True)
         self._lock.close()
 
 

@@ -21,7 +21,7 @@ from data.labels import read_labels
 from data.order import EpochDraws
 from data.tars import is_tar
 from data.tree import IMG_EXTENSIONS, FileTree, ImagePath, describe_left_out, read_tree
-from modeling.photos import center_crop, load_image, load_photo, load_upright, photo_crop, to_uint8  # noqa: F401
+from modeling.photos import center_crop, load_image, load_upright, photo_crop, to_uint8  # noqa: F401
 from modeling.pixels import to_float  # noqa: F401 - for callers of this module, like some of the above
 from runtime.errors import InputError
 from runtime.processes import on_main

@@ -23,20 +23,12 @@ from torch.utils.data import Dataset
 from data.cache import MANIFEST
 from data.classes import first_names
 from data.identity import hash_of_texts, short_hash, size_and_time, sizes_and_times
-from data.images import (
-    VIEWS,
-    ImageListing,
-    ImagePath,
-    center_crop,
-    load_photo,
-    source_size,
-    to_float,
-    to_uint8,
-    views_of,
-)
+from data.images import VIEWS, ImageListing, ImagePath, source_size, views_of
 from data.loader import batch_loader
 from data.npz import write_npz_files, write_npz_manifest
 from data.tokens import open_tokens, write_packed_store
+from modeling.photos import center_crop, load_photo, to_uint8
+from modeling.pixels import to_float
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.tensors import fingerprint
 from runtime.errors import InputError

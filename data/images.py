@@ -81,10 +81,8 @@ def scan_images(
     ranks = {name: label for label, name in enumerate(classes)}
     labels_of = np.array([ranks[class_of[image]] for image in images])
     names = images if in_folders else [os.path.join(class_of[image], image) for image in images]
-    return ImageListing(
-        tree.root, [*map(tree.path_of, images)], labels_of, names, classes,
-        dict(tree.count_others()), flat,
-    )  # fmt: skip
+    paths, left_out = [*map(tree.path_of, images)], tree.count_others()
+    return ImageListing(tree.root, paths, labels_of, names, classes, left_out, flat)
 
 
 def check_class_folders(tree: FileTree, images: list[str], at_top: list[str]) -> None:

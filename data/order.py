@@ -34,9 +34,8 @@ class SampleOrder(Sampler):
         """The (epoch, index) at a position of the sequence."""
         epoch, place = divmod(position, self.items)
         if epoch != self._epoch:
-            self._permutation = generator_for(self.seed, Stream.ORDER, epoch).permutation(
-                self.items
-            )
+            rng = generator_for(self.seed, Stream.ORDER, epoch)
+            self._permutation = rng.permutation(self.items)
             self._epoch = epoch
         return epoch, int(self._permutation[place])
 

@@ -110,11 +110,10 @@ class WorkFolder:
         self._lock = lock_folder(self.folder)
         with writing(self.folder):
             settings = self.folder / "settings.json"
-            remedy = "remove it, or choose another --cached_path"
             if not settings.exists():  # of no known settings
                 for folder in (self.parts.folder, self.store):
                     shutil.rmtree(folder, ignore_errors=True)
-            check_settings(settings, self.settings, remedy)
+            check_settings(settings, self.settings, "remove it, or choose another --cached_path")
             if self.plan.layout == "npz" and not self.store.exists():
                 shutil.rmtree(self.parts.folder, ignore_errors=True)  # their files are gone
                 self.store.mkdir()

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -284,13 +284,12 @@ class ReadableCrops(Dataset):
         stat = size_and_time(self.paths[index])
         try:
             image, turn = load_photo(self.paths[index])
+            crop, found = to_uint8(center_crop(image, self.side)), (1, turn is not None)
         except InputError as e:
             if not self.skip:
                 raise InputError(f"{e}, or set --skip_unreadable N to leave out at most N") from e
-            black = torch.zeros(3, self.side, self.side, dtype=torch.uint8)
-            return black, torch.tensor([0, 0, *stat])
-        crop = to_uint8(center_crop(image, self.side))
-        return crop, torch.tensor([1, turn is not None, *stat])
+            crop, found = torch.zeros(3, self.side, self.side, dtype=torch.uint8), (0, 0)
+        return crop, torch.tensor([*found, *stat])
 
 
 def encode_parts(
@@ -306,8 +305,7 @@ def encode_parts(
     with progress(total, "img", f"encode{share}") as bar:
         for part in batches:
             codes, facts = [], []
-            for _ in part:
-                crops, known = next(arriving)  # (n, 3, L, L) uint8, (n, 4) int64
+            for crops, known in islice(arriving, len(part)):  # (n, 3, L, L) uint8, (n, 4) int64
                 crops = crops.to(device, non_blocking=True)
                 codes.append(encode_views(encoder, crops, plan, plan.dtype).int())
                 facts.append(known)

@@ -21,7 +21,7 @@ from data.labels import read_labels
 from data.order import EpochDraws
 from data.tars import is_tar
 from data.tree import IMG_EXTENSIONS, FileTree, ImagePath, describe_left_out, read_tree
-from modeling.photos import center_crop, load_image, load_photo, load_upright, photo_crop, to_uint8  # noqa: F401
+from modeling.photos import center_crop, load_image, load_upright, photo_crop, to_uint8  # noqa: F401
 from modeling.pixels import to_float  # noqa: F401 - for callers of this module, like some of the above
 from runtime.errors import InputError
 from runtime.processes import on_main
@@ -81,10 +81,8 @@ def scan_images(
     ranks = {name: label for label, name in enumerate(classes)}
     labels_of = np.array([ranks[class_of[image]] for image in images])
     names = images if in_folders else [os.path.join(class_of[image], image) for image in images]
-    return ImageListing(
-        tree.root, [*map(tree.path_of, images)], labels_of, names, classes,
-        dict(tree.count_others()), flat,
-    )  # fmt: skip
+    paths, left_out = [*map(tree.path_of, images)], tree.count_others()
+    return ImageListing(tree.root, paths, labels_of, names, classes, left_out, flat)
 
 
 def check_class_folders(tree: FileTree, images: list[str], at_top: list[str]) -> None:
@@ -160,8 +158,8 @@ def list_paths(
 def identity_for_all(paths: Sequence[ImagePath]) -> dict[str, str]:
     """`identity_of_images` with this process's names, which `training.run.Run` compares with those of the
     main process, and the sizes that the main process reads. All processes call this together."""
-    sizes = on_main(lambda: {"image sizes": hash_of_sizes(paths)})
-    return {"image names": hash_of_names(paths)} | sizes
+    sizes = on_main(lambda: hash_of_sizes(paths))
+    return {"image names": hash_of_names(paths), "image sizes": sizes}
 
 
 # ---------------------------------------------------------------------- crops

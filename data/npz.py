@@ -18,9 +18,7 @@ from data.walk import walk
 from runtime.errors import InputError
 from runtime.files import read_npz, sync_file, sync_folder, writing
 
-PACKED_ONLY = (
-    "format", "version", "layout", "codes_dtype", "images_per_shard", "files",
-)  # entries of the manifest  # fmt: skip
+PACKED_ONLY = ("layout", "codes_dtype", "images_per_shard", "files")  # entries of the manifest
 
 
 class NpzStore(TokenCache):

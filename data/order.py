@@ -1,6 +1,7 @@
 """The endless, resumable order of training samples, reshuffled every epoch, and their random draws."""
 
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -33,18 +34,15 @@ class SampleOrder(Sampler):
         """The (epoch, index) at a position of the sequence."""
         epoch, place = divmod(position, self.items)
         if epoch != self._epoch:
-            self._permutation = generator_for(self.seed, Stream.ORDER, epoch).permutation(
-                self.items
-            )
+            rng = generator_for(self.seed, Stream.ORDER, epoch)
+            self._permutation = rng.permutation(self.items)
             self._epoch = epoch
         return epoch, int(self._permutation[place])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batch = self.start
-        while True:
+        for batch in count(self.start):
             first = (batch * self.world + self.rank) * self.batch
             yield [self.sample(first + i) for i in range(self.batch)]
-            batch += 1
 
 
 class EpochDraws:

@@ -24,11 +24,8 @@ def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
         return np.arange(len(labels))
     order = np.argsort(labels, kind="stable")  # class by class, each in its own order
     sizes = np.unique(labels, return_counts=True)[1]
-    starts = np.cumsum(sizes) - sizes
-    chosen = [
-        order[start + evenly_spaced(size, share)]
-        for start, size, share in zip(starts, sizes, equal_shares(sizes, count))
-    ]
+    classes = zip(np.split(order, np.cumsum(sizes)[:-1]), equal_shares(sizes, count))
+    chosen = [images[evenly_spaced(len(images), share)] for images, share in classes]
     return np.sort(np.concatenate(chosen))
 
 

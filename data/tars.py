@@ -33,9 +33,8 @@ from runtime.processes import on_main
 VERSION = 1
 SCANNERS = 8  # inner tars listed at once, because network file systems respond slowly
 END = bytes(tarfile.BLOCKSIZE)  # the block after the last member
-TAR = "tar"
 MAGIC = {  # patterns of the first bytes: of a tar, and of compressed files, which may hold one
-    TAR: rb"(?s:.{257})ustar", "gzip": rb"\x1f\x8b", "bzip2": rb"BZh[1-9]1AY&SY", "xz": rb"\xfd7zXZ\0",
+    "tar": rb"(?s:.{257})ustar", "gzip": rb"\x1f\x8b", "bzip2": rb"BZh[1-9]1AY&SY", "xz": rb"\xfd7zXZ\0",
     "zstd": rb"\x28\xb5\x2f\xfd",
 }  # fmt: skip
 
@@ -115,24 +114,24 @@ def open_tar(path: str | Path, index_folder: Path | None) -> Tar:
     """
     path = Path(path)
     kind = kind_of(path)
-    if kind not in (TAR, None):
+    if kind not in ("tar", None):
         raise InputError(
             f"{path} is compressed ({kind}), so images cannot be read in place: decompress or unpack it"
         )
     stamp = stamp_of(path)
     if index_folder is None:
-        return Tar(path, stamp, *list_members(path))
+        return list_members(path, stamp)
     index = index_folder / f"{path.name}.index.npz"
 
     def update() -> None:
-        if read_index(index, stamp) is None:
-            members = list_members(path)
+        if read_index(index, path, stamp) is None:
+            tar = list_members(path, stamp)
             with contextlib.suppress(InputError):  # the index only saves time
-                write_index(index, members, stamp)
+                write_index(index, tar)
 
     on_main(update)
     # A machine without access to the main process's folder lists the tar itself.
-    return Tar(path, stamp, *(read_index(index, stamp) or list_members(path)))
+    return read_index(index, path, stamp) or list_members(path, stamp)
 
 
 def stamp_of(file: Path | int) -> tuple[int, int]:
@@ -142,11 +141,8 @@ def stamp_of(file: Path | int) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------- listing
-Members = tuple[list[str], np.ndarray, np.ndarray]  # names, offsets and sizes of `Tar`
-
-
-def list_members(path: Path) -> Members:
-    """All members; inner tars are replaced by theirs. Raises InputError, as `walk` does."""
+def list_members(path: Path, stamp: tuple[int, int]) -> Tar:
+    """A tar, in which inner tars are replaced by their members. Raises InputError, as `walk` does."""
     found, inner = [], []
     for member in walk(path, 0, path.stat().st_size, str(path)):
         hidden = any(map(is_hidden, member.name.split("/")))  # as macOS adds ._NAME.tar
@@ -169,7 +165,7 @@ def list_members(path: Path) -> Members:
     if not any(m.name[-1] != "/" for m in found):
         raise InputError(f"{path} is empty: it holds no files")
     names, offsets, sizes = zip(*found)
-    return list(names), np.array(offsets, np.int64), np.array(sizes, np.int64)
+    return Tar(path, stamp, list(names), np.array(offsets, np.int64), np.array(sizes, np.int64))
 
 
 def walk(path: Path, start: int, end: int, where: str) -> Iterator[Member]:
@@ -219,17 +215,16 @@ def cut_short(where: str | Path) -> InputError:
 
 
 # ---------------------------------------------------------------------- the index
-def write_index(index: Path, members: Members, stamp: tuple[int, int]) -> None:
-    names, offsets, sizes = members
-    text = "\0".join(names).encode(errors="surrogateescape")
+def write_index(index: Path, tar: Tar) -> None:
+    text = "\0".join(tar.names).encode(errors="surrogateescape")
     with whole_file(index, shared=True) as partial, open(partial, "wb") as file:
         np.savez(
-            file, names=np.frombuffer(text, np.uint8), offsets=offsets, sizes=sizes,
-            about=np.array([VERSION, *stamp], np.int64),
+            file, names=np.frombuffer(text, np.uint8), offsets=tar.offsets, sizes=tar.sizes,
+            about=np.array([VERSION, *tar.stamp], np.int64),
         )  # fmt: skip
 
 
-def read_index(index: Path, stamp: tuple[int, int]) -> Members | None:
+def read_index(index: Path, path: Path, stamp: tuple[int, int]) -> Tar | None:
     """None if the index is missing or damaged, or describes another state of the tar."""
     try:
         about, text, offsets, sizes = read_npz(index, "", "about", "names", "offsets", "sizes")
@@ -237,4 +232,4 @@ def read_index(index: Path, stamp: tuple[int, int]) -> Members | None:
         return None
     names = text.tobytes().decode(errors="surrogateescape").split("\0")
     sound = about.tolist() == [VERSION, *stamp] and len(names) == offsets.size == sizes.size
-    return (names, offsets, sizes) if sound else None
+    return Tar(path, stamp, names, offsets, sizes) if sound else None

@@ -242,8 +242,7 @@ def main(argv: list[str]) -> None:
     about = {**cache.manifest, "images": cache.images, "views": cache.views, "tokens": cache.tokens}
     print(f"{args.folder}: {about['layout']}, {cache.images} images x {cache.views} views x "
           f"{cache.tokens} codes, {describe_classes(cache.classes)}")  # fmt: skip
-    doubt = misnumbered(cache.classes)
-    if doubt is not None:
+    if doubt := misnumbered(cache.classes):
         print(f"warning: {doubt}")
     if args.action == "verify":
         cache.verify()

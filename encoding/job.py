@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,20 +23,12 @@ from torch.utils.data import Dataset
 from data.cache import MANIFEST
 from data.classes import first_names
 from data.identity import hash_of_texts, short_hash, size_and_time, sizes_and_times
-from data.images import (
-    VIEWS,
-    ImageListing,
-    ImagePath,
-    center_crop,
-    load_photo,
-    source_size,
-    to_float,
-    to_uint8,
-    views_of,
-)
+from data.images import VIEWS, ImageListing, ImagePath, source_size, views_of
 from data.loader import batch_loader
 from data.npz import write_npz_files, write_npz_manifest
 from data.tokens import open_tokens, write_packed_store
+from modeling.photos import center_crop, load_photo, to_uint8
+from modeling.pixels import to_float
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from modeling.weights.tensors import fingerprint
 from runtime.errors import InputError
@@ -80,7 +72,6 @@ class WorkFolder:
         part = BATCHES_PER_PART * plan.batch_size  # images
         self.ranges = batches_of(len(self.paths), part)  # of the images of every part
         self.parts = Parts(self.folder / "parts", len(self.ranges))
-        self._lock: IO[str] | None = None
 
     def is_complete(self) -> bool:
         """Whether the cache exists with these settings. Raises InputError if it has others."""
@@ -91,14 +82,19 @@ class WorkFolder:
             raise InputError(
                 f"{cache} exists, but is not a token cache: choose another --cached_path"
             )
-        manifest, stats = open_tokens(cache).manifest, sizes_and_times(self.images.paths)
-        now = {**self.settings, "image_sizes": short_hash(stats[:, 0].tobytes())}
-        changed = differing({key: manifest.get(key) for key in now}, now)
-        if changed:
-            raise InputError(
-                f"{cache} was made with other settings or images: {changed}; remove it or choose another "
-                f"--cached_path"
-            )
+        manifest = open_tokens(cache).manifest
+
+        def refuse_others(now: dict[str, Any]) -> None:
+            changed = differing({key: manifest.get(key) for key in now}, now)
+            if changed:
+                raise InputError(
+                    f"{cache} was made with other settings or images: {changed}; remove it or choose "
+                    f"another --cached_path"
+                )
+
+        refuse_others(self.settings)
+        stats = sizes_and_times(self.images.paths)  # minutes for a million images in a network
+        refuse_others({"image_sizes": short_hash(stats[:, 0].tobytes())})
         newer = np.flatnonzero(stats[:, 1] > (cache / MANIFEST).stat().st_mtime)
         if len(newer):
             print(
@@ -114,11 +110,10 @@ class WorkFolder:
         self._lock = lock_folder(self.folder)
         with writing(self.folder):
             settings = self.folder / "settings.json"
-            remedy = "remove it, or choose another --cached_path"
             if not settings.exists():  # of no known settings
                 for folder in (self.parts.folder, self.store):
                     shutil.rmtree(folder, ignore_errors=True)
-            check_settings(settings, self.settings, remedy)
+            check_settings(settings, self.settings, "remove it, or choose another --cached_path")
             if self.plan.layout == "npz" and not self.store.exists():
                 shutil.rmtree(self.parts.folder, ignore_errors=True)  # their files are gone
                 self.store.mkdir()
@@ -128,8 +123,7 @@ class WorkFolder:
     def release(self) -> None:
         """Remove the folder and its lock."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
         shutil.rmtree(self.folder, ignore_errors=True)  # NFS keeps a folder with an open file
 
     def write_part(self, number: int, codes: np.ndarray, facts: np.ndarray) -> None:
@@ -190,16 +184,13 @@ def encode_folder(
     """
     paths, processes = images.names, PartialState()
     settings = {
-        "layout": plan.layout,
+        **dataclasses.asdict(plan),
         "tokenizer": fingerprint(encoder.state_dict()),
         "encoder_heads": encoder.config.encoder_heads,
-        "image_size": plan.image_size,
-        "crops": plan.crops,
-        "dtype": plan.dtype,
-        "batch_size": plan.batch_size,
         "listed_images": len(paths),
         "listing": hash_of_texts(paths),
     }
+    del settings["skip_unreadable"], settings["num_workers"]  # they change no bytes
     check_same(settings, "other images or weights")
     if cache.is_symlink() and not cache.exists():  # a folder cannot be renamed to a link
         cache = cache.resolve()
@@ -293,13 +284,12 @@ class ReadableCrops(Dataset):
         stat = size_and_time(self.paths[index])
         try:
             image, turn = load_photo(self.paths[index])
+            crop, found = to_uint8(center_crop(image, self.side)), (1, turn is not None)
         except InputError as e:
             if not self.skip:
                 raise InputError(f"{e}, or set --skip_unreadable N to leave out at most N") from e
-            black = torch.zeros(3, self.side, self.side, dtype=torch.uint8)
-            return black, torch.tensor([0, 0, *stat])
-        crop = to_uint8(center_crop(image, self.side))
-        return crop, torch.tensor([1, turn is not None, *stat])
+            crop, found = torch.zeros(3, self.side, self.side, dtype=torch.uint8), (0, 0)
+        return crop, torch.tensor([*found, *stat])
 
 
 def encode_parts(
@@ -315,8 +305,7 @@ def encode_parts(
     with progress(total, "img", f"encode{share}") as bar:
         for part in batches:
             codes, facts = [], []
-            for _ in part:
-                crops, known = next(arriving)  # (n, 3, L, L) uint8, (n, 4) int64
+            for crops, known in islice(arriving, len(part)):  # (n, 3, L, L) uint8, (n, 4) int64
                 crops = crops.to(device, non_blocking=True)
                 codes.append(encode_views(encoder, crops, plan, plan.dtype).int())
                 facts.append(known)

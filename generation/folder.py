@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, Optional
+from typing import Any, Optional
 
 import numpy as np
 from accelerate import PartialState
@@ -29,7 +29,7 @@ from generation.images import ImageBatch, sample_images
 from generation.job import Models, SamplingJob, in_options, largest_batch
 from modeling.weights.metadata import UNSEEN
 from runtime.errors import InputError
-from runtime.files import lock_folder, whole_file, writing
+from runtime.files import lock_folder, whole_file
 from runtime.parts import Parts, batches_of, check_settings
 from runtime.processes import check_same, matmul_precision, on_main, progress
 
@@ -88,10 +88,9 @@ class SampleFolder:
         too small; finished chunks stay.
         """
         check_same(self.settings(), "other weights or options")
-        lock: list[IO[str]] = []  # held until all is written, or this process ends
         # Of all processes: the chunk must fit where memory is smallest.
         most = min(gather_object([largest_batch(self.models, self.job)]))
-        chunk, finished = on_main(lambda: self._claim(lock, most))
+        chunk, finished = on_main(lambda: self._claim(most))
         # As the main process sees it: a network file system may show others an older state.
         if finished:
             self.processes.print(f"{self.images_file} is complete: {self.count} images")
@@ -103,17 +102,16 @@ class SampleFolder:
             self._write_chunks(parts, chunk, numbers)
         self.processes.wait_for_everyone()
         on_main(lambda: self._assemble(parts))
-        for file in lock:
-            file.close()
         self.processes.print(f"wrote {self.images_file}: {self.count} images")
         return self.images_file
 
     # ------------------------------------------------------------------ claiming
-    def _claim(self, lock: list[IO[str]], most: int) -> tuple[int, bool]:
-        """Lock the folder, compare settings and return the chunk size and whether the images are complete.
+    def _claim(self, most: int) -> tuple[int, bool]:
+        """Lock the folder until all is written, or this process ends, compare settings, and return the chunk
+        size and whether the images are complete.
 
-        An unfinished job is refused before anything is written if its chunk (one image, if the size is
-        open) has more than the `most` images that fit into memory.
+        An unfinished job is refused before anything is written if its chunk has more than the `most` images
+        that fit into memory.
         """
         finished = self.images_file.exists()
         if finished and not self.settings_file.exists():
@@ -121,26 +119,25 @@ class SampleFolder:
                 f"{self.images_file} exists, but sampling did not write it: move it away, or use another "
                 f"experiment.output_dir"
             )
-        chunk = self.job.chunk or self._earlier_chunk()
-        if not finished and (chunk or 1) > most:
+        fitting = even_chunk(self.count, max(min(most, LARGEST_CHUNK), 1))
+        chunk = self.job.chunk or self._earlier_chunk() or fitting
+        if not finished and chunk > most:
             smaller = (
                 f", or set experiment.per_proc_batch_size={most}, with another experiment.output_dir if this "
                 f"one holds images"
             )
             raise InputError(
-                f"too little free memory on {self.models.device} for {chunk or 1} images at once: {most} "
+                f"too little free memory on {self.models.device} for {chunk} images at once: {most} "
                 f"fit; free some{smaller * bool(most)}"
             )
-        lock.append(lock_folder(self.output))
-        chunk = chunk or self._earlier_chunk()
-        if chunk is None:
-            chunk = even_chunk(self.count, max(min(most, LARGEST_CHUNK), 1))
+        self._lock = lock_folder(self.output)
         if not self.settings_file.exists():
             for left in (self.output / "chunks").glob("[0-9]" * 6 + ".npz"):  # of no known settings
                 left.unlink()
         check_settings(self.settings_file, {**self.settings(), "chunk": chunk}, REMEDY)
         if finished:
             shutil.rmtree(self.output / "chunks", ignore_errors=True)  # of a killed clean-up
+            self._lock.close()
         return chunk, finished
 
     def _earlier_chunk(self) -> Optional[int]:
@@ -159,7 +156,6 @@ class SampleFolder:
         with (
             matmul_precision(job.precision),
             progress(sum(map(len, ranges)), "img", "sample") as bar,
-            ThreadPoolExecutor() as painters,
             ThreadPoolExecutor(1) as writer,
         ):
             if models.generator is not None:
@@ -171,36 +167,34 @@ class SampleFolder:
             written = writer.submit(lambda: None)
             for number, batch in zip(numbers, batches):
                 written.result()  # of the chunk before
-                written = writer.submit(self._write_chunk, parts, number, batch, painters, bar)
+                written = writer.submit(self._write_chunk, parts, number, batch, bar)
             written.result()
 
-    def _write_chunk(
-        self, parts: Parts, number: int, batch: ImageBatch, painters: ThreadPoolExecutor, bar: tqdm
-    ) -> None:
-        with writing(self.output):
-            if self.png:
-                # Before the chunk, which implies that its pictures exist.
-                names = [self.output / f"{i:06d}.png" for i in batch.indices]
+    def _write_chunk(self, parts: Parts, number: int, batch: ImageBatch, bar: tqdm) -> None:
+        if self.png:
+            # Before the chunk, which implies that its pictures exist.
+            names = [self.output / f"{i:06d}.png" for i in batch.indices]
+            with ThreadPoolExecutor() as painters:
                 list(painters.map(write_png, batch.images, names))
-                os.sync()  # once for all of them
-            parts.write(number, images=batch.images, codes=batch.codes.astype(np.uint16))
+            os.sync()  # once for all of them
+        parts.write(number, images=batch.images, codes=batch.codes.astype(np.uint16))
         bar.update(len(batch.indices))
 
     def _assemble(self, parts: Parts) -> None:
         """Make the final files of all chunks, the images last, and remove the chunks."""
-        with writing(self.output):
-            concatenate_parts(parts, self.codes_file, "codes", self.count)
-            if self.grid:
-                stored = (parts.read(number, "images") for number in range(parts.count))
-                images = np.stack(list(islice(chain.from_iterable(stored), self.grid**2)))
-                path = self.output.with_name(self.output.name + "_grid.png")
-                names = self.models.names
-                if names is not None:
-                    labels = self.job.labels(range(len(images))).tolist()
-                    images = with_captions(images, [names.caption(label) for label in labels])
-                write_png(picture_grid(images, self.grid), path)
-            concatenate_parts(parts, self.images_file, "images", self.count)
-            shutil.rmtree(parts.folder)
+        concatenate_parts(parts, self.codes_file, "codes", self.count)
+        if self.grid:
+            stored = (parts.read(number, "images") for number in range(parts.count))
+            images = np.stack(list(islice(chain.from_iterable(stored), self.grid**2)))
+            path = self.output.with_name(self.output.name + "_grid.png")
+            names = self.models.names
+            if names is not None:
+                labels = self.job.labels(range(len(images))).tolist()
+                images = with_captions(images, [names.caption(label) for label in labels])
+            write_png(picture_grid(images, self.grid), path)
+        concatenate_parts(parts, self.images_file, "images", self.count)
+        shutil.rmtree(parts.folder, ignore_errors=True)
+        self._lock.close()
 
 
 def concatenate_parts(parts: Parts, path: Path, name: str, count: int) -> None:

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from configs.schema import GeneratorModels, GeneratorRun
 from configs.sizes import with_weights
 from data.classes import first_names, printable
-from generation.prefix import prefix_codes, read_codes
+from generation.prefix import load_codes, prefix_codes
 from modeling.devices import default_dtype, free_memory
 from modeling.engine import PREFILLED_AT_ONCE, Engine, cache_bytes
 from modeling.generator import Backbone, Generator, build_generator
@@ -145,7 +145,7 @@ def open_job(options: GeneratorRun) -> tuple[SamplingJob, Models]:
     options, tokenizer, generator = open_models(options)
     experiment = options.experiment
     if generator is None:
-        codes = read_codes(str(experiment.codes), options.model.vq_model)
+        codes = load_codes("codes", str(experiment.codes), options.model.vq_model, whole=True)
         # Nothing is sampled, so neither classes nor a compiler matter.
         options = options.changed(experiment=replace(experiment, classes=None, compile=False))
         job = replace(sampling_job(options, device), count=len(codes), prefix=codes)

@@ -55,9 +55,11 @@ def prefix_codes(experiment: GeneratorExperiment, tokenizer: Tokenizer) -> Optio
 
 
 # ---------------------------------------------------------------------- codes of a file
-def load_codes(option: str, path: str, config: TokenizerConfig) -> Tensor:
-    """Codes (M, n), int64, n <= T, of an .npy or .npz with integers (M, n) or (n,). Raises InputError,
-    naming `option`, for another file and for codes of another tokenizer."""
+def load_codes(option: str, path: str, config: TokenizerConfig, whole: bool = False) -> Tensor:
+    """Codes (M, n), int64, of an .npy or .npz with integers (M, n) or (n,); n <= T, or T of `whole` images.
+
+    Raises InputError, naming `option`, for another file and for codes of another tokenizer.
+    """
     source, remedy = f"experiment.{option}={path}", "use codes of this tokenizer"
     try:
         with open(path, "rb") as file:
@@ -81,18 +83,12 @@ def load_codes(option: str, path: str, config: TokenizerConfig) -> Tensor:
             f"{source} holds codes {codes.min()}…{codes.max()}, but this tokenizer has 0…{known - 1}: "
             f"{remedy}"
         )
-    return torch.from_numpy(codes.astype(np.int64))
-
-
-def read_codes(path: str, config: TokenizerConfig) -> Tensor:
-    """Codes (N, T), int64, of whole images, as in `OUTPUT_codes.npz`."""
-    codes = load_codes("codes", path, config)
-    if codes.shape[1] < config.num_tokens:
+    if whole and codes.shape[1] < tokens:
         raise InputError(
-            f"experiment.codes={path} holds {codes.shape[1]} codes per image, not {config.num_tokens}: "
-            f"use experiment.prefix to complete images"
+            f"{source} holds {codes.shape[1]} codes per image, not {tokens}: use experiment.prefix to "
+            f"complete images"
         )
-    return codes
+    return torch.from_numpy(codes.astype(np.int64))
 
 
 def cut_codes(codes: Tensor, path: str, rows: Optional[int], config: TokenizerConfig) -> Tensor:

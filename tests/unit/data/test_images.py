@@ -23,7 +23,6 @@ from data.images import (
     center_crop,
     list_paths,
     load_image,
-    load_photo,
     photo_crop,
     random_crop,
     scan_images,
@@ -33,7 +32,7 @@ from data.images import (
     views_of,
 )
 from data.walk import HIDDEN
-from modeling.photos import TURNS
+from modeling.photos import TURNS, load_photo
 from runtime.randomness import generator_for
 from tests.golden.fill import photo
 from tests.refusals import refusal

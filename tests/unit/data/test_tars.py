@@ -113,7 +113,7 @@ def test_workers_threads_and_other_processes_read_the_same(root, archive):
 
 # ---------------------------------------------------------------------- the index
 def no_listing(monkeypatch):
-    def fail(path):
+    def fail(path, stamp):
         raise AssertionError("listed again")
 
     monkeypatch.setattr(tars, "list_members", fail)

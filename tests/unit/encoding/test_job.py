@@ -96,6 +96,14 @@ def test_a_complete_cache_of_edited_images_is_warned_of_or_refused(encode, tmp_p
     refusal(encode, tmp_path / "cache", "sizes")
 
 
+def test_a_complete_cache_of_other_settings_is_refused_before_all_images_are_looked_at(
+    encode, tmp_path, monkeypatch
+):
+    encode()
+    monkeypatch.setattr(job, "sizes_and_times", lambda paths: 1 / 0)
+    refusal(lambda: encode(batch_size=2), tmp_path / "cache", "batch_size (1 there, 2 now)")
+
+
 @pytest.mark.parametrize("edit", [{"seconds": -100}, {"comment": b"longer"}], ids=str)
 def test_images_edited_between_an_interruption_and_its_resume_are_refused(
     encode, tmp_path, monkeypatch, edit

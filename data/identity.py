@@ -25,19 +25,12 @@ def hash_of_texts(texts: Iterable[str]) -> str:
     return short_hash("\n".join(texts).encode(errors="surrogateescape"))
 
 
-def identity_of_images(paths: Sequence["ImagePath"]) -> dict[str, str]:
-    """Hashes of image names, without their common prefix, and of file sizes.
-
-    They stay the same if all images are moved together.
-    """
-    return {"image names": hash_of_names(paths), "image sizes": hash_of_sizes(paths)}
-
-
 def hash_of_sizes(paths: Sequence["ImagePath"]) -> str:
     return short_hash(sizes_and_times(paths)[:, 0].tobytes())
 
 
 def hash_of_names(paths: Sequence["ImagePath"]) -> str:
+    """Of the names without their common prefix, so that all may move together."""
     names = list(map(str, paths))
     start = len(os.path.commonprefix([min(names), max(names)]))  # noqa: RUF071 - of all
     return hash_of_texts(name[start:] for name in names)

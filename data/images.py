@@ -156,8 +156,8 @@ def list_paths(
 
 
 def identity_for_all(paths: Sequence[ImagePath]) -> dict[str, str]:
-    """`identity_of_images` with this process's names, which `training.run.Run` compares with those of the
-    main process, and the sizes that the main process reads. All processes call this together."""
+    """What identifies a set of images: this process's names, which `training.run.Run` compares with those of
+    the main process, and the sizes that the main process reads. All processes call this together."""
     sizes = on_main(lambda: hash_of_sizes(paths))
     return {"image names": hash_of_names(paths), "image sizes": sizes}
 

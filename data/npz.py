@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.cache import MANIFEST, TokenCache, read_manifest, write_manifest
-from data.identity import identity_of_images
+from data.identity import hash_of_names, hash_of_sizes
 from data.walk import walk
 from runtime.errors import InputError
 from runtime.files import read_npz, sync_file, sync_folder, writing
@@ -57,7 +57,10 @@ class NpzStore(TokenCache):
         self.views, self.tokens = self._read(0).shape
 
     def identity(self) -> dict[str, str]:
-        return identity_of_images(self._files)
+        return {
+            "image names": hash_of_names(self._files),
+            "image sizes": hash_of_sizes(self._files),
+        }
 
     def _read(self, image: int) -> np.ndarray:
         """All codes of an image: (V, T)."""

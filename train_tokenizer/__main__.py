@@ -31,18 +31,10 @@ import configs.load
 from configs.schema import Phase, TokenizerRun
 from configs.sizes import open_start
 from data.classes import printable
-from data.images import (
-    ImagePath,
-    TrainImages,
-    identity_for_all,
-    is_path_list,
-    list_paths,
-    load_image,
-    scan_images,
-    to_float,
-)
+from data.images import TrainImages, identity_for_all, is_path_list, list_paths, scan_images
 from data.loader import worker_count
 from data.subset import spread_over_classes
+from data.tree import ImagePath
 from evaluation import in_training
 from evaluation.evaluator import Evaluator
 from evaluation.lpips import LPIPS
@@ -55,6 +47,8 @@ from evaluation.reconstruction import (
     reconstruct,
 )
 from modeling.compiling import compile_blocks, inductor_or_eager
+from modeling.photos import load_image
+from modeling.pixels import to_float
 from modeling.tokenizer import Tokenizer, TokenizerConfig, TokenizerOutput
 from modeling.weights.metadata import DECODER, DISCRIMINATOR, ENCODER, TOKENIZER, about_model
 from modeling.weights.opened import Opened

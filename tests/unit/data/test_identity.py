@@ -3,8 +3,7 @@ import shutil
 import numpy as np
 import pytest
 
-from data.identity import identity_of_images
-from data.images import scan_images
+from data.images import identity_for_all, scan_images
 from data.tokens import open_tokens
 from tests.tars import packed
 from tests.tiny import tiny_cache
@@ -19,7 +18,7 @@ def folder(tmp_path):
 
 
 def identity(root):
-    return identity_of_images(scan_images(root).paths)
+    return identity_for_all(scan_images(root).paths)
 
 
 def test_images_keep_their_identity_where_they_move_or_are_packed(folder, tmp_path):
@@ -46,7 +45,7 @@ def test_other_images_are_told_apart(folder, change, differs):
 
 def test_a_link_to_nothing_is_left_to_its_reader(folder):
     (folder / "a/2.png").symlink_to("nowhere")
-    assert identity_of_images([*scan_images(folder).paths, folder / "a/2.png"])
+    assert identity_for_all([*scan_images(folder).paths, folder / "a/2.png"])
 
 
 def cache(folder, seed, labels):

@@ -335,11 +335,8 @@ class Tokenizer(nn.Module):
         embedded = WEIGHT_STD * encoder.patch_embed.weight[0].numel() ** 0.5
         std = max(2 * width**-0.5, embedded)
         patches = nn.init.normal_(encoder.positional_embedding, std=std)
-        own = patches
-        if self.config.num_prefix_tokens:
-            own = torch.cat([patches[:grid], own])  # the prefix shows the first row …
-        if self.config.num_prefix_tokens > grid:
-            own = torch.cat([patches[:1], own])  # … after the corner
+        # The prefix shows the first row, after the corner; it may lack the corner, or both.
+        own = torch.cat([patches[:1], patches[:grid], patches])[-self.config.num_tokens :]
         latents = nn.init.normal_(encoder.latent_token_positional_embedding, std=std / 4)
         latents.add_(own)
         attention: Any = encoder.transformer[0].attn

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Optional
 
 from ..errors import InputError, describe
-from .metadata import About
+from .metadata import GENERATOR, TOKENIZER, About
 from .runs import expanded
 
 CARD, CONFIG = "README.md", "config.json"  # of every repository
@@ -66,8 +66,7 @@ def model_card(name: str, generator: About, tokenizer: About) -> str:
 
 def config_json(generator: About, tokenizer: About) -> str:
     """The metadata of both files as config.json; the hub counts downloads by requests for it."""
-    content = {"model_type": "alitok"}
-    content |= {about.kind: about.entry() for about in (generator, tokenizer)}
+    content = {"model_type": "alitok", GENERATOR: generator.entry(), TOKENIZER: tokenizer.entry()}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -3,7 +3,6 @@
 Files of other people are told by their first bytes, and models are found among other content.
 """
 
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -203,14 +202,13 @@ def write_state_dict(
     state = OrderedDict((k, v.detach().cpu().contiguous().clone()) for k, v in state.items())
     if about is not None and about.kind == TOKENIZER:
         about = dataclasses.replace(about, tokenizer=fingerprint(state))
-    entry = None if about is None else about.entry()
+    entries = {} if about is None else {KEY: about.entry()}
     if path.suffix == ".safetensors":
-        texts = None if entry is None else {KEY: json.dumps(entry)}
+        texts = {key: json.dumps(entry) for key, entry in entries.items()}
         with whole_file(path) as partial, writing(path, SafetensorError):
             save_file(state, partial, texts)
         return
-    if entry is not None:
-        state._metadata = {KEY: entry}  # type: ignore[attr-defined]  # as torch's own state dicts have
+    state._metadata = entries  # type: ignore[attr-defined]  # as torch's own state dicts have
     write_torch(state, path)
 
 
@@ -235,10 +233,7 @@ def tensors_hash(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.numel():
-            # The tensor's own memory, without a copy.
-            digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

@@ -107,14 +107,10 @@ def read_file(path: Path) -> tuple[Any, dict]:
     safetensors, `_metadata` of a state dict."""
     try:
         kind = kind_by_content(path)
-    except PermissionError as e:
-        raise InputError(
-            f"cannot read {path}: permission denied; ask its owner to make it readable"
-        ) from e
     except OSError as e:
         raise InputError(
-            f"no weights at {path}: put the published file there (see weights/README.md) or pass the "
-            f"path of your own"
+            f"no weights at {path}: put the published file there (see weights/README.md), make it "
+            f"readable or pass the path of your own ({e.strerror})"
         ) from e
     named = SAFETENSORS if path.suffix == ".safetensors" else PYTORCH
     if kind in (SAFETENSORS, PYTORCH) and kind != named:

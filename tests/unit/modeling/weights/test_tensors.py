@@ -165,7 +165,7 @@ def test_file_that_may_not_be_read_is_a_matter_of_permission(tmp_path, monkeypat
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("builtins.open", forbid)  # root, who runs tests, may read anything
-    refused(tmp_path / name, "permission")
+    refused(tmp_path / name, "Permission denied", "readable")
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])

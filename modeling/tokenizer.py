@@ -345,9 +345,8 @@ class Tokenizer(nn.Module):
 
     def freeze_encoder(self) -> None:
         """For stage 2: only the decoder trains."""
-        self.latent_tokens.requires_grad_(False)
-        self.encoder.requires_grad_(False)
-        self.quantize.requires_grad_(False)
+        self.requires_grad_(False)
+        self.decoder.requires_grad_(True)
         self.encoder_frozen = True
 
     # ------------------------------------------------------------------ for users

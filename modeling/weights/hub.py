@@ -121,13 +121,12 @@ def upload(
         hub.create_repo(name, private=private, exist_ok=True)
         if branch is not None:
             hub.create_branch(name, branch=branch, exist_ok=True)
-        kept = [CARD] if hub.file_exists(name, CARD, revision=branch) else None
         commit = hub.upload_folder(
             repo_id=name,
             folder_path=folder,
             revision=branch,
             commit_message=message,
-            ignore_patterns=kept,
+            ignore_patterns=[CARD] if hub.file_exists(name, CARD, revision=branch) else None,
         )
     except Exception as e:  # of the network's library, too
         raise InputError(

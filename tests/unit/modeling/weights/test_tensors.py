@@ -499,3 +499,5 @@ def test_the_fingerprint_is_the_hash_of_what_decides_the_codes_in_float32():
 def test_hash_takes_empty_and_single_values():
     states = [{"x": torch.zeros(0)}, {"x": torch.tensor(1.0)}, {}]
     assert len({tensors_hash(state) for state in states}) == 3
+    repeated = torch.ones(1).expand(5)
+    assert tensors_hash({"x": repeated}) == tensors_hash({"x": torch.ones(5)})

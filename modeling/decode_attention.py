@@ -189,8 +189,7 @@ def check_attention(
     (heads, positions, size), (dtype, stored) = shape, types
 
     def random(*shape: int) -> Tensor:
-        made = torch.randn(shape, generator=numbers, device="cpu", dtype=torch.float32)
-        return made.to(device)
+        return torch.randn(shape, generator=numbers, device="cpu", dtype=torch.float32).to(device)
 
     qk_norm, angles = random(2, 1, size).abs(), random(positions, size)
     turns = torch.stack([angles.cos(), angles.sin()], 1)

@@ -123,10 +123,7 @@ class Features(NamedTuple):
 
 
 class TokenizerAttention(nn.Module):
-    """Multi-head self-attention, (B, T, D) -> (B, T, D).
-
-    With `first`, only tokens from that index on attend, and to all tokens: (B, T, D) -> (B, T - first, D).
-    """
+    """Multi-head attention of the tokens from `first` on to all tokens: (B, T, D) -> (B, T - first, D)."""
 
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
@@ -157,8 +154,7 @@ class MLP(nn.Module):
 
 
 class TokenizerBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)); (B, T, D) -> (B, T - first, D), without the tokens
-    before `first`, to which the others attend. Its norms are LayerNorms."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), of the same tokens: (B, T, D) -> (B, T - first, D)."""
 
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()

@@ -219,7 +219,7 @@ def fit_classes(
     """
     here = about_model(GENERATOR, config).config
     before, after = weights.about.config["condition_num_classes"], here.pop("condition_num_classes")
-    weights.about.sizes(here, weights.file, "model.generator.{}={}".format)
+    weights.sizes(here, "model.generator.{}={}".format)
     rows = [row if before == after else None for row in range(after)]  # by label
     if weights.about.classes is not None:
         named = {normalize("NFC", name): row for row, name in enumerate(weights.about.classes)}

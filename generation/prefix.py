@@ -20,7 +20,6 @@ from modeling.photos import crop_geometry
 from modeling.sampling import DRAWN
 from modeling.tokenizer import Tokenizer, TokenizerConfig
 from runtime.errors import InputError
-from runtime.files import NPZ_ERRORS
 
 FILES_OF_CODES = (".npy", ".npz")
 KEYS = ("arr_0", "codes")  # in an .npz: of OUTPUT_DIR_codes.npz; of a cache's published layout
@@ -67,7 +66,7 @@ def load_codes(option: str, path: str, config: TokenizerConfig, whole: bool = Fa
             if not isinstance(loaded, np.ndarray):
                 loaded = next(loaded[key] for key in KEYS if key in loaded)
         codes = np.atleast_2d(loaded)
-    except (*NPZ_ERRORS, StopIteration) as e:
+    except Exception as e:  # a damaged archive raises almost anything
         raise InputError(
             f"{source} is not a file of codes ({type(e).__name__}): use an OUTPUT_DIR_codes.npz or an .npy"
         ) from e

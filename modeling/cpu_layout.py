@@ -55,12 +55,11 @@ def cpu_layout(rows: int, compiled: bool) -> Callable[[Tensor], Tensor]:
 
 
 def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has products of this type on this processor; bfloat16 needs AVX-512 or
-    AVX-NE-CONVERT."""
-    if not torch.backends.mkldnn.is_available():  # the functions below are then missing too
+    """Whether oneDNN has products of this type, float32 or bfloat16, on this processor; bfloat16 needs
+    AVX-512 or AVX-NE-CONVERT."""
+    if not torch.backends.mkldnn.is_available():  # the function below is then missing too
         return False
-    has = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype not in has or getattr(torch.ops.mkldnn, has[dtype])()
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class HugePages:

@@ -135,9 +135,7 @@ def filled(cache: Cache, count: int) -> list[Tensor]:
 
 def head_parts(size: int) -> Optional[tuple[int, int]]:
     """Two powers of two that add up to the head size (48 = 32 + 16, 64 = 32 + 32), or None."""
-    larger = 1 << (size.bit_length() - 1)
-    if larger == size:
-        larger //= 2
+    larger = 1 << ((size - 1).bit_length() - 1)  # the largest below the size
     smaller = size - larger
     return (larger, smaller) if smaller > 1 and smaller & (smaller - 1) == 0 else None
 
@@ -187,19 +185,21 @@ def check_attention(
     Compares steps at the first, middle and last position with the plain form, on random states of three
     rows, with sums in float32. Everything after the position is NaN (in an int8 cache, its scales).
     """
-    numbers = torch.Generator().manual_seed(0)
+    numbers, rows = torch.Generator().manual_seed(0), 3
     (heads, positions, size), (dtype, stored) = shape, types
 
     def random(*shape: int) -> Tensor:
-        made = torch.randn(shape, generator=numbers, device="cpu", dtype=torch.float32)
-        return made.to(device)
+        return torch.randn(shape, generator=numbers, device="cpu", dtype=torch.float32).to(device)
 
-    rows = 3
     qk_norm, angles = random(2, 1, size).abs(), random(positions, size)
     turns = torch.stack([angles.cos(), angles.sin()], 1)
     for p in sorted({0, positions // 2, positions - 1}):
         qkv = random(rows, 3 * heads * size).to(dtype)
-        tested = random_cache(random(2, rows, heads, positions, size), p, stored)
+        tested = empty_cache((rows, heads, positions, size), stored, device)
+        for x in tested:
+            if x is not None and x.is_floating_point():
+                x.fill_(torch.nan)
+        write_positions(random(rows, p, 3 * heads * size).to(dtype), qk_norm, turns, 0, tested)
         expected = Cache(*(None if x is None else x.clone() for x in tested))  # type: ignore[arg-type]
         try:
             y = attention(qkv, qk_norm, turns, torch.tensor([p], device=device), tested)
@@ -225,14 +225,3 @@ def check_attention(
                     f"form, where the rounding of {kind} explains {ROUNDING[kind]:.2g}"
                 )
     return None
-
-
-def random_cache(filled: Tensor, position: int, stored: torch.dtype) -> Cache:
-    """Random k and v (2, N, H, S, h) as a cache of that type, NaN from the position on."""
-    if stored == torch.int8:
-        (k, v), scales = quantize(filled)
-        scales[..., position:] = torch.nan
-        return Cache(k.contiguous(), v.contiguous(), *(s.contiguous() for s in scales))
-    filled[..., position:, :] = torch.nan
-    k, v = filled.to(stored)
-    return Cache(k.clone(), v.clone())

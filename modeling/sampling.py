@@ -1,8 +1,7 @@
 """The rules of sampling: random numbers, guidance, the draw of a code, and the plain loop that applies them.
 
-`ReferenceEngine` is the slow, readable twin of `engine.Engine` and draws the same codes. Shape suffixes are
-those of `modeling.generator`; N is B, or 2B with guidance (the images with their classes, then with "no
-class").
+Shape suffixes are those of `modeling.generator`; N is B, or 2B with guidance (the images with their classes,
+then with "no class").
 """
 
 import math
@@ -133,7 +132,7 @@ def choose(
 
 
 class ReferenceEngine:
-    """The slow, readable twin of `engine.Engine`, for any backbone; bfloat16 by autocast."""
+    """The slow, readable twin of `engine.Engine`, for any backbone: the same codes; bfloat16 by autocast."""
 
     def __init__(
         self, model: Backbone, batch: int, sampling: Sampling, dtype: torch.dtype = torch.float32

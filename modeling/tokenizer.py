@@ -121,10 +121,7 @@ class Features(NamedTuple):
 
 
 class TokenizerAttention(nn.Module):
-    """Multi-head self-attention, (B, T, D) -> (B, T, D).
-
-    With `first`, only tokens from that index on attend, and to all tokens: (B, T, D) -> (B, T - first, D).
-    """
+    """Multi-head attention of the tokens from `first` on to all tokens: (B, T, D) -> (B, T - first, D)."""
 
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
@@ -155,8 +152,7 @@ class MLP(nn.Module):
 
 
 class TokenizerBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)); (B, T, D) -> (B, T - first, D), without the tokens
-    before `first`, to which the others attend. Its norms are LayerNorms."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), of the same tokens: (B, T, D) -> (B, T - first, D)."""
 
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
@@ -333,11 +329,8 @@ class Tokenizer(nn.Module):
         embedded = WEIGHT_STD * encoder.patch_embed.weight[0].numel() ** 0.5
         std = max(2 * width**-0.5, embedded)
         patches = nn.init.normal_(encoder.positional_embedding, std=std)
-        own = patches
-        if self.config.num_prefix_tokens:
-            own = torch.cat([patches[:grid], own])  # the prefix shows the first row …
-        if self.config.num_prefix_tokens > grid:
-            own = torch.cat([patches[:1], own])  # … after the corner
+        # The prefix shows the first row, after the corner; it may lack the corner, or both.
+        own = torch.cat([patches[:1], patches[:grid], patches])[-self.config.num_tokens :]
         latents = nn.init.normal_(encoder.latent_token_positional_embedding, std=std / 4)
         latents.add_(own)
         attention: Any = encoder.transformer[0].attn
@@ -346,9 +339,8 @@ class Tokenizer(nn.Module):
 
     def freeze_encoder(self) -> None:
         """For stage 2: only the decoder trains."""
-        self.latent_tokens.requires_grad_(False)
-        self.encoder.requires_grad_(False)
-        self.quantize.requires_grad_(False)
+        self.requires_grad_(False)
+        self.decoder.requires_grad_(True)
         self.encoder_frozen = True
 
     # ------------------------------------------------------------------ for users

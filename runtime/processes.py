@@ -131,17 +131,15 @@ def missing_to_compile() -> str:
 
 def set_tf32(products: bool, convolutions: bool) -> None:
     """Whether float32 products and convolutions use TensorFloat-32 on CUDA."""
-    backends: Any = torch.backends  # the attributes exist, but no declaration of them
-    backends.cuda.matmul.allow_tf32 = products
-    backends.cudnn.allow_tf32 = convolutions
+    torch.backends.cuda.matmul.allow_tf32 = products
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """Float32 products and convolutions within a block: in full (fp32), or by TensorFloat-32 on CUDA (tf32,
     bf16). The earlier setting is restored after it."""
-    backends: Any = torch.backends
-    before = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+    before = bool(torch.backends.cuda.matmul.allow_tf32), torch.backends.cudnn.allow_tf32
     set_tf32(precision != "fp32", precision != "fp32")
     try:
         yield

@@ -13,7 +13,7 @@ from runtime.errors import InputError
 
 SAVED_AND_STOPPED = 75  # exit status: the same command resumes (sysexits' EX_TEMPFAIL)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-PATIENCE = 3.0  # seconds
+PATIENCE = 3.0  # seconds within which another signal is the same one, forwarded by a launcher
 # Seconds after a signal within which all ranks must answer: launchers kill after 30, so waiting longer
 # for a dead rank is useless.
 ANSWER_WITHIN = 20.0
@@ -26,16 +26,11 @@ class StopRequest:
         self.at: float | None = None  # seconds on the monotonic clock
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        alone = number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ
         if self.at is None:
             self.at = time.monotonic()
-        elif time.monotonic() - self.at > patience(number):
+        elif time.monotonic() - self.at > (0.0 if alone else PATIENCE):
             os._exit(128 + number)
-
-
-def patience(number: int) -> float:
-    """Seconds within which another signal counts as the same one, forwarded by a launcher."""
-    alone = "TORCHELASTIC_RUN_ID" not in os.environ
-    return 0.0 if alone and number == signal.SIGINT else PATIENCE
 
 
 def listen(request: StopRequest) -> None:

@@ -155,7 +155,7 @@ def load_stage1(run: Run, tokenizer: Tokenizer) -> None:
         sizes, new = ENCODER + DECODER, BUFFERS_AND_POSITIONS
     here = about_model(TOKENIZER, model.vq_model).config
     chosen = {name: here[name] for name in sizes}
-    weights.about.sizes(chosen, weights.file, "model.vq_model.{}={}".format)
+    weights.sizes(chosen, "model.vq_model.{}={}".format)
     load_tensors(tokenizer, weights.state, str(weights.file), STAGE1_ONLY + new, new)
     if from_stage1 and weights.about.stage != 1:
         raise InputError(

@@ -116,15 +116,14 @@ def folded(name: str) -> str:
 def sorted_as_text(folders: Mapping[int, str]) -> Optional[str]:
     """A warning if all names {label: name} are numbers, but not all equal their labels, as when folders
     are sorted as text: 0, 1, 10, 11, …, 2. None otherwise."""
-    if not all(name.isdecimal() for name in folders.values()):
-        return None
-    first = next((label for label, name in folders.items() if int(name) != label), None)
-    if first is None:
-        return None
-    return (
-        f"the class names are not labels: class {first} is the one called {folders[first]}. A "
-        f"number means a label; in quotes, as '{folders[first]}', it is a name"
-    )
+    numbers = all(name.isdecimal() for name in folders.values())
+    for label, name in folders.items():
+        if numbers and int(name) != label:
+            return (
+                f"the class names are not labels: class {label} is the one called {name}. A number "
+                f"means a label; in quotes, as '{name}', it is a name"
+            )
+    return None
 
 
 def imagenet_names() -> dict[int, str]:

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Optional
 
 from ..errors import InputError, describe
-from .metadata import About
+from .metadata import GENERATOR, TOKENIZER, About
 from .runs import expanded
 
 CARD, CONFIG = "README.md", "config.json"  # of every repository
@@ -66,8 +66,7 @@ def model_card(name: str, generator: About, tokenizer: About) -> str:
 
 def config_json(generator: About, tokenizer: About) -> str:
     """The metadata of both files as config.json; the hub counts downloads by requests for it."""
-    content = {"model_type": "alitok"}
-    content |= {about.kind: about.entry() for about in (generator, tokenizer)}
+    content = {"model_type": "alitok", GENERATOR: generator.entry(), TOKENIZER: tokenizer.entry()}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -122,13 +121,12 @@ def upload(
         hub.create_repo(name, private=private, exist_ok=True)
         if branch is not None:
             hub.create_branch(name, branch=branch, exist_ok=True)
-        kept = [CARD] if hub.file_exists(name, CARD, revision=branch) else None
         commit = hub.upload_folder(
             repo_id=name,
             folder_path=folder,
             revision=branch,
             commit_message=message,
-            ignore_patterns=kept,
+            ignore_patterns=[CARD] if hub.file_exists(name, CARD, revision=branch) else None,
         )
     except Exception as e:  # of the network's library, too
         raise InputError(

@@ -17,7 +17,7 @@ Sizes of other files come from tensor shapes and the published head size.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional, get_type_hints
 
@@ -48,7 +48,6 @@ SIZES = {
     TOKENIZER: (*ENCODER, *DECODER, "num_buffer_tokens", *FLAGS),
     DISCRIMINATOR: (),
 }  # fmt: skip
-Named = Callable[[str, Any], str]
 HEAD_SIZE = 64  # of the published tokenizers
 UNSEEN = ("encoder_heads", "decoder_heads", "causal")  # not visible in a tokenizer's tensors
 
@@ -85,24 +84,6 @@ class About:
             return []
         known = len(self.classes)
         return sorted(label for label in set(labels) if label >= known or label in self.untrained)
-
-    def sizes(
-        self, chosen: Mapping[str, Any], source: object, named: Named = "{}={}".format
-    ) -> dict[str, Any]:
-        """The sizes of this model. `chosen`, set by the user, replace only assumed ones.
-
-        Raises InputError if one of them contradicts the file `source`; `named(name, value)` is how the
-        message calls it.
-        """
-        for name, size in self.config.items():
-            set_to = chosen.get(name)
-            if set_to not in (None, size):
-                raise InputError(
-                    f"{named(name, set_to)} contradicts {source}, whose weights have "
-                    f"{name}={size}: leave it out, or pass other weights"
-                )
-        assumed = {name: chosen.get(name, size) for name, size in self.assumed.items()}
-        return {**assumed, **self.config}
 
 
 def about_model(

@@ -1,6 +1,6 @@
 """`open_weights`: weights and their sizes, from files of any kind."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional, TypeVar
@@ -11,11 +11,12 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError
 from ..tokenizer import Tokenizer, TokenizerConfig
-from .metadata import TOKENIZER, About, Named, about_model, about_shapes
+from .metadata import TOKENIZER, About, about_model, about_shapes
 from .runs import find_weights
 from .tensors import fingerprint, load_tensors, read_model
 
 T = TypeVar("T", bound=Any)  # a config
+Named = Callable[[str, Any], str]  # how messages call an option with its value
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,29 @@ class Opened:
     state: dict[str, Tensor]
     about: About
 
+    def sizes(self, chosen: Mapping[str, Any], named: Named = "{}={}".format) -> dict[str, Any]:
+        """The sizes of this model. `chosen`, set by the user, replace only assumed ones.
+
+        Raises InputError if one of them contradicts the weights.
+        """
+        for name, size in self.about.config.items():
+            set_to = chosen.get(name)
+            if set_to not in (None, size):
+                raise InputError(
+                    f"{named(name, set_to)} contradicts {self.file}, whose weights have "
+                    f"{name}={size}: leave it out, or pass other weights"
+                )
+        assumed = {name: chosen.get(name, size) for name, size in self.about.assumed.items()}
+        return {**assumed, **self.about.config}
+
     def config(
         self, base: T, chosen: Optional[Mapping[str, Any]] = None, named: Named = "{}={}".format
     ) -> T:
-        """The config of the model: `base`, a dataclass, with the sizes of these weights.
+        """The config of the model: `base`, a dataclass, with its `sizes`.
 
-        `chosen` are sizes that the user has set (`About.sizes`). Raises InputError if one of them
-        contradicts the weights, or if no model can have these sizes.
+        Raises InputError also if no model can have these.
         """
-        sizes = self.about.sizes(chosen or {}, self.file, named)
+        sizes = self.sizes(chosen or {}, named)
         try:
             return replace(base, **sizes)
         except InputError as e:

@@ -3,7 +3,6 @@
 Files of other people are told by their first bytes, and models are found among other content.
 """
 
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -108,14 +107,10 @@ def read_file(path: Path) -> tuple[Any, dict]:
     safetensors, `_metadata` of a state dict."""
     try:
         kind = kind_by_content(path)
-    except PermissionError as e:
-        raise InputError(
-            f"cannot read {path}: permission denied; ask its owner to make it readable"
-        ) from e
     except OSError as e:
         raise InputError(
-            f"no weights at {path}: put the published file there (see weights/README.md) or pass the "
-            f"path of your own"
+            f"no weights at {path}: put the published file there (see weights/README.md), make it "
+            f"readable or pass the path of your own ({e.strerror})"
         ) from e
     named = SAFETENSORS if path.suffix == ".safetensors" else PYTORCH
     if kind in (SAFETENSORS, PYTORCH) and kind != named:
@@ -203,14 +198,13 @@ def write_state_dict(
     state = OrderedDict((k, v.detach().cpu().contiguous().clone()) for k, v in state.items())
     if about is not None and about.kind == TOKENIZER:
         about = dataclasses.replace(about, tokenizer=fingerprint(state))
-    entry = None if about is None else about.entry()
+    entries = {} if about is None else {KEY: about.entry()}
     if path.suffix == ".safetensors":
-        texts = None if entry is None else {KEY: json.dumps(entry)}
+        texts = {key: json.dumps(entry) for key, entry in entries.items()}
         with whole_file(path) as partial, writing(path, SafetensorError):
             save_file(state, partial, texts)
         return
-    if entry is not None:
-        state._metadata = {KEY: entry}  # type: ignore[attr-defined]  # as torch's own state dicts have
+    state._metadata = entries  # type: ignore[attr-defined]  # as torch's own state dicts have
     write_torch(state, path)
 
 
@@ -235,10 +229,7 @@ def tensors_hash(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.numel():
-            # The tensor's own memory, without a copy.
-            digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -1,4 +1,5 @@
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -47,6 +48,14 @@ def test_part_not_yet_renamed_is_absent_and_can_be_written_again(tmp_path, monke
 def test_parts_hold_no_pickled_objects(tmp_path):
     parts = Parts(tmp_path, 1)
     parts.write(0, codes=np.array([{}], dtype=object))
+    refusal(lambda: parts.read(0, "codes"), parts.path(0))
+
+
+def test_a_part_that_claims_more_values_than_memory_holds_is_refused(tmp_path):
+    parts = Parts(tmp_path, 1)
+    with zipfile.ZipFile(parts.path(0), "w") as archive, archive.open("codes.npy", "w") as file:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (10**15,)}
+        np.lib.format.write_array_header_1_0(file, header)
     refusal(lambda: parts.read(0, "codes"), parts.path(0))
 
 

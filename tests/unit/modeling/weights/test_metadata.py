@@ -69,7 +69,7 @@ def test_sizes_are_those_that_decide_what_a_model_computes():
 
 def test_a_generators_file_says_its_sizes_codes_and_classes(generator):
     about = about_file(generator)
-    assert about.sizes({}, generator).items() <= vars(TINY).items()
+    assert about.config.items() <= vars(TINY).items()
     assert about.tokenizer == "f" * 16 and about.classes == ["ant", "bee"]
 
 

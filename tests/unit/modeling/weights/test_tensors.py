@@ -165,7 +165,7 @@ def test_file_that_may_not_be_read_is_a_matter_of_permission(tmp_path, monkeypat
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("builtins.open", forbid)  # root, who runs tests, may read anything
-    refused(tmp_path / name, "permission")
+    refused(tmp_path / name, "Permission denied", "readable")
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
@@ -499,3 +499,5 @@ def test_the_fingerprint_is_the_hash_of_what_decides_the_codes_in_float32():
 def test_hash_takes_empty_and_single_values():
     states = [{"x": torch.zeros(0)}, {"x": torch.tensor(1.0)}, {}]
     assert len({tensors_hash(state) for state in states}) == 3
+    repeated = torch.ones(1).expand(5)
+    assert tensors_hash({"x": repeated}) == tensors_hash({"x": torch.ones(5)})

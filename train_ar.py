@@ -293,7 +293,7 @@ def describe_run(run: Run, state: TrainState, data: GeneratorData) -> None:
     run.describe(state.generator, state.compiled, data.images)
     samples = run.total_steps * run.global_batch
     run.log.say(
-        f"{samples / data.images / data.views:.1f} epochs of all {data.views} views of an image, "
+        f"{samples / data.images / data.views:.1f} epochs of all views ({data.views} per image), "
         f"{samples * state.config.image_seq_len / 1e9:.3g}G codes"
     )
 

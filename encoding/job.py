@@ -93,7 +93,7 @@ class WorkFolder:
                 )
 
         refuse_others(self.settings)
-        stats = sizes_and_times(self.images.paths)  # minutes for a million images in a network
+        stats = sizes_and_times(self.images.paths)  # minutes on a network file system
         refuse_others({"image_sizes": short_hash(stats[:, 0].tobytes())})
         newer = np.flatnonzero(stats[:, 1] > (cache / MANIFEST).stat().st_mtime)
         if len(newer):

@@ -42,7 +42,7 @@ def checkpoint_step(file: Path) -> int | None:
 
 
 def find_generators(given: str, others: list[str]) -> dict[str, Opened]:
-    """The weights of the generator and of the runs to compare it with, by the names that the user gave.
+    """The weights of the generator and of the runs to compare it with, by the names that the user gave, each once.
 
     If there are others, all are of one step: that of the generator or, if it is a run, the newest at which
     all hold a checkpoint.

@@ -135,7 +135,7 @@ def filled(cache: Cache, count: int) -> list[Tensor]:
 
 def head_parts(size: int) -> Optional[tuple[int, int]]:
     """Two powers of two that add up to the head size (48 = 32 + 16, 64 = 32 + 32), or None."""
-    larger = 1 << ((size - 1).bit_length() - 1)  # the largest below the size
+    larger = 1 << (size - 1).bit_length() >> 1  # the largest below the size
     smaller = size - larger
     return (larger, smaller) if smaller > 1 and smaller & (smaller - 1) == 0 else None
 
@@ -199,7 +199,8 @@ def check_attention(
         for x in tested:
             if x is not None and x.is_floating_point():
                 x.fill_(torch.nan)
-        write_positions(random(rows, p, 3 * heads * size).to(dtype), qk_norm, turns, 0, tested)
+        if p:
+            write_positions(random(rows, p, 3 * heads * size).to(dtype), qk_norm, turns, 0, tested)
         expected = Cache(*(None if x is None else x.clone() for x in tested))  # type: ignore[arg-type]
         try:
             y = attention(qkv, qk_norm, turns, torch.tensor([p], device=device), tested)

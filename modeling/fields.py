@@ -80,7 +80,7 @@ class Rule:
         if self.path and any(len(name.encode()) > 255 for name in value.split("/")):
             return "a name in the path has more than 255 bytes: shorten it"
         if self.path and value.startswith("~"):
-            return f"there is no such home folder; write ./{short(value)} for a file of this name"
+            return f"its ~ is not a home folder: write it in full, or ./{short(value)} for a file"
         if self.path and value.lower() in ("true", "false", "none"):
             return f"set a path (./{value} for a file of this name), or null for none"
         return ""

@@ -339,8 +339,8 @@ class Tokenizer(nn.Module):
 
     def freeze_encoder(self) -> None:
         """For stage 2: only the decoder trains."""
-        self.requires_grad_(False)
-        self.decoder.requires_grad_(True)
+        for part in (self.latent_tokens, self.encoder, self.quantize):
+            part.requires_grad_(False)
         self.encoder_frozen = True
 
     # ------------------------------------------------------------------ for users

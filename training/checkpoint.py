@@ -317,7 +317,7 @@ def checkpoints_from(resume: str, run_dir: Path) -> list[Path]:
             f"experiment.resume=True to resume them (for example after moving {resume}), or another "
             f"experiment.output_dir"
         )
-    if named.name.startswith("checkpoint-") or list(named.glob("checkpoint-*")):
+    if any(p.is_dir() and p.name.startswith("checkpoint-") for p in (named, *named.glob("*"))):
         raise InputError(
             f"experiment.resume={resume} is from the published trainer, whose optimizer state cannot "
             f"be resumed: set experiment.init_weights={resume} to start from its weights"

@@ -478,7 +478,7 @@ def test_records_say_how_fast_and_how_long(train, capsys):
     assert "mfu" not in records[0]  # no peak is known of a CPU
     header = capsys.readouterr().out
     for words in ("24 images; 8 per step = 4 x 1 ranks x 2; steps 1 to 3, 1.0 epochs",
-                  "0.5 epochs of all 2 views", "expected time"):  # fmt: skip
+                  "0.5 epochs of all views (2 per image)", "expected time"):  # fmt: skip
         assert words in header
 
 

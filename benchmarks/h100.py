@@ -87,28 +87,36 @@ def read_attention(output: str) -> list[Cell]:
     return cells
 
 
+def sampled(output: str, batch: int, streams: int = 1) -> str:
+    """Images/s of our sampling."""
+    (rate,) = find(rf"^\s+ours +batch {batch}, .* {streams} streams: ([\d.]+) images/s", output)
+    return rate
+
+
 def read_sampling(size: str, streams: bool = False) -> Callable[[str], list[Cell]]:
     column = 1 + SIZES.index(size)
 
     def read(output: str) -> list[Cell]:
         rows = {}
         for batch in (256, 512):
-            (rate,) = find(rf"^\s+ours +batch {batch}, .* 1 streams: ([\d.]+) images/s", output)
             least, share = find(
                 rf"^\s+roofline batch {batch}, 1 streams: ([\d.]+) images/s.* reaches (\d+%)",
                 output,
             )
             rows |= {
-                f"images/s, batch {batch}": rate, f"roofline, images/s, batch {batch}": least,
+                f"images/s, batch {batch}": sampled(output, batch),
+                f"roofline, images/s, batch {batch}": least,
                 f"of the roofline, batch {batch}": share,
-            }  # fmt: skip
+            }
         if streams:
-            (rows["images/s, batch 256 in two streams"],) = find(
-                r"^\s+ours +batch 256, .* 2 streams: ([\d.]+) images/s", output
-            )
+            rows["images/s, batch 256 in two streams"] = sampled(output, 256, 2)
         return [("## Sampling", name, column, value) for name, value in rows.items()]
 
     return read
+
+
+def read_dependent_launch(output: str) -> list[Cell]:
+    return [("## Sampling", "images/s, batch 512, dependent launch", 1, sampled(output, 512))]
 
 
 def read_plain_sampling(output: str) -> list[Cell]:
@@ -116,14 +124,20 @@ def read_plain_sampling(output: str) -> list[Cell]:
     return [("## Sampling", "against the plain way", 1, ratio and f"{ratio}×")]
 
 
+def trained(output: str, batch: int) -> dict[int, str]:
+    """Images/s, MFU and memory of our training, by column."""
+    rate, use, memory = find(
+        rf"batch {batch} ours: ([\d.]+) images/s(?:, MFU ([\d.]+%), ([\d.]+ GiB))?", output
+    )
+    return {3: rate, 5: use, 6: memory}
+
+
 def read_training(size: str, batches: tuple[int, ...]) -> Callable[[str], list[Cell]]:
     def read(output: str) -> list[Cell]:
         cells = []
         for batch in batches:
-            ours, use, memory = find(
-                rf"batch {batch} ours: ([\d.]+) images/s(?:, MFU ([\d.]+%), ([\d.]+ GiB))?", output
-            )
-            values = {1: ours and machine(), 3: ours, 5: use, 6: memory}
+            found = trained(output, batch)
+            values = {1: found[3] and machine(), **found}
             row = f"{size}, {batch}"
             cells += [("## Generator training", row, i, value) for i, value in values.items()]
         paper = find(r": (\d+) h, (\d+) GPU-hours, (\d+ USD)", output)
@@ -136,18 +150,10 @@ def read_training(size: str, batches: tuple[int, ...]) -> Callable[[str], list[C
 
 def read_trial(row: str) -> Callable[[str], list[Cell]]:
     def read(output: str) -> list[Cell]:
-        rate, use, memory = find(
-            r"batch 128 ours: ([\d.]+) images/s(?:, MFU ([\d.]+%), ([\d.]+ GiB))?", output
-        )
-        values = {3: rate, 5: use, 6: memory}
-        return [("## Generator training", row, i, value) for i, value in values.items()]
+        values = trained(output, 128).items()
+        return [("## Generator training", row, i, value) for i, value in values]
 
     return read
-
-
-def read_dependent_launch(output: str) -> list[Cell]:
-    (rate,) = find(r"^\s+ours +batch 512, .* 1 streams: ([\d.]+) images/s", output)
-    return [("## Sampling", "images/s, batch 512, dependent launch", 1, rate)]
 
 
 def read_plain_training(output: str) -> list[Cell]:
@@ -240,45 +246,22 @@ def steps() -> list[Step]:
         "generator_training", "small", "--batches", 2, "--rounds", 1, "--steps", 1
     )
     tiny_tokenizer = module(
-        "tokenizer_training",
-        "--batch",
-        1,
-        "--steps",
-        1,
-        "--rounds",
-        1,
-        "--no-perceptual",
-        "--critic",
-    )
+        "tokenizer_training", "--batch", 1, "--steps", 1, "--rounds", 1, "--no-perceptual", "--critic"
+    )  # fmt: skip
 
     def sampling(size: str, limit: int, *more: object) -> Step:
         command = module(
-            "sampling",
-            "--sizes",
-            size.lower(),
-            "--batches",
-            256,
-            512,
-            "--rounds",
-            2,
-            "--plain-batch",
-            0,
-            *more,
-        )
+            "sampling", "--sizes", size.lower(), "--batches", 256, 512, "--rounds", 2,
+            "--plain-batch", 0, *more,
+        )  # fmt: skip
         reader = read_sampling(size, "--streams" in more)
         return Step(f"sampling {size}", limit, command, tiny_sampling, reader)
 
     def training(size: str, limit: int, batches: tuple[int, ...], *more: object) -> Step:
         command = module(
-            "generator_training",
-            size.lower(),
-            "--batches",
-            *batches,
-            "--rounds",
-            3,
-            "--no-plain",
+            "generator_training", size.lower(), "--batches", *batches, "--rounds", 3, "--no-plain",
             *more,
-        )
+        )  # fmt: skip
         return Step(f"training {size}", limit, command, tiny_training, read_training(size, batches))
 
     def trial(name: str, *more: object) -> Step:

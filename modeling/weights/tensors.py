@@ -234,7 +234,7 @@ def tensors_hash(state: dict[str, Tensor]) -> str:
 
 
 def describe(content: Any) -> str:
-    """What a state dict, or other content of a file, seems to be: a model with its sizes; in one line."""
+    """What a state dict or other content of a file seems to be, such as a model with its sizes, in one line."""
     for kind in MARKS:
         for state, _ in find_models(content, kind):
             try:

@@ -142,6 +142,7 @@ class Run:
         weights that drift apart, and with other periods, ranks would wait in different collectives."""
         facts = self.settings(self.total_steps)
         facts |= {name: getattr(self.experiment, name) for name in PERIODS}
+        facts["autocast"] = self.accelerator.mixed_precision
         device = self.accelerator.device  # the start has asked the first GPU of every machine only
         facts["GPU computes in bf16"] = device.type != "cuda" or has_bfloat16(device)
         facts["training.per_gpu_batch_size"] = self.training.per_gpu_batch_size

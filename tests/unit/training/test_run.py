@@ -23,6 +23,7 @@ from modeling.weights.tensors import read_state_dict
 from runtime import processes
 from tests.refusals import refusal
 from training import checkpoint
+from training import run as run_module
 from training.checkpoint import Checkpoint
 from training.optim import EMA
 from training.run import Run
@@ -228,6 +229,19 @@ def test_a_run_is_resumed_with_the_start_that_it_had_or_none(accelerator, tmp_pa
         assert found.experiment.init_weights == recorded
     began = f"experiment.init_weights={recorded or 'null'}, not b.pth"
     refusal(partial(run_of, accelerator, tmp_path, phases=PHASES, init_weights="b.pth"), began)
+
+
+def test_ranks_of_other_precision_are_compared(accelerator, tmp_path, monkeypatch):
+    """Also two GPUs of one machine, whose first one all ranks have asked."""
+    seen = []
+    monkeypatch.setattr(run_module, "check_same", lambda facts, what: seen.append(facts))
+    run = run_of(accelerator, tmp_path, phases=PHASES)
+    monkeypatch.setattr(run_module, "has_bfloat16", lambda device: False)
+    gpu = SimpleNamespace(device=torch.device("cuda"), mixed_precision="bf16", num_processes=1)
+    monkeypatch.setattr(run, "accelerator", gpu)
+    run._check_ranks()
+    here, there = ({"autocast": f["autocast"], "bf16": f["GPU computes in bf16"]} for f in seen)
+    assert here == {"autocast": "no", "bf16": True} and there == {"autocast": "bf16", "bf16": False}
 
 
 def test_a_fork_without_steps_left_is_refused(accelerator, tmp_path):

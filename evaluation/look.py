@@ -82,7 +82,6 @@ class Look(NamedTuple):
 def look_at(tokenizer: Tokenizer, pixels: Tensor) -> Look:
     """Encode an image (3, S, S), uint8, in float32, and decode growing numbers of its codes."""
     config, decoder = tokenizer.config, tokenizer.decoder
-    assert decoder is not None, "a tokenizer without decoder only encodes"
     image = to_float(pixels.to(tokenizer.latent_tokens.device))
     with matmul_precision("fp32"):
         codes = tokenizer.encode(image.unsqueeze(0))  # (1, T)

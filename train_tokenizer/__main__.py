@@ -130,7 +130,6 @@ def open_data(options: TokenizerRun, index_folder: Optional[Path] = None) -> Tok
 def build_tokenizer(options: TokenizerRun) -> Tokenizer:
     """A tokenizer with random weights; in stage 2 its encoder and codebook are frozen."""
     tokenizer = Tokenizer(options.model.vq_model)
-    assert tokenizer.encoder is not None and tokenizer.decoder is not None
     tokenizer.encoder.recompute = tokenizer.decoder.recompute = options.model.use_checkpoint
     if options.model.stage == 2:
         tokenizer.freeze_encoder()
